@@ -1,0 +1,75 @@
+"""Exactly-once effects for SQLAlchemy message handlers.
+
+    from exactly_once import ExactlyOnce, Message, keys
+
+A broker delivers at least once. A handler registered here runs in a transaction that begins with inserting the message's
+business key into `message_idempotent`; both commit together, and a duplicate fails on the primary key.
+
+Names are imported when they are first used, so that importing the package costs little more than importing SQLAlchemy.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from exactly_once import keys
+    from exactly_once.app import ExactlyOnce
+    from exactly_once.errors import (
+        BadBody,
+        BadKey,
+        ConfigurationError,
+        ExactlyOnceError,
+        InProgress,
+        MissingExtra,
+        Misuse,
+        PayloadConflict,
+        Reject,
+        RetryLater,
+        SchemaError,
+        SendFailed,
+        StoreUnavailable,
+        TransportError,
+    )
+    from exactly_once.handler import Transaction
+    from exactly_once.message import Message
+    from exactly_once.outcome import Outcome
+    from exactly_once.policy import Retry
+
+__all__ = [
+    "BadBody",
+    "BadKey",
+    "ConfigurationError",
+    "ExactlyOnce",
+    "ExactlyOnceError",
+    "InProgress",
+    "Message",
+    "MissingExtra",
+    "Misuse",
+    "Outcome",
+    "PayloadConflict",
+    "Reject",
+    "Retry",
+    "RetryLater",
+    "SchemaError",
+    "SendFailed",
+    "StoreUnavailable",
+    "Transaction",
+    "TransportError",
+    "keys",
+]
+
+_ROOMS = {"ExactlyOnce": "app", "Transaction": "handler", "Message": "message", "Outcome": "outcome", "Retry": "policy"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = import_module(f"{__name__}.keys") if name == "keys" else None
+    if found is None:
+        found = getattr(import_module(f"{__name__}.{_ROOMS.get(name, 'errors')}"), name)
+    globals()[name] = found  # asked once
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

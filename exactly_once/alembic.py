@@ -1,0 +1,253 @@
+"""The schema's way into a database: numbered migrations, run alone, recorded in a version table that is ours.
+
+It never touches a table that is not ours, and never drops data unless `downgrade` is called. The command line
+(`exactly-once db`), a program's start-up check, a program's own Alembic history and tests call it.
+
+Three ways in, one record of it: whichever way the tables came, `exactly_once_version` says how far they are, written in
+the transaction that made them. So a program may change from one way to another, and `check` need not know which it was.
+
+1. `alembic upgrade head` in a checkout of this project.
+2. `exactly-once db upgrade`, or `exactly_once.alembic.upgrade(url)`.
+3. `exactly-once db revision` writes one file into the program's own versions folder: one history, one head.
+
+Importing this module costs nothing: Alembic and SQLAlchemy are imported when a function needs them.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from exactly_once.errors import ConfigurationError
+from exactly_once.redaction import redacted
+from exactly_once.versions import HEAD, TABLES, VERSION_TABLE, climb, descend, name_of, operations_on, recorded, write
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+    from exactly_once.alone import Database
+
+__all__ = [
+    "VERSION_TABLE",
+    "check",
+    "current",
+    "downgrade",
+    "head",
+    "include_name",
+    "revision",
+    "sql",
+    "upgrade",
+]
+
+Version = int | Literal["head"]
+
+T = TypeVar("T")
+
+
+def head() -> str:
+    """Return the version this package brings, as `current` gives it: "0001"."""
+    return name_of(HEAD)
+
+
+def upgrade(database: "Database | None" = None, *, schema: str | None = None, version: Version = "head") -> None:
+    """Bring our tables to `version`; do nothing where they are there already.
+
+    Safe to call from many programs at once: one works, the others wait and find it done. A connection that is in a
+    transaction stays in it: the caller commits. (MySQL and MariaDB commit at every CREATE all the same; a run that was
+    killed there is finished by the next.)
+
+    Args:
+        database: URL, Engine or Connection. None: inside a migration of your own Alembic history, whose connection is
+            used.
+        schema: The named schema, made on PostgreSQL where it is missing. None: where the connection looks first.
+        version: A number, or "head".
+
+    Raises:
+        SchemaError: A table of one of our names is there that we did not make; or the database is newer than `version`
+            can say.
+        ConfigurationError: `version` does not exist, or no database was given outside a migration.
+
+    Example:
+        exactly_once.alembic.upgrade("postgresql+psycopg://app@localhost/shop", schema="messaging")
+    """
+    target = _number(version)
+    if database is None:
+        _inside_a_migration(schema, up_to=target)
+        return
+
+    def work(connection: "Connection") -> None:
+        from exactly_once.alone import alone
+
+        with alone(connection, schema):
+            climb(operations_on(connection), schema, target)
+
+    _on(database, work)
+
+
+def downgrade(database: "Database | None" = None, *, version: Version, schema: str | None = None) -> None:
+    """Take our tables back to `version`; 0 drops them all, with every claim, failure and queued message in them.
+
+    The named schema itself stays: it may hold tables of others.
+
+    Args:
+        database: As for `upgrade`.
+        version: A number. Versions above it are undone, newest first.
+        schema: As for `upgrade`.
+    """
+    target = _number(version)
+    if database is None:
+        _inside_a_migration(schema, down_to=target)
+        return
+
+    def work(connection: "Connection") -> None:
+        from exactly_once.alone import alone
+
+        with alone(connection, schema):
+            descend(operations_on(connection), schema, target)
+
+    _on(database, work)
+
+
+def current(database: "Database", *, schema: str | None = None) -> str | None:
+    """Return the version of our tables in this database, "0001"; None where there are none."""
+
+    def work(connection: "Connection") -> str | None:
+        found = recorded(connection, schema)
+        return name_of(found) if found else None
+
+    return _on(database, work)
+
+
+def check(connection: "Connection", schema: str | None = None) -> str | None:
+    """Return None where our tables are ready for this package, else a sentence that ends in the command to type.
+
+    One version ahead is ready too: a migration stays usable by the release before it, so that the database can be
+    upgraded while old workers run.
+    """
+    found = recorded(connection, schema)
+    place = f"the schema {schema} of {_place(connection)}" if schema else _place(connection)
+    option = f" --schema {schema}" if schema else ""
+    if found is None:
+        return f"The tables of exactly_once are not in {place}. Type: exactly-once db upgrade{option}"
+    if found < HEAD:
+        return (
+            f"The tables of exactly_once in {place} are at version {name_of(found)}, and this program needs {head()}. "
+            f"Type: exactly-once db upgrade{option}"
+        )
+    if found > HEAD + 1:
+        return (
+            f"The tables of exactly_once in {place} are at version {name_of(found)}, and this program knows {head()} "
+            "and the one after it. Type: pip install --upgrade exactly-once"
+        )
+    return None
+
+
+def include_name(
+    name: str | None, type_: str, parent_names: Mapping[str, str | None], *, schema: str | None = "anywhere"
+) -> bool:
+    """Tell `alembic revision --autogenerate` not to see our tables, which your models do not have.
+
+    Without it Alembic proposes to drop them.
+
+    Args:
+        name: What Alembic passes.
+        type_: What Alembic passes: "schema", "table", "column" and so on.
+        parent_names: What Alembic passes.
+        schema: Where our tables are. Left out, our names are not seen in any schema; say it (with functools.partial)
+            if a table of yours has one of our names in another schema.
+
+    Example:
+        context.configure(..., include_name=exactly_once.alembic.include_name)
+
+    Source: https://alembic.sqlalchemy.org/en/latest/autogenerate.html (omitting names from the autogenerate process)
+    """
+    if type_ != "table" or name not in TABLES:
+        return True
+    return schema not in ("anywhere", parent_names.get("schema_name"))
+
+
+def sql(dialect_name: str, *, schema: str | None = None, grants_role: str | None = None) -> str:
+    """Return the SQL that `upgrade` would run on an empty database, for an administrator to run.
+
+    Args:
+        dialect_name: "postgresql", "mysql", "mariadb" or "sqlite".
+        schema: The named schema, made on PostgreSQL where it is missing.
+        grants_role: Who the workers log in as. It gets the least that is enough: rows of our tables, no tables. On
+            MySQL and MariaDB a role, or an account as "name@host".
+
+    Raises:
+        ConfigurationError: We have no tables for this dialect, or it has no roles.
+    """
+    from exactly_once.written import script
+
+    return script(dialect_name, schema=schema, grants_role=grants_role)
+
+
+def revision(
+    directory: str | os.PathLike[str] | None = None,
+    *,
+    config: str | os.PathLike[str] = "alembic.ini",
+    schema: str | None = None,
+    down_revision: str | None = None,
+    version: Version = "head",
+) -> Path:
+    """Write one file into your own Alembic history that brings our tables, and return its path.
+
+    Args:
+        directory: The folder that has your env.py and versions/. None: as `config` says.
+        config: Your alembic.ini.
+        schema: The named schema.
+        down_revision: The revision it follows. None: your one head.
+        version: The version of our tables to bring.
+
+    Raises:
+        ConfigurationError: Your history was not found, has several heads, or brings this version already.
+    """
+    from exactly_once.written import history_file
+
+    return history_file(
+        None if directory is None else Path(directory),
+        config=Path(config),
+        schema=schema,
+        down_revision=down_revision,
+        version=_number(version),
+    )
+
+
+def _number(version: Version) -> int:
+    number = HEAD if version == "head" else version
+    if not 0 <= number <= HEAD:
+        raise ConfigurationError(f"There is no schema version {version!r}: this package brings 0 to {HEAD} and head.")
+    return number
+
+
+def _on(database: "Database", work: "Callable[[Connection], T]") -> T:
+    from exactly_once.alone import on
+
+    return on(database, work)
+
+
+def _place(connection: "Connection") -> str:
+    return redacted(connection.engine.url.render_as_string(hide_password=False))
+
+
+def _inside_a_migration(schema: str | None, *, up_to: int | None = None, down_to: int | None = None) -> None:
+    from alembic import op
+
+    from exactly_once.alone import alone
+
+    try:
+        context = op.get_context()
+    except NameError as error:
+        raise ConfigurationError(
+            "Without a database, upgrade() and downgrade() work inside a migration of your own Alembic history only. "
+            "Elsewhere type: exactly_once.alembic.upgrade(url)"
+        ) from error
+    if context.as_sql:
+        write(op, schema, up_to=up_to, down_to=down_to)
+        return
+    with alone(op.get_bind(), schema):
+        if up_to is not None:
+            climb(op, schema, up_to)
+        if down_to is not None:
+            descend(op, schema, down_to)

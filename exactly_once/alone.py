@@ -1,0 +1,159 @@
+"""Be the only one who changes the schema: open what the caller named, take the server's lock, work, give it back.
+
+It never decides what the work is. `exactly_once.alembic` and `migrations/env.py` call it.
+
+Two programs that upgrade one empty database at the same moment must both end well. Each waits here before it looks at
+the version, so the second finds the work done. PostgreSQL: an advisory lock of the transaction (also right behind a
+pooler). MySQL and MariaDB: GET_LOCK, because every CREATE there ends the transaction. SQLite: BEGIN IMMEDIATE.
+"""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Final, TypeVar
+
+from sqlalchemy import URL, Connection, Engine, create_engine, make_url, pool, text
+
+from exactly_once.errors import ConfigurationError, SchemaError
+
+__all__ = ["Database", "alone", "on"]
+
+Database = str | URL | Engine | Connection
+
+T = TypeVar("T")
+
+WAIT_SECONDS: Final = 120
+# One wait on GET_LOCK: short, or a read_timeout in the caller's URL would end it with an error
+MYSQL_WAIT_SECONDS: Final = 2
+
+
+def on(database: Database, work: Callable[[Connection], T]) -> T:
+    """Run `work` with a connection to `database`, made and closed here unless it is a connection already.
+
+    Args:
+        database: A URL with a sync or an async driver, an engine, or a connection. In a program with an async engine:
+            `await connection.run_sync(exactly_once.alembic.upgrade)`.
+        work: What to do; it commits by itself.
+
+    Raises:
+        ConfigurationError: An async engine or connection was given.
+    """
+    if isinstance(database, Connection):
+        return work(database)
+    if isinstance(database, Engine):
+        with _plain(database).connect() as connection:
+            return work(connection)
+    if not isinstance(database, (str, URL)):
+        raise ConfigurationError(
+            f"{type(database).__name__} is async, and this function is not. Type: "
+            "async with engine.connect() as connection: await connection.run_sync(exactly_once.alembic.upgrade)"
+        )
+    url = make_url(database)
+    if url.get_dialect().is_async:
+        # in a thread of its own: the caller's thread may be running a loop, and asyncio allows one a thread
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(lambda: asyncio.run(_on_async(url, work))).result()
+    engine = create_engine(url, poolclass=pool.NullPool)
+    with _plain(engine).connect() as connection:
+        return work(connection)
+
+
+async def _on_async(url: URL, work: Callable[[Connection], T]) -> T:
+    from sqlalchemy.ext.asyncio import create_async_engine
+
+    engine = create_async_engine(url, poolclass=pool.NullPool)
+    if engine.dialect.name != "sqlite":
+        engine = engine.execution_options(isolation_level="READ COMMITTED")
+    async with engine.connect() as connection:
+        return await connection.run_sync(work)
+
+
+def _plain(engine: Engine) -> Engine:
+    # under REPEATABLE READ the snapshot is older than the wait for the lock, so that the one who waited would not see
+    # the other's work; under AUTOCOMMIT the lock would be gone with the statement that took it
+    if engine.dialect.name == "sqlite":
+        return engine
+    return engine.execution_options(isolation_level="READ COMMITTED")
+
+
+@contextmanager
+def alone(connection: Connection, schema: str | None) -> Iterator[None]:
+    """Hold the schema lock of this database, with `schema` made where it is missing, and commit at the end.
+
+    A transaction that the caller has begun is the caller's to commit; PostgreSQL and SQLite then keep the lock until
+    that commit. A crash anywhere in here ends the connection, and with it the lock.
+
+    Raises:
+        SchemaError: Another program held the lock for two minutes.
+    """
+    if connection.in_transaction():
+        with _locked(connection, schema):
+            yield
+        return
+    if connection.dialect.name in ("mysql", "mariadb"):
+        # around the transaction: released before the commit, the lock would let the next one in too early
+        with _locked(connection, schema):
+            connection.commit()
+            with connection.begin():
+                yield
+        connection.commit()
+        return
+    with connection.begin(), _locked(connection, schema):
+        yield
+
+
+@contextmanager
+def _locked(connection: Connection, schema: str | None) -> Iterator[None]:
+    match connection.dialect.name:
+        case "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _number(schema)})
+            # asked first: IF NOT EXISTS wants the right to create also where there is nothing to create
+            if schema is not None and not connection.dialect.has_schema(connection, schema):
+                connection.exec_driver_sql(f"CREATE SCHEMA {connection.dialect.identifier_preparer.quote(schema)}")
+            yield
+        case "mysql" | "mariadb":
+            name = connection.execute(text("SELECT CONCAT(COALESCE(:schema, DATABASE()), '')"), {"schema": schema})
+            lock = f"exactly_once:{hashlib.sha256(str(name.scalar()).encode()).hexdigest()[:40]}"
+            _take_mysql(connection, lock)
+            try:
+                yield
+            finally:
+                # after an error that broke the connection the server has let go already
+                if not connection.invalidated:
+                    connection.execute(text("SELECT RELEASE_LOCK(:lock)"), {"lock": lock})
+        case "sqlite":
+            _begin_immediate(connection)
+            yield
+        case other:
+            raise ConfigurationError(f"There are tables for PostgreSQL, MySQL, MariaDB and SQLite; not for {other}.")
+
+
+def _number(schema: str | None) -> int:
+    digest = hashlib.sha256(f"exactly_once schema {schema or ''}".encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def _take_mysql(connection: Connection, lock: str) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    statement = text("SELECT GET_LOCK(:lock, :seconds)")
+    while not connection.execute(statement, {"lock": lock, "seconds": MYSQL_WAIT_SECONDS}).scalar():
+        if time.monotonic() > deadline:
+            raise SchemaError(
+                f"Another program has been changing the schema for {WAIT_SECONDS} seconds. Nothing was changed here. "
+                "Look at SHOW PROCESSLIST, then type the command again."
+            )
+
+
+def _begin_immediate(connection: Connection) -> None:
+    # a transaction that the driver has begun (an event of the caller, or a statement before ours) is used as it is
+    if getattr(connection.connection.driver_connection, "in_transaction", False):
+        return
+    before = connection.exec_driver_sql("PRAGMA busy_timeout").scalar()
+    connection.exec_driver_sql(f"PRAGMA busy_timeout = {WAIT_SECONDS * 1000}")
+    try:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    finally:
+        connection.exec_driver_sql(f"PRAGMA busy_timeout = {before}")

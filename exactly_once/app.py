@@ -1,0 +1,437 @@
+"""The facade: handlers are registered here, databases are named here, and the three doors open here.
+
+Making one connects to nothing and reads no settings; the first message, claim or worker does. Objects share nothing, so a
+program may have several. What the doors do stands in other rooms: claims in `guards`, a delivery's story in `delivery`,
+receiving in `worker`.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from functools import cached_property
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+
+from sqlalchemy.orm import Session
+
+from exactly_once.errors import ConfigurationError
+from exactly_once.handler import Plan, Transaction, plan
+from exactly_once.keys import check_name
+from exactly_once.message import Message
+from exactly_once.outcome import Outcome
+from exactly_once.policy import Retry, RetrySpec
+from exactly_once.schema import GROUP_BYTES
+
+# what runs messages is imported when the first one comes: a program that only sends should not wait for it
+if TYPE_CHECKING:
+    from exactly_once.application import Application, Route
+    from exactly_once.config import Config
+    from exactly_once.fingerprint import FingerprintSpec
+    from exactly_once.guards.claiming import Claimer
+    from exactly_once.keys import KeySpec
+    from exactly_once.producer import Producer
+    from exactly_once.runner import Runner
+    from exactly_once.serving import Serving
+    from exactly_once.store import Store
+    from exactly_once.transport import Subscription, Transport
+
+__all__ = ["ExactlyOnce"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_DEFAULT: Final = "default"
+
+
+class _Binding:
+    """Where the claims are: the databases, and the application over them once it is used."""
+
+    def __init__(self, database: Any = None, async_database: Any = None) -> None:
+        self.database, self.async_database = database, async_database
+        self.stores: dict[str, Store] | None = None
+        self.application: Application | None = None
+
+    def close(self) -> None:
+        """Close what was opened for it."""
+        for store in (self.stores or {}).values():
+            store.close()
+        self.stores = self.application = None
+
+
+class ExactlyOnce:
+    """Runs SQLAlchemy handlers so that each message takes effect exactly once in the database.
+
+    Args:
+        database: A URL, an Engine, a sessionmaker, or several of these by name: `{"eu": ..., "us": ...}`, whose first is
+            the default and keeps what cannot be routed. None: from EXACTLY_ONCE_DATABASE or the settings file.
+        async_database: An AsyncEngine or async_sessionmaker for async handlers; None derives it from `database`.
+        group: The consumer group: one part of every claim's identity. None: from EXACTLY_ONCE_GROUP or the settings file.
+        imports: Modules that register handlers, imported before the first message.
+        schema: The database schema that holds our tables.
+        route: With several databases, names the one a message belongs to. All rows of one business key belong in one.
+        enforce: False writes claims and counts duplicates but runs them all the same: to look before you trust.
+
+    Example:
+        >>> eo = ExactlyOnce("sqlite:///orders.db", group="inventory")
+        >>> @eo.handler("orders", key="order_no")
+        ... def reserve(session: Session, order: dict[str, str]) -> None:
+        ...     ...
+    """
+
+    def __init__(
+        self,
+        database: Any = None,
+        *,
+        async_database: Any = None,
+        group: str | None = None,
+        imports: Sequence[str] = (),
+        schema: str | None = None,
+        route: "Route | None" = None,
+        enforce: bool = True,
+    ) -> None:
+        if group is not None:
+            check_name(group, GROUP_BYTES, "group")
+        said = {
+            "database": database,
+            "async_database": async_database,
+            "group": group,
+            "imports": tuple(imports) or None,
+            "schema": schema,
+        }
+        self._said = {name: value for name, value in said.items() if value is not None}
+        self._route, self._enforce = route, enforce
+        self._plans: dict[str, Plan] = {}
+        self._store_binding = _Binding()
+
+    # -- registering -------------------------------------------------------------------------------------------------
+
+    def handler(
+        self,
+        topic: str,
+        *,
+        key: "KeySpec",
+        tag: str | Sequence[str] | None = None,
+        name: str | None = None,
+        guard: Transaction | None = None,
+        retry: RetrySpec | None = None,
+        fingerprint: "FingerprintSpec" = "body",
+        ordered: bool = False,
+        after_dead: Literal["wait", "go on"] = "wait",
+        concurrency: int | None = None,
+    ) -> Callable[[F], F]:
+        """Register a function to run once for each message of a topic; returns it unchanged.
+
+        What the function asks for is read from its annotations, now: a `Session` or `AsyncSession` in the message's
+        transaction, the `Message`, and one other parameter without a default, which is the body. A parameter with a
+        default is never filled.
+
+        Args:
+            topic: The topic.
+            key: What names the *event*: a path into the JSON body, or a tuple of parts (`exactly_once.keys`).
+            tag: Only messages with this tag, or one of these.
+            name: The handler's name, part of every claim's identity; None is the function's `__name__`.
+            guard: `Transaction(claim_wait=...)`.
+            retry: `Retry(...)`, or one for each exception class.
+            fingerprint: What two copies of one event must agree on: "body", paths, a function, or None.
+            ordered: Handle the messages of one ordering key in order, also behind a failed one.
+            after_dead: With `ordered`: "wait" behind a dead message until a person decides, or "go on".
+            concurrency: At most so many of this handler at once in a process.
+
+        Raises:
+            ConfigurationError: The function or an argument is wrong; the text says how to mend it.
+
+        Example:
+            >>> eo = ExactlyOnce(group="inventory")
+            >>> @eo.handler("orders", tag="created", key="order_no")
+            ... def reserve_stock(session: Session, order: dict[str, str], message: Message) -> None:
+            ...     ...
+        """
+        caller = sys._getframe(1)  # noqa: SLF001  (annotations may name classes that live in the caller's function only)
+
+        def register(function: F) -> F:
+            made = plan(
+                function,
+                topic=topic,
+                tag=tag,
+                key=key,
+                name=name,
+                guard=guard or Transaction(),
+                retry=retry or Retry(),
+                fingerprint=fingerprint,
+                ordered=ordered,
+                after_dead=after_dead,
+                concurrency=concurrency,
+                caller_locals=caller.f_locals,
+                caller_globals=caller.f_globals,
+            )
+            if made.name in self._plans:
+                raise ConfigurationError(
+                    f"Two handlers are named {made.name!r}: they would take each other's messages for duplicates."
+                    " Give one of them another name: @eo.handler(..., name=...)."
+                )
+            self._plans[made.name] = made
+            self._store_binding.application = None
+            return function
+
+        return register
+
+    def bind(self, database: Any, *, async_database: Any = None) -> None:
+        """Say where the claims are, before first use.
+
+        Args:
+            database: As for the constructor.
+            async_database: As for the constructor.
+
+        Raises:
+            ConfigurationError: Messages were handled already through another database.
+        """
+        if self._store_binding.application is not None:
+            raise ConfigurationError(
+                "bind() came after first use: messages were handled through another database already. Call it earlier,"
+                " in a test use exactly_once.testing.bound(eo, engine)."
+            )
+        self._store_binding = _Binding(database, async_database)
+
+    # -- door 1: a claim in a transaction of the caller's --------------------------------------------------------------
+
+    def claim(
+        self,
+        session: Session,
+        handler: str,
+        key: object,
+        *,
+        payload: bytes | None = None,
+        claim_wait: timedelta = timedelta(seconds=2),
+    ) -> bool:
+        """Claim a key in the transaction you have: True the first time, False when it was done before.
+
+        Acknowledge the message only after your commit. With an AsyncSession:
+        `await session.run_sync(eo.claim, "reserve_stock", order.no)`.
+
+        Args:
+            session: Begun or not; the claim is part of its transaction. Earlier work in it survives a refusal.
+            handler: What the claim is for; with the group and the key it is the identity.
+            key: The business key, or a tuple of parts.
+            payload: The message's body, to be told of another payload under a known key.
+            claim_wait: The longest to wait for another transaction that holds the key; whole seconds on MySQL/MariaDB.
+
+        Returns:
+            True if the work is yours to do, False if it was done and committed.
+
+        Raises:
+            InProgress: Another transaction holds the key and may still fail: do not acknowledge.
+            PayloadConflict: The key was consumed with another payload.
+            BadKey: The key is empty, too long, or neither text nor a whole number.
+
+        Example:
+            with Session(engine) as session, session.begin():
+                if eo.claim(session, "reserve_stock", order.no):
+                    reserve(session, order)
+            consumer.ack(message)
+        """
+        return self._claimer.claim(
+            session,
+            self.group,
+            handler,
+            key,
+            payload=payload,
+            wait_ms=max(1, round(claim_wait.total_seconds() * 1000)),
+            schema=self.config.schema.value,
+        )
+
+    # -- door 2: one message in a loop of the caller's -----------------------------------------------------------------
+
+    def process(self, message: Message) -> Outcome:
+        """Run a message through its handlers, in this thread; acknowledge it if the outcome says so.
+
+        Never raises for what is wrong with a message, a handler or the database: the outcome says it. Failures are
+        recorded; bringing the message again is the caller's loop's part.
+
+        Args:
+            message: As `Message.from_rocketmq(m)` and the like make it.
+
+        Returns:
+            What became of it; `outcome.acknowledge` is all a loop has to ask.
+
+        Raises:
+            ConfigurationError: The application is not ready to run anything, or a handler is async.
+
+        Example:
+            return SUCCESS if eo.process(Message.from_rocketmq(m)).acknowledge else LATER
+        """
+        application = self._application
+        found = application.matching(message)
+        for each in found:
+            if each.plan.is_async:
+                raise ConfigurationError(
+                    f"The handler {each.plan.name!r} is async: use `await eo.aprocess(message)` instead of eo.process."
+                )
+        return application.run(found, message)
+
+    async def aprocess(self, message: Message) -> Outcome:
+        """The same in an event loop: async handlers run in it, sync ones in a thread beside it.
+
+        Example:
+            outcome = await eo.aprocess(Message.from_kafka(m))
+        """
+        application = self._application
+        return await application.arun(application.matching(message), message)
+
+    # -- door 3: the worker --------------------------------------------------------------------------------------------
+
+    def worker(
+        self, url: str | None = None, *, concurrency: int | None = None, drain_timeout: timedelta | None = None
+    ) -> "Serving":
+        """Return a worker over a broker, to be used with `with` or `async with`.
+
+        Args:
+            url: The transport, such as `rocketmq://127.0.0.1:8081` or `sql://`. None: from EXACTLY_ONCE_TRANSPORT.
+            concurrency: How many messages run at once. None: from the settings, else 16.
+            drain_timeout: How long stopping lets running messages finish. None: from the settings, else 25 s.
+
+        Example:
+            with eo.worker("memory://test") as worker:
+                worker.drain()
+        """
+        from exactly_once.serving import Serving
+
+        config = self.config
+        application = self._application
+        application.require_handlers()
+        return Serving(
+            application,
+            self.transport(url),
+            concurrency=concurrency or config.concurrency.value,
+            drain_timeout=drain_timeout or config.drain_timeout.value,
+        )
+
+    def run(self, url: str | None = None, *, concurrency: int | None = None) -> int:
+        """Run a worker until SIGTERM or SIGINT; returns 0, or 1 if messages were given back unfinished.
+
+        Example:
+            if __name__ == "__main__":
+                raise SystemExit(eo.run("rocketmq://127.0.0.1:8081"))
+        """
+        from exactly_once.signals import run_until_signal
+
+        serving = self.worker(url, concurrency=concurrency)
+        return run_until_signal(serving, start=serving.start)
+
+    def producer(self, url: str | None = None) -> "Producer":
+        """Return a producer to a broker, to be used with `with`.
+
+        Args:
+            url: The transport. None: from EXACTLY_ONCE_TRANSPORT.
+
+        Example:
+            with eo.producer("rocketmq://127.0.0.1:8081") as producer:
+                producer.send(Message("orders", b"{}", tag="created"))
+        """
+        from exactly_once.config import redacted
+        from exactly_once.producer import Producer
+
+        transport = self.transport(url)
+        return Producer(transport.producer(), redacted(url or self._transport_url()))
+
+    def runner(self, concurrency: int) -> "Runner":
+        """Return what runs deliveries without a worker around it; for the command line. Stop it after use."""
+        application = self._application
+        application.require_handlers()
+        return application.runner(concurrency)
+
+    # -- what holds ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def group(self) -> str:
+        """The consumer group."""
+        group = self.config.group.value
+        if not group:
+            raise ConfigurationError(
+                "No consumer group is named, and it is part of every claim. Type EXACTLY_ONCE_GROUP=inventory, or"
+                " ExactlyOnce(group='inventory')."
+            )
+        return check_name(group, GROUP_BYTES, "group")
+
+    @cached_property
+    def _claimer(self) -> "Claimer":
+        from exactly_once.guards.claiming import Claimer
+
+        return Claimer()
+
+    @cached_property
+    def config(self) -> "Config":
+        """The settings that hold: environment over file over what the code says. Read once, at first use."""
+        from exactly_once.config import load
+
+        return load(code=self._said)
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The handlers as they will run: what the code says, with the settings file's changes; imports what must be."""
+        return self._application.plans
+
+    def subscriptions(self) -> "Sequence[Subscription]":
+        """What the group wants of the broker: per topic the union of its handlers' tags."""
+        return self._application.subscriptions()
+
+    @property
+    def stores(self) -> "Mapping[str, Store]":
+        """The databases by name."""
+        return self._stores(self._store_binding)
+
+    @property
+    def _application(self) -> "Application":
+        """The application, made at first use and fixed then."""
+        binding = self._store_binding
+        if binding.application is None:
+            from exactly_once.application import Application
+
+            for module in self.config.imports.value:
+                import_module(module)
+            plans = self.config.applied(tuple(self._plans.values()))
+            binding.application = Application(
+                plans, self._stores(binding), self.group, route=self._route, enforce=self._enforce
+            )
+        return binding.application
+
+    def _stores(self, binding: _Binding) -> "dict[str, Store]":
+        if binding.stores is None:
+            from exactly_once.store import Store
+
+            database, async_database = binding.database, binding.async_database
+            if database is None and async_database is None:  # bind() wins over every setting
+                database, async_database = self.config.database.value, self.config.async_database.value
+            if database is None and async_database is None:
+                raise ConfigurationError(
+                    "No database is named. Type EXACTLY_ONCE_DATABASE=postgresql+psycopg://user:password@host/name, or"
+                    " ExactlyOnce('postgresql+psycopg://...'), or eo.bind(engine)."
+                )
+            several = database if isinstance(database, Mapping) else {_DEFAULT: database}
+            if len(several) > 1 and self._route is None:
+                raise ConfigurationError("Several databases need route=: a function that names the one of a message.")
+            others = async_database if isinstance(async_database, Mapping) else {_DEFAULT: async_database}
+            # a handler holds one connection, recording a failure and the pump another for a moment
+            size = self.config.concurrency.value + 4
+            binding.stores = {
+                name: Store(name, each, others.get(name), schema=self.config.schema.value, pool_size=size)
+                for name, each in several.items()
+            }
+        return binding.stores
+
+    def _transport_url(self) -> str:
+        url = self.config.transport.value
+        if not url:
+            raise ConfigurationError(
+                "No transport is named. Type EXACTLY_ONCE_TRANSPORT=rocketmq://127.0.0.1:8081, or give the URL to"
+                " eo.worker, eo.run or eo.producer."
+            )
+        return url
+
+    def transport(self, url: str | None = None) -> "Transport":
+        """Return the transport a URL names, or the settings do; opens nothing."""
+        from exactly_once.transport import Surroundings
+        from exactly_once.transports import transport_from
+
+        def engine() -> Any:
+            return next(iter(self._stores(self._store_binding).values())).engine
+
+        return transport_from(url or self._transport_url(), Surroundings(engine, self.config.schema.value))

@@ -1,0 +1,92 @@
+"""The command `exactly-once`: finds the verb, imports that verb alone, and turns errors into a paragraph and an exit code.
+
+Exit codes: 0 done, 1 the work failed, 2 wrong usage or settings, 143 ended by a second signal. Help must be quick, so
+nothing that a verb needs is imported for it; each verb is a module of this folder, with `command` or, for several, `app`.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, Final
+
+import typer
+
+__all__ = ["main"]
+
+VERBS: Final = {
+    "run": "Run a worker until SIGTERM: receive, handle, acknowledge.",
+    "process": "Feed recorded messages from a file through the handlers.",
+    "send": "Send one message, or those of a file.",
+    "handlers": "Show the handlers and where each setting comes from; rename one.",
+    "db": "Make the tables, check them, write down what makes them.",
+    "failures": "List, show, requeue and discard messages that failed.",
+    "doctor": "Look at database, broker and handlers, and say what to do.",
+}
+TRACEBACK: Final = "EXACTLY_ONCE_TRACEBACK"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    traceback = os.environ.get(TRACEBACK, "") not in ("", "0") or "--traceback" in given
+    given = [argument for argument in given if argument != "--traceback"]
+    try:
+        _application(next((argument for argument in given if not argument.startswith("-")), None))(given)
+    except Exception as error:
+        if traceback:
+            raise
+        text, code = _told(error)
+        typer.echo(text, err=True)
+        raise SystemExit(code) from None
+
+
+def _application(verb: str | None) -> Any:
+    app = typer.Typer(
+        name="exactly-once",
+        help="Exactly-once effects for SQLAlchemy message handlers.",
+        epilog="Settings come from EXACTLY_ONCE_... in the environment, then [tool.exactly_once] in pyproject.toml. "
+        "--traceback, anywhere, shows where an error comes from.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # square brackets in our texts are names of settings
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback()
+    def everything() -> None:
+        """Exactly-once effects for SQLAlchemy message handlers."""
+
+    for name, about in VERBS.items():
+        if name != verb:
+            app.command(name, help=about)(_not_now)
+            continue
+        module = import_module(f"{__name__}.{name}")
+        if hasattr(module, "app"):
+            app.add_typer(module.app, name=name, help=about)
+        else:
+            app.command(name, help=module.command.__doc__)(module.command)
+    return app
+
+
+def _not_now() -> None:
+    raise AssertionError("a verb that was not asked for")
+
+
+def _told(error: Exception) -> tuple[str, int]:
+    """Return the paragraph for a person, and the exit code."""
+    from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+    from exactly_once.errors import ConfigurationError, ExactlyOnceError
+
+    if isinstance(error, ConfigurationError):
+        return str(error), 2
+    if isinstance(error, ExactlyOnceError):
+        return str(error), 1
+    if isinstance(error, DBAPIError):
+        # the driver's own words only: SQLAlchemy's text repeats the statement and its values
+        return f"The database refused: {str(error.orig).strip()}", 1
+    if isinstance(error, (SQLAlchemyError, OSError)):
+        return f"{type(error).__name__}: {error}", 1
+    return f"{type(error).__name__}: {error}. Type the command again with --traceback to see where.", 1

@@ -1,0 +1,236 @@
+"""`exactly-once failures`: what failed and why, and what a person decides about it."""
+
+import getpass
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from sqlalchemy import Connection, Row
+
+from exactly_once import deciding
+from exactly_once.app import ExactlyOnce
+from exactly_once.cli.reference import application, usable
+from exactly_once.deciding import Chosen
+from exactly_once.errors import ConfigurationError
+from exactly_once.failures import OPEN
+from exactly_once.schema import Tables
+from exactly_once.store import Store
+from exactly_once.wording import escaped
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Messages that failed.", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+_BODY_CHARACTERS = 2000
+
+AppOption = Annotated[
+    str | None, typer.Option("--app", "-a", metavar="MODULE:NAME", help="Else group and database from the settings.")
+]
+GroupOption = Annotated[str | None, typer.Option("--group", "-g", help="The consumer group; else as the settings say.")]
+DatabaseOption = Annotated[
+    str | None, typer.Option("--database", "-d", metavar="NAME", help="One of several databases.")
+]
+Ids = Annotated[list[int] | None, typer.Argument(metavar="[ID]...")]
+Handler = Annotated[str | None, typer.Option("--handler", help="Only this handler's.")]
+ErrorClass = Annotated[str | None, typer.Option("--error-class", help="Only with this error, such as TimeoutError.")]
+Key = Annotated[str | None, typer.Option("--key", help="Only of this business key.")]
+State = Annotated[list[str] | None, typer.Option("--state", help="Only in this state; may be repeated.")]
+All = Annotated[bool, typer.Option("--all", help="All that the other options leave.")]
+Reason = Annotated[str | None, typer.Option("--reason", help="Why; kept with the message.")]
+
+
+@contextmanager
+def _on(reference: str | None, group: str | None, database: str | None) -> Iterator[tuple[Connection, Tables, str]]:
+    eo = application(reference) if reference else ExactlyOnce()
+    stores = eo.stores
+    if database is not None and database not in stores:
+        raise ConfigurationError(f"There is no database named {database!r}; there are: {', '.join(stores)}.")
+    store: Store = stores[database] if database is not None else next(iter(stores.values()))
+    usable(store)
+    with store.engine.begin() as connection:
+        yield connection, store.tables, group or eo.group
+
+
+@app.command("list")
+def list_(
+    handler: Handler = None,
+    error_class: ErrorClass = None,
+    key: Key = None,
+    state: State = None,
+    limit: Annotated[int, typer.Option("--limit", min=1)] = 100,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    app: AppOption = None,
+    group: GroupOption = None,
+    database: DatabaseOption = None,
+) -> None:
+    """List what is not settled, newest first."""
+    with _on(app, group, database) as (connection, tables, name):
+        chosen = Chosen(group=name, handler=handler, error_class=error_class, key=key, states=tuple(state or OPEN))
+        rows = deciding.listed(connection, tables, chosen, limit=limit)
+        total = deciding.count(connection, tables, chosen)
+    if as_json:
+        for row in rows:
+            typer.echo(json.dumps({name: _plain(value) for name, value in row._asdict().items()}, ensure_ascii=False))
+        return
+    if sys.stdout.isatty():
+        _table(rows)
+    else:
+        for row in rows:
+            typer.echo("\t".join(_columns(row)))
+    typer.echo(f"{len(rows)} of {total} failure(s) of group {name}", err=True)
+
+
+def _columns(row: Row[Any]) -> list[str]:
+    return [
+        str(row.id),
+        row.state,
+        escaped(row.handler),
+        escaped(row.business_key or row.message_id or "", 60),
+        str(row.attempts),
+        "" if row.next_attempt_at is None else f"{row.next_attempt_at:%Y-%m-%d %H:%M:%S}",
+        f"{row.last_failed_at:%Y-%m-%d %H:%M:%S}",
+        escaped(f"{row.error_class}: {row.error_text}", 120),
+    ]
+
+
+def _table(rows: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table as Sheet
+    from rich.text import Text
+
+    sheet = Sheet("id", "state", "handler", "key", "attempts", "next try", "last failed", "why", box=None)
+    for row in rows:
+        sheet.add_row(*(Text(column) for column in _columns(row)))
+    Console().print(sheet)
+
+
+@app.command()
+def show(
+    id_: Annotated[int, typer.Argument(metavar="ID")],
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Write the body's bytes to standard output, and nothing else.")
+    ] = False,
+    app: AppOption = None,
+    group: GroupOption = None,
+    database: DatabaseOption = None,
+) -> None:
+    """Show one failure with its whole message."""
+    with _on(app, group, database) as (connection, tables, name):
+        row = deciding.shown(connection, tables, name, id_)
+    if row is None:
+        typer.echo(f"Group {name} has no failure {id_}. Type: exactly-once failures list", err=True)
+        raise SystemExit(1)
+    if raw:
+        sys.stdout.buffer.write(row.body or b"")
+        sys.stdout.buffer.flush()
+        return
+    for column, value in row._asdict().items():
+        if column == "body":
+            text = "(none)" if value is None else escaped(value.decode("utf-8", "backslashreplace"), _BODY_CHARACTERS)
+            typer.echo(f"{column} ({0 if value is None else len(value)} bytes): {text}")
+        elif value is not None:
+            typer.echo(f"{column}: {escaped(str(_plain(value)), _BODY_CHARACTERS)}")
+
+
+@app.command()
+def requeue(
+    ids: Ids = None,
+    handler: Handler = None,
+    error_class: ErrorClass = None,
+    key: Key = None,
+    state: State = None,
+    every: All = False,
+    rate: Annotated[
+        float | None, typer.Option("--rate", metavar="PER_SECOND", help="So many fall due each second.")
+    ] = None,
+    reason: Reason = None,
+    app: AppOption = None,
+    group: GroupOption = None,
+    database: DatabaseOption = None,
+) -> None:
+    """Let a running worker try them again, under the same claim: what was processed meanwhile is a duplicate.
+
+    A broken one (its handler committed behind our back) is requeued by id or --state broken only, and then runs as a new
+    message would: undo first what its handler has committed.
+    """
+    if rate is not None and rate <= 0:
+        raise ConfigurationError("--rate is a number above zero, of messages a second.")
+    _named(ids, handler, error_class, key, state, every)
+    with _on(app, group, database) as (connection, tables, name):
+        chosen = _chosen(name, ids, handler, error_class, key, state)
+        done = deciding.requeue(connection, tables, chosen, by=_who(), why=reason, per_second=rate)
+    if done.left_out:
+        typer.echo(
+            f"{done.left_out} broken one(s) left as they are: part of their effects is committed. Look at each: exactly-once"
+            " failures list --state broken",
+            err=True,
+        )
+    if done.broken:
+        typer.echo(
+            f"{done.broken} of them broken: what their handler committed before stays, and comes again. Undo it before a"
+            " worker runs them, or discard them.",
+            err=True,
+        )
+    _said(done.count, "requeued; a running worker tries them when they are due")
+
+
+@app.command()
+def discard(
+    ids: Ids = None,
+    handler: Handler = None,
+    error_class: ErrorClass = None,
+    key: Key = None,
+    state: State = None,
+    every: All = False,
+    reason: Reason = None,
+    app: AppOption = None,
+    group: GroupOption = None,
+    database: DatabaseOption = None,
+) -> None:
+    """Settle them for good: neither they nor another copy of them will run."""
+    _named(ids, handler, error_class, key, state, every)
+    with _on(app, group, database) as (connection, tables, name):
+        chosen = _chosen(name, ids, handler, error_class, key, state)
+        done = deciding.discard(connection, tables, chosen, by=_who(), why=reason)
+    _said(done, "discarded; their keys count as consumed")
+
+
+def _named(ids: Any, *narrow: Any) -> None:
+    if not ids and not any(narrow):
+        raise ConfigurationError("Say which: ids, --handler, --error-class, --key or --state; or --all.")
+
+
+def _chosen(
+    group: str,
+    ids: list[int] | None,
+    handler: str | None,
+    error_class: str | None,
+    key: str | None,
+    state: list[str] | None,
+) -> Chosen:
+    return Chosen(
+        group=group, ids=ids or (), handler=handler, error_class=error_class, key=key, states=tuple(state or OPEN)
+    )
+
+
+def _said(done: int, what: str) -> None:
+    if not done:
+        typer.echo("No failure matches. Type: exactly-once failures list", err=True)
+        raise SystemExit(1)
+    typer.echo(f"{done} {what}")
+
+
+def _who() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user may have no name
+        return "unknown"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.hex()
+    return value.isoformat() if hasattr(value, "isoformat") else value

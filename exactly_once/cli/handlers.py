@@ -1,0 +1,120 @@
+"""`exactly-once handlers`: what holds for each handler and where that comes from; and a handler's new name."""
+
+from typing import Annotated
+
+import typer
+
+from exactly_once import deciding
+from exactly_once.app import ExactlyOnce
+from exactly_once.cli.reference import application, usable
+from exactly_once.config import Config
+from exactly_once.errors import ConfigurationError
+from exactly_once.handler import Plan
+from exactly_once.keys import check_name
+from exactly_once.policy import Retry
+from exactly_once.schema import HANDLER_BYTES
+from exactly_once.wording import escaped
+
+__all__ = ["app"]
+
+app = typer.Typer(help="The handlers.", add_completion=False, rich_markup_mode=None, invoke_without_command=True)
+
+AppOption = Annotated[str | None, typer.Option("--app", "-a", metavar="MODULE:NAME", help="The application.")]
+
+
+@app.callback(invoke_without_command=True)
+def show(context: typer.Context, reference: AppOption = None) -> None:
+    """Show the handlers and settings that hold, each with where it comes from; `rename OLD NEW` moves a handler's rows."""
+    if context.invoked_subcommand is not None:
+        return
+    if reference is None:
+        typer.echo("Say which application: exactly-once handlers --app shop.consumers:eo", err=True)
+        raise SystemExit(2)
+    eo = application(reference)
+    for plan in eo.plans:
+        typer.echo(plan.name)
+        for name, value, source in _facts(plan, eo.config):
+            typer.echo(f"  {name:<12} {value}   [{source}]")
+        for warning in plan.warnings:
+            typer.echo(f"  warning      {warning}")
+    typer.echo("settings")
+    for name in (
+        "database",
+        "transport",
+        "group",
+        "schema",
+        "imports",
+        "concurrency",
+        "processes",
+        "drain_timeout",
+        "health",
+    ):
+        setting = getattr(eo.config, name)
+        typer.echo(f"  {name:<14} {setting.shown}   [{setting.source}]")
+
+
+def _facts(plan: Plan, config: Config) -> list[tuple[str, str, str]]:
+    changed = config.handlers.get(plan.name)
+
+    def source(name: str) -> str:
+        return changed.source if changed is not None and getattr(changed, name) is not None else "code"
+
+    retry = plan.retry
+    told = (
+        _told(retry) if isinstance(retry, Retry) else "; ".join(f"{c.__name__}: {_told(r)}" for c, r in retry.items())
+    )
+    order = f"by ordering key, behind a dead one: {plan.after_dead}" if plan.ordered else "none"
+    return [
+        ("topic", plan.topic, source("topic")),
+        ("tags", ", ".join(plan.tags) or "(all)", source("tag")),
+        ("key", ", ".join(str(getattr(part, "text", part)) for part in plan.key.parts), "code"),
+        ("fingerprint", _compared(plan), "code"),
+        ("guard", f"{type(plan.guard).__name__}, claim_wait {plan.guard.claim_wait.total_seconds():g} s", "code"),
+        ("retry", told, source("retry")),
+        ("order", order, "code"),
+        ("concurrency", str(plan.concurrency or "(the worker's)"), source("concurrency")),
+        ("runs in", "an event loop" if plan.is_async else "a thread", "code"),
+    ]
+
+
+def _compared(plan: Plan) -> str:
+    """What two copies of one event must agree on."""
+    rule = plan.fingerprint
+    if rule.paths:
+        return ", ".join(path.text for path in rule.paths)
+    return "nothing" if not rule.tag else "the whole body" if rule.needs_json else "what its function returns"
+
+
+def _told(retry: Retry) -> str:
+    delays = ", ".join(f"{retry.delay(number + 1).total_seconds():g}" for number in range(len(retry.delays)))
+    return f"{retry.immediate} at once, then after {delays} s, {retry.max_attempts} attempts"
+
+
+@app.command()
+def rename(
+    old: Annotated[str, typer.Argument(help="The name its rows have.")],
+    new: Annotated[str, typer.Argument(help="The name the code has now.")],
+    reference: AppOption = None,
+    group: Annotated[str | None, typer.Option("--group", "-g", help="Else as the settings say.")] = None,
+) -> None:
+    """Give a handler's claims, steps and failures to its new name, in one transaction: stop its workers first.
+
+    A renamed handler without this would take every message it has processed for new.
+    """
+    check_name(new, HANDLER_BYTES, "handler")
+    eo = application(reference) if reference else ExactlyOnce()
+    if old == new:
+        raise ConfigurationError(f"The old and the new name are both '{escaped(old)}'.")
+    for store in eo.stores.values():
+        usable(store)
+    some = 0
+    for store in eo.stores.values():  # one transaction a database; a second run moves what an error left behind
+        with store.engine.begin() as connection:
+            moved = deciding.rename(connection, store.tables, group or eo.group, old, new)
+        some += sum(moved.values())
+        typer.echo(f"{store.name}: " + ", ".join(f"{count} rows of {table}" for table, count in moved.items()))
+    if not some:
+        typer.echo(
+            f"Group {group or eo.group} has no rows of a handler '{escaped(old)}': nothing was renamed.", err=True
+        )
+        raise SystemExit(1)

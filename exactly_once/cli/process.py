@@ -1,0 +1,160 @@
+"""`exactly-once process`: recorded messages through the handlers, each claimed as if a broker had brought it.
+
+Bounded: at most twice as many messages are in hand as run at once. Of an ordered handler's topic, the messages of one
+ordering key run one after the other, as they stand in the file. It stops at a database that does not answer.
+"""
+
+from collections import deque
+from concurrent.futures import Future
+from functools import partial
+from threading import BoundedSemaphore, Lock
+from typing import Annotated, Final
+
+import typer
+
+from exactly_once.app import ExactlyOnce
+from exactly_once.cli.recorded import BadLine, Progressing, messages, opened
+from exactly_once.cli.reference import AppOption, application, usable
+from exactly_once.message import Message
+from exactly_once.outcome import Outcome
+from exactly_once.transport import Delivery, Features
+from exactly_once.verdict import Ack, Hold, Verdict
+from exactly_once.wording import escaped
+
+__all__ = ["command"]
+
+FILE: Final = Features(redelivers=False, counts_attempts=False, ordered=True)
+"""A file brings nothing again: a failure is kept with its time, and a running worker's pump tries it then."""
+SHOWN: Final = 20
+"""So many lines that were left are named; the rest is counted, for a file may have millions."""
+
+_Lane = tuple[str, str]
+
+
+class _Feeding:
+    """One file on its way through the handlers."""
+
+    def __init__(self, eo: ExactlyOnce, concurrency: int) -> None:
+        self.ended = self.left = 0
+        self.named: list[str] = []
+        self.away = False
+        self._runner = eo.runner(concurrency)
+        self._ordered = {wanted.topic for wanted in eo.subscriptions() if wanted.ordered}
+        self._most = 2 * concurrency
+        self._places = BoundedSemaphore(self._most)
+        self._lock = Lock()
+        self._lanes: dict[_Lane, deque[tuple[int, Message]]] = {}
+
+    @property
+    def counts(self) -> dict[Outcome, int]:
+        """How many ended how."""
+        return {Outcome(name): count for name, count in self._runner.observe().items() if count}
+
+    def feed(self, line: int, message: Message) -> None:
+        """Run a message as soon as there is a place for it."""
+        self._places.acquire()
+        lane = None
+        if message.topic in self._ordered and message.ordering_key is not None:
+            lane = (message.topic, message.ordering_key)
+            with self._lock:
+                if lane in self._lanes:
+                    self._lanes[lane].append((line, message))
+                    return
+                self._lanes[lane] = deque()
+        self._run(line, message, lane)
+
+    def leave(self, line: int, why: str) -> None:
+        """Note a line that was not taken care of."""
+        with self._lock:
+            self.left += 1
+            if len(self.named) < SHOWN:
+                self.named.append(f"line {line}: {why}")
+
+    def wait(self) -> None:
+        """Wait until the last one has ended."""
+        for _ in range(self._most):
+            self._places.acquire()
+
+    def stop(self) -> None:
+        """End the threads."""
+        self._runner.stop()
+
+    def _run(self, line: int, message: Message, lane: _Lane | None) -> None:
+        self._runner.run(Delivery(message, None), FILE).add_done_callback(partial(self._finished, line, lane))
+
+    def _finished(self, line: int, lane: _Lane | None, future: "Future[Verdict | Hold]") -> None:
+        if (error := future.exception()) is not None:
+            self.leave(line, f"{type(error).__name__}: {escaped(str(error), 300)}")
+        elif isinstance(future.result(), Hold):
+            self.away = True
+            self.leave(line, "the database does not answer")
+        elif not isinstance(future.result(), Ack):
+            self.leave(line, "not finished; feed it again later")
+        following = None
+        with self._lock:
+            self.ended += 1
+            if lane is not None:
+                if self._lanes[lane]:
+                    following = self._lanes[lane].popleft()
+                else:
+                    del self._lanes[lane]
+        if following is not None:
+            self._run(*following, lane)
+        self._places.release()
+
+
+def command(
+    file: Annotated[str, typer.Argument(metavar="FILE.jsonl", help="One message a line as JSON; - is standard input.")],
+    app: AppOption,
+    topic: Annotated[str | None, typer.Option("--topic", help="For lines that name none.")] = None,
+    concurrency: Annotated[int | None, typer.Option("--concurrency", "-c", min=1, help="Messages at once.")] = None,
+) -> None:
+    """Feed recorded messages from a file through the handlers: what was processed before is a duplicate.
+
+    A line: {"topic": "orders", "body": {"order_no": "A-1"}, "tag": "created", "key": "A-1", "properties": {}}; a body of
+    any bytes is "body_base64". Messages run side by side; those of an ordered handler keep the order of their ordering
+    key. Exits 1 if a line was no message, or its message failed.
+    """
+    eo = application(app)
+    for store in eo.stores.values():
+        usable(store)
+    with opened(file) as stream:
+        feeding = _Feeding(eo, concurrency or eo.config.concurrency.value)
+        try:
+            with Progressing(file, "process") as progress:
+                read = 0
+                for line, read, message in messages(stream, topic):
+                    if isinstance(message, BadLine):
+                        feeding.leave(line, str(message))
+                        continue
+                    feeding.feed(line, message)
+                    progress.show(read, feeding.ended)
+                    if feeding.away:
+                        break
+                feeding.wait()
+                progress.show(read, feeding.ended)
+        finally:
+            feeding.stop()
+    _say(feeding)
+
+
+def _say(feeding: _Feeding) -> None:
+    counts = feeding.counts
+    typer.echo(", ".join(f"{count} {outcome.value}" for outcome, count in counts.items()) or "no messages")
+    if any(not outcome.acknowledge for outcome in counts):
+        typer.echo(
+            "What is not done is kept with the time of its next try; a running worker makes it: exactly-once failures list"
+        )
+    if counts.get(Outcome.DEAD):
+        typer.echo("What is dead is kept until a person decides: exactly-once failures list")
+    for each in feeding.named:
+        typer.echo(each, err=True)
+    if feeding.left > SHOWN:
+        typer.echo(f"... and {feeding.left - SHOWN} more", err=True)
+    if feeding.away:
+        typer.echo(
+            "Stopped there. When the database answers again, feed the same file: what was processed is a duplicate.",
+            err=True,
+        )
+    if feeding.left or any(not outcome.acknowledge or outcome is Outcome.DEAD for outcome in counts):
+        raise SystemExit(1)

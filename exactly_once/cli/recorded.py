@@ -1,0 +1,145 @@
+"""Messages as lines of JSON, one object a line: what `process` and `send` read. Streams; never holds a whole file."""
+
+import base64
+import binascii
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any, Final
+
+import typer
+
+from exactly_once.errors import ConfigurationError
+from exactly_once.message import Message
+from exactly_once.wording import escaped, listed, probably
+
+__all__ = ["BadLine", "Progressing", "messages", "opened"]
+
+NAMES: Final = (
+    "topic", "body", "body_base64", "tag", "key", "ordering_key", "properties", "message_id", "born_at",
+)  # fmt: skip
+
+
+class BadLine(Exception):
+    """A line that is no message."""
+
+
+@contextmanager
+def opened(file: str) -> Iterator[IO[bytes]]:
+    """Open a file, or standard input for "-"."""
+    if file == "-":
+        yield typer.get_binary_stream("stdin")
+        return
+    with ExitStack() as closing:
+        try:
+            stream = closing.enter_context(Path(file).open("rb"))
+        except OSError as error:
+            raise ConfigurationError(f"{file} cannot be read: {error.strerror}.") from error
+        yield stream
+
+
+def messages(stream: IO[bytes], topic: str | None) -> Iterator[tuple[int, int, Message | BadLine]]:
+    """Yield line number, bytes read so far, and the message or what is wrong with the line; empty lines are left out."""
+    read = 0
+    for number, line in enumerate(stream, 1):
+        read += len(line)
+        if not line.strip():
+            continue
+        try:
+            yield number, read, _message(line, topic)
+        except BadLine as bad:
+            yield number, read, bad
+
+
+def _message(line: bytes, topic: str | None) -> Message:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadLine(f"not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise BadLine("not a JSON object")
+    for name in found:
+        if name not in NAMES:
+            raise BadLine(f"unknown member {escaped(name)!r}.{probably(name, NAMES)} Known: {listed(NAMES)}")
+    chosen = found.get("topic", topic)
+    if not isinstance(chosen, str) or not chosen:
+        raise BadLine('no "topic", and no --topic was given')
+    properties = found.get("properties") or {}
+    if not isinstance(properties, dict) or not all(isinstance(value, str) for value in properties.values()):
+        raise BadLine('"properties" is an object of texts')
+    for name in ("tag", "key", "ordering_key", "message_id"):
+        if not isinstance(found.get(name), (str, type(None))):
+            raise BadLine(f'"{name}" is a text')
+    return Message(
+        chosen,
+        _body(found),
+        tag=found.get("tag"),
+        key=found.get("key"),
+        ordering_key=found.get("ordering_key"),
+        properties=properties,
+        message_id=found.get("message_id"),
+        born_at=_moment(found.get("born_at")),
+    )
+
+
+def _body(found: dict[str, Any]) -> bytes | None:
+    if "body_base64" in found:
+        try:
+            return base64.b64decode(found["body_base64"], validate=True)
+        except (TypeError, ValueError, binascii.Error) as error:
+            raise BadLine('"body_base64" is not base64') from error
+    body = found.get("body")
+    if body is None:
+        return None
+    # a text is the body itself; anything else is a body of JSON
+    return (
+        body.encode("utf-8", "surrogatepass")
+        if isinstance(body, str)
+        else json.dumps(body, ensure_ascii=False).encode()
+    )
+
+
+def _moment(text: object) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(str(text))
+    except ValueError as error:
+        raise BadLine('"born_at" is a time such as 2026-01-31T12:00:00+00:00') from error
+    if moment.tzinfo is None:
+        raise BadLine('"born_at" has no time zone')
+    return moment
+
+
+class Progressing:
+    """A progress bar over a file's bytes, on a terminal; silent elsewhere."""
+
+    def __init__(self, file: str, about: str) -> None:
+        import sys
+
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        total = None if file == "-" else Path(file).stat().st_size
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[done]} messages"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._bar.add_task(about, total=total, done=0)
+
+    def __enter__(self) -> "Progressing":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, read: int, done: int) -> None:
+        """Move on to `read` bytes and `done` messages."""
+        self._bar.update(self._task, completed=read, done=done)

@@ -1,0 +1,80 @@
+"""Finds the application a command is about: `shop.consumers:eo`, a module and the name of its `ExactlyOnce` object."""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from exactly_once.app import ExactlyOnce
+from exactly_once.errors import ConfigurationError, ExactlyOnceError, StoreUnavailable
+from exactly_once.store import Store
+from exactly_once.wording import escaped
+
+__all__ = ["AppOption", "TransportOption", "application", "usable"]
+
+AppOption = Annotated[
+    str, typer.Option("--app", "-a", metavar="MODULE:NAME", help="The application: shop.consumers:eo")
+]
+TransportOption = Annotated[
+    str | None,
+    typer.Option("--transport", "-t", metavar="URL", help="Else EXACTLY_ONCE_TRANSPORT, or as the settings say."),
+]
+
+
+def application(reference: str) -> ExactlyOnce:
+    """Import a module and return the `ExactlyOnce` object it names.
+
+    Raises:
+        ConfigurationError: There is no such module or object; the text says which, and what there is.
+    """
+    module_name, colon, attribute = reference.partition(":")
+    if not colon or not module_name or not attribute:
+        raise ConfigurationError(f"{escaped(reference)!r} names no application. It looks like shop.consumers:eo")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` does, so that the command works in the folder of the program
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise ConfigurationError(
+                f"There is no module {error.name!r} here ({here}) or among what is installed. Type the command in the"
+                " folder that holds it, or install it."
+            ) from error
+        raise ConfigurationError(f"Importing {module_name} failed: {error}.") from error
+    except ExactlyOnceError:
+        raise
+    except Exception as error:  # the user's module: whatever it raises, nothing of ours can start
+        raise ConfigurationError(
+            f"Importing {module_name} failed: {type(error).__name__}: {escaped(str(error), 300)}{_where(error)}."
+        ) from error
+    found = module
+    for name in attribute.split("."):
+        found = getattr(found, name, None)  # type: ignore[assignment]
+    if isinstance(found, ExactlyOnce):
+        return found
+    there = sorted(name for name, value in vars(module).items() if isinstance(value, ExactlyOnce))
+    have = f"It has: {', '.join(f'{module_name}:{name}' for name in there)}." if there else "It has no such object."
+    raise ConfigurationError(f"{module_name} has no ExactlyOnce object named {attribute!r}. {have}")
+
+
+def _where(error: BaseException) -> str:
+    if isinstance(error, SyntaxError):
+        return ""  # its text says where
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return "" if last is None else f" ({last.tb_frame.f_code.co_filename}, line {last.tb_lineno})"
+
+
+def usable(store: Store) -> None:
+    """Look whether a database can be used, before anything is begun in it.
+
+    Raises:
+        StoreUnavailable: It does not answer.
+        ConfigurationError: It has not our tables, or lets us not in; the text is the command that mends it.
+    """
+    if (problem := store.problem()) is not None:
+        raise StoreUnavailable(f"{problem}. Start it, or mend EXACTLY_ONCE_DATABASE.")

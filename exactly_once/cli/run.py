@@ -1,0 +1,90 @@
+"""`exactly-once run`: a worker, or several processes of it, until a signal says stop."""
+
+import logging
+import os
+import sys
+from contextlib import ExitStack
+from datetime import timedelta
+from typing import Annotated, TextIO
+
+import typer
+
+from exactly_once.cli.reference import TransportOption, application
+
+__all__ = ["command"]
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to what `sys.stderr` is now: the live line replaces it, and draws itself below what is written there."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: TextIO) -> None:
+        """Nobody sets it."""
+
+
+def log_to_stderr() -> None:
+    """Send log lines to standard error; a library never does this by itself."""
+    handler = _Stderr()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def command(
+    app: Annotated[str, typer.Argument(metavar="MODULE:NAME", help="The application, such as shop.consumers:eo")],
+    transport: TransportOption = None,
+    concurrency: Annotated[int | None, typer.Option("--concurrency", "-c", min=1, help="Messages at once.")] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", "-p", min=1, help="Processes, restarted if one dies.")
+    ] = None,
+    drain_timeout: Annotated[
+        float | None, typer.Option("--drain-timeout", min=0, metavar="SECONDS", help="For running messages to finish.")
+    ] = None,
+    health: Annotated[str | None, typer.Option("--health", metavar="HOST:PORT", help="Serve /live and /ready.")] = None,
+) -> None:
+    """Run a worker until SIGTERM or Ctrl-C: receive, handle, acknowledge.
+
+    Exits 0 when stopped, 1 when messages were given back unfinished, 143 on a second signal.
+    """
+    log_to_stderr()
+    eo = application(app)
+    serving = eo.worker(
+        transport,
+        concurrency=concurrency,
+        drain_timeout=None if drain_timeout is None else timedelta(seconds=drain_timeout),
+    )
+    number = processes or eo.config.processes.value
+    address = health or eo.config.health.value
+    if number > 1:
+        from exactly_once.processes import child_command, supervise
+
+        raise SystemExit(
+            supervise(
+                child_command(sys.argv[1:]), processes=number, drain_timeout=serving.drain_timeout, health=address
+            )
+        )
+    from exactly_once.health import Health
+    from exactly_once.progress import Progress
+    from exactly_once.signals import SUPERVISED, leave, run_until_signal
+
+    supervised = bool(os.environ.get(SUPERVISED))
+    with ExitStack() as beside:
+        if address and not supervised:  # one port answers for all processes, and the supervisor has it
+            beside.enter_context(Health(serving, address))
+        progress = Progress(lambda: serving.counts)
+
+        def start() -> None:
+            serving.start()
+            progress.start()
+            beside.callback(progress.stop)
+
+        code = run_until_signal(serving, start=start)
+    # at once: a native client library's threads must not keep the interpreter from ending
+    leave(code)

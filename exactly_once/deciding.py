@@ -1,0 +1,222 @@
+"""What a person decides about failed messages: list, look, requeue, discard; and a handler that got another name.
+
+Each is one transaction. `requeue` only sets a time: a running worker's pump runs the message then, under its claim like
+any other. `discard` writes the claim row beside the decision, or the broker's next copy would run what a person settled.
+
+A *broken* message's claim was committed by its handler, with half of its effects. Requeued, it would pass for a duplicate
+and be closed without having run, so `requeue` takes that claim back; therefore it touches broken ones only where a person
+names them. Called by the command line.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, Connection, Row, Table, and_, delete, exists, func, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import IntegrityError
+
+from exactly_once.errors import ConfigurationError
+from exactly_once.failures import CLOSED, OPEN
+from exactly_once.schema import CONSUMED, Tables, utcnow
+from exactly_once.wording import escaped, probably
+from exactly_once.wording import listed as named
+
+__all__ = ["Chosen", "Requeued", "count", "discard", "listed", "rename", "requeue", "shown"]
+
+_IDENTITY: Final = ("id", "state", "consumer_group", "handler", "business_key", "last_failed_at")
+_DUPLICATE_ENTRY: Final = 1062  # MySQL's and MariaDB's errno
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """Which failures a command is about; what is None does not narrow.
+
+    Raises:
+        ConfigurationError: There is no such state: a misspelled one would match nothing, in silence.
+    """
+
+    group: str
+    ids: Sequence[int] = ()
+    handler: str | None = None
+    error_class: str | None = None
+    key: str | None = None
+    states: Sequence[str] = OPEN
+
+    def __post_init__(self) -> None:
+        for state in self.states:
+            if state not in (*OPEN, *CLOSED):
+                raise ConfigurationError(
+                    f"There is no state '{escaped(state)}'.{probably(state, (*OPEN, *CLOSED))} There are: "
+                    f"{named((*OPEN, *CLOSED))}."
+                )
+
+    def where(self, t: Table) -> ColumnElement[bool]:
+        """Return the condition."""
+        narrow: list[ColumnElement[bool]] = [t.c.consumer_group == self.group, t.c.state.in_(self.states)]
+        if self.ids:
+            narrow.append(t.c.id.in_(self.ids))
+        if self.handler is not None:
+            narrow.append(t.c.handler == self.handler)
+        if self.error_class is not None:
+            narrow.append(t.c.error_class == self.error_class)
+        if self.key is not None:
+            narrow.append(t.c.business_key == self.key)
+        return and_(*narrow)
+
+
+def listed(connection: Connection, tables: Tables, chosen: Chosen, *, limit: int) -> Sequence[Row[Any]]:
+    """Return failures, newest first, without their bodies."""
+    t = tables.failure
+    columns = [column for column in t.c if column.name not in ("body", "properties", "fingerprint")]
+    return connection.execute(select(*columns).where(chosen.where(t)).order_by(t.c.id.desc()).limit(limit)).all()
+
+
+def count(connection: Connection, tables: Tables, chosen: Chosen) -> int:
+    """Return how many there are."""
+    t = tables.failure
+    return connection.execute(select(func.count()).select_from(t).where(chosen.where(t))).scalar_one()
+
+
+def shown(connection: Connection, tables: Tables, group: str, id_: int) -> Row[Any] | None:
+    """Return one failure, whole, in whichever state."""
+    t = tables.failure
+    return connection.execute(select(t).where(t.c.consumer_group == group, t.c.id == id_)).one_or_none()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requeued:
+    """What a requeue did."""
+
+    count: int
+    """How many run again, broken ones included."""
+    broken: int
+    """How many of them were broken: what their handler committed before is still there."""
+    left_out: int
+    """Broken ones that would have matched, and were not named."""
+
+
+def requeue(
+    connection: Connection, tables: Tables, chosen: Chosen, *, by: str, why: str | None, per_second: float | None
+) -> Requeued:
+    """Let the pump run these again, oldest first.
+
+    Broken ones are left out unless they are chosen by id, or by the state "broken" alone or among others that were named.
+
+    Args:
+        connection: In a transaction of the caller's.
+        tables: Ours.
+        chosen: Which.
+        by: Who decided.
+        why: For what reason.
+        per_second: At most so many a second fall due, by the server's clock; None is all at once.
+
+    Raises:
+        ConfigurationError: A settled state was chosen: its claim stands, so it would not run.
+    """
+    if settled := [state for state in chosen.states if state in CLOSED]:
+        raise ConfigurationError(
+            f"What is {' or '.join(settled)} cannot be requeued: its key counts as consumed, so it would pass for a"
+            " duplicate. Have the producer send it under another key."
+        )
+    t = tables.failure
+    broken_too = bool(chosen.ids) or tuple(chosen.states) != OPEN
+    rows = connection.execute(
+        select(*(t.c[name] for name in _IDENTITY)).where(chosen.where(t)).order_by(t.c.id).with_for_update()
+    ).all()
+    wanted = [row for row in rows if broken_too or row.state != "broken"]
+    broken = [row for row in wanted if row.state == "broken"]
+    for row in broken:
+        _take_back(connection, tables.idempotent, row)
+    for number, row in enumerate(wanted):
+        due = utcnow(number / per_second) if per_second else utcnow()
+        connection.execute(
+            update(t).where(t.c.id == row.id).values(state="requeued", next_attempt_at=due, **_decided(by, why))
+        )
+    return Requeued(count=len(wanted), broken=len(broken), left_out=len(rows) - len(wanted))
+
+
+def _take_back(connection: Connection, claims: Table, row: Row[Any]) -> None:
+    """Delete the claim a broken attempt committed; one made since is another copy's, and that was processed whole."""
+    if row.business_key is not None:
+        connection.execute(
+            delete(claims).where(
+                claims.c.consumer_group == row.consumer_group,
+                claims.c.handler == row.handler,
+                claims.c.business_key == row.business_key,
+                claims.c.status == CONSUMED,
+                # both by the server's clock; the failure was written down after the attempt that made the claim
+                claims.c.consumed_at <= row.last_failed_at,
+            )
+        )
+
+
+def discard(connection: Connection, tables: Tables, chosen: Chosen, *, by: str, why: str | None) -> int:
+    """Settle these for good, and return how many: they do not run again, and neither does another copy of them."""
+    t = tables.failure
+    rows = connection.execute(select(t).where(chosen.where(t)).order_by(t.c.id).with_for_update()).all()
+    for row in rows:
+        if row.business_key is not None:
+            _claim(connection, tables.idempotent, row)
+        connection.execute(
+            update(t).where(t.c.id == row.id).values(state="discarded", next_attempt_at=None, **_decided(by, why))
+        )
+    return len(rows)
+
+
+def _claim(connection: Connection, claims: Table, row: Row[Any]) -> None:
+    """Write the claim unless the key has one: another payload's, or that of a copy that was processed."""
+    values = {
+        "consumer_group": row.consumer_group,
+        "handler": row.handler,
+        "business_key": row.business_key,
+        "status": CONSUMED,
+        "message_id": row.message_id,
+        "fingerprint": row.fingerprint,
+        "retry_times": row.attempts,
+        "owner": "discarded",
+        "born_at": row.born_at,
+        "created_at": utcnow(),
+        "consumed_at": utcnow(),
+    }
+    match connection.dialect.name:
+        case "postgresql":
+            connection.execute(postgresql.insert(claims).values(values).on_conflict_do_nothing())
+        case "sqlite":
+            # not in a savepoint: its driver begins no transaction for one, so its release would commit the claim alone
+            connection.execute(sqlite.insert(claims).values(values).on_conflict_do_nothing())
+        case _:
+            try:
+                with connection.begin_nested():
+                    connection.execute(insert(claims).values(values))
+            except IntegrityError as error:
+                if error.orig is None or error.orig.args[0] != _DUPLICATE_ENTRY:
+                    raise
+
+
+def rename(connection: Connection, tables: Tables, group: str, old: str, new: str) -> Mapping[str, int]:
+    """Give all rows of a handler to its new name, in the caller's transaction; returns how many, by table.
+
+    Raises:
+        ConfigurationError: Both names have claims on one key: which of the two was meant cannot be known.
+    """
+    moved: dict[str, int] = {}
+    for table in (tables.idempotent, tables.step, tables.failure):
+        other = table.alias("other")
+        names = [c.name for c in table.primary_key if c.name != "handler"]
+        if table is tables.failure:
+            names = ["consumer_group", "failure_key", "fingerprint"]
+        both = exists().where(*(other.c[name] == table.c[name] for name in names), other.c.handler == new)
+        mine = and_(table.c.consumer_group == group, table.c.handler == old)
+        twice = connection.execute(select(func.count()).select_from(table).where(mine, both)).scalar_one()
+        if twice:
+            raise ConfigurationError(
+                f"Both {old!r} and {new!r} have rows for {twice} key(s) in {table.name}; nothing was renamed. They were run"
+                " under both names: look at those keys first."
+            )
+        moved[table.name] = connection.execute(update(table).where(mine).values(handler=new)).rowcount
+    return moved
+
+
+def _decided(by: str, why: str | None) -> dict[str, Any]:
+    return {"decided_by": by[:255], "decided_at": utcnow(), "decided_why": why}

@@ -1,0 +1,331 @@
+"""One delivery for one handler: read, try, record what failed, and say what the worker shall do. The only caller of `attempt`.
+
+It reads top to bottom as its story. Effects are the attempt's transaction and the failure store's; the decisions between
+them are `policy`'s, from values. Nothing here knows a broker: what the broker can do arrives as `Features`.
+"""
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, Final
+from uuid import uuid4
+
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
+
+from exactly_once.attempt import Ended, How, attempt
+from exactly_once.dialects import ClaimRow, Trouble
+from exactly_once.errors import ConfigurationError, PayloadConflict, Reject, RetryLater, StoreUnavailable
+from exactly_once.failures import MESSAGE_ID_BYTES, Failure, words_of
+from exactly_once.guards.transaction import TransactionGuard
+from exactly_once.guards.watch import let_go
+from exactly_once.handler import Plan, Reading, check_result
+from exactly_once.message import Message
+from exactly_once.outcome import Outcome
+from exactly_once.policy import ByBroker, ByPump, Decision, Park, decide, retry_for, spent, wait_delay
+from exactly_once.store import Store
+from exactly_once.transport import Features
+from exactly_once.verdict import Ack, Hold, Redeliver, Verdict
+from exactly_once.wording import escaped, storable
+
+__all__ = ["FOREIGN", "Delivering", "Told"]
+
+FOREIGN: Final = Features(redelivers=True, counts_attempts=False)
+"""A consumer loop that is not ours: it brings a message back by itself, and nothing else is known of it."""
+
+_TRANSIENT_TRIES: Final = 4  # a deadlock's victim succeeds at its second try; four cover a hot row, no more
+_RECORD_TRIES: Final = (False, False, False, True)
+_UNRECORDED: Final = timedelta(seconds=5)  # neither run nor stored: not in a tight circle
+# keys that failed in this process, for loops that do not count deliveries; one forgotten leaves its row to the sweep
+_REMEMBERED: Final = 10_000
+_OWNER: Final = f"{socket.gethostname()[:40]}:{os.getpid()}"
+
+_log = logging.getLogger("exactly_once.failures")
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What became of a delivery for one handler, and what the worker is to do."""
+
+    outcome: Outcome
+    verdict: "Verdict | Hold"
+
+
+_ACK: Final = Ack()
+_PROCESSED: Final = Told(Outcome.PROCESSED, _ACK)
+_DUPLICATE: Final = Told(Outcome.DUPLICATE, _ACK)
+_DEAD: Final = Told(Outcome.DEAD, _ACK)
+
+
+class Delivering:
+    """One handler on one database, ready to be told of deliveries; made once, at start.
+
+    Args:
+        plan: The handler, everything about it decided.
+        store: The database its messages are routed to.
+        group: The consumer group.
+        enforce: False runs duplicates all the same, and counts them.
+    """
+
+    def __init__(self, plan: Plan, store: Store, group: str, *, enforce: bool = True) -> None:
+        self.plan, self.store, self.group, self._enforce = plan, store, group, enforce
+        self._seen_failing: dict[str, None] = {}
+        self._guard = TransactionGuard(store.dialect, claim_wait=plan.guard.claim_wait)
+        self._open: Callable[[], tuple[Session, Any]] = store.open_async if plan.is_async else store.open
+        self._call = self._call_awaited if plan.is_async else self._call_plain
+
+    def run(self, message: Message, features: Features, *, pumped: bool = False, foreign: bool = False) -> Told:
+        """Tell the whole story of one delivery; blocks (in a greenlet: awaits) until it has an end.
+
+        Args:
+            message: What was delivered.
+            features: What the source of the delivery can do.
+            pumped: It comes from the failure store.
+            foreign: A consumer loop that is not ours asks; nothing is scheduled.
+
+        Returns:
+            Outcome and verdict. A store that does not answer gives `Hold`.
+
+        Raises:
+            ConfigurationError: The database is set up so that no claim can be trusted.
+        """
+        reading = self.plan.read(message)
+        if reading.key is None or reading.error is not None:
+            assert reading.error is not None
+            return self._failed(message, reading, reading.error, features, foreign)
+        row = ClaimRow(
+            self.group,
+            self.plan.name,
+            reading.key,
+            reading.fingerprint,
+            storable(message.message_id, MESSAGE_ID_BYTES),
+            message.attempt,
+            _OWNER,
+            message.born_at,
+        )
+        try:
+            if not pumped and spent(message.attempt, features):
+                return self._spent(message, reading, row, features, foreign)
+            if self.plan.ordered and message.ordering_key is not None and self._blocked(message, reading):
+                return self._wait(Outcome.WAITING, message, reading, features, foreign)
+            return self._try(message, reading, row, features, pumped, foreign)
+        except StoreUnavailable as error:
+            return self._away(error)
+        except ConfigurationError:
+            raise  # no message is to be blamed for it
+        except Exception:  # a statement of ours before the attempt: nothing ran, so nothing is acknowledged
+            _log.exception("message_not_run handler=%s key=%s", self.plan.name, escaped(reading.key))
+            return Told(Outcome.WAITING, Redeliver(_UNRECORDED))
+
+    # -- the tries ---------------------------------------------------------------------------------------------------
+
+    def _try(
+        self, message: Message, reading: Reading, row: ClaimRow, features: Features, pumped: bool, foreign: bool
+    ) -> Told:
+        def handle(handed: Any) -> None:
+            self._call(handed, reading, message)
+
+        # only a message that came before can have a failure row to close; others do not pay a statement for it
+        before = pumped or message.attempt > 1 or row.key in self._seen_failing
+        complete = self._resolving(row) if before else None
+        transient = immediate = 0
+        while True:
+            ended = attempt(
+                self._open, self._guard, self.store.dialect, row, handle, complete=complete, enforce=self._enforce
+            )
+            match ended.how:
+                case How.PROCESSED:
+                    if before:
+                        self._seen_failing.pop(row.key, None)
+                    if ended.again:
+                        _log.warning("duplicate_ran handler=%s key=%s enforce=False", row.handler, escaped(row.key))
+                    return _PROCESSED
+                case How.DUPLICATE:
+                    return _DUPLICATE
+                case How.AWAY:
+                    return self._away(ended.error)
+                case How.IN_PROGRESS if ended.again and transient < 1:
+                    transient += 1
+                case How.TRANSIENT if transient < _TRANSIENT_TRIES:
+                    transient += 1
+                case How.FAILED if immediate < self._immediate(ended.error):
+                    immediate += 1
+                case _:
+                    return self._ended(ended, message, reading, features, foreign)
+
+    def _ended(self, ended: Ended, message: Message, reading: Reading, features: Features, foreign: bool) -> Told:
+        match ended.how:
+            case How.IN_PROGRESS:
+                return self._wait(Outcome.IN_PROGRESS, message, reading, features, foreign)
+            case How.UNKNOWN:
+                return self._wait(Outcome.UNKNOWN, message, reading, features, foreign)
+            case How.CONFLICT:
+                assert reading.key is not None
+                error = PayloadConflict(self.plan.explain_conflict(ended.fingerprint, message, reading.key))
+                return self._failed(message, reading, error, features, foreign)
+            case How.BROKEN:
+                assert ended.error is not None
+                return self._record(message, reading, ended.error, lambda attempts: Park("broken", str(ended.error)))
+            case _:
+                assert ended.error is not None
+                return self._failed(message, reading, ended.error, features, foreign)
+
+    def _immediate(self, error: BaseException | None) -> int:
+        if error is None or isinstance(error, (Reject, RetryLater)):
+            return 0
+        return retry_for(self.plan.retry, error).immediate
+
+    def _call_plain(self, handed: Any, reading: Reading, message: Message) -> None:
+        check_result(self.plan.call(handed, reading, message))
+
+    def _call_awaited(self, handed: Any, reading: Reading, message: Message) -> None:
+        result: Any = self.plan.call(handed, reading, message)
+        check_result(await_only(result))
+
+    def _resolving(self, row: ClaimRow) -> Callable[[Session], object]:
+        failures = self.store.failures
+        return lambda session: failures.resolve(
+            session, row.group, row.handler, row.key, row.fingerprint, row.message_id
+        )
+
+    # -- what is not a success ---------------------------------------------------------------------------------------
+
+    def _spent(self, message: Message, reading: Reading, row: ClaimRow, features: Features, foreign: bool) -> Told:
+        """A message whose deliveries are used up: consumed long ago (only its acks were lost), else parked, never run."""
+        session, _ = self._open()
+        try:
+            if self._guard.consumed(session, row):
+                return _DUPLICATE
+        finally:
+            let_go(session)
+        error = Reject(
+            f"attempts spent, never finished: delivered {message.attempt} times, and each time the process ended before"
+            " the handler did. Look for what kills it, then: exactly-once failures requeue"
+        )
+        return self._failed(message, reading, error, features, foreign)
+
+    def _blocked(self, message: Message, reading: Reading) -> bool:
+        failure = self._failure(message, reading, Reject(""))
+        session, _ = self._open()
+        try:
+            return self.store.failures.blocked(session, failure, after_dead_wait=self.plan.after_dead == "wait")
+        except Exception as error:
+            if self.store.away(error):
+                raise StoreUnavailable("The database does not answer; nothing ran.") from error
+            raise
+        finally:
+            let_go(session)
+
+    def _wait(self, outcome: Outcome, message: Message, reading: Reading, features: Features, foreign: bool) -> Told:
+        """Not failed, only not now: asked again later, uncounted; near the broker's limit kept in the failure store."""
+        decision = wait_delay(outcome, features=features, delivery_attempt=message.attempt, foreign=foreign)
+        if isinstance(decision, ByBroker):
+            return Told(outcome, Redeliver(decision.delay))
+        error = Reject(f"{outcome.value}: not run yet, and the broker would not bring it again")
+        return self._record(message, reading, error, lambda attempts: decision, counted=False, outcome=outcome)
+
+    def _failed(
+        self, message: Message, reading: Reading, error: BaseException, features: Features, foreign: bool
+    ) -> Told:
+        retry = self.plan.retry
+
+        def by_policy(attempts: int) -> Decision:
+            return decide(
+                error,
+                attempts=attempts,
+                retry=retry,
+                features=features,
+                delivery_attempt=message.attempt,
+                foreign=foreign,
+            )
+
+        return self._record(message, reading, error, by_policy)
+
+    def _record(
+        self,
+        message: Message,
+        reading: Reading,
+        error: BaseException,
+        decision_of: Callable[[int], Decision],
+        *,
+        counted: bool = True,
+        outcome: Outcome = Outcome.FAILED,
+    ) -> Told:
+        """Write it down in a new transaction; if that fails, nothing is acknowledged and the message comes again."""
+        failure = replace(self._failure(message, reading, error), counted=counted)
+        for last in _RECORD_TRIES:
+            session, _ = self._open()
+            try:
+                decision, attempts = self.store.failures.record(session, failure, decision_of)
+                break
+            except Exception as problem:
+                match self.store.dialect.trouble(problem):
+                    case Trouble.UNAVAILABLE if not self._cut_by_this_one(problem):
+                        return self._away(problem)
+                    case Trouble.TRANSIENT | Trouble.UNAVAILABLE if not last:
+                        continue
+                _log.exception("failure_not_recorded handler=%s key=%s", self.plan.name, escaped(failure.failure_key))
+                return Told(outcome, Redeliver(_UNRECORDED))
+            finally:
+                let_go(session)
+        _log.log(
+            logging.WARNING if counted else logging.INFO,
+            "message_failed handler=%s key=%s attempts=%d next=%s error=%s: %s",
+            self.plan.name,
+            escaped(failure.failure_key[2:], 120),
+            attempts,
+            _told(decision),
+            type(error).__name__,
+            escaped(words_of(error), 300),
+        )
+        match decision:
+            case Park():
+                return _DEAD
+            case ByPump():
+                return Told(outcome, _ACK)  # stored with its time: the pump owns the next try, the broker is done
+            case ByBroker(delay):
+                if failure.key is not None:
+                    if len(self._seen_failing) >= _REMEMBERED:
+                        self._seen_failing.clear()
+                    self._seen_failing[failure.key] = None
+                return Told(outcome, Redeliver(delay))
+
+    def _failure(self, message: Message, reading: Reading, error: BaseException) -> Failure:
+        if reading.key is None and not message.message_id:
+            # nothing to know it by: never the same as another, or one of the two would be lost on requeue
+            message = replace(message, message_id=f"anonymous-{uuid4().hex}")
+        return Failure(self.group, self.plan.name, reading.key, reading.fingerprint, message, error)
+
+    def _cut_by_this_one(self, problem: Exception) -> bool:
+        """Say whether the server cut the connection and yet answers: MySQL does so to a body that is too large for it.
+
+        Taken for an outage, one such message would stop the whole worker again and again, for ever.
+        """
+        if not getattr(problem, "connection_invalidated", False):
+            return False
+        session, _ = self._open()
+        try:
+            session.execute(text("SELECT 1"))
+        except Exception:  # whatever it says: away
+            return False
+        else:
+            return True
+        finally:
+            let_go(session)
+
+    def _away(self, error: BaseException | None) -> Told:
+        return Told(Outcome.WAITING, Hold(self.store.name))
+
+
+def _told(decision: Decision) -> str:
+    match decision:
+        case Park(state):
+            return state
+        case ByPump(delay):
+            return f"pump+{delay.total_seconds():g}s"
+        case ByBroker(delay):
+            return f"broker+{delay.total_seconds():g}s"

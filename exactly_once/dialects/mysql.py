@@ -1,0 +1,180 @@
+"""MySQL and MariaDB through PyMySQL and asyncmy.
+
+Locking: InnoDB lets a second INSERT of a key wait on the first one's row lock; the loser gets errno 1062 and *keeps a
+shared lock* on the row, so it rolls back at once. A deadlock (1213) throws the whole transaction away, claim included,
+and the next statement silently begins another: `lost` tells the watch, for COMMIT alone would keep effects without a
+claim. Most DDL commits the open transaction on its way. A lock wait that timed out (1205) undoes its statement only,
+unless innodb_rollback_on_timeout is on.
+
+The wait is in whole seconds on these servers. MariaDB bounds the one statement; MySQL knows only the session's setting,
+so there the bound holds for the handler's own lock waits too.
+
+asyncmy sends several statements in one text. A procedure that commits, called behind the first of them, is seen only once
+that first one's result was closed.
+
+Keys are VARBINARY: compared byte by byte, neither case nor trailing spaces are folded.
+"""
+
+from collections.abc import MutableMapping
+from datetime import UTC
+from typing import Any, Final
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from exactly_once.dialects import ClaimBusy, ClaimRow, Known, State, Trouble
+from exactly_once.dialects.keywords import refused
+from exactly_once.errors import ConfigurationError
+
+__all__ = ["CLAIM", "KNOWN", "MySQL"]
+
+CLAIM: Final = (
+    "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, message_content, fingerprint,"
+    " retry_times, owner, born_at, created_at, consumed_at) VALUES"
+    " (%s, %s, %s, 1, %s, %s, %s, %s, %s, %s, UTC_TIMESTAMP(6), UTC_TIMESTAMP(6))"
+)
+BOUND: Final = "SET STATEMENT innodb_lock_wait_timeout = {seconds} FOR "
+# locking, so that it sees what is committed now and not an older snapshot of the caller's transaction
+KNOWN: Final = (
+    "SELECT status, fingerprint, owner FROM {table}"
+    " WHERE consumer_group = %s AND handler = %s AND business_key = %s LOCK IN SHARE MODE"
+)
+PREPARE: Final = "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode, @@autocommit"
+
+_IN_TRANSACTION: Final = 1  # SERVER_STATUS_IN_TRANS of the protocol's OK packet
+_DUPLICATE: Final = 1062
+_LOCK_WAIT: Final = 1205
+_DEADLOCK: Final = 1213
+_CHANGED: Final = 1020  # MariaDB's innodb_snapshot_isolation: the row changed since this transaction's snapshot
+_TRANSIENT: Final = frozenset({_LOCK_WAIT, _DEADLOCK, _CHANGED})
+# gone away, lost, killed, shutting down, refused, out of connections, out of disk, read only after a failover
+_UNAVAILABLE: Final = frozenset(
+    {1021, 1037, 1040, 1041, 1049, 1053, 1077, 1079, 1152, 1158, 1159, 1160, 1161, 1203, 1226, 1290, 1317, 1792, 1836,
+     1927, 2002, 2003, 2006, 2013, 2014, 2055, 3169, 4031}
+)  # fmt: skip
+_GONE: Final = (ConnectionError, TimeoutError, EOFError)
+_LOST: Final = frozenset({_DEADLOCK, _CHANGED, 1317, 1927, 2006, 2013, 2055})
+
+
+class MySQL:
+    """See the module."""
+
+    name = "mysql"
+
+    def __init__(self, table: str) -> None:
+        self._claim = CLAIM.replace("{table}", table)
+        self._known = KNOWN.replace("{table}", table)
+
+    def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
+        seconds = max(1, -(-wait_ms // 1000))
+        cursor = dbapi.cursor()
+        try:
+            cursor.execute(PREPARE)
+            version, rollback_on_timeout, modes, autocommit = cursor.fetchone()
+            if autocommit:
+                raise ConfigurationError(
+                    "The engine is in AUTOCOMMIT: a claim would be kept although its handler failed, and the message"
+                    " lost. Take isolation_level='AUTOCOMMIT' off the engine given to exactly_once."
+                )
+            if "STRICT" not in str(modes):
+                raise ConfigurationError(
+                    "sql_mode has no STRICT_TRANS_TABLES: the server would cut long values in silence."
+                    " Type: SET GLOBAL sql_mode = CONCAT(@@sql_mode, ',STRICT_TRANS_TABLES')"
+                )
+            bounds_one_statement = "MariaDB" in str(version)
+            if not bounds_one_statement:
+                cursor.execute(f"SET SESSION innodb_lock_wait_timeout = {seconds:d}")
+        finally:
+            cursor.close()
+        bound = BOUND.replace("{seconds}", f"{seconds:d}") if bounds_one_statement else ""
+        info[self] = (bound + self._claim, bool(rollback_on_timeout))
+
+    def claim(
+        self, dbapi: Any, info: MutableMapping[Any, Any], row: ClaimRow, *, wait_ms: int, savepoint: bool
+    ) -> bool:
+        text = info[self][0]
+        values = (
+            row.group.encode(), row.handler.encode(), row.key.encode(), row.message_id, row.content, row.fingerprint,
+            row.attempt - 1, row.owner, None if row.born_at is None else row.born_at.astimezone(UTC).replace(tzinfo=None),
+        )  # fmt: skip
+        cursor = dbapi.cursor()
+        try:
+            if savepoint:
+                cursor.execute("SAVEPOINT exactly_once")
+            try:
+                cursor.execute(text, values)
+            except Exception as error:
+                code = _errno(error)
+                if savepoint and code != _DEADLOCK:
+                    cursor.execute("ROLLBACK TO SAVEPOINT exactly_once")
+                if code == _DUPLICATE:
+                    return False
+                if code in _TRANSIENT:
+                    raise ClaimBusy(again=code != _LOCK_WAIT) from error
+                raise
+            return True
+        finally:
+            cursor.close()
+
+    def known(self, dbapi: Any, row: ClaimRow, *, end: bool) -> Known | None:
+        cursor = dbapi.cursor()
+        try:
+            cursor.execute(self._known, (row.group.encode(), row.handler.encode(), row.key.encode()))
+            found = cursor.fetchone()
+        finally:
+            cursor.close()
+            if end:
+                dbapi.rollback()  # the refused INSERT left a shared lock on the row; pruning would wait for it
+        if found is None:
+            return None
+        status, fingerprint, owner = found
+        return Known(int(status), bytes(fingerprint), owner)
+
+    def state(self, dbapi: Any) -> State:
+        driver = getattr(dbapi, "driver_connection", None) or dbapi
+        if not driver.server_status & _IN_TRANSACTION:
+            return State.IDLE
+        # asyncmy takes over a new status only where it is not 0, and 0 is what COMMIT and ROLLBACK sent as text answer;
+        # the last result has it. Without the newer end of a result, rows come without a status, and 0 says nothing
+        result = driver._result if getattr(driver, "_deprecate_eof", False) else None  # noqa: SLF001
+        ended = result is not None and not result.server_status & _IN_TRANSACTION
+        return State.IDLE if ended else State.OPEN
+
+    def trouble(self, error: BaseException) -> Trouble:
+        if isinstance(error, PoolTimeout):
+            return Trouble.UNAVAILABLE
+        code = _errno(error)
+        if code is None:
+            gone = isinstance(error, _GONE) or (isinstance(error, DBAPIError) and error.connection_invalidated)
+            gone = gone or _is_closed(error)
+            return Trouble.UNAVAILABLE if gone else Trouble.UNKNOWN
+        if code in _TRANSIENT:
+            return Trouble.TRANSIENT
+        if code in _UNAVAILABLE:
+            return Trouble.UNAVAILABLE
+        return Trouble.REFUSED if 1000 <= code < 2000 or code >= 3000 else Trouble.UNKNOWN
+
+    def hopeless(self, error: BaseException) -> bool:
+        return _errno(error) in (1044, 1045, 1049, 1698)  # access denied, unknown database
+
+    def lost(self, dbapi: Any, info: MutableMapping[Any, Any], error: BaseException) -> bool:
+        code = _errno(error)
+        if code is None:
+            return isinstance(error, _GONE)  # a broken connection as asyncmy's streams raise it
+        return code in _LOST or (code == _LOCK_WAIT and info[self][1])
+
+    def refuses(self, statement: str) -> str | None:
+        return refused(statement, True)
+
+
+def _is_closed(error: BaseException) -> bool:
+    """Both drivers say 0, and no more, of a connection they closed when it was lost; so a rollback hides what was lost."""
+    origin = error.orig if isinstance(error, DBAPIError) else error
+    return type(origin).__name__ == "InterfaceError" and getattr(origin, "args", ())[:1] == (0,)
+
+
+def _errno(error: BaseException) -> int | None:
+    origin = error.orig if isinstance(error, DBAPIError) else error
+    if isinstance(origin, BaseException) and origin.args and isinstance(origin.args[0], int):
+        return origin.args[0] or None
+    return None

@@ -1,0 +1,245 @@
+"""Looks at everything a promise rests on, and says what to do: database, driver, durability, broker, handlers.
+
+Each check returns findings; nothing is changed (the claims it tries are rolled back). The command line prints them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final
+
+from sqlalchemy import Engine, func, select, text
+from sqlalchemy.util import greenlet_spawn
+
+from exactly_once.app import ExactlyOnce
+from exactly_once.application import decorated_above
+from exactly_once.errors import ConfigurationError, ExactlyOnceError, TransportError
+from exactly_once.handler import Plan
+from exactly_once.schema import utcnow
+from exactly_once.store import Store, claims_twice
+from exactly_once.transport import Transport
+from exactly_once.wording import escaped, listed, probably
+
+__all__ = ["Finding", "Mark", "examine"]
+
+_SKEW_S: Final = 5.0  # nothing depends on the worker's clock; far off, its log lines mislead
+
+
+class Mark(Enum):
+    """How bad it is."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "FAIL"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report."""
+
+    mark: Mark
+    text: str
+
+
+def examine(eo: ExactlyOnce, transport: Transport | None) -> Iterator[Finding]:
+    """Yield what was found, in the order a person would mend it.
+
+    Args:
+        eo: The application.
+        transport: Its broker; None looks at no broker.
+    """
+    try:
+        plans = eo.plans
+    except ConfigurationError as error:
+        yield Finding(Mark.FAIL, str(error))
+        return
+    yield from _handlers(plans)
+    for store in eo.stores.values():
+        yield from _store(eo, store, plans)
+    if transport is not None:
+        yield from _broker(eo, transport)
+    else:
+        yield Finding(Mark.WARN, "No broker was looked at: give --transport, or set EXACTLY_ONCE_TRANSPORT.")
+
+
+# -- handlers --------------------------------------------------------------------------------------------------------
+
+
+def _handlers(plans: tuple[Plan, ...]) -> Iterator[Finding]:
+    if not plans:
+        yield Finding(Mark.FAIL, "No handlers are registered. Import their module: EXACTLY_ONCE_IMPORTS=shop.consumers")
+        return
+    yield Finding(Mark.OK, f"{len(plans)} handler(s): {listed(plan.name for plan in plans)}")
+    for plan in plans:
+        for warning in plan.warnings:
+            yield Finding(Mark.WARN, warning)
+        if (above := decorated_above(plan, plans)) is not None:
+            yield Finding(Mark.FAIL, above)
+
+
+# -- one database ----------------------------------------------------------------------------------------------------
+
+
+def _store(eo: ExactlyOnce, store: Store, plans: tuple[Plan, ...]) -> Iterator[Finding]:
+    where = f"database {store.name!r}"
+    try:
+        problem = store.problem()
+    except ExactlyOnceError as error:
+        yield Finding(Mark.FAIL, str(error))
+        return
+    if problem is not None:
+        yield Finding(Mark.FAIL, f"{problem}. Start it, or mend EXACTLY_ONCE_DATABASE.")
+        return
+    yield Finding(Mark.OK, f"{where}: {store.engine.url.render_as_string(hide_password=True)} answers, schema at head")
+    if not store.answers():
+        yield Finding(Mark.FAIL, f"{where} is read only (a standby?): point EXACTLY_ONCE_DATABASE at the primary.")
+        return
+    yield _self_check(where, lambda: claims_twice(store.dialect, store.open, eo.group), "sync")
+    if any(plan.is_async for plan in plans):
+        yield _self_check(where, lambda: _claims_twice_async(store, eo.group), "async")
+    with store.engine.connect() as connection:
+        yield from {"postgresql": _postgresql, "sqlite": _sqlite}.get(store.dialect.name, _mysql)(where, connection)
+        yield Finding(Mark.OK, f"{where}: isolation is {connection.get_isolation_level()}")
+        skew = abs((connection.execute(select(utcnow())).scalar_one() - _now()).total_seconds())
+        if skew > _SKEW_S:
+            yield Finding(
+                Mark.WARN, f"{where}: its clock and this machine's differ by {skew:.0f} s; only log times mislead"
+            )
+        yield from _unknown_handlers(connection, store, eo.group, plans)
+    yield _pool(where, store.engine, eo.config.concurrency.value)
+
+
+def _now() -> Any:
+    from datetime import UTC, datetime
+
+    return datetime.now(UTC)
+
+
+def _self_check(where: str, claims: Callable[[], tuple[bool, bool]], kind: str) -> Finding:
+    try:
+        seen = claims()
+    except Exception as error:
+        told = escaped(str(error), 300)
+        return Finding(Mark.FAIL, f"{where}: a claim through the {kind} driver fails ({type(error).__name__}: {told})")
+    if seen == (True, False):
+        return Finding(Mark.OK, f"{where}: through the {kind} driver a key claimed twice is won, then known")
+    return Finding(
+        Mark.FAIL, f"{where}: through the {kind} driver a key claimed twice is seen as {seen}: duplicates would run"
+    )
+
+
+def _claims_twice_async(store: Store, group: str) -> tuple[bool, bool]:
+    import asyncio
+
+    async def both() -> tuple[bool, bool]:
+        try:
+            return await greenlet_spawn(claims_twice, store.dialect, store.open_async, group)
+        finally:
+            await store.async_engine.dispose()
+
+    return asyncio.run(both())
+
+
+def _postgresql(where: str, connection: Any) -> Iterator[Finding]:
+    for name, mend in (
+        ("synchronous_commit", "it is raised for our transactions; set it on for what else matters"),
+        ("fsync", "a crash of the server loses committed effects. ALTER SYSTEM SET fsync = on"),
+        ("full_page_writes", "a crash of the server may corrupt tables. ALTER SYSTEM SET full_page_writes = on"),
+    ):
+        value = connection.execute(text(f"SHOW {name}")).scalar_one()
+        mark = Mark.WARN if value == "off" else Mark.OK
+        yield Finding(mark, f"{where}: {name} is {value}" + (f": {mend}" if value == "off" else ""))
+    idle = connection.execute(text("SHOW idle_in_transaction_session_timeout")).scalar_one()
+    if idle == "0":
+        yield Finding(
+            Mark.WARN,
+            f"{where}: idle_in_transaction_session_timeout is 0: a worker that vanishes keeps its keys locked for hours."
+            " ALTER ROLE ... SET idle_in_transaction_session_timeout = '10min', or give a URL in place of an engine",
+        )
+    said = connection.connection.dbapi_connection.info.get_parameters()
+    # a connection through a socket file has no network to lose
+    if not {"keepalives_idle", "tcp_user_timeout"} & said.keys() and not said.get("host", "/").startswith("/"):
+        yield Finding(
+            Mark.WARN,
+            f"{where}: this engine notices a dead network after two hours, the kernel's default, and a worker hangs that"
+            " long. create_engine(..., connect_args={'keepalives_idle': 30, 'tcp_user_timeout': 60000}), or give a URL in"
+            " place of an engine",
+        )
+
+
+def _mysql(where: str, connection: Any) -> Iterator[Finding]:
+    flush, logs, binlog, modes = connection.execute(
+        text("SELECT @@innodb_flush_log_at_trx_commit, @@log_bin, @@sync_binlog, @@sql_mode")
+    ).one()
+    for name, value, wanted, mend in (
+        ("innodb_flush_log_at_trx_commit", int(flush), True, "a crash loses acknowledged commits"),
+        # without a binary log nothing is lost with it
+        ("sync_binlog", int(binlog), bool(logs), "a crash of the machine loses commits from the binary log"),
+    ):
+        weak = wanted and value != 1
+        yield Finding(
+            Mark.WARN if weak else Mark.OK,
+            f"{where}: {name} is {value}" + (f": {mend}. SET GLOBAL {name} = 1" if weak else ""),
+        )
+    yield Finding(Mark.OK, f"{where}: sql_mode is {modes}")
+
+
+def _sqlite(where: str, connection: Any) -> Iterator[Finding]:
+    synchronous = connection.execute(text("PRAGMA synchronous")).scalar_one()
+    mode = connection.execute(text("PRAGMA journal_mode")).scalar_one()
+    weak = synchronous == 0 or (synchronous == 1 and mode == "wal")
+    mend = ": a power loss loses acknowledged commits. PRAGMA synchronous = FULL" if weak else ""
+    yield Finding(Mark.WARN if weak else Mark.OK, f"{where}: synchronous is {synchronous}, journal {mode}{mend}")
+
+
+def _unknown_handlers(connection: Any, store: Store, group: str, plans: tuple[Plan, ...]) -> Iterator[Finding]:
+    """A handler that got another name takes everything for new; its old claims give it away."""
+    t = store.tables.idempotent
+    known = [plan.name for plan in plans]
+    # one step of the primary key's tree for each name, however many rows each has
+    last = ""
+    while True:
+        last = connection.execute(
+            select(func.min(t.c.handler)).where(t.c.consumer_group == group, t.c.handler > last)
+        ).scalar_one_or_none()
+        if last is None:
+            return
+        if last not in known:
+            yield Finding(
+                Mark.WARN,
+                f"There are claims of a handler {escaped(last)!r}, which is not registered.{probably(last, known)} If it"
+                f" was renamed: exactly-once handlers rename {escaped(last)} NEW",
+            )
+
+
+def _pool(where: str, engine: Engine, concurrency: int) -> Finding:
+    size = getattr(engine.pool, "size", lambda: None)()
+    overflow = getattr(engine.pool, "_max_overflow", 0)
+    most = None if size is None or overflow < 0 else size + overflow  # below zero: without bound
+    if most is not None and most < concurrency:
+        return Finding(
+            Mark.WARN,
+            f"{where}: the pool holds {most} connections and {concurrency} messages run at once: they wait for each other."
+            f" create_engine(..., pool_size={concurrency + 4})",
+        )
+    return Finding(Mark.OK, f"{where}: the pool is large enough for {concurrency} messages at once")
+
+
+# -- the broker ------------------------------------------------------------------------------------------------------
+
+
+def _broker(eo: ExactlyOnce, transport: Transport) -> Iterator[Finding]:
+    try:
+        problems = transport.check(eo.group, eo.subscriptions())
+    except TransportError as error:
+        yield Finding(Mark.FAIL, f"The broker does not answer: {error}")
+        return
+    for problem in problems:
+        yield Finding(Mark.FAIL, problem)
+    if not problems:
+        yield Finding(Mark.OK, "The broker answers; topics and group are as they must be")
+    span = transport.features.redelivery_span
+    if span is not None:
+        yield Finding(
+            Mark.OK, f"Copies may arrive for {span}: rows of message_idempotent must be kept longer than that"
+        )

@@ -1,0 +1,120 @@
+"""Every exception a user can meet, as one tree. Messages are sentences that say what to do next.
+
+ExactlyOnceError
+|- ConfigurationError         the program or its settings are wrong; nothing was started
+|  |- SchemaError             our tables are missing or old
+|  `- MissingExtra            an optional package is not installed
+|- InProgress                 another run holds the key
+|- PayloadConflict            the key is known with another payload
+|- BadKey                     the message has no usable business key
+|- BadBody                    the body cannot be decoded
+|- Misuse                     the handler touched its transaction
+|- StoreUnavailable           the database does not answer
+|- TransportError             the broker refused or does not answer
+|  `- SendFailed              a message could not be sent; it is in the error
+|- Reject                     raised by handlers: park this message now
+`- RetryLater                 raised by handlers: ask again after a delay
+"""
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from exactly_once.message import Message
+
+__all__ = [
+    "BadBody",
+    "BadKey",
+    "ConfigurationError",
+    "ExactlyOnceError",
+    "InProgress",
+    "MissingExtra",
+    "Misuse",
+    "PayloadConflict",
+    "Reject",
+    "RetryLater",
+    "SchemaError",
+    "SendFailed",
+    "StoreUnavailable",
+    "TransportError",
+]
+
+
+class ExactlyOnceError(Exception):
+    """The root of all errors this package raises."""
+
+
+class ConfigurationError(ExactlyOnceError):
+    """The program or its settings are wrong; nothing was started."""
+
+
+class SchemaError(ConfigurationError):
+    """Our tables are missing, old or too new in the database."""
+
+
+class MissingExtra(ConfigurationError):
+    """An optional package is not installed; the text is the command that installs it."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs a package that is not installed. Type: pip install 'exactly-once[{extra}]'")
+        self.extra = extra
+
+
+class InProgress(ExactlyOnceError):
+    """Another run holds this key right now and may still fail: do not acknowledge, ask again later."""
+
+
+class PayloadConflict(ExactlyOnceError):
+    """This key was consumed with another payload."""
+
+
+class BadKey(ExactlyOnceError):
+    """The message has no usable business key."""
+
+
+class BadBody(ExactlyOnceError):
+    """The message's body cannot be decoded into what the handler asks for."""
+
+
+class Misuse(ExactlyOnceError):
+    """A handler committed, rolled back or left the transaction it was given."""
+
+
+class StoreUnavailable(ExactlyOnceError):
+    """The database does not answer; nothing ran, and nothing was acknowledged."""
+
+
+class TransportError(ExactlyOnceError):
+    """The broker refused, or does not answer."""
+
+
+class SendFailed(TransportError):
+    """A message could not be sent after all tries; `message` is that message."""
+
+    def __init__(self, text: str, message: "Message") -> None:
+        super().__init__(text)
+        self.message = message
+
+
+class Reject(ExactlyOnceError):
+    """Raise it in a handler to park the message at once, for a person.
+
+    Args:
+        reason: Why; stored with the message and shown by `exactly-once failures list`.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class RetryLater(ExactlyOnceError):
+    """Raise it in a handler to be asked again after `delay`; counted as an attempt.
+
+    Args:
+        delay: How long from now, at least. None: what the handler's `retry=` says.
+    """
+
+    def __init__(self, delay: timedelta | None = None) -> None:
+        super().__init__(f"asked to be retried after {delay}" if delay else "asked to be retried")
+        self.delay = delay

@@ -1,0 +1,104 @@
+"""Door 1: one claim in a transaction that is the caller's. Begins nothing it need not, ends nothing, watches nothing.
+
+The claim travels inside a savepoint, so that a refusal leaves the caller's earlier work alone. The facade calls it.
+"""
+
+from typing import Final
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
+
+from exactly_once import errors
+from exactly_once.body import parse_json
+from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Trouble, dialect_for
+from exactly_once.errors import ConfigurationError, PayloadConflict, StoreUnavailable
+from exactly_once.fingerprint import differing_paths, maker
+from exactly_once.guards import Conflict, Consumed
+from exactly_once.guards.transaction import standing
+from exactly_once.keys import canonical, check_name
+from exactly_once.message import Message
+from exactly_once.schema import HANDLER_BYTES
+from exactly_once.wording import escaped
+
+__all__ = ["Claimer"]
+
+_BODY: Final = maker("body")
+
+
+class Claimer:
+    """Claims on whatever engine a session is bound to; remembers how each is spoken to."""
+
+    def __init__(self) -> None:
+        self._dialects: WeakKeyDictionary[Engine, Dialect] = WeakKeyDictionary()
+
+    def claim(
+        self,
+        session: Session,
+        group: str,
+        handler: str,
+        key: object,
+        *,
+        payload: bytes | None,
+        wait_ms: int,
+        schema: str | None,
+    ) -> bool:
+        """See `ExactlyOnce.claim`."""
+        if not isinstance(session, Session):
+            raise ConfigurationError(
+                f"eo.claim was given a {type(session).__name__}, not a Session. With an AsyncSession:"
+                " await session.run_sync(eo.claim, handler, key)"
+            )
+        check_name(handler, HANDLER_BYTES, "handler")
+        message = Message("", payload)
+        parsed = parse_json(payload)
+        row = ClaimRow(
+            group,
+            handler,
+            canonical(key if isinstance(key, tuple) else (key,)),
+            b"" if payload is None else _BODY.of(message, parsed),
+        )
+        connection = session.connection()
+        dialect = self._dialects.get(connection.engine)
+        if dialect is None:
+            dialect = self._dialects[connection.engine] = dialect_for(connection.engine, schema)
+        dbapi, info = connection.connection.dbapi_connection, connection.info
+        try:
+            if dialect not in info:
+                dialect.prepare(dbapi, info, wait_ms=wait_ms)
+            if dialect.claim(dbapi, info, row, wait_ms=wait_ms, savepoint=True):
+                return True
+            known = dialect.known(dbapi, row, end=False)
+        except ClaimBusy as busy:
+            if dialect.lost(dbapi, info, busy.__cause__ or busy):
+                # a deadlock took the caller's earlier work along: from here only a rollback is allowed
+                connection.invalidate(busy)
+            raise errors.InProgress(
+                _told(row, "is being worked on by another transaction, which may still fail")
+            ) from busy
+        except Exception as error:
+            if dialect.trouble(error) is Trouble.UNAVAILABLE:
+                connection.invalidate(error)
+                raise StoreUnavailable(f"The database does not answer ({type(error).__name__}).") from error
+            raise
+        match standing(known, row):
+            case Consumed():
+                return False
+            case Conflict(stored):
+                paths = differing_paths(stored, _BODY, message, parsed)
+                what = f" What differs: {', '.join(escaped(path) for path in paths)}." if paths else ""
+                raise PayloadConflict(
+                    _told(
+                        row,
+                        "was consumed with another payload: keep the message for a person, asking again does not help",
+                    )
+                    + what
+                )
+            case _:
+                raise errors.InProgress(
+                    _told(row, "is being worked on by another run: do not acknowledge the message, ask again later")
+                )
+
+
+def _told(row: ClaimRow, what: str) -> str:
+    return f"The key {escaped(row.key)!r} of {row.handler!r} {what}."

@@ -1,0 +1,84 @@
+"""The transaction guard: the claim is a row written, already consumed, in the handler's own transaction.
+
+It is visible only if that transaction commits, so effects and claim stand or fall together, and a crash at any line
+leaves neither. A concurrent duplicate waits for the winner's end, at most `claim_wait`.
+"""
+
+from datetime import timedelta
+
+from sqlalchemy.orm import Session
+
+from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Known, Trouble
+from exactly_once.errors import StoreUnavailable
+from exactly_once.fingerprint import Differs, compare
+from exactly_once.guards import Claim, Conflict, Consumed, InProgress, Won
+from exactly_once.guards.watch import Watch, begin
+from exactly_once.schema import CONSUMED
+
+__all__ = ["TransactionGuard"]
+
+
+class TransactionGuard:
+    """Claims on one database.
+
+    Args:
+        dialect: How that database is spoken to.
+        claim_wait: The longest a claim waits for another run of the same key; bounds the claim only.
+    """
+
+    def __init__(self, dialect: Dialect, *, claim_wait: timedelta) -> None:
+        self._dialect = dialect
+        self._wait_ms = max(1, round(claim_wait.total_seconds() * 1000))
+
+    def claim(self, session: Session, row: ClaimRow) -> Claim:
+        """See `Guard.claim`."""
+        dialect = self._dialect
+        try:
+            # first, so that SQLAlchemy knows of the transaction we begin below it; costs no round trip
+            connection = session.connection()
+            dbapi, info = connection.connection.dbapi_connection, connection.info
+            if dialect not in info:
+                dialect.prepare(dbapi, info, wait_ms=self._wait_ms)
+        except Exception as error:
+            self._away(error)
+            raise
+        try:
+            if dialect.claim(dbapi, info, row, wait_ms=self._wait_ms, savepoint=False):
+                watch = Watch(connection, dialect, dbapi)
+                begin(session, watch)
+                return Won(watch)
+            known = dialect.known(dbapi, row, end=True)
+        except ClaimBusy as busy:
+            return InProgress(again=busy.again)
+        except Exception as error:
+            if dialect.trouble(error) is Trouble.UNAVAILABLE:
+                connection.invalidate(error)  # its raw error passed SQLAlchemy by, which would hand it out again
+            self._away(error)
+            raise
+        return standing(known, row)
+
+    def consumed(self, session: Session, row: ClaimRow) -> bool:
+        """See `Guard.consumed`."""
+        try:
+            connection = session.connection()
+            known = self._dialect.known(connection.connection.dbapi_connection, row, end=True)
+        except Exception as error:
+            self._away(error)
+            raise
+        return isinstance(standing(known, row), Consumed)
+
+    def _away(self, error: Exception) -> None:
+        """Raise `StoreUnavailable` if that is what this error means."""
+        if self._dialect.trouble(error) is Trouble.UNAVAILABLE:
+            raise StoreUnavailable(f"The database does not answer ({type(error).__name__}); nothing ran.") from error
+
+
+def standing(known: Known | None, row: ClaimRow) -> Consumed | InProgress | Conflict:
+    """Say what a row that stands under our key means for us."""
+    if known is None:
+        return InProgress(again=True)  # the row that refused us is gone already: whoever wrote it took it back
+    if known.status != CONSUMED:
+        return InProgress()
+    if isinstance(compare(known.fingerprint, row.fingerprint), Differs):
+        return Conflict(known.fingerprint)
+    return Consumed()

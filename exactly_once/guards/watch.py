@@ -1,0 +1,225 @@
+"""Sees that a handler stays inside the transaction it was given, from the claim to our own COMMIT.
+
+A handler that ends the transaction would keep effects without their claim, or the claim without its effects. What can
+be refused is refused before it is sent: commit() in any spelling, and statements that end a transaction, by their first
+words. What can only be noticed afterwards (a driver's own call, a procedure, an implicit commit) is noticed by the
+driver's transaction state before and after each statement: then something is committed already, and the message is for a person.
+The `rollback` event only marks, for a failed flush rolls back through it and raising there leaks the connection.
+
+One set of listeners an engine, installed once; for connections nobody watches they return at the first line. Limit: a
+handler that calls the raw driver object (its commit, its cursor) is seen only by the state it leaves behind.
+"""
+
+from collections.abc import MutableMapping
+from enum import Enum
+from typing import Any, Final
+from weakref import WeakSet
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.orm import Session, SessionTransaction
+
+from exactly_once.dialects import Dialect, State
+from exactly_once.errors import Misuse
+
+__all__ = ["Left", "Watch", "begin", "install", "install_session", "let_go"]
+
+_KEY: Final = "exactly_once.watch"
+_INSTALLED: "WeakSet[Any]" = WeakSet()
+
+
+class Left(Enum):
+    """How the transaction was left, if it was."""
+
+    NOT = "still in it"
+    REFUSED = "tried to, and was stopped: nothing was committed"
+    ROLLED_BACK = "rolled back: nothing was committed"
+    BROKEN = "ended by something only noticed afterwards: it may have been committed"
+
+
+class Watch:
+    """One attempt's transaction: which connection, which root transaction, and what the handler did to it."""
+
+    __slots__ = ("_committing", "_info", "connection", "dbapi", "dialect", "error", "left", "lost", "root")
+
+    def __init__(self, connection: Connection, dialect: Dialect, dbapi: Any) -> None:
+        self.connection = connection
+        self.dialect = dialect
+        self.dbapi = dbapi
+        self.root = connection.get_transaction()
+        self.left = Left.NOT
+        self.error: Misuse | None = None
+        self.lost: BaseException | None = None
+        self._committing = False
+        self._info: MutableMapping[Any, Any] = connection.info
+        self._info[_KEY] = self
+
+    def leave(self, how: Left, text: str) -> Misuse:
+        """Remember the worst that happened; the first error is the one that names the line."""
+        if self.error is None:
+            self.error = Misuse(text)
+        if self.left is not Left.BROKEN:
+            self.left = how
+        return self.error
+
+    def verify(self, session: Session) -> Misuse | None:
+        """After the handler and the flush, before COMMIT: same connection, same root transaction, and the driver says open."""
+        if self.error is not None:
+            return self.error
+        root = self.connection.get_transaction() if not self.connection.closed else None
+        if root is None or root is not self.root or not root.is_active:
+            return self.leave(Left.ROLLED_BACK, _LEFT)
+        state = self.dialect.state(self.dbapi)
+        if state is State.ABORTED:
+            return self.leave(Left.ROLLED_BACK, _SWALLOWED)
+        if state is State.IDLE:
+            return self.leave(Left.BROKEN, _ENDED)
+        mine = session.get_transaction()
+        if mine is None or session.connection() is not self.connection:
+            return self.leave(Left.ROLLED_BACK, _LEFT)
+        return None
+
+    def committing(self) -> None:
+        """From here on COMMIT is ours."""
+        self._committing = True
+
+    def end(self, session: Session) -> None:
+        """Give the connection back clean, whatever happened on it; never raises for what is already over.
+
+        The driver's own rollback, not only the Session's: after a refused commit SQLAlchemy believes the transaction is
+        over and sends nothing, the connection goes back to the pool with it open, and a stranger commits it.
+        """
+        if self._info.get(_KEY) is self:
+            del self._info[_KEY]
+        connection = self.connection
+        if not connection.closed and not connection.invalidated:
+            if self.left is Left.BROKEN:
+                # whatever ended the transaction may have left its mark: autocommit, a procedure's locks, temporary tables
+                connection.invalidate()
+                session.close()
+                return
+            try:
+                if self.dialect.state(self.dbapi) is not State.IDLE:
+                    self.dbapi.rollback()
+                if self.dialect.state(self.dbapi) is not State.IDLE:
+                    connection.invalidate()
+            except Exception as error:  # a dead connection: whatever it says, it must not be used again
+                connection.invalidate(error)
+        let_go(session)
+
+
+def let_go(session: Session) -> None:
+    """Close a session, also one whose connection is dead: closing rolls back, and a dead connection cannot."""
+    try:
+        session.close()
+    except Exception:  # the connection is lost: what matters is that nobody gets it from the pool again
+        session.invalidate()
+
+
+_LEFT: Final = (
+    "The handler left the transaction it was given: session.rollback(), session.close() or `with session:` ends it, and"
+    " the claim with it. Delete that line; raise an exception to roll back, use session.begin_nested() for a part."
+)
+_SWALLOWED: Final = (
+    "The handler swallowed a database error that aborted the transaction: COMMIT would keep nothing. Let the error out,"
+    " or put the statement that may fail into `with session.begin_nested():`."
+)
+_ENDED: Final = (
+    "A statement of the handler ended the transaction behind SQLAlchemy's back (a COMMIT inside a procedure or a"
+    " multi-statement text, a call on the driver, or DDL that commits by itself). What came before it may be committed."
+    " Take it out of the handler."
+)
+_SECOND: Final = (
+    "The handler's session began on a second connection: two commits cannot be one. All tables of a handler must be in"
+    " the database that holds the claims; leave its transaction open, and use no routing get_bind()."
+)
+
+
+def _watched(connection: Connection) -> Watch | None:
+    if connection.invalidated:
+        return None  # it has no `info` to ask, and asking raises, in the middle of the user's own rollback
+    watch: Watch | None = connection.info.get(_KEY)
+    return watch if watch is not None and watch.connection is connection else None
+
+
+def install(engine: Engine) -> None:
+    """Listen to one engine, once."""
+    if engine in _INSTALLED:
+        return
+    _INSTALLED.add(engine)
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def before(connection: Connection, cursor: Any, statement: str, *_: Any) -> None:
+        watch = _watched(connection)
+        if watch is None:
+            return
+        if watch.error is not None:
+            raise watch.error  # it has left already: what it sends now would be outside, or undone
+        if watch.lost is not None:
+            # the server threw the transaction away, and this statement would begin another, without the claim
+            raise watch.leave(Left.ROLLED_BACK, _SWALLOWED)
+        if watch.dialect.state(watch.dbapi) is State.IDLE:
+            # ended by a call on the driver since the last statement; this one would begin another transaction, which
+            # looks open at the end: after a rollback its effects would be kept without the claim
+            raise watch.leave(Left.BROKEN, _ENDED)
+        keyword = watch.dialect.refuses(statement)
+        if keyword is not None:
+            raise watch.leave(
+                Left.REFUSED,
+                f"The handler sent {keyword}, which ends the transaction it was given; it was not sent. Delete that"
+                " statement: the transaction is committed for you when the handler returns.",
+            )
+
+    @event.listens_for(engine, "after_cursor_execute")
+    def after(connection: Connection, *_: Any) -> None:
+        watch = _watched(connection)
+        if watch is not None and watch.lost is None and watch.dialect.state(watch.dbapi) is State.IDLE:
+            raise watch.leave(Left.BROKEN, _ENDED)
+
+    @event.listens_for(engine, "commit")
+    def commit(connection: Connection) -> None:
+        watch = _watched(connection)
+        if watch is None:
+            return
+        if not watch._committing:  # noqa: SLF001
+            raise watch.leave(
+                Left.REFUSED,
+                "The handler called commit() on the session it was given; nothing was committed. Delete that line: the"
+                " transaction is committed for you when the handler returns.",
+            )
+        # the last look, after every hook of the user's has run: COMMIT of an aborted transaction succeeds and keeps nothing
+        state = watch.dialect.state(watch.dbapi)
+        if state is not State.OPEN:
+            raise watch.leave(Left.ROLLED_BACK if state is State.ABORTED else Left.BROKEN, _SWALLOWED)
+
+    @event.listens_for(engine, "rollback")
+    def rollback(connection: Connection) -> None:
+        watch = _watched(connection)
+        if watch is not None and not watch._committing:  # noqa: SLF001
+            watch.leave(Left.ROLLED_BACK, _LEFT)
+
+    @event.listens_for(engine, "handle_error")
+    def failed(context: ExceptionContext) -> None:
+        watch = _watched(context.connection) if context.connection is not None else None
+        if watch is not None and watch.lost is None:
+            error = context.original_exception
+            if watch.dialect.lost(watch.dbapi, watch._info, error):  # noqa: SLF001
+                watch.lost = error
+
+
+def install_session(session_class: Any) -> None:
+    """Listen to a sessionmaker (or Session class): a watched session may begin on its claim's connection only."""
+    if session_class in _INSTALLED:
+        return
+    _INSTALLED.add(session_class)
+
+    @event.listens_for(session_class, "after_begin")
+    def begun(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+        watch: Watch | None = session.info.get(_KEY)
+        if watch is not None and (connection is not watch.connection or watch.left is not Left.NOT):
+            raise watch.leave(Left.REFUSED, _SECOND)
+
+
+def begin(session: Session, watch: Watch) -> None:
+    """Tie a session to its watch."""
+    session.info[_KEY] = watch

@@ -1,0 +1,204 @@
+"""What each parameter of a handler is for, decided from its annotation when the handler is decorated.
+
+`Session`, `AsyncSession` and `Message` are known by class; exactly one other parameter without a default is the body; a
+parameter with a default is never filled. Nothing here calls a handler. Called by the handler's plan.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
+from typing import Any, Final, get_origin
+
+from sqlalchemy.orm import Session
+
+from exactly_once.body import without_none
+from exactly_once.errors import ConfigurationError, Misuse
+from exactly_once.hints import Hints, signature
+from exactly_once.message import Message
+
+__all__ = ["NO_BODY", "Parameters", "Values", "check_result", "parameters"]
+
+Values = tuple[Any, Any, Message]
+"""Session, body and message of one attempt, in this order."""
+_SESSION, _BODY, _MESSAGE = range(3)
+_VARIABLE: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+NO_BODY: Final = inspect.Parameter.empty
+"""The body annotation of a handler that wants none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """The parameters of one handler, decided."""
+
+    is_async: bool
+    session_type: type[Any] | None
+    """What the session parameter is annotated with; None without one."""
+    body_name: str
+    body_annotation: Any
+    """`NO_BODY` without one."""
+    positional: Callable[[Values], Sequence[Any]]
+    named: tuple[tuple[str, int], ...]
+    """Keyword-only parameters, each with its place in `Values`."""
+
+
+def parameters(function: Callable[..., object], hints: Hints) -> Parameters:
+    """Decide what each parameter of a handler is filled with.
+
+    Raises:
+        ConfigurationError: A parameter cannot be filled, or the function can never run as a handler.
+    """
+    is_async = _is_async(function)
+    places: list[int] = []
+    named: list[tuple[str, int]] = []
+    filled: dict[int, tuple[str, Any]] = {}
+    for parameter in _wanted(function):
+        place, annotation = _purpose(parameter, hints)
+        if place in filled:
+            raise ConfigurationError(_twice(place, filled[place][0], parameter.name))
+        filled[place] = parameter.name, annotation
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            named.append((parameter.name, place))
+        else:
+            places.append(place)
+    session_type = filled[_SESSION][1] if _SESSION in filled else None
+    _check_colour(is_async, session_type)
+    return Parameters(is_async, session_type, *filled.get(_BODY, ("", NO_BODY)), _picker(places), tuple(named))
+
+
+def _wanted(function: Callable[..., object]) -> list[inspect.Parameter]:
+    """The parameters we fill: those without a default. Defaults, partials and closures are the user's own injection."""
+    every = list(signature(function).parameters.values())
+    wanted = [each for each in every if each.default is inspect.Parameter.empty and each.kind not in _VARIABLE]
+    if not wanted and any(each.kind in _VARIABLE for each in every):
+        raise ConfigurationError(
+            "it takes *args and **kwargs only, so nobody can know what it wants. If a decorator below @eo.handler made "
+            "it so, put @functools.wraps on that decorator's inner function"
+        )
+    if not wanted:
+        raise ConfigurationError(
+            "it has no parameter to fill. Give it at least `session: Session` or `message: Message`"
+        )
+    return wanted
+
+
+def _purpose(parameter: inspect.Parameter, hints: Hints) -> tuple[int, Any]:
+    if parameter.annotation is inspect.Parameter.empty:
+        if parameter.name in ("self", "cls"):
+            raise ConfigurationError(
+                f"it is a method and {parameter.name!r} is not bound. Register the bound method once the object exists: "
+                "eo.handler(...)(service.method)"
+            )
+        raise ConfigurationError(
+            f"the parameter {parameter.name!r} has no annotation. Write `{parameter.name}: Session`, `: Message`, "
+            "`: dict` or the body's model; or give it a default, and it is left alone"
+        )
+    annotation = hints.resolve(parameter.annotation)
+    plain, optional = without_none(annotation)
+    base = get_origin(plain) or plain
+    if not isinstance(base, type):
+        return _BODY, annotation
+    if issubclass(base, Message):
+        return _MESSAGE, base
+    if issubclass(base, Session) or _is_async_session(base):
+        if optional:
+            raise ConfigurationError(
+                f"the session is always there: write `{parameter.name}: {base.__name__}`, without None"
+            )
+        return _SESSION, base
+    if base.__module__.startswith("sqlalchemy."):
+        raise ConfigurationError(
+            f"`{parameter.name}: {base.__name__}` cannot be filled: a handler gets the one session its transaction is "
+            f"in. Write `{parameter.name}: Session` (or AsyncSession in an async handler)"
+        )
+    return _BODY, annotation
+
+
+def _is_async_session(base: type) -> bool:
+    # by name first, so that programs without async handlers do not pay for importing sqlalchemy.ext.asyncio
+    if not any(cls.__name__ == "AsyncSession" for cls in base.__mro__):
+        return False
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    return issubclass(base, AsyncSession)
+
+
+def _twice(kind: int, first: str, second: str) -> str:
+    if kind == _BODY:
+        return (
+            f"the parameters {first!r} and {second!r} both look like the message's body. Keep one; give the other a "
+            "default, or bind it with functools.partial"
+        )
+    return f"the parameters {first!r} and {second!r} ask for the same {'session' if kind == _SESSION else 'message'}. Keep one"
+
+
+def _is_async(function: Callable[..., object]) -> bool:
+    layers = list(_layers(function))
+    if inspect.isgeneratorfunction(layers[0]) or inspect.isasyncgenfunction(layers[0]):
+        raise ConfigurationError(
+            "it is a generator (it has `yield`): calling it would run nothing. Use a plain function"
+        )
+    # also a plain decorator around an async function, which hands its coroutine on
+    return any(inspect.iscoroutinefunction(layer) for layer in layers)
+
+
+def _layers(function: Callable[..., object]) -> Iterator[Any]:
+    """The callable without its partials and binding, then what each decorator wrapped."""
+    at: Any = function
+    for _ in range(100):
+        while isinstance(at, partial):
+            at = at.func
+        if not inspect.isroutine(at):
+            at = getattr(type(at), "__call__", at)  # noqa: B004
+        yield at
+        if not hasattr(at, "__wrapped__"):
+            return
+        at = at.__wrapped__
+
+
+def _check_colour(is_async: bool, session_type: type[Any] | None) -> None:
+    if session_type is None:
+        return
+    sync_session = issubclass(session_type, Session)
+    if is_async and sync_session:
+        raise ConfigurationError(
+            "it is `async def` and asks for a Session, which would block the event loop. Write `session: AsyncSession`, "
+            "or make it a plain `def`"
+        )
+    if not is_async and not sync_session:
+        raise ConfigurationError(
+            "it is a plain `def` and asks for an AsyncSession, which nothing in it can await. Write `session: Session`, "
+            "or make it `async def`"
+        )
+
+
+def _picker(places: list[int]) -> Callable[[Values], Sequence[Any]]:
+    if not places:
+        return lambda values: ()
+    if len(places) == 1:
+        (place,) = places
+        return lambda values: (values[place],)
+    pick: Callable[[Values], Sequence[Any]] = itemgetter(*places)
+    return pick
+
+
+def check_result(result: object) -> None:
+    """Refuse what a handler returned, if it shows that nothing ran.
+
+    Args:
+        result: What a plain handler returned, or what an async one gave when awaited.
+
+    Raises:
+        Misuse: It is an awaitable or a generator: the work in it has not been done, and acknowledging would lose it.
+    """
+    if result is None:
+        return
+    if inspect.isgenerator(result) or inspect.isasyncgen(result):
+        raise Misuse("the handler returned a generator, so nothing in it ran. Make it a plain function without `yield`")
+    if inspect.isawaitable(result):
+        if inspect.iscoroutine(result):
+            result.close()  # or Python warns of a coroutine never awaited, on top of this error
+        raise Misuse(
+            "the handler returned something to await, so nothing in it ran. Make it `async def` and await inside"
+        )

@@ -1,0 +1,118 @@
+"""Sends messages and says what became of each: a receipt once the broker has stored it, or an error that carries it.
+
+It tries three times and knows no broker: a transport's own producer does the sending. What a try left unknown is sent
+again, so a message may be stored twice; the consumer's guard sees one business key and acknowledges the second.
+
+Made by the facade, `eo.producer(url)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from threading import Event
+from types import TracebackType
+from typing import Final, Self
+
+from exactly_once.errors import SendFailed, TransportError
+from exactly_once.message import Message
+from exactly_once.transport import BrokerProducer, Receipt
+
+__all__ = ["Producer"]
+
+TRIES: Final = 3
+# Before the second and the third try: a restarted broker or a route not known yet needs a moment, and whoever waits for
+# the receipt (a web request, as a rule) can spare about half a second.
+_PAUSES_S: Final = (0.1, 0.4)
+
+
+class Producer:
+    """A producer to one broker, used with `with`; safe to use from several threads.
+
+    Args:
+        broker_producer: The transport's own.
+        describe: The broker's URL without its secrets, for errors.
+
+    Example:
+        with eo.producer("rocketmq://127.0.0.1:8081") as producer:
+            receipt = producer.send(Message("orders", b'{"order_no": "A-1"}', tag="created", key="A-1"))
+    """
+
+    def __init__(self, broker_producer: BrokerProducer, describe: str) -> None:
+        self._broker, self._describe = broker_producer, describe
+        self._closed = Event()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def send(self, message: Message, *, delay: timedelta | None = None) -> Receipt:
+        """Send one message.
+
+        Args:
+            message: What to send.
+            delay: Deliver it not before this has passed. None: at once.
+
+        Returns:
+            The broker's receipt: it has stored the message.
+
+        Raises:
+            SendFailed: The broker refused the message, or three tries failed. `error.message` is the message.
+        """
+        [receipt] = self.send_all([message], delay=delay)
+        return receipt
+
+    def send_all(self, messages: Sequence[Message], *, delay: timedelta | None = None) -> list[Receipt]:
+        """Send several messages, those of one ordering key in the order given.
+
+        Args:
+            messages: What to send.
+            delay: Deliver them not before this has passed. None: at once.
+
+        Returns:
+            A receipt for each, in the order given.
+
+        Raises:
+            SendFailed: One was refused or failed three times; the text says how many of the others are stored.
+        """
+        if self._closed.is_set():
+            raise TransportError(f"The producer to {self._describe} is closed. Open another with eo.producer(...).")
+        answers: list[Receipt | Exception] = list(self._broker.send(messages, delay=delay)) if messages else []
+        for pause_s in _PAUSES_S:
+            failed = [n for n, answer in enumerate(answers) if not isinstance(answer, Receipt)]
+            # one refused as it is: its followers of the same key would wait for it in vain
+            if not failed or any(isinstance(answer, ValueError) for answer in answers):
+                break
+            if self._closed.wait(pause_s):
+                break
+            again = self._broker.send([messages[n] for n in failed], delay=delay)
+            for n, answer in zip(failed, again, strict=True):
+                answers[n] = answer
+        receipts = [answer for answer in answers if isinstance(answer, Receipt)]
+        if len(receipts) < len(answers):
+            raise self._failure(messages, answers)
+        return receipts
+
+    def close(self) -> None:
+        """Flush and leave; twice is once."""
+        if not self._closed.is_set():
+            self._closed.set()
+            self._broker.close()
+
+    def _failure(self, messages: Sequence[Message], answers: Sequence[Receipt | Exception]) -> SendFailed:
+        failed = [(m, a) for m, a in zip(messages, answers, strict=True) if not isinstance(a, Receipt)]
+        # a refused message explains why others of its key were not sent, so it comes first
+        message, reason = next(((m, a) for m, a in failed if isinstance(a, ValueError)), failed[0])
+        named = f" with key {message.key!r}" if message.key is not None else " without a key"
+        how = "was refused" if isinstance(reason, ValueError) else f"could not be sent in {TRIES} tries"
+        text = f"The message{named} to topic {message.topic!r} {how} by {self._describe}: {reason}"
+        text += "" if text.endswith((".", "!")) else "."
+        if len(messages) > 1:
+            text += f" Of {len(messages)} messages {len(messages) - len(failed)} are stored."
+        error = SendFailed(text, message)
+        error.__cause__ = reason
+        return error

@@ -1,0 +1,145 @@
+"""The pump: brings failed messages back when they are due. One more consumer of the worker, with the database as broker.
+
+It takes rows of the failure store whose `next_attempt_at` has come, leases them for a while by pushing that time on, and
+hands them out for the one handler that failed. What became of a message is written to its row by the delivery itself, so
+`settle` has something to do only where nothing was decided. A crash anywhere here lets the lease run out, and the claim
+decides between two runs. The worker is the only caller.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from threading import Condition
+from time import monotonic
+from typing import Final
+
+from sqlalchemy import Connection, Engine
+
+from exactly_once.failures import FailureStore, Taken, message_of
+from exactly_once.transport import Delivery, Features
+from exactly_once.verdict import Redeliver, Verdict
+
+__all__ = ["Pump"]
+
+_LEASE: Final = timedelta(seconds=60)
+_POLL_S: Final = 0.5  # how long a due row may wait unseen; one indexed query each
+_SWEEP_S: Final = 30.0
+_FEATURES: Final = Features(redelivers=False, counts_attempts=False, ordered=True, tags=False, properties=True)
+
+_log = logging.getLogger("exactly_once.pump")
+
+
+class Pump:
+    """The due failures of one group in one database, as a `Consumer`.
+
+    Args:
+        engine: The database.
+        store: Its failure rows.
+        group: The consumer group.
+        handlers: Names of the handlers this process can run.
+        ordered: Those among them that keep order behind a failed message.
+        waits: Those among `ordered` that wait behind a dead message too.
+        name: The database's name among several, for the delivery to find its way back.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: FailureStore,
+        group: str,
+        *,
+        handlers: Sequence[str],
+        ordered: Sequence[str],
+        waits: Sequence[str],
+        name: str,
+        away: Callable[[BaseException], bool],
+    ) -> None:
+        self._engine, self._store, self._group, self._name, self._away = engine, store, group, name, away
+        self._handlers, self._ordered, self._waits = tuple(handlers), tuple(ordered), tuple(waits)
+        self._changed = Condition()
+        self._stopped = False
+        self._swept = 0.0
+
+    @property
+    def features(self) -> Features:
+        """A retry from here is due from here again."""
+        return _FEATURES
+
+    @property
+    def invisible(self) -> timedelta | None:
+        """How long a taken row is left alone by other pumps."""
+        return _LEASE
+
+    def receive(self, limit: int, wait: timedelta) -> Sequence[Delivery]:
+        """See `Consumer.receive`."""
+        until = monotonic() + wait.total_seconds()
+        while not self._stopped:
+            if limit:
+                try:
+                    got = self._take(limit)
+                except Exception as error:
+                    if not self._away(error):
+                        raise
+                    got = []  # the worker learns of the outage from its own messages; here there is just nothing due
+                if got:
+                    return got
+            left = until - monotonic()
+            if left <= 0:
+                break
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopped, min(left, _POLL_S))
+        return []
+
+    def _take(self, limit: int) -> list[Delivery]:
+        with self._engine.begin() as connection:
+            if monotonic() - self._swept > _SWEEP_S:
+                self._swept = monotonic()
+                if closed := self._store.sweep(connection, self._group):
+                    _log.info("failures_resolved count=%d reason=processed_on_another_path", closed)
+            rows = self._store.take(
+                connection, self._group, self._handlers, self._ordered, self._waits, limit=limit, lease=_LEASE
+            )
+        return [Delivery(message_of(row), (self._name, row.id, Taken.of(row)), row.handler) for row in rows]
+
+    def settle(self, verdicts: Sequence[tuple[Delivery, Verdict]]) -> None:
+        """Put back what was not decided; a decided row says for itself when it is due.
+
+        A finished message's row that is still as it was taken is closed: the message was processed or kept under another
+        identity (its handler's key= or fingerprint= was mended meanwhile) or in the database that route= names now, and
+        nothing but this row would bring it again, for ever.
+        """
+        back: dict[timedelta, list[int]] = {}
+        done: list[Taken] = []
+        for delivery, verdict in verdicts:
+            if isinstance(verdict, Redeliver):
+                back.setdefault(verdict.delay, []).append(delivery.receipt[1])
+            else:
+                done.append(delivery.receipt[2])
+        if done:
+            # a crash before this: the lease runs out, and the next run is a duplicate that ends here again
+            self._change(len(done), lambda connection: self._store.close(connection, done))
+        for delay, ids in back.items():
+            self._postpone(ids, delay)
+
+    def extend(self, deliveries: Sequence[Delivery]) -> None:
+        """Keep the rows of running messages away from other pumps."""
+        self._postpone([delivery.receipt[1] for delivery in deliveries], _LEASE)
+
+    def _postpone(self, ids: Sequence[int], delay: timedelta) -> None:
+        self._change(len(ids), lambda connection: self._store.postpone(connection, ids, delay))
+
+    def _change(self, rows: int, change: Callable[[Connection], None]) -> None:
+        try:
+            with self._engine.begin() as connection:
+                change(connection)
+        except Exception as error:  # the lease runs out by itself, and the row is due again
+            _log.warning("pump_settle_failed rows=%d error=%s", rows, type(error).__name__)
+
+    def stop(self) -> None:
+        """Hand out nothing more."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nothing is held open between calls."""

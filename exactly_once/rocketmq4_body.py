@@ -1,0 +1,148 @@
+"""Reads the body and properties of a message of `rocketmq-client-python`. Opens nothing; imports no client library.
+
+The client's own `.body` is a C string: it ends at the first NUL byte, and what follows is silently lost. Called by
+`Message.from_rocketmq4` and by the rocketmq4 transport.
+
+There are two ways to learn the length. Newer builds of librocketmq have `GetMessageBodyLength`. Older ones have no such
+function, but keep bodies in the reference-counted `std::string` of the old GNU ABI, whose length stands 24 bytes before
+its characters. Neither is believed: each is tried on bodies of ours first, and a library that passes neither is refused.
+"""
+
+import ctypes
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from typing import Any, Final
+
+from exactly_once.errors import ConfigurationError
+
+__all__ = ["NAMES_PROPERTY", "ORDERING_PROPERTY", "body_reader", "named_properties", "whole_body"]
+
+NAMES_PROPERTY: Final = "eo-names"
+"""Our producer lists a message's property names here: the client can read a property, but not list them."""
+ORDERING_PROPERTY: Final = "__SHARDINGKEY"
+"""Where RocketMQ's clients keep the key whose messages stay in order (version 5 calls it the message group)."""
+
+# length, capacity and reference count stand before the characters, one machine word each
+_LENGTH_BEFORE_TEXT: Final = 3 * ctypes.sizeof(ctypes.c_size_t)
+_SAMPLES: Final = (b"\0", b"plain", b"a\0b\0", bytes(range(256)) * 40)
+
+BodyOf = Callable[[int], bytes]
+"""From the C message's address to its body."""
+
+
+def whole_body(message: Any) -> bytes:
+    """Return all bytes of a received message's body, NUL bytes and what follows them too.
+
+    Args:
+        message: A `ReceivedMessage` of `rocketmq.client`, inside the callback it was given to; or anything with `.body`.
+
+    Returns:
+        The body; empty if it has none.
+
+    Raises:
+        ConfigurationError: This build of librocketmq does not tell how long a body is.
+    """
+    handle = getattr(message, "_handle", None)
+    ffi = sys.modules.get("rocketmq.ffi")
+    if handle is None or ffi is None:
+        return bytes(message.body or b"")
+    return body_reader(ffi.dll._name)(handle)  # noqa: SLF001  (where ctypes keeps a library's path)
+
+
+def named_properties(value_of: Callable[[str], bytes | None], also: Iterable[str] = ()) -> Mapping[str, str]:
+    """Return a message's own properties: those our producer listed, and those asked for by name.
+
+    Args:
+        value_of: Reads one property; nothing or b"" where there is none.
+        also: Names to read from messages of other producers, which list nothing.
+    """
+    found: dict[str, str] = {}
+    for name in _names_in(value_of(NAMES_PROPERTY) or b""):
+        found[name] = (value_of(name) or b"").decode("utf-8", "replace")
+    for name in also:
+        if name not in found and (value := value_of(name)):
+            found[name] = value.decode("utf-8", "replace")
+    return found
+
+
+@lru_cache(maxsize=1024)
+def _names_in(listed: bytes) -> tuple[str, ...]:
+    try:
+        names = json.loads(listed) if listed else []
+    except ValueError:
+        return ()  # somebody else's property of that name
+    return tuple(name for name in names if isinstance(name, str)) if isinstance(names, list) else ()
+
+
+@lru_cache(maxsize=4)
+def body_reader(library: str) -> BodyOf:
+    """Return what reads bodies through one librocketmq, after it has shown that it reads them whole.
+
+    Args:
+        library: The path it was loaded from.
+
+    Raises:
+        ConfigurationError: No way of learning a body's length gave back what was put in.
+    """
+    # PyDLL keeps the interpreter's lock during a call: these take well under a microsecond, and giving the lock away
+    # in a busy process means queueing for it again behind every other thread
+    dll = ctypes.PyDLL(library)
+    for name, arguments in (
+        ("CreateMessage", [ctypes.c_char_p]),
+        ("GetMessageBody", [ctypes.c_void_p]),
+    ):
+        getattr(dll, name).argtypes = arguments
+        getattr(dll, name).restype = ctypes.c_void_p
+    dll.SetByteMessageBody.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int]
+    dll.DestroyMessage.argtypes = [ctypes.c_void_p]
+    for reader in _readers(dll):
+        if _gives_back_what_was_put_in(dll, reader):
+            return reader
+    raise ConfigurationError(
+        f"The librocketmq at {library} does not tell how long a message's body is, so bodies with a NUL byte would be "
+        "cut short without an error; nothing was started. Install a build that has GetMessageBodyLength, or on x86-64 "
+        "Linux the one inside the wheel rocketmq==0.4.4."
+    )
+
+
+def _readers(dll: ctypes.PyDLL) -> list[BodyOf]:
+    start_of = dll.GetMessageBody
+    at, number_at = ctypes.string_at, ctypes.c_size_t.from_address
+
+    def by_old_string(handle: int) -> bytes:
+        start = start_of(handle)
+        return at(start, number_at(start - _LENGTH_BEFORE_TEXT).value) if start else b""
+
+    try:
+        length_of = dll.GetMessageBodyLength
+    except AttributeError:
+        return [by_old_string]
+    length_of.argtypes, length_of.restype = [ctypes.c_void_p], ctypes.c_int
+
+    def by_function(handle: int) -> bytes:
+        start = start_of(handle)
+        return at(start, length_of(handle)) if start else b""
+
+    return [by_function, by_old_string]
+
+
+def _gives_back_what_was_put_in(dll: ctypes.PyDLL, reader: BodyOf) -> bool:
+    for sample in _SAMPLES:
+        message = dll.CreateMessage(b"self-test")
+        try:
+            dll.SetByteMessageBody(message, sample, len(sample))
+            # the length first: a wrong one may be any number, and so many bytes must not be touched
+            if _length(dll, message, reader) != len(sample) or reader(message) != sample:
+                return False
+        finally:
+            dll.DestroyMessage(message)
+    return True
+
+
+def _length(dll: ctypes.PyDLL, message: int, reader: BodyOf) -> int:
+    if reader.__name__ == "by_function":
+        return int(dll.GetMessageBodyLength(message))
+    start = dll.GetMessageBody(message)
+    return ctypes.c_size_t.from_address(start - _LENGTH_BEFORE_TEXT).value if start else -1

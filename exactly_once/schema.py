@@ -1,0 +1,378 @@
+"""The tables, as SQLAlchemy metadata: column types, limits, and the server's own clock. Data only; nothing connects.
+
+Alembic's migrations create these tables and a test holds the two against each other. `tables(schema)` is built on first
+use, once a schema name. Keys are compared byte by byte on every server: case, accents and trailing spaces count.
+"""
+
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    DateTime,
+    Dialect,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import TypeEngine
+
+__all__ = [
+    "CONSUMED",
+    "CONSUMING",
+    "GROUP_BYTES",
+    "HANDLER_BYTES",
+    "KEY_BYTES",
+    "STEP_BYTES",
+    "Tables",
+    "tables",
+    "utcnow",
+]
+
+CONSUMING: Final = 0
+CONSUMED: Final = 1
+
+# Limits in bytes of UTF-8: the widest index (group, handler, key, step) stays far below PostgreSQL's 2,704 bytes a row
+# and InnoDB's 3,072.
+GROUP_BYTES: Final = 64
+HANDLER_BYTES: Final = 128
+KEY_BYTES: Final = 255
+STEP_BYTES: Final = 64
+FINGERPRINT_BYTES: Final = 120
+
+# Named, or the tables take the database's defaults: where that is latin1, an error text with an emoji is refused
+MYSQL_OPTIONS: Final[dict[str, Any]] = {
+    f"{server}_{option}": value
+    for server in ("mysql", "mariadb")
+    for option, value in (("engine", "InnoDB"), ("default_charset", "utf8mb4"), ("collate", "utf8mb4_bin"))
+}
+
+
+class KeyText(TypeDecorator[str]):
+    """Text that is compared byte by byte: `text COLLATE "C"` on PostgreSQL, VARBINARY on MySQL and MariaDB.
+
+    VARBINARY because no collation is known to both servers that neither folds case nor pads with spaces.
+    """
+
+    impl = Text
+    cache_ok = True
+
+    def __init__(self, bytes_: int) -> None:
+        super().__init__()
+        self.bytes = bytes_
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name == "postgresql":
+            # as it is: type_descriptor() would make the VARCHAR of it that the driver binds strings with
+            from sqlalchemy.dialects.postgresql import TEXT
+
+            return TEXT(collation="C")
+        if dialect.name in ("mysql", "mariadb"):
+            from sqlalchemy.dialects.mysql import VARBINARY
+
+            return dialect.type_descriptor(VARBINARY(self.bytes))
+        return dialect.type_descriptor(Text())
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> Any:
+        if value is not None and dialect.name in ("mysql", "mariadb"):
+            return value.encode()
+        return value
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> str | None:
+        return value.decode() if isinstance(value, (bytes, bytearray)) else value
+
+
+class Bytes(TypeDecorator[bytes]):
+    """Short bytes that may stand in an index; MySQL and MariaDB want a length for that."""
+
+    impl = LargeBinary
+    cache_ok = True
+
+    def __init__(self, bytes_: int) -> None:
+        super().__init__(bytes_)
+        self.bytes = bytes_
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name in ("mysql", "mariadb"):
+            from sqlalchemy.dialects.mysql import VARBINARY
+
+            return dialect.type_descriptor(VARBINARY(self.bytes))
+        return dialect.type_descriptor(LargeBinary())
+
+
+class Body(TypeDecorator[bytes]):
+    """A message body: up to 4 GiB where the server draws a line at 64 KiB otherwise."""
+
+    impl = LargeBinary
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name in ("mysql", "mariadb"):
+            from sqlalchemy.dialects.mysql import LONGBLOB
+
+            return dialect.type_descriptor(LONGBLOB())
+        return dialect.type_descriptor(LargeBinary())
+
+
+class LongText(TypeDecorator[str]):
+    """Text of any length: MySQL and MariaDB draw a line at 64 KiB otherwise."""
+
+    impl = Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name in ("mysql", "mariadb"):
+            from sqlalchemy.dialects.mysql import MEDIUMTEXT
+
+            return dialect.type_descriptor(MEDIUMTEXT())
+        return Text()  # as it is: type_descriptor() would make VARCHAR of it on PostgreSQL
+
+
+class Moment(TypeDecorator[datetime]):
+    """A moment, timezone-aware in Python; UTC without a zone where the server has no such type."""
+
+    impl = DateTime
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(DateTime(timezone=True))
+        if dialect.name in ("mysql", "mariadb"):
+            from sqlalchemy.dialects.mysql import DATETIME
+
+            return dialect.type_descriptor(DATETIME(fsp=6))
+        return dialect.type_descriptor(DateTime())
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"{value!r} has no time zone; a moment without one cannot be compared")
+        return value if dialect.name == "postgresql" else value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
+
+
+class utcnow(FunctionElement[datetime]):  # noqa: N801  (reads as a SQL function does)
+    """The server's clock at this instant, never the worker's, and not the start of the transaction.
+
+    With `seconds`, that many later: `utcnow(30)`.
+    """
+
+    type = Moment()
+    inherit_cache = True
+    name = "utcnow"
+
+    def __init__(self, seconds: float | None = None) -> None:
+        super().__init__(*(() if seconds is None else (float(seconds),)))
+
+
+@compiles(utcnow, "postgresql")
+def _pg_now(element: utcnow, compiler: Any, **kw: Any) -> str:
+    if not len(element.clauses):
+        return "clock_timestamp()"
+    return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kw)}))"
+
+
+@compiles(utcnow, "mysql", "mariadb")
+def _mysql_now(element: utcnow, compiler: Any, **kw: Any) -> str:
+    if not len(element.clauses):
+        return "UTC_TIMESTAMP(6)"
+    return f"TIMESTAMPADD(MICROSECOND, 1000000 * {compiler.process(element.clauses, **kw)}, UTC_TIMESTAMP(6))"
+
+
+@compiles(utcnow, "sqlite")
+def _sqlite_now(element: utcnow, compiler: Any, **kw: Any) -> str:
+    # three digits of milliseconds, then three zeros: the format SQLAlchemy writes, so that texts compare as times do
+    if not len(element.clauses):
+        return "(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')"
+    seconds = compiler.process(element.clauses, **kw)
+    return f"(strftime('%Y-%m-%d %H:%M:%f', 'now', ({seconds}) || ' seconds') || '000')"
+
+
+class Tables:
+    """The tables of one database schema."""
+
+    def __init__(self, schema: str | None) -> None:
+        self.schema = schema
+        self.metadata = MetaData(schema=schema)
+        self.idempotent = self._idempotent()
+        self.step = self._step()
+        self.failure = self._failure()
+        self.outbox = self._outbox()
+        self.queue = self._queue()
+        self.queue_group = self._queue_group()
+        self.cutover = self._cutover()
+
+    def _idempotent(self) -> Table:
+        return Table(
+            "message_idempotent",
+            self.metadata,
+            Column("consumer_group", KeyText(GROUP_BYTES), primary_key=True),
+            Column("handler", KeyText(HANDLER_BYTES), primary_key=True),
+            Column("business_key", KeyText(KEY_BYTES), primary_key=True),
+            Column("status", SmallInteger, nullable=False),
+            Column("message_id", String(255)),
+            Column("message_content", Body),
+            Column("fingerprint", Bytes(FINGERPRINT_BYTES), nullable=False),
+            Column("retry_times", Integer, nullable=False, server_default=text("0")),
+            Column("owner", String(64)),
+            Column("token", String(64)),
+            Column("lease_until", Moment),
+            Column("born_at", Moment),
+            Column("created_at", Moment, nullable=False),
+            Column("consumed_at", Moment),
+            # BRIN where it exists: pruning walks by time, and a claim must not pay for a second tree
+            Index("ix_message_idempotent_created_at", "created_at", postgresql_using="brin"),
+            **MYSQL_OPTIONS,
+        )
+
+    def _step(self) -> Table:
+        return Table(
+            "message_step",
+            self.metadata,
+            Column("consumer_group", KeyText(GROUP_BYTES), primary_key=True),
+            Column("handler", KeyText(HANDLER_BYTES), primary_key=True),
+            Column("business_key", KeyText(KEY_BYTES), primary_key=True),
+            Column("step", KeyText(STEP_BYTES), primary_key=True),
+            Column("status", SmallInteger, nullable=False),
+            Column("result", Body),
+            Column("attempt", Integer, nullable=False, server_default=text("1")),
+            Column("token", String(64)),
+            Column("created_at", Moment, nullable=False),
+            Column("finished_at", Moment),
+            **MYSQL_OPTIONS,
+        )
+
+    def _failure(self) -> Table:
+        return Table(
+            "message_failure",
+            self.metadata,
+            _id(),
+            Column("consumer_group", KeyText(GROUP_BYTES), nullable=False),
+            Column("handler", KeyText(HANDLER_BYTES), nullable=False),
+            # "k:" and the business key, or "m:" and the message id where there is no key: two ways to be the same
+            # failure, which must never be taken for each other
+            Column("failure_key", KeyText(KEY_BYTES + 2), nullable=False),
+            Column("fingerprint", Bytes(FINGERPRINT_BYTES), nullable=False),
+            Column("business_key", KeyText(KEY_BYTES)),
+            *_message_columns(),
+            Column("message_id", String(255)),
+            Column("born_at", Moment),
+            Column("error_class", String(255), nullable=False),
+            Column("error_text", LongText(), nullable=False),
+            Column("attempts", Integer, nullable=False),
+            Column("first_failed_at", Moment, nullable=False),
+            Column("last_failed_at", Moment, nullable=False),
+            Column("next_attempt_at", Moment),
+            Column("state", String(16), nullable=False),
+            Column("decided_by", String(255)),
+            Column("decided_at", Moment),
+            Column("decided_why", LongText()),
+            Column("side", String(64)),
+            UniqueConstraint(
+                "consumer_group", "handler", "failure_key", "fingerprint", name="uq_message_failure_identity"
+            ),
+            Index("ix_message_failure_due", "consumer_group", "state", "next_attempt_at"),
+            Index("ix_message_failure_order", "consumer_group", "handler", "ordering_key", "id"),
+            # people type these ids: one that was deleted must not come back as another message
+            sqlite_autoincrement=True,
+            **MYSQL_OPTIONS,
+        )
+
+    def _outbox(self) -> Table:
+        return Table(
+            "message_outbox",
+            self.metadata,
+            _id(),
+            *_message_columns(),
+            Column("message_id", String(64), nullable=False),
+            Column("deliver_at", Moment),
+            Column("attempts", Integer, nullable=False, server_default=text("0")),
+            Column("next_attempt_at", Moment),
+            Column("last_error", LongText()),
+            Column("created_at", Moment, nullable=False),
+            Index("ix_message_outbox_due", "next_attempt_at", "id"),
+            Index("ix_message_outbox_order", "ordering_key", "id"),
+            **MYSQL_OPTIONS,
+        )
+
+    def _queue(self) -> Table:
+        return Table(
+            "message_queue",
+            self.metadata,
+            _id(),
+            # one row for each group that had joined the topic; empty while none had: the first to join adopts it
+            Column("consumer_group", KeyText(GROUP_BYTES), nullable=False),
+            *_message_columns(),
+            Column("message_id", String(64), nullable=False),
+            Column("born_at", Moment),
+            Column("deliver_at", Moment, nullable=False),
+            Column("attempts", Integer, nullable=False, server_default=text("0")),
+            # who holds it: settling with another holder's token changes nothing
+            Column("holder", String(64)),
+            Index("ix_message_queue_due", "consumer_group", "topic", "deliver_at", "id"),
+            Index("ix_message_queue_order", "consumer_group", "topic", "ordering_key", "id"),
+            **MYSQL_OPTIONS,
+        )
+
+    def _queue_group(self) -> Table:
+        return Table(
+            "message_queue_group",
+            self.metadata,
+            Column("topic", KeyText(255), primary_key=True),
+            Column("consumer_group", KeyText(GROUP_BYTES), primary_key=True),
+            Column("joined_at", Moment, nullable=False),
+            **MYSQL_OPTIONS,
+        )
+
+    def _cutover(self) -> Table:
+        return Table(
+            "message_cutover",
+            self.metadata,
+            Column("name", KeyText(64), primary_key=True),
+            Column("effective_from", Moment, primary_key=True),
+            Column("source", String(64), nullable=False),
+            Column("target", String(64), nullable=False),
+            Column("percent", SmallInteger, nullable=False),
+            Column("allow_list", LongText()),
+            Column("created_at", Moment, nullable=False),
+            **MYSQL_OPTIONS,
+        )
+
+
+def _id() -> Column[int]:
+    # SQLite counts up by itself only for a column whose type is exactly INTEGER
+    return Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True)
+
+
+def _message_columns() -> list[Column[Any]]:
+    return [
+        Column("topic", KeyText(255), nullable=False),
+        Column("tag", KeyText(255)),
+        Column("message_key", KeyText(1024)),
+        Column("ordering_key", KeyText(255)),
+        Column("body", Body),
+        Column("properties", LongText(), nullable=False),
+    ]
+
+
+@lru_cache(maxsize=16)
+def tables(schema: str | None = None) -> Tables:
+    """Return the tables of one database schema; the same object for the same name."""
+    return Tables(schema)

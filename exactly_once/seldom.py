@@ -1,0 +1,50 @@
+"""A log line that repeats is written at most once in a while, with the number of those left out. Decides nothing else.
+
+Called by the threads that never give up (receiving, settling, probing a store): while a broker is away each of them
+meets the same error many times a second, and a disk full of it would be a second outage.
+"""
+
+import logging
+from datetime import timedelta
+from time import monotonic
+from typing import Final
+
+__all__ = ["Seldom"]
+
+_EVERY: Final = timedelta(seconds=10)
+
+
+class Seldom:
+    """Writes the first line of each kind at once, and then one per `every` with a count of what was left out.
+
+    Args:
+        log: Where to.
+        every: The least time between two lines of one kind.
+
+    Example:
+        >>> seldom = Seldom(logging.getLogger("doctest"))
+        >>> seldom.warning("receive", "The broker is away: %s", "refused")
+    """
+
+    def __init__(self, log: logging.Logger, every: timedelta = _EVERY) -> None:
+        self._log, self._every = log, every.total_seconds()
+        self._next: dict[str, float] = {}
+        self._left_out: dict[str, int] = {}
+
+    def warning(self, kind: str, text: str, *args: object, error: BaseException | None = None) -> None:
+        """Log `text % args`, unless a line of this kind was written a moment ago.
+
+        Args:
+            kind: What repeats; one of a handful, for each is remembered.
+            text: A sentence, with %-places for `args`.
+            args: What goes into the places.
+            error: Its traceback is added.
+        """
+        now = monotonic()
+        if now < self._next.get(kind, 0.0):
+            self._left_out[kind] = self._left_out.get(kind, 0) + 1  # a lost count between threads costs nothing
+            return
+        self._next[kind] = now + self._every
+        left_out = self._left_out.pop(kind, 0)
+        more = f" ({left_out} more like it since the last such line)" if left_out else ""
+        self._log.warning(text + more, *args, exc_info=error)

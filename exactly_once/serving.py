@@ -1,0 +1,226 @@
+"""A worker put together for an application and a broker, started and stopped as one thing.
+
+Start-up goes in an order that loses nothing: databases and schema, then what the broker says of topics and group, then
+receiving. A server that does not answer yet is waited for; a wrong setting is refused with the command that mends it.
+Made by the facade; used with `with`, by `eo.run` and by the command line.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
+from threading import Event
+from time import monotonic
+from types import TracebackType
+from typing import Final
+
+from exactly_once.application import Application
+from exactly_once.errors import (
+    ConfigurationError,
+    ExactlyOnceError,
+    SchemaError,
+    StoreUnavailable,
+    TransportError,
+)
+from exactly_once.runner import Runner
+from exactly_once.store import Store, claims_twice
+from exactly_once.transport import Away, Transport
+from exactly_once.worker import Counts, Worker
+
+__all__ = ["Serving"]
+
+PATIENCE: Final = timedelta(minutes=5)
+"""How long a start waits for a server that does not answer; then whoever started us may decide to start us again."""
+_WAITS_S: Final = (0.2, 5.0)
+_REFUSED_S: Final = 8.0
+"""A server that is up and refuses us may be out of connections, or a topic not made yet, for a moment: so long."""
+_RETURNING_S: Final = 60.0
+"""The same, since the server was last seen not to answer."""
+
+_log = logging.getLogger("exactly_once.worker")
+
+
+class Serving:
+    """A worker over one broker.
+
+    Args:
+        application: Handlers and databases.
+        transport: The broker.
+        concurrency: How many messages run at once.
+        drain_timeout: How long stopping lets running messages finish.
+
+    Example:
+        with eo.worker("rocketmq://127.0.0.1:8081") as worker:
+            ...
+    """
+
+    def __init__(
+        self, application: Application, transport: Transport, *, concurrency: int, drain_timeout: timedelta
+    ) -> None:
+        self._application, self._transport = application, transport
+        self._concurrency, self.drain_timeout = concurrency, drain_timeout
+        self._asked = Event()
+        self._worker: Worker | None = None
+        self._runner: Runner | None = None
+
+    # -- starting and stopping ---------------------------------------------------------------------------------------
+
+    def start(self, patience: timedelta = PATIENCE) -> None:
+        """Begin to receive.
+
+        Raises:
+            ConfigurationError: Something is wrong that waiting does not mend, or a server stayed away too long.
+        """
+        application = self._application
+        for plan in application.plans:
+            for warning in plan.warnings:
+                _log.warning("%s", warning)
+        deadline = monotonic() + patience.total_seconds()
+        for name, store in application.stores.items():
+            _until(
+                self._asked,
+                deadline,
+                partial(_database_problem, store, application.group),
+                f"the database {name!r}",
+                StoreUnavailable,
+            )
+        subscriptions = application.subscriptions()
+
+        def broker() -> str | None:
+            problems = self._transport.check(application.group, subscriptions)
+            if any(not isinstance(problem, Away) for problem in problems):
+                raise ConfigurationError("\n".join(problems))
+            return "\n".join(problems) or None
+
+        _until(self._asked, deadline, broker, "the broker", TransportError)
+        runner = application.runner(self._concurrency)
+        try:
+            consumers = [*self._transport.subscribe(application.group, subscriptions), *application.pumps()]
+            worker = Worker(
+                consumers,
+                runner.run,
+                # one waiting for each that runs, so that a thread never waits for the broker
+                capacity=2 * self._concurrency,
+                drain_timeout=self.drain_timeout,
+                answers=application.answers,
+                observe=runner.observe,
+            )
+            worker.start()
+        except BaseException:
+            runner.stop()
+            raise
+        self._runner, self._worker = runner, worker
+
+    def stop(self) -> int:
+        """Stop receiving, finish what runs, give back the rest; returns how many were given back. Twice is once."""
+        self._asked.set()
+        if self._worker is None or self._runner is None:
+            return 0
+        given_back = self._worker.stop()
+        self._runner.stop()
+        return given_back
+
+    def __enter__(self) -> "Serving":
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    async def __aenter__(self) -> "Serving":
+        import asyncio
+
+        await asyncio.to_thread(self.start)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        import asyncio
+
+        await asyncio.to_thread(self.stop)
+
+    # -- how it is doing ---------------------------------------------------------------------------------------------
+
+    @property
+    def worker(self) -> Worker:
+        """The worker inside, once started: for health and progress."""
+        if self._worker is None:
+            raise RuntimeError("The worker is not started: use it with `with`, or call start().")
+        return self._worker
+
+    @property
+    def counts(self) -> Counts:
+        """How far it is."""
+        return self.worker.counts
+
+    def drain(self, timeout: timedelta = timedelta(seconds=60)) -> Mapping[str, int]:
+        """Wait until nothing is left to do, for tests: every source empty, nothing in hand, no retry due.
+
+        Returns:
+            Deliveries by outcome, since the start.
+
+        Raises:
+            TimeoutError: It did not come to that; the text says what is still in hand.
+        """
+        self.worker.drain(timeout)
+        return self.counts.outcomes
+
+    def stuck(self, after: timedelta) -> Sequence[str]:
+        """Name the threads that do not turn; none before the start."""
+        return () if self._worker is None else self._worker.stuck(after)
+
+    def unready(self) -> str | None:
+        """Say why nothing is received, or None."""
+        return "not started" if self._worker is None else self._worker.unready()
+
+
+def _database_problem(store: Store, group: str) -> str | None:
+    if (problem := store.problem()) is not None:
+        return problem
+    try:
+        seen = claims_twice(store.dialect, store.open, group)
+    except Exception as error:
+        if store.away(error):
+            return f"{store.name} does not answer ({type(error).__name__})"
+        raise
+    if seen != (True, False):
+        raise ConfigurationError(
+            f"Through the driver of the database {store.name!r} a key claimed twice is seen as {seen}, not (True, False):"
+            " duplicates would run. Type: exactly-once doctor"
+        )
+    return None
+
+
+def _until(
+    asked: Event, deadline: float, look: Callable[[], str | None], what: str, vain: type[ExactlyOnceError]
+) -> None:
+    """Look until there is no problem; `look` raises for what waiting does not mend, returns what it may."""
+    wait = _WAITS_S[0]
+    said = False
+    refused_until = monotonic() + _REFUSED_S
+    while True:
+        try:
+            problem = look()
+            # what is just coming back may refuse for a while: a name server answers before its broker has registered
+            refused_until = max(refused_until, monotonic() + _RETURNING_S)
+        except TransportError as error:
+            problem = str(error)
+        except SchemaError:
+            raise
+        except ConfigurationError as error:
+            if monotonic() >= refused_until:
+                raise
+            problem = str(error)
+        if problem is None:
+            return
+        if monotonic() >= deadline:
+            raise vain(f"Waited in vain for {what}: {problem}")
+        if not said:
+            _log.warning("Waiting for %s: %s", what, problem)
+            said = True
+        if asked.wait(wait):
+            raise vain(f"Stopped while waiting for {what}.")
+        wait = min(2 * wait, _WAITS_S[1])

@@ -1,0 +1,185 @@
+"""From a signal to an exit code: the first one stops a worker gently, a second one ends the process at once.
+
+Never starts or stops threads of the worker's, never exits where returning will do. Called by `eo.run` and by the
+command line, in the main thread, for Python runs signal handlers nowhere else.
+"""
+
+import logging
+import os
+import selectors
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from threading import Thread, current_thread, main_thread
+from types import FrameType
+from typing import Final, Generic, NoReturn, Protocol, TypeVar
+
+from exactly_once.errors import ConfigurationError
+from exactly_once.reports import Teller
+
+__all__ = ["KILLED", "SUPERVISED", "run_until_signal", "signals_wake"]
+
+KILLED: Final = 143
+"""The exit code after a second signal; what a shell says of a process that SIGTERM ended (128 + 15)."""
+SUPERVISED: Final = "EXACTLY_ONCE_SUPERVISED"
+"""Set in the environment of a supervisor's children, which stop gently however often they are told.
+
+A terminal and systemd send a signal to every process of a group, and the supervisor forwards its own: two would reach
+a child that was asked once. Ending it at once is the supervisor's business, which has SIGKILL for it.
+"""
+_LOOK_S: Final = 0.5
+
+_log = logging.getLogger("exactly_once.worker")
+T = TypeVar("T")
+
+
+class Stoppable(Protocol):
+    """What can be stopped: the worker."""
+
+    def stop(self) -> int:
+        """Stop, or stop starting, and return how many messages were given back."""
+
+    def unready(self) -> str | None:
+        """Say why nothing is received."""
+
+
+def run_until_signal(
+    worker: Stoppable, *, start: Callable[[], None] | None = None, announce: Callable[[str], None] = _log.info
+) -> int:
+    """Wait for SIGTERM or SIGINT, then stop the worker within its drain timeout.
+
+    A second signal while it stops ends the process at once with 143, whatever runs: the messages come back by
+    themselves. Not so in a supervisor's child.
+
+    Args:
+        worker: A worker; started, unless `start` is given.
+        start: Starts it, so that a signal is heard while that still waits for a server; then `worker.stop()` is
+            called to end the waiting. What it raises, this raises.
+        announce: Told that stopping began, and how it ended.
+
+    Returns:
+        0, or 1 where messages were given back. Also when somebody else stopped the worker.
+
+    Raises:
+        ConfigurationError: Called outside the main thread.
+
+    Example:
+        sys.exit(run_until_signal(worker, start=worker.start))
+    """
+    supervised = bool(os.environ.get(SUPERVISED))
+    teller = Teller(worker)
+
+    def received(number: int, count: int) -> None:
+        if count > 1 and not supervised:
+            leave()
+
+    # start and stop have threads of their own: while a client blocks inside C, this one must still hear signals
+    with signals_wake({signal.SIGTERM: received, signal.SIGINT: received}) as wait:
+        starting = _Aside(start or (lambda: None))
+        while starting.runs and not wait(0.05):
+            teller.tell()
+        early = starting.runs
+        if not early:
+            starting.outcome()
+            while worker.unready() != "stopped":
+                teller.tell()
+                if wait(_LOOK_S):
+                    break
+        if first := wait(0.0):
+            more = "" if supervised else " A second signal ends at once; what is in hand then comes back by itself."
+            announce(f"{first.name}: finishing what runs.{more}")
+        stopping = _Aside(worker.stop)
+        while stopping.runs or starting.runs:
+            wait(0.05)
+            teller.tell()
+        if early:  # it may have got through just as it was told to stop: then there is something to stop after all
+            stopping.outcome()
+            stopping = _Aside(worker.stop)
+            while stopping.runs:
+                wait(0.05)
+    given_back = stopping.outcome()
+    announce(f"Stopped; {given_back} message(s) given back.")
+    return 1 if given_back else 0
+
+
+class _Aside(Generic[T]):
+    """A call in a thread of its own."""
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._future: Future[T] = Future()
+        Thread(target=self._run, args=(call,), daemon=True, name="start and stop").start()
+
+    @property
+    def runs(self) -> bool:
+        return not self._future.done()
+
+    def outcome(self) -> T:
+        return self._future.result()
+
+    def _run(self, call: Callable[[], T]) -> None:
+        try:
+            self._future.set_result(call())
+        except BaseException as error:  # noqa: BLE001, RUF100  (raised again by `outcome`)
+            self._future.set_exception(error)
+
+
+def leave(code: int = KILLED) -> NoReturn:
+    """End the process now, running nothing more: no `atexit`, no thread is waited for."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, RuntimeError):  # closed, a broken pipe, or in the middle of a write just now
+            continue
+    os._exit(code)
+
+
+Handler = Callable[[int, int], None]
+Wait = Callable[[float], "signal.Signals | None"]
+
+
+@contextmanager
+def signals_wake(handlers: Mapping[signal.Signals, Handler]) -> Iterator[Wait]:
+    """Catch these signals inside the block, and put back what was there before after it.
+
+    A handler is called with the signal's number and how many of these signals came so far, this one counted. The block
+    gets a `wait(seconds)`, which ends early at a signal and returns the first that came, ever, or None. It sleeps on
+    a pipe: an Event set by a handler can deadlock with the very wait it interrupts.
+
+    Raises:
+        ConfigurationError: Called outside the main thread.
+    """
+    if current_thread() is not main_thread():
+        raise ConfigurationError(
+            "Signals can be caught in the main thread only. Call this from the main thread, or use the worker as a"
+            " context manager and stop it yourself."
+        )
+    came: list[signal.Signals] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        came.append(signal.Signals(number))
+        handlers[signal.Signals(number)](number, len(came))
+
+    out, into = os.pipe()
+    os.set_blocking(out, False)
+    os.set_blocking(into, False)
+    before = {number: signal.signal(number, handle) for number in handlers}
+    woken = signal.set_wakeup_fd(into, warn_on_full_buffer=False)
+    selector = selectors.DefaultSelector()
+    selector.register(out, selectors.EVENT_READ)
+
+    def wait(seconds: float) -> signal.Signals | None:
+        if selector.select(seconds):
+            os.read(out, 4096)
+        return came[0] if came else None
+
+    try:
+        yield wait
+    finally:
+        signal.set_wakeup_fd(woken)
+        for number, old in before.items():
+            signal.signal(number, signal.SIG_DFL if old is None else old)
+        selector.close()
+        os.close(out)
+        os.close(into)

@@ -1,0 +1,312 @@
+"""One database, as the application uses it: engines for threads and for asyncio, sessions, and whether it answers.
+
+Made from a URL (then the engines are ours and sized for us), an Engine, an AsyncEngine or a sessionmaker. Connects to
+nothing until first used. The facade makes stores; deliveries, the pump and the worker's outage probe use them.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+from uuid import uuid4
+
+from sqlalchemy import URL, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm import Session, sessionmaker
+
+from exactly_once.dialects import ClaimRow, Dialect, Trouble, dialect_for
+from exactly_once.errors import ConfigurationError, MissingExtra, SchemaError
+from exactly_once.failures import FailureStore
+from exactly_once.guards.watch import install, install_session
+from exactly_once.schema import Tables, tables
+from exactly_once.wording import escaped
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+__all__ = ["Store", "claims_twice"]
+
+# the drivers that exist for both worlds, so that one URL serves handlers of both kinds
+_ASYNC: Final = {
+    "postgresql": "postgresql+psycopg",
+    "postgresql+psycopg": "postgresql+psycopg",
+    "mysql+pymysql": "mysql+asyncmy",
+    "mysql+asyncmy": "mysql+asyncmy",
+    "mariadb+pymysql": "mariadb+asyncmy",
+    "mariadb+asyncmy": "mariadb+asyncmy",
+    "sqlite": "sqlite+aiosqlite",
+    "sqlite+pysqlite": "sqlite+aiosqlite",
+    "sqlite+aiosqlite": "sqlite+aiosqlite",
+}
+_SYNC: Final = {
+    "postgresql": "postgresql+psycopg",
+    "mysql": "mysql+pymysql",
+    "mariadb": "mariadb+pymysql",
+    "mysql+asyncmy": "mysql+pymysql",
+    "mariadb+asyncmy": "mariadb+pymysql",
+    "sqlite+aiosqlite": "sqlite",
+}
+_EXTRA: Final = {"mysql": "mysql", "mariadb": "mysql", "sqlite": "sqlite"}
+
+_CONNECT_S: Final = 5  # a server that does not accept within this is away
+_IDLE_IN_TRANSACTION: Final = "10min"  # a worker that vanished holds its keys locked no longer than this
+_SQLITE_BUSY_S: Final = 30  # handlers run one at a time there, and wait for their turn
+
+
+class Store:
+    """One database and the ways into it.
+
+    Args:
+        name: Its name among several.
+        database: URL, engine or sessionmaker for threads; or an async one, from which the other is derived.
+        async_database: The same for asyncio, where it is not to be derived.
+        schema: The database schema our tables live in.
+        pool_size: Connections for each kind of engine that we make.
+    """
+
+    def __init__(
+        self, name: str, database: Any, async_database: Any = None, *, schema: str | None = None, pool_size: int = 16
+    ) -> None:
+        self.name = name
+        self.schema = schema
+        self.pool_size = pool_size
+        self._given, self._given_async = _sides(database, async_database)
+        self._ours: list[Engine] = []
+        self.tables: Tables = tables(schema)
+        self.failures = FailureStore(self.tables)
+
+    # -- threads -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine for threads: the worker's own work, and sync handlers."""
+        return self._watched(_engine_of(self._given) or self._make(self._url(self._given or self._given_async), _SYNC))
+
+    @cached_property
+    def _maker(self) -> Callable[[], Session]:
+        engine = self.engine
+        if isinstance(self._given, sessionmaker):
+            install_session(self._given)
+            return self._given
+        made = sessionmaker(engine, expire_on_commit=False)
+        install_session(made)
+        return made
+
+    def open(self) -> tuple[Session, Session]:
+        """Make a session for a thread: for us, and for the handler."""
+        session = self._maker()
+        return session, session
+
+    # -- asyncio -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def async_engine(self) -> "AsyncEngine":
+        """The engine for asyncio; belongs to the loop that first uses it."""
+        from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+        given = self._given_async
+        engine = getattr(given, "kw", {}).get("bind", given)
+        if not isinstance(engine, AsyncEngine):
+            url = self._url(given or self._given)
+            engine = self._import(
+                create_async_engine, url.set(drivername=self._driver(url, _ASYNC)), self._options(url)
+            )
+            self._bound_waits(engine.sync_engine)
+            self._ours.append(engine.sync_engine)
+        self._watched(engine.sync_engine)
+        found: AsyncEngine = engine
+        return found
+
+    @cached_property
+    def _async_maker(self) -> Callable[[], Any]:
+        from sqlalchemy.ext.asyncio import async_sessionmaker
+
+        engine = self.async_engine
+        given = self._given_async
+        # a sessionmaker inside: listeners are for sync classes, and a subclass of our own keeps them off the user's
+        base: type[Session] = Session
+        if isinstance(given, async_sessionmaker):
+            base = given.class_.sync_session_class
+            kw = dict(given.kw)
+            kw.setdefault("sync_session_class", base)
+            watched = type("WatchedSession", (kw["sync_session_class"],), {})
+            install_session(watched)
+            kw["sync_session_class"] = watched
+            return async_sessionmaker(class_=given.class_, **kw)
+        watched = type("WatchedSession", (base,), {})
+        install_session(watched)
+        return async_sessionmaker(engine, expire_on_commit=False, sync_session_class=watched)
+
+    def open_async(self) -> tuple[Session, Any]:
+        """Make a session for asyncio: the sync one inside, for us, and the AsyncSession, for the handler."""
+        session = self._async_maker()
+        return session.sync_session, session
+
+    # -- both --------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def dialect(self) -> Dialect:
+        """How this database is spoken to."""
+        return dialect_for(self.engine, self.schema)
+
+    def answers(self) -> bool:
+        """Say whether the database can be reached and written to now; opens a fresh connection where it must."""
+        try:
+            with self.engine.connect() as connection:
+                if connection.dialect.name == "postgresql":
+                    return connection.execute(text("SHOW transaction_read_only")).scalar() != "on"
+                connection.execute(text("SELECT 1"))
+                return True
+        except Exception:  # whatever it says: it does not answer
+            return False
+
+    def problem(self) -> str | None:
+        """Look whether this database can be used: None if so, else what is waited for (it does not answer).
+
+        Raises:
+            ConfigurationError: Waiting would not mend it: no such user or database, or the schema is missing or old.
+        """
+        from exactly_once.alembic import check
+
+        dialect = self.dialect
+        try:
+            with self.engine.connect() as connection:
+                missing = check(connection, self.schema)
+                connection.rollback()
+                if missing is None:
+                    driver = connection.connection
+                    dialect.prepare(driver.dbapi_connection, {}, wait_ms=1000)
+        except DBAPIError as error:
+            where = self.engine.url.render_as_string(hide_password=True)
+            if dialect.trouble(error) is Trouble.UNAVAILABLE and not dialect.hopeless(error):
+                return f"{where} does not answer ({escaped(str(error.orig).strip(), 200)})"
+            raise ConfigurationError(
+                f"The database {where} cannot be used: {escaped(str(error.orig).strip(), 200)}. Check the URL, in"
+                " EXACTLY_ONCE_DATABASE or where it was given."
+            ) from error
+        if missing is not None:
+            raise SchemaError(missing)
+        return None
+
+    def away(self, error: BaseException) -> bool:
+        """Say whether an error means that the database does not answer."""
+        return isinstance(error, PoolTimeout) or self.dialect.trouble(error) is Trouble.UNAVAILABLE
+
+    def close(self) -> None:
+        """Close the engines we made; those we were given are their owner's."""
+        for engine in self._ours:
+            engine.dispose(close=engine.dialect.is_async is False)
+
+    def _watched(self, engine: Engine) -> Engine:
+        install(engine)
+        return engine
+
+    def _url(self, given: Any) -> URL:
+        if isinstance(given, (str, URL)):
+            try:
+                return make_url(given)
+            except ArgumentError as error:
+                # its text would repeat the URL, password included
+                raise ConfigurationError(
+                    "The database URL cannot be read. It looks like postgresql+psycopg://user:password@host/name."
+                ) from error
+        bind = getattr(given, "kw", {}).get("bind", given)
+        url: URL = getattr(bind, "sync_engine", bind).url
+        return url
+
+    def _driver(self, url: URL, table: dict[str, str]) -> str:
+        return table.get(url.drivername, url.drivername)
+
+    def _make(self, url: URL, table: dict[str, str]) -> Engine:
+        engine: Engine = self._import(create_engine, url.set(drivername=self._driver(url, table)), self._options(url))
+        self._bound_waits(engine)
+        self._ours.append(engine)
+        return engine
+
+    def _import(self, make: Callable[..., Any], url: URL, options: dict[str, Any]) -> Any:
+        try:
+            return make(url, **options)
+        except ModuleNotFoundError as error:
+            extra = _EXTRA.get(url.get_backend_name())
+            if extra is None:
+                raise ConfigurationError(f"The database driver {url.drivername} is not installed ({error}).") from error
+            raise MissingExtra(f"The database {url.drivername}", extra) from error
+
+    def _options(self, url: URL) -> dict[str, Any]:
+        backend = url.get_backend_name()
+        if backend == "sqlite":
+            if not url.database or url.database == ":memory:":
+                raise ConfigurationError(
+                    "A SQLite database in memory is another one in each thread. Give it a file: sqlite:///orders.db"
+                )
+            # a handler that waits for its turn to write has its connection already
+            return {"connect_args": {"timeout": _SQLITE_BUSY_S}, "pool_size": self.pool_size, "max_overflow": 4}
+        options: dict[str, Any] = {"pool_size": self.pool_size, "max_overflow": 4, "pool_timeout": 30}
+        if backend == "postgresql":
+            # a dead peer is noticed in about a minute, not after the kernel's two hours with the key still locked
+            options["connect_args"] = {
+                "connect_timeout": _CONNECT_S,
+                "keepalives_idle": 30,
+                "keepalives_interval": 10,
+                "keepalives_count": 3,
+                "tcp_user_timeout": 60_000,
+            } | {k: v for k, v in url.query.items() if k in ("connect_timeout", "keepalives_idle", "tcp_user_timeout")}
+        else:
+            options["connect_args"] = {"connect_timeout": _CONNECT_S}
+        return options
+
+    def _bound_waits(self, engine: Engine) -> None:
+        if engine.dialect.name != "postgresql":
+            return
+
+        @event.listens_for(engine, "connect")
+        def bound(dbapi: Any, _record: Any) -> None:
+            cursor = dbapi.cursor()
+            cursor.execute(f"SET idle_in_transaction_session_timeout = '{_IDLE_IN_TRANSACTION}'")
+            cursor.close()
+            dbapi.commit()
+
+
+def _sides(database: Any, async_database: Any) -> tuple[Any, Any]:
+    """Sort what was given into the threads' side and asyncio's, refusing what cannot keep the promise."""
+    if async_database is None and (
+        hasattr(database, "sync_engine") or hasattr(getattr(database, "class_", None), "run_sync")
+    ):
+        database, async_database = None, database
+    for given in (database, async_database):
+        kw = getattr(given, "kw", {})
+        if kw.get("twophase"):
+            raise ConfigurationError(
+                "A sessionmaker with twophase=True cannot be used: claims commit in one phase. Take it out."
+            )
+        if kw.get("binds"):
+            raise ConfigurationError(
+                "A sessionmaker with binds= writes to several databases, which cannot be one commit. Give one engine;"
+                " for several databases give exactly_once a dict of them and route=."
+            )
+        if given is not None and isinstance(given, sessionmaker) and kw.get("bind") is None:
+            raise ConfigurationError("The sessionmaker has no bind=. Type: sessionmaker(engine)")
+    return database, async_database
+
+
+def _engine_of(given: Any) -> Engine | None:
+    engine = getattr(given, "kw", {}).get("bind", given)
+    return engine if isinstance(engine, Engine) else None
+
+
+def claims_twice(dialect: Dialect, open_session: Callable[[], tuple[Any, Any]], group: str) -> tuple[bool, bool]:
+    """Claim one key twice in a transaction that is rolled back; (True, False) where the driver's answer is understood.
+
+    A driver whose duplicate is not recognised would run every duplicate, and nobody would notice.
+    """
+    session, _ = open_session()
+    row = ClaimRow(group, "exactly-once doctor", uuid4().hex, b"")
+    try:
+        connection = session.connection()
+        dbapi, info = connection.connection.dbapi_connection, connection.info
+        dialect.prepare(dbapi, info, wait_ms=1000)
+        first = dialect.claim(dbapi, info, row, wait_ms=1000, savepoint=True)
+        return first, dialect.claim(dbapi, info, row, wait_ms=1000, savepoint=True)
+    finally:
+        session.rollback()
+        session.close()

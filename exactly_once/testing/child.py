@@ -1,0 +1,238 @@
+"""Starts a server as our own child, on loopback ports of its own, and never leaves one behind.
+
+It never detaches, never looks for a server somebody else started, and never kills by name. Called by the embedded
+PostgreSQL and by this project's own tests for MariaDB, RocketMQ and the container engine.
+"""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exactly_once.errors import ExactlyOnceError
+
+__all__ = ["Account", "Child", "ServerFailed", "free_ports", "wait_until"]
+
+# The launcher runs between us and the server. It drops privileges itself, so that an unprivileged account need not be
+# able to read this Python; it asks the kernel to signal the server when we die (a SIGKILL to us runs no atexit, no
+# finally); and it compares parents, because we may have died before it asked. A `preexec_fn` could do the same, but
+# runs Python between fork and exec, which may deadlock in a program with threads.
+_LAUNCHER = """
+import os, sys
+parent, death, ids, *argv = sys.argv[1:]
+if sys.platform == "linux":
+    import ctypes  # while we may still read it
+    prctl = ctypes.CDLL(None).prctl
+if ids:
+    uid, gid = map(int, ids.split(":"))
+    os.setgroups([]); os.setgid(gid); os.setuid(uid)
+if sys.platform == "linux":
+    prctl(1, int(death), 0, 0, 0)  # after the change of user, which clears it
+if os.getppid() != int(parent):
+    os._exit(1)
+os.execvp(argv[0], argv)
+"""
+
+
+class ServerFailed(ExactlyOnceError):
+    """A server did not start, or did not answer in time; the text holds the last lines it printed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """The unprivileged user a server runs as when we are root; servers refuse to run as root."""
+
+    uid: int
+    gid: int
+
+    @classmethod
+    def unprivileged(cls, *names: str) -> "Account | None":
+        """Return the first of these users that exists when we are root, and None when we are not root.
+
+        Raises:
+            ServerFailed: We are root and none of the users exists.
+        """
+        if os.geteuid() != 0:
+            return None
+        import pwd
+
+        for name in names:
+            try:
+                entry = pwd.getpwnam(name)
+            except KeyError:
+                continue
+            return cls(entry.pw_uid, entry.pw_gid)
+        raise ServerFailed(f"The server refuses to run as root, and there is no user named {' or '.join(names)} here.")
+
+
+class Child:
+    """One server process, from start to end; it can be started again after it ended.
+
+    The process is started by a thread that lives exactly as long: Linux sends the parent-death signal when the
+    *thread* that forked ends, so a server started from a short-lived thread would die with that thread.
+
+    Args:
+        name: What to call it in errors.
+        argv: The command and its arguments.
+        output: The file its standard output and standard error are appended to.
+        account: Run as this user.
+        environ: Set these on top of our own environment.
+        death_signal: What the kernel sends it when we die.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        output: Path,
+        account: Account | None = None,
+        environ: Mapping[str, str] | None = None,
+        death_signal: signal.Signals = signal.SIGKILL,
+    ) -> None:
+        self.name = name
+        self.argv = list(argv)
+        self.output = output
+        self._account = account
+        self._environ = dict(environ or {})
+        self._death_signal = death_signal
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started_at_byte = 0
+
+    def start(self) -> None:
+        """Start the process; it need not be ready yet when this returns."""
+        if self.running:
+            raise ServerFailed(f"{self.name} is running already, as process {self.pid}.")
+        self._started_at_byte = self.output.stat().st_size if self.output.exists() else 0
+        started = threading.Event()
+        failed: list[OSError] = []
+
+        def parent() -> None:
+            try:
+                self._process = self._spawn()
+            except OSError as error:
+                failed.append(error)
+                return
+            finally:
+                started.set()
+            self._process.wait()
+
+        threading.Thread(target=parent, name=f"parent of {self.name}", daemon=True).start()
+        started.wait()
+        if failed:
+            raise ServerFailed(f"{self.name} could not be started: {failed[0]}") from failed[0]
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        ids = f"{self._account.uid}:{self._account.gid}" if self._account else ""
+        # -I -S: none of our caller's site packages or PYTHON* settings; this also starts in 10 ms
+        launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(int(self._death_signal)), ids]
+        with self.output.open("ab") as out:
+            return subprocess.Popen(  # noqa: S603  (our own argument list, no shell)
+                launcher + self.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self._environ},
+                cwd="/",
+                start_new_session=True,  # Ctrl-C in a terminal is for us; we then stop the server in our own way
+            )
+
+    @property
+    def pid(self) -> int | None:
+        """The process id, or None when it does not run."""
+        return self._process.pid if self._process is not None and self.running else None
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is alive."""
+        return self._process is not None and self._process.poll() is None
+
+    def end(self, signal_: signal.Signals, *, patience_s: float = 10.0) -> None:
+        """Send `signal_` and wait for the end; SIGKILL after `patience_s`. No process is no error."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.send_signal(signal_)
+        try:
+            self._process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def printed(self) -> str:
+        """Return what the process printed since it was last started."""
+        if not self.output.exists():
+            return ""
+        with self.output.open("rb") as out:
+            out.seek(self._started_at_byte)
+            return out.read().decode(errors="replace")
+
+    def failure(self, what: str) -> ServerFailed:
+        """Return an error that says `what` and shows the last lines printed."""
+        tail = "\n".join(self.printed().splitlines()[-20:])
+        return ServerFailed(f"{self.name}: {what}. It printed, last:\n{tail}")
+
+    def wait_until(self, condition: Callable[[], bool], *, what: str, patience_s: float) -> None:
+        """Wait until `condition` holds; raise when the process ends first or `patience_s` have passed."""
+
+        def holds() -> bool:
+            if condition():
+                return True
+            if not self.running:
+                raise self.failure(f"ended before {what}")
+            return False
+
+        try:
+            wait_until(holds, what=what, patience_s=patience_s)
+        except TimeoutError:
+            raise self.failure(f"not {what} after {patience_s:.0f} s") from None
+
+
+def wait_until(condition: Callable[[], bool], *, what: str, patience_s: float, pause_s: float = 0.01) -> None:
+    """Wait until `condition` holds.
+
+    Raises:
+        TimeoutError: It did not within `patience_s` seconds.
+    """
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {patience_s:g} s, and still not: {what}")
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 1.2, 0.2)
+
+
+def free_ports(count: int = 1, *, around: Sequence[int] = (0,)) -> list[int]:
+    """Return `count` ports nobody listens on; of each also the neighbours at the offsets `around` are free.
+
+    They lie below the range the kernel gives to outgoing connections, or a server that restarts on its port could find
+    a client's socket there.
+    """
+    found: list[int] = []
+    taken: set[int] = set()
+    for _ in range(10_000):
+        if len(found) == count:
+            return found
+        port = random.randrange(20_000, 32_000)  # noqa: S311  (no secret)
+        wanted = {port + offset for offset in around}
+        if wanted & taken or not all(_is_free(p) for p in wanted):
+            continue
+        found.append(port)
+        taken |= wanted
+    raise ServerFailed("No free port was found between 20000 and 32000.")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True

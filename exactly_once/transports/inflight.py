@@ -1,0 +1,217 @@
+"""Remembers which messages were in hand when a process died, for brokers that do not count such deliveries.
+
+A message whose handler kills the process every time (SIGKILL, a crash in C code, memory) comes again for ever where the
+broker's count moves only when a client says "failed". Here every process writes what it has in hand into a file of its
+own, through shared memory: about a microsecond a message, nothing is flushed, and what was written survives the
+process because it is the kernel's. Whoever finds the journal of a dead process adds one to each message in it.
+
+Innocent neighbours are counted too. They are forgotten as soon as they are acknowledged, and a suspect is to be handed
+out alone (see `handoff`), so that a second death tells the guilty from its neighbours.
+
+It never opens a connection and never decides what happens to a suspect. Called by `handoff`. It knows one machine: a
+poisonous message kills up to `max_attempts` processes on each machine whose workers share no directory.
+"""
+
+import fcntl
+import json
+import mmap
+import os
+import stat
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from hashlib import blake2b
+from pathlib import Path
+from time import monotonic, time
+from typing import Final
+
+from exactly_once.errors import ConfigurationError
+
+__all__ = ["InFlight", "default_directory", "private_directory"]
+
+PLACE_BYTES: Final = 128  # one message in hand: the length of its name in one byte, then the name
+NAME_BYTES: Final = PLACE_BYTES - 1
+# before messages are handed out, peers' journals are looked at unless that was just done: about 10 microseconds for each
+# peer. A broker brings a dead process' message to the next one within some 10 ms, and a death must be known by then.
+LOOK_EVERY_S: Final = 0.01
+FORGET_AFTER_S: Final = 7 * 86400.0  # a suspect nobody has seen for a week is gone from the broker
+
+
+class InFlight:
+    """The messages in hand of this process, and how often each message was in hand when a process died.
+
+    Args:
+        directory: Shared by all processes of one group on this machine; made if missing, private to this user.
+        places: How many messages can be in hand at once.
+
+    Raises:
+        ConfigurationError: The directory belongs to somebody else, or cannot be written.
+    """
+
+    def __init__(self, directory: Path, places: int) -> None:
+        self._directory = private_directory(directory)
+        self._suspects: dict[str, int] = {}
+        self._known: tuple[int, int] | None = None
+        self._looked = -LOOK_EVERY_S
+        self._free = list(range(places))
+        self._path = directory / f"{os.getpid()}-{os.urandom(4).hex()}.journal"
+        try:
+            # under the directory's lock: a peer that met the file before we hold it would take us for dead
+            with self._locked():
+                self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                # the lock, not the process number, says that we live: the kernel drops it however we end, numbers are
+                # used again, and containers that share a directory do not see each other's numbers
+                fcntl.flock(self._file, fcntl.LOCK_EX)
+                # reserved now: writing through memory into a full disk would be a SIGBUS, not an error
+                os.posix_fallocate(self._file, 0, places * PLACE_BYTES)
+            self._memory = mmap.mmap(self._file, places * PLACE_BYTES)
+        except OSError as error:
+            raise ConfigurationError(f"The state directory {directory} cannot be written: {error}.") from error
+        self.look()
+
+    def take(self, name: str) -> int:
+        """Note that a message is in hand, and return its place; a process that dies from now on accuses it."""
+        data = _as_bytes(name)
+        place = self._free.pop()
+        start = place * PLACE_BYTES
+        # the name first, its length last: a crash between the two leaves the place empty, never half a name
+        self._memory[start + 1 : start + 1 + len(data)] = data
+        self._memory[start] = len(data)
+        return place
+
+    def give(self, place: int) -> None:
+        """Note that the message at a place is no longer in hand."""
+        self._memory[place * PLACE_BYTES] = 0
+        self._free.append(place)
+
+    def deaths(self, name: str) -> int:
+        """Return how many processes died with this message in hand, as far as `look` has seen."""
+        return self._suspects.get(_as_text(name), 0) if self._suspects else 0
+
+    def forget(self, name: str) -> None:
+        """Clear a message of suspicion: it was acknowledged, so it does not kill."""
+        if _as_text(name) not in self._suspects:
+            return
+        with self._locked():
+            table = self._read()
+            if table.pop(_as_text(name), None) is not None:
+                self._write(table)
+        self._refresh()
+
+    def look(self) -> None:
+        """Count what dead processes had in hand, and learn what peers have counted; at most every `LOOK_EVERY_S`."""
+        now = monotonic()
+        if now - self._looked < LOOK_EVERY_S:
+            return
+        self._looked = now
+        if any(path != self._path and _is_dead(path) for path in self._directory.glob("*.journal")):
+            with self._locked():
+                self._count_the_dead()
+        self._refresh()
+
+    def close(self) -> None:
+        """Leave. What is still in hand is not accused: this process ends in good order."""
+        with suppress(OSError, ValueError), self._locked():
+            self._path.unlink(missing_ok=True)
+            self._memory.close()
+            os.close(self._file)
+
+    def _count_the_dead(self) -> None:
+        table = self._read()
+        for path in self._directory.glob("*.journal"):
+            if path == self._path or not _is_dead(path):
+                continue  # a peer may have been quicker than we were
+            for name in _names(path.read_bytes()):
+                table[name] = (table.get(name, (0, 0.0))[0] + 1, time())
+            # counted before it is removed: dying between the two counts it twice, which is found out by an
+            # acknowledgement, where the other order would never count it
+            self._write(table)
+            path.unlink(missing_ok=True)
+
+    def _refresh(self) -> None:
+        try:
+            found = os.stat(self._directory / "suspects")
+        except FileNotFoundError:
+            self._suspects, self._known = {}, None
+            return
+        if (seen := (found.st_ino, found.st_mtime_ns)) != self._known:
+            self._suspects = {name: deaths for name, (deaths, _) in self._read().items()}
+            self._known = seen
+
+    def _read(self) -> dict[str, tuple[int, float]]:
+        try:
+            table = json.loads((self._directory / "suspects").read_text("utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {}
+        return {name: (deaths, seen) for name, (deaths, seen) in table.items()}
+
+    def _write(self, table: dict[str, tuple[int, float]]) -> None:
+        recent = {name: entry for name, entry in table.items() if entry[1] > time() - FORGET_AFTER_S}
+        aside = self._directory / f"suspects.{os.getpid()}"
+        aside.write_text(json.dumps(recent), "utf-8")
+        aside.replace(self._directory / "suspects")
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        file = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(file)
+
+
+def private_directory(path: Path) -> Path:
+    """Make a directory that only this user can enter, and refuse one that others could have prepared.
+
+    Raises:
+        ConfigurationError: It is not a directory, not ours, or open to others.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat()
+    except OSError as error:
+        raise ConfigurationError(f"The state directory {path} cannot be made: {error}.") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise ConfigurationError(
+            f"The state directory {path} must be a directory that belongs to this user and that nobody else can enter. "
+            f"Type: chmod 700 {path}; or name another one with state_dir=."
+        )
+    return path
+
+
+def default_directory(*names: str) -> Path:
+    """Return where the journals of one group belong, when nobody says: under the user's temporary directory."""
+    root = private_directory(Path(tempfile.gettempdir()) / f"exactly-once-{os.geteuid()}")
+    return root / blake2b("\0".join(names).encode(), digest_size=12).hexdigest()
+
+
+def _is_dead(path: Path) -> bool:
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(file)
+    return True
+
+
+def _names(journal: bytes) -> Iterator[str]:
+    for start in range(0, len(journal), PLACE_BYTES):
+        length = struct.unpack_from("B", journal, start)[0]
+        if length:
+            yield journal[start + 1 : start + 1 + length].decode("utf-8", "replace")
+
+
+def _as_bytes(name: str) -> bytes:
+    data = name.encode("utf-8", "replace")
+    return data if 0 < len(data) <= NAME_BYTES else blake2b(data, digest_size=24).hexdigest().encode()
+
+
+def _as_text(name: str) -> str:
+    return name if 0 < len(name) <= NAME_BYTES and name.isascii() else _as_bytes(name).decode("utf-8", "replace")

@@ -1,0 +1,257 @@
+"""A broker inside the process, for tests: `memory://NAME`. Keeps nothing on disk; serves no other process.
+
+All transports of one name in a process share one broker, so that a test's producer and its worker meet. It keeps the
+whole contract, so that what passes here behaves alike on a real broker: several groups each see every message, a
+delivery comes back unless settled in time, attempts are counted, the messages of an ordering key come one at a time.
+What is sent before any group has joined a topic goes to the first that joins.
+
+`forget(name)` drops a broker with all it holds. Nothing here sleeps: every wait is on the broker's one Condition.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from threading import Condition, Lock
+from time import monotonic
+from typing import Final
+from uuid import uuid4
+
+from exactly_once.errors import ConfigurationError, TransportError
+from exactly_once.message import Message
+from exactly_once.transport import BrokerProducer, Consumer, Delivery, Features, Receipt, Subscription, Surroundings
+from exactly_once.transports.urls import parse
+from exactly_once.verdict import Ack, Verdict
+
+__all__ = ["MemoryTransport", "forget"]
+
+_FEATURES: Final = Features(
+    redelivers=True,
+    counts_attempts=True,
+    ordered=True,
+    tags=True,
+    properties=True,
+    delayed=True,
+    empty_body=True,
+)
+_INVISIBLE: Final = timedelta(seconds=60)
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """One message as one group has it, from sending to acknowledgement."""
+
+    message: Message
+    due: float
+    """Not handed out before this (monotonic seconds): a delay, or the end of the invisible time."""
+    attempts: int = 0
+    holder: object | None = None
+    """The delivery under way; settling with another changes nothing."""
+
+
+# in the order sent; linked, so that taking entries out of its front does not slow down the next walk as a dict would
+_Queue = OrderedDict[_Entry, None]
+
+
+class _Broker:
+    """Topics, and what each group has still to finish; `changed` guards all of it."""
+
+    def __init__(self) -> None:
+        self.changed = Condition()
+        self._queues: dict[str, dict[str, _Queue]] = {}
+        self._unclaimed: dict[str, _Queue] = {}
+
+    def join(self, topic: str, group: str) -> None:
+        with self.changed:
+            queues = self._queues.setdefault(topic, {})
+            if group not in queues:
+                # the first group adopts what was sent before there was any
+                queues[group] = self._unclaimed.pop(topic, _Queue())
+
+    def put(self, message: Message, due: float) -> None:
+        queues = self._queues.get(message.topic)
+        for queue in queues.values() if queues else [self._unclaimed.setdefault(message.topic, _Queue())]:
+            queue[_Entry(message, due)] = None
+
+    def queue(self, topic: str, group: str) -> _Queue:
+        return self._queues[topic][group]
+
+
+_brokers: dict[str, _Broker] = {}
+_brokers_lock = Lock()
+
+
+def _broker(name: str) -> _Broker:
+    with _brokers_lock:
+        return _brokers.setdefault(name, _Broker())
+
+
+def forget(name: str) -> None:
+    """Drop the broker of that name with all it holds; transports made before keep the old one.
+
+    Example:
+        >>> forget("doc")
+    """
+    with _brokers_lock:
+        _brokers.pop(name, None)
+
+
+class MemoryTransport:
+    """The broker of one name in this process.
+
+    Args:
+        name: Which broker; two transports of one name share it.
+        invisible: A delivery that is neither settled nor extended comes back after this.
+
+    Example:
+        >>> transport = MemoryTransport("doc")
+        >>> [consumer] = transport.subscribe("inventory", [Subscription("orders")])
+        >>> [receipt] = transport.producer().send([Message("orders", b"{}")])
+        >>> [delivery] = consumer.receive(1, timedelta(seconds=1))
+        >>> delivery.message.body, delivery.message.attempt
+        (b'{}', 1)
+        >>> consumer.settle([(delivery, Ack())])
+    """
+
+    def __init__(self, name: str, *, invisible: timedelta = _INVISIBLE) -> None:
+        self._broker = _broker(name)
+        self._invisible = invisible
+
+    @classmethod
+    def from_url(cls, url: str, surroundings: Surroundings) -> MemoryTransport:
+        """Make one from `memory://NAME?invisible_s=60`; the surroundings are not used."""
+        parsed = parse(url, options=["invisible_s"])
+        if len(parsed.hosts) > 1:
+            raise ConfigurationError(f"{parsed} names several brokers; a memory URL has one name, as in memory://test.")
+        name = parsed.endpoints[0] if parsed.hosts else ""
+        return cls(name, invisible=parsed.seconds("invisible_s", _INVISIBLE))
+
+    @property
+    def features(self) -> Features:
+        return _FEATURES
+
+    def check(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
+        """Return nothing: a topic and a group come into being when they are named."""
+        return ()
+
+    def subscribe(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[Consumer]:
+        """Join the group; one consumer for all topics."""
+        for subscription in subscriptions:
+            self._broker.join(subscription.topic, group)
+        return [_MemoryConsumer(self._broker, group, tuple(subscriptions), self._invisible)]
+
+    def producer(self) -> BrokerProducer:
+        return _MemoryProducer(self._broker)
+
+
+class _MemoryConsumer:
+    def __init__(self, broker: _Broker, group: str, subscriptions: tuple[Subscription, ...], span: timedelta) -> None:
+        self._broker = broker
+        self._queues = [(subscription, broker.queue(subscription.topic, group)) for subscription in subscriptions]
+        self._invisible = span
+        self._stopped = False
+
+    @property
+    def features(self) -> Features:
+        return _FEATURES
+
+    @property
+    def invisible(self) -> timedelta | None:
+        return self._invisible
+
+    def receive(self, limit: int, wait: timedelta) -> Sequence[Delivery]:
+        deadline = monotonic() + wait.total_seconds()
+        with self._broker.changed:
+            while limit > 0 and not self._stopped:
+                found, next_due = self._take(limit)
+                left = deadline - monotonic()
+                if found or left <= 0:
+                    return found
+                self._broker.changed.wait(min(left, max(0.0, next_due - monotonic())))
+        return []
+
+    def _take(self, limit: int) -> tuple[list[Delivery], float]:
+        """Return what is due, up to `limit`, and when the next will be."""
+        now, next_due = monotonic(), float("inf")
+        found: list[Delivery] = []
+        for subscription, queue in self._queues:
+            waiting: set[str] = set()  # keys with an earlier message that is not finished
+            for entry in queue:
+                message = entry.message
+                if subscription.tags and message.tag not in subscription.tags:
+                    continue
+                if subscription.ordered and message.ordering_key is not None:
+                    if message.ordering_key in waiting:
+                        continue
+                    waiting.add(message.ordering_key)
+                if entry.due > now:
+                    next_due = min(next_due, entry.due)
+                    continue
+                found.append(self._hand_out(queue, entry, now))
+                if len(found) == limit:
+                    return found, now
+        return found, next_due
+
+    def _hand_out(self, queue: _Queue, entry: _Entry, now: float) -> Delivery:
+        entry.attempts += 1
+        entry.due = now + self._invisible.total_seconds()
+        entry.holder = holder = object()
+        return Delivery(replace(entry.message, attempt=entry.attempts), (queue, entry, holder))
+
+    def settle(self, verdicts: Sequence[tuple[Delivery, Verdict]]) -> None:
+        with self._broker.changed:
+            for delivery, verdict in verdicts:
+                queue, entry, holder = delivery.receipt
+                if entry.holder is not holder:
+                    continue  # its time was over and another delivery of it is under way, or it is settled
+                entry.holder = None
+                if isinstance(verdict, Ack):
+                    del queue[entry]
+                else:
+                    entry.due = monotonic() + verdict.delay.total_seconds()
+            self._broker.changed.notify_all()
+
+    def extend(self, deliveries: Sequence[Delivery]) -> None:
+        with self._broker.changed:
+            due = monotonic() + self._invisible.total_seconds()
+            for delivery in deliveries:
+                _, entry, holder = delivery.receipt
+                if entry.holder is holder:
+                    entry.due = due
+
+    def stop(self) -> None:
+        with self._broker.changed:
+            self._stopped = True
+            self._broker.changed.notify_all()
+
+    def close(self) -> None:
+        self.stop()
+
+
+class _MemoryProducer:
+    def __init__(self, broker: _Broker) -> None:
+        self._broker = broker
+        self._closed = False
+
+    def send(self, messages: Sequence[Message], *, delay: timedelta | None = None) -> Sequence[Receipt | Exception]:
+        if self._closed:
+            return [TransportError("this producer is closed; make another one") for _ in messages]
+        due = monotonic() + (delay.total_seconds() if delay else 0.0)
+        receipts = []
+        with self._broker.changed:
+            for message in messages:
+                stored = replace(
+                    message,
+                    properties=dict(message.properties),
+                    message_id=uuid4().hex,
+                    born_at=message.born_at or datetime.now(UTC),
+                )
+                self._broker.put(stored, due)
+                receipts.append(Receipt(message.topic, str(stored.message_id)))
+            self._broker.changed.notify_all()
+        return receipts
+
+    def close(self) -> None:
+        self._closed = True

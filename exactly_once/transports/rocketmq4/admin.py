@@ -1,0 +1,201 @@
+"""Asks RocketMQ's name server and brokers over their remoting protocol: routes, groups, places in queues.
+
+It sends and receives no messages. Called by the rocketmq4 transport, because librocketmq "starts" without a server,
+without the topic and without the group, and then does nothing. Each request has a connection of its own and a timeout.
+
+A frame is: total length, header length (its top byte 0 says JSON), header, body; lengths are big-endian 32 bits. The
+request codes are those of `RequestCode` in Apache RocketMQ, the same in 4.x and 5.x.
+"""
+
+import base64
+import hashlib
+import hmac
+import json
+import re
+import socket
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from exactly_once.errors import TransportError
+
+__all__ = ["Admin", "Queue", "Refused"]
+
+QUERY_CONSUMER_OFFSET: Final = 14
+UPDATE_CONSUMER_OFFSET: Final = 15
+GET_MAX_OFFSET: Final = 30
+GET_CONSUMERS_OF_GROUP: Final = 38
+UNLOCK_QUEUES: Final = 42
+GET_ROUTE_BY_TOPIC: Final = 105
+# not 352, which asks for one group: a broker that makes groups by itself makes it then, with its own defaults
+GET_ALL_GROUPS: Final = 201
+
+SUCCESS: Final = 0
+TOPIC_UNKNOWN: Final = 17
+OFFSET_UNKNOWN: Final = 22
+TIMEOUT_S: Final = 3.0
+VERSION: Final = 500  # any that knows JSON headers; the server adapts to nothing else here
+
+
+class Refused(TransportError):
+    """The server answered with an error code."""
+
+    def __init__(self, address: str, request: int, code: int, remark: str) -> None:
+        super().__init__(f"RocketMQ at {address} refused request {request} with code {code}: {remark or 'no reason'}")
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """One queue of a topic, and the address of the broker that is its master."""
+
+    topic: str
+    broker: str
+    number: int
+    address: str = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    fields: Mapping[str, str]
+    body: bytes
+
+
+class Admin:
+    """Requests to one cluster. Making one opens nothing.
+
+    Args:
+        name_servers: Their addresses; each is asked in turn until one answers.
+        keys: Access key and secret key, where brokers check signatures.
+    """
+
+    def __init__(self, name_servers: Sequence[str], keys: tuple[str, str] | None = None) -> None:
+        self._name_servers = name_servers
+        self._keys = keys
+
+    def queues(self, topic: str) -> Sequence[Queue]:
+        """Return the topic's queues that can be read; none if the name servers do not know the topic.
+
+        Raises:
+            TransportError: No name server answers.
+        """
+        failed: Exception | None = None
+        for address in self._name_servers:
+            try:
+                reply = self._ask(address, GET_ROUTE_BY_TOPIC, {"topic": topic, "acceptStandardJsonOnly": "true"})
+            except Refused as error:
+                if error.code == TOPIC_UNKNOWN:
+                    return []
+                failed = error
+            except (OSError, TransportError) as error:
+                failed = error
+            else:
+                return list(_queues(topic, _json(reply.body)))
+        raise TransportError(
+            f"No RocketMQ name server answers at {', '.join(self._name_servers)}: {failed}"
+        ) from failed
+
+    def group(self, address: str, group: str) -> Mapping[str, Any] | None:
+        """Return a group's settings on one broker, or None where it has none."""
+        seen = 0
+        while True:
+            reply = self._ask(address, GET_ALL_GROUPS, {"groupSeq": str(seen), "maxGroupNum": "2000"})
+            table: Mapping[str, Any] = _json(reply.body).get("subscriptionGroupTable") or {}
+            if group in table:
+                settings: Mapping[str, Any] = table[group]
+                return settings
+            seen += len(table)
+            # brokers before 5.3 know no pages and answer with everything
+            if not table or seen >= int(reply.fields.get("totalGroupNum", 0)):
+                return None
+
+    def place(self, group: str, queue: Queue) -> int | None:
+        """Return where a group stands in a queue, or None where it has never stood."""
+        fields = {"consumerGroup": group, "topic": queue.topic, "queueId": str(queue.number)}
+        try:
+            return int(self._ask(queue.address, QUERY_CONSUMER_OFFSET, fields).fields["offset"])
+        except Refused as error:
+            if error.code == OFFSET_UNKNOWN:
+                return None
+            raise
+
+    def put_at_end(self, group: str, queue: Queue) -> None:
+        """Make a group stand behind a queue's last message."""
+        fields = {"topic": queue.topic, "queueId": str(queue.number)}
+        end = self._ask(queue.address, GET_MAX_OFFSET, fields).fields["offset"]
+        self._ask(queue.address, UPDATE_CONSUMER_OFFSET, {**fields, "consumerGroup": group, "commitOffset": end})
+
+    def consumers(self, address: str, group: str) -> Sequence[str]:
+        """Return the identities of a group's members, as one broker knows them; none if it knows no such group."""
+        try:
+            return list(
+                _json(self._ask(address, GET_CONSUMERS_OF_GROUP, {"consumerGroup": group}).body)["consumerIdList"]
+            )
+        except Refused:
+            return []
+
+    def unlock(self, address: str, group: str, consumer: str, queues: Sequence[Queue]) -> None:
+        """Release a member's locks on queues, held or not."""
+        locked = [{"topic": q.topic, "brokerName": q.broker, "queueId": q.number} for q in queues]
+        body = {"consumerGroup": group, "clientId": consumer, "mqSet": locked, "onlyThisBroker": False}
+        self._ask(address, UNLOCK_QUEUES, {}, json.dumps(body).encode())
+
+    def _ask(self, address: str, code: int, fields: Mapping[str, str], body: bytes = b"") -> _Reply:
+        header = {
+            "code": code,
+            "language": "OTHER",
+            "version": VERSION,
+            "opaque": 1,
+            "flag": 0,
+            "extFields": self._signed(fields, body),
+        }
+        data = json.dumps(header).encode()
+        host, _, port = address.rpartition(":")
+        with socket.create_connection((host.strip("[]"), int(port)), TIMEOUT_S) as connection:
+            connection.sendall(struct.pack(">II", 4 + len(data) + len(body), len(data)) + data + body)
+            with connection.makefile("rb") as answers:
+                while True:
+                    total, length = struct.unpack(">II", _exactly(answers, 8))
+                    length &= 0xFFFFFF
+                    rest = _exactly(answers, total - 4)
+                    answer = json.loads(rest[:length])
+                    # a server sends requests of its own on any connection; the lowest bit marks an answer
+                    if answer.get("opaque") == 1 and answer.get("flag", 0) & 1:
+                        break
+        if answer["code"] != SUCCESS:
+            raise Refused(address, code, answer["code"], (answer.get("remark") or "").partition("\n")[0])
+        return _Reply(answer.get("extFields") or {}, rest[length:])
+
+    def _signed(self, fields: Mapping[str, str], body: bytes) -> Mapping[str, str]:
+        if self._keys is None:
+            return fields
+        signed = {**fields, "AccessKey": self._keys[0]}
+        content = "".join(signed[name] for name in sorted(signed)).encode() + body
+        digest = hmac.new(self._keys[1].encode(), content, hashlib.sha1).digest()
+        return {**signed, "Signature": base64.b64encode(digest).decode()}
+
+
+def _exactly(answers: Any, count: int) -> bytes:
+    data: bytes = answers.read(count)
+    if len(data) < count:
+        raise TransportError("RocketMQ closed the connection without an answer.")
+    return data
+
+
+def _json(body: bytes) -> Mapping[str, Any]:
+    try:
+        found = json.loads(body)
+    except ValueError:
+        # older servers write maps with bare numbers as names: {"brokerAddrs":{0:"10.0.0.1:10911"}}
+        found = json.loads(re.sub(rb"([{,])\s*(\d+)\s*:", rb'\1"\2":', body))
+    return found if isinstance(found, dict) else {}
+
+
+def _queues(topic: str, route: Mapping[str, Any]) -> Iterator[Queue]:
+    masters = {broker["brokerName"]: broker["brokerAddrs"].get("0") for broker in route.get("brokerDatas") or []}
+    for part in route.get("queueDatas") or []:
+        address = masters.get(part["brokerName"])
+        if address and part["perm"] & 4:  # readable
+            for number in range(part["readQueueNums"]):
+                yield Queue(topic, part["brokerName"], number, address)

@@ -1,0 +1,112 @@
+"""What is wrong before a start, and what to type; and what to put right before joining. Called by the transport.
+
+It asks the servers and never believes the client, which starts without any of this. It changes one thing only: the
+starting point of a group that has none.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from exactly_once.errors import TransportError
+from exactly_once.transport import Away, Subscription
+from exactly_once.transports.rocketmq4.admin import Admin, Queue, Refused
+from exactly_once.transports.rocketmq4.messages import Names
+
+__all__ = ["fix_starting_points", "locks_of", "problems"]
+
+ENDLESS: Final = 2147483647
+"""The retryMaxTimes that never runs out: past any other the broker throws the message away, for want of a field that this
+client does not send. We never use that retry, but another member of the group may."""
+
+_log = logging.getLogger(__name__)
+
+
+def problems(
+    admin: Admin, names: Names, name_servers: Sequence[str], group: str, subscriptions: Sequence[Subscription]
+) -> Iterator[str]:
+    """Yield each thing that would keep the group from receiving, with the command that mends it."""
+    servers = ";".join(name_servers)
+    brokers: dict[str, str] = {}
+    for subscription in subscriptions:
+        topic = names.outside(subscription.topic)
+        try:
+            queues = admin.queues(topic)
+        except TransportError as error:
+            yield Away(f"{error}. Start it, or correct the hosts of the rocketmq4:// URL.")
+            return
+        if not queues:
+            yield (
+                f"The RocketMQ topic {topic} does not exist, or cannot be read. Type: "
+                f"mqadmin updateTopic -n '{servers}' -c CLUSTER -t '{topic}' (CLUSTER as in mqadmin clusterList)"
+            )
+        brokers.update({queue.broker: queue.address for queue in queues})
+    wanted = names.outside(group)
+    for broker, address in sorted(brokers.items()):
+        try:
+            settings = admin.group(address, wanted)
+        except Refused as error:
+            yield f"The settings of group {wanted} could not be verified: {error}. Look with mqadmin and decide yourself."
+        except (OSError, TransportError) as error:
+            yield Away(f"The RocketMQ broker {broker} at {address} does not answer: {error}. Start it.")
+        else:
+            yield from _group_problems(servers, broker, address, wanted, settings)
+
+
+def _group_problems(
+    servers: str, broker: str, address: str, group: str, settings: Mapping[str, Any] | None
+) -> Iterator[str]:
+    command = f"mqadmin updateSubGroup -n '{servers}' -b {address} -g '{group}' -r {ENDLESS}"
+    if settings is None:
+        yield f"The RocketMQ group {group} does not exist on broker {broker}. Type: {command}"
+    elif settings.get("consumeEnable") is False:
+        yield f"The RocketMQ group {group} may not consume on broker {broker}. Type: {command} -s true"
+    elif settings.get("retryMaxTimes") != ENDLESS:
+        yield (
+            f"The RocketMQ group {group} has retryMaxTimes {settings.get('retryMaxTimes')} on broker {broker}: with this "
+            f"client the broker loses a message that was sent back more often. Type: {command}"
+        )
+
+
+def fix_starting_points(admin: Admin, names: Names, group: str, subscriptions: Sequence[Subscription]) -> None:
+    """Give a new group its place in each queue: behind the last message, before it joins.
+
+    Left to itself the client starts there too, but notes the place only with its first stored offset, seconds later. A
+    process killed before that comes back behind the *new* last message, and what it had received is never seen again.
+    """
+    for subscription in subscriptions:
+        try:
+            for queue in admin.queues(names.outside(subscription.topic)):
+                if admin.place(names.outside(group), queue) is None:
+                    admin.put_at_end(names.outside(group), queue)
+        except (OSError, TransportError) as error:
+            _log.warning(
+                "Group %s: its starting point in %s is left to the broker: %s", group, subscription.topic, error
+            )
+
+
+def locks_of(admin: Admin, names: Names, group: str, topics: Sequence[str], instance: str) -> Callable[[], None]:
+    """Return what releases the queue locks that a member of an ordered group leaves behind; call it once it has left.
+
+    The client forgets one queue of each broker when it leaves, and nobody else could read that one for a minute.
+
+    Args:
+        instance: The member's instance name; its identity is an address, "@" and this.
+    """
+    by_address: dict[str, list[Queue]] = {}
+    for topic in topics:
+        for queue in admin.queues(names.outside(topic)):
+            by_address.setdefault(queue.address, []).append(queue)
+    # the brokers know its identity only while it is a member
+    mine = [
+        (address, member)
+        for address in by_address
+        for member in admin.consumers(address, names.outside(group))
+        if member.partition("@")[2].startswith(instance)
+    ]
+
+    def release() -> None:
+        for address, member in mine:
+            admin.unlock(address, names.outside(group), member, by_address[address])
+
+    return release

@@ -1,0 +1,196 @@
+"""The wall around librocketmq's push consumer: one for a whole group, whatever its topics.
+
+It never raises into librocketmq, never answers it by accident, and never uses its retry. Called by the rocketmq4
+transport. What is walled off, and why:
+
+* **RECONSUME_LATER is never answered while the client belongs to its group.** In concurrent mode it sends back the whole
+  list that was pulled together (up to 32 messages, the finished and the not yet called too), drops whichever message
+  cannot be sent, and past retryMaxTimes the broker loses them. A message that is to come again waits here instead.
+* **Leaving with unfinished messages.** The client joins its callback threads, and whatever they answer counts: success
+  would lose the message, and "later" is the retry above. But a client in broadcasting mode sends nothing back and, with
+  its offsets on the broker, stores no offset. So we switch the mode first, then answer, then it leaves: offsets stay
+  where they were last stored (every 5 s), and from there the messages come again. Orderly mode has no such fault.
+* **One client for all topics.** Two clients of one group with different topics overwrite each other's subscription on the
+  broker, and half of each topic's queues is read by nobody. A client has one callback, so the topic is read from the
+  message. A group with one ordered topic is ordered in all.
+* **References are kept for ever.** A collected consumer is a segmentation fault, since native threads hold its address.
+* **Only outside a callback, and once, is the client shut down.** Inside one it aborts the process.
+* A pulled list is worked off by one thread, one message at a time: parallelism is at most the number of lists at hand.
+"""
+
+import atexit
+import ctypes
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from itertools import count
+from threading import Event, Lock, Thread
+from time import monotonic, sleep
+from typing import Any, Final
+
+from exactly_once.errors import TransportError
+from exactly_once.message import Message
+from exactly_once.transport import Delivery, Features, Subscription
+from exactly_once.transports.handoff import Handoff
+from exactly_once.transports.inflight import InFlight
+from exactly_once.transports.rocketmq4.connection import Connection
+from exactly_once.transports.rocketmq4.library import CallFailed, leave_without_it
+from exactly_once.transports.rocketmq4.messages import message_reader
+from exactly_once.verdict import Verdict
+
+__all__ = ["RocketMQ4Consumer"]
+
+_log = logging.getLogger(__name__)
+
+CONSUME_SUCCESS: Final = 0
+RECONSUME_LATER: Final = 1
+BROADCASTING: Final = 0
+CLUSTERING: Final = 1
+# the client's timer may be storing offsets in the moment the mode is switched, with the old mode in its hands: it takes
+# about 0.1 ms a queue, and until it is done no answer may move an offset
+MODE_SETTLES_S: Final = 0.5
+LEAVE_WITHIN_S: Final = 20.0  # then the native client is left running, and the process ends without its exit code
+
+_kept: Final[list[Any]] = []
+_numbers = count(1)
+_Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+
+
+class RocketMQ4Consumer:
+    """A `Consumer` over librocketmq: the client's threads wait in the hand-off until their messages are settled.
+
+    Raises:
+        TransportError: librocketmq refused to start; nothing is left behind.
+    """
+
+    invisible: timedelta | None = None  # the broker waits for as long as we are connected
+
+    def __init__(
+        self,
+        connection: Connection,
+        group: str,
+        subscriptions: Sequence[Subscription],
+        *,
+        in_flight: InFlight,
+        features: Features,
+        threads: int,
+        properties: Sequence[str],
+        before_leaving: Callable[[str], Callable[[], None]],
+    ) -> None:
+        self.features = features
+        self._library = library = connection.library
+        self._ordered = any(subscription.ordered for subscription in subscriptions)
+        self._in_flight = in_flight
+        self._handoff = Handoff(in_flight)
+        self._before_leaving = before_leaving
+        self._closing = Lock()
+        self._closed = False
+        self._read: Callable[[int], Message] = message_reader(library, connection.names, properties)
+        # a client's identity is its address and this name, and a second client of a group with the same identity is
+        # refused in one process and, from another container behind the same address, confused with the first
+        self.instance = f"{os.getpid()}-{next(_numbers)}-{os.urandom(4).hex()}"
+        self._callback = _Callback(self._on_message)
+        self._handle: int = library.call.CreatePushConsumer(connection.names.outside(group).encode())
+        _kept.append(self)
+        try:
+            self._start(connection, subscriptions, threads)
+        except CallFailed as error:
+            in_flight.close()
+            raise TransportError(
+                f"The RocketMQ client could not join group {group} through {connection.name_servers}: {error}. "
+                "Nothing was received."
+            ) from error
+        # leaving waits for every callback, and those wait for us: a thread of its own; started now, because at the
+        # interpreter's exit, which is when a forgotten consumer leaves, no thread can be started any more
+        self._go, self._left = Event(), Event()
+        Thread(target=self._leave, name="rocketmq4-leave", daemon=True).start()
+        atexit.register(self.close)
+
+    def _start(self, connection: Connection, subscriptions: Sequence[Subscription], threads: int) -> None:
+        call, check, handle = self._library.call, self._library.check, self._handle
+        connection.tell("PushConsumer", handle)
+        check("SetPushConsumerInstanceName", call.SetPushConsumerInstanceName(handle, self.instance.encode()))
+        check("SetPushConsumerThreadCount", call.SetPushConsumerThreadCount(handle, threads))
+        check("SetPushConsumerMessageBatchMaxSize", call.SetPushConsumerMessageBatchMaxSize(handle, 1))
+        check("SetPushConsumerMessageModel", call.SetPushConsumerMessageModel(handle, CLUSTERING))
+        for subscription in subscriptions:
+            topic = connection.names.outside(subscription.topic)
+            expression = " || ".join(sorted(subscription.tags)) or "*"
+            check("Subscribe", call.Subscribe(handle, topic.encode(), expression.encode()))
+        # registered once: each registration replaces the one before
+        register = "RegisterMessageCallbackOrderly" if self._ordered else "RegisterMessageCallback"
+        check(register, getattr(call, register)(handle, self._callback))
+        check("StartPushConsumer", call.StartPushConsumer(handle))
+
+    def _on_message(self, _consumer: int, handle: int) -> int:
+        """Called by native threads. ctypes answers 0, success, for whatever it cannot convert: so nothing may escape."""
+        try:
+            return CONSUME_SUCCESS if self._handoff.offer(self._read(handle)) else RECONSUME_LATER
+        except BaseException:
+            with suppress(BaseException):
+                _log.exception("A message could not be read from librocketmq; it is held until this process ends")
+            # answered like any other when we leave, and then it comes again
+            return CONSUME_SUCCESS if self._handoff.keep() else RECONSUME_LATER
+
+    def receive(self, limit: int, wait: timedelta) -> Sequence[Delivery]:
+        """Hand out up to `limit` messages whose native threads wait for their verdict."""
+        return self._handoff.receive(limit, wait)
+
+    def settle(self, verdicts: Sequence[tuple[Delivery, Verdict]]) -> None:
+        """Let native threads go with success, or keep them with their message until it is due again."""
+        self._handoff.settle(verdicts)
+
+    def extend(self, deliveries: Sequence[Delivery]) -> None:
+        """Never needed: see `invisible`."""
+
+    def stop(self) -> None:
+        """Hand out nothing more."""
+        self._handoff.stop()
+
+    def close(self) -> None:
+        """Leave the group. What is unsettled, and what was acknowledged in the last seconds before, comes again."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        atexit.unregister(self.close)
+        self._handoff.stop()
+        left = self._left
+        self._go.set()
+        until = monotonic() + LEAVE_WITHIN_S
+        released = False
+        while not left.wait(0.02) and monotonic() < until:
+            if self._handoff.holding and not released:
+                self._let_go()
+                released = True
+        if not left.is_set():
+            _log.warning("librocketmq did not shut down within %s s; its threads end with this process", LEAVE_WITHIN_S)
+            leave_without_it()
+        self._in_flight.close()
+
+    def _leave(self) -> None:
+        self._go.wait()
+        try:
+            afterwards = self._prepared()
+            self._library.check("ShutdownPushConsumer", self._library.call.ShutdownPushConsumer(self._handle))
+            afterwards()
+        except Exception:
+            _log.exception("RocketMQ was not left in good order; what is unsettled comes again")
+        finally:
+            self._left.set()
+
+    def _prepared(self) -> Callable[[], None]:
+        try:
+            return self._before_leaving(self.instance)
+        except (OSError, TransportError) as error:
+            _log.warning("No RocketMQ server answers while leaving; another member may wait up to a minute: %s", error)
+            return lambda: None
+
+    def _let_go(self) -> None:
+        """Answer the callbacks that still wait, once no answer can move an offset or send a message back."""
+        if not self._ordered:
+            self._library.call.SetPushConsumerMessageModel(self._handle, BROADCASTING)
+            sleep(MODE_SETTLES_S)
+        self._handoff.release()

@@ -1,0 +1,129 @@
+"""Keeps a consumer in its group over restarts of the proxy. Never raises: a broker that is away is no error.
+
+Called by the consumer: `rejoin` by its receiving thread, `lose` by whoever saw a call fail, `stop` and `close` by any.
+
+When its proxy restarts, a SimpleConsumer never recovers: its telemetry stream, by which the proxy knows the group,
+stays dead and every receive fails with 50001. So the first failure throws the session away, and a new one is opened as
+soon as a fresh connection is accepted.
+"""
+
+import logging
+from collections.abc import Sequence
+from threading import Event, Lock
+from time import monotonic
+from typing import Final
+
+from exactly_once.transport import Subscription
+from exactly_once.transports.rocketmq5.place import Place, reachable
+from exactly_once.transports.rocketmq5.session import Session, describe
+
+__all__ = ["Membership"]
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE_S: Final = 0.25
+LONGEST_PAUSE_S: Final = 1.0  # between two tries to reach a proxy that is away
+
+
+class Membership:
+    """A session while there is one, and the tries to have one again.
+
+    Args:
+        place: Where the proxies are.
+        group: The consumer group.
+        subscriptions: All of the group's.
+        topic: The one that must have a route.
+    """
+
+    def __init__(self, place: Place, group: str, subscriptions: Sequence[Subscription], topic: str) -> None:
+        self._place, self._group, self._subscriptions, self._topic = place, group, subscriptions, topic
+        self._lock = Lock()
+        self._session: Session | None = None
+        self._stopping = Event()
+        self._closed = False
+        self._pause_s, self._not_before, self._complained = 0.0, 0.0, ""
+        self._try()  # join now if the proxy is there; if not, `rejoin` goes on trying
+
+    @property
+    def session(self) -> Session | None:
+        """The session, None while the proxy is away."""
+        return self._session
+
+    @property
+    def resting(self) -> bool:
+        """The proxy has just failed or refused: ask nothing for a moment."""
+        return monotonic() < self._not_before
+
+    def rejoin(self, deadline: float) -> Session | None:
+        """Try to join until it works, the deadline passes or we are stopped."""
+        while not self._stopping.is_set():
+            now = monotonic()
+            # the pause is kept over calls: a caller with short waits must not hammer a proxy that is starting
+            if now < self._not_before:
+                self._stopping.wait(max(0.0, min(self._not_before, deadline) - now))
+                if self.resting:
+                    return None
+            session = self._try()
+            if session is not None or monotonic() >= deadline:
+                return session
+        return None
+
+    def lose(self, session: Session, reason: str) -> bool:
+        """Throw this session away; False when it was lost already, which other calls of its time also tell."""
+        with self._lock:
+            if self._session is not session:
+                return False
+            self._session = None
+        self.rest(reason)
+        session.close(farewell=False)
+        return True
+
+    def rest(self, reason: str) -> None:
+        """Ask nothing for a moment, a longer one each time, and say why once."""
+        self._pause_s = min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, self._pause_s * 2))
+        self._not_before = monotonic() + self._pause_s
+        if reason != self._complained:  # a proxy may be away for hours
+            self._complained = reason
+            log.warning(
+                "RocketMQ at %s gives nothing of %s to group %s: %s. Trying on.",
+                *(self._place, self._topic, self._group, reason),
+            )
+
+    def well(self) -> None:
+        """The broker has answered: the next failure is a new one."""
+        if self._complained:
+            log.info("RocketMQ at %s gives %s to group %s again.", self._place, self._topic, self._group)
+        self._pause_s, self._not_before, self._complained = 0.0, 0.0, ""
+
+    def stop(self) -> None:
+        """Try no more; the session stays, for what is still to be settled."""
+        self._stopping.set()
+
+    def close(self) -> None:
+        """Leave the group. Twice is once."""
+        self.stop()
+        with self._lock:
+            self._closed = True
+            session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
+    def _try(self) -> Session | None:
+        reason = reachable(self._place)
+        if reason is not None:
+            self.rest(reason)
+            return None
+        session = Session(self._place, self._group, self._subscriptions)
+        try:
+            session.open()
+            session.queues(self._topic)
+        except Exception as error:  # whatever it was, we have not joined; the next try will see
+            session.close(farewell=False)
+            self.rest(str(error) or describe(error))
+            return None
+        with self._lock:
+            if not self._closed:
+                self._session = session
+                return session
+        session.close()
+        return None

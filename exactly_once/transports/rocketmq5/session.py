@@ -1,0 +1,271 @@
+"""One membership of a consumer group: a client of `rocketmq-python-client` and the few calls we make through it.
+
+Opened and thrown away by the consumer; `check` opens one to ask questions. It never retries and never waits longer than
+a request may take. Every request is built here, because the client's own calls are unsafe or slow:
+
+* `ack` sends one message a request; one request with many entries is eight times faster.
+* `change_invisible_duration` overwrites the receipt handle with what a *failed* call returned, which is nothing: here a
+  handle is replaced only by a good answer.
+* `receive` asks for whole seconds, forgets what came before an error, blocks its caller past any deadline of his, and
+  sets a deadline that proxies with default settings refuse (40018): `poll` is a future.
+* `ack_async` and `change_invisible_duration_async` fail in a plain thread (they make an asyncio future).
+"""
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from threading import Event
+from typing import Any, Final
+
+from rocketmq import ClientConfiguration, Credentials, FilterExpression, SimpleConsumer
+from rocketmq.grpc_protocol import (
+    AckMessageRequest,
+    ChangeInvisibleDurationRequest,
+    Code,
+    QueryRouteRequest,
+    ReceiveMessageRequest,
+)
+
+from exactly_once.errors import TransportError
+from exactly_once.transport import Subscription
+from exactly_once.transports.rocketmq5.place import Place
+
+__all__ = ["Grip", "Poll", "Session", "configuration", "describe"]
+
+REQUEST_TIMEOUT_S: Final = 5  # a broker that has just started takes seconds for its first answers
+# Short, for the broker can miss a message that arrives in the moment a poll begins (1 in 400 on an idle topic), which
+# then waits for the next poll. A proxy with default settings makes it 5 s, and refuses a poll whose deadline is shorter.
+POLL_S: Final = 2
+POLL_DEADLINE_S: Final = 10
+# the proxy answers with settings within 0.1 s if the group exists, and never if it does not
+SETTINGS_TIMEOUT_S: Final = 3.0
+MOST_PER_POLL: Final = 32  # the broker's own limit
+
+
+def configuration(place: Place) -> Any:
+    """Return the client's own description of a place."""
+    return ClientConfiguration(
+        ";".join(place.endpoints),  # what the client splits at
+        Credentials(place.access_key, place.secret_key),
+        request_timeout=REQUEST_TIMEOUT_S,
+    )
+
+
+@dataclass(slots=True, eq=False)
+class Grip:
+    """What holds one received message: its receipt handle, renewed in place, and where to send it."""
+
+    message_id: str
+    handle: str
+    endpoints: Any
+    received_at: float  # time.monotonic()
+
+
+@dataclass(slots=True, eq=False)
+class Poll:
+    """One receive under way: what came so far, and how it ended."""
+
+    asked: int
+    owner: Any  # its Session
+    endpoints: Any
+    messages: list[Any] = field(default_factory=list)
+    status: Any = None
+    abandoned: bool = False
+    call: Any = None
+    future: "Future[None]" = field(default_factory=Future)
+
+
+class _Client(SimpleConsumer):  # type: ignore[misc]  # the client carries no types
+    """Keeps the settings the proxy sends, the only proof that it knows the group."""
+
+    settings: Any = None
+    settled: Event | None = None
+
+    def reset_setting(self, settings: Any) -> None:
+        # the loop thread may still deliver settings after shutdown, when the client's own event is gone
+        with suppress(AttributeError):
+            super().reset_setting(settings)
+        self.settings = settings
+        if self.settled is not None:
+            self.settled.set()
+
+
+class Session:
+    """A client that has joined the group, as long as its proxy lives.
+
+    When the proxy restarts, a SimpleConsumer never recovers: its telemetry stream, by which the proxy knows the group,
+    stays dead. A session is therefore thrown away at the first error and a new one opened.
+
+    Args:
+        place: Where the proxies are.
+        group: The consumer group.
+        subscriptions: All of the group's, also those this session will not receive: a group subscribes alike everywhere.
+    """
+
+    def __init__(self, place: Place, group: str, subscriptions: Sequence[Subscription]) -> None:
+        self._place, self._group = place, place.named(group)
+        # keyed by the names on the wire: stock proxies ignore the namespace the client would send, silently, so that two
+        # namespaces would share their topics; wrapped into the name, as the remoting clients do, it holds everywhere
+        self._filters = {
+            place.named(s.topic): FilterExpression(" || ".join(sorted(s.tags)) or "*") for s in subscriptions
+        }
+        self._client = _Client(configuration(place), self._group, dict(self._filters), await_duration=POLL_S)
+        self._client.settled = Event()
+        self._routes: dict[str, tuple[Any, list[Any]]] = {}
+
+    def open(self) -> None:
+        """Join the group, and wait until the proxy has said that it knows it.
+
+        Raises:
+            TransportError: The proxy did not answer, or does not know the group.
+        """
+        self.start()
+        if not self.routed:
+            raise TransportError(f"the proxy knows no route to {', '.join(sorted(self._filters))}")
+        if not self.joined():
+            raise TransportError(f"the proxy sent no settings for group {self._group}, so it does not know the group")
+
+    def start(self) -> None:
+        """Start the client, which succeeds also where there is no server, no topic or no group."""
+        try:
+            self._client.startup()
+        except Exception as error:
+            raise TransportError(describe(error)) from error
+
+    @property
+    def routed(self) -> bool:
+        """Any of the topics has a route, so that there is a proxy to tell about the group."""
+        return bool(self._client.route_manager.get_all_endpoints())
+
+    def joined(self) -> bool:
+        """Wait for the proxy's settings; False when it does not know the group."""
+        assert self._client.settled is not None
+        return self._client.settled.wait(SETTINGS_TIMEOUT_S)
+
+    @property
+    def fifo(self) -> bool:
+        """The broker keeps order for this group: one unsettled message blocks its queue."""
+        return bool(self._client.settings.subscription.fifo)
+
+    @property
+    def deliveries(self) -> int:
+        """How often the broker delivers a message before it moves it to the dead-letter queue (retryMaxTimes + 1)."""
+        deliveries = int(self._client.settings.backoff_policy.max_attempts)
+        # retryMaxTimes 2147483647 (what the remoting client's groups need) plus one wraps around in the proxy
+        return deliveries if deliveries >= 0 else 2**31
+
+    def queues(self, topic: str) -> list[Any]:
+        """Return the topic's readable queues, from the route the client refreshes every 30 s.
+
+        Raises:
+            TransportError: The topic has no route.
+        """
+        topic = self._place.named(topic)
+        try:
+            route = self._client.route_manager.retrieve_topic_route_data(topic)
+        except Exception as error:
+            raise TransportError(f"no route to topic {topic}") from error
+        known, queues = self._routes.get(topic, (None, []))
+        if known is not route:
+            queues = [q for q in route.message_queues if q.is_readable() and q.is_master_broker()]
+            self._routes[topic] = (route, queues)
+        return queues
+
+    def route(self, topic: str) -> Any:
+        """Ask the proxy for the topic's route, past the client's cache, which keeps no reason when there is none."""
+        request = QueryRouteRequest()
+        request.topic.name = self._place.named(topic)
+        endpoints = self._client.client_configuration.rpc_endpoints
+        request.endpoints.CopyFrom(endpoints.endpoints)
+        future = self._client.rpc_client.query_topic_route_async(
+            endpoints, request, metadata=self._client.sign(), timeout=REQUEST_TIMEOUT_S
+        )
+        return future.result()
+
+    def poll(self, topic: str, queue: Any, count: int, invisible: timedelta) -> Poll:
+        """Begin to receive up to `count` messages from the queue's broker; `Poll.future` ends when it has."""
+        request = ReceiveMessageRequest(batch_size=count, auto_renew=False)
+        request.group.name = self._group
+        request.message_queue.CopyFrom(queue.message_queue0())
+        expression = self._filters[self._place.named(topic)]
+        request.filter_expression.type = expression.filter_type
+        request.filter_expression.expression = expression.expression
+        request.invisible_duration.FromTimedelta(invisible)
+        request.long_polling_timeout.seconds = POLL_S
+        poll = Poll(count, self, queue.endpoints)
+        loop = self._client.rpc_client.get_channel_io_loop()
+        poll.future = asyncio.run_coroutine_threadsafe(self._fill(poll, request), loop)
+        return poll
+
+    async def _fill(self, poll: Poll, request: Any) -> None:
+        poll.call = await self._client.rpc_client.receive_message(
+            poll.endpoints, request, metadata=self._client.sign(), timeout=POLL_DEADLINE_S
+        )
+        if poll.abandoned:  # before there was a call to cancel
+            poll.call.cancel()
+        try:
+            async for response in poll.call:
+                # kept one by one: what came before an error or a cancellation is ours, and must be given back
+                if response.HasField("message"):
+                    poll.messages.append(response.message)
+                elif response.HasField("status"):
+                    poll.status = response.status
+        except asyncio.CancelledError:
+            # the client lets this one out of `receive`, where it ends a program: it is no Exception
+            if not poll.abandoned:
+                raise
+
+    def abandon(self, poll: Poll) -> None:
+        """End a poll now; its future then ends normally. The proxy gives back what it cannot write any more."""
+        poll.abandoned = True
+        if poll.call is not None:
+            self._client.rpc_client.get_channel_io_loop().call_soon_threadsafe(poll.call.cancel)
+
+    def acknowledge(self, topic: str, grips: Sequence[Grip]) -> "Future[Any]":
+        """Begin to acknowledge these, all of one endpoint, in one request."""
+        request = AckMessageRequest()
+        request.group.name = self._group
+        request.topic.name = self._place.named(topic)
+        for grip in grips:
+            request.entries.add(message_id=grip.message_id, receipt_handle=grip.handle)
+        answer: Future[Any] = self._client.rpc_client.ack_message_async(
+            grips[0].endpoints, request, metadata=self._client.sign(), timeout=REQUEST_TIMEOUT_S
+        )
+        return answer
+
+    def hide(self, topic: str, grip: Grip, seconds: int) -> "Future[Any]":
+        """Begin to make this one invisible for `seconds` from now; the answer carries its next handle."""
+        request = ChangeInvisibleDurationRequest(receipt_handle=grip.handle, message_id=grip.message_id)
+        request.group.name = self._group
+        request.topic.name = self._place.named(topic)
+        request.invisible_duration.seconds = seconds
+        answer: Future[Any] = self._client.rpc_client.change_invisible_duration_async(
+            grip.endpoints, request, metadata=self._client.sign(), timeout=REQUEST_TIMEOUT_S
+        )
+        return answer
+
+    def close(self, *, farewell: bool = True) -> None:
+        """Leave. `farewell=False` when the proxy is gone: telling it would only wait for a timeout."""
+        if not farewell:
+            self._client.route_manager.clear()  # the client says good-bye to the endpoints of its routes
+        with suppress(Exception):  # a client that did not start or is half gone; its threads have been stopped first
+            self._client.shutdown()
+
+
+def describe(error: object) -> str:
+    """Say in one line what a call's exception or a response's status was, without its server-side stack."""
+    code = getattr(error, "code", None)
+    if callable(code):  # an error of gRPC: its status and detail
+        details = getattr(error, "details", None)
+        text = details() if callable(details) else ""
+        return f"{code().name}: {_first_line(text)}"
+    if isinstance(code, int) and hasattr(error, "message"):  # a status of RocketMQ
+        return f"{code} {Code.Name(code) if code in Code.values() else ''}: {_first_line(error.message)}"
+    return f"{type(error).__name__}: {_first_line(str(error))}" if str(error) else type(error).__name__
+
+
+def _first_line(text: object) -> str:
+    return str(text).strip().splitlines()[0][:300] if str(text).strip() else ""

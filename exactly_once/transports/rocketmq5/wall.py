@@ -1,0 +1,96 @@
+"""The wall around importing `rocketmq-python-client`: what its import and its threads would do to the program, kept off.
+
+It imports nothing of the client by itself and opens nothing. Called by the transport before the modules beside it,
+which import the client at their top, are imported for the first time.
+
+The client (5.1.2) does two things to a program that merely imports it, and one for as long as a server is away:
+
+* `rocketmq.v5.log` makes the folder `~/logs/rocketmq_python` and runs `logging.config.dictConfig`, which closes every
+  log handler of the program: a stand-in module takes its place.
+* Its heartbeat raises inside a future's callback, so `concurrent.futures` prints a traceback every 10 s while the
+  proxy is away: a filter drops exactly the records whose traceback ends inside the client.
+* `rocketmq-client-python`, the older client, has the same top-level package: which one is here is read from the disk,
+  for importing the wrong one loads a C++ library.
+"""
+
+import logging
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Lock
+from types import ModuleType
+
+from exactly_once.errors import ConfigurationError, MissingExtra
+
+__all__ = ["CLIENT_LOGGER", "build", "missing", "require"]
+
+CLIENT_LOGGER = "rocketmq-python-client"
+"""The client's own logger keeps its name, and is silent until somebody sets its level: we say once what it repeats."""
+
+_LOG_MODULE = "rocketmq.v5.log"
+_LOCK = Lock()
+
+
+def require() -> None:
+    """See that the right client is installed, without importing it.
+
+    Raises:
+        MissingExtra: No client is installed.
+        ConfigurationError: The installed one is `rocketmq-client-python`, which serves `rocketmq4://`.
+    """
+    if "rocketmq.v5" in sys.modules:
+        return
+    try:
+        spec = find_spec("rocketmq")
+    except ValueError:  # somebody put a module without a spec there
+        spec = None
+    if spec is None:
+        raise MissingExtra("The transport rocketmq://", "rocketmq")
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if any((folder / "v5").is_dir() for folder in folders):
+        return
+    raise ConfigurationError(
+        "rocketmq:// needs the package rocketmq-python-client, but the installed package `rocketmq` is another one "
+        "(rocketmq-client-python, which serves rocketmq4://). Both claim the same name, so each needs an environment of "
+        "its own. Type: python -m venv rocketmq5 && rocketmq5/bin/pip install 'exactly-once[rocketmq]', or use rocketmq4://."
+    )
+
+
+def missing() -> str | None:
+    """Say why this transport cannot be used in this environment, or return None."""
+    try:
+        require()
+    except ConfigurationError as error:
+        return str(error)
+    return None
+
+
+def build() -> None:
+    """Put the wall up; must come before the first import of the client, and does nothing the second time."""
+    with _LOCK:
+        # somebody who imported the client before us has its log folder already; replacing its logger helps nobody
+        if _LOG_MODULE not in sys.modules and "rocketmq" not in sys.modules:
+            logger = logging.getLogger(CLIENT_LOGGER)
+            if logger.level == logging.NOTSET:
+                logger.setLevel(logging.CRITICAL + 1)
+            # the client calls the deprecated `warn`, which ends its thread where warnings are errors
+            logger.warn = logger.warning  # type: ignore[method-assign]
+            stand_in = ModuleType(_LOG_MODULE, "Stands in for the client's module, which reconfigures all logging.")
+            stand_in.logger = logger  # type: ignore[attr-defined]
+            sys.modules[_LOG_MODULE] = stand_in
+        futures = logging.getLogger("concurrent.futures")
+        if not any(isinstance(one, _NotFromTheClient) for one in futures.filters):
+            futures.addFilter(_NotFromTheClient())
+
+
+class _NotFromTheClient(logging.Filter):
+    """Drops what `concurrent.futures` logs about callbacks of the client; everything else passes."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        trace = record.exc_info[2] if record.exc_info else None
+        while trace is not None:
+            # by the module whose frame raised, not by the text
+            if str(trace.tb_frame.f_globals.get("__name__", "")).startswith("rocketmq."):
+                return False
+            trace = trace.tb_next
+        return True

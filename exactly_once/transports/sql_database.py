@@ -1,0 +1,155 @@
+"""The application's database as the broker in a table uses it: short transactions, joins and sends, and wake-ups.
+
+READ COMMITTED on servers, one writer from the start on SQLite; never part of a handler's transaction. A send and a join
+are put in order by the topic's *gate row*, shared by sends and locked alone by a join: either the send commits before
+the join and its message is found by it, or it sees the new group. Without that a send that saw no group could commit
+after the join, and its message would lie there for nobody.
+
+Called by `exactly_once.transports.sql` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from datetime import timedelta
+from threading import Condition, Lock
+from typing import Any
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import IntegrityError, OperationalError
+
+from exactly_once.transports.sql_statements import NO_GROUP, Statements, statements
+
+__all__ = ["Bell", "Database"]
+
+
+class Bell:
+    """Wakes the waiting consumers of one topic in this process; `count` shows whether it rang since one looked."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self.count = 0
+
+    def ring(self) -> None:
+        """Wake all who wait."""
+        with self._changed:
+            self.count += 1
+            self._changed.notify_all()
+
+    def wait(self, since: int, seconds: float) -> bool:
+        """Wait until it rings, unless it rang after `since` was read; False when the time was up first."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.count != since, seconds)
+
+
+_bells: dict[tuple[str, str | None, str], Bell] = {}
+_bells_lock = Lock()
+
+
+class Database:
+    """The application's database, for one transport.
+
+    Args:
+        engine: Gives the engine; asked on first use.
+        schema: The database schema of our tables.
+    """
+
+    def __init__(self, engine: Callable[[], Engine], schema: str | None) -> None:
+        self._engine_of, self._schema = engine, schema
+        self._engine: Engine | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """The application's."""
+        if self._engine is None:
+            self._engine = self._engine_of()
+        return self._engine
+
+    @property
+    def dialect(self) -> str:
+        """Such as `postgresql`."""
+        return self.engine.dialect.name
+
+    @property
+    def sql(self) -> Statements:
+        """The statements for this kind of server."""
+        return statements(self._schema, self.dialect)
+
+    def reads(self) -> AbstractContextManager[Connection]:
+        """A connection to look with."""
+        return self.engine.connect()
+
+    def bell(self, topic: str) -> Bell:
+        """Return the bell of a topic in this database, the same for all of this process."""
+        where = (self.engine.url.render_as_string(hide_password=True), self._schema, topic)
+        with _bells_lock:
+            return _bells.setdefault(where, Bell())
+
+    @contextmanager
+    def begin(self) -> Iterator[Connection]:
+        """A transaction, committed in the end."""
+        with self.engine.connect() as connection:
+            if self.dialect == "postgresql":
+                _read_committed(connection)
+            with connection.begin():
+                if self.dialect in ("mysql", "mariadb"):
+                    # of this transaction only; the engine's own option would cost two statements more, and raise the
+                    # driver's errors as they are
+                    connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
+                elif self.dialect == "sqlite" and not _in_transaction(connection):
+                    # as a writer from the start: a reader that becomes one fails where it should wait
+                    connection.exec_driver_sql("BEGIN IMMEDIATE")
+                yield connection
+
+    def join(self, topic: str, group: str) -> None:
+        """Write that the group wants the topic from now on; the first also gets what was sent before."""
+        with self._behind_gates([topic], alone=True) as connection:
+            groups = self._groups(connection, [topic])[topic]
+            if group in groups:
+                return
+            connection.execute(self.sql.add_group(topic, group))
+            if not groups:
+                connection.execute(self.sql.adopt(topic, group))
+
+    def put(self, rows: Sequence[Mapping[str, Any]], delay: timedelta) -> None:
+        """Store each row once for each group of its topic, in one transaction."""
+        topics = sorted({row["topic"] for row in rows})
+        with self._behind_gates(topics, alone=False) as connection:
+            groups = self._groups(connection, topics)
+            copies = [{**row, "consumer_group": group} for row in rows for group in groups[row["topic"]] or [NO_GROUP]]
+            connection.execute(self.sql.put(delay), copies)
+
+    @contextmanager
+    def _behind_gates(self, topics: Sequence[str], *, alone: bool) -> Iterator[Connection]:
+        """A transaction that holds the topics' gate rows; they are made first where they are missing."""
+        while True:
+            with self.begin() as connection:
+                missing = set(topics) - set(connection.execute(self.sql.gate(topics, alone=alone)).scalars())
+                if not missing:
+                    yield connection
+                    return
+            # in transactions of their own: on MySQL two who insert the same row inside theirs end in a deadlock
+            for topic in sorted(missing):
+                with suppress(IntegrityError), self.begin() as connection:  # another may have made it meanwhile
+                    connection.execute(self.sql.add_group(topic, NO_GROUP))
+
+    def _groups(self, connection: Connection, topics: Sequence[str]) -> dict[str, list[str]]:
+        groups: dict[str, list[str]] = {topic: [] for topic in topics}
+        for topic, group in connection.execute(self.sql.groups(topics)):
+            groups[topic].append(group)
+        return groups
+
+
+def _read_committed(connection: Connection) -> None:
+    """Set the level in the driver, without a round trip; a connection found dead by this is thrown away."""
+    driver = connection.dialect.loaded_dbapi
+    try:
+        connection.execution_options(isolation_level="READ COMMITTED")
+    except driver.Error as error:
+        connection.invalidate(error)
+        raise OperationalError("SET TRANSACTION ISOLATION LEVEL READ COMMITTED", None, error) from error
+
+
+def _in_transaction(connection: Connection) -> bool:
+    return bool(getattr(connection.connection.dbapi_connection, "in_transaction", False))

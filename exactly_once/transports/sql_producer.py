@@ -1,0 +1,130 @@
+"""Sends into the broker in a table, in transactions of its own. What no column can hold is refused before.
+
+Called by `exactly_once.transports.sql` alone. It tries once; the producer's facade decides on another try.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+from uuid import uuid4
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from exactly_once.errors import TransportError
+from exactly_once.message import Message
+from exactly_once.schema import GROUP_BYTES
+from exactly_once.transport import Receipt
+from exactly_once.transports.sql_database import Database
+
+__all__ = ["SqlProducer", "reason", "refused", "refused_group"]
+
+# bytes of UTF-8, as the columns have them
+_LIMITS: Final = {"topic": 255, "tag": 255, "key": 1024, "ordering_key": 255}
+
+
+class SqlProducer:
+    """Safe to use from several threads: it keeps no state but whether it is closed."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._closed = False
+
+    def send(self, messages: Sequence[Message], *, delay: timedelta | None = None) -> Sequence[Receipt | Exception]:
+        """Store all in one transaction; what cannot be stored is told apart before."""
+        answers: list[Receipt | Exception] = []
+        rows: list[dict[str, Any]] = []
+        broken: set[tuple[str, str]] = set()
+        for message in messages:
+            key = (message.topic, message.ordering_key) if message.ordering_key is not None else None
+            if error := _refused_message(message):
+                answers.append(error)
+                if key:
+                    broken.add(key)
+            elif key in broken:
+                answers.append(TransportError("not sent: an earlier message of its ordering key was refused"))
+            else:
+                row = _row(message)
+                rows.append(row)
+                answers.append(Receipt(message.topic, row["message_id"]))
+        failure = self._stored(rows, delay or timedelta(0)) if rows else None
+        return [failure if failure and isinstance(answer, Receipt) else answer for answer in answers]
+
+    def _stored(self, rows: Sequence[Mapping[str, Any]], delay: timedelta) -> TransportError | None:
+        if self._closed:
+            return TransportError("this producer is closed; make another one")
+        try:
+            # an error of the COMMIT leaves unknown whether the rows are there: a second try may double them, and the
+            # consumer's guard deals with that, as with any broker
+            self._database.put(rows, delay)
+        except (SQLAlchemyError, LookupError) as error:
+            failure = TransportError(f"the database did not store it ({reason(error)})")
+            failure.__cause__ = error
+            return failure
+        for topic in {row["topic"] for row in rows}:
+            self._database.bell(topic).ring()
+        return None
+
+    def close(self) -> None:
+        """Send nothing more; twice is once."""
+        self._closed = True
+
+
+def _row(message: Message) -> dict[str, Any]:
+    return {
+        "topic": message.topic,
+        "tag": message.tag,
+        "message_key": message.key,
+        "ordering_key": message.ordering_key,
+        "body": message.body,
+        "properties": json.dumps(dict(message.properties)),  # ASCII: no character set on the way can spoil it
+        "message_id": uuid4().hex,
+        "born_at": message.born_at or datetime.now(UTC),
+    }
+
+
+def _refused_message(message: Message) -> ValueError | None:
+    if error := refused(topic=message.topic, tag=message.tag, key=message.key, ordering_key=message.ordering_key):
+        return error
+    if not (message.body is None or isinstance(message.body, bytes)):
+        return ValueError(f"the body must be bytes or None, not {type(message.body).__name__}")
+    if not all(isinstance(part, str) for item in message.properties.items() for part in item):
+        return ValueError("the names and values of properties must be str")
+    if message.born_at is not None and message.born_at.tzinfo is None:
+        return ValueError("born_at must have a time zone")
+    return None
+
+
+def refused(**texts: str | None) -> ValueError | None:
+    """Say why the column of that name cannot hold the text."""
+    for name, text in texts.items():
+        if text is None:
+            continue
+        if name == "topic" and not text:
+            return ValueError("the topic is empty")
+        if error := _unfit(f"the {name.replace('_', ' ')}", text, _LIMITS[name]):
+            return error
+    return None
+
+
+def refused_group(group: str) -> ValueError | None:
+    """Say why a group cannot have that name."""
+    return _unfit("the group", group, GROUP_BYTES) if group else ValueError("the group is empty; name one")
+
+
+def _unfit(what: str, text: str, limit: int) -> ValueError | None:
+    if "\x00" in text:
+        return ValueError(f"{what} contains a NUL character, which no database takes")
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        return ValueError(f"{what} contains half of a surrogate pair and is no text")
+    return ValueError(f"{what} has {size} bytes of UTF-8; {limit} is the most") if size > limit else None
+
+
+def reason(error: BaseException) -> str:
+    """The driver's own words in one line, without the statement's parameters (they are message bodies)."""
+    origin = getattr(error, "orig", None) or error
+    return f"{type(origin).__name__}: {str(origin).strip().splitlines()[0] if str(origin).strip() else 'no text'}"

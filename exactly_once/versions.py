@@ -1,0 +1,192 @@
+"""Our migrations, walked one by one: which versions there are, which one a database has, and the steps up and down.
+
+It opens, locks and commits nothing: the caller holds the lock (`exactly_once.alone`). `exactly_once.alembic` calls it.
+
+Migrations get an `Operations` of our own, never installed as `alembic.op`: that is one global of the process, and a
+user's migration that called us, or another thread, would lose its own. Inside a user's migration they get the user's.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from exactly_once.errors import SchemaError
+from exactly_once.redaction import redacted
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Table
+
+__all__ = [
+    "HEAD",
+    "TABLES",
+    "VERSION_TABLE",
+    "climb",
+    "descend",
+    "name_of",
+    "operations_on",
+    "recorded",
+    "refuse_strangers",
+    "sweep",
+    "write",
+]
+
+VERSION_TABLE: Final = "exactly_once_version"
+HEAD: Final = 1
+TABLES: Final = frozenset(
+    {
+        "message_idempotent",
+        "message_step",
+        "message_failure",
+        "message_outbox",
+        "message_queue",
+        "message_queue_group",
+        "message_cutover",
+        VERSION_TABLE,
+    }
+)
+
+
+def name_of(version: int) -> str:
+    return f"{version:04d}"
+
+
+def _folder() -> Path:
+    """Return the folder of the migrations: inside the package from a wheel, beside it in a checkout."""
+    inside = Path(__file__).parent / "migrations"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "migrations"
+
+
+def operations_on(connection: "Connection") -> Any:
+    from alembic.migration import MigrationContext
+    from alembic.operations import Operations
+
+    return Operations(MigrationContext.configure(connection))
+
+
+def write(operations: Any, schema: str | None, *, up_to: int | None = None, down_to: int | None = None) -> None:
+    """Write statements without a database: upwards from nothing, downwards from the newest."""
+    from sqlalchemy.schema import CreateSchema
+
+    if up_to is not None:
+        if schema is not None and operations.get_context().dialect.name == "postgresql":
+            operations.execute(CreateSchema(schema, if_not_exists=True))
+        for version in range(1, up_to + 1):
+            _step_up(operations, schema, version)
+    if down_to is not None:
+        for version in range(HEAD, down_to, -1):
+            _step_down(operations, schema, version)
+
+
+def climb(operations: Any, schema: str | None, target: int) -> None:
+    connection = operations.get_bind()
+    found = recorded(connection, schema) or 0
+    if not found:
+        refuse_strangers(connection, schema)
+    for version in range(found + 1, target + 1):
+        _step_up(operations, schema, version)
+
+
+def descend(operations: Any, schema: str | None, target: int) -> None:
+    connection = operations.get_bind()
+    found = recorded(connection, schema) or 0
+    if found > HEAD:
+        raise SchemaError(
+            f"The tables of exactly_once are at version {name_of(found)}, and this package knows how to undo "
+            f"{name_of(HEAD)} and older. Nothing was changed. Type: pip install --upgrade exactly-once"
+        )
+    if not found and connection.dialect.has_table(connection, VERSION_TABLE, schema=schema):
+        found = 1  # a run that was killed: some of the tables are there
+    for version in range(found, target, -1):
+        _step_down(operations, schema, version)
+
+
+def recorded(connection: "Connection", schema: str | None) -> int | None:
+    # asked of the catalog first: on PostgreSQL a failed SELECT would spoil the caller's transaction
+    if not connection.dialect.has_table(connection, VERSION_TABLE, schema=schema):
+        return None
+    found = connection.execute(_version_table(schema).select()).scalar()
+    return int(found) if found is not None else None
+
+
+def _step_up(operations: Any, schema: str | None, version: int) -> None:
+    from sqlalchemy.schema import CreateTable
+
+    table = _version_table(schema)
+    if version == 1:
+        operations.execute(CreateTable(table, if_not_exists=True))
+    _migration(version).upgrade(schema=schema, operations=operations)
+    if version == 1:
+        # IGNORE: on MySQL another's migration may have this row, not yet committed, behind its committed tables
+        row = table.insert().prefix_with("IGNORE", dialect="mysql").prefix_with("IGNORE", dialect="mariadb")
+        operations.execute(row.values(version_num=_literal(version)))
+    else:
+        operations.execute(table.update().values(version_num=_literal(version)))
+
+
+def _step_down(operations: Any, schema: str | None, version: int) -> None:
+    from sqlalchemy.schema import DropTable
+
+    table = _version_table(schema)
+    # recorded first: killed from here on, MySQL has lost some tables, and an upgrade must know that it has to make them
+    if version == 1:
+        operations.execute(table.delete())
+    else:
+        operations.execute(table.update().values(version_num=_literal(version - 1)))
+    _migration(version).downgrade(schema=schema, operations=operations)
+    if version == 1:
+        operations.execute(DropTable(table, if_exists=True))
+
+
+def _literal(version: int) -> Any:
+    # written out: a script for an administrator has no parameters
+    from sqlalchemy import literal_column
+
+    return literal_column(f"'{name_of(version)}'")
+
+
+def _migration(version: int) -> Any:
+    from alembic.script import ScriptDirectory
+
+    return ScriptDirectory(str(_folder())).get_revision(name_of(version)).module
+
+
+def _version_table(schema: str | None) -> "Table":
+    # the form Alembic gives its own, so that either may write it
+    from sqlalchemy import Column, MetaData, PrimaryKeyConstraint, String, Table
+
+    return Table(
+        VERSION_TABLE,
+        MetaData(),
+        Column("version_num", String(32), nullable=False),
+        PrimaryKeyConstraint("version_num", name=f"{VERSION_TABLE}_pkc"),
+        schema=schema,
+    )
+
+
+def refuse_strangers(connection: "Connection", schema: str | None) -> None:
+    """Raise where a table has one of our names and was not made by us.
+
+    The version table comes first: where it stands without a row, a run of ours was killed on MySQL or MariaDB, and what
+    is there besides is ours.
+    """
+    from sqlalchemy import inspect
+
+    there = TABLES & set(inspect(connection).get_table_names(schema=schema))
+    if VERSION_TABLE in there:
+        return
+    if there:
+        place = redacted(connection.engine.url.render_as_string(hide_password=False))
+        raise SchemaError(
+            f"{place} has a table {', '.join(sorted(there))} that "
+            "these migrations did not make. Nothing was changed. Rename or drop it, or keep our tables in a schema of "
+            "their own: exactly-once db upgrade --schema messaging"
+        )
+
+
+def sweep(connection: "Connection", schema: str | None) -> None:
+    """Drop the version table where it is empty and alone, as it is after `alembic downgrade base`."""
+    from sqlalchemy import inspect
+
+    if recorded(connection, schema) is None and TABLES & set(inspect(connection).get_table_names(schema=schema)) == {
+        VERSION_TABLE
+    }:
+        _version_table(schema).drop(connection)

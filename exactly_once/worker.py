@@ -1,0 +1,379 @@
+"""Receive, run, settle, stop. Knows no broker, no database and no event loop: `run` gives a future, whoever runs it.
+
+Each consumer has a thread that receives, here, and one that settles and extends, in `hands`. Order is the consumers'
+duty: they hand out nothing behind an unsettled message of its ordering key. At most `capacity` messages are in hand
+at any moment, from the receive that asked for them to the end of the settle; that is also the bound on memory.
+
+When a run says `Hold(store)`, the message stays in hand, nothing more is received from anyone, and the store is asked
+until it answers (`outages`); then what was held runs again, oldest first.
+
+If the process dies on any line here, what was in hand comes back from the broker, and the claims in the database say
+what of it is done. Called by the facade.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from threading import Condition, Event, Thread, current_thread
+from time import monotonic
+from typing import Final
+
+from exactly_once.hands import Hands
+from exactly_once.outages import Outages, Waiting
+from exactly_once.places import Places, Seat
+from exactly_once.seldom import Seldom
+from exactly_once.transport import Consumer, Delivery, Features
+from exactly_once.verdict import Ack, Hold, Redeliver, Verdict
+
+__all__ = ["Counts", "Run", "Worker"]
+
+Run = Callable[[Delivery, Features], Future[Verdict | Hold]]
+
+POLL: Final = timedelta(seconds=1)
+"""The longest a quiet receive waits; also the tick at which a full worker keeps its sessions alive."""
+SHORT_POLL: Final = timedelta(seconds=0.05)
+"""The same where there are no more places than consumers: an idle one then sits on a place that others need."""
+RETRY_S: Final = (0.1, 30.0)
+"""A consumer whose receive raises is asked again after the first, then twice as long each time, up to the second."""
+AGAIN: Final = timedelta(seconds=1)
+"""A run that broke (not a handler that failed: that one has a verdict) is not brought again in a tight circle."""
+LAST_SETTLE_S: Final = 10.0
+"""How long `stop` waits for the last settle of all consumers, and then for their close, before it leaves without."""
+
+_log = logging.getLogger("exactly_once.worker")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """How far a worker is; read without a lock, so the numbers may differ by what is under way."""
+
+    received: int
+    acked: int
+    redelivered: int
+    given_back: int
+    in_hand: int
+    held: int
+    """Of those in hand: waiting for a store that does not answer."""
+    outages: tuple[str, ...]
+    """The stores that do not answer."""
+    outcomes: Mapping[str, int]
+    """What `observe` said: messages by outcome."""
+
+
+@dataclass(eq=False, slots=True)
+class _Lane:
+    """A consumer, its two threads, and how they are doing."""
+
+    hands: Hands
+    seat: Seat = field(default_factory=Seat)
+    receiver: Thread = field(init=False)
+    settler: Thread = field(init=False)
+    turned: float = 0.0
+    quiet: int = -1
+    """The worker's `_events` as the last receive that brought nothing began."""
+
+
+class Worker:
+    """Feeds what consumers receive to `run`, and tells them what became of it.
+
+    Args:
+        consumers: Where messages come from; closed by `stop`.
+        run: Starts the handling of a delivery and returns its future at once. A future that ends in an exception,
+            whichever, means: bring it again.
+        capacity: The most messages in hand at a moment, over all consumers.
+        drain_timeout: How long `stop` lets running messages finish.
+        answers: Whether the store of this name answers again; called in a thread of its own, may block or raise.
+        observe: Gives the counts by outcome, put into `counts` unchanged.
+        poll: The longest a quiet receive waits.
+
+    Example:
+        >>> worker = Worker([], lambda delivery, features: Future(), capacity=1, drain_timeout=timedelta(seconds=1))
+        >>> worker.start()
+        >>> worker.stop()
+        0
+    """
+
+    def __init__(
+        self,
+        consumers: Sequence[Consumer],
+        run: Run,
+        *,
+        capacity: int,
+        drain_timeout: timedelta,
+        answers: Callable[[str], bool] = lambda store: True,
+        observe: Callable[[], Mapping[str, int]] = dict,
+        poll: timedelta = POLL,
+    ) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity is the most messages in hand and must be at least 1, not {capacity}")
+        self._run, self._observe, self._drain_timeout = run, observe, drain_timeout
+        self._poll, self._wait = poll, poll if capacity > len(consumers) else min(poll, SHORT_POLL)
+        self._changed = Condition()
+        self._outages = Outages(answers, self._run_again, self._changed, lambda: self._stopping)
+        self._places = Places(capacity, self._changed, lambda: bool(self._outages))
+        self._stopping = self._done = False
+        self._stopped = Event()
+        self._given_back = 0
+        self._events = 0  # receives that brought something, and settles; `drain` waits for receives without any
+        self._seldom = Seldom(_log)
+        self._lanes: list[_Lane] = []
+        for n, consumer in enumerate(consumers, 1):
+            name = f"consumer {n} ({type(consumer).__name__})"
+            lane = _Lane(Hands(consumer, name, self._has_settled))
+            lane.receiver = self._thread(f"receive: {name}", partial(self._receive, lane))
+            lane.settler = self._thread(f"settle: {name}", lane.hands.work)
+            self._lanes.append(lane)
+
+    def start(self) -> None:
+        """Begin to receive."""
+        for lane in self._lanes:
+            lane.turned = lane.hands.turned = monotonic()
+            lane.settler.start()
+            lane.receiver.start()
+
+    def stop(self) -> int:
+        """Stop receiving, finish what runs within `drain_timeout`, give back the rest, and close the consumers.
+
+        Giving back is safe: a run that ends later is ignored here, and for the next one its claim decides.
+
+        Returns:
+            How many messages were given back; a second call waits for the first, does nothing and returns the same.
+        """
+        deadline = monotonic() + self._drain_timeout.total_seconds()
+        with self._changed:
+            first, self._stopping = not self._stopping, True
+            self._changed.notify_all()
+        if not first:
+            self._stopped.wait()
+            return self._given_back
+        self._each("stop", deadline)
+        for lane in self._lanes:
+            _join(lane.receiver, deadline)
+        with self._changed:
+            waiting = self._outages.give_up()
+        for delivery, hands in waiting.items():  # there is no use in waiting for these
+            self._give_back(hands, delivery)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._in_hand(), max(0.0, deadline - monotonic()))
+            self._done = True  # what a receive returns from now on is not taken: it comes back by itself
+        for lane in self._lanes:
+            for delivery in tuple(lane.hands.held):
+                self._give_back(lane.hands, delivery)
+            lane.hands.verdicts.put(None)
+        deadline = monotonic() + LAST_SETTLE_S
+        for lane in self._lanes:
+            _join(lane.settler, deadline)
+        self._each("close", monotonic() + LAST_SETTLE_S)
+        self._stopped.set()
+        return self._given_back
+
+    def drain(self, timeout: timedelta) -> None:
+        """Wait until every consumer found nothing in a whole receive, with nothing in hand since it began; for tests.
+
+        Args:
+            timeout: How long to wait; each try takes as long as a quiet receive, `poll`.
+
+        Raises:
+            TimeoutError: It did not come to that; the text says what is still in hand.
+            RuntimeError: The worker stops, or is not started, and cannot come to rest.
+        """
+        with self._changed:
+            self._events += 1  # a receive that began before this call proves nothing
+            if self.unready() != "not started":
+                self._changed.wait_for(lambda: self._stopping or self._quiet(), timeout.total_seconds())
+            if self.unready() in ("not started", "stopping", "stopped"):
+                raise RuntimeError("Only a worker that runs comes to rest: drain it after start and before stop.")
+            if self._quiet():
+                return
+            held = [delivery.message for lane in self._lanes for delivery in lane.hands.held.copy()]
+        some = ", ".join(f"{message.topic} {message.key or message.message_id or '?'}" for message in held[:10])
+        away = f" No answer from: {', '.join(self._outages.stores)}." if self._outages else ""
+        raise TimeoutError(
+            f"After {timeout.total_seconds():g} s the worker has {self._in_hand()} message(s) in hand, or more keep"
+            f" coming. Not finished: {some or 'none'}{' ...' if len(held) > 10 else ''}.{away}"
+        )
+
+    @property
+    def counts(self) -> Counts:
+        """How far the worker is."""
+        hands = [lane.hands for lane in self._lanes]
+        return Counts(
+            received=sum(each.received for each in hands),
+            acked=sum(each.acked for each in hands),
+            redelivered=sum(each.redelivered for each in hands),
+            given_back=self._given_back,
+            in_hand=self._in_hand(),
+            held=self._outages.held,
+            outages=self._outages.stores,
+            outcomes=self._observe(),
+        )
+
+    def stuck(self, after: timedelta) -> Sequence[str]:
+        """Name the threads that died or did not turn for `after`; none before start and once stopping."""
+        if self._stopping or self.unready() == "not started":
+            return ()
+        oldest = monotonic() - after.total_seconds()
+        turns = [(lane.receiver, lane.turned) for lane in self._lanes]
+        turns += [(lane.settler, lane.hands.turned) for lane in self._lanes]
+        return [thread.name for thread, turned in turns if turned < oldest or not thread.is_alive()]
+
+    def unready(self) -> str | None:
+        """Say why nothing is being received, or None."""
+        if self._stopping:
+            return "stopped" if self._stopped.is_set() else "stopping"
+        if any(lane.receiver.ident is None for lane in self._lanes):
+            return "not started"
+        stores = self._outages.stores
+        return f"no answer from: {', '.join(sorted(stores))}" if stores else None
+
+    def _thread(self, name: str, life: Callable[[], None]) -> Thread:
+        """A daemon, for a client that never returns must not keep the process; what it raises is not its end."""
+
+        def live() -> None:
+            while True:
+                try:
+                    life()
+                except BaseException as error:  # noqa: BLE001, RUF100
+                    self._seldom.warning(name, "The thread %r met an error it should not; going on.", name, error=error)
+                    with self._changed:
+                        self._changed.wait_for(lambda: self._stopping, 1.0)
+                else:
+                    return
+
+        return Thread(target=live, daemon=True, name=name)
+
+    def _receive(self, lane: _Lane) -> None:
+        """The receiving thread's whole life: whatever a consumer raises, it is asked again until we stop."""
+        hands, retry = lane.hands, RETRY_S[0]
+        while True:
+            lane.turned = monotonic()
+            booked = self._places.book(lane.seat, self._poll.total_seconds(), lambda: self._stopping)
+            if self._stopping:
+                return
+            began = self._events
+            try:
+                got = hands.consumer.receive(booked, self._wait if booked else timedelta(0))
+            except BaseException as error:  # noqa: BLE001, RUF100  (clients raise CancelledError and worse)
+                self._seldom.warning(
+                    f"receive {hands.name}", "%s could not receive; trying until it can.", hands.name, error=error
+                )
+                with self._changed:
+                    self._places.used(lane.seat, booked, 0)
+                    self._changed.notify_all()
+                    self._changed.wait_for(lambda: self._stopping, retry)
+                retry = min(2 * retry, RETRY_S[1])
+                continue
+            retry = RETRY_S[0]
+            with self._changed:
+                if self._done:
+                    return
+                self._places.used(lane.seat, booked, len(got))
+                if got:
+                    self._events += 1
+                    hands.take(got)
+                elif booked:
+                    lane.quiet = began
+                self._changed.notify_all()
+                if self._outages.park(got, hands):
+                    continue
+            for delivery in got:
+                self._begin(hands, delivery)
+
+    def _begin(self, hands: Hands, delivery: Delivery) -> None:
+        if self._done:
+            return
+        try:
+            future = self._run(delivery, hands.features)
+        except BaseException as error:  # noqa: BLE001, RUF100
+            self._broke(hands, delivery, error)
+        else:
+            hands.running[delivery] = future
+            future.add_done_callback(partial(self._finish, hands, delivery))
+
+    def _finish(self, hands: Hands, delivery: Delivery, done: Future[Verdict | Hold]) -> None:
+        """Called by whichever thread ended the run: blocks on nothing, raises nothing."""
+        hands.running.pop(delivery, None)
+        try:
+            verdict = done.result()
+        except BaseException as error:  # noqa: BLE001, RUF100  (cancellation too: it is not acknowledged)
+            self._broke(hands, delivery, error)
+            return
+        if type(verdict) is Ack or type(verdict) is Redeliver:
+            hands.finish(delivery, verdict)
+        elif type(verdict) is Hold:
+            with self._changed:
+                if not self._stopping:
+                    self._outages.hold(verdict.store, delivery, hands)
+                    return
+            self._give_back(hands, delivery)
+        else:
+            self._broke(hands, delivery, TypeError(f"a run ended with {verdict!r}, which is not a verdict"))
+
+    def _broke(self, hands: Hands, delivery: Delivery, error: BaseException) -> None:
+        if self._stopping:
+            self._give_back(hands, delivery)
+        elif hands.finish(delivery, Redeliver(AGAIN)):
+            self._seldom.warning("run", "A run broke; its message will be brought again.", error=error)
+
+    def _give_back(self, hands: Hands, delivery: Delivery) -> None:
+        """Outside the lock, for a run's callbacks may want locks of their own.
+
+        A run that has not begun never begins, a coroutine is cancelled, a thread ends unheard.
+        """
+        if hands.finish(delivery, Redeliver()):
+            with self._changed:
+                self._given_back += 1
+            if run := hands.running.pop(delivery, None):
+                run.cancel()
+
+    def _run_again(self, waiting: Waiting) -> None:
+        """Called by an outage's thread when the store answers."""
+        held = [
+            (batch.received, delivery, lane.hands)
+            for lane in self._lanes
+            for delivery, batch in lane.hands.held.copy().items()  # in the order received
+            if delivery in waiting
+        ]
+        for _, delivery, hands in sorted(held, key=lambda each: each[0]):
+            if self._stopping:  # `stop` did not find these: they were in neither place
+                self._give_back(hands, delivery)
+            else:
+                self._begin(hands, delivery)
+
+    def _has_settled(self, number: int) -> None:
+        with self._changed:
+            self._places.free(number)
+            self._events += 1
+            self._changed.notify_all()
+
+    def _in_hand(self) -> int:
+        settled = sum(lane.hands.settled for lane in self._lanes)  # read first, so that it is never below zero
+        return sum(lane.hands.received for lane in self._lanes) - settled
+
+    def _quiet(self) -> bool:
+        if self._outages or self._in_hand():
+            return False
+        return all(lane.quiet == self._events for lane in self._lanes)
+
+    def _each(self, verb: str, deadline: float) -> None:
+        """Call `stop` or `close` of all consumers side by side, for a client may take its time over it."""
+
+        def call(lane: _Lane) -> None:
+            try:
+                getattr(lane.hands.consumer, verb)()
+            except BaseException as error:  # noqa: BLE001, RUF100
+                _log.warning("%s: %s failed; going on.", lane.hands.name, verb, exc_info=error)
+
+        threads = [Thread(target=call, args=(lane,), daemon=True) for lane in self._lanes]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            _join(thread, deadline)
+
+
+def _join(thread: Thread, deadline: float) -> None:
+    if thread.ident is not None and thread is not current_thread():
+        thread.join(max(0.0, deadline - monotonic()))

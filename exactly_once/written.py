@@ -1,0 +1,164 @@
+"""What is written down for somebody else to run: SQL for a database administrator, a file for a program's own history.
+
+It opens no database. `exactly_once.alembic` calls it.
+"""
+
+import io
+from pathlib import Path
+from typing import Any, Final
+
+from exactly_once.errors import ConfigurationError
+from exactly_once.versions import HEAD, TABLES, VERSION_TABLE, name_of, write
+
+__all__ = ["history_file", "script"]
+
+DIALECTS: Final = ("postgresql", "mysql", "mariadb", "sqlite")
+
+# Rows of the schedule are only ever added: a worker that has read it relies on what it read
+ONLY_ADDED: Final = frozenset({"message_cutover"})
+COUNTED: Final = ("message_failure", "message_outbox", "message_queue")
+
+FILE: Final = '''"""The tables of exactly_once, version {version}.{what}
+
+Revision ID: {revision}
+Revises: {revises}
+"""
+
+import exactly_once.alembic
+
+revision = {revision!r}
+down_revision = {down_revision!r}
+branch_labels = None
+depends_on = None
+
+# read by `exactly-once db revision`, which writes the next such file
+exactly_once_version = {version}
+
+
+def upgrade() -> None:
+    exactly_once.alembic.upgrade(version={version}{schema})
+
+
+def downgrade() -> None:
+    exactly_once.alembic.downgrade(version={since}{schema})
+'''
+
+
+def script(dialect_name: str, *, schema: str | None, grants_role: str | None) -> str:
+    """Return the SQL that makes our tables from nothing, and the rights of the role that workers log in with."""
+    from alembic.migration import MigrationContext
+    from alembic.operations import Operations
+
+    if dialect_name not in DIALECTS:
+        raise ConfigurationError(f"There is no SQL for {dialect_name!r}. There is for {', '.join(DIALECTS)}.")
+    if grants_role is not None and dialect_name == "sqlite":
+        raise ConfigurationError(
+            "SQLite has no roles: who may write the file may write the tables. Leave --grants out."
+        )
+    out = io.StringIO()
+    context = MigrationContext.configure(
+        dialect_name=dialect_name,
+        opts={"as_sql": True, "output_buffer": out, "dialect_opts": {"paramstyle": "named"}},
+    )
+    # where DDL is transactional the script is all or nothing, as the upgrade is
+    transactional = dialect_name in ("postgresql", "sqlite")
+    print(f"-- the tables of exactly_once, version {name_of(HEAD)}, for {dialect_name}", file=out)
+    print("BEGIN;\n" if transactional else "", file=out)
+    write(Operations(context), schema, up_to=HEAD)
+    if grants_role is not None:
+        print(
+            f"-- what a worker may do: nothing that changes or drops a table, and in {VERSION_TABLE} only look",
+            file=out,
+        )
+        for statement in _grants(context.dialect, dialect_name, schema, grants_role):
+            print(f"{statement};\n", file=out)
+    print("COMMIT;" if transactional else "", end="\n" if transactional else "", file=out)
+    return out.getvalue()
+
+
+def _grants(dialect: Any, dialect_name: str, schema: str | None, role: str) -> list[str]:
+    quote = dialect.identifier_preparer.quote
+    prefix = f"{quote(schema)}." if schema else ""
+    if dialect_name == "postgresql":
+        who = quote(role)
+        statements = [f"GRANT USAGE ON SCHEMA {quote(schema)} TO {who}"] if schema else []
+    else:
+        # 'name'@'host' is an account and a bare name a role, or the account from every host
+        user, at, host = role.partition("@")
+        who = "@".join(_text(part.strip("'`")) for part in ((user, host) if at else (user,)))
+        statements = []
+    for table in sorted(TABLES - {VERSION_TABLE}):
+        rights = "SELECT, INSERT" if table in ONLY_ADDED else "SELECT, INSERT, UPDATE, DELETE"
+        statements.append(f"GRANT {rights} ON {prefix}{table} TO {who}")
+    statements.append(f"GRANT SELECT ON {prefix}{VERSION_TABLE} TO {who}")
+    if dialect_name == "postgresql":
+        sequences = ", ".join(f"{prefix}{table}_id_seq" for table in COUNTED)
+        statements.append(f"GRANT USAGE ON SEQUENCE {sequences} TO {who}")
+    return statements
+
+
+def _text(value: str) -> str:
+    return "'" + value.replace("\\", "\\\\").replace("'", "''") + "'"
+
+
+def history_file(
+    directory: Path | None, *, config: Path, schema: str | None, down_revision: str | None, version: int
+) -> Path:
+    """Write one migration into a program's own Alembic history and return its path."""
+    from alembic.util import rev_id
+
+    scripts = _history(directory, config)
+    heads = scripts.get_heads()
+    if down_revision is None and len(heads) > 1:
+        raise ConfigurationError(
+            f"Your history in {scripts.dir} has {len(heads)} heads: {', '.join(sorted(heads))}. Nothing was written. "
+            "Type: alembic merge heads, or say which with --down-revision"
+        )
+    known = {
+        getattr(revision.module, "exactly_once_version", 0): revision.path for revision in scripts.walk_revisions()
+    }
+    since = max(known, default=0)
+    if since >= version:
+        raise ConfigurationError(
+            f"Your history brings the tables of exactly_once to version {name_of(since)} already, in {known[since]}. "
+            "Nothing was written."
+        )
+    revises = down_revision if down_revision is not None else next(iter(heads), None)
+    if revises is not None and scripts.get_revision(revises) is None:
+        raise ConfigurationError(f"Your history in {scripts.dir} has no revision {revises}. Nothing was written.")
+    revision = rev_id()
+    folder = Path(scripts.version_locations[0] if scripts.version_locations else scripts.versions)
+    path = folder / f"{revision}_exactly_once_{name_of(version)}.py"
+    path.write_text(
+        FILE.format(
+            version=version,
+            since=since,
+            revision=revision,
+            revises=revises or "",
+            down_revision=revises,
+            schema=f", schema={schema!r}" if schema else "",
+            what=f" The files before it brought version {since}." if since else "",
+        )
+    )
+    return path
+
+
+def _history(directory: Path | None, config: Path) -> Any:
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+    from alembic.util import CommandError
+
+    if directory is None and not config.is_file():
+        raise ConfigurationError(
+            f"There is no {config} here, so your Alembic history was not found. Type the command where {config} is, or "
+            "say --directory, the folder that has env.py and versions/"
+        )
+    if directory is not None and directory.name == "versions" and (directory.parent / "env.py").is_file():
+        directory = directory.parent
+    try:
+        scripts = ScriptDirectory.from_config(Config(config)) if directory is None else ScriptDirectory(str(directory))
+        Path(scripts.versions).mkdir(exist_ok=True)
+        scripts.get_heads()
+    except (CommandError, OSError) as error:
+        raise ConfigurationError(f"Your Alembic history cannot be read: {error}. Nothing was written.") from error
+    return scripts

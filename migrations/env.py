@@ -1,0 +1,64 @@
+"""What `alembic upgrade head` runs in a checkout; programs call `exactly_once.alembic` instead.
+
+The database is `-x url=...`, else `sqlalchemy.url`, else EXACTLY_ONCE_DATABASE (or what else the settings say); the schema
+is `-x schema=...`, else EXACTLY_ONCE_SCHEMA. An async URL is run on its own loop. The version table is ours alone, so that a
+program's own Alembic history in the same database is not mixed with this one.
+"""
+
+from alembic import context
+from sqlalchemy import Connection, make_url
+from sqlalchemy.schema import CreateSchema
+
+from exactly_once.alone import alone, on
+from exactly_once.config import load
+from exactly_once.errors import ConfigurationError
+from exactly_once.schema import tables
+from exactly_once.versions import VERSION_TABLE, refuse_strangers, sweep
+
+given = context.get_x_argument(as_dictionary=True)
+settings = load()
+schema = given.get("schema") or settings.schema.value
+database = given.get("url") or context.config.get_main_option("sqlalchemy.url") or settings.database.value
+if not isinstance(database, str):
+    raise ConfigurationError(
+        "One database must be given. Set EXACTLY_ONCE_DATABASE, or say: alembic -x url=URL upgrade head"
+    )
+url = make_url(database)
+
+
+def online(connection: Connection) -> None:
+    with alone(connection, schema):
+        refuse_strangers(connection, schema)
+        context.configure(
+            connection=connection,
+            target_metadata=tables(schema).metadata,
+            version_table=VERSION_TABLE,
+            version_table_schema=schema,
+            include_schemas=schema is not None,
+            # only our own tables are compared: others may live in the same database
+            include_name=lambda name, type_, parents: (
+                type_ != "table" or f"{parents['schema_qualified_table_name']}" in tables(schema).metadata.tables
+            ),
+        )
+        context.run_migrations(schema=schema)
+        sweep(connection, schema)
+
+
+def offline() -> None:
+    context.configure(
+        url=url,
+        version_table=VERSION_TABLE,
+        version_table_schema=schema,
+        literal_binds=True,
+        dialect_opts={"paramstyle": "named"},
+    )
+    with context.begin_transaction():
+        if schema is not None and url.get_backend_name() == "postgresql":
+            context.execute(CreateSchema(schema, if_not_exists=True))
+        context.run_migrations(schema=schema)
+
+
+if context.is_offline_mode():
+    offline()
+else:
+    on(url, online)
