@@ -1,0 +1,98 @@
+"""The servers tests run against: each is started once a session, when the first test asks; each test has its own database.
+
+Servers: `eo_server` (PostgreSQL, as `exactly_once.testing` chooses it), `mariadb_server`, `german_postgres_server`; and
+`own_postgres`, `own_mariadb`, which are the test's own, to kill and restart. A fresh database with our tables in it:
+`postgres_url`, `mariadb_url`, `sqlite_url`, `german_postgres_url`; `database` is an Engine on one, on each dialect in turn.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import Engine, create_engine
+
+from exactly_once.testing.databases import DatabaseServer
+from exactly_once.testing.postgres import EmbeddedPostgres
+from tests.services import mariadb as mariadb_service
+from tests.services import postgres_debian
+from tests.services.need import need, require
+
+pytest_plugins = ["exactly_once.testing.fixtures"]
+
+
+@pytest.fixture(scope="session")
+def mariadb_server() -> Iterator[DatabaseServer]:
+    """A MariaDB that fresh databases are made on."""
+    require(mariadb_service)
+    with mariadb_service.MariaDB() as server:
+        yield DatabaseServer(server.url, source="url")
+
+
+@pytest.fixture(scope="session")
+def german_postgres_server() -> Iterator[DatabaseServer]:
+    """A PostgreSQL whose error messages are in German."""
+    need(postgres_debian.missing_language())
+    with postgres_debian.speaking() as server:
+        yield DatabaseServer(server.url, source="url")
+
+
+@pytest.fixture(scope="session")
+def sqlite_server() -> Iterator[DatabaseServer]:
+    """Makes fresh SQLite files."""
+    server = DatabaseServer("sqlite://", source="url")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def postgres_url(eo_server: DatabaseServer) -> Iterator[str]:
+    """The URL of a fresh PostgreSQL database with our tables in it."""
+    if eo_server.dialect != "postgresql":
+        pytest.skip(f"the test database is {eo_server.dialect}")
+    yield from _fresh(eo_server)
+
+
+@pytest.fixture
+def german_postgres_url(german_postgres_server: DatabaseServer) -> Iterator[str]:
+    """The URL of a fresh database with our tables in it, on a PostgreSQL whose messages are in German."""
+    yield from _fresh(german_postgres_server)
+
+
+@pytest.fixture
+def mariadb_url(mariadb_server: DatabaseServer) -> Iterator[str]:
+    """The URL of a fresh MariaDB database with our tables in it."""
+    yield from _fresh(mariadb_server)
+
+
+@pytest.fixture
+def sqlite_url(sqlite_server: DatabaseServer) -> Iterator[str]:
+    """The URL of a fresh SQLite file with our tables in it."""
+    yield from _fresh(sqlite_server)
+
+
+@pytest.fixture(params=["postgres", "mariadb", "sqlite"])
+def database(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """An Engine on a fresh database with our tables in it, on each dialect in turn."""
+    engine = create_engine(request.getfixturevalue(f"{request.param}_url"))
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[EmbeddedPostgres]:
+    """A PostgreSQL of this test's own, to kill, stop and restart."""
+    with EmbeddedPostgres() as server:
+        yield server
+
+
+@pytest.fixture
+def own_mariadb() -> Iterator[mariadb_service.MariaDB]:
+    """A MariaDB of this test's own, to kill, stop and restart."""
+    require(mariadb_service)
+    with mariadb_service.MariaDB() as server:
+        yield server
+
+
+def _fresh(server: DatabaseServer) -> Iterator[str]:
+    url = server.create()
+    yield url.render_as_string(hide_password=False)
+    server.drop(url)

@@ -1,0 +1,107 @@
+"""`exactly-once run` as a real process: what signals do to it, its exit codes, and one health port for several processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.error import HTTPError, URLError
+
+import pytest
+
+from exactly_once.testing.child import free_ports
+
+ROOT = Path(__file__).parents[2]
+
+
+def until(what: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+SHOP = """
+import time
+from pathlib import Path
+from sqlalchemy.orm import Session
+from exactly_once import ExactlyOnce
+
+eo = ExactlyOnce(group="signals")
+
+@eo.handler("orders", key="no")
+def forever(session: Session, order: dict) -> None:
+    Path("running").touch()
+    while not Path("finish").exists():
+        time.sleep(0.02)
+"""
+
+
+@pytest.fixture
+def busy(postgres_url: str, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts a worker, as a process, and returns once its handler runs and does not end; not on SQLite, which it would lock."""
+    (tmp_path / "shop.py").write_text(SHOP)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("EXACTLY_ONCE_")}
+    environment |= {"EXACTLY_ONCE_DATABASE": postgres_url, "PYTHONPATH": str(ROOT), "EXACTLY_ONCE_TRANSPORT": "sql://"}
+    command = [sys.executable, "-m", "exactly_once"]
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*options: str) -> subprocess.Popen[str]:
+        sent = subprocess.run(
+            [*command, "send", "--topic", "orders", "--body", '{"no": 1}'], cwd=tmp_path, env=environment, timeout=60
+        )
+        assert sent.returncode == 0
+        worker = subprocess.Popen(
+            [*command, "run", "shop:eo", *options], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        started.append(worker)
+        until((tmp_path / "running").exists)
+        return worker
+
+    yield start
+    for worker in started:
+        worker.kill()
+        worker.communicate()
+
+
+def test_work_that_does_not_end_in_time_is_given_back_and_the_exit_code_is_1(
+    busy: Callable[..., subprocess.Popen[str]],
+) -> None:
+    worker = busy("--drain-timeout", "0.5")
+    worker.send_signal(signal.SIGTERM)
+    _, said = worker.communicate(timeout=60)
+    assert worker.returncode == 1, said
+    assert "1 message(s) given back" in said
+
+
+def test_a_second_signal_ends_at_once_with_143(busy: Callable[..., subprocess.Popen[str]]) -> None:
+    worker = busy("--drain-timeout", "600")
+    worker.send_signal(signal.SIGTERM)
+    assert worker.stderr is not None
+    until(lambda: "A second signal ends at once" in (worker.stderr.readline() if worker.stderr else ""))
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(60) == 143
+
+
+def test_one_health_port_from_the_settings_answers_for_all_processes(
+    busy: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (port,) = free_ports()
+    (tmp_path / "pyproject.toml").write_text(f'[tool.exactly_once]\nhealth = "127.0.0.1:{port}"\nprocesses = 2\n')
+    supervisor = busy()
+
+    def ready() -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5) as answer:
+                return answer.status == 200
+        except (HTTPError, URLError, OSError):
+            return False
+
+    until(ready)  # both children receive: neither tried to listen on the port that the supervisor has
+    (tmp_path / "finish").touch()
+    supervisor.send_signal(signal.SIGTERM)
+    _, said = supervisor.communicate(timeout=60)
+    assert supervisor.returncode == 0, said

@@ -1,0 +1,477 @@
+"""The failure store: who tries again, who waits for whom, and what closes a row; through workers, on each database."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from itertools import count
+from json import loads
+from typing import Any
+
+import pytest
+from sqlalchemy import insert, update
+from sqlalchemy.orm import Session
+from sqlalchemy.util import greenlet_spawn
+
+from exactly_once import ExactlyOnce, Message, Outcome, Reject, Retry
+from exactly_once.delivery import Told
+from exactly_once.runner import run_all
+from exactly_once.transport import Features
+from exactly_once.verdict import Ack, Redeliver
+from tests.integration.shop import GROUP, ONLY, Do, Shop, order, put
+from tests.integration.threads import Turn, in_thread
+
+BROKER = Features(redelivers=True, counts_attempts=True, max_attempts=5, ordered=True)
+UNSAFE = Features(redelivers=False, counts_attempts=False)
+SOON = Retry(immediate=0, delays=[0])
+LATER = Retry(immediate=0, delays=[3600])
+_names = count()
+
+
+def deliver(shop: Shop, message: Message, features: Features) -> Told:
+    """Tell the handlers of a delivery from a broker with these features, as the worker does."""
+    found = shop.eo._application.matching(message)
+    if shop.is_async:
+        told: Told = shop.await_(greenlet_spawn(run_all, found, message, features))
+        return told
+    return run_all(found, message, features)
+
+
+class Flaky:
+    """A handler that fails for the messages in `bad`, and else writes which message it ran."""
+
+    def __init__(self, *bad: object) -> None:
+        self.bad = set(bad)
+        self.ran: list[object] = []
+
+    def register(self, shop: Shop, **more: Any) -> None:
+        def plain(session: Session, message: Message) -> None:
+            no = loads(message.body or b"")["no"]
+            self.ran.append(no)
+            put(session, str(no))
+            if no in self.bad:
+                raise ValueError(no)
+
+        async def awaited(session: Any, message: Message) -> None:
+            await session.run_sync(plain, message)
+
+        from sqlalchemy.ext.asyncio import AsyncSession
+
+        awaited.__annotations__["session"] = AsyncSession
+        options: dict[str, Any] = {"key": "no", "name": "handler", "retry": SOON} | more
+        shop.eo.handler("orders", **options)(awaited if shop.is_async else plain)
+
+
+@contextmanager
+def own_engines(shop: Shop) -> Iterator[ExactlyOnce]:
+    """Let the shop's application make its engines: a worker's loop is not the one the shop's async engine belongs to."""
+    shop.eo = ExactlyOnce(shop.url, group=GROUP)
+    try:
+        yield shop.eo
+    finally:
+        shop.eo._store_binding.close()
+
+
+def work(shop: Shop, *messages: Message, url: str | None = None) -> None:
+    """Send these, and let a worker of the shop's handlers run until nothing is left to do."""
+    url = url or f"memory://failures-{next(_names)}"
+    with shop.eo.producer(url) as producer:
+        for message in messages:
+            producer.send(message)
+    with shop.eo.worker(url, concurrency=4) as worker:
+        worker.drain(timedelta(seconds=60))
+
+
+def states(shop: Shop) -> list[str]:
+    return [row.state for row in shop.failures()]
+
+
+# -- who brings it again -----------------------------------------------------------------------------------------------
+
+
+def test_a_brokers_retry_has_no_time_of_its_own(shop: Shop) -> None:
+    Flaky("A-1").register(shop, retry=Retry(immediate=0, delays=[7]))
+    assert deliver(shop, order(), BROKER) == Told(Outcome.FAILED, Redeliver(timedelta(seconds=7)))
+    assert (shop.failure().state, shop.failure().next_attempt_at) == ("retrying", None)
+
+
+def test_the_pumps_retry_has_a_time_and_the_broker_is_done_with_it(shop: Shop) -> None:
+    Flaky("A-1").register(shop, retry=Retry(immediate=0, delays=[3600]))
+    assert deliver(shop, order(), UNSAFE) == Told(Outcome.FAILED, Ack())
+    failure = shop.failure()
+    assert failure.state == "retrying"
+    assert failure.next_attempt_at is not None
+    ahead = failure.next_attempt_at - datetime.now(UTC)
+    assert timedelta(minutes=59) < ahead < timedelta(minutes=61)
+    assert failure.next_attempt_at - failure.last_failed_at > timedelta(minutes=59)
+
+
+def test_before_the_brokers_limit_the_pump_takes_over(shop: Shop) -> None:
+    Flaky("A-1").register(shop, retry=LATER)
+    owners = []
+    for attempt in (1, 2, 3, 4):
+        told = deliver(shop, order(attempt=attempt), BROKER)
+        owners.append((type(told.verdict), shop.failure().next_attempt_at is not None))
+    assert owners == [(Redeliver, False)] * 3 + [(Ack, True)]
+    assert shop.failure().attempts == 4
+
+
+def test_what_is_in_progress_is_counted_apart_and_kept_waiting_near_the_limit(shop: Shop) -> None:
+    if shop.dialect == "sqlite":
+        pytest.skip("busy is not in progress there")
+    from exactly_once import Transaction
+
+    Flaky().register(shop, guard=Transaction(claim_wait=timedelta(milliseconds=50)))
+    with Session(shop.outside) as session:
+        shop.eo.claim(session, "handler", "A-1")
+        early = deliver(shop, order(attempt=1), BROKER)
+        late = deliver(shop, order(attempt=4), BROKER)
+    assert early.outcome is late.outcome is Outcome.IN_PROGRESS
+    assert isinstance(early.verdict, Redeliver)
+    assert late.verdict == Ack()
+    failure = shop.failure()
+    assert (failure.state, failure.attempts, failure.next_attempt_at is not None) == ("waiting", 0, True)
+
+
+def test_a_message_whose_attempts_are_spent_is_looked_up_first(shop: Shop) -> None:
+    flaky = Flaky()
+    flaky.register(shop)
+    assert deliver(shop, order("done"), BROKER).outcome is Outcome.PROCESSED
+    # its acknowledgements were lost, all of them
+    assert deliver(shop, order("done", attempt=5), BROKER) == Told(Outcome.DUPLICATE, Ack())
+    assert shop.failures() == []
+    # and this one ended the process each time
+    assert deliver(shop, order("poison", attempt=5), BROKER) == Told(Outcome.DEAD, Ack())
+    assert flaky.ran == ["done"]
+    assert shop.failure().state == "dead"
+    assert "attempts spent, never finished" in shop.failure().error_text
+
+
+def test_spent_attempts_park_only_the_handlers_that_never_finished(shop: Shop) -> None:
+    first, second = Flaky(), Flaky("A-1")
+    first.register(shop, name="first")
+    second.register(shop, name="second")
+    deliver(shop, order(), BROKER)
+    assert deliver(shop, order(attempt=5), BROKER).verdict == Ack()
+    assert [(row.handler, row.state) for row in shop.failures()] == [("second", "dead")]
+    assert (first.ran, second.ran) == (["A-1"], ["A-1"])
+
+
+# -- what closes a row -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("url", ["memory://", "sql://"])
+def test_a_success_on_the_brokers_path_closes_the_row(shop: Shop, url: str) -> None:
+    with own_engines(shop):
+        flaky = Flaky("A-1")
+        flaky.register(shop)
+
+        class Heals(set[object]):
+            def __contains__(self, no: object) -> bool:
+                return super().__contains__(no) and flaky.ran.count(no) < 3
+
+        flaky.bad = Heals(flaky.bad)
+        work(shop, order(), order("A-2"), url=url if url == "sql://" else None)
+    assert (flaky.ran.count("A-1"), flaky.ran.count("A-2")) == (3, 1)
+    assert (shop.failure().state, shop.failure().attempts, shop.failure().next_attempt_at) == ("resolved", 2, None)
+    assert sorted(shop.effects()) == ["A-1", "A-2"]
+
+
+def test_a_success_on_the_pumps_path_closes_the_row(shop: Shop) -> None:
+    with own_engines(shop):
+        flaky = Flaky("A-1")
+        flaky.register(shop)
+        for_sync_only(shop, lambda: deliver(shop, order(), UNSAFE))
+        if shop.is_async:
+            due(shop, "A-1")
+        flaky.bad.clear()
+        work(shop)
+    assert shop.effects() == ["A-1"]
+    assert states(shop) == ["resolved"]
+
+
+def for_sync_only(shop: Shop, do: Any) -> None:
+    if not shop.is_async:
+        do()
+
+
+def due(shop: Shop, *nos: str, ordering_key: str | None = None, state: str = "retrying", **more: Any) -> None:
+    """Rows that are due now, as an earlier worker left them."""
+    from exactly_once.fingerprint import maker
+    from exactly_once.schema import utcnow
+
+    rule = maker("body")
+    with shop.outside.begin() as connection:
+        for no in nos:
+            message = order(no)
+            values = {
+                "consumer_group": GROUP,
+                "handler": "handler",
+                "failure_key": f"k:{no}",
+                "fingerprint": rule.of(message, loads(message.body or b"")),
+                "business_key": no,
+                "topic": "orders",
+                "ordering_key": ordering_key,
+                "body": message.body,
+                "properties": "{}",
+                "error_class": "ValueError",
+                "error_text": "as before",
+                "attempts": 1,
+                "first_failed_at": utcnow(),
+                "last_failed_at": utcnow(),
+                "next_attempt_at": utcnow(),
+                "state": state,
+            } | more
+            connection.execute(insert(shop.tables.failure).values(**values))
+
+
+def test_the_pump_counts_on_until_a_person_is_asked(shop: Shop) -> None:
+    with own_engines(shop):
+        flaky = Flaky("A-1")
+        flaky.register(shop, retry=Retry(immediate=0, delays=[0], max_attempts=4))
+        due(shop, "A-1")
+        work(shop)
+    assert (flaky.ran, shop.failure().attempts, shop.failure().state) == (["A-1"] * 3, 4, "dead")
+    shop.assert_kept(claims=[])
+
+
+def test_a_requeued_message_is_run_by_the_pump(shop: Shop) -> None:
+    with own_engines(shop):
+        Flaky().register(shop)
+        due(shop, "A-1", state="requeued")
+        work(shop)
+    assert (shop.effects(), states(shop)) == (["A-1"], ["resolved"])
+
+
+@pytest.mark.parametrize("state", ["dead", "broken", "resolved", "discarded"])
+def test_what_a_person_decides_is_never_run_by_the_pump(shop: Shop, state: str) -> None:
+    with own_engines(shop):
+        flaky = Flaky()
+        flaky.register(shop)
+        due(shop, "A-1", state=state)
+        work(shop)
+    assert (flaky.ran, states(shop)) == ([], [state])
+
+
+def test_a_resend_that_succeeds_closes_the_dead_row(shop: Shop) -> None:
+    flaky = Flaky("A-1", "A-2")
+    flaky.register(shop, retry=Retry(immediate=0, max_attempts=1))
+    for no in ("A-1", "A-2"):
+        assert shop.process(order(no)) is Outcome.DEAD
+    flaky.bad.clear()
+    assert shop.process(order("A-1", message_id="resent")) is Outcome.PROCESSED
+    other_payload = Message("orders", b'{"no": "A-1", "more": 1}', message_id="3")
+    assert shop.process(other_payload) is Outcome.DEAD  # a conflict, which the success of the first does not settle
+    due(shop, "A-3", state="broken")
+    assert shop.process(order("A-3")) is Outcome.PROCESSED
+    store = shop.eo.stores["default"]
+    with shop.outside.begin() as connection:
+        closed = store.failures.sweep(connection, GROUP)
+        assert store.failures.sweep(connection, "Shop") == 0
+    assert closed == 1
+    assert states(shop) == ["resolved", "dead", "dead", "broken"]
+
+
+def test_a_discarded_message_stays_discarded(shop: Shop) -> None:
+    flaky = Flaky("A-1")
+    flaky.register(shop)
+    assert shop.process(order()) is Outcome.FAILED
+    with shop.outside.begin() as connection:
+        connection.execute(update(shop.tables.failure).values(state="discarded"))
+    assert shop.process(order(attempt=2)) is Outcome.DEAD
+    assert (shop.failure().state, shop.failure().attempts) == ("discarded", 1)
+
+
+def test_copies_that_fail_at_the_same_moment_are_all_counted(shop: Shop) -> None:
+    if shop.is_async or shop.dialect == "sqlite":
+        pytest.skip("threads, and more than one writer")
+    with own_engines(shop):
+        Flaky("A-1").register(shop, retry=Retry(immediate=0, max_attempts=99))
+        shop.process(order("warm"))
+        with ThreadPoolExecutor(8) as pool:
+            outcomes = list(pool.map(lambda _: shop.process(order()), range(8)))
+    # those who found another copy running are in progress, not failed
+    failed = outcomes.count(Outcome.FAILED)
+    assert failed >= 1
+    assert shop.failure().attempts == failed
+
+
+# -- pumps -------------------------------------------------------------------------------------------------------------
+
+
+def _take(shop: Shop, connection: Any, *, limit: int = 5, ordered: bool = False, wait: bool = True) -> list[str]:
+    rows = shop.eo.stores["default"].failures.take(
+        connection,
+        GROUP,
+        ["handler"],
+        ["handler"] if ordered else [],
+        ["handler"] if ordered and wait else [],
+        limit=limit,
+        lease=timedelta(seconds=60),
+    )
+    return sorted(row.business_key for row in rows)
+
+
+def test_a_row_taken_is_leased_and_two_pumps_take_different_ones(shop: Shop) -> None:
+    nos = [f"A-{n}" for n in range(8)]
+    due(shop, *nos)
+    if shop.dialect == "sqlite":  # one writer: the second looks after the first has committed
+        with shop.outside.begin() as one:
+            first = _take(shop, one)
+        with shop.outside.begin() as two:
+            second = _take(shop, two)
+    else:
+        with shop.outside.begin() as one, shop.outside.begin() as two:
+            first, second = _take(shop, one), _take(shop, two)
+    assert len(first) == 5
+    if shop.dialect == "mariadb" and not second:
+        # InnoDB locks every row it looks at to sort them, until the first has committed: later, but never the same
+        with shop.outside.begin() as two:
+            second = _take(shop, two)
+    assert sorted(first + second) == nos
+    with shop.outside.begin() as connection:
+        assert _take(shop, connection, limit=99) == []
+
+
+def test_two_workers_pumps_run_each_message_once(shop: Shop) -> None:
+    if shop.is_async:
+        pytest.skip("told once")
+    nos = [f"A-{n}" for n in range(30)]
+    due(shop, *nos)
+    both_started = Turn()
+    name = f"memory://two-{next(_names)}"
+
+    def other() -> None:
+        with Shop(shop.dialect, shop.colour, shop.url) as another, own_engines(another) as eo:
+            Flaky().register(another)
+            with eo.worker(name, concurrency=4) as worker:
+                both_started.come()
+                worker.drain()
+
+    with own_engines(shop):
+        Flaky().register(shop)
+        with in_thread(other), shop.eo.worker(name, concurrency=4) as worker:
+            both_started.wait()
+            worker.drain()
+    assert sorted(shop.effects()) == sorted(nos)
+    assert states(shop) == ["resolved"] * 30
+
+
+def test_what_is_put_back_leaves_decided_rows_alone(shop: Shop) -> None:
+    due(shop, "A-1", "A-2")
+    one, two = shop.failures()
+    with shop.outside.begin() as connection:
+        connection.execute(
+            update(shop.tables.failure)
+            .where(shop.tables.failure.c.id == two.id)
+            .values(state="dead", next_attempt_at=None)
+        )
+        shop.eo.stores["default"].failures.postpone(connection, [one.id, two.id], timedelta(hours=1))
+    assert [row.next_attempt_at is None for row in shop.failures()] == [False, True]
+
+
+# -- order -------------------------------------------------------------------------------------------------------------
+
+
+def test_followers_of_a_failed_message_wait_in_the_store_and_run_in_order(shop: Shop) -> None:
+    flaky = Flaky("A-1")
+    flaky.register(shop, ordered=True, retry=LATER)
+
+    def outcome(no: str, key: str | None) -> Outcome:
+        return deliver(shop, order(no, ordering_key=key), UNSAFE).outcome
+
+    assert outcome("A-1", "customer") is Outcome.FAILED
+    assert [outcome(no, "customer") for no in ("A-2", "A-3")] == [Outcome.WAITING] * 2
+    assert [outcome(no, key) for no, key in (("B-1", "Customer"), ("C-1", None))] == [Outcome.PROCESSED] * 2
+    assert flaky.ran == ["A-1", "B-1", "C-1"]
+    assert [(row.state, row.attempts) for row in shop.failures()] == [("retrying", 1), ("waiting", 0), ("waiting", 0)]
+
+    with own_engines(shop):
+        healed = Flaky()
+        healed.register(shop, ordered=True)
+        with shop.outside.begin() as connection:  # an hour later; the youngest is due first
+            for row, seconds in zip(shop.failures(), (1, 2, 3), strict=True):
+                connection.execute(
+                    update(shop.tables.failure)
+                    .where(shop.tables.failure.c.id == row.id)
+                    .values(next_attempt_at=datetime.now(UTC) - timedelta(seconds=seconds))
+                )
+        work(shop)
+    assert healed.ran == ["A-1", "A-2", "A-3"]
+    assert states(shop) == ["resolved"] * 3
+
+
+def test_only_the_oldest_open_row_of_an_ordering_key_is_taken(shop: Shop) -> None:
+    due(shop, "A-1", "A-2", ordering_key="a")
+    due(shop, "B-1", ordering_key="b")
+    with shop.outside.begin() as connection:
+        assert _take(shop, connection, ordered=True) == ["A-1", "B-1"]
+    with shop.outside.begin() as connection:  # leased, not closed: still the oldest
+        assert _take(shop, connection, ordered=True) == []
+        connection.execute(
+            update(shop.tables.failure).where(shop.tables.failure.c.business_key == "A-1").values(state="resolved")
+        )
+    with shop.outside.begin() as connection:
+        assert _take(shop, connection, ordered=True) == ["A-2"]
+
+
+@pytest.mark.parametrize(("after_dead", "runs"), [("wait", []), ("go on", ["A-2"])])
+@pytest.mark.parametrize("state", ["dead", "broken"])
+def test_behind_a_dead_message_the_handler_waits_or_goes_on(
+    shop: Shop, after_dead: Any, runs: list[str], state: str
+) -> None:
+    due(shop, "A-1", ordering_key="a", state=state, next_attempt_at=None)
+    due(shop, "A-2", ordering_key="a", state="waiting", attempts=0)
+    flaky = Flaky()
+    flaky.register(shop, ordered=True, after_dead=after_dead)
+    with shop.outside.begin() as connection:
+        assert _take(shop, connection, ordered=True, wait=after_dead == "wait") == runs
+    # and one the broker brings
+    told = deliver(shop, order("A-3", ordering_key="a"), BROKER)
+    assert told.outcome is Outcome.WAITING  # behind A-2 in any case
+    with shop.outside.begin() as connection:
+        connection.execute(
+            update(shop.tables.failure).where(shop.tables.failure.c.business_key == "A-2").values(state="resolved")
+        )
+    told = deliver(shop, order("A-3", ordering_key="a"), BROKER)
+    assert told.outcome is (Outcome.WAITING if after_dead == "wait" else Outcome.PROCESSED)
+    assert flaky.ran == ([] if after_dead == "wait" else ["A-3"])
+
+
+def test_a_message_is_not_blocked_by_its_own_row(shop: Shop) -> None:
+    flaky = Flaky("A-1")
+    flaky.register(shop, ordered=True)
+    message = order(ordering_key="a")
+    assert deliver(shop, message, BROKER).outcome is Outcome.FAILED
+    flaky.bad.clear()
+    assert deliver(shop, order(ordering_key="a", attempt=2), BROKER).outcome is Outcome.PROCESSED
+
+
+def test_order_is_kept_through_a_worker_while_messages_fail(shop: Shop) -> None:
+    with own_engines(shop):
+        flaky = Flaky()
+
+        class FailsTwice(set[object]):
+            def __contains__(self, no: object) -> bool:
+                return str(no).endswith(("-2", "-5")) and flaky.ran.count(no) < 3
+
+        flaky.bad = FailsTwice()
+        flaky.register(shop, ordered=True)
+        work(shop, *(order(f"{key}-{n}", ordering_key=key) for n in range(8) for key in ("a", "b")))
+    for key in ("a", "b"):
+        assert [text for text in shop.effects() if text.startswith(key)] == [f"{key}-{n}" for n in range(8)]
+    assert set(states(shop)) == {"resolved"}
+
+
+def test_rejects_of_handlers_park_with_the_reason_a_person_reads(shop: Shop) -> None:
+    with own_engines(shop):
+
+        def do(session: Session) -> None:
+            session.execute(insert(ONLY).values(text="half"))
+            raise Reject("no such sku: 7")
+
+        rejecting: Do = do
+        shop.handles(rejecting)
+        work(shop, order())
+    assert (shop.failure().state, shop.failure().error_text) == ("dead", "no such sku: 7")
+    assert shop.rows(ONLY) == []

@@ -1,0 +1,530 @@
+"""A handler that leaves the transaction it was given: nothing is acknowledged, nothing is kept, nothing leaks into the pool.
+
+Each misuse stands between two effects. It is tried as written, and again with every error it raises swallowed, for a
+handler that hides an error must not be able to hide what it did. Afterwards a stranger takes the connection from the pool
+(there is only one) and commits: of the refused attempt nothing may appear then either.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, create_engine, insert, select, text, update
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session, sessionmaker
+
+from exactly_once import Outcome
+from tests.integration.shop import DIALECTS, EFFECT, ONE_TRY, ONLY, STOCK, Do, Shop, order, put
+from tests.integration.threads import Turn, in_thread
+
+pytestmark = pytest.mark.usefixtures("shop")
+
+
+@dataclass(frozen=True)
+class Misuse:
+    """One way to leave the transaction, and words the error must have for whoever reads it."""
+
+    name: str
+    do: Callable[[Session], object]
+    says: str = "The handler"
+    on: tuple[str, ...] = DIALECTS
+
+
+def sends(statement: str, keyword: str | None = None, on: tuple[str, ...] = DIALECTS) -> Misuse:
+    """A statement sent as text, refused by its first words."""
+    keyword = keyword or statement.split()[0].upper()
+    return Misuse(statement, lambda session: session.execute(text(statement)), f"The handler sent {keyword}", on)
+
+
+def _with_session(session: Session) -> None:
+    with session:
+        put(session, "inside")
+
+
+COMMIT = "called commit()"
+LEFT = "left the transaction it was given"
+MARIADB = ("mariadb",)
+
+REFUSED = [
+    Misuse("session.commit", lambda s: s.commit(), COMMIT),
+    Misuse("connection.commit", lambda s: s.connection().commit(), COMMIT),
+    Misuse("session.get_transaction().commit", lambda s: s.get_transaction().commit(), COMMIT),  # type: ignore[union-attr]
+    Misuse(
+        "connection.get_transaction().commit",
+        lambda s: s.connection().get_transaction().commit(),  # type: ignore[union-attr]
+        COMMIT,
+    ),
+    Misuse("session.commit twice", lambda s: suppressed(s.commit) or s.commit(), COMMIT),  # type: ignore[func-returns-value,redundant-expr]
+    Misuse("session.rollback", lambda s: s.rollback(), LEFT),
+    Misuse("connection.rollback", lambda s: s.connection().rollback(), LEFT),
+    Misuse("connection.close", lambda s: s.connection().close(), "close"),
+    Misuse("session.close", lambda s: s.close(), LEFT),
+    Misuse("session.reset", lambda s: s.reset(), LEFT),
+    Misuse("session.invalidate", lambda s: s.invalidate()),
+    Misuse("with session", _with_session, LEFT),
+    Misuse("exec_driver_sql", lambda s: s.connection().exec_driver_sql("COMMIT"), "sent COMMIT"),
+    sends("COMMIT"),
+    sends("commit"),
+    sends("  Commit  Work"),
+    sends("COMMIT AND CHAIN"),
+    sends("; COMMIT", "COMMIT"),
+    sends("-- the order is done\nCOMMIT", "COMMIT"),
+    sends("/* done */ /* really */ commit", "COMMIT"),
+    sends("SELECT 1; COMMIT", "COMMIT"),
+    sends("INSERT INTO stock VALUES (1, 1); SELECT ';''' || \"--;\"; -- ;\n ROLLBACK", "ROLLBACK"),
+    sends("ROLLBACK"),
+    sends("rollback and chain"),
+    sends("BEGIN"),
+    sends("begin transaction"),
+    sends("START TRANSACTION"),
+    sends("END"),
+    sends("ABORT"),
+    sends("prepare transaction 'x'", "PREPARE TRANSACTION"),
+    sends("TRUNCATE TABLE stock", on=MARIADB),
+    sends("alter table stock add column x int", on=MARIADB),
+    sends("CREATE TABLE more (id int)", on=MARIADB),
+    sends("DROP TABLE stock", on=MARIADB),
+    sends("LOCK TABLES stock WRITE", on=MARIADB),
+    sends("# why not\nRENAME TABLE stock TO stocks", "RENAME", on=MARIADB),
+    sends("GRANT SELECT ON *.* TO nobody", on=MARIADB),
+    sends("SET autocommit = 1", "SET autocommit", on=MARIADB),
+]
+
+
+def suppressed(call: Callable[[], object]) -> None:
+    with suppress(Exception):
+        call()
+
+
+def between(misuse: Callable[[Session], object], *, swallow: bool) -> Do:
+    """An effect, the misuse, another effect; swallowing what they raise, if so."""
+
+    def plain(session: Session) -> None:
+        put(session, "before")
+        misuse(session)
+        put(session, "after")
+
+    def swallowing(session: Session) -> None:
+        put(session, "before")
+        suppressed(lambda: misuse(session))
+        suppressed(lambda: put(session, "after"))
+
+    return swallowing if swallow else plain
+
+
+swallowed = pytest.mark.parametrize("swallow", [False, True], ids=["raised", "swallowed"])
+
+
+@swallowed
+@pytest.mark.parametrize("misuse", REFUSED, ids=lambda misuse: misuse.name.strip())
+def test_leaving_the_transaction_is_refused_and_keeps_nothing(shop: Shop, misuse: Misuse, swallow: bool) -> None:
+    if shop.dialect not in misuse.on:
+        pytest.skip(f"is no end of a transaction on {shop.dialect}")
+    shop.handles(between(misuse.do, swallow=swallow))
+    assert shop.process(order()) is Outcome.FAILED
+    failure = shop.failure()
+    assert (failure.state, failure.attempts) == ("retrying", 1)
+    assert failure.error_class in ("Misuse", "ResourceClosedError")  # SQLAlchemy's own word on a closed connection
+    assert misuse.says in failure.error_text
+    shop.assert_kept(claims=[])
+
+
+@pytest.mark.parametrize("misuse", REFUSED[:12], ids=lambda misuse: misuse.name)
+def test_leaving_it_as_the_last_thing_is_refused_too(shop: Shop, misuse: Misuse) -> None:
+    def do(session: Session) -> None:
+        put(session, "before")
+        suppressed(lambda: misuse.do(session))
+
+    shop.handles(do)
+    assert shop.process(order()) is Outcome.FAILED
+    assert misuse.says in shop.failure().error_text
+    shop.assert_kept(claims=[])
+
+
+def test_after_a_refusal_the_message_runs_once_when_the_line_is_gone(shop: Shop) -> None:
+    wrong = [True]
+
+    def do(session: Session) -> None:
+        put(session, "effect")
+        if wrong:
+            session.commit()
+
+    shop.handles(do)
+    assert shop.process(order()) is Outcome.FAILED
+    wrong.clear()
+    assert shop.process(order(attempt=2)) is Outcome.PROCESSED
+    assert shop.process(order(attempt=3)) is Outcome.DUPLICATE
+    assert shop.failure().state == "resolved"
+    shop.assert_kept("effect", claims=["A-1"])
+
+
+def test_the_text_says_which_line_to_delete(shop: Shop) -> None:
+    shop.handles(lambda session: session.commit())
+    shop.process(order())
+    assert "Delete that line: the transaction is committed for you" in shop.failure().error_text
+
+
+def test_begin_is_refused_by_the_session_itself(shop: Shop) -> None:
+    shop.handles(between(lambda session: session.begin(), swallow=False))
+    assert shop.process(order()) is Outcome.FAILED
+    assert shop.failure().error_class == "InvalidRequestError"
+    shop.assert_kept(claims=[])
+
+
+# -- async sessions have the same verbs, awaited -----------------------------------------------------------------------
+
+
+async def _async_with(session: AsyncSession) -> None:
+    async with session:
+        pass
+
+
+async def _connection_commit(session: AsyncSession) -> None:
+    await (await session.connection()).commit()
+
+
+@swallowed
+@pytest.mark.parametrize(
+    ("leave", "says"),
+    [
+        pytest.param(lambda s: s.commit(), COMMIT, id="commit"),
+        pytest.param(_connection_commit, COMMIT, id="connection.commit"),
+        pytest.param(lambda s: s.rollback(), LEFT, id="rollback"),
+        pytest.param(lambda s: s.close(), LEFT, id="close"),
+        pytest.param(lambda s: s.reset(), LEFT, id="reset"),
+        pytest.param(lambda s: s.invalidate(), "The handler", id="invalidate"),
+        pytest.param(_async_with, LEFT, id="async with session"),
+        pytest.param(lambda s: s.execute(text("COMMIT")), "sent COMMIT", id="COMMIT"),
+    ],
+)
+def test_leaving_an_async_session_is_refused(shop: Shop, leave: Any, says: str, swallow: bool) -> None:
+    if not shop.is_async:
+        pytest.skip("async sessions only")
+
+    @shop.eo.handler("orders", key="no", retry=ONE_TRY)
+    async def reserve(session: AsyncSession) -> None:
+        await session.execute(insert(EFFECT).values(text="before"))
+        try:
+            await leave(session)
+            await session.execute(insert(EFFECT).values(text="after"))
+        except Exception:
+            if not swallow:
+                raise
+
+    assert shop.process(order()) is Outcome.FAILED
+    assert says in shop.failure().error_text
+    shop.assert_kept(claims=[])
+
+
+# -- what can only be noticed afterwards -------------------------------------------------------------------------------
+
+
+def _driver(session: Session) -> Any:
+    return session.connection().connection.dbapi_connection
+
+
+def _raw(session: Session, statement: str) -> None:
+    session.connection().exec_driver_sql(statement)
+
+
+def _cursor(session: Session, statement: str) -> None:
+    cursor = _driver(session).cursor()
+    cursor.execute(statement)
+    cursor.close()
+
+
+BEHIND = [
+    Misuse("driver.commit", lambda s: _driver(s).commit()),
+    Misuse("pool's connection.commit", lambda s: s.connection().connection.commit()),
+    Misuse("driver's cursor COMMIT", lambda s: _cursor(s, "COMMIT")),
+    Misuse("a quote we misread", lambda s: _raw(s, "SELECT '\\'; COMMIT; SELECT '1'"), on=("postgres",)),
+    Misuse("CALL a procedure that commits", lambda s: s.execute(text("CALL commits()")), on=MARIADB),
+    Misuse("executable comment", lambda s: s.connection().exec_driver_sql("/*! COMMIT */"), on=MARIADB),
+    Misuse("EXECUTE IMMEDIATE", lambda s: s.execute(text("EXECUTE IMMEDIATE 'COMMIT'")), on=MARIADB),
+    Misuse("SET SESSION autocommit", lambda s: s.execute(text("SET @@session.autocommit = 1")), on=MARIADB),
+    Misuse("CALL that answers", lambda s: s.execute(text("CALL commits_and_selects()")).all(), on=MARIADB),
+]
+
+
+@swallowed
+@pytest.mark.parametrize("misuse", BEHIND, ids=lambda misuse: misuse.name)
+def test_a_commit_that_got_through_is_parked_for_a_person(shop: Shop, misuse: Misuse, swallow: bool) -> None:
+    if shop.dialect not in misuse.on:
+        pytest.skip(f"cannot be said on {shop.dialect}")
+    if shop.dialect == "mariadb":
+        with shop.outside.begin() as connection:
+            connection.execute(text("CREATE OR REPLACE PROCEDURE commits() BEGIN COMMIT; END"))
+            connection.execute(text("CREATE OR REPLACE PROCEDURE commits_and_selects() BEGIN COMMIT; SELECT 1; END"))
+    shop.handles(between(misuse.do, swallow=swallow))
+    assert shop.process(order()) is Outcome.DEAD
+    failure = shop.failure()
+    assert (failure.state, failure.error_class) == ("broken", "Misuse")
+    assert "behind SQLAlchemy's back" in failure.error_text
+    shop.assert_kept("before", claims=["A-1"])
+
+
+def test_the_statement_that_committed_raises_itself(shop: Shop) -> None:
+    by_dialect = {"postgres": "a quote we misread", "mariadb": "EXECUTE IMMEDIATE"}
+    if shop.dialect not in by_dialect:
+        pytest.skip("no statement of SQLite's does it unnoticed")
+    (misuse,) = (each for each in BEHIND if each.name == by_dialect[shop.dialect])
+    went_on: list[bool] = []
+
+    def do(session: Session) -> None:
+        misuse.do(session)
+        went_on.append(True)
+
+    shop.handles(do)
+    assert shop.process(order()) is Outcome.DEAD
+    assert went_on == []  # so the traceback ends at the line to delete
+
+
+def test_a_copy_of_a_broken_message_does_not_close_its_row(shop: Shop) -> None:
+    shop.handles(between(lambda s: _driver(s).commit(), swallow=False))
+    assert shop.process(order()) is Outcome.DEAD
+    assert shop.process(order(attempt=2)) is Outcome.DUPLICATE  # its acknowledgement was lost
+    assert shop.failure().state == "broken"
+
+
+@swallowed
+@pytest.mark.parametrize(
+    "leave",
+    [
+        pytest.param(lambda s: _driver(s).rollback(), id="driver.rollback"),
+        pytest.param(lambda s: s.connection().connection.rollback(), id="pool's connection.rollback"),
+        pytest.param(lambda s: _cursor(s, "ROLLBACK"), id="driver's cursor ROLLBACK"),
+    ],
+)
+def test_a_rollback_behind_our_back_never_keeps_effects_without_their_claim(
+    shop: Shop, leave: Callable[[Session], object], swallow: bool
+) -> None:
+    shop.handles(between(leave, swallow=swallow))
+    assert shop.process(order()) is not Outcome.PROCESSED
+    assert shop.failure().state == "broken"
+    shop.assert_kept(claims=[])
+
+
+def test_a_connection_left_in_autocommit_is_not_used_again(shop: Shop) -> None:
+    if shop.dialect != "mariadb":
+        pytest.skip("MariaDB's SET autocommit commits by itself")
+    runs: list[str] = []
+
+    def do(session: Session) -> None:
+        put(session, "before")
+        runs.append("run")
+        if len(runs) == 1:
+            session.execute(text("SET @@session.autocommit = 1"))
+
+    shop.handles(do)
+    assert shop.process(order("A-1")) is Outcome.DEAD
+    assert shop.process(order("A-2")) is Outcome.PROCESSED
+    shop.assert_kept("before", "before", claims=["A-1", "A-2"])
+
+
+# -- errors of the database, swallowed ---------------------------------------------------------------------------------
+
+
+def _violate(session: Session) -> None:
+    session.execute(insert(ONLY).values(text="one"))
+    session.execute(insert(ONLY).values(text="one"))
+
+
+def test_a_swallowed_error_that_aborted_the_transaction_is_a_failure(shop: Shop) -> None:
+    def do(session: Session) -> None:
+        put(session, "before")
+        suppressed(lambda: _violate(session))
+
+    shop.handles(do)
+    if shop.dialect == "postgres":
+        # COMMIT would be answered with ROLLBACK, without an error, and the message acknowledged with nothing kept
+        assert shop.process(order()) is Outcome.FAILED
+        assert "swallowed a database error" in shop.failure().error_text
+        shop.assert_kept(claims=[])
+    else:
+        assert shop.process(order()) is Outcome.PROCESSED  # there the statement alone was undone
+        shop.assert_kept("before", claims=["A-1"])
+
+
+def test_a_swallowed_error_inside_a_savepoint_is_fine(shop: Shop) -> None:
+    def do(session: Session) -> None:
+        put(session, "before")
+        with suppress(DBAPIError), session.begin_nested():
+            put(session, "undone")
+            _violate(session)
+        with session.begin_nested():
+            put(session, "kept")
+        nested = session.begin_nested()
+        put(session, "undone too")
+        nested.rollback()
+        session.begin_nested()  # and never ended
+        put(session, "after")
+
+    shop.handles(do)
+    assert shop.process(order()) is Outcome.PROCESSED
+    assert shop.rows(ONLY) == []
+    shop.assert_kept("before", "kept", "after", claims=["A-1"])
+
+
+def test_a_swallowed_flush_error_is_a_failure(shop: Shop) -> None:
+    from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Only(Base):
+        __tablename__ = "only_one"
+        text: Mapped[str] = mapped_column(primary_key=True)
+
+    def do(session: Session) -> None:
+        put(session, "before")
+        session.execute(insert(ONLY).values(text="one"))
+        session.add(Only(text="one"))
+        suppressed(session.flush)
+
+    shop.handles(do)
+    assert shop.process(order()) is Outcome.FAILED
+    shop.assert_kept(claims=[])
+
+
+@swallowed
+def test_a_deadlocks_victim_never_keeps_effects_without_their_claim(shop: Shop, swallow: bool) -> None:
+    """InnoDB throws the victim's whole transaction away, claim included, and the next statement begins another one."""
+    if shop.dialect == "sqlite":
+        pytest.skip("SQLite has one writer")
+    with shop.outside.begin() as connection:
+        connection.execute(insert(STOCK), [{"item": item, "amount": 9} for item in (1, 2)])
+    handler_has_one, other_has_two = Turn(), Turn()
+    runs: list[str] = []
+
+    def take(session: Any, item: int) -> None:
+        session.execute(update(STOCK).where(STOCK.c.item == item).values(amount=STOCK.c.amount - 1))
+
+    def other() -> None:
+        with shop.outside.begin() as connection:
+            if shop.dialect == "postgres":
+                connection.execute(text("SET LOCAL deadlock_timeout = '60s'"))  # the handler is to notice it, and die
+            for item in range(100, 400):  # the heavier of two is not the victim
+                connection.execute(insert(STOCK).values(item=item, amount=0))
+            take(connection, 2)
+            other_has_two.come()
+            handler_has_one.wait()
+            take(connection, 1)
+
+    def do(session: Session) -> None:
+        runs.append("run")
+        put(session, "before")
+        if len(runs) == 1:
+            other_has_two.wait()
+            take(session, 1)
+            handler_has_one.come()
+            try:
+                take(session, 2)
+            except DBAPIError:
+                if not swallow:
+                    raise
+        suppressed(lambda: put(session, "after"))
+
+    shop.handles(do)
+    with in_thread(other):
+        outcome = shop.process(order())
+    if shop.dialect == "postgres" and swallow:
+        assert (outcome, runs) == (Outcome.FAILED, ["run"])  # the transaction is aborted, and says so
+        shop.assert_kept(claims=[])
+        return
+    # run again at once, in a fresh transaction, within the same delivery; it is no failure of the handler's
+    assert (outcome, runs) == (Outcome.PROCESSED, ["run", "run"])
+    assert shop.failures() == []
+    shop.assert_kept("before", "after", claims=["A-1"])
+
+
+@swallowed
+def test_sqlites_on_conflict_rollback_keeps_nothing(shop: Shop, swallow: bool) -> None:
+    if shop.dialect != "sqlite":
+        pytest.skip("SQLite only")
+
+    def violate(session: Session) -> None:
+        session.execute(text("INSERT INTO only_one VALUES ('one')"))
+        session.execute(text("INSERT OR ROLLBACK INTO only_one VALUES ('one')"))
+
+    def do(session: Session) -> None:
+        between(violate, swallow=swallow)(session)
+        if swallow:
+            suppressed(lambda: session.execute(select(STOCK)).all())
+
+    shop.handles(do)
+    assert shop.process(order()) is Outcome.FAILED
+    assert shop.failure().state == "retrying"  # nothing was committed: a retry is right
+    shop.assert_kept(claims=[])
+
+
+# -- DDL ---------------------------------------------------------------------------------------------------------------
+
+
+def test_temporary_tables_are_fine(shop: Shop) -> None:
+    def do(session: Session) -> None:
+        session.execute(text("CREATE TEMPORARY TABLE scratch (id int)"))
+        session.execute(text("INSERT INTO scratch VALUES (1)"))
+        put(session, "effect")
+        session.execute(text("DROP TEMPORARY TABLE scratch" if shop.dialect == "mariadb" else "DROP TABLE scratch"))
+
+    shop.handles(do)
+    assert shop.process(order()) is Outcome.PROCESSED
+    shop.assert_kept("effect", claims=["A-1"])
+
+
+def test_ddl_is_part_of_the_transaction_where_the_server_makes_it_so(shop: Shop) -> None:
+    if shop.dialect == "mariadb":
+        pytest.skip("DDL commits by itself there, and is refused")
+
+    def do(session: Session) -> None:
+        put(session, "effect")
+        session.execute(text("CREATE TABLE more (id int)"))
+        raise ValueError
+
+    shop.handles(do)
+    assert shop.process(order()) is Outcome.FAILED
+    with shop.outside.connect() as connection:
+        assert not connection.dialect.has_table(connection, "more")
+    shop.assert_kept(claims=[])
+
+
+# -- a second connection -----------------------------------------------------------------------------------------------
+
+
+@swallowed
+def test_a_session_that_routes_to_a_second_connection_fails(shop: Shop, swallow: bool) -> None:
+    second: Engine = create_engine(shop.url, pool_size=1, max_overflow=0)
+    async_second = create_async_engine(shop.async_engine.url, pool_size=1, max_overflow=0)
+
+    class Routing(Session):
+        def get_bind(self, mapper: Any = None, *, clause: Any = None, **more: Any) -> Any:
+            if getattr(clause, "table", None) is ONLY:
+                return async_second.sync_engine if shop.is_async else second
+            return shop.async_engine.sync_engine if shop.is_async else shop.engine
+
+    shop.fresh_eo(
+        sessionmaker(shop.engine, class_=Routing),
+        async_sessionmaker(shop.async_engine, sync_session_class=Routing),
+    )
+    shop.handles(between(lambda session: session.execute(insert(ONLY).values(text="other")), swallow=swallow))
+    assert shop.process(order()) is Outcome.FAILED
+    assert "second connection" in shop.failure().error_text
+    assert shop.rows(ONLY) == []
+    assert second.pool.checkedout() == async_second.pool.checkedout() == 0  # type: ignore[attr-defined]
+    shop.await_(async_second.dispose())
+    second.dispose()
+    shop.assert_kept(claims=[])
+
+
+def test_a_program_that_watches_nobody_may_commit_on_the_same_engine(shop: Shop) -> None:
+    shop.handles(lambda session: put(session, "effect"))
+    assert shop.process(order()) is Outcome.PROCESSED
+    with Session(shop.engine) as session:
+        put(session, "own")
+        session.commit()
+        session.execute(text("SELECT 1"))
+        session.rollback()
+    shop.assert_kept("effect", "own", claims=["A-1"])

@@ -1,0 +1,123 @@
+"""Every statement we send, as text, per dialect: a change shows as a diff. EXACTLY_ONCE_TEST_APPROVE=1 writes the files anew."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.orm import Session
+
+from exactly_once import Message
+from exactly_once.dialects import mysql, sqlite
+from exactly_once.errors import Reject
+from exactly_once.failures import Failure, FailureStore
+from exactly_once.policy import ByBroker, ByPump, Park
+from exactly_once.schema import tables, utcnow
+from tests.integration.shop import GROUP, Shop, order, shops
+
+APPROVED = Path(__file__).parent / "approved"
+
+
+def approve(name: str, sections: dict[str, list[str]]) -> None:
+    """Compare with the approved text, or write it where that is asked for."""
+    text = "\n\n".join(f"-- {title}\n" + "\n".join(statements) for title, statements in sections.items()) + "\n"
+    file = APPROVED / f"{name}.txt"
+    if os.environ.get("EXACTLY_ONCE_TEST_APPROVE"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    assert file.exists(), f"{file} is not there; EXACTLY_ONCE_TEST_APPROVE=1 writes it"
+    assert text == file.read_text(), f"statements differ from {file}; EXACTLY_ONCE_TEST_APPROVE=1 writes it anew"
+
+
+def claim_texts(dialect: str) -> dict[str, list[str]]:
+    """The texts that go below SQLAlchemy, as the dialect's module has them."""
+    if dialect == "postgres":
+        from exactly_once.dialects import postgresql
+
+        return {"claim": [postgresql.CLAIM], "known": [postgresql.KNOWN]}
+    if dialect == "mariadb":
+        return {"prepare": [mysql.PREPARE], "bound": [mysql.BOUND], "claim": [mysql.CLAIM], "known": [mysql.KNOWN]}
+    return {"begin": [sqlite.BEGIN], "claim": [sqlite.CLAIM], "known": [sqlite.KNOWN]}
+
+
+def recorded(engine: Engine, do: Callable[[], object]) -> list[str]:
+    """What is sent through SQLAlchemy meanwhile, each text once, in order."""
+    sent: list[str] = []
+
+    def seen(connection: Connection, cursor: Any, statement: str, *_: Any) -> None:
+        if statement not in sent:
+            sent.append(statement)
+
+    event.listen(engine, "before_cursor_execute", seen)
+    try:
+        do()
+    finally:
+        event.remove(engine, "before_cursor_execute", seen)
+    return sent
+
+
+@pytest.mark.parametrize("dialect", ["postgres", "mariadb", "sqlite"])
+def test_the_statements_are_the_approved_ones(request: pytest.FixtureRequest, dialect: str) -> None:
+    sections = claim_texts(dialect)
+    for shop in shops(request, dialect, "sync"):
+        sections |= failure_statements(shop)
+    approve(dialect, sections)
+
+
+def failure_statements(shop: Shop) -> dict[str, list[str]]:
+    store = FailureStore(tables())
+    failure = Failure(GROUP, "handler", "A-1", b"\x01", order(ordering_key="a"), Reject("no"))
+    engine = create_engine(shop.url)
+
+    def in_session(do: Callable[[Session], object]) -> Callable[[], None]:
+        def run() -> None:
+            with Session(engine) as session:
+                do(session)
+                session.rollback()
+
+        return run
+
+    def in_connection(do: Callable[[Connection], object]) -> Callable[[], None]:
+        def run() -> None:
+            with engine.begin() as connection:
+                do(connection)
+
+        return run
+
+    def take(connection: Connection) -> None:
+        store.take(connection, GROUP, ["handler", "other"], ["other"], ["other"], limit=16, lease=timedelta(seconds=60))
+
+    sections = {
+        "record the first failure": in_session(lambda s: store.record(s, failure, lambda n: ByPump(timedelta(0)))),
+        "record another, for the broker": in_session(
+            lambda s: store.record(s, failure, lambda n: ByBroker(timedelta(0)))
+        ),
+        "record the last": in_session(lambda s: store.record(s, failure, lambda n: Park("dead", "no"))),
+        "resolve": in_session(lambda s: store.resolve(s, GROUP, "handler", "A-1", b"\x01", "id-A-1")),
+        "blocked": in_session(lambda s: store.blocked(s, failure, after_dead_wait=True)),
+        "make one due": in_session(lambda s: store.record(s, _due(), lambda n: ByPump(timedelta(0)))),
+        "take": in_connection(take),
+        "sweep": in_connection(lambda c: store.sweep(c, GROUP)),
+    }
+    with shop.outside.begin() as connection:  # so that the sweep finds something
+        claimed = {"consumer_group": GROUP, "handler": "handler", "business_key": "A-1", "status": 1}
+        connection.execute(
+            store._claims.insert().values(**claimed, fingerprint=b"\x01", created_at=utcnow(), consumed_at=utcnow())
+        )
+    made = {title: recorded(engine, do) for title, do in sections.items()}
+    engine.dispose()
+    return made
+
+
+def _due() -> Failure:
+    return Failure(GROUP, "handler", "A-2", b"\x01", Message("orders", b"{}"), Reject("no"))
+
+
+def test_the_claim_of_postgresql_is_one_round_trip() -> None:
+    from exactly_once.dialects import postgresql
+
+    assert postgresql.CLAIM.count("INSERT INTO") == 1
+    assert "ON CONFLICT (consumer_group, handler, business_key) DO NOTHING" in postgresql.CLAIM

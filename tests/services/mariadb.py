@@ -1,0 +1,150 @@
+"""Starts a MariaDB of our own from the installed programs: its own files, its own port on loopback, our child.
+
+It never touches the system's server. Called by tests and benchmarks.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pymysql
+
+from exactly_once.testing.child import Account, Child, ServerFailed, free_ports
+
+__all__ = ["MariaDB", "missing"]
+
+PLACES = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin", "/usr/libexec"))
+SETTINGS = {
+    "bind-address": "127.0.0.1",
+    "skip-name-resolve": "1",
+    "innodb-buffer-pool-size": "128M",
+    "innodb-log-file-size": "64M",
+    "max-connections": "300",
+    # 1, the default and what we ask of production: a commit is in the log when it returns. A killed process loses
+    # nothing with 2 either, but `doctor` would rightly complain
+    "innodb-flush-log-at-trx-commit": "1",
+    "log-warnings": "1",
+}
+
+
+def missing() -> str | None:
+    """Say why MariaDB cannot run here, or return None."""
+    for program in ("mariadbd", "mariadb-install-db"):
+        if shutil.which(program, path=PLACES) is None:
+            return f"there is no `{program}` here (Debian: apt-get install mariadb-server)"
+    return None
+
+
+class MariaDB:
+    """One MariaDB server; `root` without a password, reachable on loopback only.
+
+    Args:
+        directory: Where its files go; kept. None: a temporary one, deleted by `close`.
+        settings: Options of mariadbd on top of ours, such as `{"innodb-lock-wait-timeout": "5"}`.
+    """
+
+    def __init__(self, directory: Path | None = None, *, settings: Mapping[str, str] | None = None) -> None:
+        if reason := missing():
+            raise ServerFailed(f"MariaDB cannot run: {reason}.")
+        self._account = Account.unprivileged("mysql", "nobody")
+        self._temporary = directory is None
+        self.directory = directory or Path(tempfile.mkdtemp(prefix="exactly-once-mariadb-"))
+        self._data = self.directory / "data"
+        (self.port,) = free_ports()
+        if not self._data.exists():
+            self._initialise()
+        options = {**SETTINGS, **(settings or {})}
+        options |= {"datadir": str(self._data), "port": str(self.port), "socket": str(self.directory / "socket")}
+        options |= {"pid-file": str(self.directory / "pid"), "tmpdir": str(self.directory)}
+        program = shutil.which("mariadbd", path=PLACES) or "mariadbd"
+        self._child = Child(
+            "MariaDB",
+            [program, "--no-defaults", *(f"--{name}={value}" for name, value in options.items())],
+            output=self.directory / "log",
+            account=self._account,
+        )
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def url(self) -> str:
+        """The SQLAlchemy URL of the server, without a database; sync, by PyMySQL."""
+        return f"mysql+pymysql://root@127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int | None:
+        """The server's process id, or None while it does not run."""
+        return self._child.pid
+
+    def start(self) -> None:
+        """Start the server and wait until it accepts a connection."""
+        self._child.start()
+        self._child.wait_until(self._accepts, what="accepting connections", patience_s=60)
+
+    def stop(self) -> None:
+        """Stop in order (SIGTERM); the data stay. Twice is once."""
+        self._child.end(signal.SIGTERM, patience_s=30)
+
+    def kill(self) -> None:
+        """SIGKILL the server (one process); `start` recovers the data."""
+        self._child.end(signal.SIGKILL)
+
+    def restart(self) -> None:
+        """SIGKILL and start again, on the same port and data."""
+        self.kill()
+        self.start()
+
+    def close(self) -> None:
+        """End the server; delete its directory if it was temporary. Twice is once."""
+        self.kill()
+        if self._temporary:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def create_database(self, name: str) -> str:
+        """Create a database and return its SQLAlchemy URL."""
+        self._execute(f"CREATE DATABASE `{name}` CHARACTER SET utf8mb4")
+        return f"{self.url}/{name}"
+
+    def drop_database(self, name: str) -> None:
+        """Drop a database; a transaction that still holds its tables is waited for."""
+        self._execute(f"DROP DATABASE IF EXISTS `{name}`")
+
+    def _execute(self, statement: str) -> None:
+        connection = pymysql.connect(host="127.0.0.1", port=self.port, user="root", connect_timeout=5)
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute(statement)
+        finally:
+            connection.close()
+
+    def _accepts(self) -> bool:
+        try:
+            pymysql.connect(host="127.0.0.1", port=self.port, user="root", connect_timeout=5).close()
+        except pymysql.err.OperationalError:
+            return False
+        return True
+
+    def _initialise(self) -> None:
+        self._data.mkdir(parents=True)
+        command = [shutil.which("mariadb-install-db", path=PLACES) or "", "--no-defaults", f"--datadir={self._data}"]
+        command += ["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-log-bin"]
+        if self._account:
+            for path in (self.directory, self._data):
+                os.chown(path, self._account.uid, self._account.gid)
+            command.append("--user=mysql")
+        made = subprocess.run(command, capture_output=True, text=True)
+        if made.returncode != 0:
+            raise ServerFailed(f"MariaDB could not make its files:\n{(made.stdout + made.stderr)[-2000:]}")

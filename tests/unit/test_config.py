@@ -1,0 +1,282 @@
+"""Settings: which value holds, where it came from, and that secrets are not printed."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import make_url
+
+from exactly_once.config import Config, load, redacted
+from exactly_once.errors import ConfigurationError
+from exactly_once.handler import Plan, plan
+from exactly_once.message import Message
+from exactly_once.policy import Retry
+
+
+def project(folder: Path, text: str, name: str = "pyproject.toml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def read(folder: Path, environ: dict[str, str] | None = None, **more: Any) -> Config:
+    return load(environ=environ or {}, directory=folder, **more)
+
+
+def refused(folder: Path, environ: dict[str, str] | None = None, **more: Any) -> str:
+    with pytest.raises(ConfigurationError) as error:
+        read(folder, environ, **more)
+    return str(error.value)
+
+
+def test_without_anything_there_are_defaults(tmp_path: Path) -> None:
+    config = read(tmp_path)
+    assert (config.database.value, config.group.value, config.imports.value) == (None, None, ())
+    assert (config.concurrency.value, config.drain_timeout.value) == (16, timedelta(seconds=25))
+    assert config.concurrency.source == "default"
+
+
+def test_the_environment_wins_over_the_file_and_the_file_over_code(tmp_path: Path) -> None:
+    path = project(tmp_path, '[tool.exactly_once]\ngroup = "file"\nschema = "file"\n')
+    config = read(
+        tmp_path, {"EXACTLY_ONCE_GROUP": "env"}, code={"group": "code", "schema": "code", "transport": "sql://"}
+    )
+    assert (config.group.value, config.group.source) == ("env", "environment EXACTLY_ONCE_GROUP")
+    assert (config.schema.value, config.schema.source) == ("file", f"file {path}, schema")
+    assert (config.transport.value, config.transport.source) == ("sql://", "code")
+
+
+def test_every_setting_can_come_from_the_environment(tmp_path: Path) -> None:
+    config = read(
+        tmp_path,
+        {
+            "EXACTLY_ONCE_DATABASE": "postgresql+psycopg://u:p@h/d",
+            "EXACTLY_ONCE_ASYNC_DATABASE": "postgresql+psycopg_async://u:p@h/d",
+            "EXACTLY_ONCE_TRANSPORT": "rocketmq://h:8081",
+            "EXACTLY_ONCE_GROUP": "g",
+            "EXACTLY_ONCE_SCHEMA": "s",
+            "EXACTLY_ONCE_IMPORTS": "shop.consumers, shop.more",
+            "EXACTLY_ONCE_CONCURRENCY": "8",
+            "EXACTLY_ONCE_PROCESSES": "2",
+            "EXACTLY_ONCE_DRAIN_TIMEOUT_S": "2.5",
+            "EXACTLY_ONCE_HEALTH": "127.0.0.1:8000",
+            "EXACTLY_ONCE_TEST_DATABASE": "is another room's",
+            "OTHER": "x",
+        },
+    )
+    assert config.imports.value == ("shop.consumers", "shop.more")
+    assert (config.concurrency.value, config.processes.value) == (8, 2)
+    assert config.drain_timeout.value == timedelta(seconds=2.5)
+    assert config.health.value == "127.0.0.1:8000"
+
+
+def test_an_empty_variable_is_not_set(tmp_path: Path) -> None:
+    assert read(tmp_path, {"EXACTLY_ONCE_GROUP": ""}).group.source == "default"
+
+
+def test_secrets_may_stand_in_files(tmp_path: Path) -> None:
+    secret = project(tmp_path, "postgresql://u:p@h/d\n", "secret")
+    config = read(tmp_path, {"EXACTLY_ONCE_DATABASE_FILE": str(secret)})
+    assert config.database.value == "postgresql://u:p@h/d"
+    assert config.database.source == "environment EXACTLY_ONCE_DATABASE_FILE"
+    project(tmp_path, '[tool.exactly_once]\ntransport_file = "secret"\n')
+    assert read(tmp_path).transport.value == "postgresql://u:p@h/d"
+
+
+def test_a_secret_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    assert "cannot be read" in refused(tmp_path, {"EXACTLY_ONCE_DATABASE_FILE": str(tmp_path / "none")})
+    assert "cannot be read" in refused(tmp_path, {"EXACTLY_ONCE_DATABASE_FILE": str(tmp_path)})
+
+
+def test_a_value_and_a_file_for_the_same_setting_is_an_error(tmp_path: Path) -> None:
+    text = refused(tmp_path, {"EXACTLY_ONCE_DATABASE": "a://", "EXACTLY_ONCE_DATABASE_FILE": "b"})
+    assert "EXACTLY_ONCE_DATABASE and environment EXACTLY_ONCE_DATABASE_FILE both set the database" in text
+
+
+@pytest.mark.parametrize(
+    ("environ", "toml", "told"),
+    [
+        ({"EXACTLY_ONCE_DATABSE": "x"}, "", "EXACTLY_ONCE_DATABASE"),
+        ({"EXACTLY_ONCE_GROUP_FILE": "x"}, "", "EXACTLY_ONCE_GROUP"),
+        ({}, 'gruop = "x"', "'group'"),
+        ({}, "drain_timeout = 5", "'drain_timeout_s'"),
+        ({}, 'handlers.reserve.topik = "x"', "'topic'"),
+        ({}, "handlers.reserve.retry.delay = [1]", "'delays'"),
+    ],
+)
+def test_an_unknown_name_is_an_error_that_names_what_is_close(
+    tmp_path: Path, environ: dict[str, str], toml: str, told: str
+) -> None:
+    project(tmp_path, f"[tool.exactly_once]\n{toml}\n")
+    text = refused(tmp_path, environ)
+    assert "Did you mean" in text
+    assert told in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("concurrency", "0"),
+        ("concurrency", "-1"),
+        ("concurrency", "1.5"),
+        ("concurrency", "many"),
+        ("concurrency", "²"),
+        ("drain_timeout_s", "nan"),
+        ("drain_timeout_s", "-1"),
+        ("drain_timeout_s", "soon"),
+        ("group", "x" * 65),
+        ("group", " "),
+        ("imports", "a,,b"),
+        ("database", "{broken"),
+        ("database", "{}"),
+    ],
+)
+def test_a_wrong_value_is_an_error_that_names_its_source(tmp_path: Path, name: str, value: str) -> None:
+    assert f"EXACTLY_ONCE_{name.upper()}" in refused(tmp_path, {f"EXACTLY_ONCE_{name.upper()}": value})
+
+
+@pytest.mark.parametrize(
+    "toml", ["concurrency = true", "concurrency = 1.5", "group = 5", "imports = 5", "database = 5", "handlers = 5"]
+)
+def test_a_wrong_value_in_the_file_is_an_error(tmp_path: Path, toml: str) -> None:
+    path = project(tmp_path, f"[tool.exactly_once]\n{toml}\n")
+    assert str(path) in refused(tmp_path)
+
+
+def test_a_wrong_secret_is_not_repeated(tmp_path: Path) -> None:
+    assert "hunter2" not in refused(tmp_path, {"EXACTLY_ONCE_DATABASE": '{"eu": "postgresql://u:hunter2@h"'})
+
+
+def test_several_databases_have_names(tmp_path: Path) -> None:
+    project(tmp_path, '[tool.exactly_once.database]\neu = "postgresql://u:p@eu/d"\nus = "postgresql://u:p@us/d"\n')
+    config = read(tmp_path)
+    assert list(config.database.value) == ["eu", "us"]
+    assert config.database.shown == "eu=postgresql://u:***@eu/d, us=postgresql://u:***@us/d"
+    assert read(tmp_path, {"EXACTLY_ONCE_DATABASE": '{"eu": "sqlite://"}'}).database.value == {"eu": "sqlite://"}
+
+
+def test_an_engine_from_code_passes_as_it_is(tmp_path: Path) -> None:
+    engine = object()
+    assert read(tmp_path, code={"database": engine}).database.value is engine
+
+
+def test_the_nearest_pyproject_is_read_from_a_folder_below(tmp_path: Path) -> None:
+    project(tmp_path, '[tool.exactly_once]\ngroup = "above"\n')
+    below = tmp_path / "src" / "shop"
+    below.mkdir(parents=True)
+    assert read(below).group.value == "above"
+
+
+def test_a_named_file_needs_no_table_and_wins_over_pyproject(tmp_path: Path) -> None:
+    project(tmp_path, '[tool.exactly_once]\ngroup = "pyproject"\n')
+    bare = project(tmp_path, 'group = "bare"\n', "bare.toml")
+    full = project(tmp_path, '[tool.exactly_once]\ngroup = "full"\n', "full.toml")
+    assert read(tmp_path, config=bare).group.value == "bare"
+    assert read(tmp_path, {"EXACTLY_ONCE_CONFIG": str(full)}).group.value == "full"
+    assert read(tmp_path, {"EXACTLY_ONCE_CONFIG": str(full)}, config=bare).group.value == "bare"
+
+
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    assert "cannot be read" in refused(tmp_path, {"EXACTLY_ONCE_CONFIG": str(tmp_path / "none.toml")})
+    project(tmp_path, "[tool.exactly_once\n")
+    assert "pyproject.toml" in refused(tmp_path)
+
+
+def test_a_pyproject_of_another_program_is_no_error(tmp_path: Path) -> None:
+    project(tmp_path, '[tool.other]\ngroup = "x"\n')
+    assert read(tmp_path).group.value is None
+
+
+def reserve(message: Message) -> None: ...
+
+
+PLAN: Plan = plan(reserve, topic="orders", tag="created", key="no")
+
+
+def test_the_file_moves_handlers(tmp_path: Path) -> None:
+    project(
+        tmp_path,
+        "[tool.exactly_once.handlers.reserve]\n"
+        'topic = "orders-eu"\ntag = ["a", "b"]\nconcurrency = 3\n'
+        "retry = { immediate = 0, delays = [1, 5.5], max_attempts = 4 }\n",
+    )
+    (moved,) = read(tmp_path).applied([PLAN])
+    assert (moved.topic, moved.tags, moved.concurrency) == ("orders-eu", ("a", "b"), 3)
+    assert moved.retry == Retry(immediate=0, delays=[1, 5.5], max_attempts=4)
+    assert moved.key is PLAN.key
+
+
+def test_handlers_that_the_file_does_not_name_stay(tmp_path: Path) -> None:
+    assert read(tmp_path).applied([PLAN]) == (PLAN,)
+
+
+@pytest.mark.parametrize(
+    ("toml", "told"),
+    [
+        ('[tool.exactly_once.handlers.resreve]\ntopic = "x"', "Did you mean 'reserve'?"),
+        ("[tool.exactly_once.handlers.reserve]\ntopic = 5", "'reserve'"),
+        ('[tool.exactly_once.handlers.reserve]\ntag = ""', "tag"),
+        ("[tool.exactly_once.handlers.reserve]\nconcurrency = 0", "concurrency"),
+        ("[tool.exactly_once.handlers.reserve]\nretry = { delays = [-1] }", "delays"),
+    ],
+)
+def test_a_wrong_setting_of_a_handler_is_an_error(tmp_path: Path, toml: str, told: str) -> None:
+    project(tmp_path, toml)
+    with pytest.raises(ConfigurationError) as error:
+        read(tmp_path).applied([PLAN])
+    assert told in str(error.value)
+
+
+# -- redaction -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "printed"),
+    [
+        ("postgresql+psycopg://me:pw@h:5432/d", "postgresql+psycopg://me:***@h:5432/d"),
+        ("postgresql://me@h/d", "postgresql://me@h/d"),
+        ("postgresql://h/d", "postgresql://h/d"),
+        ("postgresql:///d?user=me&password=pw&sslkey=/k", "postgresql:///d?user=me&password=***&sslkey=/k"),
+        ("postgresql://:pw@h/d", "postgresql://:***@h/d"),
+        ("postgresql://me:p@w@h/d", "postgresql://me:***@h/d"),
+        ("postgresql://me:p/w@h/d", "postgresql://me:***@h/d"),
+        ("postgresql://me:p?w@h/d", "postgresql://me:***@h/d"),
+        ("postgresql://me:1?w@h/d", "postgresql://me:***@h/d"),
+        ("postgresql://me:p@x?w@h/d", "postgresql://me:***@h/d"),
+        ("postgresql://me:p#w@h/d", "postgresql://me:***@h/d"),
+        ("sqlite:////home/me@work/x.db", "sqlite:////home/me@work/x.db"),
+        ("sqlite://", "sqlite://"),
+        ("rocketmq4://ns1:9876,ns2:9876?namespace=eu", "rocketmq4://ns1:9876,ns2:9876?namespace=eu"),
+        ("rocketmq://ak:sk@h1:8081,h2:8081/x?a=b%40c", "rocketmq://ak:***@h1:8081,h2:8081/x?a=b%40c"),
+        (
+            "rocketmq://h:8081?access_key=a&secret_key=b&group=g",
+            "rocketmq://h:8081?access_key=***&secret_key=***&group=g",
+        ),
+        ("rocketmq://h?owner=me@example.org&token=x", "rocketmq://h?owner=me@example.org&token=***"),
+        ("rocketmq://[::1]:8081?owner=me%40example.org", "rocketmq://[::1]:8081?owner=me%40example.org"),
+        ("memory://test", "memory://test"),
+        ("not a url", "not a url"),
+    ],
+)
+def test_a_url_is_printed_without_its_secrets(url: str, printed: str) -> None:
+    assert redacted(url) == printed
+
+
+@given(st.text(st.sampled_from("aB1@:/?#,%&=. "), min_size=1, max_size=12))
+def test_no_password_is_ever_printed_whatever_it_holds(noise: str) -> None:
+    password = f"XX{noise}YY"
+    printed = redacted(f"postgresql://user:{password}@host.example/db?sslmode=require")
+    assert "XX" not in printed
+    assert "YY" not in printed
+
+
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_what_sqlalchemy_hides_we_hide_too(user: str, password: str) -> None:
+    url = make_url("postgresql://h/d").set(username=user, password=password)
+    printed = redacted(url.render_as_string(hide_password=False))
+    if user or password:
+        assert make_url(printed).password in (None, "***", "")
+    assert make_url(printed).host == "h"
