@@ -1,0 +1,121 @@
+"""One message per transaction: a first delivery and a duplicate, ours against hand-written SQLAlchemy."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+from statistics import median
+from typing import Final
+
+from sqlalchemy import create_engine
+
+from benchmarks.measure import US, Figure, ratios, take_turns
+from benchmarks.shop import Bare, HandWritten, Ours, clear, require
+from benchmarks.stage import Database, Stage
+from tests.services.proxy import Proxy, far_away
+
+__all__ = ["measure"]
+
+DELAY: Final = timedelta(milliseconds=0.5)
+FIRST: Final = 0.85
+DUPLICATE: Final = 0.5
+
+
+def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
+    """Measure all of it, near and through a slower network."""
+    rounds, each = (10, 40) if quick else (40, 100)
+    with stage.database() as database:
+        trips = _round_trips(database)
+        yield from _measured(database, database.url, rounds, each, "one message", "on this machine", trips)
+    rounds, each = (6, 20) if quick else (20, 50)
+    with stage.database() as database, far_away(database.url, DELAY, stage.folder) as url:
+        yield from _measured(database, url, rounds, each, "one message, 0.5 ms away", "0.5 ms added each way", trips)
+
+
+def _measured(
+    database: Database, url: str, rounds: int, each: int, name: str, where: str, trips: dict[str, int]
+) -> Iterator[Figure]:
+    engine = create_engine(url)
+    ours, by_hand, bare = Ours(url), HandWritten(engine), Bare(engine)
+    times = take_turns(
+        {
+            "ours": ours.first,
+            "by hand": by_hand.first,
+            "no deduplication": bare.first,
+        },
+        rounds=rounds,
+        each=each,
+    )
+    require(database.engine, 3 * (rounds + 1) * each)
+    engine.dispose()
+
+    def shown(*names: str) -> dict[str, str]:
+        found = {name: f"{median(times[name]) / each * US:,.0f} us" for name in names}
+        return {name: f"{value}, {trips[name]} round trips" for name, value in found.items()}
+
+    yield Figure(
+        name=name,
+        what="ours / by hand",
+        rounds=ratios(times["ours"], times["by hand"]),
+        target=FIRST,
+        measured=shown("ours", "by hand"),
+        note=where,
+    )
+    yield Figure(
+        name=f"{name}: price of being sure",
+        what="ours / no deduplication",
+        rounds=ratios(times["ours"], times["no deduplication"]),
+        measured=shown("no deduplication"),
+        note="information",
+    )
+    yield from _duplicates(database, url, rounds, each, name)
+
+
+def _duplicates(database: Database, url: str, rounds: int, each: int, name: str) -> Iterator[Figure]:
+    clear(database.engine)
+    engine = create_engine(url)
+    ours, by_hand = Ours(url), HandWritten(engine)
+    first: list[float] = []
+    again: list[float] = []
+    by_hand_again: list[float] = []
+    for turn in range(rounds + 1):
+        took = ours.first(each), ours.again(each)
+        by_hand.first(each)
+        took_by_hand = by_hand.again(each)
+        if turn:
+            first.append(took[0])
+            again.append(took[1])
+            by_hand_again.append(took_by_hand)
+    require(database.engine, 2 * (rounds + 1) * each)
+    engine.dispose()
+    shown = {
+        what: f"{median(values) / each * US:,.0f} us"
+        for what, values in (("first", first), ("duplicate", again), ("duplicate by hand", by_hand_again))
+    }
+    name = name.replace("one message", "duplicate")
+    yield Figure(
+        name=name, what="ours, duplicate / first", rounds=ratios(again, first), target=DUPLICATE, measured=shown
+    )
+    yield Figure(
+        name=f"{name}: against by hand",
+        what="ours / by hand",
+        rounds=ratios(again, by_hand_again),
+        note="information",
+    )
+
+
+def _round_trips(database: Database) -> dict[str, int]:
+    """Count how often each way speaks to the server for one message: what any network charges for."""
+    found = {}
+    with Proxy(database.url) as proxy:
+        engine = create_engine(proxy.url)
+        for name, runner in (
+            ("ours", Ours(proxy.url)),
+            ("by hand", HandWritten(engine)),
+            ("no deduplication", Bare(engine)),
+        ):
+            runner.first(20)  # connected, prepared
+            before = proxy.round_trips
+            runner.first(10)
+            found[name] = round((proxy.round_trips - before) / 10)
+        engine.dispose()
+    clear(database.engine)
+    return found

@@ -1,0 +1,228 @@
+"""The work that is measured: one ORM insert and one ORM-enabled update for each message, with and without deduplication.
+
+`reserve` is the handler. Three ways to run it for a message with the same JSON body:
+
+* `Ours`: `eo.process(message)`, an attempt's whole path: body, key and fingerprint, claim, handler, COMMIT.
+* `HandWritten`: what one would write: `insert(Seen).on_conflict_do_nothing()` in the handler's own session, first, then the
+  handler, then COMMIT. It is right, as far as it goes.
+* `Bare`: no deduplication at all; wrong, and shown as information.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from itertools import count
+from time import perf_counter
+from typing import Any, Final
+
+from sqlalchemy import Engine, delete, func, insert, select, update
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+
+import exactly_once.alembic
+from benchmarks.measure import WrongRows
+from exactly_once import ExactlyOnce, Message, Outcome
+
+__all__ = [
+    "SKUS",
+    "Bare",
+    "HandWritten",
+    "Ours",
+    "application",
+    "clear",
+    "make_tables",
+    "messages",
+    "require",
+    "reserve",
+]
+
+SKUS: Final = 16
+TOPIC: Final = "orders"
+STOCK: Final = 1_000_000_000
+
+
+class Base(DeclarativeBase):
+    """The tables."""
+
+
+class Stock(Base):
+    """How many units are left."""
+
+    __tablename__ = "stock"
+    sku: Mapped[str] = mapped_column(primary_key=True)
+    left: Mapped[int]
+
+
+class Reservation(Base):
+    """Units set aside."""
+
+    __tablename__ = "reservation"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    order_no: Mapped[str]
+    quantity: Mapped[int]
+
+
+class Seen(Base):
+    """The hand-written memory of what was handled."""
+
+    __tablename__ = "seen"
+    order_no: Mapped[str] = mapped_column(primary_key=True)
+    seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+def reserve(session: Session, order: dict[str, Any]) -> None:
+    """Handle one order: one insert through the ORM, one update."""
+    session.add(Reservation(order_no=order["order_no"], quantity=order["quantity"]))
+    session.execute(update(Stock).where(Stock.sku == order["sku"]).values(left=Stock.left - order["quantity"]))
+
+
+_numbers = count(1)
+
+
+def messages(how_many: int, *, topic: str = TOPIC) -> list[Message]:
+    """Return messages of as many new orders."""
+    made = []
+    for number in (next(_numbers) for _ in range(how_many)):
+        order_no = f"A-{number:09d}"
+        order = {"order_no": order_no, "sku": f"sku-{number % SKUS}", "quantity": 1, "note": "x" * 40}
+        body = json.dumps(order).encode()
+        made.append(Message(topic, body, key=order_no, message_id=f"{number:032x}"))
+    return made
+
+
+def make_tables(engine: Engine) -> None:
+    """Make exactly_once's tables and the shop's."""
+    exactly_once.alembic.upgrade(engine)
+    Base.metadata.create_all(engine)
+    with engine.begin() as connection:
+        connection.execute(insert(Stock), [{"sku": f"sku-{n}", "left": STOCK} for n in range(SKUS)])
+
+
+def clear(engine: Engine) -> None:
+    """Empty what the work has written."""
+    with engine.begin() as connection:
+        connection.execute(delete(Reservation))
+        connection.execute(update(Stock).values(left=STOCK))
+
+
+def require(engine: Engine, orders: int) -> None:
+    """Raise `WrongRows` unless each of so many orders has exactly one reservation and its unit of stock."""
+    with Session(engine) as session:
+        rows, different = session.execute(
+            select(func.count(), func.count(Reservation.order_no.distinct())).select_from(Reservation)
+        ).one()
+        left = session.scalar(select(func.sum(Stock.left)))
+    if not rows == different == orders == SKUS * STOCK - int(left or 0):
+        raise WrongRows(
+            f"{orders} orders were handled, but there are {rows} reservations of {different} orders, and"
+            f" {SKUS * STOCK - int(left or 0)} units are gone"
+        )
+
+
+def application(database: Any, *, topic: str = TOPIC, group: str = "benchmark", cheap: bool = False) -> ExactlyOnce:
+    """Return an application with the one handler; `cheap` makes it do nothing."""
+    eo = ExactlyOnce(database, group=group)
+
+    def reserve_stock(session: Session, order: dict[str, Any]) -> None:
+        reserve(session, order)
+
+    def nothing(session: Session, order: dict[str, Any]) -> None:
+        pass
+
+    eo.handler(topic, key="order_no")(nothing if cheap else reserve_stock)
+    with _nothing_set():
+        assert eo.config.group.value == group  # read now, once: the code alone says what is measured
+    return eo
+
+
+@contextmanager
+def _nothing_set() -> Iterator[None]:
+    """Hide the environment's settings, which belong to whoever runs this, and not to what is measured."""
+    hidden = {name: value for name, value in os.environ.items() if name.startswith("EXACTLY_ONCE_")}
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+class Ours:
+    """Runs messages through `eo.process`."""
+
+    def __init__(self, url: str) -> None:
+        self._eo = application(url)
+        self.handled: list[Message] = []
+
+    def first(self, how_many: int) -> float:
+        """Handle so many new messages and return the seconds it took."""
+        fresh = messages(how_many)
+        self.handled = fresh
+        return self._run(fresh, Outcome.PROCESSED)
+
+    def again(self, how_many: int) -> float:
+        """Handle the latest messages again."""
+        return self._run(self.handled[:how_many], Outcome.DUPLICATE)
+
+    def _run(self, given: Sequence[Message], expected: Outcome) -> float:
+        process = self._eo.process
+        began = perf_counter()
+        outcomes = [process(message) for message in given]
+        took = perf_counter() - began
+        if any(outcome is not expected for outcome in outcomes):
+            raise WrongRows(f"not every message was {expected.value}")
+        return took
+
+
+class HandWritten:
+    """Runs messages as one would write it by hand."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._sessions = sessionmaker(engine, expire_on_commit=False)
+        self.handled: list[Message] = []
+
+    def _process(self, message: Message) -> bool:
+        order = json.loads(message.body or b"")
+        with self._sessions.begin() as session:
+            statement = postgresql.insert(Seen).values(order_no=order["order_no"]).on_conflict_do_nothing()
+            # RETURNING, because `rowcount` of an ORM insert is -1 whatever happened, and every duplicate would run
+            if session.scalar(statement.returning(Seen.order_no)) is None:
+                return False
+            reserve(session, order)
+        return True
+
+    def first(self, how_many: int) -> float:
+        """Handle so many new messages and return the seconds it took."""
+        self.handled = messages(how_many)
+        return self._run(self.handled, True)
+
+    def again(self, how_many: int) -> float:
+        """Handle the latest messages again."""
+        return self._run(self.handled[:how_many], False)
+
+    def _run(self, given: Sequence[Message], expected: bool) -> float:
+        began = perf_counter()
+        outcomes = [self._process(message) for message in given]
+        took = perf_counter() - began
+        if any(outcome is not expected for outcome in outcomes):
+            raise WrongRows("the hand-written deduplication took a message for what it is not")
+        return took
+
+
+class Bare:
+    """Runs messages with no deduplication."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._sessions = sessionmaker(engine, expire_on_commit=False)
+
+    def first(self, how_many: int) -> float:
+        """Handle so many new messages and return the seconds it took."""
+        fresh = messages(how_many)
+        began = perf_counter()
+        for message in fresh:
+            order = json.loads(message.body or b"")
+            with self._sessions.begin() as session:
+                reserve(session, order)
+        return perf_counter() - began
