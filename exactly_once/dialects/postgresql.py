@@ -12,6 +12,8 @@ An aborted transaction answers ROLLBACK to COMMIT without an error: only the dri
 """
 
 from collections.abc import Generator, MutableMapping
+from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Final
 
 import psycopg
@@ -25,17 +27,28 @@ from exactly_once.dialects import ClaimBusy, ClaimRow, Known, State, Trouble
 from exactly_once.dialects.keywords import refused
 from exactly_once.errors import ConfigurationError
 
-__all__ = ["CLAIM", "KNOWN", "PostgreSQL"]
+__all__ = ["BOUND", "BOUND_IN_OPEN", "CLAIM", "EXECUTE", "KNOWN", "LOOK", "PostgreSQL"]
 
 CLAIM: Final = (
-    "SELECT set_config('exactly_once.lock_timeout', current_setting('lock_timeout'), true),"
-    " set_config('lock_timeout', '{wait_ms}', true);"
     "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, message_content, fingerprint,"
     " retry_times, owner, born_at, created_at, consumed_at) VALUES"
     " ({group}, {handler}, {key}, 1, {message_id}, {content}, {fingerprint},"
     " {retry_times}, {owner}, {born_at}, clock_timestamp(), clock_timestamp())"
-    " ON CONFLICT (consumer_group, handler, business_key) DO NOTHING;"
-    "SELECT set_config('lock_timeout', current_setting('exactly_once.lock_timeout'), true)"
+    " ON CONFLICT (consumer_group, handler, business_key) DO NOTHING"
+)
+EXECUTE: Final = "EXECUTE {name}({group}, {handler}, {key}, {message_id}, {content}, {fingerprint}, {retry_times}, {owner}, {born_at})"
+TYPES: Final = "text, text, text, text, bytea, bytea, integer, text, timestamptz"
+# in a transaction of our own the session's setting is known; in one that is open already it may hold another
+BOUND: Final = ("SET LOCAL lock_timeout = {wait_ms};", ";SET LOCAL lock_timeout = {own_wait}")
+BOUND_IN_OPEN: Final = (
+    (
+        "SELECT set_config('exactly_once.lock_timeout', current_setting('lock_timeout'), true),"
+        " set_config('lock_timeout', '{wait_ms}', true);"
+    ),
+    ";SELECT set_config('lock_timeout', current_setting('exactly_once.lock_timeout'), true)",
+)
+LOOK: Final = (
+    "SELECT current_setting('synchronous_commit'), setting, reset_val FROM pg_settings WHERE name = 'lock_timeout'"
 )
 KNOWN: Final = (
     "SELECT status, encode(fingerprint, 'hex'), owner FROM {table}"
@@ -58,26 +71,30 @@ _UNAVAILABLE: Final = frozenset({"57P01", "57P02", "57P03", "57P05", "25006", "3
 _UNAVAILABLE_CLASSES: Final = frozenset({"08", "53", "58"})
 
 
+@dataclass(slots=True)
+class _Seen:
+    """What a connection told when we first saw it."""
+
+    synchronous: bytes
+    own_wait: bytes
+    prepared: bool
+
+
 class PostgreSQL:
     """See the module."""
 
     name = "postgresql"
 
     def __init__(self, table: str) -> None:
-        claim = CLAIM.replace("{table}", table)
-        order = (
-            "wait_ms",
-            "group",
-            "handler",
-            "key",
-            "message_id",
-            "content",
-            "fingerprint",
-            "retry_times",
-            "owner",
-            "born_at",
-        )
-        self._claim = _template(claim, order)
+        values = ("group", "handler", "key", "message_id", "content", "fingerprint", "retry_times", "owner", "born_at")
+        self._claim = _template(CLAIM.replace("{table}", table), values)
+        text = CLAIM.replace("{table}", table)
+        for number, value in enumerate(values, 1):
+            text = text.replace("{" + value + "}", f"${number}")
+        # the name tells the text: behind a pooler another program's statement of this name is this very statement
+        name = "exactly_once_" + sha256(text.encode()).hexdigest()[:16]
+        self._prepare = f"PREPARE {name}({TYPES}) AS {text}".encode()
+        self._execute = _template(EXECUTE.replace("{name}", name), values)
         self._known = _template(KNOWN.replace("{table}", table), ("group", "handler", "key"))
 
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
@@ -90,12 +107,26 @@ class PostgreSQL:
                 " Take client_encoding out of the engine's connect_args, or set it to utf8."
             )
         begin = driver.pgconn.transaction_status == TransactionStatus.IDLE
-        results = _send(
-            driver, (b"BEGIN;" if begin else b"") + b"SHOW synchronous_commit" + (b";ROLLBACK" if begin else b"")
+        results = _send(driver, b"BEGIN;" + LOOK.encode() + b";ROLLBACK" if begin else LOOK.encode())
+        synchronous, waits, waits_by_default = (results[1 if begin else 0].get_value(0, column) for column in range(3))
+        info[self] = _Seen(
+            # a commit that was acknowledged and is lost in a crash loses its message: raise it for our transactions alone
+            synchronous=b"SET LOCAL synchronous_commit = on;" if synchronous == b"off" else b"",
+            # by default, so that it follows the server's configuration
+            own_wait=b"DEFAULT" if waits == waits_by_default else b"%s" % waits,
+            prepared=begin and driver.prepare_threshold is not None and self._is_prepared(driver),
         )
-        shown = results[1 if begin else 0].get_value(0, 0)
-        # a commit that was acknowledged and is lost in a crash loses its message: raise it for our transactions alone
-        info[self] = b"SET LOCAL synchronous_commit = on;" if shown == b"off" else b""
+
+    def _is_prepared(self, driver: Any) -> bool:
+        try:
+            _send(driver, self._prepare)
+        except errors.DuplicatePreparedStatement:
+            return True  # a pooler's connection, and another client of it was first
+        except errors.Error as error:
+            if error.sqlstate is None:
+                raise
+            return False  # no table, or no right to it: the claim itself says so, in its place
+        return True
 
     def claim(
         self, dbapi: Any, info: MutableMapping[Any, Any], row: ClaimRow, *, wait_ms: int, savepoint: bool
@@ -103,29 +134,37 @@ class PostgreSQL:
         driver = _driver(dbapi)
         _refuse_autocommit(driver)
         pgconn = driver.pgconn
+        seen: _Seen = info[self]
+        begin = pgconn.transaction_status == TransactionStatus.IDLE
         quote = Escaping(pgconn).escape_literal
-        parts = [self._begin(driver) if pgconn.transaction_status == TransactionStatus.IDLE else b"", info[self]]
-        if savepoint:
-            parts.append(b"SAVEPOINT exactly_once;")
-        parts.append(
-            self._claim
-            % (
-                b"%d" % wait_ms,
-                quote(row.group.encode()),
-                quote(row.handler.encode()),
-                quote(row.key.encode()),
-                b"NULL" if row.message_id is None else quote(row.message_id.encode()),
-                b"NULL" if row.content is None else b"decode('%s', 'hex')" % row.content.hex().encode(),
-                b"decode('%s', 'hex')" % row.fingerprint.hex().encode(),
-                b"%d" % (row.attempt - 1),
-                quote(row.owner.encode()),
-                b"NULL" if row.born_at is None else quote(row.born_at.isoformat().encode()),
-            )
+        values = (
+            quote(row.group.encode()),
+            quote(row.handler.encode()),
+            quote(row.key.encode()),
+            b"NULL" if row.message_id is None else quote(row.message_id.encode()),
+            b"NULL" if row.content is None else b"decode('%s', 'hex')" % row.content.hex().encode(),
+            b"decode('%s', 'hex')" % row.fingerprint.hex().encode(),
+            b"%d" % (row.attempt - 1),
+            quote(row.owner.encode()),
+            b"NULL" if row.born_at is None else quote(row.born_at.isoformat().encode()),
         )
-        if savepoint:
-            parts.append(b";RELEASE SAVEPOINT exactly_once")
+        save, release = (b"SAVEPOINT exactly_once;", b";RELEASE SAVEPOINT exactly_once") if savepoint else (b"", b"")
+        if begin:
+            first = _begin(driver) + seen.synchronous + save + _BOUND % wait_ms
+            last = _UNBOUND % seen.own_wait + release
+        else:
+            first, last = seen.synchronous + save + _BOUND_IN_OPEN % wait_ms, _UNBOUND_IN_OPEN + release
+        # a prepared statement is the connection's: in a transaction that is open already, a lost one would abort it
+        prepared = begin and seen.prepared
+        text = first + (self._execute if prepared else self._claim) % values + last
         try:
-            results = _send(driver, b"".join(parts))
+            try:
+                results = _send(driver, text)
+            except errors.InvalidSqlStatementName:
+                # DEALLOCATE ALL, DISCARD ALL, or a pooler that gave us another server connection: the text does it, too
+                seen.prepared = False
+                _send(driver, b"ROLLBACK")
+                results = _send(driver, first + self._claim % values + last)
         except errors.Error as error:
             if error.sqlstate not in _BUSY:
                 raise
@@ -185,19 +224,20 @@ class PostgreSQL:
     def refuses(self, statement: str) -> str | None:
         return refused(statement, False)
 
-    def _begin(self, driver: Any) -> bytes:
-        """BEGIN as psycopg itself would send it for this connection."""
-        level, read_only, deferrable = driver.isolation_level, driver.read_only, driver.deferrable
-        if level is None and read_only is None and deferrable is None:
-            return b"BEGIN;"
-        words = [b"BEGIN"]
-        if level is not None:
-            words.append(b"ISOLATION LEVEL " + level.name.replace("_", " ").encode())
-        if read_only is not None:
-            words.append(b"READ ONLY" if read_only else b"READ WRITE")
-        if deferrable is not None:
-            words.append(b"DEFERRABLE" if deferrable else b"NOT DEFERRABLE")
-        return b" ".join(words) + b";"
+
+def _begin(driver: Any) -> bytes:
+    """BEGIN as psycopg itself would send it for this connection."""
+    level, read_only, deferrable = driver.isolation_level, driver.read_only, driver.deferrable
+    if level is None and read_only is None and deferrable is None:
+        return b"BEGIN;"
+    words = [b"BEGIN"]
+    if level is not None:
+        words.append(b"ISOLATION LEVEL " + level.name.replace("_", " ").encode())
+    if read_only is not None:
+        words.append(b"READ ONLY" if read_only else b"READ WRITE")
+    if deferrable is not None:
+        words.append(b"DEFERRABLE" if deferrable else b"NOT DEFERRABLE")
+    return b" ".join(words) + b";"
 
 
 def _template(text: str, order: tuple[str, ...]) -> bytes:
@@ -208,6 +248,12 @@ def _template(text: str, order: tuple[str, ...]) -> bytes:
     for name in order:
         text = text.replace("{" + name + "}", "%s")
     return text.encode()
+
+
+_BOUND: Final = BOUND[0].replace("{wait_ms}", "%d").encode()
+_UNBOUND: Final = _template(BOUND[1], ("own_wait",))
+_BOUND_IN_OPEN: Final = BOUND_IN_OPEN[0].replace("{wait_ms}", "%d").encode()
+_UNBOUND_IN_OPEN: Final = BOUND_IN_OPEN[1].encode()
 
 
 def _driver(dbapi: Any) -> Any:

@@ -3,29 +3,34 @@
 A handler that ends the transaction would keep effects without their claim, or the claim without its effects. What can
 be refused is refused before it is sent: commit() in any spelling, and statements that end a transaction, by their first
 words. What can only be noticed afterwards (a driver's own call, a procedure, an implicit commit) is noticed by the
-driver's transaction state before and after each statement: then something is committed already, and the message is for a person.
-The `rollback` event only marks, for a failed flush rolls back through it and raising there leaks the connection.
+driver's transaction state before the next statement and at the end: then something is committed already, and the message
+is for a person. A rollback is only marked, for a failed flush rolls back too, and raising there leaks the connection.
 
-One set of listeners an engine, installed once; for connections nobody watches they return at the first line. Limit: a
-handler that calls the raw driver object (its commit, its cursor) is seen only by the state it leaves behind.
+One set of listeners an engine, installed once; for connections nobody watches they return at the first line. They hang on
+the engine's dialect: a single listener on the engine itself makes SQLAlchemy build its dispatch anew for each
+connection that is checked out, which cost more than all of the watching. Limit: a handler that calls the raw driver
+object (its commit, its cursor) is seen only by the state it leaves behind.
 """
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from enum import Enum
 from typing import Any, Final
 from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.engine import ExceptionContext, ExecutionContext
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.pool import PoolProxiedConnection
 
 from exactly_once.dialects import Dialect, State
 from exactly_once.errors import Misuse
+from exactly_once.wording import escaped
 
 __all__ = ["Left", "Watch", "begin", "install", "install_session", "let_go"]
 
 _KEY: Final = "exactly_once.watch"
 _INSTALLED: "WeakSet[Any]" = WeakSet()
+_Send = Callable[[PoolProxiedConnection], None]
 
 
 class Left(Enum):
@@ -40,19 +45,21 @@ class Left(Enum):
 class Watch:
     """One attempt's transaction: which connection, which root transaction, and what the handler did to it."""
 
-    __slots__ = ("_committing", "_info", "connection", "dbapi", "dialect", "error", "left", "lost", "root")
+    __slots__ = ("begun", "connection", "dbapi", "dialect", "error", "info", "last", "left", "lost", "ours", "root")
 
     def __init__(self, connection: Connection, dialect: Dialect, dbapi: Any) -> None:
         self.connection = connection
         self.dialect = dialect
         self.dbapi = dbapi
         self.root = connection.get_transaction()
+        self.begun: SessionTransaction | None = None
         self.left = Left.NOT
         self.error: Misuse | None = None
         self.lost: BaseException | None = None
-        self._committing = False
-        self._info: MutableMapping[Any, Any] = connection.info
-        self._info[_KEY] = self
+        self.ours = False
+        self.last = ""
+        self.info: MutableMapping[Any, Any] = connection.info
+        self.info[_KEY] = self
 
     def leave(self, how: Left, text: str) -> Misuse:
         """Remember the worst that happened; the first error is the one that names the line."""
@@ -61,6 +68,11 @@ class Watch:
         if self.left is not Left.BROKEN:
             self.left = how
         return self.error
+
+    def ended(self) -> Misuse:
+        """The driver says that no transaction is open: something committed or rolled back where nobody could refuse it."""
+        last = f" The last statement through SQLAlchemy: {escaped(self.last, 120)}" if self.last else ""
+        return self.leave(Left.BROKEN, _ENDED + last)
 
     def verify(self, session: Session) -> Misuse | None:
         """After the handler and the flush, before COMMIT: same connection, same root transaction, and the driver says open."""
@@ -73,15 +85,14 @@ class Watch:
         if state is State.ABORTED:
             return self.leave(Left.ROLLED_BACK, _SWALLOWED)
         if state is State.IDLE:
-            return self.leave(Left.BROKEN, _ENDED)
-        mine = session.get_transaction()
-        if mine is None or session.connection() is not self.connection:
+            return self.ended()
+        if session.get_transaction() is not self.begun:  # another one, on whatever connection; or none at all
             return self.leave(Left.ROLLED_BACK, _LEFT)
         return None
 
     def committing(self) -> None:
         """From here on COMMIT is ours."""
-        self._committing = True
+        self.ours = True
 
     def end(self, session: Session) -> None:
         """Give the connection back clean, whatever happened on it; never raises for what is already over.
@@ -89,8 +100,8 @@ class Watch:
         The driver's own rollback, not only the Session's: after a refused commit SQLAlchemy believes the transaction is
         over and sends nothing, the connection goes back to the pool with it open, and a stranger commits it.
         """
-        if self._info.get(_KEY) is self:
-            del self._info[_KEY]
+        if self.info.get(_KEY) is self:
+            del self.info[_KEY]
         connection = self.connection
         if not connection.closed and not connection.invalidated:
             if self.left is Left.BROKEN:
@@ -129,82 +140,97 @@ _ENDED: Final = (
     " multi-statement text, a call on the driver, or DDL that commits by itself). What came before it may be committed."
     " Take it out of the handler."
 )
+_COMMITTED: Final = (
+    "The handler called commit() on the session it was given; nothing was committed. Delete that line: the transaction is"
+    " committed for you when the handler returns."
+)
 _SECOND: Final = (
     "The handler's session began on a second connection: two commits cannot be one. All tables of a handler must be in"
     " the database that holds the claims; leave its transaction open, and use no routing get_bind()."
 )
 
 
-def _watched(connection: Connection) -> Watch | None:
-    if connection.invalidated:
-        return None  # it has no `info` to ask, and asking raises, in the middle of the user's own rollback
-    watch: Watch | None = connection.info.get(_KEY)
-    return watch if watch is not None and watch.connection is connection else None
-
-
 def install(engine: Engine) -> None:
-    """Listen to one engine, once."""
-    if engine in _INSTALLED:
+    """Listen to one engine, once; what shares its dialect (execution options, asyncio) is listened to with it."""
+    dialect = engine.dialect
+    if dialect in _INSTALLED:
         return
-    _INSTALLED.add(engine)
+    _INSTALLED.add(dialect)
+    # first, for a listener of the user's may say that it has run the statement, and then no other is asked
+    event.listen(engine, "do_execute", lambda cursor, text, values, context: _sending(text, context), insert=True)
+    event.listen(engine, "do_executemany", lambda cursor, text, values, context: _sending(text, context), insert=True)
+    event.listen(engine, "do_execute_no_params", lambda cursor, text, context: _sending(text, context), insert=True)
+    event.listen(engine, "handle_error", _failed)
+    # no event tells of COMMIT and ROLLBACK but the engine's own, so the dialect's two methods are replaced on this instance
+    dialect.do_commit = _refusing_commit(dialect.do_commit)  # type: ignore[method-assign, assignment]
+    dialect.do_rollback = _marking_rollback(dialect.do_rollback)  # type: ignore[method-assign, assignment]
 
-    @event.listens_for(engine, "before_cursor_execute")
-    def before(connection: Connection, cursor: Any, statement: str, *_: Any) -> None:
-        watch = _watched(connection)
-        if watch is None:
-            return
-        if watch.error is not None:
-            raise watch.error  # it has left already: what it sends now would be outside, or undone
-        if watch.lost is not None:
-            # the server threw the transaction away, and this statement would begin another, without the claim
-            raise watch.leave(Left.ROLLED_BACK, _SWALLOWED)
-        if watch.dialect.state(watch.dbapi) is State.IDLE:
-            # ended by a call on the driver since the last statement; this one would begin another transaction, which
-            # looks open at the end: after a rollback its effects would be kept without the claim
-            raise watch.leave(Left.BROKEN, _ENDED)
-        keyword = watch.dialect.refuses(statement)
-        if keyword is not None:
-            raise watch.leave(
-                Left.REFUSED,
-                f"The handler sent {keyword}, which ends the transaction it was given; it was not sent. Delete that"
-                " statement: the transaction is committed for you when the handler returns.",
-            )
 
-    @event.listens_for(engine, "after_cursor_execute")
-    def after(connection: Connection, *_: Any) -> None:
-        watch = _watched(connection)
-        if watch is not None and watch.lost is None and watch.dialect.state(watch.dbapi) is State.IDLE:
-            raise watch.leave(Left.BROKEN, _ENDED)
+def _sending(statement: str, context: ExecutionContext) -> None:
+    watch = _watch_of(context.root_connection.connection)
+    if watch is None or watch.connection is not context.root_connection:
+        return
+    if watch.error is not None:
+        raise watch.error  # it has left already: what it sends now would be outside, or undone
+    if watch.lost is not None:
+        # the server threw the transaction away, and this statement would begin another, without the claim
+        raise watch.leave(Left.ROLLED_BACK, _SWALLOWED)
+    if watch.dialect.state(watch.dbapi) is State.IDLE:
+        # ended since the last statement, or by it; this one would begin another transaction, which looks open at the
+        # end: after a rollback its effects would be kept without the claim
+        raise watch.ended()
+    watch.last = statement
+    keyword = watch.dialect.refuses(statement)
+    if keyword is not None:
+        raise watch.leave(
+            Left.REFUSED,
+            f"The handler sent {keyword}, which ends the transaction it was given; it was not sent. Delete that"
+            " statement: the transaction is committed for you when the handler returns.",
+        )
 
-    @event.listens_for(engine, "commit")
-    def commit(connection: Connection) -> None:
-        watch = _watched(connection)
-        if watch is None:
-            return
-        if not watch._committing:  # noqa: SLF001
-            raise watch.leave(
-                Left.REFUSED,
-                "The handler called commit() on the session it was given; nothing was committed. Delete that line: the"
-                " transaction is committed for you when the handler returns.",
-            )
-        # the last look, after every hook of the user's has run: COMMIT of an aborted transaction succeeds and keeps nothing
-        state = watch.dialect.state(watch.dbapi)
-        if state is not State.OPEN:
-            raise watch.leave(Left.ROLLED_BACK if state is State.ABORTED else Left.BROKEN, _SWALLOWED)
 
-    @event.listens_for(engine, "rollback")
-    def rollback(connection: Connection) -> None:
-        watch = _watched(connection)
-        if watch is not None and not watch._committing:  # noqa: SLF001
+def _failed(context: ExceptionContext) -> None:
+    connection = context.connection
+    if connection is None or connection.invalidated:
+        return  # it has no `info` to ask, and asking raises, in the middle of the user's own rollback
+    watch = _watch_of(connection.connection)
+    if watch is not None and watch.connection is connection and watch.lost is None:
+        error = context.original_exception
+        if watch.dialect.lost(watch.dbapi, watch.info, error):
+            watch.lost = error
+
+
+def _watch_of(pooled: PoolProxiedConnection) -> Watch | None:
+    try:
+        watch: Watch | None = pooled.info.get(_KEY)
+    except NotImplementedError:
+        return None  # the engine's first look at its server, before the pool gives anything out
+    return watch
+
+
+def _refusing_commit(send: _Send) -> _Send:
+    def do_commit(dbapi_connection: PoolProxiedConnection) -> None:
+        watch = _watch_of(dbapi_connection)
+        if watch is not None:
+            if not watch.ours:
+                raise watch.leave(Left.REFUSED, _COMMITTED)
+            # the last look, after every hook of the user's has run: COMMIT of an aborted transaction succeeds and keeps nothing
+            state = watch.dialect.state(watch.dbapi)
+            if state is not State.OPEN:
+                raise watch.leave(Left.ROLLED_BACK if state is State.ABORTED else Left.BROKEN, _SWALLOWED)
+        send(dbapi_connection)
+
+    return do_commit
+
+
+def _marking_rollback(send: _Send) -> _Send:
+    def do_rollback(dbapi_connection: PoolProxiedConnection) -> None:
+        watch = _watch_of(dbapi_connection)
+        if watch is not None and not watch.ours:
             watch.leave(Left.ROLLED_BACK, _LEFT)
+        send(dbapi_connection)
 
-    @event.listens_for(engine, "handle_error")
-    def failed(context: ExceptionContext) -> None:
-        watch = _watched(context.connection) if context.connection is not None else None
-        if watch is not None and watch.lost is None:
-            error = context.original_exception
-            if watch.dialect.lost(watch.dbapi, watch._info, error):  # noqa: SLF001
-                watch.lost = error
+    return do_rollback
 
 
 def install_session(session_class: Any) -> None:
@@ -221,5 +247,6 @@ def install_session(session_class: Any) -> None:
 
 
 def begin(session: Session, watch: Watch) -> None:
-    """Tie a session to its watch."""
+    """Tie a session to its watch; the claim has begun its transaction."""
+    watch.begun = session.get_transaction()
     session.info[_KEY] = watch

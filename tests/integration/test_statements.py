@@ -37,7 +37,14 @@ def claim_texts(dialect: str) -> dict[str, list[str]]:
     if dialect == "postgres":
         from exactly_once.dialects import postgresql
 
-        return {"claim": [postgresql.CLAIM], "known": [postgresql.KNOWN]}
+        return {
+            "look": [postgresql.LOOK],
+            "bound, in a transaction of our own": list(postgresql.BOUND),
+            "bound, in one that is open": list(postgresql.BOUND_IN_OPEN),
+            "claim": [postgresql.CLAIM],
+            "claim, prepared": [postgresql.EXECUTE],
+            "known": [postgresql.KNOWN],
+        }
     if dialect == "mariadb":
         return {"prepare": [mysql.PREPARE], "bound": [mysql.BOUND], "claim": [mysql.CLAIM], "known": [mysql.KNOWN]}
     return {"begin": [sqlite.BEGIN], "claim": [sqlite.CLAIM], "known": [sqlite.KNOWN]}
