@@ -91,26 +91,31 @@ def scene(rocketmq: RocketMQ, tmp_path: Path) -> Iterator[Scene]:
     scene.end()
 
 
+def well_under_way(scene: Scene) -> set[str]:
+    """Send a few seconds' work, start a process, and return what was sent when that process has done some of it."""
+    bodies = {f"m{len(scene.members)}-{n}" for n in range(300)}
+    scene.send(sorted(bodies))
+    scene.start("--work", "0.1")
+    scene.wait(lambda: scene.done_by_newest() >= 40, "well under way")
+    return bodies
+
+
 def test_what_was_in_hand_at_a_sigkill_comes_again_and_everything_is_done(scene: Scene) -> None:
-    everything = {f"m{n}" for n in range(800)}
-    scene.start("--work", "0.03")
-    scene.send(sorted(everything))
+    everything: set[str] = set()
     for _ in range(3):
-        scene.wait(lambda: scene.done_by_newest() >= 40 or set(scene.done()) == everything, "well under way")
+        everything |= well_under_way(scene)
         scene.members[-1].kill()
-        scene.start("--work", "0.03")
+    scene.start()
     scene.wait(lambda: set(scene.done()) == everything, "all done")
 
 
 def test_stopping_under_load_loses_nothing_and_exits_in_order(scene: Scene) -> None:
-    everything = {f"m{n}" for n in range(800)}
-    scene.start("--work", "0.03")
-    scene.send(sorted(everything))
+    everything: set[str] = set()
     for _ in range(3):
-        scene.wait(lambda: scene.done_by_newest() >= 40 or set(scene.done()) == everything, "well under way")
+        everything |= well_under_way(scene)
         scene.members[-1].terminate()
         assert scene.members[-1].wait(30) == LEFT_IN_ORDER
-        scene.start("--work", "0.03")
+    scene.start()
     scene.wait(lambda: set(scene.done()) == everything, "all done")
     assert {attempt for _, attempt, _ in scene.lines()} == {1}, "a stop in good order accuses nobody"
 
