@@ -49,8 +49,9 @@ TIER = @mkdir -p $(RESULTS); echo; echo "== $@"; rm -f $(RESULTS)/$@.xml; \
 unit: $(VENV)/.made
 	$(call TIER,$(PY),tests/unit)
 
+# several at a time, each with servers of its own; the tiers that kill processes and watch the clock run alone
 integration: $(VENV)/.made
-	$(call TIER,$(PY),tests/integration)
+	$(call TIER,$(PY),tests/integration,-n auto --maxprocesses 4 --dist loadfile)
 
 acceptance: $(VENV)/.made
 	$(call TIER,$(PY),tests/acceptance,--ignore-glob='*/test_rocketmq4*')

@@ -228,7 +228,7 @@ def _on(database: "Database", work: "Callable[[Connection], T]") -> T:
 
 
 def _place(connection: "Connection") -> str:
-    return redacted(connection.engine.url.render_as_string(hide_password=False))
+    return redacted(connection.engine.url)
 
 
 def _inside_a_migration(schema: str | None, *, up_to: int | None = None, down_to: int | None = None) -> None:

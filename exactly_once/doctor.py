@@ -15,6 +15,7 @@ from exactly_once.app import ExactlyOnce
 from exactly_once.application import decorated_above
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, TransportError
 from exactly_once.handler import Plan
+from exactly_once.redaction import redacted
 from exactly_once.schema import utcnow
 from exactly_once.store import Store, claims_twice
 from exactly_once.transport import Transport
@@ -90,7 +91,7 @@ def _store(eo: ExactlyOnce, store: Store, plans: tuple[Plan, ...]) -> Iterator[F
     if problem is not None:
         yield Finding(Mark.FAIL, f"{problem}. Start it, or mend EXACTLY_ONCE_DATABASE.")
         return
-    yield Finding(Mark.OK, f"{where}: {store.engine.url.render_as_string(hide_password=True)} answers, schema at head")
+    yield Finding(Mark.OK, f"{where}: {redacted(store.engine.url)} answers, schema at head")
     if not store.answers():
         yield Finding(Mark.FAIL, f"{where} is read only (a standby?): point EXACTLY_ONCE_DATABASE at the primary.")
         return

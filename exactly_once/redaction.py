@@ -1,7 +1,7 @@
 """URLs without their secrets, for logs, errors and `exactly-once handlers`. Pure."""
 
 import re
-from typing import Final
+from typing import Final, Protocol
 
 __all__ = ["redacted"]
 
@@ -13,7 +13,13 @@ _SECRET_NAME: Final = re.compile(
 )
 
 
-def redacted(url: str) -> str:
+class _Url(Protocol):
+    """SQLAlchemy's URL, which knows of the password in its place and of none in the query."""
+
+    def render_as_string(self, hide_password: bool) -> str: ...
+
+
+def redacted(url: str | _Url) -> str:
     """Return a URL as it may be printed: no password, no secret value in its query.
 
     Made for database URLs and for transports of several hosts. Where a password has characters that should have been
@@ -23,9 +29,10 @@ def redacted(url: str) -> str:
         >>> redacted("rocketmq4://me:pa@ss@ns1:9876,ns2:9876?namespace=eu&secret_key=x")
         'rocketmq4://me:***@ns1:9876,ns2:9876?namespace=eu&secret_key=***'
     """
-    scheme, separator, rest = url.partition("://")
+    text = url if isinstance(url, str) else url.render_as_string(hide_password=False)
+    scheme, separator, rest = text.partition("://")
     if not separator:
-        return url
+        return text
     userinfo, at, after = rest.rpartition("@")
     user, colon, _ = userinfo.partition(":")
     # the last @ of all, even behind a "?": a password may hold an unescaped one. A file has a path and no password.

@@ -18,6 +18,7 @@ from exactly_once.dialects import ClaimRow, Dialect, Trouble, dialect_for
 from exactly_once.errors import ConfigurationError, MissingExtra, SchemaError
 from exactly_once.failures import FailureStore
 from exactly_once.guards.watch import install, install_session
+from exactly_once.redaction import redacted
 from exactly_once.schema import Tables, tables
 from exactly_once.wording import escaped
 
@@ -177,7 +178,7 @@ class Store:
                     driver = connection.connection
                     dialect.prepare(driver.dbapi_connection, {}, wait_ms=1000)
         except DBAPIError as error:
-            where = self.engine.url.render_as_string(hide_password=True)
+            where = redacted(self.engine.url)
             if dialect.trouble(error) is Trouble.UNAVAILABLE and not dialect.hopeless(error):
                 return f"{where} does not answer ({escaped(str(error.orig).strip(), 200)})"
             raise ConfigurationError(

@@ -174,7 +174,7 @@ def refuse_strangers(connection: "Connection", schema: str | None) -> None:
     if VERSION_TABLE in there:
         return
     if there:
-        place = redacted(connection.engine.url.render_as_string(hide_password=False))
+        place = redacted(connection.engine.url)
         raise SchemaError(
             f"{place} has a table {', '.join(sorted(there))} that "
             "these migrations did not make. Nothing was changed. Rename or drop it, or keep our tables in a schema of "

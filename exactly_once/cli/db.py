@@ -145,7 +145,7 @@ def _urls(settings: Config) -> list[str]:
 
 
 def _shown(url: URL) -> str:
-    return redacted(url.render_as_string(hide_password=False))
+    return redacted(url)
 
 
 @contextmanager

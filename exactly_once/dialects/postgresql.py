@@ -36,7 +36,10 @@ CLAIM: Final = (
     " {retry_times}, {owner}, {born_at}, clock_timestamp(), clock_timestamp())"
     " ON CONFLICT (consumer_group, handler, business_key) DO NOTHING"
 )
-EXECUTE: Final = "EXECUTE {name}({group}, {handler}, {key}, {message_id}, {content}, {fingerprint}, {retry_times}, {owner}, {born_at})"
+EXECUTE: Final = (
+    "EXECUTE {name}({group}, {handler}, {key}, {message_id}, {content}, {fingerprint},"
+    " {retry_times}, {owner}, {born_at})"
+)
 TYPES: Final = "text, text, text, text, bytea, bytea, integer, text, timestamptz"
 # in a transaction of our own the session's setting is known; in one that is open already it may hold another
 BOUND: Final = ("SET LOCAL lock_timeout = {wait_ms};", ";SET LOCAL lock_timeout = {own_wait}")

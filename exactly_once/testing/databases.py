@@ -22,6 +22,7 @@ from sqlalchemy import URL, Engine, NullPool, create_engine, make_url, text
 
 import exactly_once.alembic
 from exactly_once.errors import ConfigurationError, MissingExtra
+from exactly_once.redaction import redacted
 from exactly_once.testing.child import ServerFailed
 from exactly_once.testing.postgres import EmbeddedPostgres
 
@@ -55,7 +56,7 @@ class DatabaseServer:
         self._closing.callback(close)
 
     def __str__(self) -> str:
-        return f"{self.dialect} from {self.source}: {self.url.render_as_string(hide_password=True)}"
+        return f"{self.dialect} from {self.source}: {redacted(self.url)}"
 
     def close(self) -> None:
         """Drop what is left of ours and end the server if it is ours. Twice is once."""

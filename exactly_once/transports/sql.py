@@ -31,6 +31,7 @@ from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
 from exactly_once.errors import ConfigurationError
 from exactly_once.message import Message
+from exactly_once.redaction import redacted
 from exactly_once.transport import Away, BrokerProducer, Consumer, Delivery, Features, Subscription, Surroundings
 from exactly_once.transports.sql_database import Database
 from exactly_once.transports.sql_producer import SqlProducer, reason, refused, refused_group
@@ -120,7 +121,7 @@ class SqlTransport:
             problems.append(str(error))
         try:
             engine = self._database.engine
-            url = engine.url.render_as_string(hide_password=True)
+            url = redacted(engine.url)
             if isinstance(engine.pool, (StaticPool, SingletonThreadPool)):
                 problems.append(f"The database {url} lives in memory, where threads cannot share it. Give it a file.")
             with engine.connect() as connection:

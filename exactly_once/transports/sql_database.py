@@ -19,6 +19,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import IntegrityError, OperationalError
 
+from exactly_once.redaction import redacted
 from exactly_once.transports.sql_statements import NO_GROUP, Statements, statements
 
 __all__ = ["Bell", "Database"]
@@ -82,7 +83,7 @@ class Database:
 
     def bell(self, topic: str) -> Bell:
         """Return the bell of a topic in this database, the same for all of this process."""
-        where = (self.engine.url.render_as_string(hide_password=True), self._schema, topic)
+        where = (redacted(self.engine.url), self._schema, topic)
         with _bells_lock:
             return _bells.setdefault(where, Bell())
 

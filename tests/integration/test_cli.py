@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import URL, create_engine, text
 
 ROOT = Path(__file__).parents[2]
 
@@ -257,8 +257,16 @@ def test_a_mistake_is_one_paragraph_with_what_to_type_and_never_a_traceback(
     assert "Traceback" in shop(*arguments, "--traceback", **environment).stderr or code == 1
 
 
-def test_a_wrong_password_is_refused_and_appears_nowhere(shop: Shop) -> None:
-    url = create_engine(shop.url).url.set(password="hunter2").render_as_string(hide_password=False)
+@pytest.mark.parametrize("place", ["before the host", "in the query"])
+def test_a_wrong_password_is_refused_and_appears_nowhere(shop: Shop, place: str) -> None:
+    right = create_engine(shop.url).url
+    wrong = {
+        "before the host": right.set(password="hunter2"),
+        "in the query": URL.create(
+            right.drivername, right.username, None, right.host, right.port, right.database, {"password": "hunter2"}
+        ),
+    }[place]
+    url = wrong.render_as_string(hide_password=False)
     refused = shop("run", "shop:eo", "-t", "sql://", EXACTLY_ONCE_DATABASE=url)
     assert refused.returncode == 2
     assert "EXACTLY_ONCE_DATABASE" in refused.stderr
