@@ -1,8 +1,10 @@
 """The worker's places: how many messages may still be taken in hand, and whose turn it is to ask for them.
 
 First come, first served, and nobody takes more than a fair share while others stand in line. An idle consumer books
-one place for its long poll and a busy one doubles, or long polls would starve the busy ones. Never receives, never
-starts a thread. Called by the worker's receiving threads, and by settling threads that hand places back.
+one place for its long poll and a busy one doubles, or long polls would starve the busy ones. A worker that is nearly full
+asks for nothing until a quarter of its places is free: asking for each place as it comes free would make every message a
+receive of its own. Never receives, never starts a thread. Called by the worker's receiving threads, and by settling
+threads that hand places back.
 """
 
 from collections.abc import Callable
@@ -33,6 +35,7 @@ class Places:
 
     def __init__(self, capacity: int, changed: Condition, closed: Callable[[], bool]) -> None:
         self._free, self._changed, self._closed = capacity, changed, closed
+        self._in_hand, self._full_from = 0, capacity - capacity // 4
         self._line: list[Seat] = []
         self._tickets = 0
 
@@ -63,11 +66,15 @@ class Places:
     def used(self, seat: Seat, booked: int, taken: int) -> None:
         """Note how many of the booked places messages now sit on, and hand back the others."""
         self._free += booked - taken
-        seat.want = 2 * seat.want if taken else 1
+        self._in_hand += taken
+        if booked:
+            seat.want = 2 * seat.want if taken else 1
 
     def free(self, places: int) -> None:
         """Hand back."""
         self._free += places
+        self._in_hand -= places
 
     def _is_next(self, seat: Seat) -> bool:
-        return self._free > 0 and not self._closed() and all(other.ticket >= seat.ticket for other in self._line)
+        room = self._free > 0 and self._in_hand <= self._full_from
+        return room and not self._closed() and all(other.ticket >= seat.ticket for other in self._line)

@@ -74,6 +74,20 @@ def test_settles_are_grouped() -> None:
     assert shelf.calls.count("settle") < 100
 
 
+def test_a_nearly_full_worker_asks_for_several_at_once() -> None:
+    shelf, hand = Shelf(numbered(30)), Hand()
+    with working([shelf], hand, capacity=16, drain_timeout=0 * SECOND):
+        until(lambda: len(hand.begun) == 15, "1, 2, 4 and 8 are in hand")
+        at = len(shelf.receives)
+        for number in range(2):
+            hand.begun[number][1].set_result(Ack())
+        until(lambda: len(shelf.settled) == 2 and len(shelf.receives) > at + 3, "they are settled, and it turns on")
+        assert {limit for _, limit in shelf.receives[at:]} == {0}  # three places of sixteen are no reason to ask
+        hand.begun[2][1].set_result(Ack())
+        until(lambda: len(hand.begun) == 19, "four are")
+        assert [limit for _, limit in shelf.receives[at:] if limit] == [4]
+
+
 def test_capacity_is_never_exceeded_over_three_consumers_with_slow_settles() -> None:
     in_hand = InHand()
     shelves = [Shelf(numbered(150), settle_s=0.003, in_hand=in_hand) for _ in range(3)]
