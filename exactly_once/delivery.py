@@ -69,10 +69,14 @@ class Delivering:
         store: The database its messages are routed to.
         group: The consumer group.
         enforce: False runs duplicates all the same, and counts them.
+
+    Raises:
+        ConfigurationError: The database makes sessions of another class than the handler wants.
     """
 
     def __init__(self, plan: Plan, store: Store, group: str, *, enforce: bool = True) -> None:
         self.plan, self.store, self.group, self._enforce = plan, store, group, enforce
+        _check_session(plan, store)
         self._seen_failing: dict[str, None] = {}
         self._guard = TransactionGuard(store.dialect, claim_wait=plan.guard.claim_wait)
         self._open: Callable[[], tuple[Session, Any]] = store.open_async if plan.is_async else store.open
@@ -319,6 +323,20 @@ class Delivering:
 
     def _away(self, error: BaseException | None) -> Told:
         return Told(Outcome.WAITING, Hold(self.store.name))
+
+
+def _check_session(plan: Plan, store: Store) -> None:
+    wanted = plan.session_type
+    if wanted is None or wanted is Session:
+        return
+    made = store.makes(plan.is_async)
+    if not issubclass(made, wanted):
+        maker = "async_sessionmaker" if plan.is_async else "sessionmaker"
+        raise ConfigurationError(
+            f"The handler {plan.name!r} wants a {wanted.__name__}, and the database {store.name!r} makes {made.__name__}."
+            f" Give exactly_once {maker}(engine, class_={wanted.__name__}), or write"
+            f" `session: {'AsyncSession' if plan.is_async else 'Session'}`."
+        )
 
 
 def _told(decision: Decision) -> str:

@@ -93,6 +93,14 @@ class Store:
         install_session(made)
         return made
 
+    def makes(self, is_async: bool) -> type[Any]:
+        """The class of the sessions that handlers are handed."""
+        from sqlalchemy.ext.asyncio import AsyncSession
+
+        given = self._given_async if is_async else self._given
+        made: type[Any] = getattr(given, "class_", AsyncSession if is_async else Session)
+        return made
+
     def open(self) -> tuple[Session, Session]:
         """Make a session for a thread: for us, and for the handler."""
         session = self._maker()

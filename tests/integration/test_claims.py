@@ -485,6 +485,49 @@ def test_sessions_that_cannot_commit_once_are_refused_with_what_to_do(shop: Shop
     refused(async_sessionmaker(shop.async_engine, binds={object: shop.async_engine}), "binds=")
 
 
+class ShopSession(Session):
+    """A session with something of the user's own."""
+
+    def put_effect(self) -> None:
+        put(self, "effect")
+
+
+class AsyncShopSession(AsyncSession):
+    """The same for asyncio."""
+
+    async def put_effect(self) -> None:
+        await self.run_sync(put, "effect")
+
+
+def wants_its_own_session(shop: Shop, eo: ExactlyOnce) -> None:
+    if shop.is_async:
+
+        @eo.handler("orders", key="no")
+        async def awaited(session: AsyncShopSession) -> None:
+            await session.put_effect()
+    else:
+
+        @eo.handler("orders", key="no")
+        def plain(session: ShopSession) -> None:
+            session.put_effect()
+
+
+def test_a_handler_gets_the_session_class_it_names(shop: Shop) -> None:
+    eo = shop.fresh_eo(
+        sessionmaker(shop.engine, class_=ShopSession), async_sessionmaker(shop.async_engine, class_=AsyncShopSession)
+    )
+    wants_its_own_session(shop, eo)
+    assert shop.process(order()) is Outcome.PROCESSED
+    assert shop.effects() == ["effect"]
+
+
+def test_a_session_class_that_the_database_does_not_make_is_refused_before_anything_runs(shop: Shop) -> None:
+    wants_its_own_session(shop, shop.eo)
+    with pytest.raises(ConfigurationError, match=r"sessionmaker\(engine, class_=(Async)?ShopSession\)"):
+        shop.process(order())
+    assert (shop.effects(), shop.failures()) == ([], [])
+
+
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
 def test_a_database_in_memory_is_refused(url: str) -> None:
     eo = ExactlyOnce(url, group=GROUP)
