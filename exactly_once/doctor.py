@@ -23,6 +23,8 @@ from exactly_once.wording import escaped, listed, probably
 
 __all__ = ["Finding", "Mark", "examine"]
 
+# the largest body of RocketMQ is 4 MiB, each byte may be escaped to two on the wire, and its error stands beside it
+_PACKET_BYTES: Final = 16 * 2**20
 _SKEW_S: Final = 5.0  # nothing depends on the worker's clock; far off, its log lines mislead
 
 
@@ -169,8 +171,8 @@ def _postgresql(where: str, connection: Any) -> Iterator[Finding]:
 
 
 def _mysql(where: str, connection: Any) -> Iterator[Finding]:
-    flush, logs, binlog, modes = connection.execute(
-        text("SELECT @@innodb_flush_log_at_trx_commit, @@log_bin, @@sync_binlog, @@sql_mode")
+    flush, logs, binlog, modes, packet = connection.execute(
+        text("SELECT @@innodb_flush_log_at_trx_commit, @@log_bin, @@sync_binlog, @@sql_mode, @@max_allowed_packet")
     ).one()
     for name, value, wanted, mend in (
         ("innodb_flush_log_at_trx_commit", int(flush), True, "a crash loses acknowledged commits"),
@@ -183,6 +185,16 @@ def _mysql(where: str, connection: Any) -> Iterator[Finding]:
             f"{where}: {name} is {value}" + (f": {mend}. SET GLOBAL {name} = 1" if weak else ""),
         )
     yield Finding(Mark.OK, f"{where}: sql_mode is {modes}")
+    small = int(packet) < _PACKET_BYTES
+    yield Finding(
+        Mark.WARN if small else Mark.OK,
+        f"{where}: max_allowed_packet is {packet}"
+        + (
+            f": a large body that failed cannot be kept. SET GLOBAL max_allowed_packet = {_PACKET_BYTES}"
+            if small
+            else ""
+        ),
+    )
 
 
 def _sqlite(where: str, connection: Any) -> Iterator[Finding]:

@@ -168,6 +168,14 @@ def test_commits_that_a_crash_may_lose_are_warned_of_on_postgresql(postgres_url:
         assert "warn database 'default': synchronous_commit is off" in worst(look(program(postgres_url)))
 
 
+def test_a_packet_too_small_for_a_large_body_is_warned_of_on_mariadb(mariadb_url: str) -> None:
+    name = "max_allowed_packet"
+    with changed(mariadb_url, f"SET GLOBAL {name} = 1048576", f"SET GLOBAL {name} = 16777216"):
+        told = worst(look(program(mariadb_url)))
+    assert f"SET GLOBAL {name} = 16777216" in told
+    assert name not in worst(look(program(mariadb_url)))
+
+
 def test_commits_that_a_crash_may_lose_are_warned_of_on_mariadb(mariadb_url: str) -> None:
     name = "innodb_flush_log_at_trx_commit"
     with changed(mariadb_url, f"SET GLOBAL {name} = 2", f"SET GLOBAL {name} = 1"):
