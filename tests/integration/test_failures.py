@@ -30,7 +30,7 @@ _names = count()
 
 def deliver(shop: Shop, message: Message, features: Features) -> Told:
     """Tell the handlers of a delivery from a broker with these features, as the worker does."""
-    found = shop.eo._application.matching(message)
+    found = shop.eo._router.matching(message)
     if shop.is_async:
         told: Told = shop.await_(greenlet_spawn(run_all, found, message, features))
         return told

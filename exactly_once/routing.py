@@ -1,7 +1,6 @@
-"""What an application is once its handlers and databases are known: which delivery goes to which handler on which database.
+"""Which delivery goes to which handler on which database: by topic, tag and `route=`, all prepared here.
 
-Made at first use from the facade's registrations, and fixed from then on. Decides by topic, tag and route, all prepared
-here. The facade and the worker's assembly use it.
+Made at first use from the facade's registrations, and fixed from then on. The facade and the worker's assembly use it.
 """
 
 import sys
@@ -19,7 +18,7 @@ from exactly_once.store import Store
 from exactly_once.transport import Consumer, Delivery, Features, Subscription
 from exactly_once.wording import escaped
 
-__all__ = ["Application", "Route", "decorated_above"]
+__all__ = ["Route", "Router", "decorated_above"]
 
 Route = Callable[[Message], str]
 """Names the database a message belongs to."""
@@ -38,7 +37,7 @@ class _Unrouted(Delivering):
         return self._failed(message, self.plan.read(message), Reject(self._reason), features, foreign)
 
 
-class Application:
+class Router:
     """Handlers by topic on each database.
 
     Args:
