@@ -311,7 +311,7 @@ class ExactlyOnce:
             if __name__ == "__main__":
                 raise SystemExit(eo.run("rocketmq://127.0.0.1:8081"))
         """
-        from exactly_once.signals import run_until_signal
+        from exactly_once.daemon.signals import run_until_signal
 
         serving = self.worker(url, concurrency=concurrency)
         return run_until_signal(serving, start=serving.start)

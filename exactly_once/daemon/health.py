@@ -15,8 +15,8 @@ from threading import Thread
 from typing import Final, Protocol
 from urllib.parse import urlsplit
 
+from exactly_once.daemon.heartbeat import STUCK_AFTER
 from exactly_once.errors import ConfigurationError
-from exactly_once.reports import STUCK_AFTER
 
 __all__ = ["Health", "host_and_port"]
 
