@@ -9,10 +9,11 @@ from typing import Final
 
 from exactly_once.delivery import FOREIGN, Delivering, Told
 from exactly_once.errors import ConfigurationError, Reject
+from exactly_once.failures.due import DueFailures
+from exactly_once.failures.pump import Pump
 from exactly_once.handler import Plan
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
-from exactly_once.pump import Pump
 from exactly_once.runner import Runner, arun_all, run_all
 from exactly_once.store import Store
 from exactly_once.transport import Consumer, Delivery, Features, Subscription
@@ -157,7 +158,7 @@ class Router:
         return [
             Pump(
                 store.engine,
-                store.failures,
+                DueFailures(store.tables),
                 self.group,
                 handlers=[plan.name for plan in self.plans],
                 ordered=[plan.name for plan in ordered],
