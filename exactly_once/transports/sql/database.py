@@ -19,7 +19,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import IntegrityError, OperationalError
 
-from exactly_once.transports.sql_statements import NO_GROUP, Statements, statements
+from exactly_once.transports.sql.statements import NO_GROUP, Statements, statements
 
 __all__ = ["Bell", "Database"]
 
