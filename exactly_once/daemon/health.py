@@ -1,7 +1,8 @@
 """`/live` and `/ready` over HTTP for an orchestrator; never asks the database or the broker, and says no secrets.
 
 An outage of the database must not get every worker restarted at the same moment: so live means "its threads turn",
-and nothing else; ready is false in an outage, and while starting and stopping. Called by `eo.run` and the command line.
+and nothing else; ready is false in an outage, and while starting and stopping. Called by the command
+line's `run`, and by the supervisor for its children.
 """
 
 import errno

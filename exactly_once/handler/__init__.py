@@ -5,7 +5,8 @@
     Reading --> Plan.call --> the handler      arguments in the places decided before
 
 A mistake in the program is a `ConfigurationError` at import, with what to write instead. Nothing here opens, claims,
-commits, retries or logs; the function itself is kept as it was. Called by the facade (plan) and the attempt (the rest).
+commits, retries or logs; the function itself is kept as it was. Called by the facade (plan), the router (matches),
+`config` (moved) and `delivery` (the rest).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -8,7 +8,7 @@ When a run says `Hold(store)`, the message stays in hand, nothing more is receiv
 until it answers (`outages`); then what was held runs again, oldest first.
 
 If the process dies on any line here, what was in hand comes back from the broker, and the claims in the database say
-what of it is done. Called by the facade.
+what of it is done. Made by `serving`.
 """
 
 import logging
