@@ -24,12 +24,12 @@ from exactly_once.schema import GROUP_BYTES
 
 # what runs messages is imported when the first one comes: a program that only sends should not wait for it
 if TYPE_CHECKING:
-    from exactly_once.application import Application, Route
     from exactly_once.config import Config
     from exactly_once.fingerprint import FingerprintSpec
     from exactly_once.guards.claiming import Claimer
     from exactly_once.keys import KeySpec
     from exactly_once.producer import Producer
+    from exactly_once.routing import Route, Router
     from exactly_once.runner import Runner
     from exactly_once.serving import Serving
     from exactly_once.store import Store
@@ -43,18 +43,18 @@ _DEFAULT: Final = "default"
 
 
 class _Binding:
-    """Where the claims are: the databases, and the application over them once it is used."""
+    """Where the claims are: the databases, and the router over them once it is used."""
 
     def __init__(self, database: Any = None, async_database: Any = None) -> None:
         self.database, self.async_database = database, async_database
         self.stores: dict[str, Store] | None = None
-        self.application: Application | None = None
+        self.router: Router | None = None
 
     def close(self) -> None:
         """Close what was opened for it."""
         for store in (self.stores or {}).values():
             store.close()
-        self.stores = self.application = None
+        self.stores = self.router = None
 
 
 class ExactlyOnce:
@@ -169,7 +169,7 @@ class ExactlyOnce:
                     " Give one of them another name: @eo.handler(..., name=...)."
                 )
             self._plans[made.name] = made
-            self._store_binding.application = None
+            self._store_binding.router = None
             return function
 
         return register
@@ -184,7 +184,7 @@ class ExactlyOnce:
         Raises:
             ConfigurationError: Messages were handled already through another database.
         """
-        if self._store_binding.application is not None:
+        if self._store_binding.router is not None:
             raise ConfigurationError(
                 "bind() came after first use: messages were handled through another database already. Call it earlier,"
                 " in a test use exactly_once.testing.bound(eo, engine)."
@@ -258,14 +258,14 @@ class ExactlyOnce:
         Example:
             return SUCCESS if eo.process(Message.from_rocketmq(m)).acknowledge else LATER
         """
-        application = self._application
-        found = application.matching(message)
+        router = self._router
+        found = router.matching(message)
         for each in found:
             if each.plan.is_async:
                 raise ConfigurationError(
                     f"The handler {each.plan.name!r} is async: use `await eo.aprocess(message)` instead of eo.process."
                 )
-        return application.run(found, message)
+        return router.run(found, message)
 
     async def aprocess(self, message: Message) -> Outcome:
         """The same in an event loop: async handlers run in it, sync ones in a thread beside it.
@@ -273,8 +273,8 @@ class ExactlyOnce:
         Example:
             outcome = await eo.aprocess(Message.from_kafka(m))
         """
-        application = self._application
-        return await application.arun(application.matching(message), message)
+        router = self._router
+        return await router.arun(router.matching(message), message)
 
     # -- door 3: the worker --------------------------------------------------------------------------------------------
 
@@ -295,10 +295,10 @@ class ExactlyOnce:
         from exactly_once.serving import Serving
 
         config = self.config
-        application = self._application
-        application.require_handlers()
+        router = self._router
+        router.require_handlers()
         return Serving(
-            application,
+            router,
             self.transport(url),
             concurrency=concurrency or config.concurrency.value,
             drain_timeout=drain_timeout or config.drain_timeout.value,
@@ -311,7 +311,7 @@ class ExactlyOnce:
             if __name__ == "__main__":
                 raise SystemExit(eo.run("rocketmq://127.0.0.1:8081"))
         """
-        from exactly_once.signals import run_until_signal
+        from exactly_once.daemon.signals import run_until_signal
 
         serving = self.worker(url, concurrency=concurrency)
         return run_until_signal(serving, start=serving.start)
@@ -334,9 +334,9 @@ class ExactlyOnce:
 
     def runner(self, concurrency: int) -> "Runner":
         """Return what runs deliveries without a worker around it; for the command line. Stop it after use."""
-        application = self._application
-        application.require_handlers()
-        return application.runner(concurrency)
+        router = self._router
+        router.require_handlers()
+        return router.runner(concurrency)
 
     # -- what holds ----------------------------------------------------------------------------------------------------
 
@@ -367,11 +367,11 @@ class ExactlyOnce:
     @property
     def plans(self) -> tuple[Plan, ...]:
         """The handlers as they will run: what the code says, with the settings file's changes; imports what must be."""
-        return self._application.plans
+        return self._router.plans
 
     def subscriptions(self) -> "Sequence[Subscription]":
         """What the group wants of the broker: per topic the union of its handlers' tags."""
-        return self._application.subscriptions()
+        return self._router.subscriptions()
 
     @property
     def stores(self) -> "Mapping[str, Store]":
@@ -379,19 +379,17 @@ class ExactlyOnce:
         return self._stores(self._store_binding)
 
     @property
-    def _application(self) -> "Application":
-        """The application, made at first use and fixed then."""
+    def _router(self) -> "Router":
+        """Made at first use and fixed then."""
         binding = self._store_binding
-        if binding.application is None:
-            from exactly_once.application import Application
+        if binding.router is None:
+            from exactly_once.routing import Router
 
             for module in self.config.imports.value:
                 import_module(module)
             plans = self.config.applied(tuple(self._plans.values()))
-            binding.application = Application(
-                plans, self._stores(binding), self.group, route=self._route, enforce=self._enforce
-            )
-        return binding.application
+            binding.router = Router(plans, self._stores(binding), self.group, route=self._route, enforce=self._enforce)
+        return binding.router
 
     def _stores(self, binding: _Binding) -> "dict[str, Store]":
         if binding.stores is None:

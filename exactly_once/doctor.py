@@ -12,10 +12,10 @@ from sqlalchemy import Engine, func, select, text
 from sqlalchemy.util import greenlet_spawn
 
 from exactly_once.app import ExactlyOnce
-from exactly_once.application import decorated_above
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, TransportError
 from exactly_once.handler import Plan
 from exactly_once.redaction import redacted
+from exactly_once.routing import decorated_above
 from exactly_once.schema import utcnow
 from exactly_once.store import Store, claims_twice
 from exactly_once.transport import Transport

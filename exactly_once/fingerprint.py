@@ -12,7 +12,8 @@ changed. A member that is gone cannot be named, since nothing of its name was ke
 chance: the digest still tells that something differs, and the name is missing from the list.
 
 The canonical form is JSON with sorted names and no white space: order of members and spaces do not matter, 1 and 1.0
-differ. A body that is no JSON counts by its bytes. Nothing here opens, waits or decides; the attempt compares.
+differ. A body that is no JSON counts by its bytes. Nothing here opens, waits or decides: the handler's plan
+makes them, and the guards compare.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""What became of a message, as the attempt tells its caller."""
+"""What became of a message, as `delivery` tells its caller."""
 
 from enum import Enum
 

@@ -14,7 +14,6 @@ from time import monotonic
 from types import TracebackType
 from typing import Final
 
-from exactly_once.application import Application
 from exactly_once.errors import (
     ConfigurationError,
     ExactlyOnceError,
@@ -22,6 +21,7 @@ from exactly_once.errors import (
     StoreUnavailable,
     TransportError,
 )
+from exactly_once.routing import Router
 from exactly_once.runner import Runner
 from exactly_once.store import Store, claims_twice
 from exactly_once.transport import Away, Transport
@@ -55,7 +55,7 @@ class Serving:
     """
 
     def __init__(
-        self, application: Application, transport: Transport, *, concurrency: int, drain_timeout: timedelta
+        self, application: Router, transport: Transport, *, concurrency: int, drain_timeout: timedelta
     ) -> None:
         self._application, self._transport = application, transport
         self._concurrency, self.drain_timeout = concurrency, drain_timeout

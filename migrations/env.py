@@ -9,11 +9,11 @@ from alembic import context
 from sqlalchemy import Connection, make_url
 from sqlalchemy.schema import CreateSchema
 
-from exactly_once.alone import alone, on
+from exactly_once.alembic.lock import schema_lock, with_connection
+from exactly_once.alembic.versions import VERSION_TABLE, refuse_strangers, sweep
 from exactly_once.config import load
 from exactly_once.errors import ConfigurationError
 from exactly_once.schema import tables
-from exactly_once.versions import VERSION_TABLE, refuse_strangers, sweep
 
 given = context.get_x_argument(as_dictionary=True)
 settings = load()
@@ -27,7 +27,7 @@ url = make_url(database)
 
 
 def online(connection: Connection) -> None:
-    with alone(connection, schema):
+    with schema_lock(connection, schema):
         refuse_strangers(connection, schema)
         context.configure(
             connection=connection,
@@ -61,4 +61,4 @@ def offline() -> None:
 if context.is_offline_mode():
     offline()
 else:
-    on(url, online)
+    with_connection(url, online)

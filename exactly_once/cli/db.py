@@ -15,7 +15,7 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from exactly_once import alembic
-from exactly_once.alone import on
+from exactly_once.alembic.lock import with_connection
 from exactly_once.config import Config, load
 from exactly_once.errors import ConfigurationError, SchemaError
 from exactly_once.redaction import redacted
@@ -64,7 +64,7 @@ def check(database: DatabaseOption = None, schema: SchemaOption = None) -> None:
     """Say whether the tables are ready for this version; exit with 1 if not."""
     with _one_paragraph():
         urls, schema = _told(database, schema)
-        troubles = [on(url, partial(alembic.check, schema=schema)) for url in urls]
+        troubles = [with_connection(url, partial(alembic.check, schema=schema)) for url in urls]
         if any(troubles):
             raise SchemaError("\n".join(trouble for trouble in troubles if trouble))
         for url in urls:

@@ -10,12 +10,11 @@ from typing import Annotated, Any
 import typer
 from sqlalchemy import Connection, Row
 
-from exactly_once import deciding
 from exactly_once.app import ExactlyOnce
 from exactly_once.cli.reference import application, usable
-from exactly_once.deciding import Chosen
 from exactly_once.errors import ConfigurationError
-from exactly_once.failures import OPEN
+from exactly_once.failures import OPEN, triage
+from exactly_once.failures.triage import Chosen
 from exactly_once.schema import Tables
 from exactly_once.store import Store
 from exactly_once.wording import escaped
@@ -69,8 +68,8 @@ def list_(
     """List what is not settled, newest first."""
     with _on(app, group, database) as (connection, tables, name):
         chosen = Chosen(group=name, handler=handler, error_class=error_class, key=key, states=tuple(state or OPEN))
-        rows = deciding.listed(connection, tables, chosen, limit=limit)
-        total = deciding.count(connection, tables, chosen)
+        rows = triage.listed(connection, tables, chosen, limit=limit)
+        total = triage.count(connection, tables, chosen)
     if as_json:
         for row in rows:
             typer.echo(json.dumps({name: _plain(value) for name, value in row._asdict().items()}, ensure_ascii=False))
@@ -119,7 +118,7 @@ def show(
 ) -> None:
     """Show one failure with its whole message."""
     with _on(app, group, database) as (connection, tables, name):
-        row = deciding.shown(connection, tables, name, id_)
+        row = triage.shown(connection, tables, name, id_)
     if row is None:
         typer.echo(f"Group {name} has no failure {id_}. Type: exactly-once failures list", err=True)
         raise SystemExit(1)
@@ -161,7 +160,7 @@ def requeue(
     _named(ids, handler, error_class, key, state, every)
     with _on(app, group, database) as (connection, tables, name):
         chosen = _chosen(name, ids, handler, error_class, key, state)
-        done = deciding.requeue(connection, tables, chosen, by=_who(), why=reason, per_second=rate)
+        done = triage.requeue(connection, tables, chosen, by=_who(), why=reason, per_second=rate)
     if done.left_out:
         typer.echo(
             f"{done.left_out} broken one(s) left as they are: part of their effects is committed. Look at each: exactly-once"
@@ -194,7 +193,7 @@ def discard(
     _named(ids, handler, error_class, key, state, every)
     with _on(app, group, database) as (connection, tables, name):
         chosen = _chosen(name, ids, handler, error_class, key, state)
-        done = deciding.discard(connection, tables, chosen, by=_who(), why=reason)
+        done = triage.discard(connection, tables, chosen, by=_who(), why=reason)
     _said(done, "discarded; their keys count as consumed")
 
 

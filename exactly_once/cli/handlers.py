@@ -4,11 +4,11 @@ from typing import Annotated
 
 import typer
 
-from exactly_once import deciding
 from exactly_once.app import ExactlyOnce
 from exactly_once.cli.reference import application, usable
 from exactly_once.config import Config
 from exactly_once.errors import ConfigurationError
+from exactly_once.failures import triage
 from exactly_once.handler import Plan
 from exactly_once.keys import check_name
 from exactly_once.policy import Retry
@@ -110,7 +110,7 @@ def rename(
     some = 0
     for store in eo.stores.values():  # one transaction a database; a second run moves what an error left behind
         with store.engine.begin() as connection:
-            moved = deciding.rename(connection, store.tables, group or eo.group, old, new)
+            moved = triage.rename(connection, store.tables, group or eo.group, old, new)
         some += sum(moved.values())
         typer.echo(f"{store.name}: " + ", ".join(f"{count} rows of {table}" for table, count in moved.items()))
     if not some:

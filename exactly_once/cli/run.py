@@ -63,16 +63,16 @@ def command(
     number = processes or eo.config.processes.value
     address = health or eo.config.health.value
     if number > 1:
-        from exactly_once.processes import child_command, supervise
+        from exactly_once.daemon.supervisor import child_command, supervise
 
         raise SystemExit(
             supervise(
                 child_command(sys.argv[1:]), processes=number, drain_timeout=serving.drain_timeout, health=address
             )
         )
-    from exactly_once.health import Health
-    from exactly_once.progress import Progress
-    from exactly_once.signals import SUPERVISED, leave, run_until_signal
+    from exactly_once.daemon.health import Health
+    from exactly_once.daemon.progress import Progress
+    from exactly_once.daemon.signals import SUPERVISED, leave, run_until_signal
 
     supervised = bool(os.environ.get(SUPERVISED))
     with ExitStack() as beside:

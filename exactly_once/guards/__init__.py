@@ -1,6 +1,7 @@
 """The contract with whatever remembers claims: what a claim can come back with, and the two verbs around a handler.
 
-Called in a thread, or in SQLAlchemy's greenlet under asyncio: never async itself. The attempt is the only caller.
+Called in a thread, or in SQLAlchemy's greenlet under asyncio: never async itself. Called by `attempt`, and by
+`delivery` for a message that has no delivery left.
 """
 
 from dataclasses import dataclass

@@ -113,7 +113,7 @@ def install() -> None:
     from exactly_once.delivery import Delivering
     from exactly_once.failures import FailureStore
     from exactly_once.guards.transaction import TransactionGuard
-    from exactly_once.hands import Hands
+    from exactly_once.worker.unsettled import Unsettled
 
     current: dict[int, str] = {}
     import threading
@@ -145,9 +145,9 @@ def install() -> None:
         "after a failure is recorded",
         lambda self, session, failure, decide: failure.key,
     )
-    real_settle = Hands.__init__
+    real_settle = Unsettled.__init__
 
-    def made(self: Hands, consumer: Any, *args: Any, **kwargs: Any) -> None:
+    def made(self: Unsettled, consumer: Any, *args: Any, **kwargs: Any) -> None:
         real = consumer.settle
 
         def settle(verdicts: Any) -> None:
@@ -165,7 +165,7 @@ def install() -> None:
         consumer.settle = settle
         real_settle(self, consumer, *args, **kwargs)
 
-    Hands.__init__ = made  # type: ignore[method-assign]
+    Unsettled.__init__ = made  # type: ignore[method-assign]
 
 
 def main() -> int:

@@ -24,7 +24,7 @@ def work() -> int:
     from concurrent.futures import ThreadPoolExecutor
     from datetime import timedelta
 
-    from exactly_once.signals import run_until_signal
+    from exactly_once.daemon.signals import run_until_signal
     from exactly_once.verdict import Ack
     from exactly_once.worker import Worker
     from tests.unit.worker_doubles import Shelf

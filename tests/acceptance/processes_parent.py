@@ -4,7 +4,7 @@ import logging
 import sys
 from datetime import timedelta
 
-from exactly_once.processes import supervise
+from exactly_once.daemon.supervisor import supervise
 
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 processes, drain_s, grace_s, health, *command = sys.argv[1:]

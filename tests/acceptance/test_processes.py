@@ -14,7 +14,7 @@ from time import monotonic, sleep
 
 import pytest
 
-from exactly_once.processes import child_command
+from exactly_once.daemon.supervisor import child_command
 
 HERE = Path(__file__).parent
 CHILD, PARENT = str(HERE / "processes_child.py"), str(HERE / "processes_parent.py")
@@ -125,7 +125,7 @@ def test_a_signal_during_a_start_that_waits_ends_it_with_0(begin: Begin, tmp_pat
     script = tmp_path / "waits.py"
     script.write_text(
         "import sys\nfrom pathlib import Path\nfrom threading import Event\n"
-        "from exactly_once.signals import run_until_signal\n"
+        "from exactly_once.daemon.signals import run_until_signal\n"
         "class Waits:\n"
         "    asked = Event()\n"
         "    def start(self): Path(sys.argv[1]).touch(); self.asked.wait(60); raise ValueError('told to stop')\n"

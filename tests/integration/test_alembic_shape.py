@@ -12,8 +12,8 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, insert, inspect, select, text
 
 import exactly_once.alembic
+from exactly_once.alembic.versions import TABLES
 from exactly_once.schema import Tables, tables, utcnow
-from exactly_once.versions import TABLES
 from tests.integration.user_project import (
     OURS,
     ROOT,

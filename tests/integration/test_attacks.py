@@ -13,7 +13,8 @@ from sqlalchemy import Engine, Row, create_engine, select, text
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Message, Outcome, Reject, Retry
-from exactly_once.deciding import Chosen, requeue
+from exactly_once.failures.due import DueFailures
+from exactly_once.failures.triage import Chosen, requeue
 from exactly_once.schema import tables
 from exactly_once.testing.databases import DatabaseServer
 from exactly_once.transports.memory import forget
@@ -232,7 +233,7 @@ def test_the_sweep_neither_waits_for_a_running_handler_nor_deadlocks_with_it(mar
         (store,) = eo.stores.values()
         with engine.begin() as connection:
             connection.execute(text("SET innodb_lock_wait_timeout = 1"))
-            assert store.failures.sweep(connection, GROUP) == 0
+            assert DueFailures(store.tables).sweep(connection, GROUP) == 0
     finally:
         go.set()
         thread.join()

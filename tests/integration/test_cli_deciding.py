@@ -7,8 +7,9 @@ import pytest
 from sqlalchemy import Connection, Engine, String, event, func, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from exactly_once import ConfigurationError, ExactlyOnce, Message, Outcome, Reject, Retry, deciding
-from exactly_once.deciding import Chosen
+from exactly_once import ConfigurationError, ExactlyOnce, Message, Outcome, Reject, Retry
+from exactly_once.failures import triage
+from exactly_once.failures.triage import Chosen
 from exactly_once.schema import tables
 
 GROUP = "deciding"
@@ -66,15 +67,15 @@ class World:
         with self.engine.connect() as connection:
             return {row.business_key: row.owner for row in connection.execute(select(t))}
 
-    def requeue(self, *ids: int, rate: float | None = None, **narrow: Any) -> deciding.Requeued:
+    def requeue(self, *ids: int, rate: float | None = None, **narrow: Any) -> triage.Requeued:
         with self.engine.begin() as connection:
             chosen = Chosen(group=GROUP, ids=ids, **narrow)
-            return deciding.requeue(connection, tables(), chosen, by="anna", why="mended", per_second=rate)
+            return triage.requeue(connection, tables(), chosen, by="anna", why="mended", per_second=rate)
 
     def discard(self, *ids: int, **narrow: Any) -> int:
         with self.engine.begin() as connection:
             chosen = Chosen(group=GROUP, ids=ids, **narrow)
-            return deciding.discard(connection, tables(), chosen, by="anna", why="paid by hand")
+            return triage.discard(connection, tables(), chosen, by="anna", why="paid by hand")
 
 
 @pytest.fixture
@@ -193,7 +194,7 @@ def test_choosing_narrows_by_id_handler_error_key_and_state(world: World) -> Non
 
     def found(**narrow: Any) -> int:
         with world.engine.connect() as connection:
-            return deciding.count(connection, tables(), Chosen(group=GROUP, **narrow))
+            return triage.count(connection, tables(), Chosen(group=GROUP, **narrow))
 
     assert found() == 3
     assert found(ids=[first]) == 1
@@ -216,11 +217,11 @@ def test_a_rename_moves_every_row_or_none(world: World) -> None:
     world.mood = "well"
     world.feed("B")
     with world.engine.begin() as connection:
-        moved = deciding.rename(connection, tables(), GROUP, "reserve", "reserve_stock")
+        moved = triage.rename(connection, tables(), GROUP, "reserve", "reserve_stock")
     assert moved == {"message_idempotent": 1, "message_step": 0, "message_failure": 1}
     world.feed("B")  # under the old name once more
     with pytest.raises(ConfigurationError, match="nothing was renamed"), world.engine.begin() as connection:
-        deciding.rename(connection, tables(), GROUP, "reserve", "reserve_stock")
+        triage.rename(connection, tables(), GROUP, "reserve", "reserve_stock")
 
 
 def test_times_are_the_servers_and_not_this_machines(world: World) -> None:

@@ -15,6 +15,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from exactly_once import ExactlyOnce, Message, Outcome, Reject, Retry
 from exactly_once.delivery import Told
+from exactly_once.failures.due import DueFailures
 from exactly_once.runner import run_all
 from exactly_once.transport import Features
 from exactly_once.verdict import Ack, Redeliver
@@ -30,7 +31,7 @@ _names = count()
 
 def deliver(shop: Shop, message: Message, features: Features) -> Told:
     """Tell the handlers of a delivery from a broker with these features, as the worker does."""
-    found = shop.eo._application.matching(message)
+    found = shop.eo._router.matching(message)
     if shop.is_async:
         told: Told = shop.await_(greenlet_spawn(run_all, found, message, features))
         return told
@@ -264,10 +265,10 @@ def test_a_resend_that_succeeds_closes_the_dead_row(shop: Shop) -> None:
     assert shop.process(other_payload) is Outcome.DEAD  # a conflict, which the success of the first does not settle
     due(shop, "A-3", state="broken")
     assert shop.process(order("A-3")) is Outcome.PROCESSED
-    store = shop.eo.stores["default"]
+    failures = DueFailures(shop.tables)
     with shop.outside.begin() as connection:
-        closed = store.failures.sweep(connection, GROUP)
-        assert store.failures.sweep(connection, "Shop") == 0
+        closed = failures.sweep(connection, GROUP)
+        assert failures.sweep(connection, "Shop") == 0
     assert closed == 1
     assert states(shop) == ["resolved", "dead", "dead", "broken"]
 
@@ -300,7 +301,7 @@ def test_copies_that_fail_at_the_same_moment_are_all_counted(shop: Shop) -> None
 
 
 def _take(shop: Shop, connection: Any, *, limit: int = 5, ordered: bool = False, wait: bool = True) -> list[str]:
-    rows = shop.eo.stores["default"].failures.take(
+    rows = DueFailures(shop.tables).take(
         connection,
         GROUP,
         ["handler"],
@@ -366,7 +367,7 @@ def test_what_is_put_back_leaves_decided_rows_alone(shop: Shop) -> None:
             .where(shop.tables.failure.c.id == two.id)
             .values(state="dead", next_attempt_at=None)
         )
-        shop.eo.stores["default"].failures.postpone(connection, [one.id, two.id], timedelta(hours=1))
+        DueFailures(shop.tables).postpone(connection, [one.id, two.id], timedelta(hours=1))
     assert [row.next_attempt_at is None for row in shop.failures()] == [False, True]
 
 

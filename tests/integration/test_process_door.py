@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from exactly_once import ConfigurationError, ExactlyOnce, Message, Outcome, Reject, Retry, RetryLater, keys
-from exactly_once.failures import message_of
+from exactly_once.failures.due import message_of
 from tests.integration.shop import ONE_TRY, Do, Shop, order, put
 
 NOON = datetime(2026, 5, 1, 12, 0, 0, 123456, tzinfo=UTC)

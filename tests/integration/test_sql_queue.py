@@ -22,8 +22,8 @@ from exactly_once.testing.postgres import EmbeddedPostgres
 from exactly_once.transport import Consumer, Delivery, Receipt, Subscription, Surroundings
 from exactly_once.transports import transport_from
 from exactly_once.transports.sql import SqlTransport
-from exactly_once.transports.sql_database import Database
-from exactly_once.transports.sql_statements import NO_GROUP, WINDOW, Look, statements
+from exactly_once.transports.sql.database import Database
+from exactly_once.transports.sql.statements import NO_GROUP, WINDOW, Look, statements
 from exactly_once.verdict import Ack, Redeliver
 from tests.services import mariadb
 from tests.services.need import require

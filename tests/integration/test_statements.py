@@ -14,6 +14,7 @@ from exactly_once import Message
 from exactly_once.dialects import mysql, sqlite
 from exactly_once.errors import Reject
 from exactly_once.failures import Failure, FailureStore
+from exactly_once.failures.due import DueFailures
 from exactly_once.policy import ByBroker, ByPump, Park
 from exactly_once.schema import tables, utcnow
 from tests.integration.shop import GROUP, Shop, order, shops
@@ -75,7 +76,7 @@ def test_the_statements_are_the_approved_ones(request: pytest.FixtureRequest, di
 
 
 def failure_statements(shop: Shop) -> dict[str, list[str]]:
-    store = FailureStore(tables())
+    store, pumped = FailureStore(tables()), DueFailures(tables())
     failure = Failure(GROUP, "handler", "A-1", b"\x01", order(ordering_key="a"), Reject("no"))
     engine = create_engine(shop.url)
 
@@ -95,7 +96,9 @@ def failure_statements(shop: Shop) -> dict[str, list[str]]:
         return run
 
     def take(connection: Connection) -> None:
-        store.take(connection, GROUP, ["handler", "other"], ["other"], ["other"], limit=16, lease=timedelta(seconds=60))
+        pumped.take(
+            connection, GROUP, ["handler", "other"], ["other"], ["other"], limit=16, lease=timedelta(seconds=60)
+        )
 
     sections = {
         "record the first failure": in_session(lambda s: store.record(s, failure, lambda n: ByPump(timedelta(0)))),
@@ -107,12 +110,14 @@ def failure_statements(shop: Shop) -> dict[str, list[str]]:
         "blocked": in_session(lambda s: store.blocked(s, failure, after_dead_wait=True)),
         "make one due": in_session(lambda s: store.record(s, _due(), lambda n: ByPump(timedelta(0)))),
         "take": in_connection(take),
-        "sweep": in_connection(lambda c: store.sweep(c, GROUP)),
+        "sweep": in_connection(lambda c: pumped.sweep(c, GROUP)),
     }
     with shop.outside.begin() as connection:  # so that the sweep finds something
         claimed = {"consumer_group": GROUP, "handler": "handler", "business_key": "A-1", "status": 1}
         connection.execute(
-            store._claims.insert().values(**claimed, fingerprint=b"\x01", created_at=utcnow(), consumed_at=utcnow())
+            tables()
+            .idempotent.insert()
+            .values(**claimed, fingerprint=b"\x01", created_at=utcnow(), consumed_at=utcnow())
         )
     made = {title: recorded(engine, do) for title, do in sections.items()}
     engine.dispose()

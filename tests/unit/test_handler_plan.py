@@ -22,8 +22,8 @@ from typing_extensions import TypedDict
 from exactly_once import keys
 from exactly_once.errors import BadBody, BadKey, ConfigurationError, Misuse
 from exactly_once.handler import Plan, Transaction, plan
+from exactly_once.handler.parameters import check_result
 from exactly_once.message import Message
-from exactly_once.parameters import check_result
 from exactly_once.policy import Retry
 
 if TYPE_CHECKING:

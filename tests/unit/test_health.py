@@ -10,8 +10,8 @@ from threading import Event
 
 import pytest
 
+from exactly_once.daemon.health import Health, host_and_port
 from exactly_once.errors import ConfigurationError
-from exactly_once.health import Health, host_and_port
 from exactly_once.transport import Delivery, Features
 from exactly_once.verdict import Ack, Hold, Verdict
 from exactly_once.worker import Worker

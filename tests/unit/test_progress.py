@@ -8,7 +8,7 @@ from time import sleep
 
 import pytest
 
-from exactly_once.progress import Progress, is_terminal
+from exactly_once.daemon.progress import Progress, is_terminal
 from exactly_once.worker import Counts
 from tests.unit.worker_doubles import until
 

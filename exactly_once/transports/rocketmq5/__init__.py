@@ -6,7 +6,7 @@
 | room | what it is for |
 |---|---|
 | `wall` | importing the client without what its import does to a program |
-| `place` | where the proxies are, and whether one answers |
+| `endpoints` | where the proxies are, and whether one answers |
 | `session` | one client in one group, and the few calls we make through it |
 | `membership` | a session while there is one, and a new one after its proxy restarted |
 | `consumer`, `answers` | receiving, settling, order, outages |
@@ -27,7 +27,7 @@ from typing import Final
 from exactly_once.errors import ConfigurationError
 from exactly_once.transport import BrokerProducer, Consumer, Features, Subscription, Surroundings
 from exactly_once.transports.rocketmq5 import wall
-from exactly_once.transports.rocketmq5.place import Place
+from exactly_once.transports.rocketmq5.endpoints import Endpoints
 from exactly_once.transports.urls import parse
 
 __all__ = ["RocketMQ5Transport"]
@@ -49,13 +49,13 @@ class RocketMQ5Transport:
     """What a `rocketmq://` URL names.
 
     Args:
-        place: Where the proxies are, and as whom we come.
+        proxies: Where the proxies are, and as whom we come.
         invisible: How long a delivery stays away unless extended; whole seconds.
         max_attempts: How many deliveries may run; the group must allow one more.
     """
 
-    def __init__(self, place: Place, *, invisible: timedelta, max_attempts: int) -> None:
-        self._place, self._invisible = place, invisible
+    def __init__(self, proxies: Endpoints, *, invisible: timedelta, max_attempts: int) -> None:
+        self._proxies, self._invisible = proxies, invisible
         self._features = Features(
             redelivers=True,
             counts_attempts=True,
@@ -115,13 +115,13 @@ class RocketMQ5Transport:
             raise ConfigurationError("The option invisible_s must be whole seconds, at most 43200 (12 hours).")
         wall.require()
         wall.build()
-        place = Place(
+        proxies = Endpoints(
             given.endpoints,
             given.options.get("namespace", ""),
             given.options.get("access_key", ""),
             given.options.get("secret_key", ""),
         )
-        return cls(place, invisible=invisible, max_attempts=given.whole("max_attempts", DEFAULT_MAX_ATTEMPTS))
+        return cls(proxies, invisible=invisible, max_attempts=given.whole("max_attempts", DEFAULT_MAX_ATTEMPTS))
 
     @property
     def features(self) -> Features:
@@ -132,7 +132,7 @@ class RocketMQ5Transport:
         """Ask the server whether it, the topics and the group are as needed; see `transport.Transport`."""
         from exactly_once.transports.rocketmq5.checks import problems
 
-        return problems(self._place, group, subscriptions, max_attempts=self._features.max_attempts or 0)
+        return problems(self._proxies, group, subscriptions, max_attempts=self._features.max_attempts or 0)
 
     def subscribe(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[Consumer]:
         """Join the group, with one consumer for each topic: one for several would wait for the idle ones in turn."""
@@ -140,7 +140,7 @@ class RocketMQ5Transport:
 
         return [
             RocketMQ5Consumer(
-                *(self._place, group, subscriptions, mine), features=self._features, invisible=self._invisible
+                *(self._proxies, group, subscriptions, mine), features=self._features, invisible=self._invisible
             )
             for mine in subscriptions
         ]
@@ -149,7 +149,7 @@ class RocketMQ5Transport:
         """Return a producer, which connects at its first `send`."""
         from exactly_once.transports.rocketmq5.producer import RocketMQ5Producer
 
-        return RocketMQ5Producer(self._place, self._features)
+        return RocketMQ5Producer(self._proxies, self._features)
 
 
 def _is_ipv4(host: str) -> bool:

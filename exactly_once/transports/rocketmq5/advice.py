@@ -9,7 +9,7 @@ from typing import Any, Final
 from rocketmq.grpc_protocol import Code
 
 from exactly_once.errors import TransportError
-from exactly_once.transports.rocketmq5.place import Place
+from exactly_once.transports.rocketmq5.endpoints import Endpoints
 from exactly_once.transports.rocketmq5.session import describe
 
 __all__ = ["about_group", "about_send", "about_topic"]
@@ -34,30 +34,30 @@ _FOR_GOOD: Final = frozenset(
 _WHERE: Final = "-n NAMESERVER:9876 -c CLUSTER"
 
 
-def about_topic(place: Place, topic: str, kind: str = "NORMAL") -> str:
+def about_topic(proxies: Endpoints, topic: str, kind: str = "NORMAL") -> str:
     """Return the command that makes a topic, or changes its message type."""
-    return f"mqadmin updateTopic {_WHERE} -t {place.named(topic)} -a +message.type={kind}"
+    return f"mqadmin updateTopic {_WHERE} -t {proxies.named(topic)} -a +message.type={kind}"
 
 
-def about_group(place: Place, group: str, *, ordered: bool = False, retries: int | None = None) -> str:
+def about_group(proxies: Endpoints, group: str, *, ordered: bool = False, retries: int | None = None) -> str:
     """Return the command that makes a group, or changes it."""
     more = (" -o true" if ordered else "") + (f" -r {retries}" if retries is not None else "")
-    return f"mqadmin updateSubGroup {_WHERE} -g {place.named(group)}{more}"
+    return f"mqadmin updateSubGroup {_WHERE} -g {proxies.named(group)}{more}"
 
 
-def about_send(place: Place, topic: str, status: Any) -> Exception:
+def about_send(proxies: Endpoints, topic: str, status: Any) -> Exception:
     """Return what a refused send means: a ValueError where another try cannot help."""
     told = describe(status)
     if status.code == Code.TOPIC_NOT_FOUND:
-        return TransportError(f"Topic {topic} does not exist at {place}. Type: {about_topic(place, topic)}")
+        return TransportError(f"Topic {topic} does not exist at {proxies}. Type: {about_topic(proxies, topic)}")
     if status.code == Code.MESSAGE_PROPERTY_CONFLICT_WITH_TYPE:
         return ValueError(
             f"Topic {topic} is of another message type ({told}): a message with an ordering key needs a topic of type "
-            f"FIFO, one with a delay needs DELAY, any other NORMAL. Type: {about_topic(place, topic, 'FIFO|DELAY|NORMAL')}"
+            f"FIFO, one with a delay needs DELAY, any other NORMAL. Type: {about_topic(proxies, topic, 'FIFO|DELAY|NORMAL')}"
         )
     if status.code in (Code.UNAUTHORIZED, Code.FORBIDDEN):
         return TransportError(
-            f"RocketMQ at {place} refused us ({told}). Set access_key= and secret_key_file= in the URL."
+            f"RocketMQ at {proxies} refused us ({told}). Set access_key= and secret_key_file= in the URL."
         )
     kind = ValueError if status.code in _FOR_GOOD else TransportError
-    return kind(f"RocketMQ at {place} refused a message for {topic}: {told}.")
+    return kind(f"RocketMQ at {proxies} refused a message for {topic}: {told}.")

@@ -11,32 +11,32 @@ from rocketmq.grpc_protocol import Code, MessageType
 
 from exactly_once.transport import Away, Subscription
 from exactly_once.transports.rocketmq5.advice import about_group, about_topic
-from exactly_once.transports.rocketmq5.place import Place, reachable
+from exactly_once.transports.rocketmq5.endpoints import Endpoints, reachable
 from exactly_once.transports.rocketmq5.session import Session, describe
 
 __all__ = ["problems"]
 
 
-def problems(place: Place, group: str, subscriptions: Sequence[Subscription], *, max_attempts: int) -> list[str]:
+def problems(proxies: Endpoints, group: str, subscriptions: Sequence[Subscription], *, max_attempts: int) -> list[str]:
     """Return a sentence for each thing that is wrong, with what to type; see `transport.Transport.check`."""
-    reason = reachable(place)
+    reason = reachable(proxies)
     if reason is not None:
-        return [Away(f"RocketMQ's proxy at {place} does not answer ({reason}). Start it, or correct the URL.")]
-    session = Session(place, group, subscriptions)
+        return [Away(f"RocketMQ's proxy at {proxies} does not answer ({reason}). Start it, or correct the URL.")]
+    session = Session(proxies, group, subscriptions)
     try:
-        return _ask(session, place, group, subscriptions, max_attempts)
+        return _ask(session, proxies, group, subscriptions, max_attempts)
     finally:
         session.close()
 
 
 def _ask(
-    session: Session, place: Place, group: str, subscriptions: Sequence[Subscription], max_attempts: int
+    session: Session, proxies: Endpoints, group: str, subscriptions: Sequence[Subscription], max_attempts: int
 ) -> list[str]:
     try:
         session.start()
     except Exception as error:
-        return [f"RocketMQ at {place} cannot be used: {describe(error)}."]
-    found = [problem for s in subscriptions if (problem := _topic_problem(session, place, s))]
+        return [f"RocketMQ at {proxies} cannot be used: {describe(error)}."]
+    found = [problem for s in subscriptions if (problem := _topic_problem(session, proxies, s))]
     for subscription in subscriptions:
         # the client's own question at its start may have come a moment before the topic was known
         with suppress(Exception):
@@ -46,46 +46,46 @@ def _ask(
         return found
     if not session.joined():
         found.append(
-            f"Group {group} does not exist at {place}: nothing would ever be received. Type: "
-            + about_group(place, group, ordered=any(s.ordered for s in subscriptions))
+            f"Group {group} does not exist at {proxies}: nothing would ever be received. Type: "
+            + about_group(proxies, group, ordered=any(s.ordered for s in subscriptions))
         )
         return found
     ordered = [s.topic for s in subscriptions if s.ordered]
     if ordered and not session.fifo:
         found.append(
             f"Group {group} does not keep order, which the handlers of {', '.join(ordered)} ask for. Type: "
-            + about_group(place, group, ordered=True)
+            + about_group(proxies, group, ordered=True)
         )
     if session.deliveries <= max_attempts:
         found.append(
             f"Group {group} takes a message away after {session.deliveries} deliveries, but max_attempts={max_attempts} "
-            f"needs one more, to park it. Type: {about_group(place, group, ordered=session.fifo, retries=max_attempts)} "
+            f"needs one more, to park it. Type: {about_group(proxies, group, ordered=session.fifo, retries=max_attempts)} "
             f"or put max_attempts={max(1, session.deliveries - 1)} into the URL."
         )
     return found
 
 
-def _topic_problem(session: Session, place: Place, subscription: Subscription) -> str | None:
+def _topic_problem(session: Session, proxies: Endpoints, subscription: Subscription) -> str | None:
     topic = subscription.topic
     kind = "FIFO" if subscription.ordered else "NORMAL"
     try:
         answer = session.route(topic)
     except Exception as error:
-        return Away(f"RocketMQ at {place} did not answer when asked for topic {topic}: {describe(error)}.")
+        return Away(f"RocketMQ at {proxies} did not answer when asked for topic {topic}: {describe(error)}.")
     if answer.status.code == Code.TOPIC_NOT_FOUND:
-        return f"Topic {topic} does not exist at {place}. Type: {about_topic(place, topic, kind)}"
+        return f"Topic {topic} does not exist at {proxies}. Type: {about_topic(proxies, topic, kind)}"
     if answer.status.code in (Code.UNAUTHORIZED, Code.FORBIDDEN):
         return (
-            f"RocketMQ at {place} refused us topic {topic} ({describe(answer.status)}). "
+            f"RocketMQ at {proxies} refused us topic {topic} ({describe(answer.status)}). "
             "Set access_key= and secret_key_file= in the URL, or have the user granted SUB on the topic."
         )
     if answer.status.code != Code.OK:
-        return f"RocketMQ at {place} does not tell the route of topic {topic}: {describe(answer.status)}."
+        return f"RocketMQ at {proxies} does not tell the route of topic {topic}: {describe(answer.status)}."
     types = {kind for queue in answer.message_queues for kind in queue.accept_message_types}
     if subscription.ordered and types and MessageType.FIFO not in types:
         names = ", ".join(sorted(MessageType.Name(kind) for kind in types))
         return (
             f"Topic {topic} is of type {names}, but its handler asks for order. A topic's type cannot be relied on to "
-            f"change while it holds messages: make a new one. Type: {about_topic(place, topic + '-fifo', 'FIFO')}"
+            f"change while it holds messages: make a new one. Type: {about_topic(proxies, topic + '-fifo', 'FIFO')}"
         )
     return None

@@ -39,8 +39,8 @@ from exactly_once.transports.rocketmq5.answers import (
     refused_renewals,
     tell,
 )
+from exactly_once.transports.rocketmq5.endpoints import Endpoints
 from exactly_once.transports.rocketmq5.membership import Membership
-from exactly_once.transports.rocketmq5.place import Place
 from exactly_once.transports.rocketmq5.session import MOST_PER_POLL, Grip, Poll, Session, describe
 from exactly_once.verdict import Ack, Verdict
 
@@ -62,7 +62,7 @@ class RocketMQ5Consumer:
     """One receiving end, of one topic.
 
     Args:
-        place: Where the proxies are.
+        proxies: Where the proxies are.
         group: The consumer group.
         subscriptions: All of the group's.
         mine: The one received here.
@@ -72,7 +72,7 @@ class RocketMQ5Consumer:
 
     def __init__(
         self,
-        place: Place,
+        proxies: Endpoints,
         group: str,
         subscriptions: Sequence[Subscription],
         mine: Subscription,
@@ -80,9 +80,9 @@ class RocketMQ5Consumer:
         features: Features,
         invisible: timedelta,
     ) -> None:
-        self._place, self._group, self._mine = place, group, mine
+        self._proxies, self._group, self._mine = proxies, group, mine
         self._features, self._invisible = features, invisible
-        self._member = Membership(place, group, tuple(subscriptions), mine.topic)
+        self._member = Membership(proxies, group, tuple(subscriptions), mine.topic)
         self._lock = Lock()  # guards the three below, and is never held during a call
         self._polls: set[Poll] = set()
         self._ready: deque[Held] = deque()  # received, not handed out
@@ -259,7 +259,7 @@ class RocketMQ5Consumer:
                 # broker moves it to the group's dead-letter queue, where a person finds it.
                 log.error(  # noqa: TRY400
                     "Message %s of %s cannot be unpacked (%s); it is not acknowledged, and ends in %%DLQ%%%s.",
-                    *(grip.message_id, self._mine.topic, describe(error), self._place.named(self._group)),
+                    *(grip.message_id, self._mine.topic, describe(error), self._proxies.named(self._group)),
                 )
         return deliveries
 

@@ -14,7 +14,7 @@ from time import monotonic
 from typing import Final
 
 from exactly_once.transport import Subscription
-from exactly_once.transports.rocketmq5.place import Place, reachable
+from exactly_once.transports.rocketmq5.endpoints import Endpoints, reachable
 from exactly_once.transports.rocketmq5.session import Session, describe
 
 __all__ = ["Membership"]
@@ -29,14 +29,14 @@ class Membership:
     """A session while there is one, and the tries to have one again.
 
     Args:
-        place: Where the proxies are.
+        proxies: Where the proxies are.
         group: The consumer group.
         subscriptions: All of the group's.
         topic: The one that must have a route.
     """
 
-    def __init__(self, place: Place, group: str, subscriptions: Sequence[Subscription], topic: str) -> None:
-        self._place, self._group, self._subscriptions, self._topic = place, group, subscriptions, topic
+    def __init__(self, proxies: Endpoints, group: str, subscriptions: Sequence[Subscription], topic: str) -> None:
+        self._proxies, self._group, self._subscriptions, self._topic = proxies, group, subscriptions, topic
         self._lock = Lock()
         self._session: Session | None = None
         self._stopping = Event()
@@ -86,13 +86,13 @@ class Membership:
             self._complained = reason
             log.warning(
                 "RocketMQ at %s gives nothing of %s to group %s: %s. Trying on.",
-                *(self._place, self._topic, self._group, reason),
+                *(self._proxies, self._topic, self._group, reason),
             )
 
     def well(self) -> None:
         """The broker has answered: the next failure is a new one."""
         if self._complained:
-            log.info("RocketMQ at %s gives %s to group %s again.", self._place, self._topic, self._group)
+            log.info("RocketMQ at %s gives %s to group %s again.", self._proxies, self._topic, self._group)
         self._pause_s, self._not_before, self._complained = 0.0, 0.0, ""
 
     def stop(self) -> None:
@@ -109,11 +109,11 @@ class Membership:
             session.close()
 
     def _try(self) -> Session | None:
-        reason = reachable(self._place)
+        reason = reachable(self._proxies)
         if reason is not None:
             self.rest(reason)
             return None
-        session = Session(self._place, self._group, self._subscriptions)
+        session = Session(self._proxies, self._group, self._subscriptions)
         try:
             session.open()
             session.queues(self._topic)

@@ -23,7 +23,7 @@ from exactly_once.errors import TransportError
 from exactly_once.message import Message
 from exactly_once.transport import Features, Receipt
 from exactly_once.transports.rocketmq5.advice import about_send, about_topic
-from exactly_once.transports.rocketmq5.place import Place, reachable
+from exactly_once.transports.rocketmq5.endpoints import Endpoints, reachable
 from exactly_once.transports.rocketmq5.session import REQUEST_TIMEOUT_S, configuration, describe
 
 __all__ = ["RocketMQ5Producer"]
@@ -38,12 +38,12 @@ class RocketMQ5Producer:
     """A producer; its client is made at the first `send`, and again after the proxy went away.
 
     Args:
-        place: Where the proxies are.
+        proxies: Where the proxies are.
         features: What the transport can do: the limits that are checked before sending.
     """
 
-    def __init__(self, place: Place, features: Features) -> None:
-        self._place, self._features = place, features
+    def __init__(self, proxies: Endpoints, features: Features) -> None:
+        self._proxies, self._features = proxies, features
         self._lock = Lock()
         self._client: Any = None
         self._closed = False
@@ -95,16 +95,16 @@ class RocketMQ5Producer:
                 return TransportError("The producer is closed; make a new one with `eo.producer(url)`.")
             if self._client is None:
                 # a client "starts" without a server, too
-                reason = reachable(self._place)
+                reason = reachable(self._proxies)
                 if reason is not None:
                     return TransportError(
-                        f"RocketMQ's proxy at {self._place} does not answer ({reason}). Nothing was sent."
+                        f"RocketMQ's proxy at {self._proxies} does not answer ({reason}). Nothing was sent."
                     )
-                client = Producer(configuration(self._place))
+                client = Producer(configuration(self._proxies))
                 try:
                     client.startup()
                 except Exception as error:  # returned per message, as the contract says
-                    return TransportError(f"RocketMQ at {self._place} cannot be used: {describe(error)}.")
+                    return TransportError(f"RocketMQ at {self._proxies} cannot be used: {describe(error)}.")
                 self._client = client
             return self._client
 
@@ -119,18 +119,18 @@ class RocketMQ5Producer:
     def _endpoints(self, client: Any, topic: str) -> Any:
         """Return where to send, or the exception to answer with."""
         try:
-            route = client.route_manager.retrieve_topic_route_data(self._place.named(topic))
+            route = client.route_manager.retrieve_topic_route_data(self._proxies.named(topic))
         except Exception:  # it has lost the reason; asked again below
             return self._no_route(client, topic)
         queues = [queue for queue in route.message_queues if queue.is_writable() and queue.is_master_broker()]
         if not queues:
-            return TransportError(f"Topic {topic} cannot be written. Type: {about_topic(self._place, topic)}")
+            return TransportError(f"Topic {topic} cannot be written. Type: {about_topic(self._proxies, topic)}")
         # the proxy chooses the queue: by the ordering key's hash where there is one, else in turn
         return list({queue.endpoints.facade: queue.endpoints for queue in queues}.values())
 
     def _no_route(self, client: Any, topic: str) -> Exception:
         request = QueryRouteRequest()
-        request.topic.name = self._place.named(topic)
+        request.topic.name = self._proxies.named(topic)
         endpoints = client.client_configuration.rpc_endpoints
         request.endpoints.CopyFrom(endpoints.endpoints)
         try:
@@ -138,10 +138,10 @@ class RocketMQ5Producer:
                 endpoints, request, metadata=client.sign(), timeout=REQUEST_TIMEOUT_S
             ).result()
         except Exception as error:
-            return _NoAnswerError(f"RocketMQ at {self._place} does not answer: {describe(error)}. Nothing was sent.")
+            return _NoAnswerError(f"RocketMQ at {self._proxies} does not answer: {describe(error)}. Nothing was sent.")
         if status.status.code == Code.OK:  # it came back between the two questions
-            return _NoAnswerError(f"RocketMQ at {self._place} did not answer a moment ago. Nothing was sent.")
-        return about_send(self._place, topic, status.status)
+            return _NoAnswerError(f"RocketMQ at {self._proxies} did not answer a moment ago. Nothing was sent.")
+        return about_send(self._proxies, topic, status.status)
 
     async def _send_all(
         self,
@@ -185,13 +185,13 @@ class RocketMQ5Producer:
             response = await stub.SendMessage(request, metadata=client.sign(), timeout=REQUEST_TIMEOUT_S)
         except Exception as error:
             return _NoAnswerError(
-                f"RocketMQ at {self._place} did not answer: {describe(error)}. Whether the message was stored is not known."
+                f"RocketMQ at {self._proxies} did not answer: {describe(error)}. Whether the message was stored is not known."
             )
         entry = response.entries[0] if response.entries else response
         if response.status.code == Code.OK and entry.status.code == Code.OK:
             return Receipt(message.topic, entry.message_id)
         return about_send(
-            self._place, message.topic, response.status if response.status.code != Code.OK else entry.status
+            self._proxies, message.topic, response.status if response.status.code != Code.OK else entry.status
         )
 
     def _wrong(self, message: Message, delay: timedelta | None) -> ValueError | None:
@@ -213,7 +213,7 @@ class RocketMQ5Producer:
     def _request(self, message: Message, deliver_at: datetime | None) -> Any:
         request = SendMessageRequest()
         one = request.messages.add()
-        one.topic.name = self._place.named(message.topic)
+        one.topic.name = self._proxies.named(message.topic)
         one.body = message.body
         if message.properties:
             one.user_properties.update(message.properties)

@@ -31,7 +31,7 @@ from rocketmq.grpc_protocol import (
 
 from exactly_once.errors import TransportError
 from exactly_once.transport import Subscription
-from exactly_once.transports.rocketmq5.place import Place
+from exactly_once.transports.rocketmq5.endpoints import Endpoints
 
 __all__ = ["Grip", "Poll", "Session", "configuration", "describe"]
 
@@ -45,11 +45,11 @@ SETTINGS_TIMEOUT_S: Final = 3.0
 MOST_PER_POLL: Final = 32  # the broker's own limit
 
 
-def configuration(place: Place) -> Any:
-    """Return the client's own description of a place."""
+def configuration(proxies: Endpoints) -> Any:
+    """Return the client's own description of where it goes."""
     return ClientConfiguration(
-        ";".join(place.endpoints),  # what the client splits at
-        Credentials(place.access_key, place.secret_key),
+        ";".join(proxies.addresses),  # what the client splits at
+        Credentials(proxies.access_key, proxies.secret_key),
         request_timeout=REQUEST_TIMEOUT_S,
     )
 
@@ -100,19 +100,19 @@ class Session:
     stays dead. A session is therefore thrown away at the first error and a new one opened.
 
     Args:
-        place: Where the proxies are.
+        proxies: Where the proxies are.
         group: The consumer group.
         subscriptions: All of the group's, also those this session will not receive: a group subscribes alike everywhere.
     """
 
-    def __init__(self, place: Place, group: str, subscriptions: Sequence[Subscription]) -> None:
-        self._place, self._group = place, place.named(group)
+    def __init__(self, proxies: Endpoints, group: str, subscriptions: Sequence[Subscription]) -> None:
+        self._proxies, self._group = proxies, proxies.named(group)
         # keyed by the names on the wire: stock proxies ignore the namespace the client would send, silently, so that two
         # namespaces would share their topics; wrapped into the name, as the remoting clients do, it holds everywhere
         self._filters = {
-            place.named(s.topic): FilterExpression(" || ".join(sorted(s.tags)) or "*") for s in subscriptions
+            proxies.named(s.topic): FilterExpression(" || ".join(sorted(s.tags)) or "*") for s in subscriptions
         }
-        self._client = _Client(configuration(place), self._group, dict(self._filters), await_duration=POLL_S)
+        self._client = _Client(configuration(proxies), self._group, dict(self._filters), await_duration=POLL_S)
         self._client.settled = Event()
         self._routes: dict[str, tuple[Any, list[Any]]] = {}
 
@@ -163,7 +163,7 @@ class Session:
         Raises:
             TransportError: The topic has no route.
         """
-        topic = self._place.named(topic)
+        topic = self._proxies.named(topic)
         try:
             route = self._client.route_manager.retrieve_topic_route_data(topic)
         except Exception as error:
@@ -177,7 +177,7 @@ class Session:
     def route(self, topic: str) -> Any:
         """Ask the proxy for the topic's route, past the client's cache, which keeps no reason when there is none."""
         request = QueryRouteRequest()
-        request.topic.name = self._place.named(topic)
+        request.topic.name = self._proxies.named(topic)
         endpoints = self._client.client_configuration.rpc_endpoints
         request.endpoints.CopyFrom(endpoints.endpoints)
         future = self._client.rpc_client.query_topic_route_async(
@@ -190,7 +190,7 @@ class Session:
         request = ReceiveMessageRequest(batch_size=count, auto_renew=False)
         request.group.name = self._group
         request.message_queue.CopyFrom(queue.message_queue0())
-        expression = self._filters[self._place.named(topic)]
+        expression = self._filters[self._proxies.named(topic)]
         request.filter_expression.type = expression.filter_type
         request.filter_expression.expression = expression.expression
         request.invisible_duration.FromTimedelta(invisible)
@@ -228,7 +228,7 @@ class Session:
         """Begin to acknowledge these, all of one endpoint, in one request."""
         request = AckMessageRequest()
         request.group.name = self._group
-        request.topic.name = self._place.named(topic)
+        request.topic.name = self._proxies.named(topic)
         for grip in grips:
             request.entries.add(message_id=grip.message_id, receipt_handle=grip.handle)
         answer: Future[Any] = self._client.rpc_client.ack_message_async(
@@ -240,7 +240,7 @@ class Session:
         """Begin to make this one invisible for `seconds` from now; the answer carries its next handle."""
         request = ChangeInvisibleDurationRequest(receipt_handle=grip.handle, message_id=grip.message_id)
         request.group.name = self._group
-        request.topic.name = self._place.named(topic)
+        request.topic.name = self._proxies.named(topic)
         request.invisible_duration.seconds = seconds
         answer: Future[Any] = self._client.rpc_client.change_invisible_duration_async(
             grip.endpoints, request, metadata=self._client.sign(), timeout=REQUEST_TIMEOUT_S

@@ -18,14 +18,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from exactly_once.alembic.versions import (
+    HEAD,
+    TABLES,
+    VERSION_TABLE,
+    climb,
+    descend,
+    name_of,
+    operations_on,
+    recorded,
+    write,
+)
 from exactly_once.errors import ConfigurationError
 from exactly_once.redaction import redacted
-from exactly_once.versions import HEAD, TABLES, VERSION_TABLE, climb, descend, name_of, operations_on, recorded, write
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-    from exactly_once.alone import Database
+    from exactly_once.alembic.lock import Database
 
 __all__ = [
     "VERSION_TABLE",
@@ -76,9 +86,9 @@ def upgrade(database: "Database | None" = None, *, schema: str | None = None, ve
         return
 
     def work(connection: "Connection") -> None:
-        from exactly_once.alone import alone
+        from exactly_once.alembic.lock import schema_lock
 
-        with alone(connection, schema):
+        with schema_lock(connection, schema):
             climb(operations_on(connection), schema, target)
 
     _on(database, work)
@@ -100,9 +110,9 @@ def downgrade(database: "Database | None" = None, *, version: Version, schema: s
         return
 
     def work(connection: "Connection") -> None:
-        from exactly_once.alone import alone
+        from exactly_once.alembic.lock import schema_lock
 
-        with alone(connection, schema):
+        with schema_lock(connection, schema):
             descend(operations_on(connection), schema, target)
 
     _on(database, work)
@@ -178,7 +188,7 @@ def sql(dialect_name: str, *, schema: str | None = None, grants_role: str | None
     Raises:
         ConfigurationError: We have no tables for this dialect, or it has no roles.
     """
-    from exactly_once.written import script
+    from exactly_once.alembic.offline import script
 
     return script(dialect_name, schema=schema, grants_role=grants_role)
 
@@ -203,7 +213,7 @@ def revision(
     Raises:
         ConfigurationError: Your history was not found, has several heads, or brings this version already.
     """
-    from exactly_once.written import history_file
+    from exactly_once.alembic.offline import history_file
 
     return history_file(
         None if directory is None else Path(directory),
@@ -222,9 +232,9 @@ def _number(version: Version) -> int:
 
 
 def _on(database: "Database", work: "Callable[[Connection], T]") -> T:
-    from exactly_once.alone import on
+    from exactly_once.alembic.lock import with_connection
 
-    return on(database, work)
+    return with_connection(database, work)
 
 
 def _place(connection: "Connection") -> str:
@@ -234,7 +244,7 @@ def _place(connection: "Connection") -> str:
 def _inside_a_migration(schema: str | None, *, up_to: int | None = None, down_to: int | None = None) -> None:
     from alembic import op
 
-    from exactly_once.alone import alone
+    from exactly_once.alembic.lock import schema_lock
 
     try:
         context = op.get_context()
@@ -246,7 +256,7 @@ def _inside_a_migration(schema: str | None, *, up_to: int | None = None, down_to
     if context.as_sql:
         write(op, schema, up_to=up_to, down_to=down_to)
         return
-    with alone(op.get_bind(), schema):
+    with schema_lock(op.get_bind(), schema):
         if up_to is not None:
             climb(op, schema, up_to)
         if down_to is not None:

@@ -21,9 +21,9 @@ from datetime import timedelta
 from time import monotonic
 from typing import Final
 
-from exactly_once.health import Health
-from exactly_once.reports import REPORT_TO, Ear, open_ear
-from exactly_once.signals import KILLED, SUPERVISED, leave, signals_wake
+from exactly_once.daemon.health import Health
+from exactly_once.daemon.heartbeat import REPORT_TO, HeartbeatReader, open_heartbeat
+from exactly_once.daemon.signals import KILLED, SUPERVISED, leave, signals_wake
 
 __all__ = ["child_command", "supervise"]
 
@@ -47,13 +47,13 @@ class _Child:
         self._pause = PAUSE_S[0]
         self._began = 0.0
         self.process: subprocess.Popen[bytes] | None = None
-        self.ear: Ear | None = None
+        self.heartbeat: HeartbeatReader | None = None
         self.due = 0.0
         """When to start it, on the monotonic clock, while `process` is None."""
 
     def start(self) -> None:
         self._began = monotonic()
-        ear, into = open_ear()
+        heartbeat, into = open_heartbeat()
         environment = {**os.environ, SUPERVISED: str(self.number), REPORT_TO: str(into)}
         # a session of its own: Ctrl-C in a terminal goes to the supervisor alone, which passes it on once.
         # preexec_fn is unsafe where it waits for a lock another thread held at the fork; this one is one system call
@@ -68,16 +68,16 @@ class _Child:
             )
         finally:
             os.close(into)
-        self.ear = ear
+        self.heartbeat = heartbeat
         _log.info("Process %d started (pid %d).", self.number, self.process.pid)
 
     def ended(self) -> int | None:
-        """Return the exit code of a process that ended, once, and plan the next start; listen to one that did not."""
+        """Return the exit code of a process that ended, once, and plan the next start; read the heartbeat of one that did not."""
         if self.process is None:
             return None
         if (code := self.process.poll()) is None:
-            if self.ear is not None:
-                self.ear.listen()
+            if self.heartbeat is not None:
+                self.heartbeat.read()
             return None
         self._gone()
         lived = monotonic() - self._began
@@ -99,9 +99,9 @@ class _Child:
             self._gone()
 
     def _gone(self) -> None:
-        self.process, ear, self.ear = None, self.ear, None
-        if ear is not None:
-            ear.close()
+        self.process, heartbeat, self.heartbeat = None, self.heartbeat, None
+        if heartbeat is not None:
+            heartbeat.close()
 
 
 class _Together:
@@ -113,14 +113,17 @@ class _Together:
     def stuck(self, after: timedelta) -> Sequence[str]:
         said: list[str] = []
         for child in self._children:
-            if ear := child.ear:
-                said += [f"process {child.number}, {name}" for name in ear.stuck]
-                if ear.is_silent(after):
+            if heartbeat := child.heartbeat:
+                said += [f"process {child.number}, {name}" for name in heartbeat.stuck]
+                if heartbeat.is_silent(after):
                     said.append(f"process {child.number}, main thread")
         return said
 
     def unready(self) -> str | None:
-        states = ((child.number, ear.unready if (ear := child.ear) else "not running") for child in self._children)
+        states = (
+            (child.number, heartbeat.unready if (heartbeat := child.heartbeat) else "not running")
+            for child in self._children
+        )
         return "; ".join(f"process {number}: {why}" for number, why in states if why) or None
 
 

@@ -19,7 +19,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, make_url, pool, t
 
 from exactly_once.errors import ConfigurationError, SchemaError
 
-__all__ = ["Database", "alone", "on"]
+__all__ = ["Database", "schema_lock", "with_connection"]
 
 Database = str | URL | Engine | Connection
 
@@ -30,7 +30,7 @@ WAIT_SECONDS: Final = 120
 MYSQL_WAIT_SECONDS: Final = 2
 
 
-def on(database: Database, work: Callable[[Connection], T]) -> T:
+def with_connection(database: Database, work: Callable[[Connection], T]) -> T:
     """Run `work` with a connection to `database`, made and closed here unless it is a connection already.
 
     Args:
@@ -80,7 +80,7 @@ def _plain(engine: Engine) -> Engine:
 
 
 @contextmanager
-def alone(connection: Connection, schema: str | None) -> Iterator[None]:
+def schema_lock(connection: Connection, schema: str | None) -> Iterator[None]:
     """Hold the schema lock of this database, with `schema` made where it is missing, and commit at the end.
 
     A transaction that the caller has begun is the caller's to commit; PostgreSQL and SQLite then keep the lock until

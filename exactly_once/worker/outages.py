@@ -11,16 +11,16 @@ from threading import Condition, Thread
 from time import monotonic
 from typing import Final
 
-from exactly_once.hands import Hands
-from exactly_once.seldom import Seldom
 from exactly_once.transport import Delivery
+from exactly_once.worker.log_throttle import ThrottledLog
+from exactly_once.worker.unsettled import Unsettled
 
 __all__ = ["Outages", "Waiting"]
 
 PROBE_S: Final = (0.2, 5.0)
 """A store is asked after the first, and then after twice as long each time, up to the second."""
 
-Waiting = dict[Delivery, Hands]
+Waiting = dict[Delivery, Unsettled]
 
 _log = logging.getLogger("exactly_once.worker")
 
@@ -53,7 +53,7 @@ class Outages:
         self._answers, self._run_again, self._changed, self._stopping = answers, run_again, changed, stopping
         self._now: dict[str, _Outage] = {}
         self._last: dict[str, _Outage] = {}
-        self._seldom = Seldom(_log)
+        self._throttled = ThrottledLog(_log)
 
     def __bool__(self) -> bool:
         return bool(self._now)
@@ -68,21 +68,21 @@ class Outages:
         """How many deliveries wait; readable without the lock."""
         return sum(len(outage.waiting) for outage in self._now.copy().values())
 
-    def hold(self, store: str, delivery: Delivery, hands: Hands) -> None:
+    def hold(self, store: str, delivery: Delivery, unsettled: Unsettled) -> None:
         """Keep a delivery until this store answers."""
         outage = self._now.get(store)
         if outage is None:
             outage = self._begin(store)
-        outage.waiting[delivery] = hands
+        outage.waiting[delivery] = unsettled
 
-    def park(self, deliveries: Sequence[Delivery], hands: Hands) -> bool:
+    def park(self, deliveries: Sequence[Delivery], unsettled: Unsettled) -> bool:
         """Keep what a receive brought that was under way as an outage began: running it would only ask a dead store.
 
         Returns:
             False where there is no outage; they are to be run.
         """
         for outage in self._now.values():
-            outage.waiting.update(dict.fromkeys(deliveries, hands))
+            outage.waiting.update(dict.fromkeys(deliveries, unsettled))
             return True
         return False
 
@@ -101,7 +101,7 @@ class Outages:
         outage = _Outage(store, last.pause if last and again else PROBE_S[0])
         self._now[store] = self._last[store] = outage
         Thread(target=self._probe, args=(outage,), daemon=True, name=f"probe: {store}").start()
-        self._seldom.warning(
+        self._throttled.warning(
             f"outage {store}",
             "The database %r does not answer. Nothing is received until it does; what is in hand is kept, and no"
             " delivery attempt is spent.",
@@ -141,5 +141,7 @@ class Outages:
         try:
             return self._answers(store)
         except BaseException as error:  # noqa: BLE001, RUF100  (the thread that would end the outage must not die)
-            self._seldom.warning(f"probe {store}", "Asking the database %r failed; asking again.", store, error=error)
+            self._throttled.warning(
+                f"probe {store}", "Asking the database %r failed; asking again.", store, error=error
+            )
             return False

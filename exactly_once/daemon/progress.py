@@ -1,7 +1,7 @@
 """Shows how far a worker is: a live line on a terminal, elsewhere a log line a second at most, only when something changed.
 
-Reads counts and nothing else; a failure with its key is logged where it happens, by the attempt. Called by `eo.run`
-and the command line, with a thread of its own.
+Reads counts and nothing else; a failure with its key is logged where it happens, by `delivery`. Called by the command
+line's `run` alone, with a thread of its own.
 """
 
 import logging

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from exactly_once.body import without_none
 from exactly_once.errors import ConfigurationError, Misuse
-from exactly_once.hints import Hints, signature
+from exactly_once.handler.hints import Hints, signature
 from exactly_once.message import Message
 
 __all__ = ["NO_BODY", "Parameters", "Values", "check_result", "parameters"]

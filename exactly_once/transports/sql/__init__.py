@@ -8,7 +8,7 @@ What is sent before any group has joined a topic is kept and goes to the first t
 moment are put in order by a lock, so that no message is kept for nobody. Idle consumers poll, five times a second at
 most, and are woken at once by sends of their own process. It never uses NOTIFY, which would serialise commits.
 
-Called by the registry; the statements and their locking are in `sql_statements`. Transactions are short and its own: it
+Called by the registry; the statements and their locking are in `statements`. Transactions are short and its own: it
 never joins a handler's.
 """
 
@@ -33,9 +33,9 @@ from exactly_once.errors import ConfigurationError
 from exactly_once.message import Message
 from exactly_once.redaction import redacted
 from exactly_once.transport import Away, BrokerProducer, Consumer, Delivery, Features, Subscription, Surroundings
-from exactly_once.transports.sql_database import Database
-from exactly_once.transports.sql_producer import SqlProducer, reason, refused, refused_group
-from exactly_once.transports.sql_statements import Look
+from exactly_once.transports.sql.database import Database
+from exactly_once.transports.sql.producer import SqlProducer, reason, refused, refused_group
+from exactly_once.transports.sql.statements import Look
 from exactly_once.transports.urls import parse
 from exactly_once.verdict import Ack, Verdict
 

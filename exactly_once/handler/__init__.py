@@ -5,7 +5,8 @@
     Reading --> Plan.call --> the handler      arguments in the places decided before
 
 A mistake in the program is a `ConfigurationError` at import, with what to write instead. Nothing here opens, claims,
-commits, retries or logs; the function itself is kept as it was. Called by the facade (plan) and the attempt (the rest).
+commits, retries or logs; the function itself is kept as it was. Called by the facade (plan), the router (matches),
+`config` (moved) and `delivery` (the rest).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,12 +16,10 @@ from typing import Any, Final, Literal, NamedTuple
 
 from exactly_once.body import NOT_JSON, Decoder, decoder, parse_json, shown, why_not_json, without_none
 from exactly_once.errors import BadBody, BadKey, ConfigurationError, ExactlyOnceError
-from exactly_once.fields import check_paths
 from exactly_once.fingerprint import FingerprintRule, FingerprintSpec, differing_paths, maker
-from exactly_once.hints import Hints
-from exactly_once.keys import KeyRule, KeySpec, Path, extractor
-from exactly_once.message import Message
-from exactly_once.options import (
+from exactly_once.handler.body_paths import check_paths
+from exactly_once.handler.hints import Hints
+from exactly_once.handler.options import (
     check_after_dead,
     check_concurrency,
     check_flag,
@@ -28,7 +27,9 @@ from exactly_once.options import (
     check_tags,
     check_topic,
 )
-from exactly_once.parameters import NO_BODY, Parameters, check_result, parameters
+from exactly_once.handler.parameters import NO_BODY, Parameters, check_result, parameters
+from exactly_once.keys import KeyRule, KeySpec, Path, extractor
+from exactly_once.message import Message
 from exactly_once.policy import Retry, RetrySpec, check_retry
 from exactly_once.wording import escaped
 

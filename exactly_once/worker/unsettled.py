@@ -1,6 +1,6 @@
 """What one consumer handed out and is not settled yet: settles each delivery once, and keeps the rest invisible.
 
-One `Hands` for each consumer, with one thread of its own that does both. So a settle that blocks delays no other
+One `Unsettled` for each consumer, with one thread of its own that does both. So a settle that blocks delays no other
 consumer's extending, and no delivery is ever extended after it was settled. Never receives, never runs, never decides
 a verdict. Called by the worker alone.
 
@@ -17,11 +17,11 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Final
 
-from exactly_once.seldom import Seldom
 from exactly_once.transport import Consumer, Delivery
 from exactly_once.verdict import Ack, Hold, Verdict
+from exactly_once.worker.log_throttle import ThrottledLog
 
-__all__ = ["Batch", "Hands"]
+__all__ = ["Batch", "Unsettled"]
 
 TURN_S: Final = 1.0
 """A settling thread with nothing to do wakes this often, so that it can be seen to be alive."""
@@ -40,7 +40,7 @@ class Batch:
     """When its deliveries must be extended next, on the monotonic clock."""
 
 
-class Hands:
+class Unsettled:
     """The deliveries of one consumer that are in our hands.
 
     Args:
@@ -58,7 +58,7 @@ class Hands:
         self.turned = monotonic()
         self._look = 0.0
         self._settled = settled
-        self._seldom = Seldom(logging.getLogger("exactly_once.worker"))
+        self._seldom = ThrottledLog(logging.getLogger("exactly_once.worker"))
 
     def take(self, deliveries: Sequence[Delivery]) -> None:
         """Note what a receive returned; called by the receiving thread under the worker's lock."""

@@ -16,8 +16,8 @@ from threading import Thread, current_thread, main_thread
 from types import FrameType
 from typing import Final, Generic, NoReturn, Protocol, TypeVar
 
+from exactly_once.daemon.heartbeat import HeartbeatSender
 from exactly_once.errors import ConfigurationError
-from exactly_once.reports import Teller
 
 __all__ = ["KILLED", "SUPERVISED", "run_until_signal", "signals_wake"]
 
@@ -69,7 +69,7 @@ def run_until_signal(
         sys.exit(run_until_signal(worker, start=worker.start))
     """
     supervised = bool(os.environ.get(SUPERVISED))
-    teller = Teller(worker)
+    heartbeat = HeartbeatSender(worker)
 
     def received(number: int, count: int) -> None:
         if count > 1 and not supervised:
@@ -79,12 +79,12 @@ def run_until_signal(
     with signals_wake({signal.SIGTERM: received, signal.SIGINT: received}) as wait:
         starting = _Aside(start or (lambda: None))
         while starting.runs and not wait(0.05):
-            teller.tell()
+            heartbeat.send()
         early = starting.runs
         if not early:
             starting.outcome()
             while worker.unready() != "stopped":
-                teller.tell()
+                heartbeat.send()
                 if wait(_LOOK_S):
                     break
         if first := wait(0.0):
@@ -93,7 +93,7 @@ def run_until_signal(
         stopping = _Aside(worker.stop)
         while stopping.runs or starting.runs:
             wait(0.05)
-            teller.tell()
+            heartbeat.send()
         if early:  # it may have got through just as it was told to stop: then there is something to stop after all
             stopping.outcome()
             stopping = _Aside(worker.stop)

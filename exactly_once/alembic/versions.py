@@ -1,6 +1,6 @@
 """Our migrations, walked one by one: which versions there are, which one a database has, and the steps up and down.
 
-It opens, locks and commits nothing: the caller holds the lock (`exactly_once.alone`). `exactly_once.alembic` calls it.
+It opens, locks and commits nothing: the caller holds the lock (`lock`). `exactly_once.alembic` calls it.
 
 Migrations get an `Operations` of our own, never installed as `alembic.op`: that is one global of the process, and a
 user's migration that called us, or another thread, would lose its own. Inside a user's migration they get the user's.
@@ -51,8 +51,9 @@ def name_of(version: int) -> str:
 
 def _folder() -> Path:
     """Return the folder of the migrations: inside the package from a wheel, beside it in a checkout."""
-    inside = Path(__file__).parent / "migrations"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "migrations"
+    package = Path(__file__).parent.parent
+    inside = package / "migrations"
+    return inside if inside.is_dir() else package.parent / "migrations"
 
 
 def operations_on(connection: "Connection") -> Any:

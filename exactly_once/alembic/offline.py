@@ -7,8 +7,8 @@ import io
 from pathlib import Path
 from typing import Any, Final
 
+from exactly_once.alembic.versions import HEAD, TABLES, VERSION_TABLE, name_of, write
 from exactly_once.errors import ConfigurationError
-from exactly_once.versions import HEAD, TABLES, VERSION_TABLE, name_of, write
 
 __all__ = ["history_file", "script"]
 

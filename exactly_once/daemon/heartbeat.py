@@ -2,7 +2,7 @@
 
 A port can be listened on by one process, and a supervisor cannot know of its children's outages otherwise. A line of
 JSON goes over when something changed, and as a sign of life. Never blocks the child: a supervisor that does not read
-misses a line. Called by `signals` in the child, and by `processes` in the supervisor.
+misses a line. Called by `signals` in the child, and by `supervisor`.
 """
 
 import json
@@ -13,7 +13,7 @@ from datetime import timedelta
 from time import monotonic
 from typing import Final, Protocol
 
-__all__ = ["Ear", "Teller", "open_ear"]
+__all__ = ["HeartbeatReader", "HeartbeatSender", "open_heartbeat"]
 
 REPORT_TO: Final = "EXACTLY_ONCE_REPORT_FD"
 """Set in a child's environment: the number of the pipe's writing end."""
@@ -26,7 +26,7 @@ class _Told(Protocol):
     def unready(self) -> str | None: ...
 
 
-class Teller:
+class HeartbeatSender:
     """The child's end; does nothing where nobody listens.
 
     Args:
@@ -45,7 +45,7 @@ class Teller:
             except OSError:  # not passed on by whatever is between us and the supervisor
                 self._into = None
 
-    def tell(self) -> None:
+    def send(self) -> None:
         """Say how the worker is, if that is news or was not said for a while."""
         if self._into is None:
             return
@@ -64,7 +64,7 @@ class Teller:
 
 
 @dataclass(eq=False, slots=True)
-class Ear:
+class HeartbeatReader:
     """The supervisor's end for one child."""
 
     out: int
@@ -73,7 +73,7 @@ class Ear:
     heard: float = field(default_factory=monotonic)
     _rest: bytes = b""
 
-    def listen(self) -> None:
+    def read(self) -> None:
         """Take in what was said since; blocks on nothing."""
         try:
             while said := os.read(self.out, 65536):
@@ -93,8 +93,8 @@ class Ear:
         os.close(self.out)
 
 
-def open_ear() -> tuple[Ear, int]:
-    """Return an ear, and the end of its pipe to pass on to the child and then to close here."""
+def open_heartbeat() -> tuple[HeartbeatReader, int]:
+    """Return a reader, and the end of its pipe to pass on to the child and then to close here."""
     out, into = os.pipe()
     os.set_blocking(out, False)
-    return Ear(out), into
+    return HeartbeatReader(out), into

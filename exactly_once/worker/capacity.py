@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Condition
 
-__all__ = ["Places", "Seat"]
+__all__ = ["Capacity", "Seat"]
 
 
 @dataclass(eq=False, slots=True)
@@ -24,8 +24,8 @@ class Seat:
     in_line: bool = False
 
 
-class Places:
-    """As many places as the worker has capacity.
+class Capacity:
+    """The places: as many as messages may be in hand at once.
 
     Args:
         capacity: How many there are.

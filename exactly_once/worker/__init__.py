@@ -1,6 +1,6 @@
 """Receive, run, settle, stop. Knows no broker, no database and no event loop: `run` gives a future, whoever runs it.
 
-Each consumer has a thread that receives, here, and one that settles and extends, in `hands`. Order is the consumers'
+Each consumer has a thread that receives, here, and one that settles and extends, in `unsettled`. Order is the consumers'
 duty: they hand out nothing behind an unsettled message of its ordering key. At most `capacity` messages are in hand
 at any moment, from the receive that asked for them to the end of the settle; that is also the bound on memory.
 
@@ -8,25 +8,26 @@ When a run says `Hold(store)`, the message stays in hand, nothing more is receiv
 until it answers (`outages`); then what was held runs again, oldest first.
 
 If the process dies on any line here, what was in hand comes back from the broker, and the claims in the database say
-what of it is done. Called by the facade.
+what of it is done. Made by `serving`.
 """
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from threading import Condition, Event, Thread, current_thread
+from threading import Condition, Event
 from time import monotonic
 from typing import Final
 
-from exactly_once.hands import Hands
-from exactly_once.outages import Outages, Waiting
-from exactly_once.places import Places, Seat
-from exactly_once.seldom import Seldom
 from exactly_once.transport import Consumer, Delivery, Features
 from exactly_once.verdict import Ack, Hold, Redeliver, Verdict
+from exactly_once.worker.capacity import Capacity
+from exactly_once.worker.lane import Lane, join, lasting, on_each
+from exactly_once.worker.log_throttle import ThrottledLog
+from exactly_once.worker.outages import Outages, Waiting
+from exactly_once.worker.unsettled import Unsettled
 
 __all__ = ["Counts", "Run", "Worker"]
 
@@ -61,19 +62,6 @@ class Counts:
     """The stores that do not answer."""
     outcomes: Mapping[str, int]
     """What `observe` said: messages by outcome."""
-
-
-@dataclass(eq=False, slots=True)
-class _Lane:
-    """A consumer, its two threads, and how they are doing."""
-
-    hands: Hands
-    seat: Seat = field(default_factory=Seat)
-    receiver: Thread = field(init=False)
-    settler: Thread = field(init=False)
-    turned: float = 0.0
-    quiet: int = -1
-    """The worker's `_events` as the last receive that brought nothing began."""
 
 
 class Worker:
@@ -113,24 +101,24 @@ class Worker:
         self._poll, self._wait = poll, poll if capacity > len(consumers) else min(poll, SHORT_POLL)
         self._changed = Condition()
         self._outages = Outages(answers, self._run_again, self._changed, lambda: self._stopping)
-        self._places = Places(capacity, self._changed, lambda: bool(self._outages))
+        self._capacity = Capacity(capacity, self._changed, lambda: bool(self._outages))
         self._stopping = self._done = False
         self._stopped = Event()
         self._given_back = 0
         self._events = 0  # receives that brought something, and settles; `drain` waits for receives without any
-        self._seldom = Seldom(_log)
-        self._lanes: list[_Lane] = []
+        self._throttled = ThrottledLog(_log)
+        self._lanes: list[Lane] = []
         for n, consumer in enumerate(consumers, 1):
             name = f"consumer {n} ({type(consumer).__name__})"
-            lane = _Lane(Hands(consumer, name, self._has_settled))
-            lane.receiver = self._thread(f"receive: {name}", partial(self._receive, lane))
-            lane.settler = self._thread(f"settle: {name}", lane.hands.work)
+            lane = Lane(Unsettled(consumer, name, self._has_settled))
+            lane.receiver = lasting(f"receive: {name}", partial(self._receive, lane), self._breathe, self._throttled)
+            lane.settler = lasting(f"settle: {name}", lane.unsettled.work, self._breathe, self._throttled)
             self._lanes.append(lane)
 
     def start(self) -> None:
         """Begin to receive."""
         for lane in self._lanes:
-            lane.turned = lane.hands.turned = monotonic()
+            lane.turned = lane.unsettled.turned = monotonic()
             lane.settler.start()
             lane.receiver.start()
 
@@ -149,24 +137,24 @@ class Worker:
         if not first:
             self._stopped.wait()
             return self._given_back
-        self._each("stop", deadline)
+        on_each(self._lanes, "stop", deadline)
         for lane in self._lanes:
-            _join(lane.receiver, deadline)
+            join(lane.receiver, deadline)
         with self._changed:
             waiting = self._outages.give_up()
-        for delivery, hands in waiting.items():  # there is no use in waiting for these
-            self._give_back(hands, delivery)
+        for delivery, unsettled in waiting.items():  # there is no use in waiting for these
+            self._give_back(unsettled, delivery)
         with self._changed:
             self._changed.wait_for(lambda: not self._in_hand(), max(0.0, deadline - monotonic()))
             self._done = True  # what a receive returns from now on is not taken: it comes back by itself
         for lane in self._lanes:
-            for delivery in tuple(lane.hands.held):
-                self._give_back(lane.hands, delivery)
-            lane.hands.verdicts.put(None)
+            for delivery in tuple(lane.unsettled.held):
+                self._give_back(lane.unsettled, delivery)
+            lane.unsettled.verdicts.put(None)
         deadline = monotonic() + LAST_SETTLE_S
         for lane in self._lanes:
-            _join(lane.settler, deadline)
-        self._each("close", monotonic() + LAST_SETTLE_S)
+            join(lane.settler, deadline)
+        on_each(self._lanes, "close", monotonic() + LAST_SETTLE_S)
         self._stopped.set()
         return self._given_back
 
@@ -188,7 +176,7 @@ class Worker:
                 raise RuntimeError("Only a worker that runs comes to rest: drain it after start and before stop.")
             if self._quiet():
                 return
-            held = [delivery.message for lane in self._lanes for delivery in lane.hands.held.copy()]
+            held = [delivery.message for lane in self._lanes for delivery in lane.unsettled.held.copy()]
         some = ", ".join(f"{message.topic} {message.key or message.message_id or '?'}" for message in held[:10])
         away = f" No answer from: {', '.join(self._outages.stores)}." if self._outages else ""
         raise TimeoutError(
@@ -199,11 +187,11 @@ class Worker:
     @property
     def counts(self) -> Counts:
         """How far the worker is."""
-        hands = [lane.hands for lane in self._lanes]
+        unsettled = [lane.unsettled for lane in self._lanes]
         return Counts(
-            received=sum(each.received for each in hands),
-            acked=sum(each.acked for each in hands),
-            redelivered=sum(each.redelivered for each in hands),
+            received=sum(each.received for each in unsettled),
+            acked=sum(each.acked for each in unsettled),
+            redelivered=sum(each.redelivered for each in unsettled),
             given_back=self._given_back,
             in_hand=self._in_hand(),
             held=self._outages.held,
@@ -217,7 +205,7 @@ class Worker:
             return ()
         oldest = monotonic() - after.total_seconds()
         turns = [(lane.receiver, lane.turned) for lane in self._lanes]
-        turns += [(lane.settler, lane.hands.turned) for lane in self._lanes]
+        turns += [(lane.settler, lane.unsettled.turned) for lane in self._lanes]
         return [thread.name for thread, turned in turns if turned < oldest or not thread.is_alive()]
 
     def unready(self) -> str | None:
@@ -229,39 +217,30 @@ class Worker:
         stores = self._outages.stores
         return f"no answer from: {', '.join(sorted(stores))}" if stores else None
 
-    def _thread(self, name: str, life: Callable[[], None]) -> Thread:
-        """A daemon, for a client that never returns must not keep the process; what it raises is not its end."""
+    def _breathe(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping, 1.0)
 
-        def live() -> None:
-            while True:
-                try:
-                    life()
-                except BaseException as error:  # noqa: BLE001, RUF100
-                    self._seldom.warning(name, "The thread %r met an error it should not; going on.", name, error=error)
-                    with self._changed:
-                        self._changed.wait_for(lambda: self._stopping, 1.0)
-                else:
-                    return
-
-        return Thread(target=live, daemon=True, name=name)
-
-    def _receive(self, lane: _Lane) -> None:
+    def _receive(self, lane: Lane) -> None:
         """The receiving thread's whole life: whatever a consumer raises, it is asked again until we stop."""
-        hands, retry = lane.hands, RETRY_S[0]
+        unsettled, retry = lane.unsettled, RETRY_S[0]
         while True:
             lane.turned = monotonic()
-            booked = self._places.book(lane.seat, self._poll.total_seconds(), lambda: self._stopping)
+            booked = self._capacity.book(lane.seat, self._poll.total_seconds(), lambda: self._stopping)
             if self._stopping:
                 return
             began = self._events
             try:
-                got = hands.consumer.receive(booked, self._wait if booked else timedelta(0))
+                got = unsettled.consumer.receive(booked, self._wait if booked else timedelta(0))
             except BaseException as error:  # noqa: BLE001, RUF100  (clients raise CancelledError and worse)
-                self._seldom.warning(
-                    f"receive {hands.name}", "%s could not receive; trying until it can.", hands.name, error=error
+                self._throttled.warning(
+                    f"receive {unsettled.name}",
+                    "%s could not receive; trying until it can.",
+                    unsettled.name,
+                    error=error,
                 )
                 with self._changed:
-                    self._places.used(lane.seat, booked, 0)
+                    self._capacity.used(lane.seat, booked, 0)
                     self._changed.notify_all()
                     self._changed.wait_for(lambda: self._stopping, retry)
                 retry = min(2 * retry, RETRY_S[1])
@@ -270,110 +249,90 @@ class Worker:
             with self._changed:
                 if self._done:
                     return
-                self._places.used(lane.seat, booked, len(got))
+                self._capacity.used(lane.seat, booked, len(got))
                 if got:
                     self._events += 1
-                    hands.take(got)
+                    unsettled.take(got)
                 elif booked:
                     lane.quiet = began
                 self._changed.notify_all()
-                if self._outages.park(got, hands):
+                if self._outages.park(got, unsettled):
                     continue
             for delivery in got:
-                self._begin(hands, delivery)
+                self._begin(unsettled, delivery)
 
-    def _begin(self, hands: Hands, delivery: Delivery) -> None:
+    def _begin(self, unsettled: Unsettled, delivery: Delivery) -> None:
         if self._done:
             return
         try:
-            future = self._run(delivery, hands.features)
+            future = self._run(delivery, unsettled.features)
         except BaseException as error:  # noqa: BLE001, RUF100
-            self._broke(hands, delivery, error)
+            self._broke(unsettled, delivery, error)
         else:
-            hands.running[delivery] = future
-            future.add_done_callback(partial(self._finish, hands, delivery))
+            unsettled.running[delivery] = future
+            future.add_done_callback(partial(self._finish, unsettled, delivery))
 
-    def _finish(self, hands: Hands, delivery: Delivery, done: Future[Verdict | Hold]) -> None:
+    def _finish(self, unsettled: Unsettled, delivery: Delivery, done: Future[Verdict | Hold]) -> None:
         """Called by whichever thread ended the run: blocks on nothing, raises nothing."""
-        hands.running.pop(delivery, None)
+        unsettled.running.pop(delivery, None)
         try:
             verdict = done.result()
         except BaseException as error:  # noqa: BLE001, RUF100  (cancellation too: it is not acknowledged)
-            self._broke(hands, delivery, error)
+            self._broke(unsettled, delivery, error)
             return
         if type(verdict) is Ack or type(verdict) is Redeliver:
-            hands.finish(delivery, verdict)
+            unsettled.finish(delivery, verdict)
         elif type(verdict) is Hold:
             with self._changed:
                 if not self._stopping:
-                    self._outages.hold(verdict.store, delivery, hands)
+                    self._outages.hold(verdict.store, delivery, unsettled)
                     return
-            self._give_back(hands, delivery)
+            self._give_back(unsettled, delivery)
         else:
-            self._broke(hands, delivery, TypeError(f"a run ended with {verdict!r}, which is not a verdict"))
+            self._broke(unsettled, delivery, TypeError(f"a run ended with {verdict!r}, which is not a verdict"))
 
-    def _broke(self, hands: Hands, delivery: Delivery, error: BaseException) -> None:
+    def _broke(self, unsettled: Unsettled, delivery: Delivery, error: BaseException) -> None:
         if self._stopping:
-            self._give_back(hands, delivery)
-        elif hands.finish(delivery, Redeliver(AGAIN)):
-            self._seldom.warning("run", "A run broke; its message will be brought again.", error=error)
+            self._give_back(unsettled, delivery)
+        elif unsettled.finish(delivery, Redeliver(AGAIN)):
+            self._throttled.warning("run", "A run broke; its message will be brought again.", error=error)
 
-    def _give_back(self, hands: Hands, delivery: Delivery) -> None:
+    def _give_back(self, unsettled: Unsettled, delivery: Delivery) -> None:
         """Outside the lock, for a run's callbacks may want locks of their own.
 
         A run that has not begun never begins, a coroutine is cancelled, a thread ends unheard.
         """
-        if hands.finish(delivery, Redeliver()):
+        if unsettled.finish(delivery, Redeliver()):
             with self._changed:
                 self._given_back += 1
-            if run := hands.running.pop(delivery, None):
+            if run := unsettled.running.pop(delivery, None):
                 run.cancel()
 
     def _run_again(self, waiting: Waiting) -> None:
         """Called by an outage's thread when the store answers."""
         held = [
-            (batch.received, delivery, lane.hands)
+            (batch.received, delivery, lane.unsettled)
             for lane in self._lanes
-            for delivery, batch in lane.hands.held.copy().items()  # in the order received
+            for delivery, batch in lane.unsettled.held.copy().items()  # in the order received
             if delivery in waiting
         ]
-        for _, delivery, hands in sorted(held, key=lambda each: each[0]):
+        for _, delivery, unsettled in sorted(held, key=lambda each: each[0]):
             if self._stopping:  # `stop` did not find these: they were in neither place
-                self._give_back(hands, delivery)
+                self._give_back(unsettled, delivery)
             else:
-                self._begin(hands, delivery)
+                self._begin(unsettled, delivery)
 
     def _has_settled(self, number: int) -> None:
         with self._changed:
-            self._places.free(number)
+            self._capacity.free(number)
             self._events += 1
             self._changed.notify_all()
 
     def _in_hand(self) -> int:
-        settled = sum(lane.hands.settled for lane in self._lanes)  # read first, so that it is never below zero
-        return sum(lane.hands.received for lane in self._lanes) - settled
+        settled = sum(lane.unsettled.settled for lane in self._lanes)  # read first, so that it is never below zero
+        return sum(lane.unsettled.received for lane in self._lanes) - settled
 
     def _quiet(self) -> bool:
         if self._outages or self._in_hand():
             return False
         return all(lane.quiet == self._events for lane in self._lanes)
-
-    def _each(self, verb: str, deadline: float) -> None:
-        """Call `stop` or `close` of all consumers side by side, for a client may take its time over it."""
-
-        def call(lane: _Lane) -> None:
-            try:
-                getattr(lane.hands.consumer, verb)()
-            except BaseException as error:  # noqa: BLE001, RUF100
-                _log.warning("%s: %s failed; going on.", lane.hands.name, verb, exc_info=error)
-
-        threads = [Thread(target=call, args=(lane,), daemon=True) for lane in self._lanes]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            _join(thread, deadline)
-
-
-def _join(thread: Thread, deadline: float) -> None:
-    if thread.ident is not None and thread is not current_thread():
-        thread.join(max(0.0, deadline - monotonic()))

@@ -17,7 +17,7 @@ from exactly_once.errors import TransportError
 from exactly_once.message import Message
 from exactly_once.schema import GROUP_BYTES
 from exactly_once.transport import Receipt
-from exactly_once.transports.sql_database import Database
+from exactly_once.transports.sql.database import Database
 
 __all__ = ["SqlProducer", "reason", "refused", "refused_group"]
 

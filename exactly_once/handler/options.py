@@ -4,7 +4,7 @@ from itertools import chain
 from typing import Literal
 
 from exactly_once.errors import ConfigurationError
-from exactly_once.hints import innermost
+from exactly_once.handler.hints import innermost
 from exactly_once.keys import check_name
 from exactly_once.schema import HANDLER_BYTES
 

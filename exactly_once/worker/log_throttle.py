@@ -9,12 +9,12 @@ from datetime import timedelta
 from time import monotonic
 from typing import Final
 
-__all__ = ["Seldom"]
+__all__ = ["ThrottledLog"]
 
 _EVERY: Final = timedelta(seconds=10)
 
 
-class Seldom:
+class ThrottledLog:
     """Writes the first line of each kind at once, and then one per `every` with a count of what was left out.
 
     Args:
@@ -22,8 +22,8 @@ class Seldom:
         every: The least time between two lines of one kind.
 
     Example:
-        >>> seldom = Seldom(logging.getLogger("doctest"))
-        >>> seldom.warning("receive", "The broker is away: %s", "refused")
+        >>> log = ThrottledLog(logging.getLogger("doctest"))
+        >>> log.warning("receive", "The broker is away: %s", "refused")
     """
 
     def __init__(self, log: logging.Logger, every: timedelta = _EVERY) -> None:

@@ -1,7 +1,6 @@
-"""What an application is once its handlers and databases are known: which delivery goes to which handler on which database.
+"""Which delivery goes to which handler on which database: by topic, tag and `route=`, all prepared here.
 
-Made at first use from the facade's registrations, and fixed from then on. Decides by topic, tag and route, all prepared
-here. The facade and the worker's assembly use it.
+Made at first use from the facade's registrations, and fixed from then on. The facade and the worker's assembly use it.
 """
 
 import sys
@@ -10,16 +9,17 @@ from typing import Final
 
 from exactly_once.delivery import FOREIGN, Delivering, Told
 from exactly_once.errors import ConfigurationError, Reject
+from exactly_once.failures.due import DueFailures
+from exactly_once.failures.pump import Pump
 from exactly_once.handler import Plan
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
-from exactly_once.pump import Pump
 from exactly_once.runner import Runner, arun_all, run_all
 from exactly_once.store import Store
 from exactly_once.transport import Consumer, Delivery, Features, Subscription
 from exactly_once.wording import escaped
 
-__all__ = ["Application", "Route", "decorated_above"]
+__all__ = ["Route", "Router", "decorated_above"]
 
 Route = Callable[[Message], str]
 """Names the database a message belongs to."""
@@ -38,7 +38,7 @@ class _Unrouted(Delivering):
         return self._failed(message, self.plan.read(message), Reject(self._reason), features, foreign)
 
 
-class Application:
+class Router:
     """Handlers by topic on each database.
 
     Args:
@@ -158,7 +158,7 @@ class Application:
         return [
             Pump(
                 store.engine,
-                store.failures,
+                DueFailures(store.tables),
                 self.group,
                 handlers=[plan.name for plan in self.plans],
                 ordered=[plan.name for plan in ordered],

@@ -1,7 +1,8 @@
 """`/live` and `/ready` over HTTP for an orchestrator; never asks the database or the broker, and says no secrets.
 
 An outage of the database must not get every worker restarted at the same moment: so live means "its threads turn",
-and nothing else; ready is false in an outage, and while starting and stopping. Called by `eo.run` and the command line.
+and nothing else; ready is false in an outage, and while starting and stopping. Called by the command
+line's `run`, and by the supervisor for its children.
 """
 
 import errno
@@ -15,8 +16,8 @@ from threading import Thread
 from typing import Final, Protocol
 from urllib.parse import urlsplit
 
+from exactly_once.daemon.heartbeat import STUCK_AFTER
 from exactly_once.errors import ConfigurationError
-from exactly_once.reports import STUCK_AFTER
 
 __all__ = ["Health", "host_and_port"]
 

@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from exactly_once.redaction import redacted
-from exactly_once.transports.sql_statements import NO_GROUP, Statements, statements
+from exactly_once.transports.sql.statements import NO_GROUP, Statements, statements
 
 __all__ = ["Bell", "Database"]
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from sqlalchemy import Connection, Engine
 
-from exactly_once.failures import FailureStore, Taken, message_of
+from exactly_once.failures.due import DueFailures, Taken, message_of
 from exactly_once.transport import Delivery, Features
 from exactly_once.verdict import Redeliver, Verdict
 
@@ -34,7 +34,7 @@ class Pump:
 
     Args:
         engine: The database.
-        store: Its failure rows.
+        failures: Its failure rows.
         group: The consumer group.
         handlers: Names of the handlers this process can run.
         ordered: Those among them that keep order behind a failed message.
@@ -45,7 +45,7 @@ class Pump:
     def __init__(
         self,
         engine: Engine,
-        store: FailureStore,
+        failures: DueFailures,
         group: str,
         *,
         handlers: Sequence[str],
@@ -54,7 +54,7 @@ class Pump:
         name: str,
         away: Callable[[BaseException], bool],
     ) -> None:
-        self._engine, self._store, self._group, self._name, self._away = engine, store, group, name, away
+        self._engine, self._failures, self._group, self._name, self._away = engine, failures, group, name, away
         self._handlers, self._ordered, self._waits = tuple(handlers), tuple(ordered), tuple(waits)
         self._changed = Condition()
         self._stopped = False
@@ -94,9 +94,9 @@ class Pump:
         with self._engine.begin() as connection:
             if monotonic() - self._swept > _SWEEP_S:
                 self._swept = monotonic()
-                if closed := self._store.sweep(connection, self._group):
+                if closed := self._failures.sweep(connection, self._group):
                     _log.info("failures_resolved count=%d reason=processed_on_another_path", closed)
-            rows = self._store.take(
+            rows = self._failures.take(
                 connection, self._group, self._handlers, self._ordered, self._waits, limit=limit, lease=_LEASE
             )
         return [Delivery(message_of(row), (self._name, row.id, Taken.of(row)), row.handler) for row in rows]
@@ -117,7 +117,7 @@ class Pump:
                 done.append(delivery.receipt[2])
         if done:
             # a crash before this: the lease runs out, and the next run is a duplicate that ends here again
-            self._change(len(done), lambda connection: self._store.close(connection, done))
+            self._change(len(done), lambda connection: self._failures.close(connection, done))
         for delay, ids in back.items():
             self._postpone(ids, delay)
 
@@ -126,7 +126,7 @@ class Pump:
         self._postpone([delivery.receipt[1] for delivery in deliveries], _LEASE)
 
     def _postpone(self, ids: Sequence[int], delay: timedelta) -> None:
-        self._change(len(ids), lambda connection: self._store.postpone(connection, ids, delay))
+        self._change(len(ids), lambda connection: self._failures.postpone(connection, ids, delay))
 
     def _change(self, rows: int, change: Callable[[Connection], None]) -> None:
         try:

@@ -2,28 +2,27 @@
 
 Rows are written in a transaction of their own, after the handler's was rolled back; where that fails, nothing is
 acknowledged. A row has one owner of its next try: `next_attempt_at` NULL means the broker brings the message again, a
-time means the pump does. Called by `delivery` (record, resolve, blocked), the pump (take) and the command line.
+time means the pump does. Called by `delivery`; the `pump` takes what is `due`, and a person's decisions are in `triage`.
 
 States: retrying, waiting (not failed, only not yet: it does not count), requeued -> resolved; dead, broken -> requeued or
 discarded by a person.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import Column, Connection, Row, and_, exists, func, insert, not_, or_, select, update
+from sqlalchemy import Column, and_, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError, StatementError
 from sqlalchemy.orm import Session
 
 from exactly_once.message import Message
 from exactly_once.policy import ByBroker, ByPump, Decision, Park
-from exactly_once.schema import CONSUMED, Tables, utcnow
+from exactly_once.schema import Tables, utcnow
 from exactly_once.wording import storable
 
-__all__ = ["CLOSED", "OPEN", "Failure", "FailureStore", "Taken", "message_of", "words_of"]
+__all__ = ["CLOSED", "OPEN", "Failure", "FailureStore", "words_of"]
 
 OPEN: Final = ("retrying", "waiting", "requeued", "dead", "broken")
 RUNNABLE: Final = ("retrying", "waiting", "requeued")
@@ -32,7 +31,6 @@ RESOLVABLE: Final = (*RUNNABLE, "dead")
 CLOSED: Final = ("resolved", "discarded")
 
 MESSAGE_ID_BYTES: Final = 255
-_SWEPT_AT_ONCE: Final = 1000  # the rest half a minute later
 _ERROR_TEXT_CHARACTERS: Final = 4000  # enough for a person; a validation error of a large body can be megabytes
 
 
@@ -59,28 +57,11 @@ class Failure:
         return "m:" + (storable(self.message.message_id, MESSAGE_ID_BYTES) or "")
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """What a row was when the pump took it, apart from its time."""
-
-    id: int
-    attempts: int
-    last_failed_at: datetime
-    decided_at: datetime | None
-
-    @classmethod
-    def of(cls, row: Row[Any]) -> "Taken":
-        return cls(row.id, row.attempts, row.last_failed_at, row.decided_at)
-
-
 class FailureStore:
     """The failure rows of one consumer group in one database."""
 
     def __init__(self, tables: Tables) -> None:
         self._t = tables.failure
-        self._claims = tables.idempotent
-
-    # -- the attempt's side ------------------------------------------------------------------------------------------
 
     def record(self, session: Session, failure: Failure, decide: Callable[[int], Decision]) -> tuple[Decision, int]:
         """Write one failure down, counting it, with what is to happen next; commits.
@@ -172,99 +153,6 @@ class FailureStore:
         )
         return session.execute(older.limit(1)).first() is not None
 
-    # -- the pump's side ---------------------------------------------------------------------------------------------
-
-    def take(
-        self,
-        connection: Connection,
-        group: str,
-        handlers: Sequence[str],
-        ordered: Sequence[str],
-        waits: Sequence[str],
-        *,
-        limit: int,
-        lease: timedelta,
-    ) -> Sequence[Row[Any]]:
-        """Take due rows for running and push their time on by `lease`, so that no other pump takes them meanwhile.
-
-        Of an ordering key only the oldest open row is taken; the rule is on rows, so a restart changes nothing.
-        """
-        t, older = self._t, self._t.alias("older")
-        first_of_key = not_(
-            exists().where(
-                older.c.consumer_group == t.c.consumer_group,
-                older.c.handler == t.c.handler,
-                older.c.ordering_key == t.c.ordering_key,
-                older.c.id < t.c.id,
-                or_(older.c.state.in_(RUNNABLE), and_(older.c.state.in_(PARKED), t.c.handler.in_(waits))),
-            )
-        )
-        due = (
-            select(t)
-            .where(
-                t.c.consumer_group == group,
-                t.c.state.in_(RUNNABLE),
-                t.c.next_attempt_at <= utcnow(),
-                t.c.handler.in_(handlers),
-                or_(t.c.ordering_key.is_(None), t.c.handler.not_in(ordered), first_of_key),
-            )
-            .order_by(t.c.next_attempt_at)
-            .limit(limit)
-            .with_for_update(skip_locked=True, of=t if connection.dialect.name == "postgresql" else None)
-        )
-        rows = connection.execute(due).all()
-        if rows:
-            self.postpone(connection, [row.id for row in rows], lease)
-        return rows
-
-    def postpone(self, connection: Connection, ids: Sequence[int], delay: timedelta) -> None:
-        """Let these rows be due `delay` from now; rows decided meanwhile are left alone."""
-        t = self._t
-        connection.execute(
-            update(t)
-            .where(t.c.id.in_(ids), t.c.state.in_(RUNNABLE), t.c.next_attempt_at.is_not(None))
-            .values(next_attempt_at=utcnow(delay.total_seconds()))
-        )
-
-    def close(self, connection: Connection, rows: Sequence[Taken]) -> None:
-        """Close rows that nobody has written to since they were taken; a recorded failure moves `last_failed_at`."""
-        t = self._t
-        for row in rows:
-            connection.execute(
-                update(t)
-                .where(
-                    t.c.id == row.id,
-                    t.c.state.in_(RUNNABLE),
-                    t.c.attempts == row.attempts,
-                    t.c.last_failed_at == row.last_failed_at,
-                    t.c.decided_at.is_not_distinct_from(row.decided_at),
-                )
-                .values(state="resolved", next_attempt_at=None)
-            )
-
-    def sweep(self, connection: Connection, group: str) -> int:
-        """Close open rows whose message was processed on another path (a producer's resend), and say how many."""
-        t, c = self._t, self._claims
-        consumed = exists().where(
-            c.c.consumer_group == t.c.consumer_group,
-            c.c.handler == t.c.handler,
-            c.c.business_key == t.c.business_key,
-            c.c.fingerprint == t.c.fingerprint,
-            c.c.status == CONSUMED,
-        )
-        processed = select(t.c.id).where(
-            t.c.consumer_group == group, t.c.state.in_(RESOLVABLE), t.c.business_key.is_not(None), consumed
-        )
-        # read first, without a lock: on InnoDB an UPDATE that reads the claims waits for every running handler whose key
-        # has failed before, with the failure rows locked that those handlers need in the end: a deadlock
-        ids = connection.execute(processed.limit(_SWEPT_AT_ONCE)).scalars().all()
-        if not ids:
-            return 0
-        closed = connection.execute(
-            update(t).where(t.c.id.in_(ids), t.c.state.in_(RESOLVABLE)).values(state="resolved", next_attempt_at=None)
-        )
-        return closed.rowcount
-
     def _identity(self, failure: Failure) -> Any:
         t = self._t
         return and_(
@@ -292,21 +180,6 @@ class FailureStore:
             "born_at": m.born_at,
             "first_failed_at": utcnow(),
         }
-
-
-def message_of(row: Row[Any]) -> Message:
-    """Return the message a failure row keeps, as it was."""
-    return Message(
-        row.topic,
-        row.body,
-        tag=row.tag,
-        key=row.message_key,
-        ordering_key=row.ordering_key,
-        properties=json.loads(row.properties),
-        message_id=row.message_id,
-        born_at=row.born_at,
-        attempt=row.attempts + 1,
-    )
 
 
 def _state(decision: Decision, counted: bool) -> dict[str, Any]:

@@ -1,0 +1,149 @@
+"""What is due of the failure store: taken for running, pushed on, closed. The pump's side of the rows.
+
+Each method is a part of the caller's transaction. What became of a message is written by `delivery`, in
+`FailureStore.record` and `resolve`; here a row is closed only where nothing else would. Called by the pump.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from sqlalchemy import Connection, Row, and_, exists, not_, or_, select, update
+
+from exactly_once.failures import PARKED, RESOLVABLE, RUNNABLE
+from exactly_once.message import Message
+from exactly_once.schema import CONSUMED, Tables, utcnow
+
+__all__ = ["DueFailures", "Taken", "message_of"]
+
+_SWEPT_AT_ONCE: Final = 1000  # the rest half a minute later
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a row was when the pump took it, apart from its time."""
+
+    id: int
+    attempts: int
+    last_failed_at: datetime
+    decided_at: datetime | None
+
+    @classmethod
+    def of(cls, row: Row[Any]) -> "Taken":
+        return cls(row.id, row.attempts, row.last_failed_at, row.decided_at)
+
+
+class DueFailures:
+    """The failure rows of one database, as the pump sees them."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._t = tables.failure
+        self._claims = tables.idempotent
+
+    def take(
+        self,
+        connection: Connection,
+        group: str,
+        handlers: Sequence[str],
+        ordered: Sequence[str],
+        waits: Sequence[str],
+        *,
+        limit: int,
+        lease: timedelta,
+    ) -> Sequence[Row[Any]]:
+        """Take due rows for running and push their time on by `lease`, so that no other pump takes them meanwhile.
+
+        Of an ordering key only the oldest open row is taken; the rule is on rows, so a restart changes nothing.
+        """
+        t, older = self._t, self._t.alias("older")
+        first_of_key = not_(
+            exists().where(
+                older.c.consumer_group == t.c.consumer_group,
+                older.c.handler == t.c.handler,
+                older.c.ordering_key == t.c.ordering_key,
+                older.c.id < t.c.id,
+                or_(older.c.state.in_(RUNNABLE), and_(older.c.state.in_(PARKED), t.c.handler.in_(waits))),
+            )
+        )
+        due = (
+            select(t)
+            .where(
+                t.c.consumer_group == group,
+                t.c.state.in_(RUNNABLE),
+                t.c.next_attempt_at <= utcnow(),
+                t.c.handler.in_(handlers),
+                or_(t.c.ordering_key.is_(None), t.c.handler.not_in(ordered), first_of_key),
+            )
+            .order_by(t.c.next_attempt_at)
+            .limit(limit)
+            .with_for_update(skip_locked=True, of=t if connection.dialect.name == "postgresql" else None)
+        )
+        rows = connection.execute(due).all()
+        if rows:
+            self.postpone(connection, [row.id for row in rows], lease)
+        return rows
+
+    def postpone(self, connection: Connection, ids: Sequence[int], delay: timedelta) -> None:
+        """Let these rows be due `delay` from now; rows decided meanwhile are left alone."""
+        t = self._t
+        connection.execute(
+            update(t)
+            .where(t.c.id.in_(ids), t.c.state.in_(RUNNABLE), t.c.next_attempt_at.is_not(None))
+            .values(next_attempt_at=utcnow(delay.total_seconds()))
+        )
+
+    def close(self, connection: Connection, rows: Sequence[Taken]) -> None:
+        """Close rows that nobody has written to since they were taken; a recorded failure moves `last_failed_at`."""
+        t = self._t
+        for row in rows:
+            connection.execute(
+                update(t)
+                .where(
+                    t.c.id == row.id,
+                    t.c.state.in_(RUNNABLE),
+                    t.c.attempts == row.attempts,
+                    t.c.last_failed_at == row.last_failed_at,
+                    t.c.decided_at.is_not_distinct_from(row.decided_at),
+                )
+                .values(state="resolved", next_attempt_at=None)
+            )
+
+    def sweep(self, connection: Connection, group: str) -> int:
+        """Close open rows whose message was processed on another path (a producer's resend), and say how many."""
+        t, c = self._t, self._claims
+        consumed = exists().where(
+            c.c.consumer_group == t.c.consumer_group,
+            c.c.handler == t.c.handler,
+            c.c.business_key == t.c.business_key,
+            c.c.fingerprint == t.c.fingerprint,
+            c.c.status == CONSUMED,
+        )
+        processed = select(t.c.id).where(
+            t.c.consumer_group == group, t.c.state.in_(RESOLVABLE), t.c.business_key.is_not(None), consumed
+        )
+        # read first, without a lock: on InnoDB an UPDATE that reads the claims waits for every running handler whose key
+        # has failed before, with the failure rows locked that those handlers need in the end: a deadlock
+        ids = connection.execute(processed.limit(_SWEPT_AT_ONCE)).scalars().all()
+        if not ids:
+            return 0
+        closed = connection.execute(
+            update(t).where(t.c.id.in_(ids), t.c.state.in_(RESOLVABLE)).values(state="resolved", next_attempt_at=None)
+        )
+        return closed.rowcount
+
+
+def message_of(row: Row[Any]) -> Message:
+    """Return the message a failure row keeps, as it was."""
+    return Message(
+        row.topic,
+        row.body,
+        tag=row.tag,
+        key=row.message_key,
+        ordering_key=row.ordering_key,
+        properties=json.loads(row.properties),
+        message_id=row.message_id,
+        born_at=row.born_at,
+        attempt=row.attempts + 1,
+    )

@@ -1,0 +1,71 @@
+"""A consumer's lane in the worker: its two threads, how they are doing, and how threads begin and end.
+
+Never receives, never settles, never decides. Called by the worker alone.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from threading import Thread, current_thread
+from time import monotonic
+
+from exactly_once.worker.capacity import Seat
+from exactly_once.worker.log_throttle import ThrottledLog
+from exactly_once.worker.unsettled import Unsettled
+
+__all__ = ["Lane", "join", "lasting", "on_each"]
+
+_log = logging.getLogger("exactly_once.worker")
+
+
+@dataclass(eq=False, slots=True)
+class Lane:
+    """A consumer, its two threads, and how they are doing."""
+
+    unsettled: Unsettled
+    seat: Seat = field(default_factory=Seat)
+    receiver: Thread = field(init=False)
+    settler: Thread = field(init=False)
+    turned: float = 0.0
+    quiet: int = -1
+    """The worker's `_events` as the last receive that brought nothing began."""
+
+
+def lasting(name: str, life: Callable[[], None], breathe: Callable[[], None], log: ThrottledLog) -> Thread:
+    """Make a daemon, for a client that never returns must not keep the process; what it raises is not its end.
+
+    `breathe` waits a moment before it lives again, and no longer once the worker stops.
+    """
+
+    def live() -> None:
+        while True:
+            try:
+                life()
+            except BaseException as error:  # noqa: BLE001, RUF100
+                log.warning(name, "The thread %r met an error it should not; going on.", name, error=error)
+                breathe()
+            else:
+                return
+
+    return Thread(target=live, daemon=True, name=name)
+
+
+def on_each(lanes: Sequence[Lane], verb: str, deadline: float) -> None:
+    """Call `stop` or `close` of all consumers side by side, for a client may take its time over it."""
+
+    def call(lane: Lane) -> None:
+        try:
+            getattr(lane.unsettled.consumer, verb)()
+        except BaseException as error:  # noqa: BLE001, RUF100
+            _log.warning("%s: %s failed; going on.", lane.unsettled.name, verb, exc_info=error)
+
+    threads = [Thread(target=call, args=(lane,), daemon=True) for lane in lanes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        join(thread, deadline)
+
+
+def join(thread: Thread, deadline: float) -> None:
+    if thread.ident is not None and thread is not current_thread():
+        thread.join(max(0.0, deadline - monotonic()))
