@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from math import inf
 from queue import Empty, SimpleQueue
-from time import monotonic
+from time import monotonic, sleep
 from typing import Final
 
 from exactly_once.transport import Consumer, Delivery
@@ -27,6 +27,9 @@ TURN_S: Final = 1.0
 """A settling thread with nothing to do wakes this often, so that it can be seen to be alive."""
 GROUP: Final = 256
 """At most this many verdicts go into one `settle`: between two settles the thread looks after what must be extended."""
+GATHER_S: Final = 0.02
+"""While most of what is in hand still runs, a verdict waits so long for others: to a broker ten cost as much as one."""
+_STEP_S: Final = GATHER_S / 4
 _LAST_WAIT_S: Final = 0.2
 """After the last give-back: how long to wait for a verdict that another thread has just taken out of `held`."""
 
@@ -58,7 +61,7 @@ class Unsettled:
         self.turned = monotonic()
         self._look = 0.0
         self._settled = settled
-        self._seldom = ThrottledLog(logging.getLogger("exactly_once.worker"))
+        self._throttled = ThrottledLog(logging.getLogger("exactly_once.worker"))
 
     def take(self, deliveries: Sequence[Delivery]) -> None:
         """Note what a receive returned; called by the receiving thread under the worker's lock."""
@@ -91,6 +94,7 @@ class Unsettled:
                 first = self.verdicts.get(timeout=min(wait, TURN_S, max(0.0, end - now)))
             except Empty:
                 continue
+            self._gather()
             group = [first]
             while len(group) < GROUP:
                 try:
@@ -102,12 +106,18 @@ class Unsettled:
             if batch := [verdict for verdict in group if verdict is not None]:
                 self._settle(batch)
 
+    def _gather(self) -> None:
+        """Wait a moment for more verdicts, until they are a quarter of all: what is left keeps the handlers busy."""
+        late = monotonic() + GATHER_S
+        while 3 * (self.verdicts.qsize() + 1) < len(self.held) and monotonic() < late:
+            sleep(_STEP_S)
+
     def _settle(self, batch: list[tuple[Delivery, Verdict]]) -> None:
         """Hand the verdicts to the consumer; after a crash in here the messages come back, and the claims decide."""
         try:
             self.consumer.settle(batch)
         except BaseException as error:  # noqa: BLE001, RUF100  (this thread must not die of a client's mistake)
-            self._seldom.warning(
+            self._throttled.warning(
                 "settle",
                 "%s could not settle %d message(s); the broker brings them again, and what is done is not repeated.",
                 self.name,
@@ -132,7 +142,7 @@ class Unsettled:
                 self.consumer.extend(list(due))
             except BaseException as error:  # noqa: BLE001, RUF100
                 # `due` stays as it is: tried again at the next look, eight times before the broker brings them again
-                self._seldom.warning(
+                self._throttled.warning(
                     "extend", "%s could not extend %d message(s); trying again.", self.name, len(due), error=error
                 )
             else:

@@ -16,7 +16,7 @@ import pytest
 from exactly_once.message import Message
 from exactly_once.transport import Consumer, Delivery, Features
 from exactly_once.verdict import Ack, Hold, Redeliver, Verdict
-from exactly_once.worker import Run, Worker
+from exactly_once.worker import Run, Worker, unsettled
 from tests.unit.worker_doubles import FEATURES, Hand, InHand, Shelf, done, until
 
 MS = timedelta(milliseconds=1)
@@ -72,6 +72,21 @@ def test_settles_are_grouped() -> None:
         worker.drain(5 * SECOND)
     assert len(shelf.settled) == 400
     assert shelf.calls.count("settle") < 100
+
+
+def test_a_verdict_waits_for_others_while_most_of_what_is_in_hand_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unsettled, "GATHER_S", 60.0)
+    shelf, hand = Shelf(numbered(40)), Hand()
+    with working([shelf], hand, capacity=60, drain_timeout=5 * SECOND):
+        until(lambda: len(hand.begun) == 40, "all are in hand")
+        for _, future in hand.begun[:10]:
+            assert shelf.settled == []
+            future.set_result(Ack())
+        until(lambda: len(shelf.settled) == 10, "a quarter is settled")
+        assert shelf.calls == ["settle"]
+        for _, future in hand.begun[10:]:
+            future.set_result(Ack())
+        until(lambda: len(shelf.settled) == 40, "and the last without waiting for what never comes")
 
 
 def test_a_nearly_full_worker_asks_for_several_at_once() -> None:
