@@ -108,7 +108,7 @@ class Runner:
 
     Args:
         find: Which handlers a delivery is for.
-        threads: How many sync handlers run at once.
+        threads: How many deliveries run at once on threads, and as many on the loop.
         needs_loop: There are async handlers.
         limits: Of each handler with `concurrency=`, how many of it run at once.
     """
@@ -123,7 +123,7 @@ class Runner:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread: Thread | None = None
         if needs_loop:
-            self._start_loop(limits)
+            self._start_loop(threads, limits)
         for thread in self._threads:
             thread.start()
 
@@ -184,10 +184,11 @@ class Runner:
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
-    def _start_loop(self, limits: Mapping[str, int]) -> None:
+    def _start_loop(self, most: int, limits: Mapping[str, int]) -> None:
         import asyncio
 
         loop = self._loop = asyncio.new_event_loop()
+        self._places = asyncio.Semaphore(most)  # more are in hand than the pool has connections for
         self._async_limits = {name: asyncio.Semaphore(most) for name, most in limits.items()}
         self._loop_thread = Thread(target=self._turn_loop, args=(loop,), name="handlers' loop", daemon=True)
         self._loop_thread.start()
@@ -216,13 +217,14 @@ class Runner:
     async def _arun(self, delivery: Delivery, features: Features, found: Sequence[Delivering]) -> "Verdict | Hold":
         pumped = delivery.handler is not None
         told: list[Told] = []
-        for each in found:
-            limit = self._async_limits.get(each.plan.name)
-            if limit is None:
-                told.append(await arun_all((each,), delivery.message, features, pumped=pumped))
-            else:
-                async with limit:
+        async with self._places:
+            for each in found:
+                limit = self._async_limits.get(each.plan.name)
+                if limit is None:
                     told.append(await arun_all((each,), delivery.message, features, pumped=pumped))
+                else:
+                    async with limit:
+                        told.append(await arun_all((each,), delivery.message, features, pumped=pumped))
         one = together(told)
         self._count(one.outcome)
         return one.verdict

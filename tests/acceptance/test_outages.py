@@ -14,6 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 import exactly_once.alembic
 from exactly_once import ExactlyOnce, Message, Outcome
+from exactly_once.serving import IN_HAND
 from exactly_once.testing.postgres import EmbeddedPostgres
 
 PATIENCE_S = 60.0
@@ -138,9 +139,9 @@ def test_during_an_outage_the_worker_receives_nothing_and_redelivers_nothing(own
         until(lambda: worker.unready() is not None)
         time.sleep(2)
         during = worker.counts
-        assert during.held <= 8, "no more than fits in hand"
+        assert during.held <= 4 * IN_HAND, "no more than fits in hand"
         assert during.redelivered == 0
-        assert during.received <= 1 + 8
+        assert during.received <= 1 + 4 * IN_HAND
         own_postgres.restart()
         until(lambda: worker.unready() is None)
         worker.drain(timedelta(seconds=PATIENCE_S))
