@@ -48,7 +48,7 @@ class Serving:
     """A worker over one broker.
 
     Args:
-        application: Handlers and databases.
+        router: Handlers and databases.
         transport: The broker.
         concurrency: How many messages run at once.
         drain_timeout: How long stopping lets running messages finish.
@@ -59,9 +59,9 @@ class Serving:
     """
 
     def __init__(
-        self, application: Router, transport: Transport, *, concurrency: int, drain_timeout: timedelta
+        self, router: Router, transport: Transport, *, concurrency: int, drain_timeout: timedelta
     ) -> None:
-        self._application, self._transport = application, transport
+        self._router, self._transport = router, transport
         self._concurrency, self.drain_timeout = concurrency, drain_timeout
         self._asked = Event()
         self._worker: Worker | None = None
@@ -75,37 +75,37 @@ class Serving:
         Raises:
             ConfigurationError: Something is wrong that waiting does not mend, or a server stayed away too long.
         """
-        application = self._application
-        for plan in application.plans:
+        router = self._router
+        for plan in router.plans:
             for warning in plan.warnings:
                 _log.warning("%s", warning)
         deadline = monotonic() + patience.total_seconds()
-        for name, store in application.stores.items():
+        for name, store in router.stores.items():
             _until(
                 self._asked,
                 deadline,
-                partial(_database_problem, store, application.group),
+                partial(_database_problem, store, router.group),
                 f"the database {name!r}",
                 StoreUnavailable,
             )
-        subscriptions = application.subscriptions()
+        subscriptions = router.subscriptions()
 
         def broker() -> str | None:
-            problems = self._transport.check(application.group, subscriptions)
+            problems = self._transport.check(router.group, subscriptions)
             if any(not isinstance(problem, Away) for problem in problems):
                 raise ConfigurationError("\n".join(problems))
             return "\n".join(problems) or None
 
         _until(self._asked, deadline, broker, "the broker", TransportError)
-        runner = application.runner(self._concurrency)
+        runner = router.runner(self._concurrency)
         try:
-            consumers = [*self._transport.subscribe(application.group, subscriptions), *application.pumps()]
+            consumers = [*self._transport.subscribe(router.group, subscriptions), *router.pumps()]
             worker = Worker(
                 consumers,
                 runner.run,
                 capacity=IN_HAND * self._concurrency,
                 drain_timeout=self.drain_timeout,
-                answers=application.answers,
+                answers=router.answers,
                 observe=runner.observe,
             )
             worker.start()
