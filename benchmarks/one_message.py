@@ -21,11 +21,12 @@ DUPLICATE: Final = 0.5
 
 def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
     """Measure all of it, near and through a slower network."""
-    rounds, each = (10, 40) if quick else (40, 100)
+    # short turns: what else the machine does then weighs on both alike
+    rounds, each = (10, 40) if quick else (200, 20)
     with stage.database() as database:
         trips = _round_trips(database)
         yield from _measured(database, database.url, rounds, each, "one message", "on this machine", trips)
-    rounds, each = (6, 20) if quick else (20, 50)
+    rounds, each = (6, 20) if quick else (60, 20)
     with stage.database() as database, far_away(database.url, DELAY, stage.folder) as url:
         yield from _measured(database, url, rounds, each, "one message, 0.5 ms away", "0.5 ms added each way", trips)
 
