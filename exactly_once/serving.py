@@ -58,9 +58,7 @@ class Serving:
             ...
     """
 
-    def __init__(
-        self, router: Router, transport: Transport, *, concurrency: int, drain_timeout: timedelta
-    ) -> None:
+    def __init__(self, router: Router, transport: Transport, *, concurrency: int, drain_timeout: timedelta) -> None:
         self._router, self._transport = router, transport
         self._concurrency, self.drain_timeout = concurrency, drain_timeout
         self._asked = Event()
