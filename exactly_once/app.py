@@ -259,7 +259,7 @@ class ExactlyOnce:
             return SUCCESS if eo.process(Message.from_rocketmq(m)).acknowledge else LATER
         """
         router = self._router
-        found = router.matching(message)
+        found = router.matching(_checked(message))
         for each in found:
             if each.plan.is_async:
                 raise ConfigurationError(
@@ -274,7 +274,7 @@ class ExactlyOnce:
             outcome = await eo.aprocess(Message.from_kafka(m))
         """
         router = self._router
-        return await router.arun(router.matching(message), message)
+        return await router.arun(router.matching(_checked(message)), message)
 
     # -- door 3: the worker --------------------------------------------------------------------------------------------
 
@@ -346,8 +346,8 @@ class ExactlyOnce:
         group = self.config.group.value
         if not group:
             raise ConfigurationError(
-                "No consumer group is named, and it is part of every claim. Type EXACTLY_ONCE_GROUP=inventory, or"
-                " ExactlyOnce(group='inventory')."
+                "No consumer group is named, and it is part of every claim. Write ExactlyOnce(group='inventory'), or type:"
+                " export EXACTLY_ONCE_GROUP=inventory (on the command line --app MODULE:NAME or --group, where there is one)."
             )
         return check_name(group, GROUP_BYTES, "group")
 
@@ -386,7 +386,7 @@ class ExactlyOnce:
             from exactly_once.routing import Router
 
             for module in self.config.imports.value:
-                import_module(module)
+                _import(module, self.config.imports.source)
             plans = self.config.applied(tuple(self._plans.values()))
             binding.router = Router(plans, self._stores(binding), self.group, route=self._route, enforce=self._enforce)
         return binding.router
@@ -433,3 +433,24 @@ class ExactlyOnce:
             return next(iter(self._stores(self._store_binding).values())).engine
 
         return transport_from(url or self._transport_url(), Surroundings(engine, self.config.schema.value))
+
+
+def _checked(message: Message) -> Message:
+    if not isinstance(message, Message):
+        raise ConfigurationError(
+            f"A {type(message).__name__} was given where a Message is wanted. Write Message(topic, body), or"
+            " Message.from_rocketmq(m), from_rocketmq4(m), from_kafka(m) for what a client received."
+        )
+    return message
+
+
+def _import(module: str, source: str) -> None:
+    try:
+        import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and imports one that is not
+        raise ConfigurationError(
+            f"There is no module {error.name!r}, which imports= names as {module!r} (from {source}). Is its folder on"
+            " PYTHONPATH, and the name that of a module and no file?"
+        ) from error

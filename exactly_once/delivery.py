@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from time import monotonic
 from typing import Any, Final
 from uuid import uuid4
 
@@ -19,8 +20,8 @@ from sqlalchemy.util import await_only
 
 from exactly_once.attempt import Ended, How, attempt
 from exactly_once.dialects import ClaimRow, Trouble
-from exactly_once.errors import ConfigurationError, PayloadConflict, Reject, RetryLater, StoreUnavailable
-from exactly_once.failures import MESSAGE_ID_BYTES, Failure, words_of
+from exactly_once.errors import ConfigurationError, Misuse, PayloadConflict, Reject, RetryLater, StoreUnavailable
+from exactly_once.failures import MESSAGE_ID_BYTES, Failure, place_of, words_of
 from exactly_once.guards.transaction import TransactionGuard
 from exactly_once.guards.watch import let_go
 from exactly_once.handler import Plan, Reading, check_result
@@ -42,6 +43,11 @@ _RECORD_TRIES: Final = (False, False, False, True)
 _UNRECORDED: Final = timedelta(seconds=5)  # neither run nor stored: not in a tight circle
 # keys that failed in this process, for loops that do not count deliveries; one forgotten leaves its row to the sweep
 _REMEMBERED: Final = 10_000
+_TELL_AGAIN_S: Final = 10.0
+_EXITED: Final = (
+    "The handler called sys.exit({code!r}), which would end the worker for every message; it was rolled back. Raise an"
+    " exception to have it retried, Reject to park it."
+)
 _OWNER: Final = f"{socket.gethostname()[:40]}:{os.getpid()}"
 
 _log = logging.getLogger("exactly_once.failures")
@@ -78,6 +84,7 @@ class Delivering:
         self.plan, self.store, self.group, self._enforce = plan, store, group, enforce
         _check_session(plan, store)
         self._seen_failing: dict[str, None] = {}
+        self._tell_away_at = 0.0
         self._guard = TransactionGuard(store.dialect, claim_wait=plan.guard.claim_wait)
         self._open: Callable[[], tuple[Session, Any]] = store.open_async if plan.is_async else store.open
         self._call = self._call_awaited if plan.is_async else self._call_plain
@@ -131,7 +138,12 @@ class Delivering:
         self, message: Message, reading: Reading, row: ClaimRow, features: Features, pumped: bool, foreign: bool
     ) -> Told:
         def handle(handed: Any) -> None:
-            self._call(handed, reading, message)
+            try:
+                self._call(handed, reading, message)
+            except SystemExit as error:
+                if foreign:
+                    raise  # the thread is the caller's, and a signal may have asked it to end
+                raise Misuse(_EXITED.format(code=error.code)) from error
 
         # only a message that came before can have a failure row to close; others do not pay a statement for it
         before = pumped or message.attempt > 1 or row.key in self._seen_failing
@@ -278,13 +290,14 @@ class Delivering:
                 let_go(session)
         _log.log(
             logging.WARNING if counted else logging.INFO,
-            "message_failed handler=%s key=%s attempts=%d next=%s error=%s: %s",
+            "message_failed handler=%s key=%s attempts=%d next=%s error=%s: %s%s",
             self.plan.name,
             escaped(failure.failure_key[2:], 120),
             attempts,
             _told(decision),
             type(error).__name__,
             escaped(words_of(error), 300),
+            place_of(error),
         )
         match decision:
             case Park():
@@ -322,6 +335,10 @@ class Delivering:
             let_go(session)
 
     def _away(self, error: BaseException | None) -> Told:
+        now = monotonic()
+        if now >= self._tell_away_at:  # an outage strikes every message; a loop that is not ours says nothing of it
+            self._tell_away_at = now + _TELL_AGAIN_S
+            _log.warning("store_away store=%s error=%s", self.store.name, escaped(str(error), 300))
         return Told(Outcome.WAITING, Hold(self.store.name))
 
 

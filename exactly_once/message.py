@@ -27,6 +27,7 @@ class Message:
 
     Raises:
         ValueError: `born_at` has no time zone.
+        TypeError: The body is neither bytes nor None.
 
     Example:
         >>> Message("orders", b'{"order_no": "A-1"}', tag="created").tag
@@ -45,6 +46,11 @@ class Message:
 
     def __post_init__(self) -> None:
         # here, where the line to mend is: later such a message could neither be stored nor acknowledged
+        if self.body is not None and not isinstance(self.body, bytes):
+            raise TypeError(
+                f"the body of a message is bytes or None, not {type(self.body).__name__}. Text: body.encode(); an object:"
+                " json.dumps(body).encode()"
+            )
         if self.born_at is not None and self.born_at.tzinfo is None:
             raise ValueError(f"born_at={self.born_at!r} has no time zone; write datetime(..., tzinfo=UTC)")
 

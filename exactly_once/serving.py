@@ -111,6 +111,13 @@ class Serving:
             runner.stop()
             raise
         self._runner, self._worker = runner, worker
+        _log.info(
+            "worker_started group=%s topics=%s handlers=%s concurrency=%d",
+            router.group,
+            ",".join(sorted({wanted.topic for wanted in subscriptions})),
+            ",".join(plan.name for plan in router.plans),
+            self._concurrency,
+        )
 
     def stop(self) -> int:
         """Stop receiving, finish what runs, give back the rest; returns how many were given back. Twice is once."""

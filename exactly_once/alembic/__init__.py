@@ -147,7 +147,7 @@ def check(connection: "Connection", schema: str | None = None) -> str | None:
     if found > HEAD + 1:
         return (
             f"The tables of exactly_once in {place} are at version {name_of(found)}, and this program knows {head()} "
-            "and the one after it. Type: pip install --upgrade exactly-once"
+            "and the one after it. Install a newer release of exactly_once."
         )
     return None
 

@@ -92,7 +92,7 @@ def descend(operations: Any, schema: str | None, target: int) -> None:
     if found > HEAD:
         raise SchemaError(
             f"The tables of exactly_once are at version {name_of(found)}, and this package knows how to undo "
-            f"{name_of(HEAD)} and older. Nothing was changed. Type: pip install --upgrade exactly-once"
+            f"{name_of(HEAD)} and older. Nothing was changed. Install a newer release of exactly_once."
         )
     if not found and connection.dialect.has_table(connection, VERSION_TABLE, schema=schema):
         found = 1  # a run that was killed: some of the tables are there

@@ -122,7 +122,7 @@ def _told(database: str | None, schema: str | None) -> tuple[list[URL], str | No
     """The databases and the schema: what the command line says, else the settings."""
     try:
         settings = load()
-        return [make_url(url) for url in ([database] if database else _urls(settings))], schema or settings.schema.value
+        urls = [_kept(make_url(url)) for url in ([database] if database else _urls(settings))]
     except ConfigurationError as error:
         raise typer.BadParameter(str(error)) from error
     except ArgumentError as error:
@@ -130,6 +130,15 @@ def _told(database: str | None, schema: str | None) -> tuple[list[URL], str | No
         raise typer.BadParameter(
             "The database is not a URL that can be read. It looks like postgresql+psycopg://user:password@host:5432/database"
         ) from error
+    return urls, schema or settings.schema.value
+
+
+def _kept(url: URL) -> URL:
+    if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
+        raise ConfigurationError(
+            "A SQLite database in memory is gone with this command. Give it a file: sqlite:///orders.db"
+        )
+    return url
 
 
 def _urls(settings: Config) -> list[str]:

@@ -44,7 +44,13 @@ def command(
         raise ConfigurationError("--body needs --topic.")
     after = None if delay is None else timedelta(seconds=delay)
     bad = 0
-    with ExactlyOnce().producer(transport) as producer:
+    eo = ExactlyOnce()
+    if str(transport or eo.config.transport.value or "").startswith("memory:"):
+        raise ConfigurationError(
+            "memory:// lives in one process: what this command sent would be gone with it. For a try without a broker"
+            " write --transport sql://"
+        )
+    with eo.producer(transport) as producer:
         if body is not None:
             one = Message(
                 topic or "",

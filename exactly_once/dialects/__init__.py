@@ -73,6 +73,8 @@ class Dialect(Protocol):
     """One database server through one driver. `dbapi` is SQLAlchemy's `dbapi_connection`, adapted where it is async."""
 
     name: str
+    table: str
+    """Where claims are kept, as it stands in statements."""
 
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
         """Look once at a connection we have not seen: refuse autocommit, remember what later statements need."""
@@ -93,6 +95,9 @@ class Dialect(Protocol):
 
     def trouble(self, error: BaseException) -> Trouble:
         """Say what a driver's error means."""
+
+    def no_table(self, error: BaseException) -> bool:
+        """Did the claim find no table to stand in?"""
 
     def hopeless(self, error: BaseException) -> bool:
         """Did connecting fail for a reason that waiting does not mend: no such user, password or database?"""

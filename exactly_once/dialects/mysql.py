@@ -43,6 +43,7 @@ PREPARE: Final = "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode, @@
 
 _IN_TRANSACTION: Final = 1  # SERVER_STATUS_IN_TRANS of the protocol's OK packet
 _DUPLICATE: Final = 1062
+_NO_SUCH_TABLE: Final = 1146
 _LOCK_WAIT: Final = 1205
 _DEADLOCK: Final = 1213
 _CHANGED: Final = 1020  # MariaDB's innodb_snapshot_isolation: the row changed since this transaction's snapshot
@@ -62,6 +63,7 @@ class MySQL:
     name = "mysql"
 
     def __init__(self, table: str) -> None:
+        self.table = table
         self._claim = CLAIM.replace("{table}", table)
         self._known = KNOWN.replace("{table}", table)
 
@@ -153,6 +155,9 @@ class MySQL:
         if code in _UNAVAILABLE:
             return Trouble.UNAVAILABLE
         return Trouble.REFUSED if 1000 <= code < 2000 or code >= 3000 else Trouble.UNKNOWN
+
+    def no_table(self, error: BaseException) -> bool:
+        return _errno(error) == _NO_SUCH_TABLE
 
     def hopeless(self, error: BaseException) -> bool:
         return _errno(error) in (1044, 1045, 1049, 1698)  # access denied, unknown database

@@ -89,6 +89,7 @@ class PostgreSQL:
     name = "postgresql"
 
     def __init__(self, table: str) -> None:
+        self.table = table
         values = ("group", "handler", "key", "message_id", "content", "fingerprint", "retry_times", "owner", "born_at")
         self._claim = _template(CLAIM.replace("{table}", table), values)
         text = CLAIM.replace("{table}", table)
@@ -208,6 +209,9 @@ class PostgreSQL:
         if code[:2] in _REFUSING_CLASSES and code != "40003":
             return Trouble.REFUSED
         return Trouble.UNKNOWN
+
+    def no_table(self, error: BaseException) -> bool:
+        return isinstance(error, (errors.UndefinedTable, errors.InvalidSchemaName))
 
     def hopeless(self, error: BaseException) -> bool:
         origin: Any = getattr(error, "orig", error)

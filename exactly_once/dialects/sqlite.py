@@ -46,6 +46,7 @@ class SQLite:
     name = "sqlite"
 
     def __init__(self, table: str) -> None:
+        self.table = table
         self._claim = CLAIM.replace("{table}", table)
         self._known = KNOWN.replace("{table}", table)
 
@@ -114,6 +115,10 @@ class SQLite:
         if code is None:
             return Trouble.UNKNOWN
         return Trouble.UNAVAILABLE if code & _PRIMARY in _UNAVAILABLE else Trouble.REFUSED
+
+    def no_table(self, error: BaseException) -> bool:
+        # its code is that of any wrong statement, and its text is always English
+        return isinstance(error, sqlite3.OperationalError) and "no such table" in str(error)
 
     def hopeless(self, error: BaseException) -> bool:
         # a folder that is not there does not come by waiting

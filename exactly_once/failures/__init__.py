@@ -11,6 +11,7 @@ discarded by a person.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import Column, and_, func, insert, or_, select, update
@@ -22,7 +23,7 @@ from exactly_once.policy import ByBroker, ByPump, Decision, Park
 from exactly_once.schema import Tables, utcnow
 from exactly_once.wording import storable
 
-__all__ = ["CLOSED", "OPEN", "Failure", "FailureStore", "words_of"]
+__all__ = ["CLOSED", "OPEN", "Failure", "FailureStore", "place_of", "words_of"]
 
 OPEN: Final = ("retrying", "waiting", "requeued", "dead", "broken")
 RUNNABLE: Final = ("retrying", "waiting", "requeued")
@@ -31,6 +32,7 @@ RESOLVABLE: Final = (*RUNNABLE, "dead")
 CLOSED: Final = ("resolved", "discarded")
 
 MESSAGE_ID_BYTES: Final = 255
+_NOT_THE_USERS: Final = (str(Path(__file__).parents[1]), str(Path(json.__file__).parents[1]))
 _ERROR_TEXT_CHARACTERS: Final = 4000  # enough for a person; a validation error of a large body can be megabytes
 
 
@@ -213,7 +215,19 @@ def words_of(error: BaseException) -> str:
     return str(error)
 
 
+def place_of(error: BaseException) -> str:
+    """Return the line an error was raised in, the last that is neither a library's nor ours; "" where there is none."""
+    found = ""
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if not code.co_filename.startswith(_NOT_THE_USERS) and "site-packages" not in code.co_filename:
+            found = f" (at {'/'.join(Path(code.co_filename).parts[-2:])}:{trace.tb_lineno} in {code.co_name})"
+        trace = trace.tb_next
+    return found
+
+
 def _text_of(error: BaseException) -> str:
     # NUL cannot be stored as text on PostgreSQL, and an error may quote a body that has one
-    text = words_of(error).replace("\x00", "\\0").encode("utf-8", "backslashreplace").decode()
+    text = f"{words_of(error)}{place_of(error)}".replace("\x00", "\\0").encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= _ERROR_TEXT_CHARACTERS else text[:_ERROR_TEXT_CHARACTERS] + " [cut]"

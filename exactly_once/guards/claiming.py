@@ -15,7 +15,7 @@ from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Trouble, dialect
 from exactly_once.errors import ConfigurationError, PayloadConflict, StoreUnavailable
 from exactly_once.fingerprint import differing_paths, maker
 from exactly_once.guards import Conflict, Consumed
-from exactly_once.guards.transaction import standing
+from exactly_once.guards.transaction import raise_without_table, standing
 from exactly_once.keys import canonical, check_name
 from exactly_once.message import Message
 from exactly_once.schema import HANDLER_BYTES
@@ -58,10 +58,16 @@ class Claimer:
             canonical(key if isinstance(key, tuple) else (key,)),
             b"" if payload is None else _BODY.of(message, parsed),
         )
-        connection = session.connection()
-        dialect = self._dialects.get(connection.engine)
+        engine = session.get_bind().engine
+        dialect = self._dialects.get(engine)
         if dialect is None:
-            dialect = self._dialects[connection.engine] = dialect_for(connection.engine, schema)
+            dialect = self._dialects[engine] = dialect_for(engine, schema)
+        try:
+            connection = session.connection()
+        except Exception as error:
+            if dialect.trouble(error) is Trouble.UNAVAILABLE:
+                raise StoreUnavailable(f"The database does not answer ({type(error).__name__}).") from error
+            raise
         dbapi, info = connection.connection.dbapi_connection, connection.info
         try:
             if dialect not in info:
@@ -80,6 +86,7 @@ class Claimer:
             if dialect.trouble(error) is Trouble.UNAVAILABLE:
                 connection.invalidate(error)
                 raise StoreUnavailable(f"The database does not answer ({type(error).__name__}).") from error
+            raise_without_table(dialect, error)
             raise
         match standing(known, row):
             case Consumed():

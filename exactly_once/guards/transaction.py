@@ -9,13 +9,13 @@ from datetime import timedelta
 from sqlalchemy.orm import Session
 
 from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Known, Trouble
-from exactly_once.errors import StoreUnavailable
+from exactly_once.errors import SchemaError, StoreUnavailable
 from exactly_once.fingerprint import Differs, compare
 from exactly_once.guards import Claim, Conflict, Consumed, InProgress, Won
 from exactly_once.guards.watch import Watch, begin
 from exactly_once.schema import CONSUMED
 
-__all__ = ["TransactionGuard"]
+__all__ = ["TransactionGuard", "raise_without_table", "standing"]
 
 
 class TransactionGuard:
@@ -54,6 +54,7 @@ class TransactionGuard:
             if dialect.trouble(error) is Trouble.UNAVAILABLE:
                 connection.invalidate(error)  # its raw error passed SQLAlchemy by, which would hand it out again
             self._away(error)
+            raise_without_table(dialect, error)
             raise
         return standing(known, row)
 
@@ -71,6 +72,15 @@ class TransactionGuard:
         """Raise `StoreUnavailable` if that is what this error means."""
         if self._dialect.trouble(error) is Trouble.UNAVAILABLE:
             raise StoreUnavailable(f"The database does not answer ({type(error).__name__}); nothing ran.") from error
+
+
+def raise_without_table(dialect: Dialect, error: Exception) -> None:
+    """Raise `SchemaError` if the claim had no table to stand in: no message is to blame, and none is to be counted."""
+    if dialect.no_table(error):
+        raise SchemaError(
+            f"The tables of exactly_once are not in this database (looked for {dialect.table}); nothing ran."
+            " Type: exactly-once db upgrade"
+        ) from error
 
 
 def standing(known: Known | None, row: ClaimRow) -> Consumed | InProgress | Conflict:
