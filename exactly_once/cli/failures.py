@@ -47,6 +47,12 @@ def _on(reference: str | None, group: str | None, database: str | None) -> Itera
     stores = eo.stores
     if database is not None and database not in stores:
         raise ConfigurationError(f"There is no database named {database!r}; there are: {', '.join(stores)}.")
+    if database is None and len(stores) > 1:
+        # ids repeat in each, and one that is not looked at would seem to have no dead letters
+        raise ConfigurationError(
+            f"There are several databases, each with failures of its own: {', '.join(stores)}. Say which:"
+            f" --database {next(iter(stores))}"
+        )
     store: Store = stores[database] if database is not None else next(iter(stores.values()))
     usable(store)
     with store.engine.begin() as connection:

@@ -1,5 +1,6 @@
 """Mistakes of a first day, at each door: one sentence that says what to type, and nothing is lost or blamed on a message."""
 
+import json
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
@@ -14,7 +15,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from exactly_once import ConfigurationError, ExactlyOnce, Message, Outcome, Retry
-from exactly_once.cli import db, send
+from exactly_once.cli import db, failures, send
 from exactly_once.errors import SchemaError, StoreUnavailable
 from exactly_once.testing.child import free_ports
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
@@ -77,6 +78,23 @@ def test_a_database_in_memory_is_not_said_to_be_upgraded() -> None:
     told = CliRunner().invoke(db.app, ["upgrade", "--database", "sqlite://"])
     assert told.exit_code == 2
     assert "sqlite:///orders.db" in told.output
+
+
+def test_failures_of_several_databases_are_asked_for_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sqlite_url: str
+) -> None:
+    both = json.dumps({"eu": sqlite_url, "us": f"sqlite:///{tmp_path / 'us.db'}"})
+    program = 'from exactly_once import ExactlyOnce\neo = ExactlyOnce(group="g", route=lambda message: "eu")\n'
+    (tmp_path / "two_databases.py").write_text(program)
+    monkeypatch.setenv("EXACTLY_ONCE_DATABASE", both)
+    monkeypatch.chdir(tmp_path)
+    for verb in (["list"], ["requeue", "1"], ["discard", "1"]):
+        told = CliRunner().invoke(failures.app, [*verb, "--app", "two_databases:eo"])
+        assert isinstance(told.exception, ConfigurationError)
+        assert "eu, us. Say which: --database eu" in str(told.exception)
+    told = CliRunner().invoke(failures.app, ["list", "--app", "two_databases:eo", "--database", "eu"])
+    assert told.exit_code == 0, told.output
+    assert "0 of 0 failure(s)" in told.output
 
 
 # -- what is no message --------------------------------------------------------------------------------------------------
