@@ -18,6 +18,7 @@ from sqlalchemy import Column, and_, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError, StatementError
 from sqlalchemy.orm import Session
 
+from exactly_once.errors import Reject
 from exactly_once.message import Message
 from exactly_once.policy import ByBroker, ByPump, Decision, Park
 from exactly_once.schema import Tables, utcnow
@@ -216,7 +217,12 @@ def words_of(error: BaseException) -> str:
 
 
 def place_of(error: BaseException) -> str:
-    """Return the line an error was raised in, the last that is neither a library's nor ours; "" where there is none."""
+    """Return the line an error was raised in, the last that is neither a library's nor ours; "" where there is none.
+
+    Not of a `Reject`: that is no mistake in the program, and its reason is for a person to read.
+    """
+    if isinstance(error, Reject):
+        return ""
     found = ""
     trace = error.__traceback__
     while trace is not None:

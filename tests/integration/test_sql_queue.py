@@ -369,7 +369,6 @@ def test_a_topic_named_like_a_pattern_and_a_key_that_differs_in_case_are_kept_ap
         Message("t", b"", key="k" * 1025),
         Message("t", b"", ordering_key="\ud800"),
         Message("t", b"", properties={"n": 1}),  # type: ignore[dict-item]
-        Message("t", "text"),  # type: ignore[arg-type]
     ],
     ids=repr,
 )
