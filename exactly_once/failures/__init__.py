@@ -9,6 +9,7 @@ discarded by a person.
 """
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ RESOLVABLE: Final = (*RUNNABLE, "dead")
 CLOSED: Final = ("resolved", "discarded")
 
 MESSAGE_ID_BYTES: Final = 255
-_NOT_THE_USERS: Final = (str(Path(__file__).parents[1]), str(Path(json.__file__).parents[1]))
+_NOT_THE_USERS: Final = tuple(f"{Path(file).parents[1]}{os.sep}" for file in (__file__, json.__file__))
 _ERROR_TEXT_CHARACTERS: Final = 4000  # enough for a person; a validation error of a large body can be megabytes
 
 
