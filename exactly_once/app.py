@@ -253,7 +253,7 @@ class ExactlyOnce:
             What became of it; `outcome.acknowledge` is all a loop has to ask.
 
         Raises:
-            ConfigurationError: The application is not ready to run anything, or a handler is async.
+            ConfigurationError: Nothing can run yet: no group, no tables, no such module to import; or a handler is async.
 
         Example:
             return SUCCESS if eo.process(Message.from_rocketmq(m)).acknowledge else LATER

@@ -12,10 +12,10 @@ from sqlalchemy.orm import Session
 from exactly_once import errors
 from exactly_once.body import parse_json
 from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Trouble, dialect_for
-from exactly_once.errors import ConfigurationError, PayloadConflict, StoreUnavailable
+from exactly_once.errors import ConfigurationError, PayloadConflict
 from exactly_once.fingerprint import differing_paths, maker
 from exactly_once.guards import Conflict, Consumed
-from exactly_once.guards.transaction import raise_without_table, standing
+from exactly_once.guards.transaction import raise_for_the_store, standing
 from exactly_once.keys import canonical, check_name
 from exactly_once.message import Message
 from exactly_once.schema import HANDLER_BYTES
@@ -65,8 +65,7 @@ class Claimer:
         try:
             connection = session.connection()
         except Exception as error:
-            if dialect.trouble(error) is Trouble.UNAVAILABLE:
-                raise StoreUnavailable(f"The database does not answer ({type(error).__name__}).") from error
+            raise_for_the_store(dialect, error)
             raise
         dbapi, info = connection.connection.dbapi_connection, connection.info
         try:
@@ -85,8 +84,7 @@ class Claimer:
         except Exception as error:
             if dialect.trouble(error) is Trouble.UNAVAILABLE:
                 connection.invalidate(error)
-                raise StoreUnavailable(f"The database does not answer ({type(error).__name__}).") from error
-            raise_without_table(dialect, error)
+            raise_for_the_store(dialect, error)
             raise
         match standing(known, row):
             case Consumed():

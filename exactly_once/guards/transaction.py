@@ -15,7 +15,7 @@ from exactly_once.guards import Claim, Conflict, Consumed, InProgress, Won
 from exactly_once.guards.watch import Watch, begin
 from exactly_once.schema import CONSUMED
 
-__all__ = ["TransactionGuard", "raise_without_table", "standing"]
+__all__ = ["TransactionGuard", "raise_for_the_store", "standing"]
 
 
 class TransactionGuard:
@@ -40,7 +40,7 @@ class TransactionGuard:
             if dialect not in info:
                 dialect.prepare(dbapi, info, wait_ms=self._wait_ms)
         except Exception as error:
-            self._away(error)
+            raise_for_the_store(dialect, error)
             raise
         try:
             if dialect.claim(dbapi, info, row, wait_ms=self._wait_ms, savepoint=False):
@@ -53,8 +53,7 @@ class TransactionGuard:
         except Exception as error:
             if dialect.trouble(error) is Trouble.UNAVAILABLE:
                 connection.invalidate(error)  # its raw error passed SQLAlchemy by, which would hand it out again
-            self._away(error)
-            raise_without_table(dialect, error)
+            raise_for_the_store(dialect, error)
             raise
         return standing(known, row)
 
@@ -64,18 +63,20 @@ class TransactionGuard:
             connection = session.connection()
             known = self._dialect.known(connection.connection.dbapi_connection, row, end=True)
         except Exception as error:
-            self._away(error)
+            raise_for_the_store(self._dialect, error)
             raise
         return isinstance(standing(known, row), Consumed)
 
-    def _away(self, error: Exception) -> None:
-        """Raise `StoreUnavailable` if that is what this error means."""
-        if self._dialect.trouble(error) is Trouble.UNAVAILABLE:
-            raise StoreUnavailable(f"The database does not answer ({type(error).__name__}); nothing ran.") from error
 
+def raise_for_the_store(dialect: Dialect, error: Exception) -> None:
+    """Raise what an error of a claim or a look-up says about the store; return if it says nothing: the error stands.
 
-def raise_without_table(dialect: Dialect, error: Exception) -> None:
-    """Raise `SchemaError` if the claim had no table to stand in: no message is to blame, and none is to be counted."""
+    Raises:
+        StoreUnavailable: The server does not answer.
+        SchemaError: There is no table to claim in: no message is to blame, and none is to be counted.
+    """
+    if dialect.trouble(error) is Trouble.UNAVAILABLE:
+        raise StoreUnavailable(f"The database does not answer ({type(error).__name__}); nothing ran.") from error
     if dialect.no_table(error):
         raise SchemaError(
             f"The tables of exactly_once are not in this database (looked for {dialect.table}); nothing ran."
