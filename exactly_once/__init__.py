@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from exactly_once import keys
+    from exactly_once.alert import Alert
     from exactly_once.app import ExactlyOnce
     from exactly_once.errors import (
         BadBody,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         ConfigurationError,
         ExactlyOnceError,
         InProgress,
+        LeaseLost,
         MissingExtra,
         Misuse,
         PayloadConflict,
@@ -27,21 +29,28 @@ if TYPE_CHECKING:
         RetryLater,
         SchemaError,
         SendFailed,
+        StepError,
         StoreUnavailable,
         TransportError,
     )
-    from exactly_once.handler import Transaction
+    from exactly_once.handler.guard_options import Lease, Lock, Transaction
     from exactly_once.message import Message
     from exactly_once.outcome import Outcome
     from exactly_once.policy import Retry
+    from exactly_once.steps import AsyncSteps, Steps
 
 __all__ = [
+    "Alert",
+    "AsyncSteps",
     "BadBody",
     "BadKey",
     "ConfigurationError",
     "ExactlyOnce",
     "ExactlyOnceError",
     "InProgress",
+    "Lease",
+    "LeaseLost",
+    "Lock",
     "Message",
     "MissingExtra",
     "Misuse",
@@ -52,13 +61,26 @@ __all__ = [
     "RetryLater",
     "SchemaError",
     "SendFailed",
+    "StepError",
+    "Steps",
     "StoreUnavailable",
     "Transaction",
     "TransportError",
     "keys",
 ]
 
-_ROOMS = {"ExactlyOnce": "app", "Transaction": "handler", "Message": "message", "Outcome": "outcome", "Retry": "policy"}
+_ROOMS = {
+    "Alert": "alert",
+    "AsyncSteps": "steps",
+    "ExactlyOnce": "app",
+    "Lease": "handler.guard_options",
+    "Lock": "handler.guard_options",
+    "Message": "message",
+    "Outcome": "outcome",
+    "Retry": "policy",
+    "Steps": "steps",
+    "Transaction": "handler.guard_options",
+}
 
 
 def __getattr__(name: str) -> Any:

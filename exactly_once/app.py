@@ -20,14 +20,19 @@ from exactly_once.keys import check_name
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.policy import Retry, RetrySpec
+from exactly_once.redis_connection import RedisConnection, RedisConnections
 from exactly_once.schema import GROUP_BYTES
 
 # what runs messages is imported when the first one comes: a program that only sends should not wait for it
 if TYPE_CHECKING:
+    from exactly_once.alert import Hook
     from exactly_once.config import Config
     from exactly_once.fingerprint import FingerprintSpec
     from exactly_once.guards.claiming import Claimer
+    from exactly_once.handler.guard_options import GuardOption
     from exactly_once.keys import KeySpec
+    from exactly_once.lease_stores import LeaseStores
+    from exactly_once.lock import RedisLock
     from exactly_once.producer import Producer
     from exactly_once.routing import Route, Router
     from exactly_once.runner import Runner
@@ -64,11 +69,14 @@ class ExactlyOnce:
         database: A URL, an Engine, a sessionmaker, or several of these by name: `{"eu": ..., "us": ...}`, whose first is
             the default and keeps what cannot be routed. None: from EXACTLY_ONCE_DATABASE or the settings file.
         async_database: An AsyncEngine or async_sessionmaker for async handlers; None derives it from `database`.
+        redis: The URL of a Redis, for locks. None: from EXACTLY_ONCE_REDIS or the settings file.
         group: The consumer group: one part of every claim's identity. None: from EXACTLY_ONCE_GROUP or the settings file.
         imports: Modules that register handlers, imported before the first message.
         schema: The database schema that holds our tables.
         route: With several databases, names the one a message belongs to. All rows of one business key belong in one.
         enforce: False writes claims and counts duplicates but runs them all the same: to look before you trust.
+        alert: Called with an `Alert` when a message is kept for a person, or a run goes on for longer than its `max_run`;
+            in the thread that noticed, so it must not take long.
 
     Example:
         >>> eo = ExactlyOnce("sqlite:///orders.db", group="inventory")
@@ -82,25 +90,29 @@ class ExactlyOnce:
         database: Any = None,
         *,
         async_database: Any = None,
+        redis: str | None = None,
         group: str | None = None,
         imports: Sequence[str] = (),
         schema: str | None = None,
         route: "Route | None" = None,
         enforce: bool = True,
+        alert: "Hook | None" = None,
     ) -> None:
         if group is not None:
             check_name(group, GROUP_BYTES, "group")
         said = {
             "database": database,
             "async_database": async_database,
+            "redis": redis,
             "group": group,
             "imports": tuple(imports) or None,
             "schema": schema,
         }
         self._said = {name: value for name, value in said.items() if value is not None}
-        self._route, self._enforce = route, enforce
+        self._route, self._enforce, self._alert = route, enforce, alert
         self._plans: dict[str, Plan] = {}
         self._store_binding = _Binding()
+        self._redis_connections = RedisConnections()
 
     # -- registering -------------------------------------------------------------------------------------------------
 
@@ -111,7 +123,7 @@ class ExactlyOnce:
         key: "KeySpec",
         tag: str | Sequence[str] | None = None,
         name: str | None = None,
-        guard: Transaction | None = None,
+        guard: "GuardOption | None" = None,
         retry: RetrySpec | None = None,
         fingerprint: "FingerprintSpec" = "body",
         ordered: bool = False,
@@ -121,15 +133,15 @@ class ExactlyOnce:
         """Register a function to run once for each message of a topic; returns it unchanged.
 
         What the function asks for is read from its annotations, now: a `Session` or `AsyncSession` in the message's
-        transaction, the `Message`, and one other parameter without a default, which is the body. A parameter with a
-        default is never filled.
+        transaction, the `Message`, `Steps` or `AsyncSteps` under a lease, and one other parameter without a default, which
+        is the body. A parameter with a default is never filled.
 
         Args:
             topic: The topic.
             key: What names the *event*: a path into the JSON body, or a tuple of parts (`exactly_once.keys`).
             tag: Only messages with this tag, or one of these.
             name: The handler's name, part of every claim's identity; None is the function's `__name__`.
-            guard: `Transaction(claim_wait=...)`.
+            guard: `Transaction(claim_wait=...)`; `Lease(...)` for work outside the database; `Lock(...)`.
             retry: `Retry(...)`, or one for each exception class.
             fingerprint: What two copies of one event must agree on: "body", paths, a function, or None.
             ordered: Handle the messages of one ordering key in order, also behind a failed one.
@@ -338,6 +350,49 @@ class ExactlyOnce:
         router.require_handlers()
         return router.runner(concurrency)
 
+    # -- work that must not overlap ------------------------------------------------------------------------------------
+
+    def lock(
+        self,
+        key: object,
+        *,
+        expires: timedelta = timedelta(seconds=30),
+        wait: timedelta = timedelta(seconds=10),
+        store: str | None = None,
+    ) -> "RedisLock":
+        """Return a lock in Redis, to be used with `with` or `async with`: for work that only must not overlap.
+
+        It remembers nothing of what was done, and it does not fence: a process that stands still for longer than `expires`
+        overlaps with the next. What must happen once is claimed instead.
+
+        Args:
+            key: What is locked: a text or whole number, or a tuple of these. Other groups' locks are others.
+            expires: The longest it is held; it is not prolonged.
+            wait: How long to wait for a lock that another holds.
+            store: The URL of the Redis. None: from EXACTLY_ONCE_REDIS.
+
+        Raises:
+            InProgress: On entering: another held it all that time.
+            StoreUnavailable: On entering: Redis does not answer.
+
+        Example:
+            with eo.lock(("rebuild", shop_id), expires=timedelta(minutes=2)):
+                rebuild_search_index(shop_id)
+        """
+        from exactly_once.lock import RedisLock
+
+        return RedisLock(self._redis(store), self.group, key, expires=expires, wait=wait)
+
+    def _redis(self, url: str | None = None) -> RedisConnection:
+        """Return the connection to this Redis, or that of the settings; each is made once, and opens nothing yet."""
+        named = url or self.config.redis.value
+        if not named:
+            raise ConfigurationError(
+                "No Redis is named. Type EXACTLY_ONCE_REDIS=redis://127.0.0.1:6379/0, or ExactlyOnce(redis='redis://...'),"
+                " or give store=."
+            )
+        return self._redis_connections.at(named)
+
     # -- what holds ----------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -388,8 +443,23 @@ class ExactlyOnce:
             for module in self.config.imports.value:
                 _import(module, self.config.imports.source)
             plans = self.config.applied(tuple(self._plans.values()))
-            binding.router = Router(plans, self._stores(binding), self.group, route=self._route, enforce=self._enforce)
+            binding.router = Router(
+                plans,
+                self._stores(binding),
+                self.group,
+                leases=self._leases,
+                route=self._route,
+                enforce=self._enforce,
+                alert=self._alert,
+            )
         return binding.router
+
+    @property
+    def _leases(self) -> "LeaseStores":
+        from exactly_once.lease_stores import LeaseStores
+
+        config = self.config
+        return LeaseStores(self._redis_connections, config.redis.value, config.schema.value, self._alert)
 
     def _stores(self, binding: _Binding) -> "dict[str, Store]":
         if binding.stores is None:

@@ -1,21 +1,24 @@
-"""One attempt: claim, handle, complete, commit. Written once: a thread calls it, and under asyncio a greenlet does.
+"""One attempt: claim, handle, complete, commit, consume. Written once: a thread calls it, and under asyncio a greenlet does.
 
 It never decides on a retry, records no failure and settles nothing; `delivery` does, from how the attempt ended. Where
-a process dies on a line of this file, the database rolls back everything the attempt wrote, the claim included, and the
-broker's redelivery runs it again; after COMMIT was executed the redelivery finds the claim and is a duplicate.
+a process dies on a line of this file, the database rolls back everything the attempt wrote, the claim included (a lease
+runs out), and the broker's redelivery runs it again; after COMMIT was executed the redelivery finds the claim and is a
+duplicate.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import Enum
 from typing import Any
 
 from sqlalchemy.orm import Session
 
 from exactly_once.dialects import ClaimRow, Dialect, Trouble
-from exactly_once.errors import ConfigurationError, StoreUnavailable
+from exactly_once.errors import ConfigurationError, LeaseLost, StoreUnavailable
 from exactly_once.guards import Conflict, Consumed, Guard, InProgress, Won
-from exactly_once.guards.watch import Left, Watch, let_go
+from exactly_once.guards.watch import Left, let_go
 
 __all__ = ["Ended", "How", "attempt"]
 
@@ -41,6 +44,8 @@ class How(Enum):
     """The handler committed behind our back: a redelivery would be taken for a duplicate. For a person."""
     AWAY = "away"
     """The database does not answer."""
+    LOST = "lost"
+    """Another run has taken the message over; nothing of this one is recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,10 @@ class Ended:
     error: BaseException | None = None
     fingerprint: bytes = b""
     again: bool = False
+    remaining: timedelta | None = None
+    """How long another run's lease goes on."""
+    kept: bool = False
+    """What the claim stands for may have happened: it is not let go of."""
 
 
 _PROCESSED = Ended(How.PROCESSED)
@@ -62,12 +71,12 @@ def attempt(
     guard: Guard,
     dialect: Dialect,
     row: ClaimRow,
-    handle: Callable[[Any], object],
+    handle: Callable[[Any, Won], object],
     *,
-    complete: Callable[[Session], object] | None = None,
+    also: Callable[[Session], object] | None = None,
     enforce: bool = True,
 ) -> Ended:
-    """Run one message once, in one transaction.
+    """Run one message once.
 
     Args:
         open_session: Makes the session.
@@ -75,7 +84,7 @@ def attempt(
         dialect: Says what the database's errors mean.
         row: Identity and fingerprint of the message.
         handle: Calls the handler with the session it is handed.
-        complete: Something more to write in the same transaction, after the handler, also for a duplicate.
+        also: Something more to write in the same transaction, after the handler, also for a duplicate.
         enforce: False runs duplicates all the same, and says that it did.
 
     Returns:
@@ -85,7 +94,8 @@ def attempt(
         ConfigurationError: The database is set up so that no claim can be trusted.
     """
     session, handed = open_session()
-    watch: Watch | None = None
+    won: Won | None = None
+    ended: Ended | None = None
     try:
         try:
             claim = guard.claim(session, row)
@@ -96,53 +106,95 @@ def attempt(
         except Exception as error:
             return Ended(How.FAILED, error)
         match claim:
-            case Won(watch):
-                pass
+            case Won():
+                won = claim
             case _ if not enforce:
-                return _unguarded(session, dialect, handed, handle)
+                return _unguarded(session, dialect, handed, lambda given: handle(given, Won()))
             case Consumed():
-                return _duplicate(session, dialect, complete)
-            case InProgress(again):
-                return Ended(How.IN_PROGRESS, again=again)
+                return _duplicate(session, dialect, also)
+            case InProgress(again, remaining):
+                return Ended(How.IN_PROGRESS, again=again, remaining=remaining)
             case Conflict(fingerprint):
                 return Ended(How.CONFLICT, fingerprint=fingerprint)
-        assert watch is not None
-        try:
-            handle(handed)
-            if complete is not None:
-                complete(session)
-            session.flush()
-        except Exception as error:
-            return _failed(dialect, watch, error)
+        assert won is not None
+        ended = _run(open_session, session, guard, dialect, row, won, lambda: handle(handed, won), also)
+    finally:
+        watch = None if won is None else won.watch
+        if watch is not None:
+            watch.end(session)
+        else:
+            let_go(session)
+        if won is not None:
+            guard.end(won)
+        if won is not None and ended is None:  # cancelled, interrupted, told to exit: others may have the key at once
+            with suppress(Exception):
+                guard.release(won)
+    if ended.how is How.PROCESSED or ended.kept:
+        return ended
+    # after the session's end: its transaction may hold the lock on our own row
+    released = guard.release(won)
+    return ended if released or ended.how is How.BROKEN else Ended(How.LOST, ended.error)
+
+
+def _run(
+    open_session: Open,
+    session: Session,
+    guard: Guard,
+    dialect: Dialect,
+    row: ClaimRow,
+    won: Won,
+    handle: Callable[[], object],
+    also: Callable[[Session], object] | None,
+) -> Ended:
+    """From the claim to the end of the COMMIT, and what follows it."""
+    try:
+        handle()
+        if also is not None:
+            also(session)
+        session.flush()
+        guard.complete(session, won)
+    except Exception as error:
+        return _failed(dialect, won, error)
+    watch = won.watch
+    if watch is not None:
         misuse = watch.verify(session)
         if misuse is not None or watch.lost is not None:
-            return _failed(dialect, watch, misuse)
+            return _failed(dialect, won, misuse)
         watch.committing()
         try:
             session.commit()
         except Exception as error:
             if watch.left is not Left.NOT:
-                return _failed(dialect, watch, error)
+                return _failed(dialect, won, error)
             watch.end(session)
             return _look_up(open_session, guard, row, _commit_failed(dialect, error))
-        return _PROCESSED
-    finally:
-        if watch is not None:
-            watch.end(session)
-        else:
-            let_go(session)
+    try:
+        guard.consume(won)
+    except StoreUnavailable as error:
+        return Ended(How.AWAY, error, kept=True)
+    except LeaseLost as error:
+        return Ended(How.LOST, error)
+    except Exception as error:  # committed, and not known to be marked: the redelivery finds out
+        return Ended(How.UNKNOWN, error, kept=True)
+    return _PROCESSED
 
 
-def _failed(dialect: Dialect, watch: Watch, error: BaseException | None) -> Ended:
+def _failed(dialect: Dialect, won: Won, error: BaseException | None) -> Ended:
     """Say how an attempt ended that never reached COMMIT; what the watch saw weighs more than what was raised."""
-    if watch.left is Left.BROKEN:
-        return Ended(How.BROKEN, watch.error)
-    if watch.lost is not None:
-        # the server threw the transaction away (a deadlock): whatever the handler made of that error, try again
-        return Ended(How.TRANSIENT, watch.lost)
-    if watch.left is Left.REFUSED:
-        return Ended(How.FAILED, watch.error)  # also when the handler swallowed it, or wrapped it in its own
+    watch = won.watch
+    if watch is not None:
+        if watch.left is Left.BROKEN:
+            return Ended(How.BROKEN, watch.error)
+        if watch.lost is not None:
+            # the server threw the transaction away (a deadlock): whatever the handler made of that error, try again
+            return Ended(How.TRANSIENT, watch.lost)
+        if watch.left is Left.REFUSED:
+            return Ended(How.FAILED, watch.error)  # also when the handler swallowed it, or wrapped it in its own
     assert error is not None
+    if isinstance(error, LeaseLost):
+        return Ended(How.LOST, error)
+    if isinstance(error, StoreUnavailable):
+        return Ended(How.AWAY, error)
     if isinstance(error, (OSError, EOFError)):
         # a network error of the handler's own; the database's is in `lost`, or comes wrapped
         return Ended(How.FAILED, error)
@@ -160,7 +212,7 @@ def _commit_failed(dialect: Dialect, error: Exception) -> Ended:
         case Trouble.REFUSED:
             return Ended(How.FAILED, error)
         case _:
-            return Ended(How.UNKNOWN, error)
+            return Ended(How.UNKNOWN, error, kept=True)
 
 
 def _look_up(open_session: Open, guard: Guard, row: ClaimRow, ended: Ended) -> Ended:
@@ -173,18 +225,18 @@ def _look_up(open_session: Open, guard: Guard, row: ClaimRow, ended: Ended) -> E
     try:
         return _PROCESSED if guard.consumed(session, row) else ended
     except StoreUnavailable as error:
-        return Ended(How.AWAY, error)
+        return Ended(How.AWAY, error, kept=True)
     except Exception:  # a look-up that fails leaves the outcome what it was: unknown
         return ended
     finally:
         let_go(session)
 
 
-def _duplicate(session: Session, dialect: Dialect, complete: Callable[[Session], object] | None) -> Ended:
+def _duplicate(session: Session, dialect: Dialect, also: Callable[[Session], object] | None) -> Ended:
     """Nothing runs; a failure row of this message, if there may be one, is closed."""
-    if complete is not None:
+    if also is not None:
         try:
-            complete(session)
+            also(session)
             session.commit()
         except Exception as error:
             match dialect.trouble(error):

@@ -84,6 +84,7 @@ class Config:
     """A URL, or URLs by name; from code also an Engine or a sessionmaker; None where not set."""
     async_database: Setting[Any]
     transport: Setting[str | None]
+    redis: Setting[str | None]
     group: Setting[str | None]
     schema: Setting[str | None]
     imports: Setting[tuple[str, ...]]

@@ -18,19 +18,24 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
+from exactly_once.alert import Alert, Hook, sound
 from exactly_once.attempt import Ended, How, attempt
 from exactly_once.dialects import ClaimRow, Trouble
 from exactly_once.errors import ConfigurationError, Misuse, PayloadConflict, Reject, RetryLater, StoreUnavailable
 from exactly_once.failures import MESSAGE_ID_BYTES, Failure, place_of, words_of
+from exactly_once.guards import Guard, Won
+from exactly_once.guards.step_ledger import StepLedger
 from exactly_once.guards.transaction import TransactionGuard
 from exactly_once.guards.watch import let_go
-from exactly_once.handler import Plan, Reading, check_result
+from exactly_once.handler import Lease, Lock, Plan, Reading, Transaction, check_result
+from exactly_once.lease_stores import LeaseStores, Placed
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.policy import ByBroker, ByPump, Decision, Park, decide, retry_for, spent, wait_delay
+from exactly_once.steps import AsyncSteps, Steps
 from exactly_once.store import Store
 from exactly_once.transport import Features
-from exactly_once.verdict import Ack, Hold, Redeliver, Verdict
+from exactly_once.verdict import Ack, Hold, Keep, Redeliver, Said
 from exactly_once.wording import escaped, storable
 
 __all__ = ["FOREIGN", "Delivering", "Told"]
@@ -43,6 +48,8 @@ _RECORD_TRIES: Final = (False, False, False, True)
 _UNRECORDED: Final = timedelta(seconds=5)  # neither run nor stored: not in a tight circle
 # keys that failed in this process, for loops that do not count deliveries; one forgotten leaves its row to the sweep
 _REMEMBERED: Final = 10_000
+_LOOK_AGAIN: Final = timedelta(seconds=0.5)
+_LOOK_LONGEST: Final = timedelta(seconds=5)
 _TELL_AGAIN_S: Final = 10.0
 _EXITED: Final = (
     "The handler called sys.exit({code!r}), which would end the worker for every message; it was rolled back. Raise an"
@@ -58,7 +65,7 @@ class Told:
     """What became of a delivery for one handler, and what the worker is to do."""
 
     outcome: Outcome
-    verdict: "Verdict | Hold"
+    verdict: Said
 
 
 _ACK: Final = Ack()
@@ -74,20 +81,51 @@ class Delivering:
         plan: The handler, everything about it decided.
         store: The database its messages are routed to.
         group: The consumer group.
+        leases: Where leases are, for handlers under one.
         enforce: False runs duplicates all the same, and counts them.
+        alert: The application's hook for messages that are kept for a person.
 
     Raises:
-        ConfigurationError: The database makes sessions of another class than the handler wants.
+        ConfigurationError: The database makes sessions of another class than the handler wants; or there is no place for
+            its leases.
     """
 
-    def __init__(self, plan: Plan, store: Store, group: str, *, enforce: bool = True) -> None:
-        self.plan, self.store, self.group, self._enforce = plan, store, group, enforce
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        group: str,
+        *,
+        leases: LeaseStores | None = None,
+        enforce: bool = True,
+        alert: Hook | None = None,
+    ) -> None:
+        self.plan, self.store, self.group, self.leases = plan, store, group, leases
+        self._enforce, self._alert = enforce, alert
         _check_session(plan, store)
         self._seen_failing: dict[str, None] = {}
         self._tell_away_at = 0.0
-        self._guard = TransactionGuard(store.dialect, claim_wait=plan.guard.claim_wait)
+        self._placed: Placed | None = None
+        self._guard: Guard = self._guarded(plan, store)
         self._open: Callable[[], tuple[Session, Any]] = store.open_async if plan.is_async else store.open
         self._call = self._call_awaited if plan.is_async else self._call_plain
+
+    def _guarded(self, plan: Plan, store: Store) -> Guard:
+        match plan.guard:
+            case Transaction(claim_wait):
+                return TransactionGuard(store.dialect, claim_wait=claim_wait)
+            case _ if not self._enforce:
+                raise ConfigurationError(
+                    f"The handler {plan.name!r} is under a {type(plan.guard).__name__}, and enforce=False is for handlers"
+                    " under the transaction guard: a run that another one holds cannot be let through."
+                )
+            case Lease():
+                assert self.leases is not None
+                self._placed = self.leases.placed(plan, store)
+                return self._placed.guard(plan, store)
+            case Lock():
+                assert self.leases is not None
+                return self.leases.lock_guard(plan, store)
 
     def run(self, message: Message, features: Features, *, pumped: bool = False, foreign: bool = False) -> Told:
         """Tell the whole story of one delivery; blocks (in a greenlet: awaits) until it has an end.
@@ -137,22 +175,27 @@ class Delivering:
     def _try(
         self, message: Message, reading: Reading, row: ClaimRow, features: Features, pumped: bool, foreign: bool
     ) -> Told:
-        def handle(handed: Any) -> None:
+        def handle(handed: Any, won: Won) -> None:
+            ledger = self._ledger(won)
             try:
-                self._call(handed, reading, message)
+                self._call(handed, reading, message, ledger)
             except SystemExit as error:
                 if foreign:
                     raise  # the thread is the caller's, and a signal may have asked it to end
                 raise Misuse(_EXITED.format(code=error.code)) from error
+            except Exception as error:
+                if ledger is not None and ledger.error is not None:
+                    raise ledger.error from error  # what stopped a step; the handler's own may be made of it
+                raise
+            if ledger is not None:
+                ledger.end()
 
         # only a message that came before can have a failure row to close; others do not pay a statement for it
         before = pumped or message.attempt > 1 or row.key in self._seen_failing
-        complete = self._resolving(row) if before else None
+        also = self._resolving(row) if before else None
         transient = immediate = 0
         while True:
-            ended = attempt(
-                self._open, self._guard, self.store.dialect, row, handle, complete=complete, enforce=self._enforce
-            )
+            ended = attempt(self._open, self._guard, self.store.dialect, row, handle, also=also, enforce=self._enforce)
             match ended.how:
                 case How.PROCESSED:
                     if before:
@@ -176,7 +219,9 @@ class Delivering:
     def _ended(self, ended: Ended, message: Message, reading: Reading, features: Features, foreign: bool) -> Told:
         match ended.how:
             case How.IN_PROGRESS:
-                return self._wait(Outcome.IN_PROGRESS, message, reading, features, foreign)
+                return self._wait(Outcome.IN_PROGRESS, message, reading, features, foreign, ended.remaining)
+            case How.LOST:
+                return self._wait(Outcome.IN_PROGRESS, message, reading, features, foreign, _UNRECORDED)
             case How.UNKNOWN:
                 return self._wait(Outcome.UNKNOWN, message, reading, features, foreign)
             case How.CONFLICT:
@@ -195,12 +240,27 @@ class Delivering:
             return 0
         return retry_for(self.plan.retry, error).immediate
 
-    def _call_plain(self, handed: Any, reading: Reading, message: Message) -> None:
-        check_result(self.plan.call(handed, reading, message))
+    def _call_plain(self, handed: Any, reading: Reading, message: Message, ledger: StepLedger | None) -> None:
+        check_result(self.plan.call(handed, reading, message, ledger and Steps(ledger)))
 
-    def _call_awaited(self, handed: Any, reading: Reading, message: Message) -> None:
-        result: Any = self.plan.call(handed, reading, message)
+    def _call_awaited(self, handed: Any, reading: Reading, message: Message, ledger: StepLedger | None) -> None:
+        result: Any = self.plan.call(handed, reading, message, ledger and AsyncSteps(ledger))
         check_result(await_only(result))
+
+    def _ledger(self, won: Won) -> StepLedger | None:
+        placed, held, late = self._placed, won.held, won.late
+        if placed is None or held is None or late is None or not self.plan.takes_steps:
+            return None
+        return StepLedger(
+            held,
+            late,
+            placed.store,
+            placed.local,
+            fenced=placed.own,
+            dialect=self.store.dialect,
+            open_session=self._open,
+            pause=placed.pause,
+        )
 
     def _resolving(self, row: ClaimRow) -> Callable[[Session], object]:
         failures = self.store.failures
@@ -236,11 +296,23 @@ class Delivering:
         finally:
             let_go(session)
 
-    def _wait(self, outcome: Outcome, message: Message, reading: Reading, features: Features, foreign: bool) -> Told:
+    def _wait(
+        self,
+        outcome: Outcome,
+        message: Message,
+        reading: Reading,
+        features: Features,
+        foreign: bool,
+        remaining: timedelta | None = None,
+    ) -> Told:
         """Not failed, only not now: asked again later, uncounted; near the broker's limit kept in the failure store."""
-        decision = wait_delay(outcome, features=features, delivery_attempt=message.attempt, foreign=foreign)
+        decision = wait_delay(
+            outcome, features=features, delivery_attempt=message.attempt, remaining=remaining, foreign=foreign
+        )
         if isinstance(decision, ByBroker):
-            return Told(outcome, Redeliver(decision.delay))
+            then = Redeliver(decision.delay)
+            # under a lease the other run may end at any moment: looked at for a while, at no cost to the broker's attempts
+            return Told(outcome, then if remaining is None or foreign else Keep(_LOOK_AGAIN, _LOOK_LONGEST, then))
         error = Reject(f"{outcome.value}: not run yet, and the broker would not bring it again")
         return self._record(message, reading, error, lambda attempts: decision, counted=False, outcome=outcome)
 
@@ -300,7 +372,10 @@ class Delivering:
             place_of(error),
         )
         match decision:
-            case Park():
+            case Park(state, reason):
+                if state != "discarded":
+                    known_by = failure.key or failure.message.message_id or ""
+                    sound(self._alert, Alert("parked", self.group, self.plan.name, known_by, reason))
                 return _DEAD
             case ByPump():
                 return Told(outcome, _ACK)  # stored with its time: the pump owns the next try, the broker is done
@@ -336,10 +411,11 @@ class Delivering:
 
     def _away(self, error: BaseException | None) -> Told:
         now = monotonic()
+        store = getattr(error, "store", None) or self.store.name
         if now >= self._tell_away_at:  # an outage strikes every message; a loop that is not ours says nothing of it
             self._tell_away_at = now + _TELL_AGAIN_S
-            _log.warning("store_away store=%s error=%s", self.store.name, escaped(str(error), 300))
-        return Told(Outcome.WAITING, Hold(self.store.name))
+            _log.warning("store_away store=%s error=%s", store, escaped(str(error), 300))
+        return Told(Outcome.WAITING, Hold(store))
 
 
 def _check_session(plan: Plan, store: Store) -> None:

@@ -9,7 +9,9 @@ ExactlyOnceError
 |- BadKey                     the message has no usable business key
 |- BadBody                    the body cannot be decoded
 |- Misuse                     the handler touched its transaction
-|- StoreUnavailable           the database does not answer
+|- LeaseLost                  another run has taken this message over
+|- StepError                  a step cannot go on by itself; a person decides
+|- StoreUnavailable           the database, or Redis, does not answer
 |- TransportError             the broker refused or does not answer
 |  `- SendFailed              a message could not be sent; it is in the error
 |- Reject                     raised by handlers: park this message now
@@ -28,6 +30,7 @@ __all__ = [
     "ConfigurationError",
     "ExactlyOnceError",
     "InProgress",
+    "LeaseLost",
     "MissingExtra",
     "Misuse",
     "PayloadConflict",
@@ -35,6 +38,7 @@ __all__ = [
     "RetryLater",
     "SchemaError",
     "SendFailed",
+    "StepError",
     "StoreUnavailable",
     "TransportError",
 ]
@@ -80,8 +84,34 @@ class Misuse(ExactlyOnceError):
     """A handler committed, rolled back or left the transaction it was given."""
 
 
+class LeaseLost(ExactlyOnceError):
+    """Another run has taken this message over: nothing this one does from here on counts or is recorded."""
+
+
+class StepError(ExactlyOnceError):
+    """A step cannot go on by itself, and guessing would repeat it or leave it out: the message is kept for a person.
+
+    Args:
+        text: What happened and what to type.
+        step: Its name.
+    """
+
+    def __init__(self, text: str, step: str) -> None:
+        super().__init__(text)
+        self.step = step
+
+
 class StoreUnavailable(ExactlyOnceError):
-    """The database does not answer; nothing ran, and nothing was acknowledged."""
+    """The database, or Redis, does not answer; nothing was acknowledged.
+
+    Args:
+        text: What does not answer, and what to do.
+        store: Its name, without passwords, where it is not the database of the message.
+    """
+
+    def __init__(self, text: str, *, store: str | None = None) -> None:
+        super().__init__(text)
+        self.store = store
 
 
 class TransportError(ExactlyOnceError):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final, Literal, TypeAlias
 
-from exactly_once.errors import BadBody, BadKey, ConfigurationError, PayloadConflict, Reject, RetryLater
+from exactly_once.errors import BadBody, BadKey, ConfigurationError, PayloadConflict, Reject, RetryLater, StepError
 from exactly_once.outcome import Outcome
 from exactly_once.transport import Features
 from exactly_once.wording import escaped
@@ -40,7 +40,9 @@ __all__ = [
 AT_ONCE: Final = timedelta(0)
 MOST_ATTEMPTS: Final = 1_000_000
 LONGEST_DELAY: Final = timedelta(days=365)
-LONGEST_WAIT: Final = timedelta(seconds=30)  # for uncounted waits; each one spends one of the broker's deliveries
+# for uncounted waits; each one spends one of the broker's deliveries
+LEAST_WAIT: Final = timedelta(seconds=1)
+LONGEST_WAIT: Final = timedelta(seconds=30)  # where nothing says how long the other run may last
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,12 +197,13 @@ def decide(
         foreign: The caller owns the consumer loop; it can only give back.
 
     Returns:
-        `Park` at once for what no retry mends (`Reject`, no key, no readable body, another payload under a known key)
+        `Park` at once for what no retry mends (`Reject`, no key, no readable body, another payload under a
+        known key, a step that must not be guessed)
         and after `max_attempts`; else who tries again, and when.
     """
     if isinstance(error, Reject):
         return Park("dead", f"rejected by the handler: {error.reason}")
-    if isinstance(error, (BadKey, BadBody, PayloadConflict)):
+    if isinstance(error, (BadKey, BadBody, PayloadConflict, StepError)):
         return Park("dead", str(error))
     policy = retry_for(retry, error)
     if attempts >= policy.max_attempts:
@@ -227,17 +230,21 @@ def wait_delay(
         outcome: IN_PROGRESS, UNKNOWN or WAITING.
         features: What the broker can do.
         delivery_attempt: The broker's count for this delivery, from 1; it grows with each wait, and the waits with it.
-        remaining: For IN_PROGRESS: how long the other run may still hold the key, if known.
+        remaining: For IN_PROGRESS: how long the other run's lease still lasts, if it has one. A run that died keeps
+            its key until then, and each look before it would spend a delivery to see just that.
         foreign: The caller owns the consumer loop; it can only give back.
 
     Returns:
-        `ByPump` also near the broker's limit: the message is then kept as *waiting*, not dead.
+        Who looks again, and when: as `remaining` ends, at least after a second; without it after a second, then twice
+        as long with each delivery, at most 30 s. Never later than the broker can wait. `ByPump` also near the broker's
+        limit: the message is then kept as *waiting*, not dead.
     """
     if outcome not in (Outcome.IN_PROGRESS, Outcome.UNKNOWN, Outcome.WAITING):
         raise ValueError(f"{outcome} is not waited for")
-    delay = min(timedelta(seconds=2 ** min(max(delivery_attempt, 1) - 1, 10)), LONGEST_WAIT)
     if remaining is not None:
-        delay = max(min(delay, remaining), timedelta(seconds=1))
+        delay = max(remaining, LEAST_WAIT)
+    else:
+        delay = min(LEAST_WAIT * 2 ** min(max(delivery_attempt, 1) - 1, 10), LONGEST_WAIT)
     if features.max_redelivery_delay is not None:
         delay = min(delay, features.max_redelivery_delay)  # sooner is as good: the next look decides again
     return _owner(delay, features, delivery_attempt, foreign=foreign)

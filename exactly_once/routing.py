@@ -7,11 +7,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+from exactly_once.alert import Hook
 from exactly_once.delivery import FOREIGN, Delivering, Told
 from exactly_once.errors import ConfigurationError, Reject
 from exactly_once.failures.due import DueFailures
 from exactly_once.failures.pump import Pump
 from exactly_once.handler import Plan
+from exactly_once.lease_stores import LeaseStores
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.runner import Runner, arun_all, run_all
@@ -31,7 +33,7 @@ class _Unrouted(Delivering):
     """Keeps a message that could not be routed in the first database, for a person; never runs its handler."""
 
     def __init__(self, inner: Delivering, reason: str) -> None:
-        super().__init__(inner.plan, inner.store, inner.group)
+        super().__init__(inner.plan, inner.store, inner.group, leases=inner.leases)
         self._reason = reason
 
     def run(self, message: Message, features: Features, *, pumped: bool = False, foreign: bool = False) -> Told:
@@ -45,8 +47,10 @@ class Router:
         plans: The handlers, in the order they were registered.
         stores: The databases by name; the first is the default.
         group: The consumer group.
+        leases: Where the leases of its handlers are.
         route: Names the database of a message; None with one database.
         enforce: False runs duplicates all the same.
+        alert: The application's hook for what a person should look at.
     """
 
     def __init__(
@@ -55,15 +59,20 @@ class Router:
         stores: Mapping[str, Store],
         group: str,
         *,
+        leases: LeaseStores,
         route: Route | None = None,
         enforce: bool = True,
+        alert: Hook | None = None,
     ) -> None:
+        self.leases = leases
         self.plans, self.stores, self.group, self._route = tuple(plans), dict(stores), group, route
         self._first = next(iter(self.stores))
         self._topics: dict[str, dict[str, tuple[Delivering, ...]]] = {}
         self._names: dict[str, dict[str, Delivering]] = {}
         for name, store in self.stores.items():
-            delivering = [Delivering(plan, store, group, enforce=enforce) for plan in self.plans]
+            delivering = [
+                Delivering(plan, store, group, leases=leases, enforce=enforce, alert=alert) for plan in self.plans
+            ]
             self._names[name] = {each.plan.name: each for each in delivering}
             topics = self._topics[name] = {}
             for each in delivering:
@@ -170,8 +179,9 @@ class Router:
         ]
 
     def answers(self, store: str) -> bool:
-        """Say whether the database of this name can be written to."""
-        return self.stores[store].answers()
+        """Say whether the store of this name can be written to."""
+        answered = self.leases.answers(store)
+        return self.stores[store].answers() if answered is None else answered
 
     def require_handlers(self) -> None:
         """Raise unless there is something to run, and what was decorated is what would run."""

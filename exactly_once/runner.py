@@ -20,7 +20,7 @@ from exactly_once.delivery import Delivering, Told
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.transport import Delivery, Features
-from exactly_once.verdict import Ack, Hold, Redeliver, Verdict
+from exactly_once.verdict import Ack, Hold, Keep, Redeliver, Said, Verdict
 
 if TYPE_CHECKING:
     import asyncio
@@ -51,23 +51,41 @@ _WEIGHT: Final = {
 }
 
 
+# told the same message again, a handler that ended so runs nothing
+_SETTLED: Final = frozenset({Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.NOT_MINE})
+
+
 def together(told: Sequence[Told]) -> Told:
     """Return what a delivery's handlers say with one voice.
 
-    A store that does not answer holds the delivery; else the soonest redelivery anyone asks for; else it is acknowledged.
+    A store that does not answer holds the delivery; else the soonest redelivery anyone asks for; else it is kept, if
+    anyone keeps it and the others have finished; else it is acknowledged.
     """
     if len(told) == 1:
         return told[0]
     if not told:
         return _NOT_MINE
     outcome = min((each.outcome for each in told), key=_WEIGHT.__getitem__)
-    soonest: Redeliver | None = None
-    for each in told:
-        if isinstance(each.verdict, Hold):
-            return Told(outcome, each.verdict)
-        if isinstance(each.verdict, Redeliver) and (soonest is None or each.verdict.delay < soonest.delay):
-            soonest = each.verdict
-    return Told(outcome, soonest or Ack())
+    said: list[Said] = [each.verdict for each in told]
+    for each in said:
+        if isinstance(each, Hold):
+            return Told(outcome, each)
+    kept = [each for each in said if isinstance(each, Keep)]
+    verdict = _soonest([each for each in said if not isinstance(each, (Hold, Keep))])
+    if not kept or isinstance(verdict, Redeliver):
+        # of a Keep and a Redeliver the latter: what is kept runs again for all its handlers, twice a second, and the one
+        # that asked for a delay would spend its attempts on looks at another's lease
+        return Told(outcome, verdict)
+    then = _soonest([each.then for each in kept])
+    if any(each.outcome not in _SETTLED and not isinstance(each.verdict, Keep) for each in told):
+        return Told(outcome, then)  # the same for one whose failure is stored for the pump, or for a person
+    return Told(outcome, Keep(min(each.again for each in kept), min(each.longest for each in kept), then))
+
+
+def _soonest(verdicts: Sequence[Verdict]) -> Verdict:
+    """Return the redelivery that is due first; `Ack` only where none is asked for, or someone's message would be lost."""
+    again = [each for each in verdicts if isinstance(each, Redeliver)]
+    return min(again, key=lambda each: each.delay) if again else Ack()
 
 
 @lru_cache(maxsize=16)
@@ -127,19 +145,19 @@ class Runner:
         for thread in self._threads:
             thread.start()
 
-    def run(self, delivery: Delivery, features: Features) -> "Future[Verdict | Hold]":
+    def run(self, delivery: Delivery, features: Features) -> Future[Said]:
         """Begin a delivery and return at once; the future's result is the verdict."""
         found = self._find(delivery)
         if len(found) > 1:
             features = _each_by_itself(features)
         if self._loop is not None and any(each.plan.is_async for each in found):
             return self._on_loop(self._arun(delivery, features, found))
-        future: Future[Verdict | Hold] = Future()
+        future: Future[Said] = Future()
         self._work.put((delivery, features, found, future))
         return future
 
     def observe(self) -> Mapping[str, int]:
-        """How many deliveries ended how, since the start."""
+        """How many deliveries ended how, since the start; one that is kept has not ended, however often it is looked at."""
         return {outcome.value: count for outcome, count in self._counts.items()}
 
     def stop(self) -> None:
@@ -160,13 +178,14 @@ class Runner:
             except BaseException as error:  # the worker takes it for "bring it again"; a thread never dies
                 future.set_exception(error)
             else:
-                self._count(told.outcome)
+                self._count(told)
                 future.set_result(told.verdict)
             del work, delivery, found, future
 
-    def _count(self, outcome: Outcome) -> None:
-        with self._counting:
-            self._counts[outcome] += 1
+    def _count(self, told: Told) -> None:
+        if not isinstance(told.verdict, Keep):
+            with self._counting:
+                self._counts[told.outcome] += 1
 
     def _limited(self, delivery: Delivery, features: Features, found: Sequence[Delivering]) -> Told:
         pumped = delivery.handler is not None
@@ -208,13 +227,13 @@ class Runner:
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
 
-    def _on_loop(self, coroutine: "Coroutine[Any, Any, Verdict | Hold]") -> "Future[Verdict | Hold]":
+    def _on_loop(self, coroutine: "Coroutine[Any, Any, Said]") -> Future[Said]:
         import asyncio
 
         assert self._loop is not None
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    async def _arun(self, delivery: Delivery, features: Features, found: Sequence[Delivering]) -> "Verdict | Hold":
+    async def _arun(self, delivery: Delivery, features: Features, found: Sequence[Delivering]) -> Said:
         pumped = delivery.handler is not None
         told: list[Told] = []
         async with self._places:
@@ -226,5 +245,5 @@ class Runner:
                     async with limit:
                         told.append(await arun_all((each,), delivery.message, features, pumped=pumped))
         one = together(told)
-        self._count(one.outcome)
+        self._count(one)
         return one.verdict

@@ -35,7 +35,9 @@ __all__ = [
     "GROUP_BYTES",
     "HANDLER_BYTES",
     "KEY_BYTES",
+    "STEP_BEGUN",
     "STEP_BYTES",
+    "STEP_FINISHED",
     "Tables",
     "tables",
     "utcnow",
@@ -43,6 +45,8 @@ __all__ = [
 
 CONSUMING: Final = 0
 CONSUMED: Final = 1
+STEP_BEGUN: Final = 0
+STEP_FINISHED: Final = 1
 
 # Limits in bytes of UTF-8: the widest index (group, handler, key, step) stays far below PostgreSQL's 2,704 bytes a row
 # and InnoDB's 3,072.
@@ -250,6 +254,8 @@ class Tables:
             Column("handler", KeyText(HANDLER_BYTES), primary_key=True),
             Column("business_key", KeyText(KEY_BYTES), primary_key=True),
             Column("step", KeyText(STEP_BYTES), primary_key=True),
+            # 0, 1, 2 in the order they ran: a clock can stand still between two steps, or go back
+            Column("ordinal", Integer, nullable=False),
             Column("status", SmallInteger, nullable=False),
             Column("result", Body),
             Column("attempt", Integer, nullable=False, server_default=text("1")),

@@ -86,6 +86,8 @@ class Serving:
                 f"the database {name!r}",
                 StoreUnavailable,
             )
+        for name, problem in router.leases.problems():
+            _until(self._asked, deadline, problem, f"the store of leases {name}", StoreUnavailable)
         subscriptions = router.subscriptions()
 
         def broker() -> str | None:

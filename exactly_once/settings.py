@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Any, Final
 
 from exactly_once.keys import check_name
+from exactly_once.redis_connection import checked
 from exactly_once.schema import GROUP_BYTES
 
 __all__ = ["SECRET", "SETTINGS"]
@@ -40,6 +41,10 @@ def _url(value: object) -> object:
     return value
 
 
+def _redis(value: object) -> str:
+    return checked(value)
+
+
 def _names(value: object) -> tuple[str, ...]:
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, (list, tuple)):
@@ -71,6 +76,7 @@ SETTINGS: Final[Mapping[str, tuple[Callable[[Any], Any], Any]]] = {
     "database": (_url, None),
     "async_database": (_url, None),
     "transport": (_text, None),
+    "redis": (_redis, None),
     "group": (_group, None),
     "schema": (_text, None),
     "imports": (_names, ()),
@@ -79,4 +85,4 @@ SETTINGS: Final[Mapping[str, tuple[Callable[[Any], Any], Any]]] = {
     "drain_timeout_s": (_seconds, timedelta(seconds=25)),
     "health": (_text, None),
 }
-SECRET: Final = ("database", "async_database", "transport")  # may also be given as ..._file
+SECRET: Final = ("database", "async_database", "transport", "redis")  # may also be given as ..._file

@@ -1,14 +1,15 @@
 """What the worker is told to do with a delivery. Data only.
 
-`Ack` and `Redeliver` go on to the transport, each delivery settled exactly once. `Hold` never reaches a transport: the
-worker keeps the delivery in its hands, renews its invisibility, receives nothing, and runs it again when the store
-answers, so that an outage does not spend the broker's delivery attempts.
+`Ack` and `Redeliver` go on to the transport, each delivery settled exactly once. `Hold` and `Keep` never reach one: the
+worker keeps the delivery in its hands, renews its invisibility and runs it again, so that waiting does not spend the
+broker's delivery attempts. `Hold` waits for a store, and nothing is received meanwhile; `Keep` waits for another run of
+this one key, and everything else goes on.
 """
 
 from dataclasses import dataclass
 from datetime import timedelta
 
-__all__ = ["Ack", "Hold", "Redeliver", "Verdict"]
+__all__ = ["Ack", "Hold", "Keep", "Redeliver", "Said", "Verdict"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,3 +32,21 @@ class Hold:
 
 
 Verdict = Ack | Redeliver
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Not run, because another run holds its key: run it again after `again`, and after `longest` do `then` instead.
+
+    `longest` counts from the moment it was first kept, not from its receive: a delivery that stood behind others has
+    waited for nothing of its own yet. Each run that keeps it says all three anew, so that `then` knows how long the
+    other run may still last. Zero is no patience: `then` at once.
+    """
+
+    again: timedelta
+    longest: timedelta
+    then: Verdict
+
+
+Said = Verdict | Hold | Keep
+"""What a run may end with."""

@@ -1,8 +1,9 @@
 """The servers tests run against: each is started once a session, when the first test asks; each test has its own database.
 
-Servers: `eo_server` (PostgreSQL, as `exactly_once.testing` chooses it), `mariadb_server`, `german_postgres_server`; and
-`own_postgres`, `own_mariadb`, which are the test's own, to kill and restart. A fresh database with our tables in it:
-`postgres_url`, `mariadb_url`, `sqlite_url`, `german_postgres_url`; `database` is an Engine on one, on each dialect in turn.
+Servers: `eo_server` (PostgreSQL, as `exactly_once.testing` chooses it), `mariadb_server`, `german_postgres_server`,
+`redis_server`; and `own_postgres`, `own_mariadb`, `own_redis`, which are the test's own, to kill and restart. A fresh
+database with our tables in it: `postgres_url`, `mariadb_url`, `sqlite_url`, `german_postgres_url`; `database` is an
+Engine on one, on each dialect in turn. `redis_url` is an empty Redis.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from exactly_once.testing.databases import DatabaseServer
 from exactly_once.testing.postgres import EmbeddedPostgres
 from tests.services import mariadb as mariadb_service
 from tests.services import postgres_debian
+from tests.services import redis as redis_service
 from tests.services.need import need, require
 
 pytest_plugins = ["exactly_once.testing.fixtures"]
@@ -33,6 +35,14 @@ def german_postgres_server() -> Iterator[DatabaseServer]:
     need(postgres_debian.missing_language())
     with postgres_debian.speaking() as server:
         yield DatabaseServer(server.url, source="url")
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[redis_service.Redis]:
+    """A Redis that keeps nothing on disk."""
+    require(redis_service)
+    with redis_service.Redis() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +79,14 @@ def sqlite_url(sqlite_server: DatabaseServer) -> Iterator[str]:
     yield from _fresh(sqlite_server)
 
 
+@pytest.fixture
+def redis_url(redis_server: redis_service.Redis) -> str:
+    """The URL of an empty Redis, with nothing left of the test before."""
+    redis_server.tell("FLUSHALL")
+    redis_server.tell("SCRIPT", "FLUSH")
+    return redis_server.url
+
+
 @pytest.fixture(params=["postgres", "mariadb", "sqlite"])
 def database(request: pytest.FixtureRequest) -> Iterator[Engine]:
     """An Engine on a fresh database with our tables in it, on each dialect in turn."""
@@ -89,6 +107,14 @@ def own_mariadb() -> Iterator[mariadb_service.MariaDB]:
     """A MariaDB of this test's own, to kill, stop and restart."""
     require(mariadb_service)
     with mariadb_service.MariaDB() as server:
+        yield server
+
+
+@pytest.fixture
+def own_redis() -> Iterator[redis_service.Redis]:
+    """A Redis of this test's own, to kill, pause and restart; a killed one forgets nothing."""
+    require(redis_service)
+    with redis_service.Redis(persistent=True) as server:
         yield server
 
 

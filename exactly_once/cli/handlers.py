@@ -41,6 +41,7 @@ def show(context: typer.Context, reference: AppOption = None) -> None:
     for name in (
         "database",
         "transport",
+        "redis",
         "group",
         "schema",
         "imports",
@@ -69,7 +70,7 @@ def _facts(plan: Plan, config: Config) -> list[tuple[str, str, str]]:
         ("tags", ", ".join(plan.tags) or "(all)", source("tag")),
         ("key", ", ".join(str(getattr(part, "text", part)) for part in plan.key.parts), "code"),
         ("fingerprint", _compared(plan), "code"),
-        ("guard", f"{type(plan.guard).__name__}, claim_wait {plan.guard.claim_wait.total_seconds():g} s", "code"),
+        ("guard", plan.guard.told, "code"),
         ("retry", told, source("retry")),
         ("order", order, "code"),
         ("concurrency", str(plan.concurrency or "(the worker's)"), source("concurrency")),

@@ -9,15 +9,28 @@ Errors are told apart by SQLSTATE or errno, never by their text: servers speak o
 
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import Enum
 from typing import Any, Protocol
 
 from sqlalchemy import Engine
 
-from exactly_once.errors import ConfigurationError
+from exactly_once.errors import ConfigurationError, SchemaError, StoreUnavailable
 
-__all__ = ["ClaimBusy", "ClaimRow", "Dialect", "Known", "State", "Trouble", "dialect_for"]
+__all__ = [
+    "ClaimBusy",
+    "ClaimRow",
+    "Dialect",
+    "Known",
+    "LeaseClaims",
+    "Leased",
+    "State",
+    "StepRow",
+    "Trouble",
+    "dialect_for",
+    "lease_claims_for",
+    "raise_for_the_store",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +55,36 @@ class Known:
     status: int
     fingerprint: bytes
     owner: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """One step of a lease-guarded message, as it is recorded."""
+
+    name: str
+    ordinal: int
+    """0, 1, 2 in the order they ran."""
+    finished: bool
+    """False: begun, and nobody knows whether it happened."""
+    result: bytes | None
+    """JSON, once it is finished."""
+    attempt: int = 1
+    """The claim under which it ran."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leased:
+    """What stands under a key after a lease was asked for."""
+
+    won: bool
+    """It is leased under our token."""
+    consumed: bool
+    fingerprint: bytes
+    attempt: int
+    """Which claim of this message the standing one is, from 1."""
+    remaining: timedelta | None = None
+    """How long the standing lease goes on by the server's clock; None where nobody has one."""
+    steps: tuple[StepRow, ...] = ()
 
 
 class State(Enum):
@@ -87,6 +130,9 @@ class Dialect(Protocol):
         With `savepoint`, earlier work of an open transaction survives a refusal. Raises `ClaimBusy`, else the driver's error.
         """
 
+    def begin(self, dbapi: Any, info: MutableMapping[Any, Any]) -> None:
+        """Begin a transaction without a claim, so that the driver says that it is open."""
+
     def known(self, dbapi: Any, row: ClaimRow, *, end: bool) -> Known | None:
         """Read what stands under the key; `end` rolls the transaction back in the same breath."""
 
@@ -107,6 +153,61 @@ class Dialect(Protocol):
 
     def refuses(self, statement: str) -> str | None:
         """Name the keyword if handlers may not send this statement, judged by its first words; None if they may."""
+
+
+class LeaseClaims(Protocol):
+    """Claims with a lease on one database server. One verb: the other changes of a lease need nothing of a driver."""
+
+    def claim(
+        self,
+        dbapi: Any,
+        info: MutableMapping[Any, Any],
+        row: ClaimRow,
+        token: str,
+        *,
+        lease: timedelta,
+        also: bytes,
+        wait_ms: int,
+        steps: bool,
+    ) -> Leased:
+        """Take the key if it is new, or free and of this payload; say what stands there. Begins and ends its transaction.
+
+        Args:
+            dbapi: The driver's connection, in no transaction.
+            info: What `Dialect.prepare` remembered of it.
+            row: Who claims what.
+            token: The new claim's.
+            lease: How long it holds, by the server's clock.
+            also: Another stored fingerprint that counts as this payload's.
+            wait_ms: The longest to wait for somebody who changes this row at the moment.
+            steps: Read the recorded steps, too.
+
+        Raises:
+            ClaimBusy: Somebody holds the row itself; nothing was changed. Else the driver's error.
+        """
+
+
+def raise_for_the_store(dialect: Dialect, error: BaseException, store: str | None = None) -> None:
+    """Raise what an error of a claim or a look-up says about the store; return if it says nothing: the error stands.
+
+    Args:
+        dialect: How that database is spoken to.
+        error: What was raised.
+        store: The database's name, where it is not the handler's own.
+
+    Raises:
+        StoreUnavailable: The server does not answer.
+        SchemaError: There is no table to claim in: no message is to blame, and none is to be counted.
+    """
+    if dialect.trouble(error) is Trouble.UNAVAILABLE:
+        raise StoreUnavailable(
+            f"The database does not answer ({type(error).__name__}); nothing ran.", store=store
+        ) from error
+    if dialect.no_table(error):
+        raise SchemaError(
+            f"The tables of exactly_once are not in this database (looked for {dialect.table}); nothing ran."
+            " Type: exactly-once db upgrade"
+        ) from error
 
 
 _KNOWN: dict[tuple[str, str], str] = {
@@ -143,3 +244,11 @@ def dialect_for(engine: Engine, schema: str | None) -> Dialect:
         else "message_idempotent"
     )
     return make(table)
+
+
+def lease_claims_for(dialect: Dialect) -> LeaseClaims:
+    """Return how leases are claimed on the server that `dialect` speaks to."""
+    from importlib import import_module
+
+    made: LeaseClaims = import_module(f"{__name__}.{dialect.name}_lease").Claims(dialect)
+    return made

@@ -26,7 +26,7 @@ from exactly_once.dialects import ClaimBusy, ClaimRow, Known, State, Trouble
 from exactly_once.dialects.keywords import refused
 from exactly_once.errors import ConfigurationError
 
-__all__ = ["CLAIM", "KNOWN", "MySQL"]
+__all__ = ["BEGIN", "CLAIM", "DUPLICATE", "KNOWN", "LOCK_WAIT", "TRANSIENT", "MySQL", "errno"]
 
 CLAIM: Final = (
     "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, message_content, fingerprint,"
@@ -39,15 +39,16 @@ KNOWN: Final = (
     "SELECT status, fingerprint, owner FROM {table}"
     " WHERE consumer_group = %s AND handler = %s AND business_key = %s LOCK IN SHARE MODE"
 )
+BEGIN: Final = "START TRANSACTION"
 PREPARE: Final = "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode, @@autocommit"
 
 _IN_TRANSACTION: Final = 1  # SERVER_STATUS_IN_TRANS of the protocol's OK packet
-_DUPLICATE: Final = 1062
+DUPLICATE: Final = 1062
 _NO_SUCH_TABLE: Final = 1146
-_LOCK_WAIT: Final = 1205
+LOCK_WAIT: Final = 1205
 _DEADLOCK: Final = 1213
 _CHANGED: Final = 1020  # MariaDB's innodb_snapshot_isolation: the row changed since this transaction's snapshot
-_TRANSIENT: Final = frozenset({_LOCK_WAIT, _DEADLOCK, _CHANGED})
+TRANSIENT: Final = frozenset({LOCK_WAIT, _DEADLOCK, _CHANGED})
 # gone away, lost, killed, shutting down, refused, out of connections, out of disk, read only after a failover
 _UNAVAILABLE: Final = frozenset(
     {1021, 1037, 1040, 1041, 1049, 1053, 1077, 1079, 1152, 1158, 1159, 1160, 1161, 1203, 1226, 1290, 1317, 1792, 1836,
@@ -89,7 +90,7 @@ class MySQL:
         finally:
             cursor.close()
         bound = BOUND.replace("{seconds}", f"{seconds:d}") if bounds_one_statement else ""
-        info[self] = (bound + self._claim, bool(rollback_on_timeout))
+        info[self] = (bound + self._claim, bool(rollback_on_timeout), bound)
 
     def claim(
         self, dbapi: Any, info: MutableMapping[Any, Any], row: ClaimRow, *, wait_ms: int, savepoint: bool
@@ -106,17 +107,22 @@ class MySQL:
             try:
                 cursor.execute(text, values)
             except Exception as error:
-                code = _errno(error)
+                code = errno(error)
                 if savepoint and code != _DEADLOCK:
                     cursor.execute("ROLLBACK TO SAVEPOINT exactly_once")
-                if code == _DUPLICATE:
+                if code == DUPLICATE:
                     return False
-                if code in _TRANSIENT:
-                    raise ClaimBusy(again=code != _LOCK_WAIT) from error
+                if code in TRANSIENT:
+                    raise ClaimBusy(again=code != LOCK_WAIT) from error
                 raise
             return True
         finally:
             cursor.close()
+
+    def begin(self, dbapi: Any, info: MutableMapping[Any, Any]) -> None:
+        cursor = dbapi.cursor()
+        cursor.execute(BEGIN)
+        cursor.close()
 
     def known(self, dbapi: Any, row: ClaimRow, *, end: bool) -> Known | None:
         cursor = dbapi.cursor()
@@ -145,28 +151,28 @@ class MySQL:
     def trouble(self, error: BaseException) -> Trouble:
         if isinstance(error, PoolTimeout):
             return Trouble.UNAVAILABLE
-        code = _errno(error)
+        code = errno(error)
         if code is None:
             gone = isinstance(error, _GONE) or (isinstance(error, DBAPIError) and error.connection_invalidated)
             gone = gone or _is_closed(error)
             return Trouble.UNAVAILABLE if gone else Trouble.UNKNOWN
-        if code in _TRANSIENT:
+        if code in TRANSIENT:
             return Trouble.TRANSIENT
         if code in _UNAVAILABLE:
             return Trouble.UNAVAILABLE
         return Trouble.REFUSED if 1000 <= code < 2000 or code >= 3000 else Trouble.UNKNOWN
 
     def no_table(self, error: BaseException) -> bool:
-        return _errno(error) == _NO_SUCH_TABLE
+        return errno(error) == _NO_SUCH_TABLE
 
     def hopeless(self, error: BaseException) -> bool:
-        return _errno(error) in (1044, 1045, 1049, 1698)  # access denied, unknown database
+        return errno(error) in (1044, 1045, 1049, 1698)  # access denied, unknown database
 
     def lost(self, dbapi: Any, info: MutableMapping[Any, Any], error: BaseException) -> bool:
-        code = _errno(error)
+        code = errno(error)
         if code is None:
             return isinstance(error, _GONE)  # a broken connection as asyncmy's streams raise it
-        return code in _LOST or (code == _LOCK_WAIT and info[self][1])
+        return code in _LOST or (code == LOCK_WAIT and info[self][1])
 
     def refuses(self, statement: str) -> str | None:
         return refused(statement, True)
@@ -178,7 +184,7 @@ def _is_closed(error: BaseException) -> bool:
     return type(origin).__name__ == "InterfaceError" and getattr(origin, "args", ())[:1] == (0,)
 
 
-def _errno(error: BaseException) -> int | None:
+def errno(error: BaseException) -> int | None:
     origin = error.orig if isinstance(error, DBAPIError) else error
     if isinstance(origin, BaseException) and origin.args and isinstance(origin.args[0], int):
         return origin.args[0] or None

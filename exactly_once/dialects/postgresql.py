@@ -27,7 +27,20 @@ from exactly_once.dialects import ClaimBusy, ClaimRow, Known, State, Trouble
 from exactly_once.dialects.keywords import refused
 from exactly_once.errors import ConfigurationError
 
-__all__ = ["BOUND", "BOUND_IN_OPEN", "CLAIM", "EXECUTE", "KNOWN", "LOOK", "PostgreSQL"]
+__all__ = [
+    "BOUND",
+    "BOUND_IN_OPEN",
+    "BUSY",
+    "CLAIM",
+    "EXECUTE",
+    "KNOWN",
+    "LOOK",
+    "PostgreSQL",
+    "Seen",
+    "driver_of",
+    "send",
+    "template",
+]
 
 CLAIM: Final = (
     "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, message_content, fingerprint,"
@@ -65,7 +78,7 @@ _STATES: Final = {
     TransactionStatus.INERROR: State.ABORTED,
     TransactionStatus.UNKNOWN: State.ABORTED,
 }
-_BUSY: Final = frozenset({"55P03", "40001", "40P01"})
+BUSY: Final = frozenset({"55P03", "40001", "40P01"})
 _TRANSIENT: Final = frozenset({"40001", "40P01", "55P03"})
 # the classes of an ERROR after which the transaction is certainly gone; 40003 says of itself that it does not know
 _REFUSING_CLASSES: Final = frozenset({"21", "22", "23", "25", "2B", "40", "42", "44", "54", "55", "P0", "HV"})
@@ -75,7 +88,7 @@ _UNAVAILABLE_CLASSES: Final = frozenset({"08", "53", "58"})
 
 
 @dataclass(slots=True)
-class _Seen:
+class Seen:
     """What a connection told when we first saw it."""
 
     synchronous: bytes
@@ -91,18 +104,18 @@ class PostgreSQL:
     def __init__(self, table: str) -> None:
         self.table = table
         values = ("group", "handler", "key", "message_id", "content", "fingerprint", "retry_times", "owner", "born_at")
-        self._claim = _template(CLAIM.replace("{table}", table), values)
+        self._claim = template(CLAIM.replace("{table}", table), values)
         text = CLAIM.replace("{table}", table)
         for number, value in enumerate(values, 1):
             text = text.replace("{" + value + "}", f"${number}")
         # the name tells the text: behind a pooler another program's statement of this name is this very statement
         name = "exactly_once_" + sha256(text.encode()).hexdigest()[:16]
         self._prepare = f"PREPARE {name}({TYPES}) AS {text}".encode()
-        self._execute = _template(EXECUTE.replace("{name}", name), values)
-        self._known = _template(KNOWN.replace("{table}", table), ("group", "handler", "key"))
+        self._execute = template(EXECUTE.replace("{name}", name), values)
+        self._known = template(KNOWN.replace("{table}", table), ("group", "handler", "key"))
 
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
-        driver = _driver(dbapi)
+        driver = driver_of(dbapi)
         _refuse_autocommit(driver)
         encoding = driver.pgconn.parameter_status(b"client_encoding")
         if encoding not in (b"UTF8", b"SQL_ASCII"):
@@ -111,9 +124,9 @@ class PostgreSQL:
                 " Take client_encoding out of the engine's connect_args, or set it to utf8."
             )
         begin = driver.pgconn.transaction_status == TransactionStatus.IDLE
-        results = _send(driver, b"BEGIN;" + LOOK.encode() + b";ROLLBACK" if begin else LOOK.encode())
+        results = send(driver, b"BEGIN;" + LOOK.encode() + b";ROLLBACK" if begin else LOOK.encode())
         synchronous, waits, waits_by_default = (results[1 if begin else 0].get_value(0, column) for column in range(3))
-        info[self] = _Seen(
+        info[self] = Seen(
             # a commit that was acknowledged and is lost in a crash loses its message: raise it for our transactions alone
             synchronous=b"SET LOCAL synchronous_commit = on;" if synchronous == b"off" else b"",
             # by default, so that it follows the server's configuration
@@ -123,7 +136,7 @@ class PostgreSQL:
 
     def _is_prepared(self, driver: Any) -> bool:
         try:
-            _send(driver, self._prepare)
+            send(driver, self._prepare)
         except errors.DuplicatePreparedStatement:
             return True  # a pooler's connection, and another client of it was first
         except errors.Error as error:
@@ -135,10 +148,10 @@ class PostgreSQL:
     def claim(
         self, dbapi: Any, info: MutableMapping[Any, Any], row: ClaimRow, *, wait_ms: int, savepoint: bool
     ) -> bool:
-        driver = _driver(dbapi)
+        driver = driver_of(dbapi)
         _refuse_autocommit(driver)
         pgconn = driver.pgconn
-        seen: _Seen = info[self]
+        seen: Seen = info[self]
         begin = pgconn.transaction_status == TransactionStatus.IDLE
         quote = Escaping(pgconn).escape_literal
         values = (
@@ -163,25 +176,31 @@ class PostgreSQL:
         text = first + (self._execute if prepared else self._claim) % values + last
         try:
             try:
-                results = _send(driver, text)
+                results = send(driver, text)
             except errors.InvalidSqlStatementName:
                 # DEALLOCATE ALL, DISCARD ALL, or a pooler that gave us another server connection: the text does it, too
                 seen.prepared = False
-                _send(driver, b"ROLLBACK")
-                results = _send(driver, first + self._claim % values + last)
+                send(driver, b"ROLLBACK")
+                results = send(driver, first + self._claim % values + last)
         except errors.Error as error:
-            if error.sqlstate not in _BUSY:
+            if error.sqlstate not in BUSY:
                 raise
             if savepoint:
-                _send(driver, b"ROLLBACK TO SAVEPOINT exactly_once")
+                send(driver, b"ROLLBACK TO SAVEPOINT exactly_once")
             raise ClaimBusy(again=error.sqlstate != "55P03") from error
         return bool(results[-3 if savepoint else -2].command_tuples)
 
+    def begin(self, dbapi: Any, info: MutableMapping[Any, Any]) -> None:
+        driver = driver_of(dbapi)
+        _refuse_autocommit(driver)
+        seen: Seen = info[self]
+        send(driver, _begin(driver) + seen.synchronous)
+
     def known(self, dbapi: Any, row: ClaimRow, *, end: bool) -> Known | None:
-        driver = _driver(dbapi)
+        driver = driver_of(dbapi)
         quote = Escaping(driver.pgconn).escape_literal
         text = self._known % (quote(row.group.encode()), quote(row.handler.encode()), quote(row.key.encode()))
-        result = _send(driver, text + b";ROLLBACK" if end else text)[0]
+        result = send(driver, text + b";ROLLBACK" if end else text)[0]
         if not result.ntuples:
             return None
         status, fingerprint, owner = (result.get_value(0, column) for column in range(3))
@@ -190,7 +209,7 @@ class PostgreSQL:
         )
 
     def state(self, dbapi: Any) -> State:
-        return _STATES[_driver(dbapi).pgconn.transaction_status]
+        return _STATES[driver_of(dbapi).pgconn.transaction_status]
 
     def trouble(self, error: BaseException) -> Trouble:
         if isinstance(error, PoolTimeout):
@@ -247,7 +266,7 @@ def _begin(driver: Any) -> bytes:
     return b" ".join(words) + b";"
 
 
-def _template(text: str, order: tuple[str, ...]) -> bytes:
+def template(text: str, order: tuple[str, ...]) -> bytes:
     """Turn named places into %s, checked to stand in `order`: bytes formatting is what costs least per message."""
     places = sorted(order, key=lambda name: text.index("{" + name + "}"))
     assert places == list(order)
@@ -258,12 +277,12 @@ def _template(text: str, order: tuple[str, ...]) -> bytes:
 
 
 _BOUND: Final = BOUND[0].replace("{wait_ms}", "%d").encode()
-_UNBOUND: Final = _template(BOUND[1], ("own_wait",))
+_UNBOUND: Final = template(BOUND[1], ("own_wait",))
 _BOUND_IN_OPEN: Final = BOUND_IN_OPEN[0].replace("{wait_ms}", "%d").encode()
 _UNBOUND_IN_OPEN: Final = BOUND_IN_OPEN[1].encode()
 
 
-def _driver(dbapi: Any) -> Any:
+def driver_of(dbapi: Any) -> Any:
     """The psycopg connection below SQLAlchemy: itself when sync, inside the adapter when async."""
     return getattr(dbapi, "driver_connection", None) or getattr(dbapi, "_connection", dbapi)
 
@@ -276,7 +295,7 @@ def _refuse_autocommit(driver: Any) -> None:
         )
 
 
-def _send(driver: Any, text: bytes) -> list[Any]:
+def send(driver: Any, text: bytes) -> list[Any]:
     """Send one simple-query string and return a result for each of its statements; one round trip."""
 
     def talk() -> Generator[Any, Any, list[Any]]:

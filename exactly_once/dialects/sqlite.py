@@ -93,6 +93,11 @@ class SQLite:
         finally:
             cursor.close()
 
+    def begin(self, dbapi: Any, info: MutableMapping[Any, Any]) -> None:
+        cursor = dbapi.cursor()
+        cursor.execute(BEGIN)
+        cursor.close()
+
     def known(self, dbapi: Any, row: ClaimRow, *, end: bool) -> Known | None:
         cursor = dbapi.cursor()
         try:

@@ -1,27 +1,42 @@
-"""The contract with whatever remembers claims: what a claim can come back with, and the two verbs around a handler.
+"""The contract with whatever remembers claims: what a claim can come back with, and the verbs around a handler.
 
 Called in a thread, or in SQLAlchemy's greenlet under asyncio: never async itself. Called by `attempt`, and by
 `delivery` for a message that has no delivery left.
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol
 
 from sqlalchemy.orm import Session
 
 from exactly_once.dialects import ClaimRow
+from exactly_once.leases import Held
 
 if TYPE_CHECKING:
-    from exactly_once.guards.watch import Watch
+    from exactly_once.guards.watch import Late, Watch
+    from exactly_once.lock import RedisLock
 
 __all__ = ["Claim", "Conflict", "Consumed", "Guard", "InProgress", "Won"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Won:
-    """The key is ours until this transaction ends; `watch` sees that the handler does not end it."""
+    """The key is ours.
 
-    watch: "Watch"
+    `watch` sees that the handler does not end the transaction: from the claim on, or `late`, from the session's first
+    statement on. `held` is the lease, `lock` the lock, where that is what makes the key ours.
+    """
+
+    first_watch: "Watch | None" = None
+    late: "Late | None" = None
+    held: Held | None = None
+    lock: "RedisLock | None" = None
+
+    @property
+    def watch(self) -> "Watch | None":
+        """The watch, once there is a transaction."""
+        return self.first_watch if self.late is None else self.late.watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +46,10 @@ class Consumed:
 
 @dataclass(frozen=True, slots=True)
 class InProgress:
-    """Another run holds it. `again`: one more try at once may already see how that run ended."""
+    """Another run holds it. `again`: one more try at once may already see how that run ended. `remaining`: of its lease."""
 
     again: bool = False
+    remaining: timedelta | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +71,29 @@ class Guard(Protocol):
         After `Won` the session is in the transaction the handler will use; after anything else in none.
 
         Raises:
-            StoreUnavailable: The database does not answer; nothing was claimed.
+            StoreUnavailable: The store does not answer; nothing was claimed, as far as is known.
         """
+
+    def complete(self, session: Session, won: Won) -> None:
+        """The last statement of the handler's transaction before its COMMIT, where there is something to write in it.
+
+        Raises:
+            LeaseLost: The key is not ours any more; nothing may be committed.
+        """
+
+    def consume(self, won: Won) -> None:
+        """After the COMMIT, mark what lies outside that transaction as consumed.
+
+        Raises:
+            LeaseLost: Another run has taken the message over.
+            StoreUnavailable: It is not marked: the message must not be acknowledged, and its lease not be let go.
+        """
+
+    def end(self, won: Won) -> None:
+        """The run has ended, however: nothing keeps its key alive any more."""
+
+    def release(self, won: Won) -> bool:
+        """After the rollback, let others have the key; False if it is another's already. Never raises: it runs out by itself."""
 
     def consumed(self, session: Session, row: ClaimRow) -> bool:
         """Look once, on a fresh session, whether this key is consumed with this payload; the session ends in no transaction."""

@@ -11,11 +11,11 @@ from sqlalchemy.orm import Session
 
 from exactly_once import errors
 from exactly_once.body import parse_json
-from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Trouble, dialect_for
+from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Trouble, dialect_for, raise_for_the_store
 from exactly_once.errors import ConfigurationError, PayloadConflict
 from exactly_once.fingerprint import differing_paths, maker
 from exactly_once.guards import Conflict, Consumed
-from exactly_once.guards.transaction import raise_for_the_store, standing
+from exactly_once.guards.transaction import standing
 from exactly_once.keys import canonical, check_name
 from exactly_once.message import Message
 from exactly_once.schema import HANDLER_BYTES

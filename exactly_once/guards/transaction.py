@@ -8,14 +8,13 @@ from datetime import timedelta
 
 from sqlalchemy.orm import Session
 
-from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Known, Trouble
-from exactly_once.errors import SchemaError, StoreUnavailable
+from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Known, Trouble, raise_for_the_store
 from exactly_once.fingerprint import Differs, compare
 from exactly_once.guards import Claim, Conflict, Consumed, InProgress, Won
 from exactly_once.guards.watch import Watch, begin
 from exactly_once.schema import CONSUMED
 
-__all__ = ["TransactionGuard", "raise_for_the_store", "standing"]
+__all__ = ["TransactionGuard", "standing"]
 
 
 class TransactionGuard:
@@ -57,6 +56,19 @@ class TransactionGuard:
             raise
         return standing(known, row)
 
+    def complete(self, session: Session, won: Won) -> None:
+        """The claim is in the transaction already."""
+
+    def consume(self, won: Won) -> None:
+        """COMMIT was all."""
+
+    def end(self, won: Won) -> None:
+        """Nothing was kept alive."""
+
+    def release(self, won: Won) -> bool:
+        """The rollback was all."""
+        return True
+
     def consumed(self, session: Session, row: ClaimRow) -> bool:
         """See `Guard.consumed`."""
         try:
@@ -66,22 +78,6 @@ class TransactionGuard:
             raise_for_the_store(self._dialect, error)
             raise
         return isinstance(standing(known, row), Consumed)
-
-
-def raise_for_the_store(dialect: Dialect, error: Exception) -> None:
-    """Raise what an error of a claim or a look-up says about the store; return if it says nothing: the error stands.
-
-    Raises:
-        StoreUnavailable: The server does not answer.
-        SchemaError: There is no table to claim in: no message is to blame, and none is to be counted.
-    """
-    if dialect.trouble(error) is Trouble.UNAVAILABLE:
-        raise StoreUnavailable(f"The database does not answer ({type(error).__name__}); nothing ran.") from error
-    if dialect.no_table(error):
-        raise SchemaError(
-            f"The tables of exactly_once are not in this database (looked for {dialect.table}); nothing ran."
-            " Type: exactly-once db upgrade"
-        ) from error
 
 
 def standing(known: Known | None, row: ClaimRow) -> Consumed | InProgress | Conflict:

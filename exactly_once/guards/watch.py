@@ -22,8 +22,9 @@ from sqlalchemy.engine import ExceptionContext, ExecutionContext
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import PoolProxiedConnection
 
-from exactly_once.dialects import Dialect, State
+from exactly_once.dialects import Dialect, State, Trouble, raise_for_the_store
 from exactly_once.errors import Misuse
+from exactly_once.leases import Held
 from exactly_once.wording import escaped
 
 __all__ = ["Left", "Watch", "begin", "install", "install_session", "let_go"]
@@ -45,12 +46,15 @@ class Left(Enum):
 class Watch:
     """One attempt's transaction: which connection, which root transaction, and what the handler did to it."""
 
-    __slots__ = ("begun", "connection", "dbapi", "dialect", "error", "info", "last", "left", "lost", "ours", "root")
+    __slots__ = (
+        "begun", "connection", "dbapi", "dialect", "error", "held", "info", "last", "left", "lost", "ours", "root"
+    )  # fmt: skip
 
-    def __init__(self, connection: Connection, dialect: Dialect, dbapi: Any) -> None:
+    def __init__(self, connection: Connection, dialect: Dialect, dbapi: Any, held: Held | None = None) -> None:
         self.connection = connection
         self.dialect = dialect
         self.dbapi = dbapi
+        self.held = held
         self.root = connection.get_transaction()
         self.begun: SessionTransaction | None = None
         self.left = Left.NOT
@@ -172,6 +176,8 @@ def _sending(statement: str, context: ExecutionContext) -> None:
         return
     if watch.error is not None:
         raise watch.error  # it has left already: what it sends now would be outside, or undone
+    if watch.held is not None:
+        watch.held.check()
     if watch.lost is not None:
         # the server threw the transaction away, and this statement would begin another, without the claim
         raise watch.leave(Left.ROLLED_BACK, _SWALLOWED)
@@ -241,9 +247,50 @@ def install_session(session_class: Any) -> None:
 
     @event.listens_for(session_class, "after_begin")
     def begun(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
-        watch: Watch | None = session.info.get(_KEY)
-        if watch is not None and (connection is not watch.connection or watch.left is not Left.NOT):
+        watch: Watch | Late | None = session.info.get(_KEY)
+        if isinstance(watch, Late):
+            watch.began(session, connection)
+        elif watch is not None and (connection is not watch.connection or watch.left is not Left.NOT):
             raise watch.leave(Left.REFUSED, _SECOND)
+
+
+class Late:
+    """Waits for a session's first statement: before it no transaction is open, and no connection is in use.
+
+    Then the transaction is begun by us, so that the driver says from the first moment on whether it is still open; where
+    the driver would have begun it itself this costs no round trip.
+    """
+
+    __slots__ = ("_dialect", "_wait_ms", "held", "watch")
+
+    def __init__(self, session: Session, dialect: Dialect, held: Held | None, *, wait_ms: int) -> None:
+        self._dialect, self.held, self._wait_ms = dialect, held, wait_ms
+        self.watch: Watch | None = None
+        session.info[_KEY] = self
+
+    def began(self, session: Session, connection: Connection) -> None:
+        """Watch this connection's transaction from here on."""
+        if self.held is not None:
+            self.held.check()
+        dialect, dbapi, info = self._dialect, connection.connection.dbapi_connection, connection.info
+        try:
+            if dialect not in info:
+                dialect.prepare(dbapi, info, wait_ms=self._wait_ms)
+            dialect.begin(dbapi, info)
+        except Exception as error:
+            if dialect.trouble(error) is Trouble.UNAVAILABLE:
+                connection.invalidate(error)
+            raise_for_the_store(dialect, error)
+            raise
+        self.watch = Watch(connection, dialect, dbapi, self.held)
+        begin(session, self.watch)
+
+    def end(self, session: Session) -> None:
+        """Give back what was begun, if anything was."""
+        if self.watch is not None:
+            self.watch.end(session)
+        else:
+            let_go(session)
 
 
 def begin(session: Session, watch: Watch) -> None:

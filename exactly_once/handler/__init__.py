@@ -11,13 +11,13 @@ commits, retries or logs; the function itself is kept as it was. Called by the f
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Any, Final, Literal, NamedTuple
 
 from exactly_once.body import NOT_JSON, Decoder, decoder, parse_json, shown, why_not_json, without_none
 from exactly_once.errors import BadBody, BadKey, ConfigurationError, ExactlyOnceError
 from exactly_once.fingerprint import FingerprintRule, FingerprintSpec, differing_paths, maker
 from exactly_once.handler.body_paths import check_paths
+from exactly_once.handler.guard_options import GuardOption, Lease, Lock, Transaction, check_guard
 from exactly_once.handler.hints import Hints
 from exactly_once.handler.options import (
     check_after_dead,
@@ -33,26 +33,7 @@ from exactly_once.message import Message
 from exactly_once.policy import Retry, RetrySpec, check_retry
 from exactly_once.wording import escaped
 
-__all__ = ["Plan", "Reading", "Transaction", "check_result", "plan"]
-
-
-@dataclass(frozen=True, slots=True)
-class Transaction:
-    """The default guard: claim, handler and completion commit in one transaction of the handler's database.
-
-    Args:
-        claim_wait: How long to wait for another run that holds the same key, before it is *in progress*.
-
-    Raises:
-        ConfigurationError: A time is not positive.
-    """
-
-    claim_wait: timedelta = timedelta(seconds=2)
-
-    def __post_init__(self) -> None:
-        given: object = self.claim_wait
-        if not isinstance(given, timedelta) or given <= timedelta(0):
-            raise ConfigurationError(f"Transaction(claim_wait={given!r}): give a timedelta above zero")
+__all__ = ["Lease", "Lock", "Plan", "Reading", "Transaction", "check_result", "plan"]
 
 
 class Reading(NamedTuple):
@@ -77,7 +58,7 @@ class Plan:
     topic: str
     tags: tuple[str, ...]
     """Sorted; empty means every tag, and messages without one."""
-    guard: Transaction
+    guard: GuardOption
     retry: RetrySpec
     ordered: bool
     after_dead: Literal["wait", "go on"]
@@ -106,6 +87,11 @@ class Plan:
     def takes_session(self) -> bool:
         """The handler wants a session."""
         return self.session_type is not None
+
+    @property
+    def takes_steps(self) -> bool:
+        """The handler wants recovery points."""
+        return self._parameters.takes_steps
 
     @property
     def key_has_tag(self) -> bool:
@@ -170,9 +156,9 @@ class Plan:
                 error.__cause__ = failed
         return Reading(key, made, body, error)
 
-    def call(self, session: Any, reading: Reading, message: Message) -> object:
+    def call(self, session: Any, reading: Reading, message: Message, steps: Any = None) -> object:
         """Call the handler with what it asks for; for an async handler the result is to be awaited."""
-        values = (session, reading.body, message)
+        values = (session, reading.body, message, steps)
         parameters = self._parameters
         if parameters.named:
             named = {name: values[place] for name, place in parameters.named}
@@ -206,7 +192,7 @@ def plan(
     tag: str | Sequence[str] | None = None,
     key: KeySpec,
     name: str | None = None,
-    guard: Transaction | None = None,
+    guard: GuardOption | None = None,
     retry: RetrySpec | None = None,
     fingerprint: FingerprintSpec = "body",
     ordered: bool = False,
@@ -223,7 +209,7 @@ def plan(
         tag: None for every tag, one tag, several, or "a || b".
         key: Where the business key stands; see `exactly_once.keys`.
         name: What identifies it in the tables; the function's own name by default.
-        guard: `Transaction()` by default.
+        guard: `Transaction()` by default, `Lease(...)` or `Lock(...)`.
         retry: `Retry()` by default, or one for each of several exception classes.
         fingerprint: What makes two messages of one key the same; see `exactly_once.fingerprint`.
         ordered: Keep the messages of one ordering key in order.
@@ -244,7 +230,7 @@ def plan(
             topic=check_topic(topic),
             tags=check_tags(tag),
             key=extractor(key),
-            guard=_guard(guard),
+            guard=check_guard(guard),
             retry=check_retry(Retry() if retry is None else retry),
             fingerprint=maker(fingerprint),
             ordered=check_flag("ordered", ordered),
@@ -259,6 +245,11 @@ def _plan(
     function: Callable[..., object], hints: Hints, *, key: KeyRule, fingerprint: FingerprintRule, **decided: Any
 ) -> Plan:
     found = parameters(function, hints)
+    if found.takes_steps and not isinstance(decided["guard"], Lease):
+        raise ConfigurationError(
+            "it asks for steps, which are kept under a lease: write guard=Lease(timedelta(minutes=10)). Under the transaction"
+            " guard everything it does in its session is one step already"
+        )
     reading = _NO_BODY
     if found.body_annotation is not NO_BODY:
         reading = _body(found.body_name, found.body_annotation, hints)
@@ -283,14 +274,6 @@ def _body(name: str, annotation: Any, hints: Hints) -> Decoder:
             f"`{name}: {shown(annotation)}` is neither Session, AsyncSession nor Message, so it must be the body, and "
             f"{error}. A dependency of your own gets a default, or is bound with functools.partial"
         ) from error
-
-
-def _guard(guard: object) -> Any:
-    if guard is None:
-        return Transaction()
-    if isinstance(guard, type):
-        raise ConfigurationError(f"guard={guard.__name__}: call it: guard={guard.__name__}()")
-    return guard
 
 
 def _warnings(plan: Plan) -> Iterator[str]:

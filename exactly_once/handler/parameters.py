@@ -1,7 +1,7 @@
 """What each parameter of a handler is for, decided from its annotation when the handler is decorated.
 
-`Session`, `AsyncSession` and `Message` are known by class; exactly one other parameter without a default is the body; a
-parameter with a default is never filled. Nothing here calls a handler. Called by the handler's plan.
+`Session`, `AsyncSession`, `Message`, `Steps` and `AsyncSteps` are known by class; exactly one other parameter without a
+default is the body; a parameter with a default is never filled. Nothing here calls a handler. Called by the handler's plan.
 """
 
 import inspect
@@ -17,12 +17,13 @@ from exactly_once.body import without_none
 from exactly_once.errors import ConfigurationError, Misuse
 from exactly_once.handler.hints import Hints, signature
 from exactly_once.message import Message
+from exactly_once.steps import AsyncSteps, Steps
 
 __all__ = ["NO_BODY", "Parameters", "Values", "check_result", "parameters"]
 
-Values = tuple[Any, Any, Message]
-"""Session, body and message of one attempt, in this order."""
-_SESSION, _BODY, _MESSAGE = range(3)
+Values = tuple[Any, Any, Message, Any]
+"""Session, body, message and steps of one attempt, in this order."""
+_SESSION, _BODY, _MESSAGE, _STEPS = range(4)
 _VARIABLE: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 NO_BODY: Final = inspect.Parameter.empty
 """The body annotation of a handler that wants none."""
@@ -41,6 +42,7 @@ class Parameters:
     positional: Callable[[Values], Sequence[Any]]
     named: tuple[tuple[str, int], ...]
     """Keyword-only parameters, each with its place in `Values`."""
+    takes_steps: bool = False
 
 
 def parameters(function: Callable[..., object], hints: Hints) -> Parameters:
@@ -64,7 +66,11 @@ def parameters(function: Callable[..., object], hints: Hints) -> Parameters:
             places.append(place)
     session_type = filled[_SESSION][1] if _SESSION in filled else None
     _check_colour(is_async, session_type)
-    return Parameters(is_async, session_type, *filled.get(_BODY, ("", NO_BODY)), _picker(places), tuple(named))
+    takes_steps = _STEPS in filled
+    if takes_steps:
+        _check_steps(is_async, filled[_STEPS][1])
+    body = filled.get(_BODY, ("", NO_BODY))
+    return Parameters(is_async, session_type, *body, _picker(places), tuple(named), takes_steps)
 
 
 def _wanted(function: Callable[..., object]) -> list[inspect.Parameter]:
@@ -101,6 +107,8 @@ def _purpose(parameter: inspect.Parameter, hints: Hints) -> tuple[int, Any]:
         return _BODY, annotation
     if issubclass(base, Message):
         return _MESSAGE, base
+    if issubclass(base, (Steps, AsyncSteps)):
+        return _STEPS, base
     if issubclass(base, Session) or _is_async_session(base):
         if optional:
             raise ConfigurationError(
@@ -130,7 +138,8 @@ def _twice(kind: int, first: str, second: str) -> str:
             f"the parameters {first!r} and {second!r} both look like the message's body. Keep one; give the other a "
             "default, or bind it with functools.partial"
         )
-    return f"the parameters {first!r} and {second!r} ask for the same {'session' if kind == _SESSION else 'message'}. Keep one"
+    what = {_SESSION: "session", _MESSAGE: "message", _STEPS: "steps"}[kind]
+    return f"the parameters {first!r} and {second!r} ask for the same {what}. Keep one"
 
 
 def _is_async(function: Callable[..., object]) -> bool:
@@ -170,6 +179,15 @@ def _check_colour(is_async: bool, session_type: type[Any] | None) -> None:
         raise ConfigurationError(
             "it is a plain `def` and asks for an AsyncSession, which nothing in it can await. Write `session: Session`, "
             "or make it `async def`"
+        )
+
+
+def _check_steps(is_async: bool, steps_type: type[Any]) -> None:
+    wanted = AsyncSteps if is_async else Steps
+    if not issubclass(steps_type, wanted):
+        raise ConfigurationError(
+            f"it is {'`async def`' if is_async else 'a plain `def`'} and asks for {steps_type.__name__}. Write"
+            f" `steps: {wanted.__name__}`"
         )
 
 

@@ -5,7 +5,8 @@ duty: they hand out nothing behind an unsettled message of its ordering key. At 
 at any moment, from the receive that asked for them to the end of the settle; that is also the bound on memory.
 
 When a run says `Hold(store)`, the message stays in hand, nothing more is received from anyone, and the store is asked
-until it answers (`outages`); then what was held runs again, oldest first.
+until it answers (`outages`); then what was held runs again, oldest first. When a run says `Keep`, its message alone stays
+in hand and runs again a little later (`kept`), until its patience ends; it has its place of `capacity` until then.
 
 If the process dies on any line here, what was in hand comes back from the broker, and the claims in the database say
 what of it is done. Made by `serving`.
@@ -22,8 +23,9 @@ from time import monotonic
 from typing import Final
 
 from exactly_once.transport import Consumer, Delivery, Features
-from exactly_once.verdict import Ack, Hold, Redeliver, Verdict
+from exactly_once.verdict import Ack, Hold, Keep, Redeliver, Said
 from exactly_once.worker.capacity import Capacity
+from exactly_once.worker.kept import Kept
 from exactly_once.worker.lane import Lane, join, lasting, on_each
 from exactly_once.worker.log_throttle import ThrottledLog
 from exactly_once.worker.outages import Outages, Waiting
@@ -31,7 +33,7 @@ from exactly_once.worker.unsettled import Unsettled
 
 __all__ = ["Counts", "Run", "Worker"]
 
-Run = Callable[[Delivery, Features], Future[Verdict | Hold]]
+Run = Callable[[Delivery, Features], Future[Said]]
 
 POLL: Final = timedelta(seconds=1)
 """The longest a quiet receive waits; also the tick at which a full worker keeps its sessions alive."""
@@ -101,6 +103,7 @@ class Worker:
         self._poll, self._wait = poll, poll if capacity > len(consumers) else min(poll, SHORT_POLL)
         self._changed = Condition()
         self._outages = Outages(answers, self._run_again, self._changed, lambda: self._stopping)
+        self._kept = Kept(self._begin, self._changed, lambda: self._stopping)
         self._capacity = Capacity(capacity, self._changed, lambda: bool(self._outages))
         self._stopping = self._done = False
         self._stopped = Event()
@@ -141,7 +144,7 @@ class Worker:
         for lane in self._lanes:
             join(lane.receiver, deadline)
         with self._changed:
-            waiting = self._outages.give_up()
+            waiting = self._outages.give_up() | self._kept.give_up()
         for delivery, unsettled in waiting.items():  # there is no use in waiting for these
             self._give_back(unsettled, delivery)
         with self._changed:
@@ -261,7 +264,8 @@ class Worker:
             for delivery in got:
                 self._begin(unsettled, delivery)
 
-    def _begin(self, unsettled: Unsettled, delivery: Delivery) -> None:
+    def _begin(self, unsettled: Unsettled, delivery: Delivery, since: float | None = None) -> None:
+        """Have it run; `since` is when it was first kept, if it was."""
         if self._done:
             return
         try:
@@ -270,26 +274,34 @@ class Worker:
             self._broke(unsettled, delivery, error)
         else:
             unsettled.running[delivery] = future
-            future.add_done_callback(partial(self._finish, unsettled, delivery))
+            future.add_done_callback(partial(self._finish, unsettled, delivery, since))
 
-    def _finish(self, unsettled: Unsettled, delivery: Delivery, done: Future[Verdict | Hold]) -> None:
+    def _finish(self, unsettled: Unsettled, delivery: Delivery, since: float | None, done: Future[Said]) -> None:
         """Called by whichever thread ended the run: blocks on nothing, raises nothing."""
         unsettled.running.pop(delivery, None)
         try:
-            verdict = done.result()
+            said = done.result()
         except BaseException as error:  # noqa: BLE001, RUF100  (cancellation too: it is not acknowledged)
             self._broke(unsettled, delivery, error)
             return
-        if type(verdict) is Ack or type(verdict) is Redeliver:
-            unsettled.finish(delivery, verdict)
-        elif type(verdict) is Hold:
+        if type(said) is Ack or type(said) is Redeliver:
+            unsettled.finish(delivery, said)
+        elif type(said) is Hold:
             with self._changed:
                 if not self._stopping:
-                    self._outages.hold(verdict.store, delivery, unsettled)
+                    self._outages.hold(said.store, delivery, unsettled)
                     return
             self._give_back(unsettled, delivery)
+        elif type(said) is Keep:
+            with self._changed:
+                stopping = self._stopping
+                kept = not stopping and self._kept.keep(said, unsettled, delivery, since)
+            if stopping:
+                self._give_back(unsettled, delivery)
+            elif not kept:
+                unsettled.finish(delivery, said.then)
         else:
-            self._broke(unsettled, delivery, TypeError(f"a run ended with {verdict!r}, which is not a verdict"))
+            self._broke(unsettled, delivery, TypeError(f"a run ended with {said!r}, which is not a verdict"))
 
     def _broke(self, unsettled: Unsettled, delivery: Delivery, error: BaseException) -> None:
         if self._stopping:

@@ -18,7 +18,7 @@ from time import monotonic, sleep
 from typing import Final
 
 from exactly_once.transport import Consumer, Delivery
-from exactly_once.verdict import Ack, Hold, Verdict
+from exactly_once.verdict import Ack, Said, Verdict
 from exactly_once.worker.log_throttle import ThrottledLog
 
 __all__ = ["Batch", "Unsettled"]
@@ -55,7 +55,7 @@ class Unsettled:
     def __init__(self, consumer: Consumer, name: str, settled: Callable[[int], None]) -> None:
         self.consumer, self.name, self.features = consumer, name, consumer.features
         self.held: dict[Delivery, Batch] = {}
-        self.running: dict[Delivery, Future[Verdict | Hold]] = {}
+        self.running: dict[Delivery, Future[Said]] = {}
         self.verdicts: SimpleQueue[tuple[Delivery, Verdict] | None] = SimpleQueue()
         self.received = self.settled = self.acked = self.redelivered = 0
         self.turned = monotonic()

@@ -114,6 +114,7 @@ def upgrade(*, schema: str | None = None, operations: Any = op) -> None:
         sa.Column("handler", key(128), nullable=False),
         sa.Column("business_key", key(255), nullable=False),
         sa.Column("step", key(64), nullable=False),
+        sa.Column("ordinal", sa.Integer(), nullable=False),
         sa.Column("status", sa.SmallInteger(), nullable=False),
         sa.Column("result", body()),
         sa.Column("attempt", sa.Integer(), nullable=False, server_default=sa.text("1")),

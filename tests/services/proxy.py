@@ -1,4 +1,4 @@
-"""Stands between a client and its database: adds latency, stalls, cuts the connection at a COMMIT, counts round trips.
+"""Stands between a client and its database or Redis: adds latency, stalls, cuts the connection at a COMMIT, counts round trips.
 
 It never changes a byte. Called by tests and benchmarks. `cut_before_commit` loses the request: the server rolls back.
 `cut_after_commit` loses the answer: the server has committed, and the client cannot know. Both look alike to the client.
@@ -48,10 +48,10 @@ class _Cut:
 
 
 class Proxy:
-    """A proxy on a loopback port of its own, for one database server.
+    """A proxy on a loopback port of its own, for one database server or Redis.
 
     Args:
-        url: The server's SQLAlchemy URL; it says the address and which protocol is spoken.
+        url: The server's SQLAlchemy URL, or that of a Redis; it says the address and which protocol is spoken.
         delay: Added to each direction, so that a round trip takes twice as much longer.
 
     Example:
@@ -63,7 +63,10 @@ class Proxy:
     def __init__(self, url: str, *, delay: timedelta = timedelta(0)) -> None:
         target = make_url(url)
         self._backend = target.get_backend_name()
-        self._target = (target.host or "127.0.0.1", target.port or {"postgresql": 5432}.get(self._backend, 3306))
+        self._target = (
+            target.host or "127.0.0.1",
+            target.port or {"postgresql": 5432, "redis": 6379}.get(self._backend, 3306),
+        )
         self._delay_s = delay.total_seconds()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]

@@ -1,6 +1,7 @@
 """Finds statements and answers in a database's wire protocol: just enough for the proxy to know what passes through it.
 
-It opens nothing. Sources: "Frontend/Backend Protocol" in PostgreSQL's documentation; "Client/Server Protocol" in MariaDB's.
+It opens nothing. Sources: "Frontend/Backend Protocol" in PostgreSQL's documentation; "Client/Server Protocol" in MariaDB's;
+"Redis serialization protocol specification" in Redis'.
 Encrypted connections cannot be read; the servers of these tests offer none.
 """
 
@@ -32,8 +33,8 @@ class Speech(Protocol):
 
 
 def speech_for(backend: str) -> Speech:
-    """Return the protocol of a SQLAlchemy backend name."""
-    return PostgresSpeech() if backend == "postgresql" else MariaDBSpeech()
+    """Return the protocol of a SQLAlchemy backend name, or of `redis`."""
+    return {"postgresql": PostgresSpeech, "redis": RedisSpeech}.get(backend, MariaDBSpeech)()
 
 
 class PostgresSpeech:
@@ -120,3 +121,39 @@ class MariaDBSpeech:
     def from_server(self, data: bytes) -> int:
         self._answered = self._asked  # the first byte of an answer is proof enough that it was carried out
         return self._answered
+
+
+class RedisSpeech:
+    """Redis, of a client that waits for each answer: a command is an array of words, its statement these with blanks between."""
+
+    def __init__(self) -> None:
+        self._requests = bytearray()
+        self._asked = self._answered = 0
+
+    def from_client(self, data: bytes) -> Iterator[Request]:
+        self._requests += data
+        while (words := self._next_words()) is not None:
+            frame, spoken = words
+            self._asked += 1
+            yield Request(frame, b" ".join(spoken), self._asked)
+
+    def from_server(self, data: bytes) -> int:
+        self._answered = self._asked  # as with MariaDB
+        return self._answered
+
+    def _next_words(self) -> tuple[bytes, list[bytes]] | None:
+        """The first command and its words, taken off the stream; None where it is not complete yet."""
+        stream, words = bytes(self._requests), []
+        head, end, rest = stream.partition(b"\r\n")
+        if not end:
+            return None
+        for _ in range(int(head[1:])):
+            size, end, rest = rest.partition(b"\r\n")
+            length = int(size[1:]) if end else 0
+            if not end or len(rest) < length + 2:
+                return None
+            words.append(rest[:length])
+            rest = rest[length + 2 :]
+        frame = stream[: len(stream) - len(rest)]
+        del self._requests[: len(frame)]
+        return frame, words

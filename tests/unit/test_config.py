@@ -56,6 +56,7 @@ def test_every_setting_can_come_from_the_environment(tmp_path: Path) -> None:
             "EXACTLY_ONCE_DATABASE": "postgresql+psycopg://u:p@h/d",
             "EXACTLY_ONCE_ASYNC_DATABASE": "postgresql+psycopg_async://u:p@h/d",
             "EXACTLY_ONCE_TRANSPORT": "rocketmq://h:8081",
+            "EXACTLY_ONCE_REDIS": "redis://:p@h/0",
             "EXACTLY_ONCE_GROUP": "g",
             "EXACTLY_ONCE_SCHEMA": "s",
             "EXACTLY_ONCE_IMPORTS": "shop.consumers, shop.more",
@@ -71,6 +72,7 @@ def test_every_setting_can_come_from_the_environment(tmp_path: Path) -> None:
     assert (config.concurrency.value, config.processes.value) == (8, 2)
     assert config.drain_timeout.value == timedelta(seconds=2.5)
     assert config.health.value == "127.0.0.1:8000"
+    assert (config.redis.value, config.redis.shown) == ("redis://:p@h/0", "redis://:***@h/0")
 
 
 def test_an_empty_variable_is_not_set(tmp_path: Path) -> None:
@@ -84,6 +86,18 @@ def test_secrets_may_stand_in_files(tmp_path: Path) -> None:
     assert config.database.source == "environment EXACTLY_ONCE_DATABASE_FILE"
     project(tmp_path, '[tool.exactly_once]\ntransport_file = "secret"\n')
     assert read(tmp_path).transport.value == "postgresql://u:p@h/d"
+
+
+def test_a_redis_may_stand_in_a_file_and_what_is_none_is_refused_without_its_password(tmp_path: Path) -> None:
+    secret = project(tmp_path, "redis://:hunter2@h:6379/0\n", "secret")
+    config = read(tmp_path, {"EXACTLY_ONCE_REDIS_FILE": str(secret)}, code={"redis": "redis://other"})
+    assert config.redis.value == "redis://:hunter2@h:6379/0"
+    assert config.redis.source == "environment EXACTLY_ONCE_REDIS_FILE"
+    for wrong in ("http://:hunter2@h", "redis://hunter2@h", "redis://:hunter2@h/orders"):
+        told = refused(tmp_path, {"EXACTLY_ONCE_REDIS": wrong})
+        assert told.startswith("environment EXACTLY_ONCE_REDIS: ")
+        assert "hunter2" not in told
+    assert "redis= in the program" in refused(tmp_path, code={"redis": 6379})
 
 
 def test_a_secret_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from exactly_once.daemon.health import Health, host_and_port
 from exactly_once.errors import ConfigurationError
 from exactly_once.transport import Delivery, Features
-from exactly_once.verdict import Ack, Hold, Verdict
+from exactly_once.verdict import Ack, Hold, Said
 from exactly_once.worker import Worker
 from tests.unit.worker_doubles import Shelf, done, until
 
@@ -78,7 +78,7 @@ def test_an_outage_is_not_ready_but_live(state: State, health: Health) -> None:
 def test_a_worker_tells_its_own_story() -> None:
     up, release = Event(), Event()
 
-    def run(delivery: Delivery, features: Features) -> Future[Verdict | Hold]:
+    def run(delivery: Delivery, features: Features) -> Future[Said]:
         return done(Ack() if up.is_set() else Hold("eu"))
 
     shelf = Shelf([b"a"])

@@ -4,6 +4,8 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from exactly_once.errors import BadBody, BadKey, ConfigurationError, PayloadConflict, Reject, RetryLater
 from exactly_once.outcome import Outcome
@@ -153,12 +155,57 @@ def test_waits_grow_and_do_not_end_in_a_dead_letter() -> None:
         assert isinstance(wait_delay(outcome, features=UNSAFE, delivery_attempt=1), ByPump)
 
 
-def test_a_wait_is_no_longer_than_the_other_run_may_last_nor_than_the_broker_can_wait() -> None:
-    assert wait_delay(Outcome.IN_PROGRESS, features=ENDLESS, delivery_attempt=9, remaining=seconds(3)) == ByBroker(
-        seconds(3)
-    )
+def leased(remaining: float, features: Features = BROKER, attempt: int = 1, **more: Any) -> ByBroker | ByPump:
+    given: dict[str, Any] = {"features": features, "delivery_attempt": attempt, "remaining": seconds(remaining)}
+    return wait_delay(Outcome.IN_PROGRESS, **(given | more))
+
+
+@pytest.mark.parametrize("attempt", [1, 2, 14])
+def test_behind_a_lease_the_next_look_is_as_it_ends_and_not_sooner(attempt: int) -> None:
+    assert leased(55, attempt=attempt) == ByBroker(seconds(55))
+    assert leased(3, attempt=attempt) == ByBroker(seconds(3))
+    for over in (0.2, 0, -7):
+        assert leased(over, attempt=attempt) == ByBroker(seconds(1)), "not in a tight circle"
+
+
+def test_behind_a_lease_the_brokers_limits_hold() -> None:
+    assert leased(55, attempt=15) == ByPump(seconds(55)), "kept as waiting, not dead"
+    assert leased(55, UNSAFE) == ByPump(seconds(55))
+    assert leased(55, attempt=15, foreign=True) == ByBroker(seconds(55))
+
+
+def test_a_wait_is_no_longer_than_the_broker_can_wait() -> None:
     short = Features(redelivers=True, counts_attempts=True, max_redelivery_delay=seconds(5))
     assert wait_delay(Outcome.WAITING, features=short, delivery_attempt=9) == ByBroker(seconds(5))
+    assert leased(55, short) == ByBroker(seconds(5)), "then it is looked at again, and waits the next part"
+
+
+@given(
+    attempt=st.integers(-3, 10_000),
+    remaining=st.none() | st.timedeltas(timedelta(days=-1), timedelta(days=2)),
+    longest=st.none() | st.timedeltas(seconds(1), timedelta(days=1)),
+    most=st.none() | st.integers(2, 100),
+    redelivers=st.booleans(),
+    foreign=st.booleans(),
+)
+def test_every_wait_is_between_a_second_and_what_it_waits_for(
+    attempt: int,
+    remaining: timedelta | None,
+    longest: timedelta | None,
+    most: int | None,
+    redelivers: bool,
+    foreign: bool,
+) -> None:
+    features = Features(redelivers=redelivers, counts_attempts=True, max_attempts=most, max_redelivery_delay=longest)
+    waits = wait_delay(
+        Outcome.IN_PROGRESS, features=features, delivery_attempt=attempt, remaining=remaining, foreign=foreign
+    )
+    most_s = seconds(30) if remaining is None else max(remaining, seconds(1))
+    assert seconds(1) <= waits.delay <= min(most_s, longest or most_s)
+    if remaining is not None:
+        assert waits.delay == min(most_s, longest or most_s), "nothing is gained by an earlier look"
+    near = most is not None and attempt >= most - 1
+    assert isinstance(waits, ByBroker if foreign or (redelivers and not near) else ByPump)
 
 
 def test_only_what_waits_is_waited_for() -> None:

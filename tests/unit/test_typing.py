@@ -97,6 +97,16 @@ async def worker_async() -> None:
         ...
 
 
+def lock(order_no: str) -> None:
+    with eo.lock(("rebuild", order_no), expires=timedelta(minutes=1), wait=timedelta(0), store="redis://127.0.0.1"):
+        ...
+
+
+async def lock_async() -> None:
+    async with eo.lock("rebuild"):
+        ...
+
+
 def several() -> ExactlyOnce:
     eu, us = create_engine("sqlite:///eu.db"), sessionmaker(create_engine("sqlite:///us.db"))
     made = ExactlyOnce({"eu": eu, "us": us}, route=lambda message: message.properties["region"], enforce=False)

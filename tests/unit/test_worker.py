@@ -15,7 +15,7 @@ import pytest
 
 from exactly_once.message import Message
 from exactly_once.transport import Consumer, Delivery, Features
-from exactly_once.verdict import Ack, Hold, Redeliver, Verdict
+from exactly_once.verdict import Ack, Redeliver, Said, Verdict
 from exactly_once.worker import Run, Worker, unsettled
 from tests.unit.worker_doubles import FEATURES, Hand, InHand, Shelf, done, until
 
@@ -23,11 +23,11 @@ MS = timedelta(milliseconds=1)
 SECOND = timedelta(seconds=1)
 
 
-def ack(delivery: Delivery, features: Features) -> Future[Verdict | Hold]:
+def ack(delivery: Delivery, features: Features) -> Future[Said]:
     return done(Ack())
 
 
-def slow() -> Verdict | Hold:
+def slow() -> Said:
     sleep(0.0005)
     return Ack()
 
@@ -53,7 +53,7 @@ def working(consumers: Sequence[Consumer], run: Run, **options: Any) -> Iterator
 def test_what_is_received_runs_and_is_settled_with_its_verdict() -> None:
     shelf = Shelf([b"good", b"bad"])
 
-    def run(delivery: Delivery, features: Features) -> Future[Verdict | Hold]:
+    def run(delivery: Delivery, features: Features) -> Future[Said]:
         assert features is FEATURES
         failed = delivery.message.body == b"bad" and delivery.message.attempt == 1
         return done(Redeliver(30 * MS) if failed else Ack())
@@ -147,10 +147,10 @@ def test_a_full_worker_keeps_its_sessions_alive() -> None:
 def test_a_run_that_breaks_has_its_message_brought_again(error: BaseException) -> None:
     shelf = Shelf([b"a"])
 
-    def run(delivery: Delivery, features: Features) -> Future[Verdict | Hold]:
+    def run(delivery: Delivery, features: Features) -> Future[Said]:
         if delivery.message.attempt > 1:
             return done(Ack())
-        future: Future[Verdict | Hold] = Future()
+        future: Future[Said] = Future()
         future.set_exception(error)
         return future
 
@@ -246,7 +246,7 @@ def test_a_settle_that_blocks_delays_no_other_consumers_extending() -> None:
     blocked.on_settle = lambda: release.wait(10)
     shelf, hand = Shelf([b"slow"], invisible=450 * MS), Hand()
 
-    def run(delivery: Delivery, features: Features) -> Future[Verdict | Hold]:
+    def run(delivery: Delivery, features: Features) -> Future[Said]:
         return done(Ack()) if delivery.message.body == b"a" else hand(delivery, features)
 
     with working([blocked, shelf], run):
@@ -348,7 +348,7 @@ def test_stop_before_start_closes_the_consumers() -> None:
 def test_drain_waits_for_what_messages_bring_about() -> None:
     second = Shelf(topic="second")
 
-    def run(delivery: Delivery, features: Features) -> Future[Verdict | Hold]:
+    def run(delivery: Delivery, features: Features) -> Future[Said]:
         number = int(delivery.message.body or b"")
         if number:
             other = second if delivery.message.topic == "first" else first

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from exactly_once.transport import Consumer, Delivery, Features
-from exactly_once.verdict import Ack, Hold, Verdict
+from exactly_once.verdict import Ack, Hold, Said
 from exactly_once.worker import Worker
 from tests.unit.worker_doubles import Hand, Shelf, done, until
 
@@ -33,7 +33,7 @@ class Database:
         self.asked.append(monotonic())
         return self.up
 
-    def run(self, delivery: Delivery, features: Features) -> Future[Verdict | Hold]:
+    def run(self, delivery: Delivery, features: Features) -> Future[Said]:
         self.begun += 1
         if not self.up:
             return done(Hold("eu"))
@@ -62,7 +62,7 @@ def test_an_outage_redelivers_nothing_and_afterwards_the_oldest_runs_first() -> 
     database, hand = Database(), Hand()
     shelf, other = Shelf(numbered(10)), Shelf(topic="other")
 
-    def run(delivery: Delivery, features: Features) -> Future[Verdict | Hold]:
+    def run(delivery: Delivery, features: Features) -> Future[Said]:
         return database.run(delivery, features) if len(hand.begun) == 10 else hand(delivery, features)
 
     with working([shelf, other], run, database.answers, capacity=100) as worker:
@@ -210,14 +210,14 @@ def test_stop_while_held_messages_are_begun_again_settles_each_once(round_: int)
     begun: list[Delivery] = []
     ten = Event()
 
-    def late(delivery: Delivery, features: Features) -> Verdict | Hold:
+    def late(delivery: Delivery, features: Features) -> Said:
         ten.wait(10)
         sleep(0.0005)
         return database.run(delivery, features).result()
 
     with ThreadPoolExecutor(4) as pool:
 
-        def run(delivery: Delivery, features: Features) -> Future[Verdict | Hold]:
+        def run(delivery: Delivery, features: Features) -> Future[Said]:
             begun.append(delivery)
             if len(begun) == 10:
                 ten.set()
@@ -238,7 +238,7 @@ def test_stop_begins_none_of_those_held_again() -> None:
     stops: list[Future[int]] = []
     with ThreadPoolExecutor(1) as pool:
 
-        def run(delivery: Delivery, features: Features) -> Future[Verdict | Hold]:
+        def run(delivery: Delivery, features: Features) -> Future[Said]:
             if answers.is_set() and not stops:
                 stops.append(pool.submit(worker.stop))
                 until(lambda: worker.unready() == "stopping", "it stops while the first is begun again")

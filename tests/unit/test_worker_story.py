@@ -17,7 +17,7 @@ from exactly_once.message import Message
 from exactly_once.transport import Consumer, Delivery, Features, Subscription, Surroundings
 from exactly_once.transports import transport_from
 from exactly_once.transports.memory import forget
-from exactly_once.verdict import Ack, Hold, Redeliver, Verdict
+from exactly_once.verdict import Ack, Redeliver, Said, Verdict
 from exactly_once.worker import Worker
 from tests.unit.worker_doubles import until
 
@@ -25,7 +25,7 @@ MS = timedelta(milliseconds=1)
 KEYS, EACH = 20, 15
 _names = count()
 
-Verdicts = Future[Verdict | Hold]
+Verdicts = Future[Said]
 Start = Callable[[Delivery, Features], Verdicts]
 
 
@@ -62,7 +62,7 @@ class Ledger:
 
 @contextmanager
 def on_threads(ledger: Ledger) -> Iterator[Start]:
-    def handle(delivery: Delivery) -> Verdict | Hold:
+    def handle(delivery: Delivery) -> Said:
         sleep(ledger.pause_s())
         return ledger.commit(delivery.message)
 
@@ -72,7 +72,7 @@ def on_threads(ledger: Ledger) -> Iterator[Start]:
 
 @contextmanager
 def on_a_loop(ledger: Ledger) -> Iterator[Start]:
-    async def handle(delivery: Delivery) -> Verdict | Hold:
+    async def handle(delivery: Delivery) -> Said:
         await asyncio.sleep(ledger.pause_s())
         return ledger.commit(delivery.message)
 

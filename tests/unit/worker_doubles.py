@@ -10,7 +10,7 @@ from time import monotonic, sleep
 
 from exactly_once.message import Message
 from exactly_once.transport import Delivery, Features
-from exactly_once.verdict import Ack, Hold, Redeliver, Verdict
+from exactly_once.verdict import Ack, Redeliver, Said, Verdict
 
 FEATURES = Features(redelivers=True, counts_attempts=True)
 
@@ -128,10 +128,10 @@ class Hand:
     """A `run` whose futures the test completes, in the order they were begun."""
 
     def __init__(self) -> None:
-        self.begun: list[tuple[Delivery, Future[Verdict | Hold]]] = []
+        self.begun: list[tuple[Delivery, Future[Said]]] = []
 
-    def __call__(self, delivery: Delivery, features: Features) -> Future[Verdict | Hold]:
-        future: Future[Verdict | Hold] = Future()
+    def __call__(self, delivery: Delivery, features: Features) -> Future[Said]:
+        future: Future[Said] = Future()
         self.begun.append((delivery, future))
         return future
 
@@ -139,8 +139,8 @@ class Hand:
         return [delivery.message.body or b"" for delivery, _ in self.begun]
 
 
-def done(verdict: Verdict | Hold) -> Future[Verdict | Hold]:
-    future: Future[Verdict | Hold] = Future()
+def done(verdict: Said) -> Future[Said]:
+    future: Future[Said] = Future()
     future.set_result(verdict)
     return future
 

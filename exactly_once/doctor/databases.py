@@ -1,89 +1,38 @@
-"""Looks at everything a promise rests on, and says what to do: database, driver, durability, broker, handlers.
+"""Looks at one database: whether it answers, what a crash loses, and whether a duplicate is recognised through the driver.
 
-Each check returns findings; nothing is changed (the claims it tries are rolled back). The command line prints them.
+Nothing is changed: the claims it tries are rolled back. Called by the doctor.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any, Final
 
 from sqlalchemy import Engine, func, select, text
 from sqlalchemy.util import greenlet_spawn
 
-from exactly_once.app import ExactlyOnce
-from exactly_once.errors import ConfigurationError, ExactlyOnceError, TransportError
+from exactly_once.doctor.finding import Finding, Mark
+from exactly_once.errors import ExactlyOnceError
 from exactly_once.handler import Plan
 from exactly_once.redaction import redacted
-from exactly_once.routing import decorated_above
 from exactly_once.schema import utcnow
 from exactly_once.store import Store, claims_twice
-from exactly_once.transport import Transport
-from exactly_once.wording import escaped, listed, probably
+from exactly_once.wording import escaped, probably
 
-__all__ = ["Finding", "Mark", "examine"]
+__all__ = ["findings_for_database"]
 
 # the largest body of RocketMQ is 4 MiB, each byte may be escaped to two on the wire, and its error stands beside it
 _PACKET_BYTES: Final = 16 * 2**20
 _SKEW_S: Final = 5.0  # nothing depends on the worker's clock; far off, its log lines mislead
 
 
-class Mark(Enum):
-    """How bad it is."""
-
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "FAIL"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report."""
-
-    mark: Mark
-    text: str
-
-
-def examine(eo: ExactlyOnce, transport: Transport | None) -> Iterator[Finding]:
-    """Yield what was found, in the order a person would mend it.
+def findings_for_database(store: Store, group: str, plans: tuple[Plan, ...], concurrency: int) -> Iterator[Finding]:
+    """Yield what was found about one database, in the order a person would mend it.
 
     Args:
-        eo: The application.
-        transport: Its broker; None looks at no broker.
+        store: The database.
+        group: The consumer group whose claims are looked at.
+        plans: The handlers.
+        concurrency: How many messages run at once in a process.
     """
-    try:
-        plans = eo.plans
-    except ConfigurationError as error:
-        yield Finding(Mark.FAIL, str(error))
-        return
-    yield from _handlers(plans)
-    for store in eo.stores.values():
-        yield from _store(eo, store, plans)
-    if transport is not None:
-        yield from _broker(eo, transport)
-    else:
-        yield Finding(Mark.WARN, "No broker was looked at: give --transport, or set EXACTLY_ONCE_TRANSPORT.")
-
-
-# -- handlers --------------------------------------------------------------------------------------------------------
-
-
-def _handlers(plans: tuple[Plan, ...]) -> Iterator[Finding]:
-    if not plans:
-        yield Finding(Mark.FAIL, "No handlers are registered. Import their module: EXACTLY_ONCE_IMPORTS=shop.consumers")
-        return
-    yield Finding(Mark.OK, f"{len(plans)} handler(s): {listed(plan.name for plan in plans)}")
-    for plan in plans:
-        for warning in plan.warnings:
-            yield Finding(Mark.WARN, warning)
-        if (above := decorated_above(plan, plans)) is not None:
-            yield Finding(Mark.FAIL, above)
-
-
-# -- one database ----------------------------------------------------------------------------------------------------
-
-
-def _store(eo: ExactlyOnce, store: Store, plans: tuple[Plan, ...]) -> Iterator[Finding]:
     where = f"database {store.name!r}"
     try:
         problem = store.problem()
@@ -97,9 +46,9 @@ def _store(eo: ExactlyOnce, store: Store, plans: tuple[Plan, ...]) -> Iterator[F
     if not store.answers():
         yield Finding(Mark.FAIL, f"{where} is read only (a standby?): point EXACTLY_ONCE_DATABASE at the primary.")
         return
-    yield _self_check(where, lambda: claims_twice(store.dialect, store.open, eo.group), "sync")
+    yield _self_check(where, lambda: claims_twice(store.dialect, store.open, group), "sync")
     if any(plan.is_async for plan in plans):
-        yield _self_check(where, lambda: _claims_twice_async(store, eo.group), "async")
+        yield _self_check(where, lambda: _claims_twice_async(store, group), "async")
     with store.engine.connect() as connection:
         yield from {"postgresql": _postgresql, "sqlite": _sqlite}.get(store.dialect.name, _mysql)(where, connection)
         yield Finding(Mark.OK, f"{where}: isolation is {connection.get_isolation_level()}")
@@ -108,8 +57,8 @@ def _store(eo: ExactlyOnce, store: Store, plans: tuple[Plan, ...]) -> Iterator[F
             yield Finding(
                 Mark.WARN, f"{where}: its clock and this machine's differ by {skew:.0f} s; only log times mislead"
             )
-        yield from _unknown_handlers(connection, store, eo.group, plans)
-    yield _pool(where, store.engine, eo.config.concurrency.value)
+        yield from _unknown_handlers(connection, store, group, plans)
+    yield _pool(where, store.engine, concurrency)
 
 
 def _now() -> Any:
@@ -236,23 +185,3 @@ def _pool(where: str, engine: Engine, concurrency: int) -> Finding:
             f" create_engine(..., pool_size={concurrency + 4})",
         )
     return Finding(Mark.OK, f"{where}: the pool is large enough for {concurrency} messages at once")
-
-
-# -- the broker ------------------------------------------------------------------------------------------------------
-
-
-def _broker(eo: ExactlyOnce, transport: Transport) -> Iterator[Finding]:
-    try:
-        problems = transport.check(eo.group, eo.subscriptions())
-    except TransportError as error:
-        yield Finding(Mark.FAIL, f"The broker does not answer: {error}")
-        return
-    for problem in problems:
-        yield Finding(Mark.FAIL, problem)
-    if not problems:
-        yield Finding(Mark.OK, "The broker answers; topics and group are as they must be")
-    span = transport.features.redelivery_span
-    if span is not None:
-        yield Finding(
-            Mark.OK, f"Copies may arrive for {span}: rows of message_idempotent must be kept longer than that"
-        )

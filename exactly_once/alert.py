@@ -1,0 +1,56 @@
+"""What a person should be told of at once: a message kept for them, or a run that goes on for too long.
+
+An ERROR line in the log for each, and the application's own hook, `ExactlyOnce(alert=...)`. Called by `delivery` and by
+`leases.renewal`, in whichever thread noticed.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from exactly_once.wording import escaped
+
+__all__ = ["Alert", "Hook", "sound"]
+
+_log = logging.getLogger("exactly_once.alert")
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """Something for a person to look at.
+
+    Args:
+        what: "parked": kept in the failure store until a person decides. "overrun": runs longer than its `max_run`.
+        group: The consumer group.
+        handler: The handler's name.
+        key: The business key, or the message id where there is none.
+        reason: A sentence.
+    """
+
+    what: Literal["parked", "overrun"]
+    group: str
+    handler: str
+    key: str
+    reason: str
+
+
+Hook = Callable[[Alert], object]
+
+
+def sound(hook: Hook | None, alert: Alert) -> None:
+    """Log an alert and call the application's hook; what the hook raises is logged, and changes nothing."""
+    _log.error(
+        "message_%s group=%s handler=%s key=%s: %s",
+        alert.what,
+        alert.group,
+        alert.handler,
+        escaped(alert.key, 120),
+        escaped(alert.reason, 400),
+    )
+    if hook is None:
+        return
+    try:
+        hook(alert)
+    except Exception:  # a pager that does not answer must not stop the messages
+        _log.exception("alert_hook_failed what=%s handler=%s", alert.what, alert.handler)

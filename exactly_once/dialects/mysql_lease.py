@@ -1,0 +1,106 @@
+"""Claims with a lease on MySQL and MariaDB: an INSERT, and where the key is known already an UPDATE that takes what is free.
+
+An upsert would not do: its row count cannot tell a taken row from one left alone where the driver counts found rows. The
+loser of an INSERT keeps a shared lock on the row, so it rolls back before the UPDATE. Called by `leases.sql`.
+"""
+
+from collections.abc import MutableMapping
+from datetime import UTC, timedelta
+from typing import Any, Final
+
+from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Leased, StepRow
+from exactly_once.dialects.mysql import DUPLICATE, LOCK_WAIT, TRANSIENT, errno
+
+__all__ = ["CLAIM", "LOOK", "STEPS", "TAKE", "Claims"]
+
+CLAIM: Final = (
+    "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, fingerprint, retry_times, owner,"
+    " token, lease_until, born_at, created_at) VALUES (%s, %s, %s, 0, %s, %s, 0, %s, %s,"
+    " TIMESTAMPADD(MICROSECOND, %s, UTC_TIMESTAMP(6)), %s, UTC_TIMESTAMP(6))"
+)
+TAKE: Final = (
+    "UPDATE {table} SET message_id = %s, fingerprint = %s, retry_times = retry_times + 1, owner = %s, token = %s,"
+    " lease_until = TIMESTAMPADD(MICROSECOND, %s, UTC_TIMESTAMP(6))"
+    " WHERE consumer_group = %s AND handler = %s AND business_key = %s AND status = 0"
+    " AND (token IS NULL OR lease_until <= UTC_TIMESTAMP(6)) AND fingerprint IN (%s, %s)"
+)
+LOOK: Final = (
+    "SELECT status, token, fingerprint, retry_times, TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), lease_until)"
+    " FROM {table} WHERE consumer_group = %s AND handler = %s AND business_key = %s"
+)
+STEPS: Final = (
+    "SELECT step, ordinal, status, result, attempt FROM {steps}"
+    " WHERE consumer_group = %s AND handler = %s AND business_key = %s ORDER BY ordinal"
+)
+
+
+class Claims:
+    """See `LeaseClaims`."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        table = dialect.table
+        self._dialect = dialect
+        self._claim, self._take, self._look = (text.replace("{table}", table) for text in (CLAIM, TAKE, LOOK))
+        self._steps = STEPS.replace("{steps}", table.removesuffix("message_idempotent") + "message_step")
+
+    def claim(
+        self,
+        dbapi: Any,
+        info: MutableMapping[Any, Any],
+        row: ClaimRow,
+        token: str,
+        *,
+        lease: timedelta,
+        also: bytes,
+        wait_ms: int,
+        steps: bool,
+    ) -> Leased:
+        """See `LeaseClaims.claim`. A crash before COMMIT leaves nothing; one after it the claim, until its lease ends."""
+        bound = info[self._dialect][2]
+        identity = (row.group.encode(), row.handler.encode(), row.key.encode())
+        microseconds = lease // timedelta(microseconds=1)
+        born = None if row.born_at is None else row.born_at.astimezone(UTC).replace(tzinfo=None)
+        claimed = (*identity, row.message_id, row.fingerprint, row.owner, token, microseconds, born)
+        cursor = dbapi.cursor()
+        try:
+            try:
+                cursor.execute(bound + self._claim, claimed)
+                dbapi.commit()
+                return Leased(won=True, consumed=False, fingerprint=row.fingerprint, attempt=1, remaining=lease)
+            except Exception as error:
+                if errno(error) != DUPLICATE:
+                    raise
+                dbapi.rollback()
+            taken = (row.message_id, row.fingerprint, row.owner, token, microseconds)
+            cursor.execute(bound + self._take, (*taken, *identity, row.fingerprint, also))
+            cursor.execute(self._look, identity)
+            found = cursor.fetchone()
+            recorded: tuple[Any, ...] = ()
+            if steps and found is not None:
+                cursor.execute(self._steps, identity)
+                recorded = tuple(cursor.fetchall())
+            dbapi.commit()
+        except Exception as error:
+            code = errno(error)
+            if code is None:
+                raise
+            dbapi.rollback()
+            if code not in TRANSIENT:
+                raise
+            raise ClaimBusy(again=code != LOCK_WAIT) from error
+        finally:
+            cursor.close()
+        if found is None:
+            raise ClaimBusy(again=True)  # taken away between the two: the next try may insert it
+        status, standing, fingerprint, retry_times, remaining = found
+        return Leased(
+            won=standing == token and not status,
+            consumed=bool(status),
+            fingerprint=bytes(fingerprint),
+            attempt=int(retry_times) + 1,
+            remaining=None if remaining is None or standing is None else timedelta(microseconds=int(remaining)),
+            steps=tuple(
+                StepRow(bytes(name).decode(), ordinal, bool(done), None if result is None else bytes(result), attempt)
+                for name, ordinal, done, result, attempt in recorded
+            ),
+        )

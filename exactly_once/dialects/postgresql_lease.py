@@ -1,0 +1,125 @@
+"""Claims with a lease on PostgreSQL: one statement decides, one round trip carries it.
+
+`ON CONFLICT DO UPDATE ... WHERE` waits for whoever is changing the row (a run that completes, a step that is recorded) and
+looks at it anew then; the wait is bounded, and a row that stays locked is in progress. Read committed on purpose, whatever
+the engine's isolation is: under a stricter one that second look would be an error. Called by `leases.sql`.
+"""
+
+from collections.abc import MutableMapping
+from datetime import timedelta
+from typing import Any, Final
+
+from psycopg import errors
+from psycopg.pq import Escaping
+
+from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Leased, StepRow
+from exactly_once.dialects.postgresql import BUSY, Seen, driver_of, send, template
+
+__all__ = ["CLAIM", "LOOK", "STEPS", "Claims"]
+
+BEGIN: Final = "BEGIN ISOLATION LEVEL READ COMMITTED;SET LOCAL lock_timeout = {wait_ms};"
+CLAIM: Final = (
+    "INSERT INTO {table} AS held (consumer_group, handler, business_key, status, message_id, fingerprint, retry_times,"
+    " owner, token, lease_until, born_at, created_at) VALUES"
+    " ({group}, {handler}, {key}, 0, {message_id}, {fingerprint}, 0, {owner}, {token},"
+    " clock_timestamp() + {lease}, {born_at}, clock_timestamp())"
+    " ON CONFLICT (consumer_group, handler, business_key) DO UPDATE SET"
+    " message_id = excluded.message_id, fingerprint = excluded.fingerprint, retry_times = held.retry_times + 1,"
+    " owner = excluded.owner, token = excluded.token, lease_until = clock_timestamp() + {lease_again}"
+    " WHERE held.status = 0 AND (held.token IS NULL OR held.lease_until <= clock_timestamp())"
+    " AND held.fingerprint IN (excluded.fingerprint, {also});"
+)
+LOOK: Final = (
+    "SELECT status, token, encode(fingerprint, 'hex'), retry_times,"
+    " (extract(epoch FROM lease_until - clock_timestamp()) * 1000)::bigint FROM {table}"
+    " WHERE consumer_group = {group} AND handler = {handler} AND business_key = {key};"
+)
+STEPS: Final = (
+    "SELECT step, ordinal, status, encode(result, 'hex'), attempt FROM {steps}"
+    " WHERE consumer_group = {group} AND handler = {handler} AND business_key = {key} ORDER BY ordinal;"
+)
+
+_IDENTITY: Final = ("group", "handler", "key")
+_CLAIMED: Final = (
+    *_IDENTITY, "message_id", "fingerprint", "owner", "token", "lease", "born_at", "lease_again", "also"
+)  # fmt: skip
+
+
+class Claims:
+    """See `LeaseClaims`."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        table = dialect.table
+        self._dialect = dialect
+        steps = table.removesuffix("message_idempotent") + "message_step"
+        self._claim = template(CLAIM.replace("{table}", table), _CLAIMED)
+        self._look = template(LOOK.replace("{table}", table), _IDENTITY)
+        self._steps = template(STEPS.replace("{steps}", steps), _IDENTITY)
+
+    def claim(
+        self,
+        dbapi: Any,
+        info: MutableMapping[Any, Any],
+        row: ClaimRow,
+        token: str,
+        *,
+        lease: timedelta,
+        also: bytes,
+        wait_ms: int,
+        steps: bool,
+    ) -> Leased:
+        """See `LeaseClaims.claim`. A crash here leaves the claim or none; a lost answer leaves one, until its lease ends."""
+        driver = driver_of(dbapi)
+        quote = Escaping(driver.pgconn).escape_literal
+        identity = (quote(row.group.encode()), quote(row.handler.encode()), quote(row.key.encode()))
+        span = b"interval '%d milliseconds'" % round(lease.total_seconds() * 1000)
+        claim = self._claim % (
+            *identity,
+            b"NULL" if row.message_id is None else quote(row.message_id.encode()),
+            _bytea(row.fingerprint),
+            quote(row.owner.encode()),
+            quote(token.encode()),
+            span,
+            b"NULL" if row.born_at is None else b"timestamptz " + quote(row.born_at.isoformat().encode()),
+            span,
+            _bytea(also),
+        )
+        seen: Seen = info[self._dialect]
+        read = self._look % identity + (self._steps % identity if steps else b"")
+        text = _BEGIN % wait_ms + seen.synchronous + claim + read + b"COMMIT"
+        try:
+            results = send(driver, text)
+        except errors.Error as error:
+            if error.sqlstate is not None:
+                send(driver, b"ROLLBACK")
+            if error.sqlstate not in BUSY:
+                raise
+            raise ClaimBusy(again=error.sqlstate != "55P03") from error
+        found, recorded = (results[-3], results[-2]) if steps else (results[-2], None)
+        status, standing, fingerprint, retry_times, remaining = (found.get_value(0, n) for n in range(5))
+        return Leased(
+            won=standing == token.encode() and status == b"0",
+            consumed=status == b"1",
+            fingerprint=bytes.fromhex(fingerprint.decode()),
+            attempt=int(retry_times) + 1,
+            remaining=None if remaining is None or standing is None else timedelta(milliseconds=int(remaining)),
+            steps=() if recorded is None else tuple(_step(recorded, n) for n in range(recorded.ntuples)),
+        )
+
+
+def _bytea(value: bytes) -> bytes:
+    return b"decode('%s', 'hex')" % value.hex().encode()
+
+
+def _step(result: Any, line: int) -> StepRow:
+    name, ordinal, status, value, attempt = (result.get_value(line, n) for n in range(5))
+    return StepRow(
+        name.decode(),
+        int(ordinal),
+        status == b"1",
+        None if value is None else bytes.fromhex(value.decode()),
+        int(attempt),
+    )
+
+
+_BEGIN: Final = BEGIN.replace("{wait_ms}", "%d").encode()

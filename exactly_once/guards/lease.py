@@ -1,0 +1,157 @@
+"""The lease guard: for handlers that call other services, or run for minutes; a claim that stands while they do.
+
+The claim is a round trip of its own, and no transaction is open until the handler's session is used. Where the leases are
+in the handler's own database, `complete` is the last statement of the handler's transaction: if another run has taken the
+message over it changes no row, and nothing is committed. Elsewhere it follows the COMMIT, and a crash between the two runs
+the message again. Called by `attempt`.
+"""
+
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+from time import monotonic
+from typing import Final, TypeVar
+from uuid import uuid4
+
+from sqlalchemy.orm import Session
+
+from exactly_once.dialects import ClaimRow, Dialect
+from exactly_once.errors import StoreUnavailable
+from exactly_once.guards import Claim, Conflict, Consumed, InProgress, Won
+from exactly_once.guards.watch import Late
+from exactly_once.leases import Held, LeaseStore, Standing, judge
+from exactly_once.leases.renewal import Renewal
+from exactly_once.leases.sql import SqlLeases
+from exactly_once.wording import escaped
+
+__all__ = ["LeaseGuard", "insisting"]
+
+T = TypeVar("T")
+
+_WAIT_MS: Final = 2000
+_PAUSE_S: Final = (0.1, 2.0)
+
+_log = logging.getLogger("exactly_once.leases")
+
+
+class LeaseGuard:
+    """Leases of one handler.
+
+    Args:
+        store: Where they are, spoken to in this handler's colour.
+        own: The same, if it is the handler's own database: then its transaction is fenced.
+        renewal: Keeps them alive.
+        dialect: How the handler's database is spoken to.
+        lease: How long one holds.
+        max_run: How long it is renewed; None for as long as the handler runs.
+        steps: The handler asks for steps.
+        pause: Waits so many seconds, in the handler's colour.
+    """
+
+    def __init__(
+        self,
+        store: LeaseStore,
+        own: SqlLeases | None,
+        renewal: Renewal,
+        dialect: Dialect,
+        *,
+        lease: timedelta,
+        max_run: timedelta | None,
+        steps: bool,
+        pause: Callable[[float], None],
+    ) -> None:
+        self._store, self._own, self._renewal, self._dialect = store, own, renewal, dialect
+        self._lease, self._max_run, self._steps, self._pause = lease, max_run, steps, pause
+
+    def claim(self, session: Session, row: ClaimRow) -> Claim:
+        """See `Guard.claim`. A crash after it leaves the lease to run out, and the next claim takes it over."""
+        token = uuid4().hex
+        asked = monotonic()
+        seen = self._store.claim(row, token, self._lease, also=row.fingerprint, steps=self._steps)
+        standing = judge(seen, row.fingerprint)
+        if standing is Standing.FREE:  # the handler's fingerprint= was changed since it was last tried
+            seen = self._store.claim(row, token, self._lease, also=seen.fingerprint, steps=self._steps)
+            standing = judge(seen, row.fingerprint)
+        match standing:
+            case Standing.WON:
+                held = Held(
+                    row, token, seen.attempt, self._lease, seen.steps, self._max_run, began=asked, renewed=asked
+                )
+                self._renewal.add(held)
+                return Won(late=Late(session, self._dialect, held, wait_ms=_WAIT_MS), held=held)
+            case Standing.CONSUMED:
+                return Consumed()
+            case Standing.CONFLICT:
+                return Conflict(seen.fingerprint)
+            case _:
+                over = seen.remaining is None or seen.remaining <= timedelta(0)
+                return InProgress(again=over, remaining=seen.remaining)
+
+    def complete(self, session: Session, won: Won) -> None:
+        """See `Guard.complete`."""
+        held = _held(won)
+        held.check()
+        if self._own is not None and won.watch is not None:
+            held.ending = True
+            if not self._own.complete_in(session.connection(), held):
+                held.lost = True
+                raise held.error()
+
+    def consume(self, won: Won) -> None:
+        """See `Guard.consume`. A store that is away is asked until the lease may be another's."""
+        held = _held(won)
+        if self._own is None or won.watch is None:
+            held.ending = True
+            if not insisting(held, self._pause, lambda: self._store.complete(held)):
+                held.lost = True
+                raise held.error()
+
+    def end(self, won: Won) -> None:
+        """See `Guard.end`."""
+        self._renewal.drop(_held(won))
+
+    def release(self, won: Won) -> bool:
+        """See `Guard.release`."""
+        held = _held(won)
+        held.ending = True
+        if held.lost:
+            return False
+        try:
+            return self._store.release(held)
+        except Exception as error:  # it runs out by itself; the failure is what must be recorded now
+            _log.warning(
+                "lease_not_released store=%s handler=%s key=%s ends_within=%s error=%s",
+                self._store.name,
+                held.row.handler,
+                escaped(held.row.key),
+                held.lease,
+                escaped(str(error), 200),
+            )
+            return True
+
+    def consumed(self, session: Session, row: ClaimRow) -> bool:
+        """See `Guard.consumed`."""
+        seen = self._store.look(row)
+        return seen is not None and judge(seen, row.fingerprint) is Standing.CONSUMED
+
+
+def insisting(held: Held, pause: Callable[[float], None], do: Callable[[], T]) -> T:
+    """Do it, and while the store does not answer again, for as long as the lease may be ours: what was done outside stands.
+
+    Raises:
+        StoreUnavailable: The lease may be another's by now.
+    """
+    wait = _PAUSE_S[0]
+    while True:
+        try:
+            return do()
+        except StoreUnavailable:
+            if not held.may_insist():
+                raise
+        pause(wait)
+        wait = min(2 * wait, _PAUSE_S[1])
+
+
+def _held(won: Won) -> Held:
+    assert won.held is not None
+    return won.held

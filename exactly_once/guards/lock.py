@@ -1,0 +1,68 @@
+"""The lock guard: a plain lock in Redis around each run. Remembers nothing and does not fence; see `lock`.
+
+For handlers that are idempotent by themselves and only must not overlap. A message that comes again runs again. Called by
+`attempt`.
+"""
+
+from sqlalchemy.orm import Session
+
+from exactly_once import errors
+from exactly_once.dialects import ClaimRow, Dialect
+from exactly_once.guards import Claim, InProgress, Won
+from exactly_once.guards.watch import Late
+from exactly_once.handler import Lock
+from exactly_once.lock import RedisLock
+from exactly_once.redis_connection import RedisConnection
+
+__all__ = ["LockGuard"]
+
+_WAIT_MS = 2000
+
+
+class LockGuard:
+    """Locks of one handler.
+
+    Args:
+        connection: The Redis.
+        dialect: How the handler's database is spoken to.
+        option: What the handler asked for.
+        awaiting: It is called in a greenlet, and the loop shall go on.
+    """
+
+    def __init__(self, connection: RedisConnection, dialect: Dialect, option: Lock, *, awaiting: bool) -> None:
+        self._connection, self._dialect, self._option, self._awaiting = connection, dialect, option, awaiting
+
+    def claim(self, session: Session, row: ClaimRow) -> Claim:
+        """See `Guard.claim`."""
+        lock = RedisLock(
+            self._connection,
+            f"{row.group} {row.handler}",
+            row.key,
+            expires=self._option.expires,
+            wait=self._option.wait,
+        )
+        try:
+            lock.acquire(awaiting=self._awaiting)
+        except errors.InProgress:
+            return InProgress(remaining=self._option.expires)
+        return Won(late=Late(session, self._dialect, None, wait_ms=_WAIT_MS), lock=lock)
+
+    def complete(self, session: Session, won: Won) -> None:
+        """There is nothing to write."""
+
+    def consume(self, won: Won) -> None:
+        """See `Guard.consume`: only let go of."""
+        self.release(won)
+
+    def end(self, won: Won) -> None:
+        """It is not renewed."""
+
+    def release(self, won: Won) -> bool:
+        """See `Guard.release`. Where Redis does not answer, it expires."""
+        assert won.lock is not None
+        won.lock.leave()
+        return True
+
+    def consumed(self, session: Session, row: ClaimRow) -> bool:
+        """Nothing is remembered."""
+        return False

@@ -1,0 +1,269 @@
+"""Leases in a database: a row of `message_idempotent` for each message, a row of `message_step` for each step.
+
+The statements are SQLAlchemy's, the same on each server but for the claim, which the dialect words. A statement by itself
+goes out in autocommit: one round trip. Those with `_in` are for the handler's own transaction, where what they write stands
+or falls with it. Every change names the token, so a run that was taken over changes nothing. Called by `guards.lease`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from time import monotonic
+from typing import Any, Final, TypeVar
+
+from sqlalchemy import Connection, Engine, Table, and_, exists, insert, literal, select, text, update
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Leased, StepRow, Trouble, lease_claims_for
+from exactly_once.dialects import raise_for_the_store as raise_for
+from exactly_once.leases import Held, Recorded
+from exactly_once.schema import CONSUMED, CONSUMING, STEP_BEGUN, STEP_FINISHED, Tables, utcnow
+
+__all__ = ["SqlLeases"]
+
+T = TypeVar("T")
+
+_WAIT_MS: Final = 2000  # for a row that somebody is changing: a complete or a record takes a round trip
+_MOMENT: Final = timedelta(seconds=1)
+_TRIES: Final = (False, False, False, True)
+_BEATS: Final = 4  # a renewal is given a quarter of the time between two of them
+
+
+class SqlLeases:
+    """Leases in one database, spoken to from threads or from one loop. See `LeaseStore`.
+
+    Args:
+        name: The database's name.
+        engine: Its engine for threads; or the sync one inside an AsyncEngine, to be used in greenlets only.
+        dialect: How it is spoken to.
+        tables: Ours.
+    """
+
+    def __init__(self, name: str, engine: Engine, dialect: Dialect, tables: Tables) -> None:
+        self.name = name
+        self._engine, self._dialect = engine, dialect
+        self._alone = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._claims = lease_claims_for(dialect)
+        self._t, self._steps = tables.idempotent, tables.step
+
+    def claim(self, row: ClaimRow, token: str, lease: timedelta, *, also: bytes, steps: bool) -> Leased:
+        """See `LeaseStore.claim`."""
+        with self._speaking(self._engine) as connection:
+            dbapi, info = connection.connection.dbapi_connection, connection.info
+            try:
+                if self._dialect not in info:
+                    self._dialect.prepare(dbapi, info, wait_ms=_WAIT_MS)
+                for last in (False, True):
+                    try:
+                        return self._claims.claim(
+                            dbapi, info, row, token, lease=lease, also=also, wait_ms=_WAIT_MS, steps=steps
+                        )
+                    except ClaimBusy as busy:
+                        if last or not busy.again:
+                            return Leased(False, False, row.fingerprint, 0, _MOMENT)
+            except Exception as error:
+                if self._dialect.trouble(error) is Trouble.UNAVAILABLE:
+                    connection.invalidate(error)  # its raw error passed SQLAlchemy by, which would hand it out again
+                raise
+        raise AssertionError
+
+    def complete(self, held: Held) -> bool:
+        """See `LeaseStore.complete`."""
+        return self._by_itself(lambda connection: self.complete_in(connection, held))
+
+    def complete_in(self, connection: Connection, held: Held) -> bool:
+        """The same as a part of the handler's transaction: the last statement before its COMMIT."""
+        t = self._t
+        done = update(t).where(self._of(t, held.row), t.c.token == held.token)
+        return _one(connection, done.values(status=CONSUMED, consumed_at=utcnow(), lease_until=None))
+
+    def release(self, held: Held) -> bool:
+        """See `LeaseStore.release`."""
+        free = update(self._t).where(self._ours(held)).values(token=None, lease_until=None)
+        return self._by_itself(lambda connection: _one(connection, free))
+
+    def renew(self, held: Sequence[Held]) -> Sequence[Held]:
+        """See `LeaseStore.renew`. Rows that are locked by their own steps are left alone: whoever locks them is alive."""
+        t, by_token = self._t, {each.token: each for each in held}
+        lease = held[0].lease
+        ours = and_(
+            t.c.consumer_group == held[0].row.group,
+            # by the primary key's parts, then exactly: tokens are never used twice
+            t.c.handler.in_(sorted({each.row.handler for each in held})),
+            t.c.business_key.in_(sorted({each.row.key for each in held})),
+            t.c.token.in_(sorted(by_token)),
+            t.c.status == CONSUMING,
+        )
+        until = {"lease_until": utcnow(lease.total_seconds())}
+        with self._speaking(self._engine) as connection, connection.begin():
+            if self._dialect.name == "postgresql":
+                bound = round(lease.total_seconds() * 1000 / 3 / _BEATS)
+                connection.execute(text(f"SET LOCAL statement_timeout = {bound:d}"))
+            if self._dialect.name == "sqlite":
+                renewed = set(connection.execute(update(t).where(ours).values(until).returning(t.c.token)).scalars())
+            else:
+                free = select(t.c.token).where(ours).with_for_update(skip_locked=True)
+                renewed = set(connection.execute(free).scalars())
+                if renewed:
+                    connection.execute(update(t).where(ours, t.c.token.in_(sorted(renewed))).values(until))
+            missing = by_token.keys() - renewed
+            if missing:  # locked, or lost: a plain look tells
+                missing -= set(connection.execute(select(t.c.token).where(ours)).scalars())
+        now = monotonic()
+        for token in renewed:
+            by_token[token].renewed = now
+        return [by_token[token] for token in missing]
+
+    def record(self, held: Held, step: StepRow, *, begun: bool = False) -> Recorded:
+        """See `LeaseStore.record`."""
+        if not begun:
+            try:
+                recorded = self._by_itself(lambda connection: self.record_in(connection, held, step))
+            except IntegrityError:
+                pass  # there is a row: this very one, whose answer was lost, or a stranger's
+            else:
+                return recorded
+        return self._by_itself(lambda connection: self._finish(connection, held, step))
+
+    def record_in(self, connection: Connection, held: Held, step: StepRow, *, fenced: bool = True) -> Recorded:
+        """Insert a step's row, in whichever transaction the connection is in.
+
+        Args:
+            connection: Where.
+            held: Under which lease.
+            step: What.
+            fenced: The lease is a row of this database, which is locked for it: whoever takes the message over comes
+                before or after, and then sees it.
+
+        Raises:
+            IntegrityError: The step has a row.
+        """
+        t, s = self._t, self._steps
+        values: dict[str, Any] = {
+            "consumer_group": held.row.group,
+            "handler": held.row.handler,
+            "business_key": held.row.key,
+            "step": step.name,
+            "ordinal": step.ordinal,
+            "status": STEP_FINISHED if step.finished else STEP_BEGUN,
+            "result": step.result,
+            "attempt": held.attempt,
+            "token": held.token,
+            "created_at": utcnow(),
+            "finished_at": utcnow() if step.finished else None,
+        }
+        if not fenced:
+            connection.execute(insert(s).values(values))
+            return Recorded.STORED
+        columns = [
+            value if hasattr(value, "compile") else literal(value, s.c[name].type).label(name)
+            for name, value in values.items()
+        ]
+        source = select(*columns).where(self._ours(held)).with_for_update(of=t if self._is_postgresql else None)
+        stored = _one(connection, insert(s).from_select(list(values), source.select_from(t)))
+        return Recorded.STORED if stored else Recorded.LOST
+
+    def _finish(self, connection: Connection, held: Held, step: StepRow) -> Recorded:
+        """Write the result to the row that this attempt began, in one round trip; look only where it changed nothing."""
+        s = self._steps
+        mine = and_(self._of(s, held.row), s.c.step == step.name)
+        if step.finished:
+            values = {"status": STEP_FINISHED, "result": step.result, "finished_at": utcnow()}
+            ours = and_(mine, s.c.token == held.token, s.c.status == STEP_BEGUN)
+            if _one(connection, update(s).where(ours, exists().where(self._ours(held))).values(values)):
+                return Recorded.STORED
+        row = connection.execute(select(s.c.token, s.c.status).where(mine)).one_or_none()
+        if row is None or row.token != held.token:
+            return Recorded.KNOWN
+        return Recorded.STORED if (row.status == STEP_FINISHED) == step.finished else Recorded.LOST
+
+    def finished(self, row: ClaimRow, step: str) -> bytes | None:
+        """Return the result of a finished step, None where it has none."""
+        s = self._steps
+        of_step = select(s.c.result).where(self._of(s, row), s.c.step == step, s.c.status == STEP_FINISHED)
+        return self._by_itself(lambda connection: connection.execute(of_step).scalar_one_or_none())
+
+    def look(self, row: ClaimRow) -> Leased | None:
+        """See `LeaseStore.look`."""
+        t, s = self._t, self._steps
+
+        def read(connection: Connection) -> Leased | None:
+            columns = (t.c.status, t.c.token, t.c.fingerprint, t.c.retry_times, t.c.lease_until, utcnow().label("now"))
+            found = connection.execute(select(*columns).where(self._of(t, row))).one_or_none()
+            if found is None:
+                return None
+            steps = select(s.c.step, s.c.ordinal, s.c.status, s.c.result, s.c.attempt).where(self._of(s, row))
+            running = found.token is not None and found.lease_until is not None
+            return Leased(
+                won=False,
+                consumed=found.status == CONSUMED,
+                fingerprint=found.fingerprint,
+                attempt=found.retry_times + 1,
+                remaining=found.lease_until - found.now if running else None,
+                steps=tuple(
+                    StepRow(name, ordinal, status == STEP_FINISHED, result, attempt)
+                    for name, ordinal, status, result, attempt in connection.execute(steps.order_by(s.c.ordinal))
+                ),
+            )
+
+        return self._by_itself(read)
+
+    def resolve(self, row: ClaimRow, step: str, result: bytes) -> bool:
+        """See `LeaseStore.resolve`."""
+        t, s = self._t, self._steps
+        with self._speaking(self._engine) as connection, connection.begin():
+            free = and_(
+                self._of(t, row), t.c.status == CONSUMING, (t.c.token.is_(None)) | (t.c.lease_until <= utcnow())
+            )
+            if connection.execute(select(t.c.status).where(free).with_for_update()).one_or_none() is None:
+                return False
+            mine = and_(self._of(s, row), s.c.step == step)
+            # without the token of the run that began it: should that one still live, it changes nothing any more
+            done = {"status": STEP_FINISHED, "result": result, "token": None, "finished_at": utcnow()}
+            if not _one(connection, update(s).where(mine).values(done)):
+                last = connection.execute(
+                    select(s.c.ordinal).where(self._of(s, row)).order_by(s.c.ordinal.desc()).limit(1)
+                ).scalar()
+                values = {"consumer_group": row.group, "handler": row.handler, "business_key": row.key, "step": step}
+                at = {"ordinal": 0 if last is None else last + 1, "attempt": row.attempt, "created_at": utcnow()}
+                connection.execute(insert(s).values(values | at | done))
+            return True
+
+    # -- how it is asked ---------------------------------------------------------------------------------------------
+
+    @property
+    def _is_postgresql(self) -> bool:
+        return self._dialect.name == "postgresql"
+
+    def _of(self, t: Table, row: ClaimRow) -> Any:
+        return and_(t.c.consumer_group == row.group, t.c.handler == row.handler, t.c.business_key == row.key)
+
+    def _ours(self, held: Held) -> Any:
+        t = self._t
+        return and_(self._of(t, held.row), t.c.status == CONSUMING, t.c.token == held.token)
+
+    def _by_itself(self, do: Callable[[Connection], T]) -> T:
+        for last in _TRIES:
+            try:
+                with self._speaking(self._alone) as connection:
+                    return do(connection)
+            except DBAPIError as error:
+                # one statement, so nothing else is lost with it: a deadlock's victim may simply ask again
+                if last or self._dialect.trouble(error) is not Trouble.TRANSIENT:
+                    raise
+        raise AssertionError
+
+    @contextmanager
+    def _speaking(self, engine: Engine) -> Iterator[Connection]:
+        try:
+            with engine.connect() as connection:
+                yield connection
+        except Exception as error:
+            raise_for(self._dialect, error, self.name)
+            raise
+
+
+def _one(connection: Connection, change: Any) -> bool:
+    """Carry out a change of one row at most, and say whether there was one to change."""
+    # asked to keep it: of an INSERT the driver forgets how many rows it made, and says -1
+    return connection.execute(change, execution_options={"preserve_rowcount": True}).rowcount == 1

@@ -1,0 +1,207 @@
+"""Steps: recovery points of a handler under a lease, whose finished parts are not repeated on the next attempt.
+
+    hold = steps.run("lock stock", lambda key: inventory.lock(order.no, idempotency_key=key), returns=Hold)
+    order_id = steps.transaction("create order", lambda session: create(session, hold))
+    receipt = steps.run("charge", lambda key: bank.charge(hold.amount, key), returns=Receipt, at_most_once=True)
+
+A step's result is stored before the next step begins; on the next attempt it is read, not run. What is returned is always
+the decoded stored form, so that the first attempt sees what the second would. Where it ends: a crash between an outside
+call and its record repeats that call, with the same key, unless it is `at_most_once`: then a person decides.
+
+`Steps` and `AsyncSteps` are what a handler may ask for by annotation; the work is behind `Ledger` (`guards.ledger`).
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
+from json import dumps, loads
+from typing import Any, Final, Protocol, TypeVar
+
+from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only, greenlet_spawn
+
+__all__ = ["AsyncSteps", "Begun", "Coder", "Ledger", "Steps", "coder", "step_key"]
+
+T = TypeVar("T")
+
+_KEY_CHARACTERS: Final = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Coder:
+    """How a step's result becomes what is stored, and back."""
+
+    encode: Callable[[Any], bytes]
+    """Raises ValueError or TypeError for what is no JSON."""
+    decode: Callable[[bytes], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A step as it is asked for: finished before, or to be run now."""
+
+    name: str
+    ordinal: int
+    key: str
+    coder: Coder
+    done: bool = False
+    value: Any = None
+    marked: bool = False
+    """Its beginning is recorded."""
+
+
+class Ledger(Protocol):
+    """Keeps the record of one attempt's steps. Synchronous: called in a thread, or in a greenlet."""
+
+    @property
+    def attempt(self) -> int:
+        """Which claim of the message this is, from 1."""
+
+    def begin(self, name: str, returns: Any, *, at_most_once: bool = False) -> Begun:
+        """Look the step up, and record its beginning where it must not be run twice."""
+
+    def finish(self, begun: Begun, value: Any) -> Any:
+        """Store what the step returned, and return it as it is stored."""
+
+    def failed(self, begun: Begun) -> None:
+        """Note that the step raised."""
+
+    def transact(self, name: str, returns: Any, work: Callable[[Any], Any]) -> Any:
+        """Run work(session) and store its result in one transaction."""
+
+
+class Steps:
+    """Recovery points of a plain handler under `guard=Lease(...)`; ask for them with a parameter `steps: Steps`."""
+
+    __slots__ = ("_ledger",)
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    @property
+    def attempt(self) -> int:
+        """Which claim of this message this is, from 1: send it along, and a service can refuse a run that was taken over."""
+        return self._ledger.attempt
+
+    def run(self, name: str, call: Callable[[str], T], *, returns: Any = None, at_most_once: bool = False) -> T:
+        """Run a step, or return what it returned on an earlier attempt.
+
+        Args:
+            name: Its name, used once in a run: at most 64 bytes. Steps must come in the same order on every attempt.
+            call: Called with an idempotency key that is the same on every attempt, to be handed to the service.
+            returns: What the result is read back as: a pydantic model, a dataclass, a type. None: plain JSON.
+            at_most_once: Record the beginning first. If it is found without a result on the next attempt, the message is
+                kept for a person, who looks and says: `exactly-once steps resolve KEY STEP --result JSON`.
+
+        Returns:
+            The result, decoded from what is stored.
+
+        Raises:
+            LeaseLost: Another run has the message; stop.
+            StepError: It cannot go on by itself; the message is kept for a person.
+            StoreUnavailable: The store stays away; nothing is acknowledged.
+
+        Example:
+            hold = steps.run("lock stock", lambda key: inventory.lock(order.no, idempotency_key=key), returns=Hold)
+        """
+        begun = self._ledger.begin(name, returns, at_most_once=at_most_once)
+        if begun.done:
+            value: T = begun.value
+            return value
+        try:
+            result = call(begun.key)  # a crash from here to the end of `finish` repeats this call, with the same key
+        except BaseException:
+            self._ledger.failed(begun)
+            raise
+        stored: T = self._ledger.finish(begun, result)
+        return stored
+
+    def transaction(self, name: str, work: Callable[[Session], T], *, returns: Any = None) -> T:
+        """Run work(session) and store its result in the same transaction: this step's effects happen exactly once.
+
+        Args:
+            name: As for `run`.
+            work: Gets a session of its own in the handler's database; it may not commit.
+            returns: As for `run`.
+
+        Example:
+            order_id = steps.transaction("create order", lambda session: create(session, order))
+        """
+        value: T = self._ledger.transact(name, returns, work)
+        return value
+
+
+class AsyncSteps:
+    """The same for an `async def` handler; ask for them with a parameter `steps: AsyncSteps`."""
+
+    __slots__ = ("_ledger",)
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    @property
+    def attempt(self) -> int:
+        """See `Steps.attempt`."""
+        return self._ledger.attempt
+
+    async def run(
+        self, name: str, call: Callable[[str], Awaitable[T]], *, returns: Any = None, at_most_once: bool = False
+    ) -> T:
+        """See `Steps.run`; `call` is awaited.
+
+        Example:
+            hold = await steps.run("lock stock", lambda key: inventory.lock(order.no, key), returns=Hold)
+        """
+        begun = await greenlet_spawn(self._ledger.begin, name, returns, at_most_once=at_most_once)
+        if begun.done:
+            value: T = begun.value
+            return value
+        try:
+            result = await call(begun.key)
+        except BaseException:
+            self._ledger.failed(begun)
+            raise
+        stored: T = await greenlet_spawn(self._ledger.finish, begun, result)
+        return stored
+
+    async def transaction(self, name: str, work: Callable[[Any], Awaitable[T]], *, returns: Any = None) -> T:
+        """See `Steps.transaction`; `work` gets an AsyncSession and is awaited."""
+        value: T = await greenlet_spawn(self._ledger.transact, name, returns, lambda session: await_only(work(session)))
+        return value
+
+
+def step_key(group: str, handler: str, key: str, step: str) -> str:
+    """Return the idempotency key of a step: the same on every attempt, another for every other step of any message.
+
+    Example:
+        >>> len(step_key("shop", "checkout", "A-1", "charge"))
+        40
+    """
+    return sha256(dumps([group, handler, key, step]).encode()).hexdigest()[:_KEY_CHARACTERS]
+
+
+def coder(returns: Any) -> Coder:
+    """Decide how results are stored that are to be read back as `returns`; None is plain JSON."""
+    if returns is None:
+        return _PLAIN
+    try:
+        return _typed(returns)
+    except TypeError:  # not hashable: an annotation built with a list, say
+        return _typed.__wrapped__(returns)
+
+
+def _encode(value: Any) -> bytes:
+    return dumps(value, allow_nan=False, separators=(",", ":")).encode()
+
+
+_PLAIN: Final = Coder(_encode, loads)
+
+
+@lru_cache(maxsize=256)
+def _typed(returns: Any) -> Coder:
+    from pydantic import TypeAdapter
+
+    adapter: TypeAdapter[Any] = TypeAdapter(returns)
+    # strictly what it says: a result of another kind would be stored, and read back as something else
+    return Coder(lambda value: adapter.dump_json(value, warnings="error"), adapter.validate_json)

@@ -1,0 +1,99 @@
+"""What several handlers of one delivery say with one voice, and what of it is counted."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from exactly_once.delivery import Told
+from exactly_once.message import Message
+from exactly_once.outcome import Outcome
+from exactly_once.runner import Runner, together
+from exactly_once.transport import Delivery
+from exactly_once.verdict import Ack, Hold, Keep, Redeliver, Said
+from tests.unit.worker_doubles import FEATURES
+
+
+def seconds(number: float) -> timedelta:
+    return timedelta(seconds=number)
+
+
+def told(outcome: Outcome, said: Said) -> Told:
+    return Told(outcome, said)
+
+
+KEEP = Keep(seconds(0.5), seconds(5), Redeliver(seconds(50)))
+PROCESSED, DUPLICATE = told(Outcome.PROCESSED, Ack()), told(Outcome.DUPLICATE, Ack())
+STORED, DEAD = told(Outcome.FAILED, Ack()), told(Outcome.DEAD, Ack())
+UNRECORDED = told(Outcome.FAILED, Redeliver(seconds(5)))
+AWAY = told(Outcome.WAITING, Hold("eu"))
+KEPT = told(Outcome.IN_PROGRESS, KEEP)
+
+
+def both_ways(*each: Told) -> Told:
+    one, other = together(each), together(each[::-1])
+    assert one.outcome is other.outcome
+    assert one.verdict == other.verdict
+    return one
+
+
+def test_one_handler_says_it_alone_and_none_acknowledges() -> None:
+    assert together([KEPT]) is KEPT
+    assert together([]) == told(Outcome.NOT_MINE, Ack())
+
+
+def test_a_store_that_does_not_answer_wins_over_all() -> None:
+    for other in (KEPT, UNRECORDED, PROCESSED, STORED):
+        assert both_ways(AWAY, other).verdict == Hold("eu")
+
+
+def test_the_soonest_redelivery_wins() -> None:
+    assert both_ways(UNRECORDED, told(Outcome.WAITING, Redeliver(seconds(2))), PROCESSED).verdict == Redeliver(
+        seconds(2)
+    )
+
+
+def test_what_is_kept_wins_over_what_is_finished() -> None:
+    assert both_ways(KEPT, PROCESSED, DUPLICATE) == KEPT
+
+
+def test_a_redelivery_wins_over_what_is_kept() -> None:
+    assert both_ways(KEPT, UNRECORDED, PROCESSED).verdict == UNRECORDED.verdict
+    late = told(Outcome.WAITING, Redeliver(seconds(99)))
+    assert both_ways(KEPT, late).verdict == late.verdict, "even one that is later than the next look"
+
+
+@pytest.mark.parametrize("stored", [STORED, DEAD, told(Outcome.WAITING, Ack())], ids=["failed", "dead", "waiting"])
+def test_looking_again_runs_no_handler_whose_failure_is_stored(stored: Told) -> None:
+    assert both_ways(KEPT, stored, PROCESSED).verdict == KEEP.then
+
+
+def test_of_two_that_keep_the_least_patient_decides_and_no_ones_message_is_acknowledged() -> None:
+    other = told(Outcome.IN_PROGRESS, Keep(seconds(2), seconds(3), Redeliver(seconds(20))))
+    careless = told(Outcome.IN_PROGRESS, Keep(seconds(2), seconds(3), Ack()))
+    assert both_ways(KEPT, other).verdict == Keep(seconds(0.5), seconds(3), Redeliver(seconds(20)))
+    assert both_ways(KEPT, careless).verdict == Keep(seconds(0.5), seconds(3), Redeliver(seconds(50)))
+
+
+class Handler:
+    """As much of a `Delivering` as the runner touches; `is_async` puts it on the loop."""
+
+    def __init__(self, looks: Sequence[Told], is_async: bool) -> None:
+        self.plan: Any = type("Plan", (), {"name": "h", "is_async": is_async})
+        self._looks = iter(looks)
+
+    def run(self, *_: Any, **__: Any) -> Told:
+        return next(self._looks)
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["thread", "loop"])
+def test_a_message_is_counted_when_it_ends_and_not_each_time_it_is_looked_at(is_async: bool) -> None:
+    handler: Any = Handler([KEPT, KEPT, PROCESSED], is_async)
+    runner = Runner(lambda delivery: [handler], threads=1, needs_loop=is_async, limits={})
+    try:
+        said = [runner.run(Delivery(Message("t", b""), None), FEATURES).result(10) for _ in range(3)]
+    finally:
+        runner.stop()
+    assert said == [KEEP, KEEP, Ack()]
+    assert {name: number for name, number in runner.observe().items() if number} == {"processed": 1}
