@@ -447,15 +447,16 @@ class ExactlyOnce:
                 plans,
                 self._stores(binding),
                 self.group,
-                leases=self._leases,
+                leases=self.leases,
                 route=self._route,
                 enforce=self._enforce,
                 alert=self._alert,
             )
         return binding.router
 
-    @property
-    def _leases(self) -> "LeaseStores":
+    @cached_property
+    def leases(self) -> "LeaseStores":
+        """Where the leases of handlers are; for the command line."""
         from exactly_once.lease_stores import LeaseStores
 
         config = self.config

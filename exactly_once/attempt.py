@@ -73,7 +73,7 @@ def attempt(
     row: ClaimRow,
     handle: Callable[[Any, Won], object],
     *,
-    also: Callable[[Session], object] | None = None,
+    also: Callable[[Session, int], object] | None = None,
     enforce: bool = True,
 ) -> Ended:
     """Run one message once.
@@ -84,7 +84,8 @@ def attempt(
         dialect: Says what the database's errors mean.
         row: Identity and fingerprint of the message.
         handle: Calls the handler with the session it is handed.
-        also: Something more to write in the same transaction, after the handler, also for a duplicate.
+        also: Something more to write in the same transaction, after the handler, also for a duplicate; called with the
+            session and the number of the claim.
         enforce: False runs duplicates all the same, and says that it did.
 
     Returns:
@@ -144,13 +145,13 @@ def _run(
     row: ClaimRow,
     won: Won,
     handle: Callable[[], object],
-    also: Callable[[Session], object] | None,
+    also: Callable[[Session, int], object] | None,
 ) -> Ended:
     """From the claim to the end of the COMMIT, and what follows it."""
     try:
         handle()
         if also is not None:
-            also(session)
+            also(session, 1 if won.held is None else won.held.attempt)
         session.flush()
         guard.complete(session, won)
     except Exception as error:
@@ -232,11 +233,11 @@ def _look_up(open_session: Open, guard: Guard, row: ClaimRow, ended: Ended) -> E
         let_go(session)
 
 
-def _duplicate(session: Session, dialect: Dialect, also: Callable[[Session], object] | None) -> Ended:
+def _duplicate(session: Session, dialect: Dialect, also: Callable[[Session, int], object] | None) -> Ended:
     """Nothing runs; a failure row of this message, if there may be one, is closed."""
     if also is not None:
         try:
-            also(session)
+            also(session, 1)
             session.commit()
         except Exception as error:
             match dialect.trouble(error):

@@ -28,7 +28,7 @@ from exactly_once.guards.step_ledger import StepLedger
 from exactly_once.guards.transaction import TransactionGuard
 from exactly_once.guards.watch import let_go
 from exactly_once.handler import Lease, Lock, Plan, Reading, Transaction, check_result
-from exactly_once.lease_stores import LeaseStores, Placed
+from exactly_once.lease_stores import LeaseStores, Placed, sql_leases
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.policy import ByBroker, ByPump, Decision, Park, decide, retry_for, spent, wait_delay
@@ -113,7 +113,8 @@ class Delivering:
     def _guarded(self, plan: Plan, store: Store) -> Guard:
         match plan.guard:
             case Transaction(claim_wait):
-                return TransactionGuard(store.dialect, claim_wait=claim_wait)
+                leases = sql_leases(store, is_async=plan.is_async)
+                return TransactionGuard(store.dialect, leases, claim_wait=claim_wait)
             case _ if not self._enforce:
                 raise ConfigurationError(
                     f"The handler {plan.name!r} is under a {type(plan.guard).__name__}, and enforce=False is for handlers"
@@ -192,7 +193,8 @@ class Delivering:
 
         # only a message that came before can have a failure row to close; others do not pay a statement for it
         before = pumped or message.attempt > 1 or row.key in self._seen_failing
-        also = self._resolving(row) if before else None
+        # under a lease the number of the claim tells, too: an earlier one may have failed in another process
+        also = self._resolving(row, before) if before or self._placed is not None else None
         transient = immediate = 0
         while True:
             ended = attempt(self._open, self._guard, self.store.dialect, row, handle, also=also, enforce=self._enforce)
@@ -262,11 +264,14 @@ class Delivering:
             pause=placed.pause,
         )
 
-    def _resolving(self, row: ClaimRow) -> Callable[[Session], object]:
+    def _resolving(self, row: ClaimRow, before: bool) -> Callable[[Session, int], object]:
         failures = self.store.failures
-        return lambda session: failures.resolve(
-            session, row.group, row.handler, row.key, row.fingerprint, row.message_id
-        )
+
+        def resolve(session: Session, attempt: int) -> None:
+            if before or attempt > 1:
+                failures.resolve(session, row.group, row.handler, row.key, row.fingerprint, row.message_id)
+
+        return resolve
 
     # -- what is not a success ---------------------------------------------------------------------------------------
 

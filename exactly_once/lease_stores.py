@@ -52,9 +52,10 @@ class Placed:
         assert isinstance(plan.guard, Lease)
         return LeaseGuard(
             self.store,
-            self.local if self.own else None,
+            self.local,
             self.renewal,
             store.dialect,
+            own=self.own,
             lease=plan.guard.lease,
             max_run=plan.guard.max_run,
             steps=plan.takes_steps,
@@ -101,6 +102,10 @@ class LeaseStores:
             other = self._databases[url] = Store(redacted(url), url, schema=self._schema, pool_size=store.pool_size)
         renewal = self._renewal(other.name, None, lambda: sql_leases(other))
         return Placed(sql_leases(other, is_async=plan.is_async), local, False, renewal, pause)
+
+    def at_rest(self, plan: Plan, store: Store) -> LeaseStore:
+        """Return where a handler's leases are, spoken to from a thread: for the command line."""
+        return self.placed(plan, store).renewal.store
 
     def lock_guard(self, plan: Plan, store: Store) -> "LockGuard":
         """Return the guard of a handler under a lock."""

@@ -21,6 +21,7 @@ VERBS: Final = {
     "handlers": "Show the handlers and where each setting comes from; rename one.",
     "db": "Make the tables, check them, write down what makes them.",
     "failures": "List, show, requeue and discard messages that failed.",
+    "steps": "Show the recorded steps of a message; resolve one for which a person knows what happened.",
     "doctor": "Look at database, broker and handlers, and say what to do.",
 }
 TRACEBACK: Final = "EXACTLY_ONCE_TRACEBACK"

@@ -11,12 +11,11 @@ import typer
 from sqlalchemy import Connection, Row
 
 from exactly_once.app import ExactlyOnce
-from exactly_once.cli.reference import application, usable
+from exactly_once.cli.reference import application, one_store
 from exactly_once.errors import ConfigurationError
 from exactly_once.failures import OPEN, triage
 from exactly_once.failures.triage import Chosen
 from exactly_once.schema import Tables
-from exactly_once.store import Store
 from exactly_once.wording import escaped
 
 __all__ = ["app"]
@@ -44,17 +43,7 @@ Reason = Annotated[str | None, typer.Option("--reason", help="Why; kept with the
 @contextmanager
 def _on(reference: str | None, group: str | None, database: str | None) -> Iterator[tuple[Connection, Tables, str]]:
     eo = application(reference) if reference else ExactlyOnce()
-    stores = eo.stores
-    if database is not None and database not in stores:
-        raise ConfigurationError(f"There is no database named {database!r}; there are: {', '.join(stores)}.")
-    if database is None and len(stores) > 1:
-        # ids repeat in each, and one that is not looked at would seem to have no dead letters
-        raise ConfigurationError(
-            f"There are several databases, each with failures of its own: {', '.join(stores)}. Say which:"
-            f" --database {next(iter(stores))}"
-        )
-    store: Store = stores[database] if database is not None else next(iter(stores.values()))
-    usable(store)
+    store = one_store(eo, database)
     with store.engine.begin() as connection:
         yield connection, store.tables, group or eo.group
 

@@ -12,7 +12,7 @@ from exactly_once.errors import ConfigurationError, ExactlyOnceError, StoreUnava
 from exactly_once.store import Store
 from exactly_once.wording import escaped
 
-__all__ = ["AppOption", "TransportOption", "application", "usable"]
+__all__ = ["AppOption", "TransportOption", "application", "one_store", "usable"]
 
 AppOption = Annotated[
     str, typer.Option("--app", "-a", metavar="MODULE:NAME", help="The application: shop.consumers:eo")
@@ -67,6 +67,27 @@ def _where(error: BaseException) -> str:
     while last is not None and last.tb_next is not None:
         last = last.tb_next
     return "" if last is None else f" ({last.tb_frame.f_code.co_filename}, line {last.tb_lineno})"
+
+
+def one_store(eo: ExactlyOnce, database: str | None) -> Store:
+    """Return the application's database, or of several the one that is named; it can be used.
+
+    Raises:
+        StoreUnavailable: It does not answer.
+        ConfigurationError: There is no such database, or it cannot be used, or there are several and none is named.
+    """
+    stores = eo.stores
+    if database is not None and database not in stores:
+        raise ConfigurationError(f"There is no database named {database!r}; there are: {', '.join(stores)}.")
+    if database is None and len(stores) > 1:
+        # ids repeat in each, and one that is not looked at would seem to have no dead letters
+        raise ConfigurationError(
+            f"There are several databases, each with failures of its own: {', '.join(stores)}. Say which:"
+            f" --database {next(iter(stores))}"
+        )
+    store = stores[database] if database is not None else next(iter(stores.values()))
+    usable(store)
+    return store
 
 
 def usable(store: Store) -> None:

@@ -18,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 
 from exactly_once.errors import ConfigurationError
 from exactly_once.failures import CLOSED, OPEN
-from exactly_once.schema import CONSUMED, Tables, utcnow
+from exactly_once.schema import CONSUMED, CONSUMING, Tables, utcnow
 from exactly_once.wording import escaped, probably
 from exactly_once.wording import listed as named
 
@@ -165,7 +165,19 @@ def discard(connection: Connection, tables: Tables, chosen: Chosen, *, by: str, 
 
 
 def _claim(connection: Connection, claims: Table, row: Row[Any]) -> None:
-    """Write the claim unless the key has one: another payload's, or that of a copy that was processed."""
+    """Write the claim unless the key has one: another payload's, or that of a copy that was processed.
+
+    A lease that was begun is finished so, and taken from whoever still runs under it.
+    """
+    settled = {"status": CONSUMED, "owner": "discarded", "token": None, "lease_until": None, "consumed_at": utcnow()}
+    begun = and_(
+        claims.c.consumer_group == row.consumer_group,
+        claims.c.handler == row.handler,
+        claims.c.business_key == row.business_key,
+        claims.c.status == CONSUMING,
+    )
+    if connection.execute(update(claims).where(begun).values(settled)).rowcount:
+        return
     values = {
         "consumer_group": row.consumer_group,
         "handler": row.handler,

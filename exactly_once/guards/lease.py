@@ -39,7 +39,8 @@ class LeaseGuard:
 
     Args:
         store: Where they are, spoken to in this handler's colour.
-        own: The same, if it is the handler's own database: then its transaction is fenced.
+        local: The handler's own database, in its colour.
+        own: Both are one: then the handler's transaction is fenced.
         renewal: Keeps them alive.
         dialect: How the handler's database is spoken to.
         lease: How long one holds.
@@ -51,16 +52,17 @@ class LeaseGuard:
     def __init__(
         self,
         store: LeaseStore,
-        own: SqlLeases | None,
+        local: SqlLeases,
         renewal: Renewal,
         dialect: Dialect,
         *,
+        own: bool,
         lease: timedelta,
         max_run: timedelta | None,
         steps: bool,
         pause: Callable[[float], None],
     ) -> None:
-        self._store, self._own, self._renewal, self._dialect = store, own, renewal, dialect
+        self._store, self._local, self._own, self._renewal, self._dialect = store, local, own, renewal, dialect
         self._lease, self._max_run, self._steps, self._pause = lease, max_run, steps, pause
 
     def claim(self, session: Session, row: ClaimRow) -> Claim:
@@ -77,6 +79,9 @@ class LeaseGuard:
                 held = Held(
                     row, token, seen.attempt, self._lease, seen.steps, self._max_run, began=asked, renewed=asked
                 )
+                if seen.attempt > 1 and not self._own and self._settled(row):
+                    self._store.complete(held)
+                    return Consumed()
                 self._renewal.add(held)
                 return Won(late=Late(session, self._dialect, held, wait_ms=_WAIT_MS), held=held)
             case Standing.CONSUMED:
@@ -87,20 +92,28 @@ class LeaseGuard:
                 over = seen.remaining is None or seen.remaining <= timedelta(0)
                 return InProgress(again=over, remaining=seen.remaining)
 
+    def _settled(self, row: ClaimRow) -> bool:
+        """Say whether a person discarded the message: that is written in the database, whose failures they look at.
+
+        Only what failed can be discarded, and what failed was claimed before: first attempts need not ask.
+        """
+        known = self._local.look(row)
+        return known is not None and known.consumed
+
     def complete(self, session: Session, won: Won) -> None:
         """See `Guard.complete`."""
         held = _held(won)
         held.check()
-        if self._own is not None and won.watch is not None:
+        if self._own and won.watch is not None:
             held.ending = True
-            if not self._own.complete_in(session.connection(), held):
+            if not self._local.complete_in(session.connection(), held):
                 held.lost = True
                 raise held.error()
 
     def consume(self, won: Won) -> None:
         """See `Guard.consume`. A store that is away is asked until the lease may be another's."""
         held = _held(won)
-        if self._own is None or won.watch is None:
+        if not self._own or won.watch is None:
             held.ending = True
             if not insisting(held, self._pause, lambda: self._store.complete(held)):
                 held.lost = True

@@ -6,12 +6,14 @@ leaves neither. A concurrent duplicate waits for the winner's end, at most `clai
 
 from datetime import timedelta
 
+from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
 from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Known, Trouble, raise_for_the_store
 from exactly_once.fingerprint import Differs, compare
 from exactly_once.guards import Claim, Conflict, Consumed, InProgress, Won
 from exactly_once.guards.watch import Watch, begin
+from exactly_once.leases.sql import SqlLeases
 from exactly_once.schema import CONSUMED
 
 __all__ = ["TransactionGuard", "standing"]
@@ -22,11 +24,12 @@ class TransactionGuard:
 
     Args:
         dialect: How that database is spoken to.
+        leases: Those in the same database: the handler may have been under one in an earlier release.
         claim_wait: The longest a claim waits for another run of the same key; bounds the claim only.
     """
 
-    def __init__(self, dialect: Dialect, *, claim_wait: timedelta) -> None:
-        self._dialect = dialect
+    def __init__(self, dialect: Dialect, leases: SqlLeases, *, claim_wait: timedelta) -> None:
+        self._dialect, self._leases = dialect, leases
         self._wait_ms = max(1, round(claim_wait.total_seconds() * 1000))
 
     def claim(self, session: Session, row: ClaimRow) -> Claim:
@@ -42,11 +45,12 @@ class TransactionGuard:
             raise_for_the_store(dialect, error)
             raise
         try:
-            if dialect.claim(dbapi, info, row, wait_ms=self._wait_ms, savepoint=False):
-                watch = Watch(connection, dialect, dbapi)
-                begin(session, watch)
-                return Won(watch)
-            known = dialect.known(dbapi, row, end=True)
+            won = dialect.claim(dbapi, info, row, wait_ms=self._wait_ms, savepoint=False)
+            if not won:
+                known = dialect.known(dbapi, row, end=True)
+                if known is None or known.status == CONSUMED or not self._cleared(connection, row):
+                    return standing(known, row)
+                won = dialect.claim(dbapi, info, row, wait_ms=self._wait_ms, savepoint=False)
         except ClaimBusy as busy:
             return InProgress(again=busy.again)
         except Exception as error:
@@ -54,7 +58,21 @@ class TransactionGuard:
                 connection.invalidate(error)  # its raw error passed SQLAlchemy by, which would hand it out again
             raise_for_the_store(dialect, error)
             raise
-        return standing(known, row)
+        if not won:  # cleared, and claimed by another before us
+            session.rollback()
+            return InProgress(again=True)
+        watch = Watch(connection, dialect, dbapi)
+        begin(session, watch)
+        return Won(watch)
+
+    def _cleared(self, connection: Connection, row: ClaimRow) -> bool:
+        """Take away, in the handler's transaction, a lease that was begun and is nobody's now: the guard was changed since."""
+        dbapi = connection.connection.dbapi_connection
+        self._dialect.begin(dbapi, connection.info)
+        if self._leases.clear_in(connection, row):
+            return True
+        connection.connection.rollback()
+        return False
 
     def complete(self, session: Session, won: Won) -> None:
         """The claim is in the transaction already."""

@@ -11,7 +11,7 @@ from datetime import timedelta
 from time import monotonic
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Connection, Engine, Table, and_, exists, insert, literal, select, text, update
+from sqlalchemy import Connection, Engine, Table, and_, delete, exists, insert, literal, or_, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Leased, StepRow, Trouble, lease_claims_for
@@ -96,16 +96,24 @@ class SqlLeases:
         )
         until = {"lease_until": utcnow(lease.total_seconds())}
         with self._speaking(self._engine) as connection, connection.begin():
-            if self._dialect.name == "postgresql":
-                bound = round(lease.total_seconds() * 1000 / 3 / _BEATS)
-                connection.execute(text(f"SET LOCAL statement_timeout = {bound:d}"))
-            if self._dialect.name == "sqlite":
-                renewed = set(connection.execute(update(t).where(ours).values(until).returning(t.c.token)).scalars())
-            else:
-                free = select(t.c.token).where(ours).with_for_update(skip_locked=True)
-                renewed = set(connection.execute(free).scalars())
-                if renewed:
-                    connection.execute(update(t).where(ours, t.c.token.in_(sorted(renewed))).values(until))
+            match self._dialect.name:
+                case "postgresql":
+                    bound = round(lease.total_seconds() * 1000 / 3 / _BEATS)
+                    connection.execute(text(f"SET LOCAL statement_timeout = {bound:d}"))
+                    free = select(*t.primary_key).where(ours).with_for_update(skip_locked=True).subquery()
+                    same = and_(*(column == free.c[column.name] for column in t.primary_key))
+                    renewed = set(
+                        connection.execute(update(t).where(same).values(until).returning(t.c.token)).scalars()
+                    )
+                case "sqlite":  # one writer, and no row is ever locked
+                    renewed = set(
+                        connection.execute(update(t).where(ours).values(until).returning(t.c.token)).scalars()
+                    )
+                case _:  # no UPDATE there skips what is locked
+                    unlocked = select(t.c.token).where(ours).with_for_update(skip_locked=True)
+                    renewed = set(connection.execute(unlocked).scalars())
+                    if renewed:
+                        connection.execute(update(t).where(ours, t.c.token.in_(sorted(renewed))).values(until))
             missing = by_token.keys() - renewed
             if missing:  # locked, or lost: a plain look tells
                 missing -= set(connection.execute(select(t.c.token).where(ours)).scalars())
@@ -208,14 +216,21 @@ class SqlLeases:
 
         return self._by_itself(read)
 
+    def handlers(self, group: str, key: str) -> Sequence[str]:
+        """Return the handlers that have a claim on a key."""
+        t = self._t
+        named = select(t.c.handler).where(t.c.consumer_group == group, t.c.business_key == key).order_by(t.c.handler)
+        return self._by_itself(lambda connection: connection.execute(named).scalars().all())
+
+    def clear_in(self, connection: Connection, row: ClaimRow) -> bool:
+        """Delete a claim that is not consumed and under no lease that runs, in the caller's transaction; False if it is."""
+        return _one(connection, delete(self._t).where(self._free(row)))
+
     def resolve(self, row: ClaimRow, step: str, result: bytes) -> bool:
         """See `LeaseStore.resolve`."""
         t, s = self._t, self._steps
         with self._speaking(self._engine) as connection, connection.begin():
-            free = and_(
-                self._of(t, row), t.c.status == CONSUMING, (t.c.token.is_(None)) | (t.c.lease_until <= utcnow())
-            )
-            if connection.execute(select(t.c.status).where(free).with_for_update()).one_or_none() is None:
+            if connection.execute(select(t.c.status).where(self._free(row)).with_for_update()).one_or_none() is None:
                 return False
             mine = and_(self._of(s, row), s.c.step == step)
             # without the token of the run that began it: should that one still live, it changes nothing any more
@@ -237,6 +252,10 @@ class SqlLeases:
 
     def _of(self, t: Table, row: ClaimRow) -> Any:
         return and_(t.c.consumer_group == row.group, t.c.handler == row.handler, t.c.business_key == row.key)
+
+    def _free(self, row: ClaimRow) -> Any:
+        t = self._t
+        return and_(self._of(t, row), t.c.status == CONSUMING, or_(t.c.token.is_(None), t.c.lease_until <= utcnow()))
 
     def _ours(self, held: Held) -> Any:
         t = self._t

@@ -320,3 +320,23 @@ def test_a_handler_reads_what_it_wrote_and_its_own_steps_results(shop: Shop) -> 
 
     handles(shop, do)
     assert shop.process(order()) is Outcome.PROCESSED
+
+
+def test_a_handler_that_was_under_a_lease_goes_on_under_the_transaction_guard(shop: Shop) -> None:
+    def fails(session: Session, step: Any, transaction: Any) -> None:
+        raise ValueError("no")
+
+    handles(shop, fails)
+    for no in ("A-1", "A-2"):
+        assert shop.process(order(no)) is Outcome.FAILED
+    t = shop.tables.idempotent
+    with shop.outside.begin() as connection:  # one whose process still runs
+        running = update(t).where(t.c.business_key == "A-2").values(token="t", lease_until=utcnow(60))
+        connection.execute(running)
+    shop.fresh_eo()
+    shop.handles(lambda session: put(session, "done"), retry=ONE_TRY)
+    assert shop.process(order(attempt=2)) is Outcome.PROCESSED
+    assert shop.process(order(attempt=3)) is Outcome.DUPLICATE
+    assert shop.process(order("A-2", attempt=2)) is Outcome.IN_PROGRESS
+    assert shop.effects() == ["done"]
+    shop.borrow()

@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,15 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.orm import Session
 
 from exactly_once import Message
-from exactly_once.dialects import mysql, sqlite
+from exactly_once.dialects import ClaimRow, StepRow, mysql, sqlite
 from exactly_once.errors import Reject
 from exactly_once.failures import Failure, FailureStore
 from exactly_once.failures.due import DueFailures
+from exactly_once.leases import Held
+from exactly_once.leases.sql import SqlLeases
 from exactly_once.policy import ByBroker, ByPump, Park
 from exactly_once.schema import tables, utcnow
+from exactly_once.store import Store
 from tests.integration.shop import GROUP, Shop, order, shops
 
 APPROVED = Path(__file__).parent / "approved"
@@ -72,7 +77,54 @@ def test_the_statements_are_the_approved_ones(request: pytest.FixtureRequest, di
     sections = claim_texts(dialect)
     for shop in shops(request, dialect, "sync"):
         sections |= failure_statements(shop)
+        sections |= lease_statements(shop)
     approve(dialect, sections)
+
+
+def test_the_scripts_are_the_approved_ones() -> None:
+    from exactly_once.leases import scripts
+
+    approve("redis", {name.lower(): [getattr(scripts, name).strip()] for name in sorted(scripts.__all__)})
+
+
+def lease_statements(shop: Shop) -> dict[str, list[str]]:
+    """Each change of a lease, in the order of its life."""
+    name = {"postgres": "postgresql", "mariadb": "mysql"}.get(shop.dialect, shop.dialect)
+    module = import_module(f"exactly_once.dialects.{name}_lease")
+    texts = {f"lease: {each.lower()}": [getattr(module, each)] for each in module.__all__ if each.isupper()}
+    store = Store("default", shop.url)
+    leases = SqlLeases(store.name, store.engine, store.dialect, store.tables)
+    row = ClaimRow(GROUP, "handler", "L-1", b"\x01")
+
+    def held(token: str) -> Held:
+        seen = leases.claim(row, token, timedelta(seconds=30), also=row.fingerprint, steps=True)
+        assert seen.won
+        return Held(row, token, seen.attempt, timedelta(seconds=30), seen.steps)
+
+    one = held("one")
+    verbs: dict[str, Callable[[], object]] = {
+        "lease: record a step": lambda: leases.record(one, StepRow("a", 0, True, b"1")),
+        "lease: record a beginning": lambda: leases.record(one, StepRow("b", 1, False, None)),
+        "lease: record its end": lambda: leases.record(one, StepRow("b", 1, True, b"1"), begun=True),
+        "lease: record what another run has recorded": lambda: leases.record(
+            replace(one, token="other"), StepRow("b", 1, True, b"1"), begun=True
+        ),
+        "lease: renew": lambda: leases.renew([one]),
+        "lease: renew what is lost": lambda: leases.renew([one, replace(one, token="lost")]),
+        "lease: release": lambda: leases.release(one),
+        "lease: look from outside": lambda: leases.look(row),
+        "lease: resolve": lambda: leases.resolve(row, "b", b"2"),
+        "lease: resolve what has no record": lambda: leases.resolve(row, "c", b"2"),
+        "lease: look for a step in this database": lambda: leases.finished(row, "b"),
+        "lease: the handlers of a key": lambda: leases.handlers(GROUP, "L-1"),
+    }
+    made = {title: recorded(store.engine, do) for title, do in verbs.items()}
+    two = held("two")
+    made["lease: complete"] = recorded(store.engine, lambda: leases.complete(two))
+    with Session(store.engine) as session:
+        made["lease: clear"] = recorded(store.engine, lambda: leases.clear_in(session.connection(), row))
+    store.close()
+    return texts | made
 
 
 def failure_statements(shop: Shop) -> dict[str, list[str]]:

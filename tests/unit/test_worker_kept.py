@@ -122,12 +122,13 @@ def test_many_kept_at_once_are_each_acknowledged_once_by_one_thread() -> None:
 
 
 def test_the_one_that_is_due_first_runs_first_whenever_it_came() -> None:
-    shelf, hand = Shelf([b"late", b"soon"]), Hand()
+    shelf, hand = Shelf([b"late"]), Hand()
     with working([shelf], hand, poll=60 * SECOND) as worker:  # a quiet one: no receive that ends wakes anybody
-        until(lambda: len(hand.begun) == 2, "both run")
-        futures = {delivery.message.body: future for delivery, future in hand.begun}
-        futures[b"late"].set_result(Keep(60 * SECOND, 120 * SECOND, LATER))
-        futures[b"soon"].set_result(PATIENT)
+        until(lambda: hand.begun, "one runs")
+        hand.begun[0][1].set_result(Keep(60 * SECOND, 120 * SECOND, LATER))
+        shelf.put([b"soon"])
+        until(lambda: len(hand.begun) == 2, "the other runs")
+        hand.begun[1][1].set_result(PATIENT)
         until(lambda: len(hand.begun) == 3, "one runs again", 5)
         assert hand.bodies()[2] == b"soon"
         hand.begun[2][1].set_result(Ack())
