@@ -381,9 +381,9 @@ class ExactlyOnce:
         """
         from exactly_once.lock import RedisLock
 
-        return RedisLock(self._redis(store), self.group, key, expires=expires, wait=wait)
+        return RedisLock(self.redis_at(store), self.group, key, expires=expires, wait=wait)
 
-    def _redis(self, url: str | None = None) -> RedisConnection:
+    def redis_at(self, url: str | None = None) -> RedisConnection:
         """Return the connection to this Redis, or that of the settings; each is made once, and opens nothing yet."""
         named = url or self.config.redis.value
         if not named:

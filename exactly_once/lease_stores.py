@@ -4,7 +4,7 @@ Made by the router, and asked by each handler's `Delivering` when it is put toge
 that are no database of the application's answer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import sleep
 from typing import TYPE_CHECKING, Final
@@ -146,6 +146,11 @@ class LeaseStores:
         if found is None:
             found = self._renewals[name, kind] = Renewal(make(), self._alert)
         return found
+
+    @property
+    def redises(self) -> "Sequence[RedisConnection]":
+        """Every Redis that a handler's guard is in."""
+        return tuple(self._used.values())
 
     def answers(self, name: str) -> bool | None:
         """Say whether the store of this name answers; None where it is none of these."""

@@ -62,9 +62,9 @@ def _handlers(plans: tuple[Plan, ...]) -> Iterator[Finding]:
 
 
 def _redises(eo: ExactlyOnce) -> Iterable[RedisConnection]:
-    """Each Redis the application uses, once."""
-    named = [eo.config.redis.value]
-    return dict.fromkeys(eo._redis(url) for url in named if url)  # noqa: SLF001
+    """Each Redis the application uses, once: that of the settings, and those its handlers name."""
+    url = eo.config.redis.value
+    return dict.fromkeys((*((eo.redis_at(url),) if url else ()), *eo.leases.redises))
 
 
 # -- the broker ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from exactly_once.doctor.finding import Finding, Mark
 from exactly_once.errors import ExactlyOnceError
-from exactly_once.handler import Plan
+from exactly_once.handler import Lease, Plan
 from exactly_once.redaction import redacted
 from exactly_once.schema import utcnow
 from exactly_once.store import Store, claims_twice
@@ -51,14 +51,14 @@ def findings_for_database(store: Store, group: str, plans: tuple[Plan, ...], con
         yield _self_check(where, lambda: _claims_twice_async(store, group), "async")
     with store.engine.connect() as connection:
         yield from {"postgresql": _postgresql, "sqlite": _sqlite}.get(store.dialect.name, _mysql)(where, connection)
-        yield Finding(Mark.OK, f"{where}: isolation is {connection.get_isolation_level()}")
         skew = abs((connection.execute(select(utcnow())).scalar_one() - _now()).total_seconds())
         if skew > _SKEW_S:
             yield Finding(
                 Mark.WARN, f"{where}: its clock and this machine's differ by {skew:.0f} s; only log times mislead"
             )
         yield from _unknown_handlers(connection, store, group, plans)
-    yield _pool(where, store.engine, concurrency)
+        yield from _isolation(where, store, connection.get_isolation_level(), plans)
+    yield _pool(where, store.engine, concurrency, steps=any(plan.takes_steps for plan in plans))
 
 
 def _now() -> Any:
@@ -174,10 +174,30 @@ def _unknown_handlers(connection: Any, store: Store, group: str, plans: tuple[Pl
             )
 
 
-def _pool(where: str, engine: Engine, concurrency: int) -> Finding:
+def _isolation(where: str, store: Store, level: str, plans: tuple[Plan, ...]) -> Iterator[Finding]:
+    """Under a snapshot, a transaction that outlives a renewal of its own lease cannot complete: the row was changed."""
+    leased = [plan.name for plan in plans if isinstance(plan.guard, Lease) and plan.guard.store is None]
+    if leased and store.dialect.name == "postgresql" and level in ("REPEATABLE READ", "SERIALIZABLE"):
+        yield Finding(
+            Mark.WARN,
+            f"{where}: isolation is {level}, and {', '.join(leased)} keep their leases here: a transaction that is open for"
+            " longer than a third of the lease fails when it completes, and runs again. Use READ COMMITTED for them, or do"
+            " the long part before the session's first statement",
+        )
+    else:
+        yield Finding(Mark.OK, f"{where}: isolation is {level}")
+
+
+def _pool(where: str, engine: Engine, concurrency: int, *, steps: bool) -> Finding:
     size = getattr(engine.pool, "size", lambda: None)()
     overflow = getattr(engine.pool, "_max_overflow", 0)
     most = None if size is None or overflow < 0 else size + overflow  # below zero: without bound
+    if most is not None and steps and most <= concurrency:
+        return Finding(
+            Mark.WARN,
+            f"{where}: the pool holds {most} connections, {concurrency} messages run at once, and a step is recorded through"
+            f" a connection of its own: they wait for each other. create_engine(..., pool_size={concurrency + 4})",
+        )
     if most is not None and most < concurrency:
         return Finding(
             Mark.WARN,

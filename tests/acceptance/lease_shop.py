@@ -16,8 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -381,19 +380,13 @@ BREAKS: Mapping[str, Callable[[], None]] = {
 # -- the process -------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _whole() -> Iterator[None]:
-    if what := os.environ.get("EXACTLY_ONCE_TEST_BREAK"):
-        BREAKS[what]()
-    yield
-
-
 def main(url: str, port: str, point: str = "", how: str = "", marker: str = "") -> int:
     _service.port = int(port)
     if point:
         install(point, how, Path(marker))
-    with _whole():
-        return eo.run(url)
+    if what := os.environ.get("EXACTLY_ONCE_TEST_BREAK"):
+        BREAKS[what]()
+    return eo.run(url)
 
 
 if __name__ == "__main__":
