@@ -10,7 +10,7 @@ from typing import Final
 
 from rich.console import Console
 
-from benchmarks import imports, memory, one_message, report, rocketmq
+from benchmarks import imports, leases, memory, one_message, report, rocketmq
 from benchmarks.measure import Figure, WrongRows
 from benchmarks.stage import SETTINGS, Stage, machine
 from exactly_once.errors import ExactlyOnceError
@@ -19,6 +19,7 @@ from exactly_once.testing.postgres import EmbeddedPostgres
 MEASUREMENTS: Final[dict[str, Callable[..., Iterator[Figure]]]] = {
     "imports": imports.measure,
     "one_message": one_message.measure,
+    "leases": leases.measure,
     "rocketmq": rocketmq.measure,
     "memory": memory.measure,
 }

@@ -146,24 +146,14 @@ class RedisConnection:
             raise self._meaning(error, connecting=True) from self._shown(error)
         try:
             try:
-                return self._exchanged(side, connection, words)
+                return _exchanged(side, connection, words)
             except Exception as error:
                 if not dropped(error):
                     raise
             side.wait(connection.connect())  # of the others in the pool each may be as dead as this one was
-            return self._exchanged(side, connection, words)
+            return _exchanged(side, connection, words)
         finally:
             side.wait(side.pool.release(connection))
-
-    def _exchanged(self, side: Side, connection: Any, words: tuple[Any, ...]) -> Any:
-        try:
-            side.wait(connection.send_command(*words))
-            return side.wait(connection.read_response())
-        except BaseException as error:
-            # broken, or interrupted before the answer was read, which the next command would take for its own
-            if not code(error):
-                side.wait(connection.disconnect())
-            raise
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -190,6 +180,13 @@ class RedisConnection:
         except ConfigurationError:  # this user may not ask; what it may do is enough
             return None
         return unfit(info, self.name)
+
+
+def _exchanged(side: Side, connection: Any, words: tuple[Any, ...]) -> Any:
+    """Send a command and read its answer. What breaks or interrupts this closes the connection: the client sees to that,
+    or the next command would take this answer for its own."""
+    side.wait(connection.send_command(*words))
+    return side.wait(connection.read_response())
 
 
 class RedisConnections:

@@ -120,8 +120,8 @@ class Stage:
             lease_shop.Base.metadata.create_all(database)
             with self._making, bound(lease_shop.eo, database) as eo, eo.producer("sql://") as producer:
                 # each twice: the second copy must be a duplicate whatever happened to the first
-                keys = (others[0], victim, others[1])
-                producer.send_all([message(story.store, key, once=story.once) for key in keys * 2])
+                keys = (*others, victim)
+                producer.send_all([message(story.store, key, once=story.once) for key in keys for _ in range(2)])
             marker = self.folder / name
             first = self._worker(ending, database, name, "first", story.point, story.how, str(marker))
             if story.how == "kill":
