@@ -194,8 +194,8 @@ def _failed(dialect: Dialect, won: Won, error: BaseException | None) -> Ended:
     assert error is not None
     if isinstance(error, LeaseLost):
         return Ended(How.LOST, error)
-    if isinstance(error, StoreUnavailable):
-        return Ended(How.AWAY, error)
+    if won.late is not None and isinstance(error, StoreUnavailable):
+        return Ended(How.AWAY, error)  # of a step, or of the session's first statement
     if isinstance(error, (OSError, EOFError)):
         # a network error of the handler's own; the database's is in `lost`, or comes wrapped
         return Ended(How.FAILED, error)

@@ -7,6 +7,7 @@ loop ends. Nothing is opened until a connection is taken from a pool. Called by 
 import asyncio
 import socket
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from threading import Lock
@@ -95,9 +96,12 @@ class Pools:
         """Close every connection: those of running loops as soon as these get to it."""
         with self._lock:
             threads, self._threads = self._threads, None
-            self._loops = {}  # a loop ends the generators that nobody refers to any more, and these close the pools
+            loops, self._loops = self._loops, {}
         if threads is not None:
             threads.pool.disconnect()
+        for loop, side in loops.items():
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(_end, loop, side)
 
     def _made(self, module: str) -> Any:
         try:
@@ -132,3 +136,18 @@ async def _until_the_loop_ends(pool: Any) -> AsyncGenerator[None, None]:
 
 async def _begun(guard: AsyncGenerator[None, None]) -> None:
     await anext(guard)
+
+
+async def _ended(guard: AsyncGenerator[None, None]) -> None:
+    await guard.aclose()
+
+
+def _end(loop: asyncio.AbstractEventLoop, side: Side) -> None:
+    assert side.guard is not None
+    task = loop.create_task(_ended(side.guard))
+    _ENDING.add(task)
+    task.add_done_callback(_ENDING.discard)
+
+
+_ENDING: Final[set["asyncio.Task[None]"]] = set()
+"""A loop forgets a task that nobody else remembers."""

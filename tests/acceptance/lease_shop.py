@@ -1,6 +1,4 @@
-"""A worker under leases, that kills or stops itself once at one named step of one message; a child of the lease tests.
-
-    python -m tests.acceptance.lease_shop TRANSPORT_URL LEDGER_PORT [POINT kill|stop MARKER_FILE]
+"""A shop under leases, whose worker kills or stops itself once at one named step of one message; see `lease_workers`.
 
 One handler keeps its leases in its own PostgreSQL (EXACTLY_ONCE_DATABASE), the other in Redis (EXACTLY_ONCE_REDIS); both do
 the same: a call to the outside, a transaction step, another call, and a write of the session. Each point is the real
@@ -13,7 +11,6 @@ EXACTLY_ONCE_TEST_BREAK takes one guarantee away, in this process only, to see t
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -56,7 +53,6 @@ POINTS = (
     "after the settle",
 )
 _RETRY = Retry(immediate=0, delays=[0.2], max_attempts=50)
-_LATENCY_S = float(os.environ.get("EXACTLY_ONCE_TEST_LATENCY_S", "0"))  # on the way to the service
 
 
 class Base(DeclarativeBase):
@@ -105,7 +101,7 @@ def _handle(session: Session, order: dict[str, Any], steps: Steps) -> None:
     def call(step: str, key: str) -> dict[str, Any]:
         asked = time.monotonic()
         _point(f"in the {_NTH[step]} call, not sent", no)
-        time.sleep(_LATENCY_S)
+        time.sleep(float(os.environ.get("EXACTLY_ONCE_TEST_LATENCY_S", "0")))  # on the way to the service
         receipt = _service.call(key, steps.attempt, no, step, os.getpid(), asked)
         _point(f"the {_NTH[step]} call made, not recorded", no)
         return receipt
@@ -150,7 +146,8 @@ def _point(point: str, order_no: str) -> None:
         _marker.touch(exist_ok=False)
     except FileExistsError:
         return
-    os.kill(os.getpid(), _how)
+    # to this thread, which goes no further; sent to the process, it would stop when another thread has noticed
+    signal.pthread_kill(threading.get_ident(), _how)
 
 
 def _wrap(owner: Any, name: str, before: str, after: str, key: Callable[..., str]) -> None:
@@ -170,7 +167,7 @@ def _wrap(owner: Any, name: str, before: str, after: str, key: Callable[..., str
 
 def install(point: str, how: str, marker: Path) -> None:
     """Have the process killed or stopped at this point."""
-    global _wanted, _how, _marker  # noqa: PLW0603  (a child of one page)
+    global _wanted, _how, _marker
     from exactly_once.guards.lease import LeaseGuard
     from exactly_once.guards.step_ledger import StepLedger
     from exactly_once.guards.watch import Watch
@@ -332,7 +329,11 @@ def _no_marker() -> None:
     from exactly_once.guards.step_ledger import StepLedger
 
     real = StepLedger.begin
-    StepLedger.begin = lambda self, name, returns, *, at_most_once=False: real(self, name, returns)  # type: ignore[method-assign]
+
+    def begin(self: StepLedger, name: str, returns: Any, *, at_most_once: bool = False) -> Any:
+        return real(self, name, returns)
+
+    StepLedger.begin = begin  # type: ignore[method-assign]
 
 
 def _no_lease() -> None:
@@ -381,16 +382,18 @@ BREAKS: Mapping[str, Callable[[], None]] = {
 
 
 def main(url: str, port: str, point: str = "", how: str = "", marker: str = "") -> int:
+    """Run a worker until it is told to end.
+
+    Args:
+        url: The transport.
+        port: The outside service's.
+        point: Where it happens; nowhere if empty.
+        how: What happens: kill or stop.
+        marker: The file that says that it has happened.
+    """
     _service.port = int(port)
     if point:
         install(point, how, Path(marker))
     if what := os.environ.get("EXACTLY_ONCE_TEST_BREAK"):
         BREAKS[what]()
     return eo.run(url)
-
-
-if __name__ == "__main__":
-    # the module runs under its own name, so that classes and handlers exist once
-    from tests.acceptance import lease_shop
-
-    raise SystemExit(lease_shop.main(*sys.argv[1:]))

@@ -5,14 +5,11 @@ tests run several at a time, each with a database of its own, because each mostl
 how its own ended.
 """
 
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -41,13 +38,12 @@ from tests.acceptance.lease_shop import (
     records_in_redis,
     records_in_sql,
 )
+from tests.acceptance.lease_workers import PATIENCE_S, Worker, until
 from tests.services import redis as redis_service
 from tests.services.need import require
 
-ROOT = Path(__file__).parents[2]
 STORES = ("sql", "redis")
-AT_ONCE = 4  # stories at a time: they wait more than they work
-PATIENCE_S = 40.0
+AT_ONCE = 6  # stories at a time: they wait more than they work
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +90,10 @@ STOPPED = [
     for point in POINTS[2:6] + POINTS[9:13]
     if (store, point) != ("redis", "before complete")
 ]
+BETWEEN = [
+    *(Story(store, point, "stop") for store in STORES for point in ("claimed", "the transaction step recorded")),
+    Story("redis", "before complete", "stop"),
+]
 HOLDING = [
     Story("sql", "before the transaction step's COMMIT", "stop", meanwhile=False),
     Story("redis", "before the transaction step's COMMIT", "stop", meanwhile=False),
@@ -122,63 +122,51 @@ class Stage:
                 # each twice: the second copy must be a duplicate whatever happened to the first
                 keys = (*others, victim)
                 producer.send_all([message(story.store, key, once=story.once) for key in keys for _ in range(2)])
-            marker = self.folder / name
-            first = self._worker(ending, database, name, "first", story.point, story.how, str(marker))
+            marker = self.folder / f"{name}.marker"
+            first = self._worker(ending, database, name, story.point, story.how, str(marker))
             if story.how == "kill":
-                assert first.wait(PATIENCE_S) == -signal.SIGKILL, f"to die at this step: {self._log(name)}"
-                second = self._worker(ending, database, name, "second")
-                self._finished(story, database, name, keys)
+                assert first.ended() == -signal.SIGKILL, f"to die at this step: {first.told()}"
+                second = self._worker(ending, database, name)
             else:
-                _until(lambda: _is_stopped(first), lambda: f"to stop at this step: {self._log(name)}")
+                until(lambda: first.is_stopped, lambda: f"to stop at this step: {first.told()}")
                 stopped = time.monotonic()
-                second = self._worker(ending, database, name, "second")
+                second = self._worker(ending, database, name)
                 if story.meanwhile:
-                    self._finished(story, database, name, keys)
+                    self._until_consumed(story, database, victim)
                 else:
                     time.sleep(max(0.0, stopped + 2 * LEASE.total_seconds() - time.monotonic()))
-                    assert not self._records(story, database, keys)[victim].consumed
-                first.send_signal(signal.SIGCONT)
-                self._finished(story, database, name, keys)
-                # it stops when what it was in has ended
-                first.send_signal(signal.SIGTERM)
-                assert first.wait(PATIENCE_S) == 0, self._log(name)
+                    assert not self._records(story, database, victim)[victim].consumed
+                first.send(signal.SIGCONT)
+                if not story.meanwhile:
+                    self._until_consumed(story, database, victim)
+                # it ends when what it was in has ended; 1: it gave back what it could not have
+                first.send(signal.SIGTERM)
+                assert first.ended() in (0, 1), first.told()
+            until(
+                lambda: _count(database, "message_queue") == 0,
+                lambda: (story, self._records(story, database, *keys), second.told()),
+            )
             assert marker.exists()
-            second.send_signal(signal.SIGTERM)
-            assert second.wait(PATIENCE_S) == 0, self._log(name)
+            until(lambda: second.is_started, second.told)
+            second.send(signal.SIGTERM)
+            assert second.ended() == 0, second.told()
             return self._seen(story, database, victim, others)
 
-    def _worker(
-        self, ending: ExitStack, database: Engine, name: str, which: str, *arguments: str
-    ) -> "subprocess.Popen[bytes]":
-        environment = os.environ | {
+    def _worker(self, ending: ExitStack, database: Engine, name: str, *arguments: str) -> Worker:
+        environ = {
             "EXACTLY_ONCE_DATABASE": database.url.render_as_string(hide_password=False),
             "EXACTLY_ONCE_REDIS": self.redis.url,
             # one at a time, so that nothing but the victim is in the middle of something
             "EXACTLY_ONCE_CONCURRENCY": "1",
-            "PYTHONPATH": str(ROOT),
         }
-        command = [sys.executable, "-m", "tests.acceptance.lease_shop", "sql://?invisible_s=2", str(self.ledger.port)]
-        with (self.folder / f"{name}.log").open("ab") as log:
-            worker = subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log)
-
-        def end() -> None:
-            worker.kill()
-            worker.wait()
-
-        ending.callback(end)
+        worker = Worker(environ, self.folder / f"{name}.log", "sql://?invisible_s=2", str(self.ledger.port), *arguments)
+        ending.callback(worker.end)
         return worker
 
-    def _log(self, name: str) -> str:
-        return (self.folder / f"{name}.log").read_text()[-4000:]
+    def _until_consumed(self, story: Story, database: Engine, key: str) -> None:
+        until(lambda: self._records(story, database, key)[key].consumed, lambda: story)
 
-    def _finished(self, story: Story, database: Engine, name: str, keys: tuple[str, ...]) -> None:
-        """Wait until no message is left, in anyone's hands."""
-        _until(
-            lambda: _count(database, "message_queue") == 0,
-            lambda: (story, self._records(story, database, keys), self._log(name)),
-        )
-
-    def _records(self, story: Story, database: Engine, keys: tuple[str, ...]) -> Mapping[str, Record]:
+    def _records(self, story: Story, database: Engine, *keys: str) -> Mapping[str, Record]:
         if story.store == "sql":
             return records_in_sql(database)
         with self.redis.client() as client:
@@ -198,7 +186,7 @@ class Stage:
                 tuple(call for call in self.ledger.calls() if call.message in keys),
                 orders,
                 shipments,
-                self._records(story, database, keys),
+                self._records(story, database, *keys),
                 tuple((key, state, kind, why) for key, state, kind, why in failures),
                 _count(database, "message_queue"),
             )
@@ -241,21 +229,9 @@ def seen(stage: Stage, story: Story) -> Seen:
     return stage.wanted[story].result(5 * PATIENCE_S)
 
 
-def _until(what: Callable[[], bool], told: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
-    deadline = time.monotonic() + patience_s
-    while not what():
-        assert time.monotonic() < deadline, told()
-        time.sleep(0.05)
-
-
 def _count(database: Engine, table: str) -> int:
     with database.connect() as connection:
         return int(connection.execute(text(f"SELECT count(*) FROM {table}")).scalar_one())
-
-
-def _is_stopped(process: "subprocess.Popen[bytes]") -> bool:
-    assert process.poll() is None, "it ended"
-    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def _once_each(seen: Seen, keys: tuple[str, ...]) -> None:
@@ -356,6 +332,16 @@ def test_stopped_past_its_lease_a_run_changes_nothing_when_it_goes_on(story: Sto
     assert late == ([(in_call[story.point], 1)] if story.point in in_call else [])
     done = Counter(step for step, _, refused in seen.called(seen.victim) if not refused)
     assert done == Counter(CALLS) + Counter([REPEATED[story.point]] if story.point in REPEATED else [])
+
+
+@pytest.mark.parametrize("story", BETWEEN, ids=str)
+def test_stopped_between_two_calls_past_its_lease_a_run_begins_nothing_when_it_goes_on(story: Story, seen: Seen) -> None:
+    everyone = (seen.victim, *seen.others)
+    _once_each(seen, everyone)
+    _keys_are_stable(seen)
+    # the limit is the one call it was in, and it was in none
+    assert [(step, attempt) for step, attempt, refused in seen.called(seen.victim) if refused] == []
+    assert seen.shipments == Counter(everyone)
 
 
 @pytest.mark.parametrize("story", HOLDING, ids=str)

@@ -11,8 +11,9 @@ from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from exactly_once import AsyncSteps, ExactlyOnce, Lease, Message, Outcome, Reject, Steps
+from exactly_once import AsyncSteps, ExactlyOnce, Lease, LeaseLost, Message, Outcome, Reject, Steps
 from exactly_once.schema import utcnow
+from tests.integration.lease_conformance import until
 from tests.integration.shop import COLOURS, DIALECTS, EFFECT, GROUP, ONE_TRY, Shop, order, put, shops
 
 LEASE = Lease(timedelta(seconds=30))
@@ -339,4 +340,26 @@ def test_a_handler_that_was_under_a_lease_goes_on_under_the_transaction_guard(sh
     assert shop.process(order(attempt=3)) is Outcome.DUPLICATE
     assert shop.process(order("A-2", attempt=2)) is Outcome.IN_PROGRESS
     assert shop.effects() == ["done"]
+    shop.borrow()
+
+
+def test_once_the_renewal_has_learnt_that_the_lease_is_lost_the_session_refuses(shop: Shop) -> None:
+    raised: list[BaseException] = []
+
+    def do(session: Session, step: Any, transaction: Any) -> None:
+        if shop.dialect != "sqlite":  # there the other run would wait for this one's transaction
+            put(session, "first")
+        assert taken_over(shop) is Outcome.PROCESSED
+        renewal = next(iter(shop.eo.leases._renewals.values()))
+        until(lambda: not renewal._due)  # it has asked, and was told
+        try:
+            session.execute(select(EFFECT.c.id))
+        except LeaseLost as error:  # swallowed, which changes nothing
+            raised.append(error)
+
+    handles(shop, do, guard=Lease(timedelta(seconds=1)))
+    assert shop.process(order()) is Outcome.IN_PROGRESS
+    (error,) = raised
+    assert "another run has the message (this was attempt 1)" in str(error)
+    assert shop.effects() == ["second"]
     shop.borrow()

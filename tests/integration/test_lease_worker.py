@@ -14,7 +14,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import Engine, create_engine, select, update
+from sqlalchemy import Engine, create_engine, make_url, select, update
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Lease, Message, Outcome, Retry, Steps
@@ -23,6 +23,8 @@ from exactly_once.handler import plan
 from exactly_once.leases.sql import SqlLeases
 from exactly_once.schema import tables, utcnow
 from exactly_once.store import Store
+from exactly_once.testing.databases import DatabaseServer
+from exactly_once.testing.postgres import EmbeddedPostgres
 from tests.integration.lease_conformance import until
 from tests.services.need import need
 
@@ -178,6 +180,37 @@ def test_a_row_that_its_own_step_has_locked_keeps_no_other_lease_from_being_rene
     assert list(mine.renew(held)) == []
     assert len(_later_than(engine, 20)) == 50
     store.close()
+
+
+def test_a_database_that_dies_under_a_handler_gets_nothing_acknowledged_and_all_done_when_it_is_back(
+    own_postgres: EmbeddedPostgres,
+) -> None:
+    """Killed before the handler's session is completed, and while another message waits for its claim."""
+    server = DatabaseServer(make_url(own_postgres.url), source="url")
+    engine = create_engine(server.create())
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE done (no text)")
+    eo = ExactlyOnce(engine, group="shop")
+    runs: list[int] = []
+
+    @eo.handler("orders", key="no", guard=Lease(timedelta(seconds=2)))
+    def handler(session: Session, order: dict[str, str], steps: Steps) -> None:
+        session.connection().exec_driver_sql("INSERT INTO done VALUES (%s)", (order["no"],))
+        runs.append(1)
+        if len(runs) == 1:
+            own_postgres.kill()
+
+    url = f"memory://dies-{next(_names)}"
+    with eo.worker(url, concurrency=2) as worker, eo.producer(url) as producer:
+        producer.send_all([message(f"A-{n}") for n in range(5)])
+        until(lambda: bool(worker.counts.outages), 20)
+        own_postgres.start()
+        until(lambda: worker.counts.acked == 5, 40)
+        assert worker.counts.redelivered == 0, "an outage spends no delivery of the broker's"
+    with engine.connect() as connection:
+        done = connection.exec_driver_sql("SELECT no FROM done ORDER BY no").scalars().all()
+    assert done == [f"A-{n}" for n in range(5)]
+    engine.dispose()
 
 
 def _later_than(engine: Engine, seconds: float) -> list[Any]:

@@ -247,7 +247,7 @@ def test_one_object_is_used_once_at_a_time(eo: ExactlyOnce) -> None:
 
 
 def test_each_script_sent_twice_does_what_it_does_once(eo: ExactlyOnce) -> None:
-    acquire, release = (eo._redis().script(text) for text in (_ACQUIRE, _RELEASE))
+    acquire, release = (eo.redis_at().script(text) for text in (_ACQUIRE, _RELEASE))
     assert acquire([KEY], ["ours", 60_000]) == [1, 0]
     assert acquire([KEY], ["ours", 60_000]) == [1, 0]
     won, left_ms = acquire([KEY], ["theirs", 60_000])
@@ -275,7 +275,7 @@ def test_without_redis_nothing_runs(own_redis: Redis) -> None:
     own_redis.kill()
     with pytest.raises(StoreUnavailable, match="does not answer") as raised, eo.lock("stock"):
         pytest.fail("it ran all the same")
-    assert raised.value.store == eo._redis().name
+    assert raised.value.store == eo.redis_at().name
     own_redis.start()
     with eo.lock("stock"):
         pass
@@ -311,8 +311,8 @@ def test_the_setting_the_argument_and_the_program_name_a_redis(redis_url: str, m
         pass
     with pytest.raises(StoreUnavailable), eo.lock("stock", store=nowhere):
         pass
-    assert eo._redis() is eo._redis(redis_url)
-    assert eo._redis() is not eo._redis(nowhere)
+    assert eo.redis_at() is eo.redis_at(redis_url)
+    assert eo.redis_at() is not eo.redis_at(nowhere)
 
 
 # -- asyncio ---------------------------------------------------------------------------------------------------------------
@@ -420,5 +420,5 @@ def test_a_cancelled_block_lets_go(eo: ExactlyOnce, redis_server: Redis) -> None
 
 
 def test_a_lock_made_without_the_facade_is_the_same(eo: ExactlyOnce) -> None:
-    with RedisLock(eo._redis(), "shop", "stock"):
+    with RedisLock(eo.redis_at(), "shop", "stock"):
         refused(eo)

@@ -484,7 +484,8 @@ def test_what_a_user_may_not_do_is_no_outage_and_the_rights_it_names_are_enough(
 
 
 def test_a_node_of_a_cluster_is_refused() -> None:
-    with server(cluster_enabled="yes") as redis, connected(redis.url) as connection:
+    (bus,) = free_ports()
+    with server(cluster_enabled="yes", cluster_port=str(bus)) as redis, connected(redis.url) as connection:
         redis.tell("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
         wait_until(connection.answers, what="the cluster is up", patience_s=10)
         with pytest.raises(ConfigurationError, match="Cluster"):
