@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.acceptance import lease_shop
 PATIENCE_S = 40.0
 _NURSERY = multiprocessing.get_context("forkserver")
 _NURSERY.set_forkserver_preload(["tests.acceptance.lease_workers", "exactly_once.serving", "redis"])
+_ONE = threading.Lock()  # to start one looks whether others have ended, and of two that look at once one sees nothing
 _PR_SET_PDEATHSIG = 1
 
 
@@ -33,14 +35,16 @@ class Worker:
     def __init__(self, environ: Mapping[str, str], log: Path, *arguments: str) -> None:
         self._log = log
         self._process = _NURSERY.Process(target=_work, args=(dict(environ), str(log), arguments))
-        self._process.start()
+        with _ONE:
+            self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
 
     @property
     def code(self) -> int | None:
         """What it ended with; a signal's number below zero; None while it lives."""
-        return self._process.exitcode
+        with _ONE:
+            return self._process.exitcode
 
     @property
     def is_stopped(self) -> bool:
@@ -60,14 +64,15 @@ class Worker:
 
     def ended(self) -> int:
         """Wait for its end, and return what it ended with."""
-        self._process.join(PATIENCE_S)
-        assert self.code is not None, self.told()
+        until(lambda: self.code is not None, self.told)
+        assert self.code is not None
         return self.code
 
     def end(self) -> None:
         """Be done with it, whatever it is doing."""
-        self._process.kill()
-        self._process.join()
+        if self.code is None:
+            self.send(signal.SIGKILL)
+            self.ended()
 
     def told(self) -> str:
         """The last of what it said."""

@@ -143,7 +143,7 @@ def test_the_role_can_claim_queue_and_count_up(limited: tuple[str, str | None]) 
         key = {"consumer_group": "g", "handler": "h", "business_key": "k"}
         connection.execute(insert(t.idempotent).values(**key, status=1, fingerprint=b"", created_at=utcnow()))
         connection.execute(update(t.idempotent).values(retry_times=1))
-        connection.execute(insert(t.step).values(**key, step="s", status=1, created_at=utcnow()))
+        connection.execute(insert(t.step).values(**key, step="s", ordinal=0, status=1, created_at=utcnow()))
         connection.execute(insert(t.outbox).values(**message, created_at=utcnow()))
         connection.execute(insert(t.queue).values(**message, consumer_group="g", deliver_at=utcnow()))
         connection.execute(insert(t.queue_group).values(topic="orders", consumer_group="g", joined_at=utcnow()))
