@@ -53,13 +53,16 @@ class _Binding:
     def __init__(self, database: Any = None, async_database: Any = None) -> None:
         self.database, self.async_database = database, async_database
         self.stores: dict[str, Store] | None = None
+        self.leases: LeaseStores | None = None
         self.router: Router | None = None
 
     def close(self) -> None:
         """Close what was opened for it."""
         for store in (self.stores or {}).values():
             store.close()
-        self.stores = self.router = None
+        if self.leases is not None:
+            self.leases.close()
+        self.stores = self.leases = self.router = None
 
 
 class ExactlyOnce:
@@ -69,7 +72,7 @@ class ExactlyOnce:
         database: A URL, an Engine, a sessionmaker, or several of these by name: `{"eu": ..., "us": ...}`, whose first is
             the default and keeps what cannot be routed. None: from EXACTLY_ONCE_DATABASE or the settings file.
         async_database: An AsyncEngine or async_sessionmaker for async handlers; None derives it from `database`.
-        redis: The URL of a Redis, for locks. None: from EXACTLY_ONCE_REDIS or the settings file.
+        redis: The URL of a Redis, for locks and for leases kept there. None: from EXACTLY_ONCE_REDIS or the settings file.
         group: The consumer group: one part of every claim's identity. None: from EXACTLY_ONCE_GROUP or the settings file.
         imports: Modules that register handlers, imported before the first message.
         schema: The database schema that holds our tables.
@@ -454,13 +457,16 @@ class ExactlyOnce:
             )
         return binding.router
 
-    @cached_property
+    @property
     def leases(self) -> "LeaseStores":
         """Where the leases of handlers are; for the command line."""
-        from exactly_once.lease_stores import LeaseStores
+        binding = self._store_binding
+        if binding.leases is None:
+            from exactly_once.lease_stores import LeaseStores
 
-        config = self.config
-        return LeaseStores(self._redis_connections, config.redis.value, config.schema.value, self._alert)
+            redis, schema = self.config.redis.value, self.config.schema.value
+            binding.leases = LeaseStores(self._redis_connections, redis, schema, self._alert)
+        return binding.leases
 
     def _stores(self, binding: _Binding) -> "dict[str, Store]":
         if binding.stores is None:

@@ -133,7 +133,7 @@ def attempt(
     if ended.how is How.PROCESSED or ended.kept:
         return ended
     # after the session's end: its transaction may hold the lock on our own row
-    released = guard.release(won)
+    released = guard.release(won, broken=ended.how is How.BROKEN)
     return ended if released or ended.how is How.BROKEN else Ended(How.LOST, ended.error)
 
 

@@ -21,7 +21,15 @@ from sqlalchemy.util import await_only
 from exactly_once.alert import Alert, Hook, sound
 from exactly_once.attempt import Ended, How, attempt
 from exactly_once.dialects import ClaimRow, Trouble
-from exactly_once.errors import ConfigurationError, Misuse, PayloadConflict, Reject, RetryLater, StoreUnavailable
+from exactly_once.errors import (
+    ConfigurationError,
+    Misuse,
+    PayloadConflict,
+    Reject,
+    RetryLater,
+    StepError,
+    StoreUnavailable,
+)
 from exactly_once.failures import MESSAGE_ID_BYTES, Failure, place_of, words_of
 from exactly_once.guards import Guard, Won
 from exactly_once.guards.step_ledger import StepLedger
@@ -101,7 +109,7 @@ class Delivering:
         alert: Hook | None = None,
     ) -> None:
         self.plan, self.store, self.group, self.leases = plan, store, group, leases
-        self._enforce, self._alert = enforce, alert
+        self._enforce, self.alert = enforce, alert
         _check_session(plan, store)
         self._seen_failing: dict[str, None] = {}
         self._tell_away_at = 0.0
@@ -238,7 +246,7 @@ class Delivering:
                 return self._failed(message, reading, ended.error, features, foreign)
 
     def _immediate(self, error: BaseException | None) -> int:
-        if error is None or isinstance(error, (Reject, RetryLater)):
+        if error is None or isinstance(error, (Reject, RetryLater, StepError)):
             return 0
         return retry_for(self.plan.retry, error).immediate
 
@@ -380,7 +388,7 @@ class Delivering:
             case Park(state, reason):
                 if state != "discarded":
                     known_by = failure.key or failure.message.message_id or ""
-                    sound(self._alert, Alert("parked", self.group, self.plan.name, known_by, reason))
+                    sound(self.alert, Alert("parked", self.group, self.plan.name, known_by, reason))
                 return _DEAD
             case ByPump():
                 return Told(outcome, _ACK)  # stored with its time: the pump owns the next try, the broker is done

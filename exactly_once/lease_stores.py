@@ -6,6 +6,7 @@ that are no database of the application's answer.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from time import sleep
 from typing import TYPE_CHECKING, Final
 
@@ -13,6 +14,7 @@ from sqlalchemy.util import await_only
 
 from exactly_once.alert import Hook
 from exactly_once.errors import ConfigurationError
+from exactly_once.failures import triage
 from exactly_once.guards.lease import LeaseGuard
 from exactly_once.handler import Lease, Lock, Plan
 from exactly_once.leases import LeaseStore
@@ -167,6 +169,24 @@ class LeaseStores:
             yield name, redis.problem
         for store in self._databases.values():
             yield store.name, store.problem
+
+    def rename(self, group: str, old: str, new: str) -> Iterator[tuple[str, int]]:
+        """Give what these stores hold of a handler to its new name; gives how much, by store.
+
+        Raises:
+            ConfigurationError: Both names have claims on one key.
+        """
+        for name, redis in self._used.items():
+            moved, left = RedisLeases(redis.name, redis.script, timedelta(days=7)).rename(group, old, new)
+            if left:
+                raise ConfigurationError(
+                    f"Both {old!r} and {new!r} have {left} key(s) in {name}; those were left as they are, {moved} others"
+                    " were renamed. They were run under both names: look at those keys."
+                )
+            yield name, moved
+        for store in self._databases.values():
+            with store.engine.begin() as connection:
+                yield store.name, sum(triage.rename(connection, store.tables, group, old, new).values())
 
     def close(self) -> None:
         """Close what was opened here; the Redis connections are the application's."""

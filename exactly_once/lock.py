@@ -193,7 +193,14 @@ class RedisLock:
 
     def _free(self, token: str, awaiting: bool) -> bool:
         free = (self._connection.ascript if awaiting else self._connection.script)(_RELEASE)
-        return bool(free(self._keys, [token]))
+        try:
+            return bool(free(self._keys, [token]))
+        except Exception:
+            raise
+        except BaseException:  # cancelled on the way: it may not have arrived
+            with suppress(Exception):
+                free(self._keys, [token])
+            raise
 
     def _not_free(self, left_ms: int) -> InProgress:
         known = f", and holds it for at most {left_ms / 1000:.1f} s more" if left_ms >= 0 else ""

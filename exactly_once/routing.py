@@ -33,7 +33,7 @@ class _Unrouted(Delivering):
     """Keeps a message that could not be routed in the first database, for a person; never runs its handler."""
 
     def __init__(self, inner: Delivering, reason: str) -> None:
-        super().__init__(inner.plan, inner.store, inner.group, leases=inner.leases)
+        super().__init__(inner.plan, inner.store, inner.group, leases=inner.leases, alert=inner.alert)
         self._reason = reason
 
     def run(self, message: Message, features: Features, *, pumped: bool = False, foreign: bool = False) -> Told:

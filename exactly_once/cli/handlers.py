@@ -114,6 +114,13 @@ def rename(
             moved = triage.rename(connection, store.tables, group or eo.group, old, new)
         some += sum(moved.values())
         typer.echo(f"{store.name}: " + ", ".join(f"{count} rows of {table}" for table, count in moved.items()))
+    if reference:
+        _ = eo.plans  # so that it is known where their leases are
+        for name, moved_there in eo.leases.rename(group or eo.group, old, new):
+            some += moved_there
+            typer.echo(f"{name}: {moved_there} leases")
+    else:
+        typer.echo("Leases in Redis or in another database are renamed with --app MODULE:NAME only.", err=True)
     if not some:
         typer.echo(
             f"Group {group or eo.group} has no rows of a handler '{escaped(old)}': nothing was renamed.", err=True

@@ -7,6 +7,7 @@ also without it.
 import json
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -21,7 +22,7 @@ from exactly_once.keys import check_key, check_name
 from exactly_once.lease_stores import sql_leases
 from exactly_once.leases import LeaseStore
 from exactly_once.schema import STEP_BYTES
-from exactly_once.wording import escaped, listed
+from exactly_once.wording import escaped, listed, probably
 
 __all__ = ["app"]
 
@@ -62,6 +63,9 @@ def resolve(
     key: Key,
     step: Annotated[str, typer.Argument(metavar="STEP", help="The step's name.")],
     result: Annotated[str, typer.Option("--result", metavar="JSON", help="What the step returned, as JSON.")],
+    unrecorded: Annotated[
+        bool, typer.Option("--unrecorded", help="The step ran and has no record at all: add it behind the others.")
+    ] = False,
     handler: Handler = None,
     app: AppOption = None,
     group: GroupOption = None,
@@ -82,12 +86,16 @@ def resolve(
             f" --handler {found[0][0].handler}"
         )
     ((row, store, seen),) = found
+    known = [each.name for each in seen.steps]
+    if step not in known and not unrecorded:
+        raise ConfigurationError(
+            f"There is no record of a step {escaped(step)!r}.{probably(step, known)} Recorded: {listed(known)}. If it ran and"
+            " has no record, add --unrecorded: the handler must ask for it right behind those."
+        )
     if not store.resolve(row, step, stored):
         typer.echo(f"Nothing was recorded: {escaped(key)!r} of {row.handler} is {_state(seen)}.", err=True)
         raise SystemExit(1)
-    typer.echo(
-        f"recorded for {row.handler}. If the message is kept: exactly-once failures requeue --key {escaped(key)}"
-    )
+    typer.echo(f"recorded for {row.handler}. If the message is kept: exactly-once failures requeue --key {quote(key)}")
 
 
 def _found(

@@ -92,8 +92,13 @@ class Guard(Protocol):
     def end(self, won: Won) -> None:
         """The run has ended, however: nothing keeps its key alive any more."""
 
-    def release(self, won: Won) -> bool:
-        """After the rollback, let others have the key; False if it is another's already. Never raises: it runs out by itself."""
+    def release(self, won: Won, *, broken: bool = False) -> bool:
+        """After the rollback, let others have the key; False if it is another's already. Never raises: it runs out by itself.
+
+        Args:
+            won: What was claimed.
+            broken: The handler committed behind our back: nobody is to have it before a person has looked.
+        """
 
     def consumed(self, session: Session, row: ClaimRow) -> bool:
         """Look once, on a fresh session, whether this key is consumed with this payload; the session ends in no transaction."""

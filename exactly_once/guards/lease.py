@@ -19,7 +19,7 @@ from exactly_once.dialects import ClaimRow, Dialect
 from exactly_once.errors import StoreUnavailable
 from exactly_once.guards import Claim, Conflict, Consumed, InProgress, Won
 from exactly_once.guards.watch import Late
-from exactly_once.leases import Held, LeaseStore, Standing, judge
+from exactly_once.leases import Held, LeaseStore, Standing, clock, judge
 from exactly_once.leases.renewal import Renewal
 from exactly_once.leases.sql import SqlLeases
 from exactly_once.wording import escaped
@@ -68,7 +68,7 @@ class LeaseGuard:
     def claim(self, session: Session, row: ClaimRow) -> Claim:
         """See `Guard.claim`. A crash after it leaves the lease to run out, and the next claim takes it over."""
         token = uuid4().hex
-        asked = monotonic()
+        began, asked = monotonic(), clock()
         seen = self._store.claim(row, token, self._lease, also=row.fingerprint, steps=self._steps)
         standing = judge(seen, row.fingerprint)
         if standing is Standing.FREE:  # the handler's fingerprint= was changed since it was last tried
@@ -77,11 +77,10 @@ class LeaseGuard:
         match standing:
             case Standing.WON:
                 held = Held(
-                    row, token, seen.attempt, self._lease, seen.steps, self._max_run, began=asked, renewed=asked
+                    row, token, seen.attempt, self._lease, seen.steps, self._max_run, began=began, renewed=asked
                 )
-                if seen.attempt > 1 and not self._own and self._settled(row):
-                    self._store.complete(held)
-                    return Consumed()
+                if not self._own and (settled := self._settled(held)) is not None:
+                    return settled
                 self._renewal.add(held)
                 return Won(late=Late(session, self._dialect, held, wait_ms=_WAIT_MS), held=held)
             case Standing.CONSUMED:
@@ -92,13 +91,21 @@ class LeaseGuard:
                 over = seen.remaining is None or seen.remaining <= timedelta(0)
                 return InProgress(again=over, remaining=seen.remaining)
 
-    def _settled(self, row: ClaimRow) -> bool:
-        """Say whether a person discarded the message: that is written in the database, whose failures they look at.
-
-        Only what failed can be discarded, and what failed was claimed before: first attempts need not ask.
-        """
-        known = self._local.look(row)
-        return known is not None and known.consumed
+    def _settled(self, held: Held) -> Consumed | Conflict | None:
+        """Ask whether a person discarded the message: that is written in the database, beside the failure they looked at."""
+        row = held.row
+        try:
+            known = self._local.look(row)
+        except BaseException:
+            self._store.release(held)
+            raise
+        if known is None or not known.consumed:
+            return None
+        if judge(known, row.fingerprint) is Standing.CONFLICT:
+            self._store.release(held)
+            return Conflict(known.fingerprint)
+        self._store.complete(held)
+        return Consumed()
 
     def complete(self, session: Session, won: Won) -> None:
         """See `Guard.complete`."""
@@ -123,13 +130,16 @@ class LeaseGuard:
         """See `Guard.end`."""
         self._renewal.drop(_held(won))
 
-    def release(self, won: Won) -> bool:
+    def release(self, won: Won, *, broken: bool = False) -> bool:
         """See `Guard.release`."""
         held = _held(won)
         held.ending = True
         if held.lost:
             return False
         try:
+            if broken and self._own:
+                # its effects may be committed: another copy is not to run, and requeue takes this back
+                return self._store.complete(held)
             return self._store.release(held)
         except Exception as error:  # it runs out by itself; the failure is what must be recorded now
             _log.warning(

@@ -57,7 +57,7 @@ class LockGuard:
     def end(self, won: Won) -> None:
         """It is not renewed."""
 
-    def release(self, won: Won) -> bool:
+    def release(self, won: Won, *, broken: bool = False) -> bool:
         """See `Guard.release`. Where Redis does not answer, it expires."""
         assert won.lock is not None
         won.lock.leave()

@@ -92,12 +92,13 @@ class StepLedger:
         self._undecided.add(begun.name)
         return Begun(begun.name, begun.ordinal, begun.key, begun.coder, marked=True)
 
-    def _look_up(self, name: str, returns: Any) -> Begun:
+    def _look_up(self, name: str, returns: Any, *, local: bool = False) -> Begun:
         if self.error is not None:
             raise self.error
         self._check_lease()
         self._check_name(name)
-        self._check_writer(name)
+        if self._fenced or local:
+            self._check_writer(name)
         ordinal, recorded, row = len(self._finished), self._held.steps, self._held.row
         decide = coder(returns)
         key = step_key(row.group, row.handler, row.key, name)
@@ -127,7 +128,7 @@ class StepLedger:
 
     def transact(self, name: str, returns: Any, work: Callable[[Any], Any]) -> Any:
         """See `Ledger.transact`. A COMMIT whose answer is lost is found by the next attempt: its row stands, or does not."""
-        begun = self._look_up(name, returns)
+        begun = self._look_up(name, returns, local=True)
         if begun.done:
             return begun.value
         try:
@@ -198,7 +199,7 @@ class StepLedger:
                 begun.name,
                 f"returned a {type(value).__name__}, which cannot be stored as JSON and read back"
                 f" ({type(error).__name__}). It was run, and its result is not kept: give returns=, or return JSON, and"
-                f" type: exactly-once steps resolve {_quoted(self._held.row.key)} {_quoted(begun.name)} --result JSON",
+                f" type: exactly-once steps resolve {self._named(begun.name)} --unrecorded --result JSON",
             ) from error
 
     def _decoded(self, name: str, result: bytes, decode: Callable[[bytes], T]) -> T:
@@ -207,13 +208,18 @@ class StepLedger:
         except Exception as error:
             raise self._refuse(
                 name,
-                f"has a stored result that cannot be read back as its returns= says ({type(error).__name__}). {_RELEASE}",
+                f"has a stored result that cannot be read back as its returns= says ({type(error).__name__}). Mend"
+                f" returns=, or write another result: exactly-once steps resolve {self._named(name)} --result JSON. {_RELEASE}",
             ) from error
 
     # -- what is refused ---------------------------------------------------------------------------------------------
 
     def _check_lease(self) -> None:
-        if self._held.lost:
+        """Before anything happens outside: a process that stood still past its lease asks first whether it still has it."""
+        held = self._held
+        if not held.lost and not held.may_insist() and self._store.renew([held]):
+            held.lost = True
+        if held.lost:
             raise self._lost()
 
     def _check_name(self, name: str) -> None:
@@ -233,21 +239,25 @@ class StepLedger:
             raise self._undecidable(name, self._held.attempt)
 
     def _check_writer(self, name: str) -> None:
-        if self._fenced and self._late.watch is not None and self._dialect.name == "sqlite":
+        if self._late.watch is not None and self._dialect.name == "sqlite":
             raise self._refuse(
                 name,
                 "was asked for after the handler's session was used: SQLite has one writer, and the step's record would wait"
-                " for this very session. Use the session behind the last step, or steps.transaction",
+                " for this very session. Use the session behind the last step",
             )
 
     def _undecidable(self, name: str, attempt: int) -> StepError:
-        row = self._held.row
+        requeue = f"exactly-once failures requeue --key {_quoted(self._held.row.key)}"
         return self._refuse(
             name,
             f"was begun by attempt {attempt} and has no result: whether it happened is not known, and it is to happen at"
-            " most once. Look at the other side, then type: exactly-once steps resolve"
-            f" {_quoted(row.key)} {_quoted(name)} --handler {row.handler} --result JSON, and exactly-once failures requeue",
+            f" most once. Look at the other side, then type: exactly-once steps resolve {self._named(name)} --result JSON,"
+            f" and {requeue}",
         )
+
+    def _named(self, step: str) -> str:
+        row = self._held.row
+        return f"{_quoted(row.key)} {_quoted(step)} --handler {_quoted(row.handler)}"
 
     def _refuse(self, step: str, why: str) -> StepError:
         error = StepError(f"The step {escaped(str(step))!r} {why}", str(step))

@@ -83,8 +83,8 @@ class TransactionGuard:
     def end(self, won: Won) -> None:
         """Nothing was kept alive."""
 
-    def release(self, won: Won) -> bool:
-        """The rollback was all."""
+    def release(self, won: Won, *, broken: bool = False) -> bool:
+        """The rollback was all; what is broken was committed with its claim."""
         return True
 
     def consumed(self, session: Session, row: ClaimRow) -> bool:

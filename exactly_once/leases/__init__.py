@@ -11,19 +11,26 @@ Time is the store's own, never a worker's. A store is thin: one statement, or on
 messages alive. Called by `guards.lease` and the command line.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
-from time import monotonic
-from typing import Protocol
+from typing import Final, Protocol
 
 from exactly_once.dialects import ClaimRow, Leased, StepRow
 from exactly_once.errors import LeaseLost
 from exactly_once.fingerprint import Differs, NotCompared, compare
 from exactly_once.wording import escaped
 
-__all__ = ["Held", "LeaseStore", "Recorded", "Standing", "judge"]
+__all__ = ["Held", "LeaseStore", "Recorded", "Standing", "clock", "judge"]
+
+_CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def clock() -> float:
+    """Seconds that also pass while the machine sleeps, where it can tell: a lease runs out in them."""
+    return time.clock_gettime(_CLOCK)
 
 
 @dataclass(eq=False, slots=True)
@@ -38,9 +45,9 @@ class Held:
     steps: tuple[StepRow, ...] = ()
     """What earlier attempts recorded, in order."""
     max_run: timedelta | None = None
-    began: float = field(default_factory=monotonic)
-    renewed: float = field(default_factory=monotonic)
-    """When it was last seen to be ours, by this process' clock: only for how long to insist when the store is away."""
+    began: float = field(default_factory=time.monotonic)
+    renewed: float = field(default_factory=clock)
+    """When it was last seen to be ours, by this process' `clock`: says when it may not be, never that it is."""
     lost: bool = False
     ending: bool = False
     """It is being completed or let go of: that its token is gone proves nothing."""
@@ -60,7 +67,7 @@ class Held:
 
     def may_insist(self) -> bool:
         """Say whether the lease can still be ours, as far as this process knows."""
-        return not self.lost and monotonic() - self.renewed < self.lease.total_seconds()
+        return not self.lost and clock() - self.renewed < self.lease.total_seconds()
 
 
 class Standing(Enum):

@@ -7,14 +7,14 @@ their locks are not fenced. Called by `guards.lease`.
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from time import monotonic
 from typing import Any, Final
 from uuid import uuid4
 
 from exactly_once.dialects import ClaimRow, Leased, StepRow
-from exactly_once.leases import Held, Recorded, scripts
+from exactly_once.leases import Held, Recorded, clock, scripts
 
 __all__ = ["RedisLeases", "key_of"]
 
@@ -49,6 +49,7 @@ class RedisLeases:
         self._claim, self._complete = script(scripts.CLAIM), script(scripts.COMPLETE)
         self._release, self._renew = script(scripts.RELEASE), script(scripts.RENEW)
         self._step, self._look = script(scripts.STEP), script(scripts.LOOK)
+        self._rename = script(scripts.RENAME)
 
     def claim(self, row: ClaimRow, token: str, lease: timedelta, *, also: bytes, steps: bool) -> Leased:
         """See `LeaseStore.claim`."""
@@ -68,7 +69,7 @@ class RedisLeases:
         lost: list[Held] = []
         for first in range(0, len(held), AT_ONCE):
             some = held[first : first + AT_ONCE]
-            now = monotonic()
+            now = clock()
             numbers = self._renew(
                 [key_of(each.row) for each in some],
                 [_ms(some[0].lease), self._retention, *(each.token for each in some)],
@@ -104,6 +105,21 @@ class RedisLeases:
         written = self._write(row, token, made, seen.attempt, over="1")
         self._release([key_of(row)], [token, self._retention])
         return written is Recorded.STORED
+
+    def rename(self, group: str, old: str, new: str) -> tuple[int, int]:
+        """Give all hashes of a handler to its new name; a second run goes on where an error ended the first.
+
+        Returns:
+            How many were moved, and how many were left, because there is one of the new name.
+        """
+        was, now = (PREFIX + json.dumps([group, name], ensure_ascii=False)[:-1] + ", " for name in (old, new))
+        pattern = re.sub(r"([\\*?\[\]^-])", r"\\\1", was) + "*"
+        at, moved, left = b"0", 0, 0
+        while True:
+            at, some, others = self._rename([], [at, pattern, was, now])
+            moved, left = moved + some, left + others
+            if at == b"0":
+                return moved, left
 
     def _write(self, row: ClaimRow, token: str, step: StepRow, attempt: int, *, over: str) -> Recorded:
         head = f"{step.ordinal} {step.finished:d} {attempt} {token}\n".encode()

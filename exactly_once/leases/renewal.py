@@ -14,7 +14,7 @@ from typing import Final
 
 from exactly_once.alert import Alert, Hook, sound
 from exactly_once.errors import StoreUnavailable
-from exactly_once.leases import Held, LeaseStore
+from exactly_once.leases import Held, LeaseStore, clock
 from exactly_once.wording import escaped
 
 __all__ = ["Renewal"]
@@ -90,7 +90,7 @@ class Renewal:
         return over, groups.values()
 
     def _renew(self, group: list[Held]) -> None:
-        asked = monotonic()
+        asked = clock()
         again = min(_AGAIN_S, group[0].lease.total_seconds() / 3 / _TOGETHER)
         lost: set[Held] = set()
         try:

@@ -13,7 +13,7 @@ with one token, because its answer was lost, does what once does. Source: https:
 
 from typing import Final
 
-__all__ = ["CLAIM", "COMPLETE", "LOOK", "RELEASE", "RENEW", "STEP"]
+__all__ = ["CLAIM", "COMPLETE", "LOOK", "RELEASE", "RENAME", "RENEW", "STEP"]
 
 _NOW: Final = """
 local time = redis.call('TIME')
@@ -88,4 +88,18 @@ return 1
 
 LOOK: Final = f"""{_NOW}
 return {{now, redis.call('HGETALL', KEYS[1])}}
+"""
+
+RENAME: Final = """
+-- ARGV: where to go on, a pattern, the beginning of the old names, that of the new ones.  Returns where to go on, moved, left
+local found = redis.call('SCAN', ARGV[1], 'MATCH', ARGV[2], 'COUNT', 1000)
+local moved, left = 0, 0
+for _, key in ipairs(found[2]) do
+  if redis.call('RENAMENX', key, ARGV[4] .. string.sub(key, #ARGV[3] + 1)) == 1 then
+    moved = moved + 1
+  else
+    left = left + 1
+  end
+end
+return {found[1], moved, left}
 """

@@ -8,7 +8,6 @@ or falls with it. Every change names the token, so a run that was taken over cha
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from time import monotonic
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, Engine, Table, and_, delete, exists, insert, literal, or_, select, text, update
@@ -16,7 +15,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Leased, StepRow, Trouble, lease_claims_for
 from exactly_once.dialects import raise_for_the_store as raise_for
-from exactly_once.leases import Held, Recorded
+from exactly_once.leases import Held, Recorded, clock
 from exactly_once.schema import CONSUMED, CONSUMING, STEP_BEGUN, STEP_FINISHED, Tables, utcnow
 
 __all__ = ["SqlLeases"]
@@ -117,7 +116,7 @@ class SqlLeases:
             missing = by_token.keys() - renewed
             if missing:  # locked, or lost: a plain look tells
                 missing -= set(connection.execute(select(t.c.token).where(ours)).scalars())
-        now = monotonic()
+        now = clock()
         for token in renewed:
             by_token[token].renewed = now
         return [by_token[token] for token in missing]

@@ -140,6 +140,10 @@ class RedisConnection:
 
     def _said(self, side: Side, words: tuple[Any, ...]) -> Any:
         """Send one command and return its answer; once more on a fresh connection where the first one broke."""
+        with side.uninterrupted():
+            return self._tried(side, words)
+
+    def _tried(self, side: Side, words: tuple[Any, ...]) -> Any:
         try:
             connection = side.wait(side.pool.get_connection())  # connects where it must
         except Exception as error:

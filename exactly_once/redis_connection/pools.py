@@ -6,8 +6,8 @@ loop ends. Nothing is opened until a connection is taken from a pool. Called by 
 
 import asyncio
 import socket
-from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from threading import Lock
@@ -44,6 +44,8 @@ class Side:
 
     pool: Any
     wait: Callable[[Any], Any]
+    uninterrupted: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Put around all that is said in one go: a cancellation that got lost inside is raised at its end."""
     guard: AsyncGenerator[None, None] | None = None
 
 
@@ -83,7 +85,7 @@ class Pools:
         loop = asyncio.get_running_loop()
         side = self._loops.get(loop)
         if side is None:
-            side = Side(self._made("redis.asyncio"), await_only)
+            side = Side(self._made("redis.asyncio"), await_only, _cancellation_kept)
             side.guard = _until_the_loop_ends(side.pool)
             with self._lock:
                 # a loop that was closed without a shutdown took its sockets with it
@@ -124,6 +126,24 @@ class Pools:
 
 def _at_once(value: Any) -> Any:
     return value
+
+
+@contextmanager
+def _cancellation_kept() -> Iterator[None]:
+    """Raise a cancellation that was swallowed: the client sends inside `asyncio.wait_for`, which before Python 3.12 forgets
+    one that comes as it finishes (https://github.com/python/cpython/issues/86296); the task would run on, and stopping it
+    would wait for ever. The count of the task's cancellations still tells."""
+    task = asyncio.current_task()
+    assert task is not None
+    before = task.cancelling()
+    try:
+        yield
+    except Exception as error:
+        if task.cancelling() > before:
+            raise asyncio.CancelledError from error
+        raise
+    if task.cancelling() > before:
+        raise asyncio.CancelledError
 
 
 async def _until_the_loop_ends(pool: Any) -> AsyncGenerator[None, None]:

@@ -132,6 +132,9 @@ def message(store: str, order_no: str, *, once: bool = False) -> Message:
 # -- where it dies -----------------------------------------------------------------------------------------------------
 
 _wanted, _how, _marker = "", signal.SIGKILL, Path()
+_here = threading.local()
+OVER = "over"
+"""Stands in the marker file when the run that was stopped has ended."""
 
 
 def is_victim(order_no: str) -> bool:
@@ -146,6 +149,7 @@ def _point(point: str, order_no: str) -> None:
         _marker.touch(exist_ok=False)
     except FileExistsError:
         return
+    _here.hit = True
     # to this thread, which goes no further; sent to the process, it would stop when another thread has noticed
     signal.pthread_kill(threading.get_ident(), _how)
 
@@ -168,6 +172,8 @@ def _wrap(owner: Any, name: str, before: str, after: str, key: Callable[..., str
 def install(point: str, how: str, marker: Path) -> None:
     """Have the process killed or stopped at this point."""
     global _wanted, _how, _marker
+    from exactly_once.delivery import Delivering
+    from exactly_once.guards import Won
     from exactly_once.guards.lease import LeaseGuard
     from exactly_once.guards.step_ledger import StepLedger
     from exactly_once.guards.watch import Watch
@@ -175,13 +181,30 @@ def install(point: str, how: str, marker: Path) -> None:
 
     assert point in POINTS, point
     _wanted, _how, _marker = point, {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how], marker
-    in_step = threading.local()
+    real_run = Delivering.run
+
+    def run(self: Delivering, *args: Any, **kwargs: Any) -> Any:
+        told = real_run(self, *args, **kwargs)
+        if vars(_here).pop("hit", False):
+            _marker.write_text(OVER)
+        return told
+
+    Delivering.run = run  # type: ignore[method-assign]
 
     def of_won(self: LeaseGuard, *args: Any) -> str:
         held = args[-1].held
         return str(held.row.key)
 
-    _wrap(LeaseGuard, "claim", "before the claim", "claimed", lambda self, session, row: row.key)
+    real_claim = LeaseGuard.claim
+
+    def claim(self: LeaseGuard, session: Session, row: Any) -> Any:
+        _point("before the claim", row.key)
+        made = real_claim(self, session, row)
+        if isinstance(made, Won):
+            _point("claimed", row.key)
+        return made
+
+    LeaseGuard.claim = claim  # type: ignore[method-assign]
     _wrap(LeaseGuard, "complete", "before complete", "", of_won)
     _wrap(LeaseGuard, "consume", "after COMMIT", "after complete", of_won)
 
@@ -196,11 +219,11 @@ def install(point: str, how: str, marker: Path) -> None:
     real_transacted = StepLedger._transacted
 
     def transacted(self: StepLedger, begun: Any, work: Any) -> bytes:
-        in_step.key = self._held.row.key
+        _here.step = self._held.row.key
         try:
             result = real_transacted(self, begun, work)
         finally:
-            del in_step.key
+            del _here.step
         _point("after the transaction step's COMMIT", self._held.row.key)
         return result
 
@@ -210,8 +233,8 @@ def install(point: str, how: str, marker: Path) -> None:
 
     def committing(self: Watch) -> None:
         real_committing(self)
-        if hasattr(in_step, "key"):
-            _point("before the transaction step's COMMIT", in_step.key)
+        if hasattr(_here, "step"):
+            _point("before the transaction step's COMMIT", _here.step)
         elif self.held is not None:
             _point("before COMMIT", self.held.row.key)
 
@@ -392,8 +415,8 @@ def main(url: str, port: str, point: str = "", how: str = "", marker: str = "") 
         marker: The file that says that it has happened.
     """
     _service.port = int(port)
-    if point:
-        install(point, how, Path(marker))
     if what := os.environ.get("EXACTLY_ONCE_TEST_BREAK"):
         BREAKS[what]()
+    if point:
+        install(point, how, Path(marker))
     return eo.run(url)

@@ -57,6 +57,8 @@ class Story:
     """The last call is one that may happen at most once."""
     meanwhile: bool = True
     """A second worker finishes while the first one stands still."""
+    overtaking: bool = False
+    """A second worker takes it over, and is in the middle of it while the first one goes on."""
 
     def __str__(self) -> str:
         return f"{self.store}: {self.point}"
@@ -100,6 +102,14 @@ HOLDING = [
     Story("sql", "before COMMIT", "stop", meanwhile=False),
 ]
 
+OVERTAKEN = [
+    *(
+        Story("sql", point, "stop", overtaking=True)
+        for point in ("the first call made, not recorded", "in the transaction step", "before complete")
+    ),
+    Story("redis", "the first call made, not recorded", "stop", overtaking=True),
+]
+
 
 class Stage:
     """The servers all stories share, and the story."""
@@ -130,18 +140,23 @@ class Stage:
             else:
                 until(lambda: first.is_stopped, lambda: f"to stop at this step: {first.told()}")
                 stopped = time.monotonic()
-                second = self._worker(ending, database, name)
-                if story.meanwhile:
+                taken = self.folder / f"{name}.taken"
+                held_up = ("claimed", "stop", str(taken)) if story.overtaking else ()
+                second = self._worker(ending, database, name, *held_up)
+                if story.overtaking:
+                    until(lambda: second.is_stopped, lambda: f"to take it over: {second.told()}")
+                elif story.meanwhile:
                     self._until_consumed(story, database, victim)
                 else:
                     time.sleep(max(0.0, stopped + 2 * LEASE.total_seconds() - time.monotonic()))
                     assert not self._records(story, database, victim)[victim].consumed
                 first.send(signal.SIGCONT)
-                if not story.meanwhile:
-                    self._until_consumed(story, database, victim)
-                # it ends when what it was in has ended; 1: it gave back what it could not have
+                until(lambda: marker.read_text() == lease_shop.OVER, first.told)
+                if story.overtaking:
+                    second.send(signal.SIGCONT)
+                self._until_consumed(story, database, victim)
                 first.send(signal.SIGTERM)
-                assert first.ended() in (0, 1), first.told()
+                assert first.ended() in (0, 1), first.told()  # 1: it gave back what another run had
             until(
                 lambda: _count(database, "message_queue") == 0,
                 lambda: (story, self._records(story, database, *keys), second.told()),
@@ -332,6 +347,20 @@ def test_stopped_past_its_lease_a_run_changes_nothing_when_it_goes_on(story: Sto
     assert late == ([(in_call[story.point], 1)] if story.point in in_call else [])
     done = Counter(step for step, _, refused in seen.called(seen.victim) if not refused)
     assert done == Counter(CALLS) + Counter([REPEATED[story.point]] if story.point in REPEATED else [])
+
+
+@pytest.mark.parametrize("story", OVERTAKEN, ids=str)
+def test_going_on_while_another_run_has_its_message_a_run_changes_nothing(story: Story, seen: Seen) -> None:
+    everyone = (seen.victim, *seen.others)
+    _once_each(seen, everyone)
+    _keys_are_stable(seen)
+    assert seen.orders == Counter(everyone)
+    assert seen.shipments == Counter(everyone)
+    assert seen.records[seen.victim].attempt == 2
+    before = STEPS[: {"the first call made, not recorded": 0, "in the transaction step": 1}.get(story.point, 3)]
+    assert seen.records[seen.victim].steps == {step: (True, 1 if step in before else 2) for step in STEPS}
+    assert not [call for call in seen.calls if call.refused]
+    assert not [failure for failure in seen.failures if failure[1] not in ("resolved", "discarded")]
 
 
 @pytest.mark.parametrize("story", BETWEEN, ids=str)

@@ -77,6 +77,8 @@ def test_a_person_looks_resolves_and_requeues_and_nothing_is_repeated(desk: Desk
     assert '0  lock stock  finished by attempt 1: "lock"' in shown
     assert "1  charge  begun by attempt 1, no result" in shown
     assert "--result is not JSON" in desk.command("steps", "resolve", "A-1", "charge", "--result", "paid", *app, code=2)
+    wrong = desk.command("steps", "resolve", "A-1", "charg", "--result", "1", *app, code=2)
+    assert "no record of a step 'charg'. Did you mean 'charge'?" in wrong
     assert "failures requeue" in desk.command("steps", "resolve", "A-1", "charge", "--result", '"paid"', *app)
     assert json.loads(desk.command("steps", "show", "A-1", "--json", *app))["steps"][1]["result"] == "paid"
     desk.command("failures", "requeue", "--key", "A-1")

@@ -11,8 +11,10 @@ from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from exactly_once import AsyncSteps, ExactlyOnce, Lease, LeaseLost, Message, Outcome, Reject, Steps
+from exactly_once import AsyncSteps, ExactlyOnce, Lease, LeaseLost, Message, Outcome, Reject, Retry, Steps, leases
+from exactly_once.failures.triage import Chosen, requeue
 from exactly_once.schema import utcnow
+from exactly_once.testing import bound
 from tests.integration.lease_conformance import until
 from tests.integration.shop import COLOURS, DIALECTS, EFFECT, GROUP, ONE_TRY, Shop, order, put, shops
 
@@ -363,3 +365,66 @@ def test_once_the_renewal_has_learnt_that_the_lease_is_lost_the_session_refuses(
     assert "another run has the message (this was attempt 1)" in str(error)
     assert shop.effects() == ["second"]
     shop.borrow()
+
+
+def test_a_run_that_stood_still_past_its_lease_begins_no_other_step(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its renewal has not woken yet, so nobody has told it; the clock it looks at says that it should ask."""
+    calls: list[str] = []
+
+    def do(session: Session, step: Any, transaction: Any) -> None:
+        step("before", lambda key: calls.append("before"))
+        assert taken_over(shop) is Outcome.PROCESSED
+        now = leases.clock()
+        monkeypatch.setattr(leases, "clock", lambda: now + 60)
+        step("after", lambda key: calls.append("after"))
+
+    handles(shop, do)
+    assert shop.process(order()) is Outcome.IN_PROGRESS
+    assert calls == ["before"]
+
+
+def test_each_database_that_is_bound_renews_its_own_leases(shop: Shop) -> None:
+    if shop.is_async:
+        pytest.skip("bound() is told an engine for threads")
+    handles(shop, lambda session, step, transaction: put(session, "done"))
+    assert shop.process(order()) is Outcome.PROCESSED
+    first = shop.eo.leases
+    with bound(shop.eo, shop.outside):
+        assert shop.process(order("A-2")) is Outcome.PROCESSED
+        assert shop.eo.leases is not first
+
+
+def test_what_parks_a_message_is_not_tried_again_at_once(shop: Shop) -> None:
+    attempts: list[int] = []
+
+    def do(session: Session, step: Any, transaction: Any) -> None:
+        attempts.append(1)
+        step("ship", lambda key: object())
+
+    handles(shop, do, retry=Retry(immediate=2))
+    assert shop.process(order()) is Outcome.DEAD
+    assert attempts == [1]
+
+
+def test_another_copy_of_a_broken_message_does_not_run_and_requeue_takes_the_claim_back(shop: Shop) -> None:
+    runs: list[int] = []
+
+    def do(session: Session, step: Any, transaction: Any) -> None:
+        runs.append(1)
+        put(session, "half")
+        driver = session.connection().connection.dbapi_connection
+        if len(runs) == 1:
+            driver.commit()
+
+    handles(shop, do)
+    assert shop.process(order()) is Outcome.DEAD
+    assert shop.failure().state == "broken"
+    assert shop.process(order()) is Outcome.DUPLICATE
+    with shop.outside.begin() as connection:
+        requeue(
+            connection, shop.tables, Chosen(group=GROUP, ids=[shop.failure().id]), by="me", why=None, per_second=None
+        )
+    assert shop.process(order()) is Outcome.PROCESSED
+    assert len(runs) == 2

@@ -13,6 +13,7 @@ from exactly_once import Alert, AsyncSteps, ConfigurationError, ExactlyOnce, Lea
 from exactly_once.failures.triage import Chosen, discard
 from exactly_once.leases.redis import key_of
 from exactly_once.redis_connection import RedisConnection
+from exactly_once.schema import utcnow
 from tests.integration.lease_conformance import message as claim_row
 from tests.integration.lease_conformance import until
 from tests.integration.shop import COLOURS, GROUP, ONE_TRY, Shop, order, put, shops
@@ -131,6 +132,26 @@ def test_a_discarded_message_does_not_run_as_another_copy(shop: Shop, redis_url:
         assert discard(connection, shop.tables, Chosen(group=GROUP, key="A-1"), by="me", why=None) == 1
     assert shop.process(order()) is Outcome.DUPLICATE
     assert ran == [1]
+
+
+def test_a_message_discarded_before_it_was_ever_claimed_does_not_run_as_another_copy(
+    shop: Shop, redis_url: str
+) -> None:
+    ran: list[int] = []
+    register(shop, lambda session, steps: ran.append(1), in_redis(redis_url), fingerprint=None)
+    with shop.outside.begin() as connection:  # a copy whose body could not be read, settled by a person
+        connection.execute(
+            shop.tables.idempotent.insert().values(
+                consumer_group=GROUP,
+                handler="handler",
+                business_key="A-1",
+                status=1,
+                fingerprint=b"",
+                created_at=utcnow(),
+            )
+        )
+    assert [shop.process(order()) for _ in range(2)] == [Outcome.DUPLICATE, Outcome.DUPLICATE]
+    assert ran == []
 
 
 def test_a_failure_is_closed_when_another_copy_is_processed(shop: Shop, redis_url: str) -> None:

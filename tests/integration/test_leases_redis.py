@@ -1,14 +1,15 @@
 """Leases in Redis keep the contract of a store of leases."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 
-from exactly_once.leases import LeaseStore
+from exactly_once.leases import LeaseStore, Standing, judge
 from exactly_once.leases.redis import RedisLeases
 from exactly_once.redis_connection import RedisConnection
-from tests.integration.lease_conformance import LeaseConformance
+from tests.integration.lease_conformance import LeaseConformance, message
 
 
 class TestLeasesInRedis(LeaseConformance):
@@ -17,3 +18,16 @@ class TestLeasesInRedis(LeaseConformance):
         connection = RedisConnection(redis_url)
         yield RedisLeases(connection.name, connection.script, timedelta(days=7))
         connection.close()
+
+    def test_a_handlers_new_name_finds_its_messages(self, store: LeaseStore) -> None:
+        assert isinstance(store, RedisLeases)
+        odd = replace(message("odd*key"), handler="check[out]*")
+        for row in (*(message(f"A-{n}") for n in range(2500)), odd):
+            assert store.complete(self.won(store, row))
+        assert store.rename("shop", "checkout", "till") == (2500, 0)
+        assert store.rename("shop", "checkout", "till") == (0, 0)
+        assert store.rename("shop", "check[out]*", "odd") == (1, 0)
+        for row in (replace(message("A-7"), handler="till"), replace(odd, handler="odd")):
+            assert judge(self.claim(store, row)[0], row.fingerprint) is Standing.CONSUMED
+        assert self.claim(store, message("A-7"))[0].won
+        assert store.rename("shop", "checkout", "till") == (0, 1)

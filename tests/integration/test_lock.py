@@ -399,6 +399,58 @@ def test_a_coroutine_cancelled_as_it_got_the_lock_does_not_keep_it(redis_url: st
         eo._redis_connections.close()
 
 
+@pytest.mark.parametrize("work_s", [60, 0])
+def test_at_whatever_moment_a_coroutine_is_cancelled_the_lock_is_free_afterwards(
+    eo: ExactlyOnce, redis_server: Redis, work_s: int
+) -> None:
+    async def hold() -> None:
+        async with eo.lock("stock", wait=NOT_AT_ALL):
+            await asyncio.sleep(work_s)
+
+    async def cancelled() -> None:
+        async with eo.lock("warm"):
+            pass
+        for turn in range(200):
+            holding = asyncio.create_task(hold())
+            for _ in range(turn % 40):  # so many turns of the loop later, in the middle of something else each time
+                await asyncio.sleep(0)
+            holding.cancel()
+            await asyncio.wait([holding], timeout=5)
+            assert holding.cancelled() or not work_s
+            assert redis_server.tell("KEYS", "*") == [], f"cancelled after {turn % 40} turns of the loop"
+
+    asyncio.run(cancelled())
+
+
+def test_a_coroutine_cancelled_as_it_lets_go_does_not_keep_it(redis_url: str, redis_server: Redis) -> None:
+    async def cancelled(eo: ExactlyOnce, proxy: Proxy) -> None:
+        entered, leave = asyncio.Event(), asyncio.Event()
+
+        async def hold() -> None:
+            async with eo.lock("stock"):
+                entered.set()
+                await leave.wait()
+
+        holding = asyncio.create_task(hold())
+        await entered.wait()
+        before = proxy.round_trips
+        proxy.stall("requests")
+        leave.set()
+        while proxy.round_trips == before:  # it is on its way, and never arrives
+            await asyncio.sleep(0.01)
+        holding.cancel()
+        proxy.cut_all()
+        proxy.resume()
+        with pytest.raises(asyncio.CancelledError):
+            await holding
+
+    with Proxy(redis_url) as proxy:
+        eo = ExactlyOnce(group="shop", redis=proxy.url)
+        asyncio.run(cancelled(eo, proxy))
+        assert redis_server.tell("KEYS", "*") == []
+        eo._redis_connections.close()
+
+
 def test_a_cancelled_block_lets_go(eo: ExactlyOnce, redis_server: Redis) -> None:
     async def cancelled() -> None:
         entered = asyncio.Event()

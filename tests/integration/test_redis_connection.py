@@ -233,6 +233,27 @@ def test_a_cancelled_task_does_not_leave_its_answer_to_the_next(connection: Redi
     assert asyncio.run(cancelled()) == b"second"
 
 
+def test_a_cancellation_is_never_lost_at_whatever_moment_it_comes(connection: RedisConnection) -> None:
+    async def for_ever() -> None:
+        run = connection.ascript(ECHO)
+        while True:
+            await greenlet_spawn(run, [], ["x"])
+
+    async def cancelled() -> None:
+        await greenlet_spawn(connection.ascript(ECHO), [], ["warm"])
+        for turn in range(300):
+            running = asyncio.create_task(for_ever())
+            for _ in range(turn % 30):  # so many turns of the loop later, in the middle of something else each time
+                await asyncio.sleep(0)
+            running.cancel()
+            done, _ = await asyncio.wait([running], timeout=5)
+            assert done, f"it runs on, cancelled after {turn % 30} turns of the loop"
+            assert running.cancelled()
+        assert await greenlet_spawn(connection.ascript(ECHO), [], ["last"]) == b"last"
+
+    asyncio.run(cancelled())
+
+
 def test_an_interrupted_thread_does_not_leave_its_answer_to_the_next(connection: RedisConnection) -> None:
     class InterruptedHere(BaseException):
         pass
