@@ -51,6 +51,7 @@ STOP_S = 2 * LEASE.total_seconds()
 OUTAGE_S = (0.05, 0.5)
 # the moment a signal is sent is noted before, and it takes effect a little later
 LAG_S = 0.05
+TICK_S = 0.05
 TOGETHER = 250  # messages whose copies are sent in any order
 
 
@@ -150,9 +151,9 @@ class Run:
                 if plan and called >= due[0]:
                     if self._happen(plan[0], callers):
                         plan.pop(0), due.pop(0)
-                elif not plan and not self._stopped and self._left() == 0:
+                elif not plan and not self._stopped and called == keys and self._left() == 0:
                     break
-                time.sleep(0.02)
+                time.sleep(TICK_S)
             took = time.monotonic() - began
             for worker in self._workers:
                 worker.send(signal.SIGTERM)

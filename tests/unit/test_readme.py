@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from sqlalchemy import Engine, create_engine, select
+from sqlalchemy import Engine, create_engine, select, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 import exactly_once.alembic
@@ -16,7 +17,7 @@ from exactly_once import ExactlyOnce, Message, Outcome
 from exactly_once.testing import bound
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-DOOR_1, DOOR_2, DOOR_3 = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+DOOR_1, DOOR_2, DOOR_3, LEASED = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
 class Base(DeclarativeBase):
@@ -33,6 +34,28 @@ class Reservation(Base):
     __tablename__ = "reservation"
     id: Mapped[int] = mapped_column(primary_key=True)
     order_no: Mapped[str]
+
+
+class Ordered(Base):
+    __tablename__ = "ordered"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    order_no: Mapped[str]
+    receipt_no: Mapped[str | None]
+
+
+class Hold(BaseModel):
+    cents: int
+
+
+class Receipt(BaseModel):
+    receipt_no: str
+
+
+def create_order(session: Session, order: "OrderCreated", hold: Hold) -> int:
+    made = Ordered(order_no=order.order_no)
+    session.add(made)
+    session.flush()
+    return made.id
 
 
 class OrderCreated(BaseModel):
@@ -111,6 +134,32 @@ def test_door_3s_handler_stays_a_plain_function(engine: Engine) -> None:
     with Session(engine) as session, session.begin():
         door_3().reserve_stock(session, OrderCreated.model_validate_json(BODY), Message("orders", BODY))
     assert reservations(engine) == ["A-1"]
+
+
+def test_the_handler_under_a_lease_repeats_no_finished_step(engine: Engine) -> None:
+    calls: list[tuple[Any, ...]] = []
+    names: dict[str, Any] = {
+        "eo": ExactlyOnce(engine, group="checkout"),
+        "timedelta": timedelta,
+        "Session": Session,
+        "update": update,
+        "OrderPlaced": OrderCreated,
+        "Order": Ordered,
+        "Hold": Hold,
+        "Receipt": Receipt,
+        "inventory": SimpleNamespace(lock=lambda *given: (calls.append(("lock", *given)), Hold(cents=100))[1]),
+        "bank": SimpleNamespace(charge=lambda *given: (calls.append(("charge", *given)), Receipt(receipt_no="R-1"))[1]),
+        "mail": SimpleNamespace(send=lambda *given: (calls.append(("mail", *given)), len(calls) == 3 and 1 / 0)[0]),
+        "create": create_order,
+    }
+    exec(compile(LEASED, "README.md", "exec"), names)
+    message = Message("orders", BODY, tag="placed", key="A-1")
+    eo: ExactlyOnce = names["eo"]
+    assert [eo.process(message) for _ in range(2)] == [Outcome.PROCESSED, Outcome.DUPLICATE]
+    assert [call[0] for call in calls] == ["lock", "charge", "mail", "mail"]
+    assert calls[2] == calls[3]
+    with Session(engine) as session:
+        assert session.scalars(select(Ordered.receipt_no)).all() == ["R-1"]
 
 
 def test_the_producers_line_returns_a_receipt() -> None:
