@@ -120,16 +120,20 @@ def attempt(
         assert won is not None
         ended = _run(open_session, session, guard, dialect, row, won, lambda: handle(handed, won), also)
     finally:
-        watch = None if won is None else won.watch
-        if watch is not None:
-            watch.end(session)
-        else:
-            let_go(session)
         if won is not None:
-            guard.end(won)
-        if won is not None and ended is None:  # cancelled, interrupted, told to exit: others may have the key at once
-            with suppress(Exception):
-                guard.release(won)
+            guard.end(won)  # first, and it waits for nothing: what follows may be cancelled again
+        watch = None if won is None else won.watch
+        try:
+            if watch is not None:
+                watch.end(session)
+            else:
+                let_go(session)
+        finally:
+            if (
+                won is not None and ended is None
+            ):  # cancelled, interrupted, told to exit: others may have the key at once
+                with suppress(Exception):
+                    guard.release(won)
     if ended.how is How.PROCESSED or ended.kept:
         return ended
     # after the session's end: its transaction may hold the lock on our own row

@@ -94,7 +94,7 @@ class LeaseStores:
         pause = _await_pause if plan.is_async else sleep
         url = self.url(plan.guard.store)
         if url is None:
-            renewal = self._renewal(store.name, None, lambda: sql_leases(store))
+            renewal = self._renewal(store.name, None, lambda: _renewed_in(store))
             return Placed(local, local, True, renewal, pause)
         if url.partition("://")[0] in _REDIS:
             return self._in_redis(plan, self._connection(url), local, pause)
@@ -102,7 +102,7 @@ class LeaseStores:
         if other is None:
             # a lease takes one connection for a moment, not one for each handler that runs
             other = self._databases[url] = Store(redacted(url), url, schema=self._schema, pool_size=store.pool_size)
-        renewal = self._renewal(other.name, None, lambda: sql_leases(other))
+        renewal = self._renewal(other.name, None, lambda: _renewed_in(other))
         return Placed(sql_leases(other, is_async=plan.is_async), local, False, renewal, pause)
 
     def at_rest(self, plan: Plan, store: Store) -> LeaseStore:
@@ -198,6 +198,11 @@ def sql_leases(store: Store, *, is_async: bool = False) -> SqlLeases:
     """Return the leases in a database, spoken to from threads or from the loop."""
     engine = store.async_engine.sync_engine if is_async else store.engine
     return SqlLeases(store.name, engine, store.dialect, store.tables)
+
+
+def _renewed_in(store: Store) -> SqlLeases:
+    """Return the leases in a database through a connection of their own, so that no full pool lets healthy ones run out."""
+    return SqlLeases(store.name, store.engine_apart, store.dialect, store.tables)
 
 
 def _await_pause(seconds: float) -> None:

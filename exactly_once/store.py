@@ -84,6 +84,14 @@ class Store:
         return self._watched(_engine_of(self._given) or self._make(self._url(self._given or self._given_async), _SYNC))
 
     @cached_property
+    def engine_apart(self) -> Engine:
+        """The same database through a pool of its own: handlers that hold all connections keep nothing of it from going on."""
+        engine = self.engine
+        apart = Engine(engine.pool.recreate(), engine.dialect, engine.url)
+        self._ours.append(apart)
+        return apart
+
+    @cached_property
     def _maker(self) -> Callable[[], Session]:
         engine = self.engine
         if isinstance(self._given, sessionmaker):

@@ -65,8 +65,9 @@ class Claims:
         try:
             try:
                 cursor.execute(bound + self._claim, claimed)
+                recorded = self._recorded(cursor, identity) if steps else ()  # of a claim that was taken away by hand
                 dbapi.commit()
-                return Leased(won=True, consumed=False, fingerprint=row.fingerprint, attempt=1, remaining=lease)
+                return Leased(True, False, row.fingerprint, 1, lease, recorded)
             except Exception as error:
                 if errno(error) != DUPLICATE:
                     raise
@@ -75,10 +76,7 @@ class Claims:
             cursor.execute(bound + self._take, (*taken, *identity, row.fingerprint, also))
             cursor.execute(self._look, identity)
             found = cursor.fetchone()
-            recorded: tuple[Any, ...] = ()
-            if steps and found is not None:
-                cursor.execute(self._steps, identity)
-                recorded = tuple(cursor.fetchall())
+            recorded = self._recorded(cursor, identity) if steps else ()
             dbapi.commit()
         except Exception as error:
             code = errno(error)
@@ -99,8 +97,12 @@ class Claims:
             fingerprint=bytes(fingerprint),
             attempt=int(retry_times) + 1,
             remaining=None if remaining is None or standing is None else timedelta(microseconds=int(remaining)),
-            steps=tuple(
-                StepRow(bytes(name).decode(), ordinal, bool(done), None if result is None else bytes(result), attempt)
-                for name, ordinal, done, result, attempt in recorded
-            ),
+            steps=recorded,
+        )
+
+    def _recorded(self, cursor: Any, identity: tuple[bytes, ...]) -> tuple[StepRow, ...]:
+        cursor.execute(self._steps, identity)
+        return tuple(
+            StepRow(bytes(name).decode(), ordinal, bool(done), None if result is None else bytes(result), attempt)
+            for name, ordinal, done, result, attempt in cursor.fetchall()
         )

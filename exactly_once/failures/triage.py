@@ -137,18 +137,23 @@ def requeue(
 
 
 def _take_back(connection: Connection, claims: Table, row: Row[Any]) -> None:
-    """Delete the claim a broken attempt committed; one made since is another copy's, and that was processed whole."""
-    if row.business_key is not None:
-        connection.execute(
-            delete(claims).where(
-                claims.c.consumer_group == row.consumer_group,
-                claims.c.handler == row.handler,
-                claims.c.business_key == row.business_key,
-                claims.c.status == CONSUMED,
-                # both by the server's clock; the failure was written down after the attempt that made the claim
-                claims.c.consumed_at <= row.last_failed_at,
-            )
-        )
+    """Take back the claim a broken attempt committed; one made since is another copy's, and that was processed whole.
+
+    A lease is let go of and keeps the number of its attempt, which services compare; another claim is deleted.
+    """
+    if row.business_key is None:
+        return
+    broken = and_(
+        claims.c.consumer_group == row.consumer_group,
+        claims.c.handler == row.handler,
+        claims.c.business_key == row.business_key,
+        claims.c.status == CONSUMED,
+        # both by the server's clock; the failure was written down after the attempt that made the claim
+        claims.c.consumed_at <= row.last_failed_at,
+    )
+    free = {"status": CONSUMING, "token": None, "lease_until": None, "consumed_at": None}
+    connection.execute(update(claims).where(broken, claims.c.token.is_not(None)).values(free))
+    connection.execute(delete(claims).where(broken, claims.c.token.is_(None)))
 
 
 def discard(connection: Connection, tables: Tables, chosen: Chosen, *, by: str, why: str | None) -> int:

@@ -8,11 +8,13 @@ the message again. Called by `attempt`.
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from time import monotonic
 from typing import Final, TypeVar
 from uuid import uuid4
 
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from exactly_once.dialects import ClaimRow, Dialect
@@ -97,7 +99,8 @@ class LeaseGuard:
         try:
             known = self._local.look(row)
         except BaseException:
-            self._store.release(held)
+            with suppress(Exception):  # it runs out; what was raised first is what happened
+                self._store.release(held)
             raise
         if known is None or not known.consumed:
             return None
@@ -159,17 +162,18 @@ class LeaseGuard:
 
 
 def insisting(held: Held, pause: Callable[[float], None], do: Callable[[], T]) -> T:
-    """Do it, and while the store does not answer again, for as long as the lease may be ours: what was done outside stands.
+    """Do it, and while the store does not answer again, for one lease at most: what was done outside stands.
 
     Raises:
-        StoreUnavailable: The lease may be another's by now.
+        StoreUnavailable: It did not answer in that time, and the lease may be another's; or there is no connection free,
+            which those that wait for it may be holding.
     """
-    wait = _PAUSE_S[0]
+    wait, until = _PAUSE_S[0], clock() + held.lease.total_seconds()
     while True:
         try:
             return do()
-        except StoreUnavailable:
-            if not held.may_insist():
+        except StoreUnavailable as error:
+            if held.lost or clock() > until or isinstance(error.__cause__, PoolTimeout):
                 raise
         pause(wait)
         wait = min(2 * wait, _PAUSE_S[1])

@@ -6,6 +6,7 @@ swallows it. Made by `delivery` for each attempt of a handler that asks for `Ste
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from sqlalchemy.exc import IntegrityError
@@ -14,6 +15,7 @@ from sqlalchemy.orm import Session
 from exactly_once.dialects import Dialect, StepRow
 from exactly_once.errors import ConfigurationError, LeaseLost, StepError
 from exactly_once.guards.lease import insisting
+from exactly_once.guards.step_order import StepOrder
 from exactly_once.guards.watch import Late
 from exactly_once.keys import check_name
 from exactly_once.leases import Held, LeaseStore, Recorded
@@ -26,6 +28,9 @@ __all__ = ["StepLedger"]
 
 T = TypeVar("T")
 _WAIT_MS = 2000
+RESULT_BYTES = 2**20
+"""The most a step's result may have; a result is a recovery point, no store of documents."""
+_LOCK_WAIT = "SELECT set_config('lock_timeout', '10s', true) WHERE current_setting('lock_timeout') = '0'"
 
 
 class StepLedger:
@@ -57,7 +62,8 @@ class StepLedger:
         self._held, self._late = held, late
         self._store, self._local, self._fenced = store, local, fenced
         self._dialect, self._open, self._pause = dialect, open_session, pause
-        self._finished: list[str] = []
+        self._order = StepOrder(held.steps)
+        self._unsure: set[str] = set()
         self._undecided: set[str] = set()
         self._running: str | None = None
         self.error: LeaseLost | StepError | None = None
@@ -76,8 +82,15 @@ class StepLedger:
         """
         if self.error is not None:
             raise self.error
-        if len(self._finished) < len(self._held.steps):
-            left = self._held.steps[len(self._finished)].name
+        if self._running is not None:
+            raise self._refuse(
+                self._running,
+                "still runs, and the handler has returned: what becomes of it would never be known. Await it",
+            )
+        if self._unsure:
+            self._learn()
+        left = self._order.left_out()
+        if left is not None and left not in self._undecided:
             raise self._refuse(left, f"was recorded by an earlier attempt, and this run ended without it. {_RELEASE}")
 
     def begin(self, name: str, returns: Any, *, at_most_once: bool = False) -> Begun:
@@ -85,12 +98,17 @@ class StepLedger:
         begun = self._look_up(name, returns)
         if begun.done:
             return begun
+        self._running = name
         if not at_most_once:
             return begun
-        # a crash after this and before the result is stored: the next attempt finds it, and a person decides
-        self._store_(begun, StepRow(begun.name, begun.ordinal, False, None))
-        self._undecided.add(begun.name)
-        return Begun(begun.name, begun.ordinal, begun.key, begun.coder, marked=True)
+        # first, for a beginning whose answer is lost may stand; a crash after it: the next attempt leaves it to a person
+        self._undecided.add(name)
+        try:
+            self._store_(begun, StepRow(name, begun.ordinal, False, None))
+        except BaseException:
+            self._running = None
+            raise
+        return replace(begun, marked=True)
 
     def _look_up(self, name: str, returns: Any, *, local: bool = False) -> Begun:
         if self.error is not None:
@@ -98,28 +116,40 @@ class StepLedger:
         self._check_lease()
         self._check_name(name)
         if self._fenced or local:
-            self._check_writer(name)
-        ordinal, recorded, row = len(self._finished), self._held.steps, self._held.row
-        decide = coder(returns)
-        key = step_key(row.group, row.handler, row.key, name)
-        if ordinal >= len(recorded):
-            self._running = name
-            return Begun(name, ordinal, key, decide)
-        known = recorded[ordinal]
-        if known.name != name:
-            raise self._refuse(
-                name, f"was asked for where an earlier attempt recorded {escaped(known.name)!r}. {_RELEASE}"
-            )
+            self._check_writer(name, _ASKED)
+        if self._unsure:
+            self._learn()
+        order, row = self._order, self._held.row
+        place = order.place(name)
+        begun = Begun(name, place, step_key(row.group, row.handler, row.key, name), coder(returns))
+        if (wrong := order.conflict(name, place)) is not None:
+            raise self._refuse(name, f"{wrong}. {_RELEASE}")
+        known = order.recorded(place)
+        if known is None:
+            return begun
         if not known.finished or known.result is None:
             raise self._undecidable(name, known.attempt)
-        value = self._decoded(name, known.result, decide.decode)
-        self._finished.append(name)
-        return Begun(name, ordinal, key, decide, done=True, value=value)
+        value = self._decoded(name, known.result, begun.coder.decode)
+        order.finish(name)
+        return replace(begun, done=True, value=value)
+
+    def _learn(self) -> None:
+        """Read what stands: a record was cut off, by a timeout of the handler's own or by a store that went away."""
+        seen = self._store.look(self._held.row)
+        if seen is None or seen.attempt != self._held.attempt:
+            raise self._lost()
+        self._order.learn(seen.steps)
+        self._unsure.clear()
 
     def finish(self, begun: Begun, value: Any) -> Any:
         """See `Ledger.finish`."""
-        result, read_back = self._encoded(begun, value)
-        self._store_(begun, StepRow(begun.name, begun.ordinal, True, result))
+        try:
+            result, read_back = self._encoded(begun, value)
+            if self._fenced:
+                self._check_writer(begun.name, _USED)
+            self._store_(begun, StepRow(begun.name, begun.ordinal, True, result))
+        finally:
+            self._running = None
         return self._has_finished(begun, read_back)
 
     def failed(self, begun: Begun) -> None:
@@ -131,6 +161,7 @@ class StepLedger:
         begun = self._look_up(name, returns, local=True)
         if begun.done:
             return begun.value
+        self._running = name
         try:
             result = None if self._fenced else self._local.finished(self._held.row, name)
             if result is None:
@@ -147,6 +178,9 @@ class StepLedger:
         session, handed = self._open()
         late = Late(session, self._dialect, self._held, wait_ms=_WAIT_MS)
         try:
+            if self._late.watch is not None and self._dialect.name == "postgresql":
+                # a row that the handler's own session has changed: the server cannot see that we wait for ourselves
+                session.connection().exec_driver_sql(_LOCK_WAIT)
             value = work(handed)
             session.flush()
             result, _ = self._encoded(begun, value)
@@ -177,30 +211,44 @@ class StepLedger:
 
     def _store_(self, begun: Begun, step: StepRow) -> None:
         held, store = self._held, self._store
-        match insisting(held, self._pause, lambda: store.record(held, step, begun=begun.marked)):
+        self._unsure.add(step.name)
+        stored = insisting(held, self._pause, lambda: store.record(held, step, begun=begun.marked))
+        self._unsure.discard(step.name)
+        match stored:
             case Recorded.LOST:
                 raise self._lost()
             case Recorded.KNOWN:
                 raise self._refuse(begun.name, "was recorded meanwhile, by a person or by another run. " + _REQUEUE)
 
     def _has_finished(self, begun: Begun, value: Any) -> Any:
-        self._running = None
         self._undecided.discard(begun.name)
-        self._finished.append(begun.name)
+        self._order.finish(begun.name)
         return value
 
     def _encoded(self, begun: Begun, value: Any) -> tuple[bytes, Any]:
         try:
             result = begun.coder.encode(value)
-            return result, begun.coder.decode(result)
+            read_back = begun.coder.decode(result)
         except Exception as error:  # json's and pydantic's errors have no class in common
-            self._running = None
             raise self._refuse(
                 begun.name,
                 f"returned a {type(value).__name__}, which cannot be stored as JSON and read back"
-                f" ({type(error).__name__}). It was run, and its result is not kept: give returns=, or return JSON, and"
-                f" type: exactly-once steps resolve {self._named(begun.name)} --unrecorded --result JSON",
+                f" ({type(error).__name__}). {self._unkept(begun.name, 'give returns=, or return JSON')}",
             ) from error
+        if len(result) > RESULT_BYTES:
+            # a server may refuse what is larger by cutting the connection, which looks like one that is away
+            raise self._refuse(
+                begun.name,
+                f"returned {len(result):,} bytes of JSON, and at most {RESULT_BYTES:,} are kept."
+                f" {self._unkept(begun.name, 'store it elsewhere, and return where')}",
+            )
+        return result, read_back
+
+    def _unkept(self, step: str, mend: str) -> str:
+        return (
+            f"It was run, and its result is not kept: {mend}, and type: exactly-once steps resolve {self._named(step)}"
+            " --unrecorded --result JSON"
+        )
 
     def _decoded(self, name: str, result: bytes, decode: Callable[[bytes], T]) -> T:
         try:
@@ -215,10 +263,14 @@ class StepLedger:
     # -- what is refused ---------------------------------------------------------------------------------------------
 
     def _check_lease(self) -> None:
-        """Before anything happens outside: a process that stood still past its lease asks first whether it still has it."""
+        """Before anything happens outside: a process that stood still past its lease asks first whether it still has it.
+
+        It looks, and prolongs nothing: a run past its `max_run` is to lose it.
+        """
         held = self._held
-        if not held.lost and not held.may_insist() and self._store.renew([held]):
-            held.lost = True
+        if not held.lost and not held.may_insist():
+            seen = self._store.look(held.row)
+            held.lost = seen is None or seen.consumed or seen.attempt != held.attempt
         if held.lost:
             raise self._lost()
 
@@ -233,17 +285,17 @@ class StepLedger:
                 f"began while {escaped(self._running)!r} runs: one step at a time, so that their order is known. Put what"
                 " may run at once into one step",
             )
-        if name in self._finished:
+        if self._order.is_finished(name):
             raise self._refuse(name, "is used twice in one run: its result stands already. Give each step its own name")
         if name in self._undecided:
             raise self._undecidable(name, self._held.attempt)
 
-    def _check_writer(self, name: str) -> None:
+    def _check_writer(self, name: str, when: str) -> None:
         if self._late.watch is not None and self._dialect.name == "sqlite":
             raise self._refuse(
                 name,
-                "was asked for after the handler's session was used: SQLite has one writer, and the step's record would wait"
-                " for this very session. Use the session behind the last step",
+                f"{when}: SQLite has one writer, and the step's record would wait for this very session. Use the session"
+                " behind the last step",
             )
 
     def _undecidable(self, name: str, attempt: int) -> StepError:
@@ -277,6 +329,8 @@ def _quoted(text: str) -> str:
     return quote(escaped(text, 255))
 
 
+_ASKED = "was asked for after the handler's session was used"
+_USED = "used the handler's session, and was run: its result is not kept"
 _REQUEUE = "Look at it: exactly-once steps show KEY, then: exactly-once failures requeue"
 _RELEASE = (
     "The handler's steps were changed, or depend on something that changes. Run these messages with the steps they began"

@@ -120,6 +120,10 @@ class Watch:
                     connection.invalidate()
             except Exception as error:  # a dead connection: whatever it says, it must not be used again
                 connection.invalidate(error)
+            except BaseException:  # cancelled in the rollback: nobody knows what the connection is in
+                connection.invalidate()
+                session.invalidate()
+                raise
         let_go(session)
 
 
@@ -129,6 +133,9 @@ def let_go(session: Session) -> None:
         session.close()
     except Exception:  # the connection is lost: what matters is that nobody gets it from the pool again
         session.invalidate()
+    except BaseException:  # cancelled while it rolled back
+        session.invalidate()
+        raise
 
 
 _LEFT: Final = (

@@ -6,11 +6,13 @@ not renewed any more: it runs out, another run may take the message over, and a 
 """
 
 import logging
+import os
 from collections.abc import Iterable
 from datetime import timedelta
 from threading import Condition, Thread
 from time import monotonic
 from typing import Final
+from weakref import WeakSet
 
 from exactly_once.alert import Alert, Hook, sound
 from exactly_once.errors import StoreUnavailable
@@ -22,6 +24,8 @@ __all__ = ["Renewal"]
 _IDLE_S: Final = 60.0
 _AGAIN_S: Final = 1.0  # a store that did not answer is asked again after this, or sooner where the lease is short
 _TOGETHER: Final = 4  # what is due within a quarter of a third is renewed along
+
+_EVERY: "WeakSet[Renewal]" = WeakSet()
 
 _log = logging.getLogger("exactly_once.leases")
 
@@ -41,6 +45,12 @@ class Renewal:
         self._due: dict[Held, float] = {}
         self._thread: Thread | None = None
         self._wakes = 0.0
+        _EVERY.add(self)
+
+    def forget(self) -> None:
+        """In a process just forked: the thread and the leases are the parent's."""
+        self._changed = Condition()
+        self._due, self._thread = {}, None
 
     def add(self, held: Held) -> None:
         """Renew this one from now on."""
@@ -49,7 +59,11 @@ class Renewal:
             if self._thread is None:
                 self._thread = Thread(target=self._turn, name=f"leases: {self.store.name}", daemon=True)
                 self._wakes = due
-                self._thread.start()
+                try:
+                    self._thread.start()
+                except RuntimeError:  # no thread to be had now: the next lease tries again
+                    self._thread = None
+                    raise
             elif due < self._wakes:
                 self._changed.notify()
 
@@ -73,10 +87,11 @@ class Renewal:
                 if not self._due or min(self._due.values()) > monotonic():
                     continue
                 over, groups = self._taken(monotonic())
-            for held in over:
-                self._overran(held)
             for group in groups:
                 self._renew(group)
+            for held in over:
+                # the hook is the application's, and whatever it waits for must not keep the others from being renewed
+                Thread(target=self._overran, args=(held,), name="alert: max_run", daemon=True).start()
 
     def _taken(self, now: float) -> tuple[list[Held], Iterable[list[Held]]]:
         """Take out what ran too long, and gather what is due soon, by length of lease."""
@@ -102,9 +117,11 @@ class Renewal:
         now = monotonic()
         with self._changed:
             for held in group:
-                if held not in self._due or held.ending:
-                    continue  # completed meanwhile, it looks like one that was lost
-                if held in lost:
+                if held not in self._due:
+                    continue
+                if held.ending:  # completed meanwhile, it looks like one that was lost
+                    self._due[held] = min(now + again, _end(held))
+                elif held in lost:
                     held.lost = True
                     del self._due[held]
                     _log.warning(
@@ -125,6 +142,14 @@ class Renewal:
             f" {held.lease}, then another run may take it over. Look at what hangs, and restart this process."
         )
         sound(self._alert, Alert("overrun", held.row.group, held.row.handler, held.row.key, text))
+
+
+def _forked() -> None:
+    for renewal in tuple(_EVERY):
+        renewal.forget()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def _end(held: Held) -> float:

@@ -23,6 +23,8 @@ __all__ = ["SqlLeases"]
 T = TypeVar("T")
 
 _WAIT_MS: Final = 2000  # for a row that somebody is changing: a complete or a record takes a round trip
+AT_ONCE: Final = 5000
+"""So many leases are renewed by one statement: each is three parameters, of which PostgreSQL takes 65,535."""
 _MOMENT: Final = timedelta(seconds=1)
 _TRIES: Final = (False, False, False, True)
 _BEATS: Final = 4  # a renewal is given a quarter of the time between two of them
@@ -83,6 +85,8 @@ class SqlLeases:
 
     def renew(self, held: Sequence[Held]) -> Sequence[Held]:
         """See `LeaseStore.renew`. Rows that are locked by their own steps are left alone: whoever locks them is alive."""
+        if len(held) > AT_ONCE:
+            return [*self.renew(held[:AT_ONCE]), *self.renew(held[AT_ONCE:])]
         t, by_token = self._t, {each.token: each for each in held}
         lease = held[0].lease
         ours = and_(

@@ -70,9 +70,9 @@ class Ledger:
         return [Call(**each) for each in answer]
 
     def progress(self) -> tuple[int, dict[int, int]]:
-        """How many keys were called, and how many calls each process made."""
+        """How many steps were called, and how many calls each process made."""
         _, answer = self._ask("GET", "/progress")
-        return answer["keys"], {int(pid): count for pid, count in answer["pids"].items()}
+        return answer["steps"], {int(pid): count for pid, count in answer["pids"].items()}
 
     def answers(self) -> bool:
         """Say whether it runs."""
@@ -126,6 +126,7 @@ class _Book:
         self._receipts: dict[str, int] = {}
         self._attempts: dict[str, int] = {}
         self._pids: dict[int, int] = {}
+        self._steps: set[tuple[str, str]] = set()
 
     def enter(self, told: dict[str, Any], work_s: float) -> dict[str, Any] | None:
         began = time.monotonic()
@@ -134,6 +135,7 @@ class _Book:
             refused = told["attempt"] < latest
             self._attempts[told["message"]] = max(latest, told["attempt"])
             self._pids[told["pid"]] = self._pids.get(told["pid"], 0) + 1
+            self._steps.add((told["message"], told["step"]))
             if not refused:
                 receipt = self._receipts.setdefault(told["key"], len(self._receipts) + 1)
         if not refused:
@@ -149,7 +151,7 @@ class _Book:
 
     def progress(self) -> dict[str, Any]:
         with self._lock:
-            return {"keys": len(self._receipts), "pids": dict(self._pids)}
+            return {"steps": len(self._steps), "pids": dict(self._pids)}
 
 
 def serve(port: int, work_s: float) -> None:

@@ -377,6 +377,13 @@ def _no_key() -> None:
     step_ledger.step_key = lambda *words: uuid4().hex  # type: ignore[assignment]
 
 
+def _no_asking() -> None:
+    """A run that stood still goes on as if no time had passed."""
+    from exactly_once.leases import Held
+
+    Held.may_insist = lambda self: not self.lost  # type: ignore[method-assign]
+
+
 def _no_complete() -> None:
     """A message that was consumed is not known to be."""
     from exactly_once.leases import scripts
@@ -397,6 +404,7 @@ BREAKS: Mapping[str, Callable[[], None]] = {
     "marker": _no_marker,
     "lease": _no_lease,
     "key": _no_key,
+    "asking": _no_asking,
     "complete": _no_complete,
 }
 

@@ -199,7 +199,7 @@ def test_who_waits_asks_redis_less_and_less_often(eo: ExactlyOnce, redis_server:
         redis_server.tell("CONFIG", "RESETSTAT")
         with pytest.raises(InProgress), eo.lock("stock", wait=timedelta(seconds=1)):
             pytest.fail("it ran all the same")
-        assert 10 <= redis_server.tell("INFO", "COMMANDSTATS")["cmdstat_evalsha"]["calls"] <= 35
+        assert 3 <= redis_server.tell("INFO", "COMMANDSTATS")["cmdstat_evalsha"]["calls"] <= 35
 
 
 # -- ours and not ours -----------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from typing import Any, Self
 from urllib.parse import quote
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from exactly_once.testing.child import Account, Child, ServerFailed, free_ports
 
@@ -67,7 +69,11 @@ class Redis:
         )
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(
@@ -112,7 +118,8 @@ class Redis:
 
     def client(self) -> Any:
         """Return a client of the test's own, to look and to set up; close it after use."""
-        return redis.Redis.from_url(self.url, protocol=2)
+        once = Retry(NoBackoff(), 0)  # what is tried again is the test's business
+        return redis.Redis.from_url(self.url, protocol=2, socket_timeout=60, retry=once)
 
     def tell(self, *command: str | int) -> Any:
         """Send one command, as an administrator would."""
