@@ -57,7 +57,7 @@ def findings_for_database(store: Store, group: str, plans: tuple[Plan, ...], con
                 Mark.WARN, f"{where}: its clock and this machine's differ by {skew:.0f} s; only log times mislead"
             )
         yield from _unknown_handlers(connection, store, group, plans)
-        yield from _isolation(where, store, connection.get_isolation_level(), plans)
+        yield from _isolation(where, store, connection, plans)
     yield _pool(where, store.engine, concurrency, steps=any(plan.takes_steps for plan in plans))
 
 
@@ -174,10 +174,17 @@ def _unknown_handlers(connection: Any, store: Store, group: str, plans: tuple[Pl
             )
 
 
-def _isolation(where: str, store: Store, level: str, plans: tuple[Plan, ...]) -> Iterator[Finding]:
+def _isolation(where: str, store: Store, connection: Any, plans: tuple[Plan, ...]) -> Iterator[Finding]:
     """Under a snapshot, a transaction that outlives a renewal of its own lease cannot complete: the row was changed."""
+    level = connection.get_isolation_level()
     leased = [plan.name for plan in plans if isinstance(plan.guard, Lease) and plan.guard.store is None]
-    if leased and store.dialect.name == "postgresql" and level in ("REPEATABLE READ", "SERIALIZABLE"):
+    strict = level in ("REPEATABLE READ", "SERIALIZABLE")
+    if store.dialect.name == "mysql" and strict:
+        # MariaDB alone has it, from 11.6 on by default: then its REPEATABLE READ is a snapshot as PostgreSQL's is
+        shown = connection.execute(text("SHOW VARIABLES LIKE 'innodb_snapshot_isolation'")).one_or_none()
+        strict = shown is not None and shown[1] == "ON"
+        level = f"{level} with innodb_snapshot_isolation" if strict else level
+    if leased and strict and store.dialect.name != "sqlite":
         yield Finding(
             Mark.WARN,
             f"{where}: isolation is {level}, and {', '.join(leased)} keep their leases here: a transaction that is open for"

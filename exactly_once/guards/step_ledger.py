@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
 from exactly_once.dialects import Dialect, StepRow
-from exactly_once.errors import ConfigurationError, LeaseLost, StepError
+from exactly_once.errors import ConfigurationError, LeaseLost, Misuse, StepError
 from exactly_once.guards.lease import insisting
 from exactly_once.guards.step_order import StepOrder
 from exactly_once.guards.watch import Late
@@ -30,7 +30,9 @@ T = TypeVar("T")
 _WAIT_MS = 2000
 RESULT_BYTES = 2**20
 """The most a step's result may have; a result is a recovery point, no store of documents."""
-_LOCK_WAIT = "SELECT set_config('lock_timeout', '10s', true) WHERE current_setting('lock_timeout') = '0'"
+_LOCK_WAIT_S = 5
+_LOCK_WAIT = f"SELECT set_config('lock_timeout', '{_LOCK_WAIT_S}s', true) WHERE current_setting('lock_timeout') = '0'"
+_LOCK_TIMEOUT = "55P03"
 
 
 class StepLedger:
@@ -181,8 +183,7 @@ class StepLedger:
             if self._late.watch is not None and self._dialect.name == "postgresql":
                 # a row that the handler's own session has changed: the server cannot see that we wait for ourselves
                 session.connection().exec_driver_sql(_LOCK_WAIT)
-            value = work(handed)
-            session.flush()
+            value = self._worked(work, handed, session)
             result, _ = self._encoded(begun, value)
             step = StepRow(begun.name, begun.ordinal, True, result)
             connection = session.connection()
@@ -206,6 +207,19 @@ class StepLedger:
             return result
         finally:
             late.end(session)
+
+    def _worked(self, work: Callable[[Any], Any], handed: Any, session: Session) -> Any:
+        try:
+            value = work(handed)
+            session.flush()
+        except DBAPIError as error:
+            if self._late.watch is not None and getattr(error.orig, "sqlstate", None) == _LOCK_TIMEOUT:
+                raise Misuse(
+                    f"A steps.transaction waited {_LOCK_WAIT_S} s for a row that is locked, probably by the handler's own"
+                    " session: they are two transactions. Use the session for that row behind the last step, or only there."
+                ) from error
+            raise
+        return value
 
     # -- what is stored ----------------------------------------------------------------------------------------------
 

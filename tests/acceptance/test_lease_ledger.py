@@ -261,9 +261,9 @@ class Books:
     def unrecorded(self) -> Iterator[tuple[Call, Call]]:
         """Give each call that has no record, with the call that came in its place."""
         for (no, step), calls in self.calls.items():
-            _, by = self.records[no].steps[step]
+            _, by = self.records[no].steps.get(step, (False, 0))
             for call in calls:
-                if call.attempt != by and not call.refused:
+                if call.attempt < by and not call.refused:
                     yield call, next(each for each in calls if each.attempt > call.attempt)
 
     def overlapping(self) -> Iterator[tuple[Call, Call]]:
