@@ -20,7 +20,6 @@ from exactly_once.keys import check_name
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.policy import Retry, RetrySpec
-from exactly_once.redis_connection import RedisConnection, RedisConnections
 from exactly_once.schema import GROUP_BYTES
 
 # what runs messages is imported when the first one comes: a program that only sends should not wait for it
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from exactly_once.lease_stores import LeaseStores
     from exactly_once.lock import RedisLock
     from exactly_once.producer import Producer
+    from exactly_once.redis_connection import RedisConnection, RedisConnections
     from exactly_once.routing import Route, Router
     from exactly_once.runner import Runner
     from exactly_once.serving import Serving
@@ -115,7 +115,6 @@ class ExactlyOnce:
         self._route, self._enforce, self._alert = route, enforce, alert
         self._plans: dict[str, Plan] = {}
         self._store_binding = _Binding()
-        self._redis_connections = RedisConnections()
 
     # -- registering -------------------------------------------------------------------------------------------------
 
@@ -386,7 +385,13 @@ class ExactlyOnce:
 
         return RedisLock(self.redis_at(store), self.group, key, expires=expires, wait=wait)
 
-    def redis_at(self, url: str | None = None) -> RedisConnection:
+    @cached_property
+    def _redis_connections(self) -> "RedisConnections":
+        from exactly_once.redis_connection import RedisConnections
+
+        return RedisConnections()
+
+    def redis_at(self, url: str | None = None) -> "RedisConnection":
         """Return the connection to this Redis, or that of the settings; each is made once, and opens nothing yet."""
         named = url or self.config.redis.value
         if not named:

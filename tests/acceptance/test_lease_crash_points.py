@@ -55,10 +55,9 @@ class Story:
     how: str = "kill"
     once: bool = False
     """The last call is one that may happen at most once."""
-    meanwhile: bool = True
-    """A second worker finishes while the first one stands still."""
-    overtaking: bool = False
-    """A second worker takes it over, and is in the middle of it while the first one goes on."""
+    then: str = "finished"
+    """While the first one stands still, a second worker has "finished" the message; or has "overtaken" it and is in the
+    middle; or it is "kept" from it by a lock; or the claim that takes it over is "claiming", and not committed yet."""
 
     def __str__(self) -> str:
         return f"{self.store}: {self.point}"
@@ -93,19 +92,20 @@ STOPPED = [
     if (store, point) not in (("redis", "the last step recorded"), ("redis", "before complete"))
 ]
 BETWEEN = [Story(store, point, "stop") for store in STORES for point in ("claimed", "the transaction step recorded")]
+CLAIMING = [Story("sql", point, "stop", then="claiming") for point in ("claimed", "the transaction step recorded")]
 UNFENCED = [Story("redis", point, "stop") for point in ("the last step recorded", "before complete")]
 HOLDING = [
-    Story("sql", "before the transaction step's COMMIT", "stop", meanwhile=False),
-    Story("redis", "before the transaction step's COMMIT", "stop", meanwhile=False),
-    Story("sql", "before COMMIT", "stop", meanwhile=False),
+    Story("sql", "before the transaction step's COMMIT", "stop", then="kept"),
+    Story("redis", "before the transaction step's COMMIT", "stop", then="kept"),
+    Story("sql", "before COMMIT", "stop", then="kept"),
 ]
 
 OVERTAKEN = [
     *(
-        Story("sql", point, "stop", overtaking=True)
+        Story("sql", point, "stop", then="overtaken")
         for point in ("the first call made, not recorded", "in the transaction step", "before complete")
     ),
-    Story("redis", "the first call made, not recorded", "stop", overtaking=True),
+    Story("redis", "the first call made, not recorded", "stop", then="overtaken"),
 ]
 
 
@@ -137,21 +137,7 @@ class Stage:
                 second = self._worker(ending, database, name)
             else:
                 until(lambda: first.is_stopped, lambda: f"to stop at this step: {first.told()}")
-                stopped = time.monotonic()
-                taken = self.folder / f"{name}.taken"
-                held_up = ("claimed", "stop", str(taken)) if story.overtaking else ()
-                second = self._worker(ending, database, name, *held_up)
-                if story.overtaking:
-                    until(lambda: second.is_stopped, lambda: f"to take it over: {second.told()}")
-                elif story.meanwhile:
-                    self._until_consumed(story, database, victim)
-                else:
-                    time.sleep(max(0.0, stopped + 2 * LEASE.total_seconds() - time.monotonic()))
-                    assert not self._records(story, database, victim)[victim].consumed
-                first.send(signal.SIGCONT)
-                until(lambda: marker.read_text() == lease_shop.OVER, first.told)
-                if story.overtaking:
-                    second.send(signal.SIGCONT)
+                second = self._stood_still(ending, story, database, name, first, marker)
                 self._until_consumed(story, database, victim)
                 first.send(signal.SIGTERM)
                 assert first.ended() in (0, 1), first.told()  # 1: it gave back what another run had
@@ -164,6 +150,41 @@ class Stage:
             second.send(signal.SIGTERM)
             assert second.ended() == 0, second.told()
             return self._seen(story, database, victim, others)
+
+    def _stood_still(
+        self, ending: ExitStack, story: Story, database: Engine, name: str, first: Worker, marker: Path
+    ) -> Worker:
+        """The first worker has stopped: have it go on, and its run end; returns the second worker."""
+        victim = f"{name}-victim"
+
+        def goes_on() -> None:
+            first.send(signal.SIGCONT)
+            until(lambda: marker.read_text() == lease_shop.OVER, first.told)
+
+        match story.then:
+            case "finished":
+                second = self._worker(ending, database, name)
+                self._until_consumed(story, database, victim)
+                goes_on()
+            case "overtaken":
+                second = self._worker(ending, database, name, "claimed", "stop", str(self.folder / f"{name}.taken"))
+                until(lambda: second.is_stopped, lambda: f"to take it over: {second.told()}")
+                goes_on()
+                second.send(signal.SIGCONT)
+            case "kept":
+                second = self._worker(ending, database, name)
+                time.sleep(2 * LEASE.total_seconds())  # nothing happens in it, and that is what it is for
+                assert not self._records(story, database, victim)[victim].consumed
+                goes_on()
+            case _:
+                until(lambda: _is_over(database, victim), first.told)
+                with database.begin() as claiming:
+                    claiming.execute(text(CLAIM), {"key": victim})
+                    first.send(signal.SIGCONT)
+                    time.sleep(1)  # whose the message is cannot be known now: the same
+                goes_on()
+                second = self._worker(ending, database, name)
+        return second
 
     def _worker(self, ending: ExitStack, database: Engine, name: str, *arguments: str) -> Worker:
         environ = {
@@ -240,6 +261,19 @@ def stage(
 def seen(stage: Stage, story: Story) -> Seen:
     """How this test's story ended."""
     return stage.wanted[story].result(5 * PATIENCE_S)
+
+
+# what a claim that takes a message over does, of a run that dies with it
+CLAIM = (
+    "UPDATE message_idempotent SET token = 'another', retry_times = retry_times + 1, lease_until = clock_timestamp()"
+    " WHERE business_key = :key"
+)
+
+
+def _is_over(database: Engine, key: str) -> bool:
+    with database.connect() as connection:
+        over = text("SELECT lease_until <= clock_timestamp() FROM message_idempotent WHERE business_key = :key")
+        return bool(connection.execute(over, {"key": key}).scalar_one())
 
 
 def _count(database: Engine, table: str) -> int:
@@ -370,6 +404,19 @@ def test_stopped_between_two_calls_past_its_lease_a_run_begins_nothing_when_it_g
     _keys_are_stable(seen)
     # the limit is the one call it was in, and it was in none
     assert [(step, attempt) for step, attempt, refused in seen.called(seen.victim) if refused] == []
+    assert seen.shipments == Counter(everyone)
+
+
+@pytest.mark.parametrize("story", CLAIMING, ids=str)
+def test_going_on_while_the_next_claim_of_its_message_is_under_way_a_run_begins_nothing(
+    story: Story, seen: Seen
+) -> None:
+    everyone = (seen.victim, *seen.others)
+    _once_each(seen, everyone)
+    _keys_are_stable(seen)
+    first = 3 if story.point == "claimed" else 1
+    assert seen.called(seen.victim) == [(FIRST, first, False), (LAST, 3, False)]
+    assert seen.orders == Counter(everyone)
     assert seen.shipments == Counter(everyone)
 
 
