@@ -65,6 +65,11 @@ class Held:
         if self.lost:
             raise self.error()
 
+    @property
+    def overran(self) -> bool:
+        """It runs for longer than its `max_run`."""
+        return self.max_run is not None and time.monotonic() - self.began >= self.max_run.total_seconds()
+
     def may_insist(self) -> bool:
         """Say whether the lease can still be ours, as far as this process knows."""
         return not self.lost and clock() - self.renewed < self.lease.total_seconds()

@@ -321,6 +321,27 @@ def test_a_step_does_not_prolong_a_lease_past_its_max_run(shop: Shop) -> None:
     assert seen == [False]
 
 
+def test_a_run_that_stood_still_and_still_has_its_lease_is_not_taken_over_in_its_next_step(shop: Shop) -> None:
+    """Nobody had taken it over when it woke up: asked whether it still has it, the store prolongs it as well."""
+    inside: list[Outcome] = []
+    other = ExactlyOnce(shop.outside, group=GROUP)
+
+    @other.handler("orders", **LEASED)
+    def second(session: Session) -> None: ...
+
+    @shop.eo.handler("orders", **LEASED)
+    def handler(steps: Steps) -> None:
+        (held,) = renewal_of(shop)._due
+        held.renewed -= 60  # as the clock says after a stop of a minute, before any thread of this process has run
+        t = shop.tables.idempotent
+        with shop.outside.begin() as connection:
+            connection.execute(update(t).values(lease_until=utcnow(-30)))
+        steps.run("call", lambda key: inside.append(other.process(order())))
+
+    assert shop.process(order()) is Outcome.PROCESSED
+    assert inside == [Outcome.IN_PROGRESS]
+
+
 # -- steps ----------------------------------------------------------------------------------------------------------------
 
 
