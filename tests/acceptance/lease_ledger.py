@@ -42,7 +42,7 @@ class Call:
     pid: int
     """The caller's."""
     asked: float
-    """When the caller began, by its own word: before it spoke to the service."""
+    """When the caller began the step, by its own word: before it spoke to anybody."""
     began: float
     ended: float
     refused: bool

@@ -52,6 +52,8 @@ POINTS = (
     "before the settle",
     "after the settle",
 )
+RENEWING = "the lease renewed, by this process' clock"
+"""In the thread that renews, while the run rests between two steps for longer than the third of a lease."""
 _RETRY = Retry(immediate=0, delays=[0.2], max_attempts=50)
 
 
@@ -98,8 +100,7 @@ def in_redis(session: Session, order: dict[str, Any], steps: Steps) -> None:
 def _handle(session: Session, order: dict[str, Any], steps: Steps) -> None:
     no: str = order["order_no"]
 
-    def call(step: str, key: str) -> dict[str, Any]:
-        asked = time.monotonic()
+    def call(step: str, key: str, asked: float) -> dict[str, Any]:
         _point(f"in the {_NTH[step]} call, not sent", no)
         time.sleep(float(os.environ.get("EXACTLY_ONCE_TEST_LATENCY_S", "0")))  # on the way to the service
         receipt = _service.call(key, steps.attempt, no, step, os.getpid(), asked)
@@ -113,9 +114,15 @@ def _handle(session: Session, order: dict[str, Any], steps: Steps) -> None:
         _point("in the transaction step", no)
         return made.id
 
-    steps.run(FIRST, lambda key: call(FIRST, key))
+    def run(step: str, *, at_most_once: bool = False) -> None:
+        asked = time.monotonic()  # before it is looked whether the lease still holds
+        steps.run(step, lambda key: call(step, key, asked), at_most_once=at_most_once)
+
+    run(FIRST)
     steps.transaction(MIDDLE, create)
-    steps.run(LAST, lambda key: call(LAST, key), at_most_once=order.get("once", False))
+    if _wanted == RENEWING and is_victim(no):
+        time.sleep(0.5 * LEASE.total_seconds())
+    run(LAST, at_most_once=order.get("once", False))
     session.add(Shipment(order_no=no, attempt=steps.attempt, pid=os.getpid(), at=time.monotonic()))
     session.flush()
 
@@ -133,6 +140,7 @@ def message(store: str, order_no: str, *, once: bool = False) -> Message:
 
 _wanted, _how, _marker = "", signal.SIGKILL, Path()
 _here = threading.local()
+_hit = threading.Event()
 OVER = "over"
 """Stands in the marker file when the run that was stopped has ended."""
 
@@ -149,7 +157,7 @@ def _point(point: str, order_no: str) -> None:
         _marker.touch(exist_ok=False)
     except FileExistsError:
         return
-    _here.hit = True
+    _hit.set()
     # to this thread, which goes no further; sent to the process, it would stop when another thread has noticed
     signal.pthread_kill(threading.get_ident(), _how)
 
@@ -177,15 +185,16 @@ def install(point: str, how: str, marker: Path) -> None:
     from exactly_once.guards.lease import LeaseGuard
     from exactly_once.guards.step_ledger import StepLedger
     from exactly_once.guards.watch import Watch
+    from exactly_once.leases import sql
     from exactly_once.worker.unsettled import Unsettled
 
-    assert point in POINTS, point
+    assert point in (*POINTS, RENEWING), point
     _wanted, _how, _marker = point, {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how], marker
     real_run = Delivering.run
 
-    def run(self: Delivering, *args: Any, **kwargs: Any) -> Any:
-        told = real_run(self, *args, **kwargs)
-        if vars(_here).pop("hit", False):
+    def run(self: Delivering, message: Message, *args: Any, **kwargs: Any) -> Any:
+        told = real_run(self, message, *args, **kwargs)
+        if _hit.is_set() and is_victim(message.key or ""):
             _marker.write_text(OVER)
         return told
 
@@ -205,6 +214,13 @@ def install(point: str, how: str, marker: Path) -> None:
         return made
 
     LeaseGuard.claim = claim  # type: ignore[method-assign]
+    real_clock = sql.clock
+
+    def clock() -> float:
+        _point(RENEWING, "any-victim")  # nobody else runs for so long that it is renewed
+        return real_clock()
+
+    sql.clock = clock
     _wrap(LeaseGuard, "complete", "before complete", "", of_won)
     _wrap(LeaseGuard, "consume", "after COMMIT", "after complete", of_won)
 

@@ -30,6 +30,7 @@ from tests.acceptance.lease_shop import (
     LAST,
     LEASE,
     POINTS,
+    RENEWING,
     STEPS,
     Order,
     Record,
@@ -91,7 +92,10 @@ STOPPED = [
     for point in POINTS[2:6] + POINTS[9:13]
     if (store, point) not in (("redis", "the last step recorded"), ("redis", "before complete"))
 ]
-BETWEEN = [Story(store, point, "stop") for store in STORES for point in ("claimed", "the transaction step recorded")]
+BETWEEN = [
+    *(Story(store, point, "stop") for store in STORES for point in ("claimed", "the transaction step recorded")),
+    Story("sql", RENEWING, "stop"),
+]
 CLAIMING = [Story("sql", point, "stop", then="claiming") for point in ("claimed", "the transaction step recorded")]
 UNFENCED = [Story("redis", point, "stop") for point in ("the last step recorded", "before complete")]
 HOLDING = [

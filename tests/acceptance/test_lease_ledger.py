@@ -374,7 +374,7 @@ def _runs_overlap_only_behind_a_stop(books: Books) -> None:
     late: Counter[tuple[int, str]] = Counter()
     for earlier, later in books.overlapping():
         stops = [each for each in books.happened if each.what == "stop" and each.pid == earlier.pid]
-        # the one call it was in as it was stopped
+        # the one call it was in, or about to make, as it was stopped; none that it began when it went on
         mine = [
             stop for stop in stops if earlier.asked <= stop.since + LAG_S and later.asked < stop.until < earlier.ended
         ]
