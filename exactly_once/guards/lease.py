@@ -26,11 +26,12 @@ from exactly_once.leases.renewal import Renewal
 from exactly_once.leases.sql import SqlLeases
 from exactly_once.wording import escaped
 
-__all__ = ["LeaseGuard", "insisting"]
+__all__ = ["LeaseGuard", "insisting", "still_ours"]
 
 T = TypeVar("T")
 
 _WAIT_MS: Final = 2000
+_LOCKED_S: Final = 0.05
 _PAUSE_S: Final = (0.1, 2.0)
 
 _log = logging.getLogger("exactly_once.leases")
@@ -114,6 +115,8 @@ class LeaseGuard:
         """See `Guard.complete`."""
         held = _held(won)
         held.check()
+        if not self._own and not still_ours(held, self._store, self._pause):
+            raise held.error()  # not fenced, but one that stood still before this line commits nothing
         if self._own and won.watch is not None:
             held.ending = True
             if not self._local.complete_in(session.connection(), held):
@@ -159,6 +162,24 @@ class LeaseGuard:
         """See `Guard.consumed`."""
         seen = self._store.look(row)
         return seen is not None and judge(seen, row.fingerprint) is Standing.CONSUMED
+
+
+def still_ours(held: Held, store: LeaseStore, pause: Callable[[float], None]) -> bool:
+    """Say whether a lease is ours, as its clock says; a process that stood still past it asks the store.
+
+    It prolongs the lease in the same breath, or another run could take it over a moment later; but a run past its `max_run`
+    only looks, for it is to lose it.
+    """
+    until = clock() + held.lease.total_seconds()
+    while not held.lost and not held.may_insist():
+        if held.overran:
+            seen = store.look(held.row)
+            held.lost = seen is None or seen.consumed or seen.attempt != held.attempt
+            break
+        held.lost = bool(store.renew([held])) or clock() > until
+        if not held.lost and not held.may_insist():
+            pause(_LOCKED_S)  # neither ours nor lost: somebody is just changing the row, and will be done
+    return not held.lost
 
 
 def insisting(held: Held, pause: Callable[[float], None], do: Callable[[], T]) -> T:

@@ -14,11 +14,11 @@ from sqlalchemy.orm import Session
 
 from exactly_once.dialects import Dialect, StepRow
 from exactly_once.errors import ConfigurationError, LeaseLost, Misuse, StepError
-from exactly_once.guards.lease import insisting
+from exactly_once.guards.lease import insisting, still_ours
 from exactly_once.guards.step_order import StepOrder
 from exactly_once.guards.watch import Late
 from exactly_once.keys import check_name
-from exactly_once.leases import Held, LeaseStore, Recorded, clock
+from exactly_once.leases import Held, LeaseStore, Recorded
 from exactly_once.leases.sql import SqlLeases
 from exactly_once.schema import STEP_BYTES
 from exactly_once.steps import Begun, coder, step_key
@@ -33,7 +33,6 @@ RESULT_BYTES = 2**20
 _LOCK_WAIT_S = 5
 _LOCK_WAIT = f"SELECT set_config('lock_timeout', '{_LOCK_WAIT_S}s', true) WHERE current_setting('lock_timeout') = '0'"
 _LOCK_TIMEOUT = "55P03"
-_LOCKED_S = 0.05
 
 
 class StepLedger:
@@ -278,22 +277,8 @@ class StepLedger:
     # -- what is refused ---------------------------------------------------------------------------------------------
 
     def _check_lease(self) -> None:
-        """Before anything happens outside: a process that stood still past its lease asks first whether it still has it.
-
-        It prolongs it in the same breath, or another run could take it over a moment later; but a run past its `max_run`
-        only looks, for it is to lose it.
-        """
-        held = self._held
-        until = clock() + held.lease.total_seconds()
-        while not held.lost and not held.may_insist():
-            if held.overran:
-                seen = self._store.look(held.row)
-                held.lost = seen is None or seen.consumed or seen.attempt != held.attempt
-                break
-            held.lost = bool(self._store.renew([held])) or clock() > until
-            if not held.lost and not held.may_insist():
-                self._pause(_LOCKED_S)  # neither ours nor lost: somebody is just changing the row, and will be done
-        if held.lost:
+        """Before anything happens outside."""
+        if not still_ours(self._held, self._store, self._pause):
             raise self._lost()
 
     def _check_name(self, name: str) -> None:

@@ -98,6 +98,7 @@ class SqlLeases:
             t.c.status == CONSUMING,
         )
         until = {"lease_until": utcnow(lease.total_seconds())}
+        asked = clock()  # not when it is answered: a process that stands still in between would take it for fresh
         with self._speaking(self._engine) as connection, connection.begin():
             match self._dialect.name:
                 case "postgresql":
@@ -120,9 +121,8 @@ class SqlLeases:
             missing = by_token.keys() - renewed
             if missing:  # locked, or lost: a plain look tells
                 missing -= set(connection.execute(select(t.c.token).where(ours)).scalars())
-        now = clock()
         for token in renewed:
-            by_token[token].renewed = now
+            by_token[token].renewed = asked
         return [by_token[token] for token in missing]
 
     def record(self, held: Held, step: StepRow, *, begun: bool = False) -> Recorded:

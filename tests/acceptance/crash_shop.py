@@ -109,10 +109,10 @@ PUMP_POINTS = ("the pump took it", "before the pump's settle")
 
 def install() -> None:
     from exactly_once import runner
-    from exactly_once.attempt import Watch
     from exactly_once.delivery import Delivering
     from exactly_once.failures import FailureStore
     from exactly_once.guards.transaction import TransactionGuard
+    from exactly_once.guards.watch import Watch
     from exactly_once.worker.unsettled import Unsettled
 
     current: dict[int, str] = {}

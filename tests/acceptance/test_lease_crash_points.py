@@ -6,6 +6,7 @@ how its own ended.
 """
 
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -43,7 +44,10 @@ from tests.acceptance.lease_workers import PATIENCE_S, Worker, until
 from tests.services import redis as redis_service
 from tests.services.need import require
 
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG and /proc are Linux's")
+
 STORES = ("sql", "redis")
+RESTED = "the transaction step recorded"  # between two steps, the next of which is a call
 AT_ONCE = 6  # stories at a time: they wait more than they work
 
 
@@ -84,19 +88,26 @@ class Seen:
         return [(call.step, call.attempt, call.refused) for call in self.calls if call.message == key]
 
 
+def _from_to(first: str, last: str) -> tuple[str, ...]:
+    return POINTS[POINTS.index(first) : POINTS.index(last) + 1]
+
+
 KILLED = [Story(store, point) for store in STORES for point in POINTS]
-ONCE = [Story(store, point, once=True) for store in STORES for point in POINTS[8:12]]
+ONCE = [Story(store, point, once=True) for store in STORES for point in _from_to(RESTED, "the last step recorded")]
 STOPPED = [
     Story(store, point, "stop")
     for store in STORES
-    for point in POINTS[2:6] + POINTS[9:13]
+    for point in (
+        *_from_to("in the first call, not sent", "in the transaction step"),
+        *_from_to("in the last call, not sent", "before complete"),
+    )
     if (store, point) not in (("redis", "the last step recorded"), ("redis", "before complete"))
 ]
 BETWEEN = [
-    *(Story(store, point, "stop") for store in STORES for point in ("claimed", "the transaction step recorded")),
+    *(Story(store, point, "stop") for store in STORES for point in ("claimed", RESTED)),
     Story("sql", RENEWING, "stop"),
 ]
-CLAIMING = [Story("sql", point, "stop", then="claiming") for point in ("claimed", "the transaction step recorded")]
+CLAIMING = [Story("sql", point, "stop", then="claiming") for point in ("claimed", RESTED)]
 UNFENCED = [Story("redis", point, "stop") for point in ("the last step recorded", "before complete")]
 HOLDING = [
     Story("sql", "before the transaction step's COMMIT", "stop", then="kept"),
@@ -349,7 +360,7 @@ def test_a_call_that_may_happen_at_most_once_is_left_to_a_person_if_it_may_have_
     called = Counter(step for step, _, _ in seen.called(seen.victim))
     assert called[FIRST] == 1
     assert seen.orders == Counter((seen.victim, *seen.others))
-    if story.point in ("the transaction step recorded", "the last step recorded"):  # before the marker, or behind it
+    if story.point in (RESTED, "the last step recorded"):  # before the marker, or behind it
         _once_each(seen, (seen.victim,))
         assert called[LAST] == 1
         assert seen.shipments[seen.victim] == 1
