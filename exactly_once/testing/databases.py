@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, Final, Literal, cast
 
 from sqlalchemy import URL, Engine, NullPool, create_engine, make_url, text
+from sqlalchemy.exc import OperationalError
 
 import exactly_once.alembic
 from exactly_once.errors import ConfigurationError, MissingExtra
 from exactly_once.redaction import redacted
-from exactly_once.testing.child import ServerFailed
+from exactly_once.testing.child import ServerFailed, wait_until
 from exactly_once.testing.postgres import EmbeddedPostgres
 
 __all__ = ["DatabaseServer", "Source", "choose", "engine_missing"]
@@ -191,11 +192,23 @@ def _from_container() -> DatabaseServer:
     container = _postgres_container()(image, driver="psycopg")
     try:
         container.start()
+        url = container.get_connection_url()
+        # start() asks inside the container. Outside, its port is published a moment later where several start at once.
+        wait_until(lambda: _answers(url), what=f"the container answers at {redacted(make_url(url))}", patience_s=30)
     except Exception as error:
         with suppress(Exception):  # it may have been made, or not even that
             container.stop()
         raise ServerFailed(f"The container of {image} did not start: {error}.") from error
-    return DatabaseServer(container.get_connection_url(), source="container", close=container.stop)
+    return DatabaseServer(url, source="container", close=container.stop)
+
+
+def _answers(url: str) -> bool:
+    engine = create_engine(url, poolclass=NullPool)
+    try:
+        engine.connect().close()
+    except OperationalError:
+        return False
+    return True
 
 
 def _postgres_container() -> Any:

@@ -1,6 +1,7 @@
 """The test database in a container, for real: on the machine's engine, or one of our own where there is none."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import text
@@ -29,6 +30,19 @@ def test_where_an_engine_answers_the_test_database_is_in_a_container(engine: pyt
             assert connection.scalar(text("SELECT count(*) FROM message_idempotent")) == 0
     finally:
         server.close()
+
+
+def test_containers_that_start_at_once_all_answer_from_outside(engine: pytest.MonkeyPatch) -> None:
+    engine.setenv("EXACTLY_ONCE_TEST_SOURCE", "container")
+    with ThreadPoolExecutor(3) as threads:
+        starting = [threads.submit(choose) for _ in range(3)]
+    servers = [each.result() for each in starting]
+    try:
+        for server in servers:
+            server.drop(server.create(upgraded=False))
+    finally:
+        for server in servers:
+            server.close()
 
 
 def test_an_engine_without_the_image_is_told_and_done_without(engine: pytest.MonkeyPatch) -> None:

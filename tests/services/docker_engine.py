@@ -11,6 +11,7 @@ POSTGRES_USER, POSTGRES_PASSWORD, POSTGRES_DB.
 
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -83,6 +84,9 @@ class ContainerEngine:
         self.host = f"unix://{self.directory}/docker.sock"
         command = ["dockerd", "-H", self.host, "--data-root", f"{self.directory}/data"]
         command += ["--exec-root", f"{self.directory}/run", "--pidfile", f"{self.directory}/pid"]
+        # every dockerd hands out the same addresses on the same bridge: a container that an earlier one could not end
+        # would answer in the place of ours
+        command += ["--bip", f"172.30.{secrets.randbelow(255)}.1/24"]
         self._child = Child("dockerd", command, output=self.directory / "log")
 
     def __enter__(self) -> Self:
@@ -107,6 +111,9 @@ class ContainerEngine:
         """End it with its containers, and delete what it kept."""
         # in order: only dockerd itself takes its containers, mounts and its containerd with it
         self._child.end(signal.SIGTERM, patience_s=30)
+        for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
+            if (place := line.split()[1]).startswith(f"{self.directory}/"):  # what it left when it was killed
+                subprocess.run(["umount", "--lazy", place], capture_output=True)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _answers(self) -> bool:
