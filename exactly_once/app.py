@@ -5,31 +5,27 @@ program may have several. What the doors do stands in other rooms: claims in `gu
 receiving in `worker`.
 """
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import cached_property
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy.orm import Session
 
 from exactly_once.errors import ConfigurationError
-from exactly_once.handler import Plan, Transaction, plan
+from exactly_once.handler import Plan
 from exactly_once.keys import check_name
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
-from exactly_once.policy import Retry, RetrySpec
+from exactly_once.registrations import Registrations
 from exactly_once.schema import GROUP_BYTES
 
 # what runs messages is imported when the first one comes: a program that only sends should not wait for it
 if TYPE_CHECKING:
     from exactly_once.alert import Hook
     from exactly_once.config import Config
-    from exactly_once.fingerprint import FingerprintSpec
     from exactly_once.guards.claiming import Claimer
-    from exactly_once.handler.guard_options import GuardOption
-    from exactly_once.keys import KeySpec
     from exactly_once.lease_stores import LeaseStores
     from exactly_once.lock import RedisLock
     from exactly_once.producer import Producer
@@ -41,8 +37,6 @@ if TYPE_CHECKING:
     from exactly_once.transport import Subscription, Transport
 
 __all__ = ["ExactlyOnce"]
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 _DEFAULT: Final = "default"
 
@@ -65,7 +59,7 @@ class _Binding:
         self.stores = self.leases = self.router = None
 
 
-class ExactlyOnce:
+class ExactlyOnce(Registrations):
     """Runs SQLAlchemy handlers so that each message takes effect exactly once in the database.
 
     Args:
@@ -113,80 +107,11 @@ class ExactlyOnce:
         }
         self._said = {name: value for name, value in said.items() if value is not None}
         self._route, self._enforce, self._alert = route, enforce, alert
-        self._plans: dict[str, Plan] = {}
+        super().__init__()
         self._store_binding = _Binding()
 
-    # -- registering -------------------------------------------------------------------------------------------------
-
-    def handler(
-        self,
-        topic: str,
-        *,
-        key: "KeySpec",
-        tag: str | Sequence[str] | None = None,
-        name: str | None = None,
-        guard: "GuardOption | None" = None,
-        retry: RetrySpec | None = None,
-        fingerprint: "FingerprintSpec" = "body",
-        ordered: bool = False,
-        after_dead: Literal["wait", "go on"] = "wait",
-        concurrency: int | None = None,
-    ) -> Callable[[F], F]:
-        """Register a function to run once for each message of a topic; returns it unchanged.
-
-        What the function asks for is read from its annotations, now: a `Session` or `AsyncSession` in the message's
-        transaction, the `Message`, `Steps` or `AsyncSteps` under a lease, and one other parameter without a default, which
-        is the body. A parameter with a default is never filled.
-
-        Args:
-            topic: The topic.
-            key: What names the *event*: a path into the JSON body, or a tuple of parts (`exactly_once.keys`).
-            tag: Only messages with this tag, or one of these.
-            name: The handler's name, part of every claim's identity; None is the function's `__name__`.
-            guard: `Transaction(claim_wait=...)`; `Lease(...)` for work outside the database; `Lock(...)`.
-            retry: `Retry(...)`, or one for each exception class.
-            fingerprint: What two copies of one event must agree on: "body", paths, a function, or None.
-            ordered: Handle the messages of one ordering key in order, also behind a failed one.
-            after_dead: With `ordered`: "wait" behind a dead message until a person decides, or "go on".
-            concurrency: At most so many of this handler at once in a process.
-
-        Raises:
-            ConfigurationError: The function or an argument is wrong; the text says how to mend it.
-
-        Example:
-            >>> eo = ExactlyOnce(group="inventory")
-            >>> @eo.handler("orders", tag="created", key="order_no")
-            ... def reserve_stock(session: Session, order: dict[str, str], message: Message) -> None:
-            ...     ...
-        """
-        caller = sys._getframe(1)  # noqa: SLF001  (annotations may name classes that live in the caller's function only)
-
-        def register(function: F) -> F:
-            made = plan(
-                function,
-                topic=topic,
-                tag=tag,
-                key=key,
-                name=name,
-                guard=guard or Transaction(),
-                retry=retry or Retry(),
-                fingerprint=fingerprint,
-                ordered=ordered,
-                after_dead=after_dead,
-                concurrency=concurrency,
-                caller_locals=caller.f_locals,
-                caller_globals=caller.f_globals,
-            )
-            if made.name in self._plans:
-                raise ConfigurationError(
-                    f"Two handlers are named {made.name!r}: they would take each other's messages for duplicates."
-                    " Give one of them another name: @eo.handler(..., name=...)."
-                )
-            self._plans[made.name] = made
-            self._store_binding.router = None
-            return function
-
-        return register
+    def _registered(self) -> None:
+        self._store_binding.router = None  # made anew with the new handler
 
     def bind(self, database: Any, *, async_database: Any = None) -> None:
         """Say where the claims are, before first use.

@@ -9,6 +9,7 @@ from typing import Final
 
 from exactly_once.alert import Hook
 from exactly_once.delivery import FOREIGN, Delivering, Told
+from exactly_once.delivery.group import GroupDelivering
 from exactly_once.errors import ConfigurationError, Reject
 from exactly_once.failures.due import DueFailures
 from exactly_once.failures.pump import Pump
@@ -71,7 +72,11 @@ class Router:
         self._names: dict[str, dict[str, Delivering]] = {}
         for name, store in self.stores.items():
             delivering = [
-                Delivering(plan, store, group, leases=leases, enforce=enforce, alert=alert) for plan in self.plans
+                # let through, duplicates are no part of a group: its claims stand or fall together
+                (GroupDelivering if plan.batch is not None and enforce else Delivering)(
+                    plan, store, group, leases=leases, enforce=enforce, alert=alert
+                )
+                for plan in self.plans
             ]
             self._names[name] = {each.plan.name: each for each in delivering}
             topics = self._topics[name] = {}

@@ -35,6 +35,8 @@ IN_HAND: Final = 4
 """Messages in hand for each that runs: one waits its turn, and two are on their way from or to the broker.
 
 With two for each, 16 threads over RocketMQ 5 stood idle for a quarter of the time; what a SIGKILL leaves is more of them."""
+GROUPS_IN_HAND: Final = 3
+"""Groups in hand for each handler that has them: one runs, one forms, and one is being acknowledged."""
 _WAITS_S: Final = (0.2, 5.0)
 _REFUSED_S: Final = 8.0
 """A server that is up and refuses us may be out of connections, or a topic not made yet, for a moment: so long."""
@@ -103,7 +105,7 @@ class Serving:
             worker = Worker(
                 consumers,
                 runner.run,
-                capacity=IN_HAND * self._concurrency,
+                capacity=IN_HAND * self._concurrency + GROUPS_IN_HAND * sum(plan.batch or 0 for plan in router.plans),
                 drain_timeout=self.drain_timeout,
                 answers=router.answers,
                 observe=runner.observe,

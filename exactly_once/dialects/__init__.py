@@ -7,7 +7,7 @@ the adapted driver connection awaits by itself.
 Errors are told apart by SQLSTATE or errno, never by their text: servers speak other languages.
 """
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
@@ -21,6 +21,7 @@ __all__ = [
     "ClaimBusy",
     "ClaimRow",
     "Dialect",
+    "GroupClaims",
     "Known",
     "LeaseClaims",
     "Leased",
@@ -28,6 +29,7 @@ __all__ = [
     "StepRow",
     "Trouble",
     "dialect_for",
+    "group_claims_for",
     "lease_claims_for",
     "raise_for_the_store",
 ]
@@ -155,6 +157,28 @@ class Dialect(Protocol):
         """Name the keyword if handlers may not send this statement, judged by its first words; None if they may."""
 
 
+class GroupClaims(Protocol):
+    """Claims of a whole group of messages on one database server."""
+
+    def claim(
+        self, dbapi: Any, info: MutableMapping[Any, Any], rows: Sequence[ClaimRow], *, wait_ms: int
+    ) -> Mapping[str, Known | None]:
+        """Insert `rows`, first thing in a transaction that this begins; what stood there already is left as it is.
+
+        Args:
+            dbapi: The driver's connection, in no transaction.
+            info: What `Dialect.prepare` remembered of it.
+            rows: Of one group, handler and owner, each key once, sorted by key; at least one.
+            wait_ms: The longest to wait for another run of any of these keys.
+
+        Returns:
+            The keys that are not ours, with what stands there (None: it is gone again). Empty: all are ours.
+
+        Raises:
+            ClaimBusy: Another run holds one of the keys, nobody says which; none is ours. Else the driver's error.
+        """
+
+
 class LeaseClaims(Protocol):
     """Claims with a lease on one database server. One verb: the other changes of a lease need nothing of a driver."""
 
@@ -248,7 +272,17 @@ def dialect_for(engine: Engine, schema: str | None) -> Dialect:
 
 def lease_claims_for(dialect: Dialect) -> LeaseClaims:
     """Return how leases are claimed on the server that `dialect` speaks to."""
+    made: LeaseClaims = _claims(dialect, "lease")
+    return made
+
+
+def group_claims_for(dialect: Dialect) -> GroupClaims:
+    """Return how groups are claimed on the server that `dialect` speaks to."""
+    made: GroupClaims = _claims(dialect, "group")
+    return made
+
+
+def _claims(dialect: Dialect, what: str) -> Any:
     from importlib import import_module
 
-    made: LeaseClaims = import_module(f"{__name__}.{dialect.name}_lease").Claims(dialect)
-    return made
+    return import_module(f"{__name__}.{dialect.name}_{what}").Claims(dialect)

@@ -38,6 +38,7 @@ __all__ = [
     "PostgreSQL",
     "Seen",
     "driver_of",
+    "opening",
     "send",
     "template",
 ]
@@ -167,7 +168,7 @@ class PostgreSQL:
         )
         save, release = (b"SAVEPOINT exactly_once;", b";RELEASE SAVEPOINT exactly_once") if savepoint else (b"", b"")
         if begin:
-            first = _begin(driver) + seen.synchronous + save + _BOUND % wait_ms
+            first = opening(driver, seen) + save + _BOUND % wait_ms
             last = _UNBOUND % seen.own_wait + release
         else:
             first, last = seen.synchronous + save + _BOUND_IN_OPEN % wait_ms, _UNBOUND_IN_OPEN + release
@@ -192,9 +193,7 @@ class PostgreSQL:
 
     def begin(self, dbapi: Any, info: MutableMapping[Any, Any]) -> None:
         driver = driver_of(dbapi)
-        _refuse_autocommit(driver)
-        seen: Seen = info[self]
-        send(driver, _begin(driver) + seen.synchronous)
+        send(driver, opening(driver, info[self]))
 
     def known(self, dbapi: Any, row: ClaimRow, *, end: bool) -> Known | None:
         driver = driver_of(dbapi)
@@ -249,6 +248,12 @@ class PostgreSQL:
 
     def refuses(self, statement: str) -> str | None:
         return refused(statement, False)
+
+
+def opening(driver: Any, seen: Seen) -> bytes:
+    """Return how a transaction of ours begins on this connection; of durable commits, whatever the session says."""
+    _refuse_autocommit(driver)
+    return _begin(driver) + seen.synchronous
 
 
 def _begin(driver: Any) -> bytes:

@@ -157,6 +157,15 @@ class FailureStore:
         )
         return session.execute(older.limit(1)).first() is not None
 
+    def any_blocking(self, session: Session, group: str, handler: str, *, after_dead_wait: bool) -> bool:
+        """Say whether any ordering key of this handler may be blocked: mostly none is, and one look tells for all."""
+        t = self._t
+        states = t.c.state.in_(OPEN if after_dead_wait else RUNNABLE)
+        found = select(t.c.id).where(
+            t.c.consumer_group == group, t.c.handler == handler, t.c.ordering_key.is_not(None), states
+        )
+        return session.execute(found.limit(1)).first() is not None
+
     def _identity(self, failure: Failure) -> Any:
         t = self._t
         return and_(

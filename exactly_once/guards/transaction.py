@@ -4,19 +4,44 @@ It is visible only if that transaction commits, so effects and claim stand or fa
 leaves neither. A concurrent duplicate waits for the winner's end, at most `claim_wait`.
 """
 
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
+from typing import Any, Final
 
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
-from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Known, Trouble, raise_for_the_store
+from exactly_once.dialects import (
+    ClaimBusy,
+    ClaimRow,
+    Dialect,
+    GroupClaims,
+    Known,
+    Trouble,
+    group_claims_for,
+    raise_for_the_store,
+)
 from exactly_once.fingerprint import Differs, compare
 from exactly_once.guards import Claim, Conflict, Consumed, InProgress, Won
 from exactly_once.guards.watch import Watch, begin
 from exactly_once.leases.sql import SqlLeases
 from exactly_once.schema import CONSUMED
 
-__all__ = ["TransactionGuard", "standing"]
+__all__ = ["GroupClaim", "TransactionGuard", "standing"]
+
+_GROUP_WAIT_MS: Final = 50
+
+
+@dataclass(frozen=True, slots=True)
+class GroupClaim:
+    """What a group's claim came back with."""
+
+    won: Won | None
+    """The transaction that all the keys that are ours were claimed in; None if none is ours."""
+    others: Mapping[str, Consumed | InProgress | Conflict]
+    """The keys that are not ours, and why."""
 
 
 class TransactionGuard:
@@ -35,15 +60,7 @@ class TransactionGuard:
     def claim(self, session: Session, row: ClaimRow) -> Claim:
         """See `Guard.claim`."""
         dialect = self._dialect
-        try:
-            # first, so that SQLAlchemy knows of the transaction we begin below it; costs no round trip
-            connection = session.connection()
-            dbapi, info = connection.connection.dbapi_connection, connection.info
-            if dialect not in info:
-                dialect.prepare(dbapi, info, wait_ms=self._wait_ms)
-        except Exception as error:
-            raise_for_the_store(dialect, error)
-            raise
+        connection, dbapi, info = self._connected(session)
         try:
             won = dialect.claim(dbapi, info, row, wait_ms=self._wait_ms, savepoint=False)
             if not won:
@@ -54,9 +71,7 @@ class TransactionGuard:
         except ClaimBusy as busy:
             return InProgress(again=busy.again)
         except Exception as error:
-            if dialect.trouble(error) is Trouble.UNAVAILABLE:
-                connection.invalidate(error)  # its raw error passed SQLAlchemy by, which would hand it out again
-            raise_for_the_store(dialect, error)
+            self._failed(connection, error)
             raise
         if not won:  # cleared, and claimed by another before us
             session.rollback()
@@ -64,6 +79,62 @@ class TransactionGuard:
         watch = Watch(connection, dialect, dbapi)
         begin(session, watch)
         return Won(watch)
+
+    def claim_group(self, session: Session, rows: Sequence[ClaimRow]) -> "GroupClaim | None":
+        """Take the keys of a whole group before user code runs; what is not ours is told by its key.
+
+        After a claim with winners the session is in the transaction the handler will use; else in none.
+
+        Args:
+            session: In no transaction.
+            rows: Of one handler, each key once, sorted by key; at least one.
+
+        Returns:
+            None if another run holds one of the keys, and nobody says which.
+
+        Raises:
+            StoreUnavailable: The store does not answer; nothing was claimed, as far as is known.
+        """
+        connection, dbapi, info = self._connected(session)
+        try:
+            # a short bound, or one key in progress would hold all the others
+            standing_by_key = self._groups.claim(dbapi, info, rows, wait_ms=min(self._wait_ms, _GROUP_WAIT_MS))
+        except ClaimBusy:
+            return None
+        except Exception as error:
+            self._failed(connection, error)
+            raise
+        by_key = {row.key: row for row in rows} if standing_by_key else {}
+        others = {key: standing(known, by_key[key]) for key, known in standing_by_key.items()}
+        if len(others) == len(rows):
+            session.rollback()
+            return GroupClaim(None, others)
+        watch = Watch(connection, self._dialect, dbapi)
+        begin(session, watch)
+        return GroupClaim(Won(watch), others)
+
+    @cached_property
+    def _groups(self) -> GroupClaims:
+        return group_claims_for(self._dialect)
+
+    def _connected(self, session: Session) -> tuple[Connection, Any, MutableMapping[Any, Any]]:
+        """Give the session's connection, prepared."""
+        dialect = self._dialect
+        try:
+            # first, so that SQLAlchemy knows of the transaction we begin below it; costs no round trip
+            connection = session.connection()
+            dbapi, info = connection.connection.dbapi_connection, connection.info
+            if dialect not in info:
+                dialect.prepare(dbapi, info, wait_ms=self._wait_ms)
+        except Exception as error:
+            raise_for_the_store(dialect, error)
+            raise
+        return connection, dbapi, info
+
+    def _failed(self, connection: Connection, error: Exception) -> None:
+        if self._dialect.trouble(error) is Trouble.UNAVAILABLE:
+            connection.invalidate(error)  # its raw error passed SQLAlchemy by, which would hand it out again
+        raise_for_the_store(self._dialect, error)
 
     def _cleared(self, connection: Connection, row: ClaimRow) -> bool:
         """Take away, in the handler's transaction, a lease that was begun and is nobody's now: the guard was changed since."""

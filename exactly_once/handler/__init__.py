@@ -11,6 +11,7 @@ commits, retries or logs; the function itself is kept as it was. Called by the f
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, Final, Literal, NamedTuple
 
 from exactly_once.body import NOT_JSON, Decoder, decoder, parse_json, shown, why_not_json, without_none
@@ -21,13 +22,15 @@ from exactly_once.handler.guard_options import GuardOption, Lease, Lock, Transac
 from exactly_once.handler.hints import Hints
 from exactly_once.handler.options import (
     check_after_dead,
+    check_batch,
     check_concurrency,
     check_flag,
     check_handler_name,
+    check_linger,
     check_tags,
     check_topic,
 )
-from exactly_once.handler.parameters import NO_BODY, Parameters, check_result, parameters
+from exactly_once.handler.parameters import NO_BODY, Parameters, Values, check_result, parameters
 from exactly_once.keys import KeyRule, KeySpec, Path, extractor
 from exactly_once.message import Message
 from exactly_once.policy import Retry, RetrySpec, check_retry
@@ -63,6 +66,13 @@ class Plan:
     ordered: bool
     after_dead: Literal["wait", "go on"]
     concurrency: int | None
+    batch: int | None
+    """The most messages in one transaction; None: one each."""
+    batch_order: KeyRule | None
+    """What the messages of one transaction are handled in the order of."""
+    linger: timedelta
+    in_lists: bool
+    """One call handles the whole group."""
     key: KeyRule
     fingerprint: FingerprintRule
     _parameters: Parameters
@@ -158,12 +168,36 @@ class Plan:
 
     def call(self, session: Any, reading: Reading, message: Message, steps: Any = None) -> object:
         """Call the handler with what it asks for; for an async handler the result is to be awaited."""
-        values = (session, reading.body, message, steps)
+        if self.in_lists:
+            return self.call_with_lists(session, [(reading, message)])
+        return self._filled((session, reading.body, message, steps))
+
+    def call_with_lists(self, session: Any, group: Sequence[tuple[Reading, Message]]) -> object:
+        """Call a batch handler once for several messages; for an async one the result is to be awaited."""
+        messages: Any = [message for _, message in group]
+        return self._filled((session, [reading.body for reading, _ in group], messages, None))
+
+    def _filled(self, values: Values) -> object:
         parameters = self._parameters
         if parameters.named:
             named = {name: values[place] for name, place in parameters.named}
             return self.function(*parameters.positional(values), **named)
         return self.function(*parameters.positional(values))
+
+    def in_batch_order(self, group: Sequence[tuple[Reading, Message]]) -> Sequence[tuple[Reading, Message]]:
+        """Return a group in the order it is handled in: that of `batch_order=`, else as the messages came."""
+        rule = self.batch_order
+        if rule is None:
+            return group
+
+        def place(one: tuple[Reading, Message]) -> str:
+            message = one[1]
+            try:
+                return rule.of(message, parse_json(message.body) if rule.needs_json else NOT_JSON)
+            except BadKey:  # it locks nothing that has a name
+                return ""
+
+        return sorted(group, key=place)
 
     def explain_conflict(self, stored: bytes, message: Message, key: str) -> str:
         """Say what differs between a message and the one its key was consumed with, and which setting would accept it.
@@ -198,6 +232,10 @@ def plan(
     ordered: bool = False,
     after_dead: Literal["wait", "go on"] = "wait",
     concurrency: int | None = None,
+    batch: int | None = None,
+    batch_order: KeySpec | None = None,
+    linger: timedelta = timedelta(0),
+    in_lists: bool = False,
     caller_locals: Mapping[str, Any] | None = None,
     caller_globals: Mapping[str, Any] | None = None,
 ) -> Plan:
@@ -215,6 +253,10 @@ def plan(
         ordered: Keep the messages of one ordering key in order.
         after_dead: For ordered handlers: what the messages behind a dead one do.
         concurrency: At most so many runs at a time in one process.
+        batch: The most messages in one transaction.
+        batch_order: What names the row a message locks.
+        linger: How long a message waits for others.
+        in_lists: One call handles a whole group.
         caller_locals: The local names where the decorator stands.
         caller_globals: The global names there.
 
@@ -236,6 +278,10 @@ def plan(
             ordered=check_flag("ordered", ordered),
             after_dead=check_after_dead(after_dead),
             concurrency=check_concurrency(concurrency),
+            batch=check_batch(batch),
+            batch_order=None if batch_order is None else extractor(batch_order),
+            linger=check_linger(linger),
+            in_lists=in_lists,
         )
     except ConfigurationError as error:
         raise ConfigurationError(f"handler {found!r}: {error}") from error
@@ -244,7 +290,8 @@ def plan(
 def _plan(
     function: Callable[..., object], hints: Hints, *, key: KeyRule, fingerprint: FingerprintRule, **decided: Any
 ) -> Plan:
-    found = parameters(function, hints)
+    found = parameters(function, hints, in_lists=decided["in_lists"])
+    _check_group(**decided)
     if found.takes_steps and not isinstance(decided["guard"], Lease):
         raise ConfigurationError(
             "it asks for steps, which are kept under a lease: write guard=Lease(timedelta(minutes=10)). Under the transaction"
@@ -255,6 +302,9 @@ def _plan(
         reading = _body(found.body_name, found.body_annotation, hints)
         key_paths = [part for part in key.parts if isinstance(part, Path)]
         check_paths(found.body_annotation, key_paths, option="key", as_key=True)
+        order: KeyRule | None = decided["batch_order"]
+        order_paths = [part for part in order.parts if isinstance(part, Path)] if order is not None else []
+        check_paths(found.body_annotation, order_paths, option="batch_order", as_key=True)
         check_paths(found.body_annotation, fingerprint.paths, option="fingerprint", as_key=False)
     return Plan(
         function=function,
@@ -264,6 +314,16 @@ def _plan(
         _decoder=reading,
         **decided,
     )
+
+
+def _check_group(*, guard: GuardOption, batch: int | None, batch_order: KeyRule | None, **_: Any) -> None:
+    if batch is not None and not isinstance(guard, Transaction):
+        raise ConfigurationError(
+            "messages can share a transaction under the transaction guard only: take batch= away, or"
+            f" guard={type(guard).__name__}(...)"
+        )
+    if batch is None and batch_order is not None:
+        raise ConfigurationError("batch_order= needs batch=: without it each message has a transaction of its own")
 
 
 def _body(name: str, annotation: Any, hints: Hints) -> Decoder:

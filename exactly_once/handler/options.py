@@ -1,14 +1,27 @@
 """The options of `@eo.handler`, each checked when the handler is decorated. Pure; called by the handler's plan."""
 
+from datetime import timedelta
 from itertools import chain
-from typing import Literal
+from typing import Final, Literal
 
 from exactly_once.errors import ConfigurationError
 from exactly_once.handler.hints import innermost
 from exactly_once.keys import check_name
 from exactly_once.schema import HANDLER_BYTES
 
-__all__ = ["check_after_dead", "check_concurrency", "check_flag", "check_handler_name", "check_tags", "check_topic"]
+__all__ = [
+    "check_after_dead",
+    "check_batch",
+    "check_concurrency",
+    "check_flag",
+    "check_handler_name",
+    "check_linger",
+    "check_tags",
+    "check_topic",
+]
+
+_MOST_IN_A_GROUP: Final = 10_000
+_LONGEST_LINGER: Final = timedelta(seconds=10)
 
 
 def check_handler_name(function: object, name: str | None) -> str:
@@ -70,3 +83,19 @@ def check_concurrency(value: object) -> int | None:
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
     raise ConfigurationError(f"concurrency={value!r}: give a whole number of at least 1, or None")
+
+
+def check_batch(value: object) -> int | None:
+    """Return how many messages share one transaction; None for one each."""
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and 2 <= value <= _MOST_IN_A_GROUP):
+        return value
+    raise ConfigurationError(f"batch={value!r}: give a whole number from 2 to {_MOST_IN_A_GROUP:,}, or None")
+
+
+def check_linger(value: object) -> timedelta:
+    """Return how long a message waits for others to share its transaction."""
+    if isinstance(value, timedelta) and timedelta(0) <= value <= _LONGEST_LINGER:
+        return value
+    raise ConfigurationError(
+        f"linger={value!r}: give a timedelta of zero to ten seconds, such as timedelta(milliseconds=5)"
+    )

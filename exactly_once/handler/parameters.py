@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
-from typing import Any, Final, get_origin
+from typing import Any, Final, get_args, get_origin
 
 from sqlalchemy.orm import Session
 
-from exactly_once.body import without_none
+from exactly_once.body import shown, without_none
 from exactly_once.errors import ConfigurationError, Misuse
 from exactly_once.handler.hints import Hints, signature
 from exactly_once.message import Message
@@ -45,8 +45,13 @@ class Parameters:
     takes_steps: bool = False
 
 
-def parameters(function: Callable[..., object], hints: Hints) -> Parameters:
+def parameters(function: Callable[..., object], hints: Hints, *, in_lists: bool = False) -> Parameters:
     """Decide what each parameter of a handler is filled with.
+
+    Args:
+        function: The handler.
+        hints: Its annotations.
+        in_lists: It takes bodies and messages in lists; what is decided then is of their elements.
 
     Raises:
         ConfigurationError: A parameter cannot be filled, or the function can never run as a handler.
@@ -56,7 +61,7 @@ def parameters(function: Callable[..., object], hints: Hints) -> Parameters:
     named: list[tuple[str, int]] = []
     filled: dict[int, tuple[str, Any]] = {}
     for parameter in _wanted(function):
-        place, annotation = _purpose(parameter, hints)
+        place, annotation = _purpose(parameter, hints, in_lists)
         if place in filled:
             raise ConfigurationError(_twice(place, filled[place][0], parameter.name))
         filled[place] = parameter.name, annotation
@@ -89,7 +94,7 @@ def _wanted(function: Callable[..., object]) -> list[inspect.Parameter]:
     return wanted
 
 
-def _purpose(parameter: inspect.Parameter, hints: Hints) -> tuple[int, Any]:
+def _purpose(parameter: inspect.Parameter, hints: Hints, in_lists: bool) -> tuple[int, Any]:
     if parameter.annotation is inspect.Parameter.empty:
         if parameter.name in ("self", "cls"):
             raise ConfigurationError(
@@ -101,6 +106,20 @@ def _purpose(parameter: inspect.Parameter, hints: Hints) -> tuple[int, Any]:
             "`: dict` or the body's model; or give it a default, and it is left alone"
         )
     annotation = hints.resolve(parameter.annotation)
+    listed = in_lists and get_origin(annotation) in (list, Sequence)
+    if listed:
+        (annotation,) = get_args(annotation)
+    place, kind = _place(parameter.name, annotation)
+    if in_lists and listed is (place == _SESSION):
+        wanted = "Session" if place == _SESSION else f"list[{'Message' if place == _MESSAGE else shown(annotation)}]"
+        raise ConfigurationError(
+            f"a batch handler gets one session, and bodies and messages in lists. Write `{parameter.name}: {wanted}`"
+        )
+    return place, kind
+
+
+def _place(name: str, annotation: Any) -> tuple[int, Any]:
+    """What a parameter of this annotation is filled with, and the class or annotation that decides how."""
     plain, optional = without_none(annotation)
     base = get_origin(plain) or plain
     if not isinstance(base, type):
@@ -111,14 +130,12 @@ def _purpose(parameter: inspect.Parameter, hints: Hints) -> tuple[int, Any]:
         return _STEPS, base
     if issubclass(base, Session) or _is_async_session(base):
         if optional:
-            raise ConfigurationError(
-                f"the session is always there: write `{parameter.name}: {base.__name__}`, without None"
-            )
+            raise ConfigurationError(f"the session is always there: write `{name}: {base.__name__}`, without None")
         return _SESSION, base
     if base.__module__.startswith("sqlalchemy."):
         raise ConfigurationError(
-            f"`{parameter.name}: {base.__name__}` cannot be filled: a handler gets the one session its transaction is "
-            f"in. Write `{parameter.name}: Session` (or AsyncSession in an async handler)"
+            f"`{name}: {base.__name__}` cannot be filled: a handler gets the one session its transaction is "
+            f"in. Write `{name}: Session` (or AsyncSession in an async handler)"
         )
     return _BODY, annotation
 

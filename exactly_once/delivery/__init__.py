@@ -46,7 +46,7 @@ from exactly_once.transport import Features
 from exactly_once.verdict import Ack, Hold, Keep, Redeliver, Said
 from exactly_once.wording import escaped, storable
 
-__all__ = ["FOREIGN", "Delivering", "Told"]
+__all__ = ["DUPLICATE", "EXITED", "FOREIGN", "PROCESSED", "Delivering", "Told"]
 
 FOREIGN: Final = Features(redelivers=True, counts_attempts=False)
 """A consumer loop that is not ours: it brings a message back by itself, and nothing else is known of it."""
@@ -59,7 +59,7 @@ _REMEMBERED: Final = 10_000
 _LOOK_AGAIN: Final = timedelta(seconds=0.5)
 _LOOK_LONGEST: Final = timedelta(seconds=5)
 _TELL_AGAIN_S: Final = 10.0
-_EXITED: Final = (
+EXITED: Final = (
     "The handler called sys.exit({code!r}), which would end the worker for every message; it was rolled back. Raise an"
     " exception to have it retried, Reject to park it."
 )
@@ -77,8 +77,8 @@ class Told:
 
 
 _ACK: Final = Ack()
-_PROCESSED: Final = Told(Outcome.PROCESSED, _ACK)
-_DUPLICATE: Final = Told(Outcome.DUPLICATE, _ACK)
+PROCESSED: Final = Told(Outcome.PROCESSED, _ACK)
+DUPLICATE: Final = Told(Outcome.DUPLICATE, _ACK)
 _DEAD: Final = Told(Outcome.DEAD, _ACK)
 
 
@@ -155,16 +155,7 @@ class Delivering:
         if reading.key is None or reading.error is not None:
             assert reading.error is not None
             return self._failed(message, reading, reading.error, features, foreign)
-        row = ClaimRow(
-            self.group,
-            self.plan.name,
-            reading.key,
-            reading.fingerprint,
-            storable(message.message_id, MESSAGE_ID_BYTES),
-            message.attempt,
-            _OWNER,
-            message.born_at,
-        )
+        row = self.row(message, reading)
         try:
             if not pumped and spent(message.attempt, features):
                 return self._spent(message, reading, row, features, foreign)
@@ -174,10 +165,24 @@ class Delivering:
         except StoreUnavailable as error:
             return self._away(error)
         except ConfigurationError:
-            raise  # no message is to be blamed for it
+            raise  # of the program or the server: no message is to be blamed for it
         except Exception:  # a statement of ours before the attempt: nothing ran, so nothing is acknowledged
             _log.exception("message_not_run handler=%s key=%s", self.plan.name, escaped(reading.key))
             return Told(Outcome.WAITING, Redeliver(_UNRECORDED))
+
+    def row(self, message: Message, reading: Reading) -> ClaimRow:
+        """Return what is written when a message's key is claimed; the reading has one."""
+        assert reading.key is not None
+        return ClaimRow(
+            self.group,
+            self.plan.name,
+            reading.key,
+            reading.fingerprint,
+            storable(message.message_id, MESSAGE_ID_BYTES),
+            message.attempt,
+            _OWNER,
+            message.born_at,
+        )
 
     # -- the tries ---------------------------------------------------------------------------------------------------
 
@@ -191,7 +196,7 @@ class Delivering:
             except SystemExit as error:
                 if foreign:
                     raise  # the thread is the caller's, and a signal may have asked it to end
-                raise Misuse(_EXITED.format(code=error.code)) from error
+                raise Misuse(EXITED.format(code=error.code)) from error
             except Exception as error:
                 if ledger is not None and ledger.error is not None:
                     raise ledger.error from error  # what stopped a step; the handler's own may be made of it
@@ -199,8 +204,7 @@ class Delivering:
             if ledger is not None:
                 ledger.end()
 
-        # only a message that came before can have a failure row to close; others do not pay a statement for it
-        before = pumped or message.attempt > 1 or row.key in self._seen_failing
+        before = pumped or self._came_before(message, row)
         # under a lease the number of the claim tells, too: an earlier one may have failed in another process
         also = self._resolving(row, before) if before or self._placed is not None else None
         transient = immediate = 0
@@ -212,9 +216,9 @@ class Delivering:
                         self._seen_failing.pop(row.key, None)
                     if ended.again:
                         _log.warning("duplicate_ran handler=%s key=%s enforce=False", row.handler, escaped(row.key))
-                    return _PROCESSED
+                    return PROCESSED
                 case How.DUPLICATE:
-                    return _DUPLICATE
+                    return DUPLICATE
                 case How.AWAY:
                     return self._away(ended.error)
                 case How.IN_PROGRESS if ended.again and transient < 1:
@@ -244,6 +248,10 @@ class Delivering:
             case _:
                 assert ended.error is not None
                 return self._failed(message, reading, ended.error, features, foreign)
+
+    def _came_before(self, message: Message, row: ClaimRow) -> bool:
+        """Only a message that came before can have a failure row to close; others do not pay a statement for it."""
+        return message.attempt > 1 or row.key in self._seen_failing
 
     def _immediate(self, error: BaseException | None) -> int:
         if error is None or isinstance(error, (Reject, RetryLater, StepError)):
@@ -288,7 +296,7 @@ class Delivering:
         session, _ = self._open()
         try:
             if self._guard.consumed(session, row):
-                return _DUPLICATE
+                return DUPLICATE
         finally:
             let_go(session)
         error = Reject(

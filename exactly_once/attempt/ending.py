@@ -1,13 +1,11 @@
-"""One attempt: claim, handle, complete, commit, consume. Written once: a thread calls it, and under asyncio a greenlet does.
+"""From the claim to the end of COMMIT, and what an attempt that did not get there says of itself; for one message or a group.
 
-It never decides on a retry, records no failure and settles nothing; `delivery` does, from how the attempt ended. Where
-a process dies on a line of this file, the database rolls back everything the attempt wrote, the claim included (a lease
-runs out), and the broker's redelivery runs it again; after COMMIT was executed the redelivery finds the claim and is a
-duplicate.
+Where a process dies on a line of this file, the database rolls back everything the attempt wrote, the claim included (a
+lease runs out), and the broker's redelivery runs it again; after COMMIT was executed the redelivery finds the claim and is
+a duplicate.
 """
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
@@ -16,11 +14,11 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from exactly_once.dialects import ClaimRow, Dialect, Trouble
-from exactly_once.errors import ConfigurationError, LeaseLost, StoreUnavailable
-from exactly_once.guards import Conflict, Consumed, Guard, InProgress, Won
+from exactly_once.errors import LeaseLost, StoreUnavailable
+from exactly_once.guards import Guard, Won
 from exactly_once.guards.watch import Left, let_go
 
-__all__ = ["Ended", "How", "attempt"]
+__all__ = ["PROCESSED", "Ended", "How", "Open", "run"]
 
 Open = Callable[[], tuple[Session, Any]]
 """Make a session: the one the core speaks to, and the one the handler is handed (the same, or the AsyncSession around it)."""
@@ -62,86 +60,10 @@ class Ended:
     """What the claim stands for may have happened: it is not let go of."""
 
 
-_PROCESSED = Ended(How.PROCESSED)
-_DUPLICATE = Ended(How.DUPLICATE)
+PROCESSED = Ended(How.PROCESSED)
 
 
-def attempt(
-    open_session: Open,
-    guard: Guard,
-    dialect: Dialect,
-    row: ClaimRow,
-    handle: Callable[[Any, Won], object],
-    *,
-    also: Callable[[Session, int], object] | None = None,
-    enforce: bool = True,
-) -> Ended:
-    """Run one message once.
-
-    Args:
-        open_session: Makes the session.
-        guard: Decides whether it may run.
-        dialect: Says what the database's errors mean.
-        row: Identity and fingerprint of the message.
-        handle: Calls the handler with the session it is handed.
-        also: Something more to write in the same transaction, after the handler, also for a duplicate; called with the
-            session and the number of the claim.
-        enforce: False runs duplicates all the same, and says that it did.
-
-    Returns:
-        How it ended. Cancellation, KeyboardInterrupt and SystemExit are no endings: rolled back, and raised on.
-
-    Raises:
-        ConfigurationError: The database is set up so that no claim can be trusted.
-    """
-    session, handed = open_session()
-    won: Won | None = None
-    ended: Ended | None = None
-    try:
-        try:
-            claim = guard.claim(session, row)
-        except StoreUnavailable as error:
-            return Ended(How.AWAY, error)
-        except ConfigurationError:
-            raise  # an engine in AUTOCOMMIT and the like: counting it as this message's failure would park them all
-        except Exception as error:
-            return Ended(How.FAILED, error)
-        match claim:
-            case Won():
-                won = claim
-            case _ if not enforce:
-                return _unguarded(session, dialect, handed, lambda given: handle(given, Won()))
-            case Consumed():
-                return _duplicate(session, dialect, also)
-            case InProgress(again, remaining):
-                return Ended(How.IN_PROGRESS, again=again, remaining=remaining)
-            case Conflict(fingerprint):
-                return Ended(How.CONFLICT, fingerprint=fingerprint)
-        assert won is not None
-        ended = _run(open_session, session, guard, dialect, row, won, lambda: handle(handed, won), also)
-    finally:
-        if won is not None:
-            guard.end(won)  # first, and it waits for nothing: what follows may be cancelled again
-        watch = None if won is None else won.watch
-        try:
-            if watch is not None:
-                watch.end(session)
-            else:
-                let_go(session)
-        finally:
-            if (
-                won is not None and ended is None
-            ):  # cancelled, interrupted, told to exit: others may have the key at once
-                with suppress(Exception):
-                    guard.release(won)
-    if ended.how is How.PROCESSED or ended.kept:
-        return ended
-    # after the session's end: its transaction may hold the lock on our own row
-    released = guard.release(won, broken=ended.how is How.BROKEN)
-    return ended if released or ended.how is How.BROKEN else Ended(How.LOST, ended.error)
-
-
-def _run(
+def run(
     open_session: Open,
     session: Session,
     guard: Guard,
@@ -181,7 +103,7 @@ def _run(
         return Ended(How.LOST, error)
     except Exception as error:  # committed, and not known to be marked: the redelivery finds out
         return Ended(How.UNKNOWN, error, kept=True)
-    return _PROCESSED
+    return PROCESSED
 
 
 def _failed(dialect: Dialect, won: Won, error: BaseException | None) -> Ended:
@@ -228,39 +150,10 @@ def _look_up(open_session: Open, guard: Guard, row: ClaimRow, ended: Ended) -> E
     """
     session, _ = open_session()
     try:
-        return _PROCESSED if guard.consumed(session, row) else ended
+        return PROCESSED if guard.consumed(session, row) else ended
     except StoreUnavailable as error:
         return Ended(How.AWAY, error, kept=True)
     except Exception:  # a look-up that fails leaves the outcome what it was: unknown
         return ended
     finally:
         let_go(session)
-
-
-def _duplicate(session: Session, dialect: Dialect, also: Callable[[Session, int], object] | None) -> Ended:
-    """Nothing runs; a failure row of this message, if there may be one, is closed."""
-    if also is not None:
-        try:
-            also(session, 1)
-            session.commit()
-        except Exception as error:
-            match dialect.trouble(error):
-                case Trouble.UNAVAILABLE:
-                    return Ended(How.AWAY, error)
-                case Trouble.TRANSIENT:
-                    return Ended(How.TRANSIENT, error)
-                case _:
-                    return Ended(How.FAILED, error)
-    return _DUPLICATE
-
-
-def _unguarded(session: Session, dialect: Dialect, handed: Any, handle: Callable[[Any], object]) -> Ended:
-    """Run a message that would have been refused: how a team looks before it trusts."""
-    session.rollback()
-    try:
-        handle(handed)
-        session.commit()
-    except Exception as error:
-        transient = dialect.trouble(error) in (Trouble.TRANSIENT, Trouble.UNAVAILABLE)
-        return Ended(How.TRANSIENT if transient else How.FAILED, error)
-    return Ended(How.PROCESSED, again=True)

@@ -9,18 +9,23 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import lru_cache
+from datetime import timedelta
+from functools import lru_cache, partial
 from queue import SimpleQueue
 from threading import BoundedSemaphore, Lock, Thread
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy.util import greenlet_spawn
 
 from exactly_once.delivery import Delivering, Told
+from exactly_once.delivery.group import GroupDelivering, GroupTold
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
+from exactly_once.runner.grouping import Grouping, Waiting
+from exactly_once.runner.together import Part, Parts, together
 from exactly_once.transport import Delivery, Features
-from exactly_once.verdict import Ack, Hold, Keep, Redeliver, Said, Verdict
+from exactly_once.verdict import Keep, Said
 
 if TYPE_CHECKING:
     import asyncio
@@ -31,61 +36,10 @@ __all__ = ["Find", "Runner", "arun_all", "run_all", "together"]
 Find = Callable[[Delivery], Sequence[Delivering]]
 """Which handlers a delivery is for."""
 
+_One = tuple[Delivery, Features, Sequence[Delivering], Future[Any]]
+
 _log = logging.getLogger("exactly_once.worker")
-_NOT_MINE: Final = Told(Outcome.NOT_MINE, Ack())
-# of several handlers' outcomes the one that says most: what is not acknowledged first, then what happened
-_WEIGHT: Final = {
-    outcome: weight
-    for weight, outcome in enumerate(
-        (
-            Outcome.WAITING,
-            Outcome.UNKNOWN,
-            Outcome.IN_PROGRESS,
-            Outcome.FAILED,
-            Outcome.DEAD,
-            Outcome.PROCESSED,
-            Outcome.DUPLICATE,
-            Outcome.NOT_MINE,
-        )
-    )
-}
-
-
-# told the same message again, a handler that ended so runs nothing
-_SETTLED: Final = frozenset({Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.NOT_MINE})
-
-
-def together(told: Sequence[Told]) -> Told:
-    """Return what a delivery's handlers say with one voice.
-
-    A store that does not answer holds the delivery; else the soonest redelivery anyone asks for; else it is kept, if
-    anyone keeps it and the others have finished; else it is acknowledged.
-    """
-    if len(told) == 1:
-        return told[0]
-    if not told:
-        return _NOT_MINE
-    outcome = min((each.outcome for each in told), key=_WEIGHT.__getitem__)
-    said: list[Said] = [each.verdict for each in told]
-    for each in said:
-        if isinstance(each, Hold):
-            return Told(outcome, each)
-    kept = [each for each in said if isinstance(each, Keep)]
-    verdict = _soonest([each for each in said if not isinstance(each, (Hold, Keep))])
-    if not kept or isinstance(verdict, Redeliver):
-        # of a Keep and a Redeliver the latter: what is kept runs again for all its handlers, twice a second, and the one
-        # that asked for a delay would spend its attempts on looks at another's lease
-        return Told(outcome, verdict)
-    then = _soonest([each.then for each in kept])
-    if any(each.outcome not in _SETTLED and not isinstance(each.verdict, Keep) for each in told):
-        return Told(outcome, then)  # the same for one whose failure is stored for the pump, or for a person
-    return Told(outcome, Keep(min(each.again for each in kept), min(each.longest for each in kept), then))
-
-
-def _soonest(verdicts: Sequence[Verdict]) -> Verdict:
-    """Return the redelivery that is due first; `Ack` only where none is asked for, or someone's message would be lost."""
-    again = [each for each in verdicts if isinstance(each, Redeliver)]
-    return min(again, key=lambda each: each.delay) if again else Ack()
+_LOOK_S: Final = 0.001
 
 
 @lru_cache(maxsize=16)
@@ -133,7 +87,8 @@ class Runner:
 
     def __init__(self, find: Find, *, threads: int, needs_loop: bool, limits: Mapping[str, int]) -> None:
         self._find = find
-        self._work: SimpleQueue[tuple[Delivery, Features, Sequence[Delivering], Future[Any]] | None] = SimpleQueue()
+        self._work: SimpleQueue[_One | Grouping | None] = SimpleQueue()
+        self._groupings: dict[GroupDelivering, Grouping] = {}
         self._limits = {name: BoundedSemaphore(most) for name, most in limits.items()}
         self._counts: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
         self._counting = Lock()
@@ -150,9 +105,18 @@ class Runner:
         found = self._find(delivery)
         if len(found) > 1:
             features = _each_by_itself(features)
+        future: Future[Any] = Future()
+        if delivery.handler is None and any(isinstance(each, GroupDelivering) for each in found):
+            self._run_grouped(delivery, features, found, future)
+            return future
+        return self._run_alone(delivery, features, found, future)
+
+    def _run_alone(
+        self, delivery: Delivery, features: Features, found: Sequence[Delivering], future: Future[Any]
+    ) -> Future[Any]:
         if self._loop is not None and any(each.plan.is_async for each in found):
-            return self._on_loop(self._arun(delivery, features, found))
-        future: Future[Said] = Future()
+            coroutine = self._atold if isinstance(future, Part) else self._arun
+            return self._on_loop(coroutine(delivery, features, found))
         self._work.put((delivery, features, found, future))
         return future
 
@@ -170,6 +134,9 @@ class Runner:
 
     def _turn(self) -> None:
         while (work := self._work.get()) is not None:
+            if isinstance(work, Grouping):
+                self._turn_group(work)
+                continue
             delivery, features, found, future = work
             if not future.set_running_or_notify_cancel():
                 continue
@@ -178,9 +145,15 @@ class Runner:
             except BaseException as error:  # the worker takes it for "bring it again"; a thread never dies
                 future.set_exception(error)
             else:
-                self._count(told)
-                future.set_result(told.verdict)
+                self._end(future, told)
             del work, delivery, found, future
+
+    def _end(self, future: Future[Any], told: Told) -> None:
+        if isinstance(future, Part):
+            future.set_result(told)
+            return
+        self._count(told)
+        future.set_result(told.verdict)
 
     def _count(self, told: Told) -> None:
         if not isinstance(told.verdict, Keep):
@@ -200,6 +173,80 @@ class Runner:
                 with limit:
                     told.append(each.run(delivery.message, features, pumped=pumped))
         return together(told)
+
+    # -- groups ------------------------------------------------------------------------------------------------------
+
+    def _run_grouped(
+        self, delivery: Delivery, features: Features, found: Sequence[Delivering], future: Future[Any]
+    ) -> None:
+        """Let a delivery wait for its group; where several handlers want it, for each one's, or run it."""
+        if len(found) == 1:
+            self._wait_for_group(found[0], delivery, features, future)
+            return
+        future.set_running_or_notify_cancel()
+        parts = Parts(len(found), partial(self._end, future), future.set_exception)
+        for each in found:
+            part: Future[Any] = Part()
+            if isinstance(each, GroupDelivering):
+                self._wait_for_group(each, delivery, features, part)
+            else:
+                part = self._run_alone(delivery, features, (each,), part)
+            part.add_done_callback(parts.ended)
+
+    def _wait_for_group(self, handler: Delivering, delivery: Delivery, features: Features, future: Future[Any]) -> None:
+        assert isinstance(handler, GroupDelivering)
+        grouping = self._groupings.get(handler)
+        if grouping is None:
+            with self._counting:
+                grouping = self._groupings.setdefault(handler, Grouping(handler))
+        if grouping.add(delivery.message, features, future):
+            self._begin_groups(grouping)
+
+    def _begin_groups(self, grouping: Grouping) -> None:
+        if self._loop is not None and grouping.handler.plan.is_async:
+            self._on_loop(self._aturn_groups(grouping))
+        else:
+            self._work.put(grouping)
+
+    def _turn_group(self, grouping: Grouping) -> None:
+        """Run one group; the next one queues behind what other handlers have waiting."""
+        while (pause := grouping.pause_s()) > 0:
+            sleep(min(pause, _LOOK_S))
+        if group := grouping.take():
+            began = monotonic()
+            try:
+                told = grouping.handler.run_group([(one.message, one.features) for one in group])
+            except BaseException as error:  # as for a single delivery: brought again
+                _broke(group, error)
+            else:
+                self._group_ended(grouping, group, told, monotonic() - began)
+            self._work.put(grouping)
+
+    async def _aturn_groups(self, grouping: Grouping) -> None:
+        import asyncio
+
+        while True:
+            while (pause := grouping.pause_s()) > 0:
+                await asyncio.sleep(min(pause, _LOOK_S))
+            if not (group := grouping.take()):
+                return
+            async with self._places:
+                began = monotonic()
+                try:
+                    told = await greenlet_spawn(
+                        grouping.handler.run_group, [(one.message, one.features) for one in group]
+                    )
+                except BaseException as error:
+                    _broke(group, error)
+                    if not isinstance(error, Exception):
+                        raise
+                else:
+                    self._group_ended(grouping, group, told, monotonic() - began)
+
+    def _group_ended(self, grouping: Grouping, group: Sequence[Waiting], told: GroupTold, took_s: float) -> None:
+        grouping.size.ended(len(group), timedelta(seconds=took_s), deadlocked=told.deadlocked)
+        for one, each in zip(group, told.told, strict=True):
+            self._end(one.future, each)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -227,13 +274,18 @@ class Runner:
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
 
-    def _on_loop(self, coroutine: "Coroutine[Any, Any, Said]") -> Future[Said]:
+    def _on_loop(self, coroutine: "Coroutine[Any, Any, Any]") -> Future[Any]:
         import asyncio
 
         assert self._loop is not None
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     async def _arun(self, delivery: Delivery, features: Features, found: Sequence[Delivering]) -> Said:
+        one = await self._atold(delivery, features, found)
+        self._count(one)
+        return one.verdict
+
+    async def _atold(self, delivery: Delivery, features: Features, found: Sequence[Delivering]) -> Told:
         pumped = delivery.handler is not None
         told: list[Told] = []
         async with self._places:
@@ -244,6 +296,9 @@ class Runner:
                 else:
                     async with limit:
                         told.append(await arun_all((each,), delivery.message, features, pumped=pumped))
-        one = together(told)
-        self._count(one)
-        return one.verdict
+        return together(told)
+
+
+def _broke(group: Sequence[Waiting], error: BaseException) -> None:
+    for one in group:
+        one.future.set_exception(error)

@@ -1,0 +1,84 @@
+"""One attempt at a group of messages of one handler: one claim for all, their handlers on one session, one COMMIT.
+
+All or nothing: whatever fails, every claim and effect of the group is rolled back, and `group_delivery` decides what runs
+again in smaller groups or alone. A process that dies here leaves nothing of the group, or after COMMIT all of it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from exactly_once.attempt.ending import Ended, How, Open, run
+from exactly_once.dialects import ClaimRow, Dialect
+from exactly_once.errors import ConfigurationError, StoreUnavailable
+from exactly_once.guards import Conflict, Consumed, InProgress
+from exactly_once.guards.transaction import TransactionGuard
+from exactly_once.guards.watch import let_go
+
+__all__ = ["GroupEnded", "attempt_group"]
+
+_BUSY = Ended(How.IN_PROGRESS)
+_NONE_WON = Ended(How.DUPLICATE)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupEnded:
+    """How a group's attempt ended, and which of its keys were not ours."""
+
+    ended: Ended
+    """Of the messages that were ours, all alike. DUPLICATE: none was; IN_PROGRESS: some key is held, and none was claimed."""
+    others: Mapping[str, Consumed | InProgress | Conflict] = field(default_factory=dict)
+
+
+def attempt_group(
+    open_session: Open,
+    guard: TransactionGuard,
+    dialect: Dialect,
+    rows: Sequence[ClaimRow],
+    handle: Callable[[Session, Any, Mapping[str, object]], object],
+) -> GroupEnded:
+    """Run a group once.
+
+    Args:
+        open_session: Makes the session.
+        guard: Decides which of them may run.
+        dialect: Says what the database's errors mean.
+        rows: Identity and fingerprint of each message; each key once, sorted by key.
+        handle: Calls the handler for the messages that may run: given our session, the handler's, and the keys that may not.
+
+    Returns:
+        How it ended. Cancellation, KeyboardInterrupt and SystemExit are no endings: rolled back, and raised on.
+
+    Raises:
+        ConfigurationError: The database is set up so that no claim can be trusted.
+    """
+    session, handed = open_session()
+    watch = None
+    try:
+        try:
+            claim = guard.claim_group(session, rows)
+        except StoreUnavailable as error:
+            return GroupEnded(Ended(How.AWAY, error))
+        except ConfigurationError:
+            raise  # of the program or the server, not of these messages
+        except Exception as error:
+            return GroupEnded(Ended(How.FAILED, error))
+        if claim is None:
+            return GroupEnded(_BUSY)
+        won, others = claim.won, claim.others
+        if won is None:
+            return GroupEnded(_NONE_WON, others)
+        watch = won.watch
+        # one transaction: if the first row of ours is there after a COMMIT without an answer, all of them are
+        first = next(row for row in rows if row.key not in others)
+        ended = run(
+            open_session, session, guard, dialect, first, won, lambda: handle(session, handed, others), also=None
+        )
+        return GroupEnded(ended, others)
+    finally:
+        if watch is not None:
+            watch.end(session)
+        else:
+            let_go(session)

@@ -1,0 +1,69 @@
+"""The claim of a whole group on MySQL and MariaDB: one INSERT that leaves known rows as they are, then one look at who owns what.
+
+A plain INSERT of several rows inserts none when one is known, and does not say which; INSERT IGNORE deadlocks with another
+even where both are sorted. ON DUPLICATE KEY UPDATE of nothing does neither. Its row count says nothing where the driver
+counts found rows, so every group has an owner of its own, by which its rows are told apart. Rows that were known already
+stay locked until the group's transaction ends. Called by the transaction guard.
+"""
+
+import secrets
+from collections.abc import Mapping, MutableMapping, Sequence
+from datetime import UTC
+from typing import Any, Final
+
+from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Known
+from exactly_once.dialects.mysql import LOCK_WAIT, TRANSIENT, errno
+
+__all__ = ["CLAIM", "KNOWN", "ROW", "Claims"]
+
+CLAIM: Final = (
+    "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, fingerprint, retry_times, owner,"
+    " born_at, created_at, consumed_at) VALUES {rows} ON DUPLICATE KEY UPDATE consumer_group = consumer_group"
+)
+ROW: Final = "(%s, %s, %s, 1, %s, %s, %s, %s, %s, UTC_TIMESTAMP(6), UTC_TIMESTAMP(6))"
+KNOWN: Final = (
+    "SELECT business_key, status, fingerprint, owner FROM {table}"
+    " WHERE consumer_group = %s AND handler = %s AND business_key IN ({keys}) LOCK IN SHARE MODE"
+)
+_OWNER_CHARACTERS: Final = 50  # of 64, the rest tells the groups of one process apart
+
+
+class Claims:
+    """See `GroupClaims`."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._dialect = dialect
+        self._claim, self._known = CLAIM.replace("{table}", dialect.table), KNOWN.replace("{table}", dialect.table)
+
+    def claim(
+        self, dbapi: Any, info: MutableMapping[Any, Any], rows: Sequence[ClaimRow], *, wait_ms: int
+    ) -> Mapping[str, Known | None]:
+        """See `GroupClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
+        bound = info[self._dialect][2]
+        first = rows[0]
+        group, handler = first.group.encode(), first.handler.encode()
+        owner = f"{first.owner[:_OWNER_CHARACTERS]}#{secrets.token_hex(5)}"
+        keys = [row.key.encode() for row in rows]
+        values: list[Any] = []
+        for row, key in zip(rows, keys, strict=True):
+            born = None if row.born_at is None else row.born_at.astimezone(UTC).replace(tzinfo=None)
+            values += (group, handler, key, row.message_id, row.fingerprint, row.attempt - 1, owner, born)
+        cursor = dbapi.cursor()
+        try:
+            cursor.execute(bound + self._claim.replace("{rows}", ",".join([ROW] * len(rows))), values)
+            cursor.execute(self._known.replace("{keys}", ",".join(["%s"] * len(keys))), (group, handler, *keys))
+            found = cursor.fetchall()
+        except Exception as error:
+            code = errno(error)
+            if code in TRANSIENT:
+                raise ClaimBusy(again=code != LOCK_WAIT) from error
+            raise
+        finally:
+            cursor.close()
+        standing: dict[str, Known | None] = dict.fromkeys(row.key for row in rows)
+        for key, status, fingerprint, owned_by in found:
+            if owned_by == owner:
+                del standing[key.decode()]
+            else:
+                standing[key.decode()] = Known(int(status), bytes(fingerprint), owned_by)
+        return standing

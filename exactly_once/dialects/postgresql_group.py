@@ -1,0 +1,97 @@
+"""The claim of a whole group on PostgreSQL: one INSERT of arrays, one round trip with BEGIN and the bound, for any size.
+
+The arrays are sorted by key, so two groups that share keys wait for each other in one order and cannot deadlock on them.
+What INSERT does not return is somebody else's and was committed by then; it is read in a second round trip, where there is
+any. Called by the transaction guard.
+"""
+
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any, Final
+
+from psycopg import errors
+from psycopg.pq import Escaping, TransactionStatus
+
+from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Known
+from exactly_once.dialects.postgresql import BOUND, BUSY, Seen, driver_of, opening, send, template
+from exactly_once.errors import ConfigurationError
+
+__all__ = ["CLAIM", "KNOWN", "Claims"]
+
+CLAIM: Final = (
+    "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, fingerprint, retry_times, owner,"
+    " born_at, created_at, consumed_at) SELECT {group}, {handler}, claimed.key, 1, claimed.message_id,"
+    " decode(claimed.fingerprint, 'hex'), claimed.retry_times, {owner}, claimed.born_at, clock_timestamp(),"
+    " clock_timestamp() FROM unnest({keys}::text[], {message_ids}::text[], {fingerprints}::text[],"
+    " {retry_times}::integer[], {born_at}::timestamptz[])"
+    " AS claimed (key, message_id, fingerprint, retry_times, born_at)"
+    " ON CONFLICT (consumer_group, handler, business_key) DO NOTHING RETURNING business_key"
+)
+KNOWN: Final = (
+    "SELECT business_key, status, encode(fingerprint, 'hex'), owner FROM {table}"
+    " WHERE consumer_group = {group} AND handler = {handler} AND business_key = ANY ({keys}::text[])"
+)
+_VALUES: Final = ("group", "handler", "owner", "keys", "message_ids", "fingerprints", "retry_times", "born_at")
+_BOUND: Final = BOUND[0].replace("{wait_ms}", "%d").encode()
+_UNBOUND: Final = template(BOUND[1], ("own_wait",))
+
+
+class Claims:
+    """See `GroupClaims`."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._dialect = dialect
+        self._claim = template(CLAIM.replace("{table}", dialect.table), _VALUES)
+        self._known = template(KNOWN.replace("{table}", dialect.table), ("group", "handler", "keys"))
+
+    def claim(
+        self, dbapi: Any, info: MutableMapping[Any, Any], rows: Sequence[ClaimRow], *, wait_ms: int
+    ) -> Mapping[str, Known | None]:
+        """See `GroupClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
+        driver = driver_of(dbapi)
+        seen: Seen = info[self._dialect]
+        if driver.pgconn.transaction_status != TransactionStatus.IDLE:
+            raise ConfigurationError("The session was in a transaction before its group was claimed.")
+        quote = Escaping(driver.pgconn).escape_literal
+        first = rows[0]
+        group, handler = quote(first.group.encode()), quote(first.handler.encode())
+        values = (
+            group,
+            handler,
+            quote(first.owner.encode()),
+            quote(_array(row.key for row in rows)),
+            quote(_array(row.message_id for row in rows)),
+            quote(b"{%s}" % ",".join([row.fingerprint.hex() or '""' for row in rows]).encode()),
+            quote(b"{%s}" % ",".join([str(row.attempt - 1) for row in rows]).encode()),
+            quote(_array(None if row.born_at is None else row.born_at.isoformat() for row in rows)),
+        )
+        try:
+            results = send(
+                driver, opening(driver, seen) + _BOUND % wait_ms + self._claim % values + _UNBOUND % seen.own_wait
+            )
+        except errors.Error as error:
+            if error.sqlstate not in BUSY:
+                raise
+            raise ClaimBusy(again=error.sqlstate != "55P03") from error
+        claimed = results[-2]
+        if claimed.ntuples == len(rows):
+            return {}
+        won = {claimed.get_value(place, 0) for place in range(claimed.ntuples)}
+        others = [row.key for row in rows if row.key.encode() not in won]
+        found = send(driver, self._known % (group, handler, quote(_array(others))))[0]
+        standing: dict[str, Known | None] = dict.fromkeys(others)
+        for place in range(found.ntuples):
+            key, status, fingerprint, owner = (found.get_value(place, column) for column in range(4))
+            standing[key.decode()] = Known(
+                int(status), bytes.fromhex(fingerprint.decode()), None if owner is None else owner.decode()
+            )
+        return standing
+
+
+def _array(values: Iterable[str | None]) -> bytes:
+    """Write an array as PostgreSQL reads it: each element quoted, with backslashes before quotes and backslashes."""
+    quoted = ["NULL" if each is None else f'"{_escaped(each)}"' for each in values]
+    return b"{%s}" % ",".join(quoted).encode()
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"')

@@ -1,0 +1,26 @@
+"""The claim of a whole group on SQLite: one INSERT a key behind one BEGIN IMMEDIATE; a round trip is a function call here.
+
+Called by the transaction guard.
+"""
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+from exactly_once.dialects import ClaimRow, Dialect, Known
+
+__all__ = ["Claims"]
+
+
+class Claims:
+    """See `GroupClaims`."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._dialect = dialect
+
+    def claim(
+        self, dbapi: Any, info: MutableMapping[Any, Any], rows: Sequence[ClaimRow], *, wait_ms: int
+    ) -> Mapping[str, Known | None]:
+        """See `GroupClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
+        one = self._dialect
+        others = [row for row in rows if not one.claim(dbapi, info, row, wait_ms=wait_ms, savepoint=False)]
+        return {row.key: one.known(dbapi, row, end=False) for row in others}

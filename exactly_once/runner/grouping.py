@@ -1,0 +1,114 @@
+"""Forms groups out of the deliveries that wait for one handler on one database. Opens nothing and runs nothing.
+
+A group is what is waiting: it is never larger than `batch=`, and its first message waits for others no longer than `linger`.
+One group at a time: two would get into each other's way on the rows they lock, and what waits meanwhile is the next group.
+The `runner` takes the groups.
+"""
+
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import timedelta
+from threading import Lock
+from time import monotonic
+from typing import Any, Final
+
+from exactly_once.delivery.group import GroupDelivering
+from exactly_once.message import Message
+from exactly_once.transport import Features
+
+__all__ = ["LONGEST", "GroupSize", "Grouping", "Waiting"]
+
+LONGEST: Final = timedelta(seconds=1)
+"""A group that takes longer is followed by smaller ones: its rows are locked all that time, and its messages in hand."""
+LEAST: Final = 2
+_GROWTH: Final = 1.1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Waiting:
+    """A delivery that waits for its group."""
+
+    message: Message
+    features: Features
+    future: Future[Any]
+    since: float
+
+
+class GroupSize:
+    """How many messages the next group takes: as many as allowed, fewer behind a deadlock or a slow group.
+
+    Args:
+        most: The largest group.
+
+    Example:
+        >>> size = GroupSize(100)
+        >>> size.ended(100, timedelta(milliseconds=20), deadlocked=True)
+        >>> size.now
+        50
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._size = float(most)
+
+    @property
+    def now(self) -> int:
+        """How many the next group may have."""
+        return int(self._size)
+
+    def ended(self, messages: int, took: timedelta, *, deadlocked: bool) -> None:
+        """Learn from a group: halved after a deadlock, cut to what fits into `LONGEST`, else grown again slowly."""
+        size = self._size
+        if deadlocked:
+            size = min(size, messages) / 2
+        elif took > LONGEST:
+            size = min(size, messages * (LONGEST / took))
+        else:
+            size *= _GROWTH
+        self._size = min(float(self._most), max(float(LEAST), size))
+
+
+class Grouping:
+    """What waits for one handler on one database.
+
+    Args:
+        handler: Whose; its plan says how many, and how long a message waits for others.
+    """
+
+    def __init__(self, handler: GroupDelivering) -> None:
+        self.handler = handler
+        self.size = GroupSize(handler.plan.batch or 1)
+        self._linger_s = handler.plan.linger.total_seconds()
+        self._waiting: deque[Waiting] = deque()
+        self._taking = False
+        self._lock = Lock()
+
+    def add(self, message: Message, features: Features, future: Future[Any]) -> bool:
+        """Let a delivery wait; True if somebody must begin to take groups, for nobody does."""
+        with self._lock:
+            self._waiting.append(Waiting(message, features, future, monotonic()))
+            first, self._taking = not self._taking, True
+        return first
+
+    def pause_s(self) -> float:
+        """How long to wait before the next group is taken; 0 when there is no more to wait for."""
+        waiting = self._waiting
+        if not waiting or len(waiting) >= self.size.now:
+            return 0.0
+        return max(0.0, waiting[0].since + self._linger_s - monotonic())
+
+    def take(self) -> list[Waiting]:
+        """Return the next group, oldest first, without those that were given back meanwhile.
+
+        Empty: nothing waits, and whoever takes groups ends; the next `add` says that somebody must begin again.
+        """
+        group: list[Waiting] = []
+        with self._lock:
+            most = self.size.now
+            while self._waiting and len(group) < most:
+                one = self._waiting.popleft()
+                if one.future.set_running_or_notify_cancel():
+                    group.append(one)
+            self._taking = bool(group)
+        return group
