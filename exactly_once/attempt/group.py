@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy.orm import Session
-
 from exactly_once.attempt.ending import Ended, How, Open, run
 from exactly_once.dialects import ClaimRow, Dialect
 from exactly_once.errors import ConfigurationError, StoreUnavailable
@@ -37,7 +35,7 @@ def attempt_group(
     guard: TransactionGuard,
     dialect: Dialect,
     rows: Sequence[ClaimRow],
-    handle: Callable[[Session, Any, Mapping[str, object]], object],
+    handle: Callable[[Any, Mapping[str, object]], object],
 ) -> GroupEnded:
     """Run a group once.
 
@@ -46,7 +44,7 @@ def attempt_group(
         guard: Decides which of them may run.
         dialect: Says what the database's errors mean.
         rows: Identity and fingerprint of each message; each key once, sorted by key.
-        handle: Calls the handler for the messages that may run: given our session, the handler's, and the keys that may not.
+        handle: Calls the handler for the messages that may run: given the session it is handed, and the keys that may not.
 
     Returns:
         How it ended. Cancellation, KeyboardInterrupt and SystemExit are no endings: rolled back, and raised on.
@@ -73,9 +71,7 @@ def attempt_group(
         watch = won.watch
         # one transaction: if the first row of ours is there after a COMMIT without an answer, all of them are
         first = next(row for row in rows if row.key not in others)
-        ended = run(
-            open_session, session, guard, dialect, first, won, lambda: handle(session, handed, others), also=None
-        )
+        ended = run(open_session, session, guard, dialect, first, won, lambda: handle(handed, others), also=None)
         return GroupEnded(ended, others)
     finally:
         if watch is not None:

@@ -3,14 +3,14 @@
 A group commits as a whole or not at all. When anything in it goes wrong, nothing of it is recorded and nobody is blamed: it
 is cut in two and tried again, down to single messages, and those have the whole story of `delivery`: tries, failures, dead
 letters. So one bad message costs its group some time, and changes nothing for the rest. A deadlock is no message's fault
-either; then all run alone at once, and the worker makes the next groups smaller.
+either; then all run alone at once, and the worker makes the next groups smaller. A message that was delivered before runs
+alone from the start.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from exactly_once.attempt.ending import How
@@ -24,7 +24,7 @@ from exactly_once.guards.watch import let_go
 from exactly_once.handler import Reading, check_result
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
-from exactly_once.policy import Park, spent
+from exactly_once.policy import Park
 from exactly_once.transport import Features
 from exactly_once.verdict import Hold
 
@@ -79,11 +79,9 @@ class GroupDelivering(Delivering):
         blocking = self._blocking(members)
         for member in members:
             row, message = member.row, member.message
-            if (
-                row is None
-                or spent(message.attempt, member.features)
-                or (blocking and message.ordering_key is not None)
-            ):
+            waits = blocking and message.ordering_key is not None
+            # what came before may be what failed, or killed the process: its company would pay for it again
+            if row is None or waits or self._came_before(message, row):
                 alone.append(member)
             elif row.key in together:
                 repeats.append((member, together[row.key]))
@@ -155,16 +153,12 @@ class GroupDelivering(Delivering):
         guard = self._guard
         assert isinstance(guard, TransactionGuard)
 
-        def handle(session: Session, handed: Any, others: Mapping[str, object]) -> None:
+        def handle(handed: Any, others: Mapping[str, object]) -> None:
             ours = [member for member in members if member.reading.key not in others]
             try:
                 self._call_all(handed, [(member.reading, member.message) for member in ours])
             except SystemExit as error:
                 raise Misuse(EXITED.format(code=error.code)) from error
-            for member in ours:
-                row = member.row
-                if row is not None and self._came_before(member.message, row):
-                    self._resolving(row, True)(session, 1)
 
         return attempt_group(self._open, guard, self.store.dialect, rows, handle)
 
@@ -182,13 +176,11 @@ class GroupDelivering(Delivering):
         """Say of each what the group's end means for it; None: it has to be told of one by one."""
         ended, others = tried.ended, tried.others
         for member in members:
-            row, message = member.row, member.message
-            assert row is not None
-            standing = others.get(row.key)
+            assert member.row is not None
+            standing = others.get(member.row.key)
             if standing is None:
                 member.told = ours or self._told_of(member, ended.how, ended.error)
-                self._seen_failing.pop(row.key, None)
-            elif isinstance(standing, Consumed) and not self._came_before(message, row):
+            elif isinstance(standing, Consumed):
                 member.told = DUPLICATE
             else:
                 self._alone(member, run)

@@ -172,7 +172,8 @@ class GroupClaims(Protocol):
             wait_ms: The longest to wait for another run of any of these keys.
 
         Returns:
-            The keys that are not ours, with what stands there (None: it is gone again). Empty: all are ours.
+            The keys that are not ours, with what stands there (None: it is gone again). Empty: all are ours. If none is,
+            the transaction may have been ended.
 
         Raises:
             ClaimBusy: Another run holds one of the keys, nobody says which; none is ours. Else the driver's error.

@@ -77,7 +77,8 @@ class Claims:
             return {}
         won = {claimed.get_value(place, 0) for place in range(claimed.ntuples)}
         others = [row.key for row in rows if row.key.encode() not in won]
-        found = send(driver, self._known % (group, handler, quote(_array(others))))[0]
+        look = self._known % (group, handler, quote(_array(others)))
+        found = send(driver, look if won else look + b";ROLLBACK")[0]
         standing: dict[str, Known | None] = dict.fromkeys(others)
         for place in range(found.ntuples):
             key, status, fingerprint, owner = (found.get_value(place, column) for column in range(4))

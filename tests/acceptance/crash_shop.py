@@ -9,7 +9,8 @@ of it. The marker file makes it die once; started again, it runs to the end and 
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,19 @@ class Stock(Base):
     left: Mapped[int]
 
 
+BETWEEN = "between two messages of a group"
+
 eo = ExactlyOnce(group="crash")
 _failed: dict[str, int] = {}
 
 
-@eo.handler("crash-orders", key="order_no", retry=Retry(immediate=0, delays=[0.2], max_attempts=50))
+RETRY = Retry(immediate=0, delays=[0.2], max_attempts=50)
+
+
 def reserve(session: Session, order: dict[str, str], message: Message) -> None:
+    if _point == BETWEEN and VICTIM in _begun:
+        _die(BETWEEN, VICTIM)
+    _begun.add(order["order_no"])
     _die("handler begins", order["order_no"])
     session.add(Reservation(order_no=order["order_no"]))
     session.flush()
@@ -55,6 +63,22 @@ def reserve(session: Session, order: dict[str, str], message: Message) -> None:
         raise ValueError("the handler fails, twice")
 
 
+def reserve_all(session: Session, orders: list[dict[str, str]], messages: list[Message]) -> None:
+    for order, message in zip(orders, messages, strict=True):
+        reserve(session, order, message)
+
+
+_begun: set[str] = set()
+# one message a transaction, groups of calls, or one call for a group
+match os.environ.get("EXACTLY_ONCE_TEST_CRASH"):
+    case "batch":
+        eo.handler("crash-orders", key="order_no", retry=RETRY, batch=6, linger=timedelta(milliseconds=200))(reserve)
+    case "lists":
+        eo.batch_handler(
+            "crash-orders", key="order_no", name="reserve", retry=RETRY, batch=6, linger=timedelta(milliseconds=200)
+        )(reserve_all)
+    case _:
+        eo.handler("crash-orders", key="order_no", retry=RETRY)(reserve)
 _point = sys.argv[2] if len(sys.argv) == 4 else ""
 _marker = Path(sys.argv[3]) if len(sys.argv) == 4 else Path()
 
@@ -110,6 +134,7 @@ PUMP_POINTS = ("the pump took it", "before the pump's settle")
 def install() -> None:
     from exactly_once import runner
     from exactly_once.delivery import Delivering
+    from exactly_once.delivery.group import GroupDelivering
     from exactly_once.failures import FailureStore
     from exactly_once.guards.transaction import TransactionGuard
     from exactly_once.guards.watch import Watch
@@ -122,6 +147,11 @@ def install() -> None:
         import json
 
         return str(json.loads(message.body or b"{}").get("order_no"))
+
+    def one(numbers: Iterable[str]) -> str:
+        """The number of a group that the points look for, if it is in it."""
+        every = list(numbers)
+        return next((each for each in (VICTIM, FAILING) if each in every), every[0])
 
     _wrap(runner.Runner, "run", "received", None, lambda self, delivery, features: number(delivery.message))
 
@@ -136,6 +166,22 @@ def install() -> None:
 
     Delivering.run = run  # type: ignore[method-assign]
     _wrap(TransactionGuard, "claim", "before the claim", "claimed", lambda self, session, row: row.key)
+    _wrap(
+        TransactionGuard,
+        "claim_group",
+        "before the claim",
+        "claimed",
+        lambda self, session, rows: one(r.key for r in rows),
+    )
+    real_attempt = GroupDelivering._attempt
+
+    def attempt(self: GroupDelivering, members: Any) -> Any:
+        found = current[threading.get_ident()] = one(number(member.message) for member in members)
+        ended = real_attempt(self, members)
+        _die("after COMMIT", found)
+        return ended
+
+    GroupDelivering._attempt = attempt  # type: ignore[method-assign]
     _wrap(Watch, "committing", "before COMMIT", None, lambda self: current[threading.get_ident()])
     _wrap(Delivering, "_try", None, "after COMMIT", lambda self, message, *_, **__: number(message))
     _wrap(

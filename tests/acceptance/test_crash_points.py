@@ -19,7 +19,7 @@ from exactly_once.schema import tables
 from exactly_once.testing import bound
 from exactly_once.testing.databases import DatabaseServer
 from tests.acceptance import crash_shop
-from tests.acceptance.crash_shop import FAILING, POINTS, PUMP_POINTS, VICTIM, Reservation, Stock
+from tests.acceptance.crash_shop import BETWEEN, FAILING, POINTS, PUMP_POINTS, VICTIM, Reservation, Stock
 
 ORDERS = 12
 ROOT = Path(__file__).parents[2]
@@ -34,10 +34,11 @@ def database(eo_server: DatabaseServer) -> Iterator[Engine]:
         yield engine
 
 
-def _worker(database: Engine, url: str, point: str, marker: Path) -> subprocess.Popen[bytes]:
+def _worker(database: Engine, url: str, point: str, marker: Path, mode: str = "") -> subprocess.Popen[bytes]:
     environment = os.environ | {
         "EXACTLY_ONCE_DATABASE": database.url.render_as_string(hide_password=False),
         "EXACTLY_ONCE_CONCURRENCY": "4",
+        "EXACTLY_ONCE_TEST_CRASH": mode,
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, "-m", "tests.acceptance.crash_shop", url, point, str(marker)]
@@ -62,21 +63,32 @@ def _left(database: Engine) -> int:
         return int(connection.execute(text("SELECT count(*) FROM message_queue")).scalar_one())
 
 
-@pytest.mark.parametrize("point", POINTS)
-def test_killed_at_this_step_nothing_is_lost_and_nothing_doubled(database: Engine, point: str, tmp_path: Path) -> None:
+IN_GROUPS = [*POINTS, BETWEEN]
+IN_LISTS = ["claimed", "between the handler's statements", BETWEEN, "before COMMIT", "after COMMIT"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "point"),
+    [("", point) for point in POINTS]
+    + [("batch", point) for point in IN_GROUPS]
+    + [("lists", point) for point in IN_LISTS],
+)
+def test_killed_at_this_step_nothing_is_lost_and_nothing_doubled(
+    database: Engine, mode: str, point: str, tmp_path: Path
+) -> None:
     url = "sql://?invisible_s=2"
     marker = tmp_path / "died"
     wanted = [f"order-{n}" for n in range(ORDERS)]
     with bound(crash_shop.eo, database) as eo, eo.producer(url) as producer:
         # each twice: the second copy must be a duplicate whatever happened to the first
         producer.send_all([Message("crash-orders", json.dumps({"order_no": no}).encode(), key=no) for no in wanted * 2])
-    first = _worker(database, url, point, marker)
+    first = _worker(database, url, point, marker, mode)
     try:
         assert first.wait(30) == -signal.SIGKILL, "the process was to die at this step"
     finally:
         first.kill()
     assert marker.exists()
-    second = _worker(database, url, point, marker)
+    second = _worker(database, url, point, marker, mode)
     try:
         _until(lambda: _left(database) == 0, 40, lambda: (_ledger(database), _left(database)))
         second.send_signal(signal.SIGTERM)

@@ -1,0 +1,139 @@
+"""How groups form, how large they are, and what several handlers of one delivery say together."""
+
+from concurrent.futures import CancelledError, Future
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from exactly_once import Message, Outcome
+from exactly_once.delivery import Told
+from exactly_once.delivery.group import GroupDelivering
+from exactly_once.runner.grouping import LEAST, Grouping, GroupSize
+from exactly_once.runner.together import Part, Parts
+from exactly_once.transport import Features
+from exactly_once.verdict import Ack, Hold, Redeliver
+
+FEATURES = Features(redelivers=True, counts_attempts=True)
+SOON = timedelta(milliseconds=1)
+
+
+def grouping(batch: int = 3, linger: timedelta = timedelta(0)) -> Grouping:
+    handler = SimpleNamespace(plan=SimpleNamespace(batch=batch, linger=linger))
+    return Grouping(cast(GroupDelivering, handler))
+
+
+def add(waiting: Grouping, number: int) -> tuple[bool, Future[Any]]:
+    future: Future[Any] = Future()
+    return waiting.add(Message("orders", str(number).encode()), FEATURES, future), future
+
+
+def taken(waiting: Grouping) -> list[bytes | None]:
+    return [one.message.body for one in waiting.take()]
+
+
+def test_a_group_is_what_waits_in_the_order_it_came_and_no_more_than_allowed() -> None:
+    waiting = grouping()
+    assert [add(waiting, number)[0] for number in range(5)] == [True, False, False, False, False]
+    assert taken(waiting) == [b"0", b"1", b"2"]
+    assert taken(waiting) == [b"3", b"4"]
+
+
+def test_whoever_finds_nothing_ends_and_the_next_message_begins_again() -> None:
+    waiting = grouping()
+    add(waiting, 1)
+    assert taken(waiting) == [b"1"]
+    assert add(waiting, 2)[0] is False, "somebody is still taking"
+    assert taken(waiting) == [b"2"]
+    assert taken(waiting) == []
+    assert add(waiting, 3)[0] is True
+
+
+def test_what_was_given_back_meanwhile_does_not_run() -> None:
+    waiting = grouping()
+    _, first = add(waiting, 1)
+    _, second = add(waiting, 2)
+    assert first.cancel()
+    assert taken(waiting) == [b"2"]
+    assert not second.cancel(), "it runs"
+
+
+def test_only_the_first_message_waits_for_others_and_never_for_a_full_group() -> None:
+    waiting = grouping(batch=2, linger=timedelta(seconds=5))
+    assert waiting.pause_s() == 0
+    add(waiting, 1)
+    assert 4 < waiting.pause_s() <= 5
+    add(waiting, 2)
+    assert waiting.pause_s() == 0
+
+
+@pytest.mark.parametrize("most", [2, 100, 10_000])
+def test_a_size_is_halved_by_a_deadlock_and_grows_back_slowly(most: int) -> None:
+    size = GroupSize(most)
+    size.ended(most, SOON, deadlocked=True)
+    assert size.now == max(LEAST, most // 2)
+    for _ in range(30):
+        size.ended(most, SOON, deadlocked=True)
+    assert size.now == LEAST
+    grown = []
+    for _ in range(200):
+        size.ended(size.now, SOON, deadlocked=False)
+        grown.append(size.now)
+    assert grown == sorted(grown)
+    assert grown[-1] == most
+
+
+def test_a_slow_group_is_followed_by_one_that_takes_about_a_second() -> None:
+    size = GroupSize(1000)
+    size.ended(1000, timedelta(seconds=4), deadlocked=False)
+    assert size.now == 250
+    size.ended(10, timedelta(seconds=100), deadlocked=False)
+    assert size.now == LEAST
+
+
+def parts(number: int) -> tuple[Parts, list[Told], list[BaseException]]:
+    ended: list[Told] = []
+    failed: list[BaseException] = []
+    return Parts(number, ended.append, failed.append), ended, failed
+
+
+def ended_with(result: Told | BaseException | None) -> Part:
+    part = Part()
+    if result is None:
+        part.cancel()
+    elif isinstance(result, BaseException):
+        part.set_exception(result)
+    else:
+        part.set_result(result)
+    return part
+
+
+DONE = Told(Outcome.PROCESSED, Ack())
+
+
+def test_a_delivery_ends_when_its_last_handler_has() -> None:
+    together, ended, failed = parts(2)
+    together.ended(ended_with(DONE))
+    assert not ended
+    together.ended(ended_with(Told(Outcome.FAILED, Redeliver(SOON))))
+    assert ended == [Told(Outcome.FAILED, Redeliver(SOON))]
+    assert not failed
+
+
+def test_a_store_that_is_away_for_one_of_them_holds_the_delivery() -> None:
+    together, ended, _ = parts(2)
+    together.ended(ended_with(Told(Outcome.WAITING, Hold("default"))))
+    together.ended(ended_with(DONE))
+    assert ended == [Told(Outcome.WAITING, Hold("default"))]
+
+
+@pytest.mark.parametrize("broken", [RuntimeError("broke"), None])
+def test_a_handler_that_broke_or_was_cancelled_keeps_the_delivery_from_being_acknowledged(
+    broken: BaseException | None,
+) -> None:
+    together, ended, failed = parts(2)
+    together.ended(ended_with(broken))
+    together.ended(ended_with(DONE))
+    assert not ended
+    assert [type(each) for each in failed] == [CancelledError if broken is None else RuntimeError]
