@@ -105,6 +105,18 @@ def test_of_two_copies_in_a_group_the_first_wins(shop: Shop) -> None:
     shop.assert_kept("1", "2", claims=["1", "2"])
 
 
+def test_a_copy_of_one_that_failed_is_no_duplicate(shop: Shop) -> None:
+    def do(session: Session, no: object) -> None:
+        put(session, str(no))
+        if no == 1:
+            raise ValueError("this one")
+
+    handles(shop, do, retry=Retry(immediate=0, delays=[60]))
+    found = told(shop, orders(1, 1, 2))
+    assert [each.outcome for each in found.told] == [F, F, P]
+    assert [type(each.verdict) for each in found.told] == [Redeliver, Redeliver, Ack]
+
+
 def test_another_payload_under_one_key_is_parked_and_the_first_stands(shop: Shop) -> None:
     handles(shop, effect)
     other = Message("orders", json.dumps({"no": 1, "more": 2}).encode(), message_id="other")
@@ -275,8 +287,13 @@ def test_a_database_that_does_not_answer_holds_the_whole_group(shop: Shop) -> No
         pytest.skip("a file always answers")
     shop.fresh_eo(_nowhere(shop.engine), _nowhere(shop.async_engine))
     handles(shop, effect)
+    tried: list[object] = []
+    store = shop.eo.stores["default"]
+    engine = store.async_engine.sync_engine if shop.is_async else store.engine
+    event.listen(engine, "do_connect", lambda *_: tried.append(1))
     found = told(shop, orders(*range(30)))
     assert {each.outcome for each in found.told} == {Outcome.WAITING}
+    assert len(tried) < 5, "not each of a group asks a server that is away"
     assert all(isinstance(each.verdict, Hold) for each in found.told)
     assert not shop.claims()
     assert not shop.failures()
@@ -470,4 +487,32 @@ def test_a_group_costs_one_claim_and_one_commit(request: pytest.FixtureRequest, 
             before = proxy.round_trips
             told(shop, orders(*range(10, 30)))
             assert proxy.round_trips - before == 2  # the claim; a look at what stands there, which ends the transaction
+            engine.dispose()
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_a_commit_without_an_answer_is_looked_up_once_for_all(request: pytest.FixtureRequest, committed: bool) -> None:
+    from sqlalchemy import create_engine
+
+    from tests.services.proxy import Proxy
+
+    for shop in shops(request, "postgres", "sync"):
+        with Proxy(shop.url) as proxy:
+            engine = create_engine(proxy.url, pool_size=1)
+            shop.fresh_eo(engine)
+            handles(shop, effect)
+            assert outcomes(shop, orders(0)) == [P]
+            if committed:
+                proxy.cut_after_commit()
+                assert outcomes(shop, orders(0, 1, 2, 3)) == [D, P, P, P]
+            else:
+                proxy.cut_before_commit()
+                # the claim of 0 is there, and proves nothing for the others
+                found = told(shop, orders(0, 1, 2, 3))
+                assert [each.outcome for each in found.told] == [D] + [Outcome.UNKNOWN] * 3
+                assert [isinstance(each.verdict, Ack) for each in found.told] == [True, False, False, False]
+                assert not shop.failures()
+                assert outcomes(shop, orders(1, 2, 3)) == [P, P, P]
+            assert proxy.cuts == 1
+            assert sorted(shop.effects()) == ["0", "1", "2", "3"]
             engine.dispose()

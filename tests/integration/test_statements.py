@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.orm import Session
 
 from exactly_once import Message
-from exactly_once.dialects import ClaimRow, StepRow, mysql, sqlite
+from exactly_once.dialects import ClaimRow, StepRow, mysql, mysql_group, sqlite
 from exactly_once.errors import Reject
 from exactly_once.failures import Failure, FailureStore
 from exactly_once.failures.due import DueFailures
@@ -41,7 +41,7 @@ def approve(name: str, sections: dict[str, list[str]]) -> None:
 def claim_texts(dialect: str) -> dict[str, list[str]]:
     """The texts that go below SQLAlchemy, as the dialect's module has them."""
     if dialect == "postgres":
-        from exactly_once.dialects import postgresql
+        from exactly_once.dialects import postgresql, postgresql_group
 
         return {
             "look": [postgresql.LOOK],
@@ -50,9 +50,13 @@ def claim_texts(dialect: str) -> dict[str, list[str]]:
             "claim": [postgresql.CLAIM],
             "claim, prepared": [postgresql.EXECUTE],
             "known": [postgresql.KNOWN],
+            "claim of a group": [postgresql_group.CLAIM],
+            "known of a group": [postgresql_group.KNOWN],
         }
     if dialect == "mariadb":
-        return {"prepare": [mysql.PREPARE], "bound": [mysql.BOUND], "claim": [mysql.CLAIM], "known": [mysql.KNOWN]}
+        of_group = {"claim of a group": [mysql_group.CLAIM, mysql_group.ROW], "known of a group": [mysql_group.KNOWN]}
+        single = {"prepare": [mysql.PREPARE], "bound": [mysql.BOUND], "claim": [mysql.CLAIM], "known": [mysql.KNOWN]}
+        return single | of_group
     return {"begin": [sqlite.BEGIN], "claim": [sqlite.CLAIM], "known": [sqlite.KNOWN]}
 
 
