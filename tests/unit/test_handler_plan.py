@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 
 from exactly_once import keys
 from exactly_once.errors import BadBody, BadKey, ConfigurationError, Misuse
-from exactly_once.handler import Plan, Transaction, plan
+from exactly_once.handler import Lease, Lock, Plan, Transaction, plan
 from exactly_once.handler.parameters import check_result
 from exactly_once.message import Message
 from exactly_once.policy import Retry
@@ -282,10 +282,64 @@ def test_mistakes_in_a_handler_are_errors_when_it_is_decorated_with_the_fix_in_t
         ({"ordered": 1}, "ordered"),
         ({"after_dead": "stop"}, "go on"),
         ({"concurrency": 0}, "concurrency"),
+        ({"batch": 1}, "from 2"),
+        ({"batch": True}, "from 2"),
+        ({"batch": 10_001}, "10,000"),
+        ({"batch": 10, "linger": 5}, "timedelta"),
+        ({"batch": 10, "linger": timedelta(seconds=11)}, "ten seconds"),
+        ({"batch": 10, "linger": timedelta(seconds=-1)}, "ten seconds"),
+        ({"batch_order": "sku"}, "batch="),
+        ({"batch": 10, "batch_order": ()}, "key"),
+        ({"batch": 10, "guard": Lease(timedelta(minutes=10))}, "Lease"),
+        ({"batch": 10, "guard": Lock()}, "Lock"),
     ],
 )
 def test_a_wrong_option_is_refused(options: dict[str, Any], told: str) -> None:
     assert told in refused(handle, **options)
+
+
+def test_a_batch_handler_gets_lists_of_the_body_and_of_messages() -> None:
+    def listed(session: Session, orders: list[Order], messages: list[Message]) -> tuple[list[Order], list[Message]]:
+        return orders, messages
+
+    made = plan(listed, topic="orders", key="orderNo", batch=10, in_lists=True)
+    message = Message("orders", b'{"orderNo": "A-1", "lines": []}')
+    reading = made.read(message)
+    assert reading.error is None
+    assert made.call(None, reading, message) == ([reading.body], [message])
+    assert made.call_with_lists(None, [(reading, message)] * 2) == ([reading.body] * 2, [message] * 2)
+    assert isinstance(reading.body, Order)
+
+
+def test_a_batch_handler_that_does_not_take_lists_is_told_what_to_write() -> None:
+    def no_list(session: Session, order: Order) -> None: ...
+    def no_list_of_messages(session: Session, orders: list[Order], message: Message) -> None: ...
+    def sessions(sessions: list[Session], orders: list[Order]) -> None: ...
+    def untyped(session: Session, orders: list) -> None: ...  # type: ignore[type-arg]
+
+    for function, told in [
+        (no_list, "list[Order]"),
+        (no_list_of_messages, "list[Message]"),
+        (sessions, "sessions: Session"),
+        (untyped, "list["),
+    ]:
+        with pytest.raises(ConfigurationError) as error:
+            plan(function, topic="orders", key="orderNo", batch=10, in_lists=True)
+        assert told in str(error.value)
+
+
+def test_the_order_of_a_group_is_checked_against_the_model_and_sorts_what_has_none_first() -> None:
+    def one(session: Session, order: Order) -> None: ...
+
+    with pytest.raises(ConfigurationError, match="batch_order"):
+        plan(one, topic="orders", key="orderNo", batch=10, batch_order="skew")
+
+    def free(session: Session, order: dict[str, Any]) -> None: ...
+
+    made = plan(free, topic="orders", key="no", batch=10, batch_order="sku")
+    messages = [Message("orders", body) for body in (b'{"no": 1, "sku": "b"}', b'{"no": 2}', b'{"no": 3, "sku": "a"}')]
+    group = made.in_batch_order([(made.read(message), message) for message in messages])
+    assert [message for _, message in group] == [messages[1], messages[2], messages[0]]
 
 
 def test_a_guard_has_positive_times() -> None:
