@@ -25,7 +25,7 @@ __all__ = ["Batch", "Unsettled"]
 
 TURN_S: Final = 1.0
 """A settling thread with nothing to do wakes this often, so that it can be seen to be alive."""
-GROUP: Final = 256
+GROUP: Final = 1024
 """At most this many verdicts go into one `settle`: between two settles the thread looks after what must be extended."""
 GATHER_S: Final = 0.02
 """While most of what is in hand still runs, a verdict waits so long for others: to a broker ten cost as much as one."""
