@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.measure import Figure, WrongRows
-from benchmarks.shop import application, make_tables, messages
+from benchmarks.orders import messages
+from benchmarks.shop import application, make_tables
 from benchmarks.stage import Stage
 from exactly_once.serving import Serving
 from exactly_once.testing.child import wait_until
