@@ -21,6 +21,7 @@ __all__ = ["BY_NAME", "Contender", "missing"]
 
 GROUP: Final = 100
 SET: Final = 500
+THREADS: Final = 8
 PATIENCE_S: Final = 120.0
 POLL_S: Final = 0.002
 FIRST_SHARE: Final = 0.1  # of a turn's messages, not counted: starting a worker and its checks are not what is measured
@@ -66,10 +67,11 @@ class Fed:
 
     Args:
         eo: The application; its engine is kept from turn to turn, the worker is not.
+        threads: How many messages, or groups, run at once.
     """
 
-    def __init__(self, eo: ExactlyOnce) -> None:
-        self._eo = eo
+    def __init__(self, eo: ExactlyOnce, threads: int = 1) -> None:
+        self._eo, self._threads = eo, threads
         self._url = f"memory://{uuid4().hex}"
         self._given = self._new = 0
 
@@ -81,7 +83,7 @@ class Fed:
     def run(self) -> Span:
         entered = perf_counter()
         start, began = 0, 0.0
-        with self._eo.worker(self._url, concurrency=1, drain_timeout=timedelta(seconds=5)) as worker:
+        with self._eo.worker(self._url, concurrency=self._threads, drain_timeout=timedelta(seconds=5)) as worker:
             while (done := worker.counts.acked) < self._given:
                 now = perf_counter()
                 if not start and done >= self._given * FIRST_SHARE:
@@ -113,8 +115,15 @@ def _dbos(url: str) -> Contender:
     return Workflows(url)
 
 
+def _dbos_in_background(url: str) -> Contender:
+    from benchmarks.dbos_workflow import InBackground
+
+    return InBackground(url)
+
+
 BY_NAME: Final[Mapping[str, Callable[[str], Contender]]] = {
     "ours": _ours,
+    "ours, in 8 threads": lambda url: Fed(application(url), THREADS),
     "by hand": _by_hand,
     "groups": lambda url: Fed(application(url, batch=GROUP)),
     "sorted groups": lambda url: Fed(application(url, batch=GROUP, batch_order="sku")),
@@ -124,6 +133,7 @@ BY_NAME: Final[Mapping[str, Callable[[str], Contender]]] = {
     "raw, grouped": lambda url: raw.Grouped(url, GROUP),
     "raw, in sets": lambda url: raw.InSets(url, SET),
     "DBOS": _dbos,
+    "DBOS, 8 in the background": _dbos_in_background,
 }
 """Made with the URL of a database that has all tables."""
 

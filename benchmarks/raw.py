@@ -21,7 +21,10 @@ __all__ = ["Grouped", "InSets", "OneByOne", "Pipelined"]
 
 OWNER: Final = "raw"
 FINGERPRINT: Final = bytes(40)  # about as long as that of such a body
-COLUMNS: Final = "consumer_group, handler, business_key, status, message_id, fingerprint, retry_times, owner, created_at, consumed_at"
+COLUMNS: Final = (
+    "consumer_group, handler, business_key, status, message_id, fingerprint, retry_times, owner, created_at,"
+    " consumed_at"
+)
 CLAIM: Final = (
     f"INSERT INTO message_idempotent ({COLUMNS}) VALUES ('raw', 'reserve', %s, 1, %s, %s, 0, %s,"
     " clock_timestamp(), clock_timestamp()) ON CONFLICT DO NOTHING"
