@@ -1,4 +1,4 @@
-r"""What it costs: ours against what one would write instead, side by side in one run.
+"""What it costs: ours against what one would write instead, side by side in one run.
 
     python -m benchmarks [--quick] [--only NAME ...] [--json FILE] [--rows N]
 
@@ -16,7 +16,9 @@ r"""What it costs: ours against what one would write instead, side by side in on
 | `memory` | a worker's resident memory early and late |
 | `rocketmq` | end to end from a real broker, against the bare client and against the same worker fed from memory |
 | `contenders`, `crew`, `raw`, `dbos_workflow` | who can be measured, by name; in processes of their own |
-| `measure`, `stage`, `orders`, `shop`, `report`, `picture` | turns and ratios; servers; the messages and the work; what is printed, written and drawn |
+| `measure`, `stage` | turns and ratios; servers |
+| `orders`, `shop` | the messages and the work |
+| `report`, `picture` | what is printed, written and drawn |
 
 Every figure is a ratio of two things measured in turn, round by round, on the same servers: a slow machine or a busy
 neighbour slows both. Times alone are printed as information, and mean little elsewhere. Each measurement also counts rows:
