@@ -38,10 +38,10 @@ def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
             name="groups, hot", what="ours / by hand, throughput", target=HOT_TARGET, least=True, skipped=reason
         )
         return
-    rates = _rates(stage, COLD, ("groups",), (1,), *((2, 600) if quick else (9, 2000)))
+    rates = _rates(stage, COLD, ("groups",), (1,), *((2, 400) if quick else (7, 2000)))
     yield _figure("groups, cold", "groups", 1, rates, COLD_TARGET)
     sizes = (1, 2) if quick else (1, 2, 4)
-    rates = _rates(stage, HOT, ("groups", "sorted groups"), sizes, *((2, 600) if quick else (7, 2000)))
+    rates = _rates(stage, HOT, ("groups", "sorted groups"), sizes, *((2, 400) if quick else (5, 1500)))
     hot = {
         (name, workers): _figure("groups, hot", name, workers, rates, NEVER_BELOW)
         for name in ("groups", "sorted groups")
