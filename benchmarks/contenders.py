@@ -17,7 +17,7 @@ from benchmarks.measure import Span, WrongRows
 from benchmarks.shop import HandWritten, application
 from exactly_once import ExactlyOnce, Message, Outcome
 
-__all__ = ["BY_NAME", "Contender", "missing"]
+__all__ = ["BY_NAME", "GROUP", "SET", "Contender"]
 
 GROUP: Final = 100
 SET: Final = 500
@@ -136,8 +136,3 @@ BY_NAME: Final[Mapping[str, Callable[[str], Contender]]] = {
     "DBOS, 8 in the background": _dbos_in_background,
 }
 """Made with the URL of a database that has all tables."""
-
-
-def missing() -> str:
-    """Say why there are no groups here; empty where there are."""
-    return "" if hasattr(ExactlyOnce, "batch_handler") else "this version handles no groups"

@@ -28,8 +28,7 @@ TIMES: Final = {"groups": 4}
 
 def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
     """Measure each share."""
-    reason = contenders.missing()
-    names = [BY_HAND, *(name for name in WHAT if name == "ours" or not reason)]
+    names = (BY_HAND, *WHAT)
     rounds, each = (4, 100) if quick else (31, 100)
     with stage.database(skus=SKUS) as database:
         mixed = {name: _Mixed(BY_NAME[name](database.url), TIMES.get(name, 1)) for name in names}
@@ -40,14 +39,10 @@ def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
         require(database.engine, sum(each_mixed.new for each_mixed in mixed.values()))
     for name, kind in WHAT.items():
         for share in SHARES:
-            what = f"ours, {kind} / by hand, time; {share} % are duplicates"
-            if name not in names:
-                yield Figure(name="duplicates", what=what, skipped=reason)
-                continue
             ours, by_hand = took[f"{name}, {share}"], took[f"{BY_HAND}, {share}"]
             yield Figure(
                 name="duplicates",
-                what=what,
+                what=f"ours, {kind} / by hand, time; {share} % are duplicates",
                 rounds=ratios(ours, by_hand),
                 target=ONLY_DUPLICATES if (name, share) == ("ours", 100) else None,
                 measured={"ours": f"{median(ours) * US:,.0f} us", "by hand": f"{median(by_hand) * US:,.0f} us"},

@@ -29,15 +29,6 @@ USUAL: Final = 3
 
 def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
     """Measure the cold table with one worker, and the hot one with one, two and four."""
-    reason = contenders.missing()
-    if reason:
-        yield Figure(
-            name="groups, cold", what="ours / by hand, throughput", target=COLD_TARGET, least=True, skipped=reason
-        )
-        yield Figure(
-            name="groups, hot", what="ours / by hand, throughput", target=HOT_TARGET, least=True, skipped=reason
-        )
-        return
     rates = _rates(stage, COLD, ("groups",), (1,), *((2, 400) if quick else (7, 2000)))
     yield _figure("groups, cold", "groups", 1, rates, COLD_TARGET)
     sizes = (1, 2) if quick else (1, 2, 4)

@@ -78,7 +78,7 @@ def _acknowledged(worker: Serving, count: int) -> bool:
 
 def _work(url: str, early: int, late: int) -> dict[str, Any]:
     """Run the worker, and look twice."""
-    eo = application(url, cheap=True, batch=None if contenders.missing() else contenders.GROUP)
+    eo = application(url, cheap=True, batch=contenders.GROUP)
     found: dict[str, Any] = {}
     with (
         eo.worker("memory://benchmark", concurrency=THREADS) as worker,

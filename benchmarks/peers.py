@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from statistics import median
 from typing import Final
 
-from benchmarks import contenders
 from benchmarks.crew import crews
 from benchmarks.measure import Figure, ratios, take_turns
 from benchmarks.shop import require
@@ -36,8 +35,7 @@ def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
         for told, target in [*((told, SINGLE) for told in what.values()), (what_in_sets, IN_SETS)]:
             yield Figure(name="peers", what=told, target=target, least=True, skipped=reason)
         return
-    no_groups = contenders.missing()
-    names = [name for name in (OURS, OURS_AT_ONCE, DBOS, DBOS_AHEAD, SETS) if name != SETS or not no_groups]
+    names = (OURS, OURS_AT_ONCE, DBOS, DBOS_AHEAD, SETS)
     with stage.database(skus=SKUS) as database, crews(stage, database, *names, skus=SKUS) as at_work:
 
         def turn(name: str) -> Callable[[int], float]:
@@ -56,9 +54,6 @@ def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
             least=True,
             measured={name: shown[name] for name in (ours, theirs)},
         )
-    if no_groups:
-        yield Figure(name="peers", what=what_in_sets, target=IN_SETS, least=True, skipped=no_groups)
-        return
     best = [max(both) for both in zip(rates[DBOS], rates[DBOS_AHEAD], strict=True)]
     yield Figure(
         name="peers",

@@ -164,8 +164,8 @@ def application(
     if in_sets:
         eo.batch_handler(topic, key="order_no", batch=batch or 1)(reserve_many)
     else:
-        grouped = {} if batch is None else {"batch": batch, "batch_order": batch_order}
-        eo.handler(topic, key="order_no", **grouped)(nothing if cheap else reserve_stock)
+        handler = nothing if cheap else reserve_stock
+        eo.handler(topic, key="order_no", batch=batch, batch_order=batch_order)(handler)
     with _nothing_set():
         assert eo.config.group.value == group  # read now, once: the code alone says what is measured
     return eo
