@@ -4,6 +4,7 @@ A contender is made inside the process it runs in: in this one, or in one of a `
 messages, filling the broker, connecting) is done by `take`, before `run`.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from time import perf_counter, sleep
@@ -11,10 +12,11 @@ from typing import Final, Protocol
 from uuid import uuid4
 
 from sqlalchemy import create_engine
+from sqlalchemy.orm import sessionmaker
 
 from benchmarks import raw
 from benchmarks.measure import Span, WrongRows
-from benchmarks.shop import HandWritten, application
+from benchmarks.shop import HandWritten, application, reserve
 from exactly_once import ExactlyOnce, Message, Outcome
 
 __all__ = ["BY_NAME", "GROUP", "SET", "Contender"]
@@ -100,6 +102,25 @@ class Fed:
         return Span(self._given - start, began, ended)
 
 
+class HandlersAlone:
+    """The handler's calls in groups of one commit with no deduplication: no group with such calls can be faster."""
+
+    def __init__(self, url: str) -> None:
+        self._sessions = sessionmaker(create_engine(url), expire_on_commit=False)
+        self._given: Sequence[Message] = ()
+
+    def take(self, given: Sequence[Message], new: int) -> None:
+        self._given = given
+
+    def run(self) -> Span:
+        began = perf_counter()
+        for start in range(0, len(self._given), GROUP):
+            with self._sessions.begin() as session:
+                for message in self._given[start : start + GROUP]:
+                    reserve(session, json.loads(message.body or b""))
+        return Span(len(self._given), began, perf_counter())
+
+
 def _ours(url: str) -> Contender:
     process = application(url).process
     return OneByOne(lambda message: process(message) is Outcome.PROCESSED)
@@ -127,6 +148,7 @@ BY_NAME: Final[Mapping[str, Callable[[str], Contender]]] = {
     "by hand": _by_hand,
     "groups": lambda url: Fed(application(url, batch=GROUP)),
     "sorted groups": lambda url: Fed(application(url, batch=GROUP, batch_order="sku")),
+    "handlers alone": HandlersAlone,
     "in sets": lambda url: Fed(application(url, batch=SET, in_sets=True)),
     "raw": raw.OneByOne,
     "raw, pipelined": raw.Pipelined,

@@ -22,6 +22,7 @@ COLD_TARGET: Final = 3.0
 HOT_TARGET: Final = 2.0
 NEVER_BELOW: Final = 1.0
 BY_HAND: Final = "by hand"
+ALONE: Final = "handlers alone"
 TIMES: Final = {BY_HAND: 1}
 USUAL: Final = 3
 """Messages in groups for each one by hand: turns of about the same length."""
@@ -29,8 +30,15 @@ USUAL: Final = 3
 
 def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
     """Measure the cold table with one worker, and the hot one with one, two and four."""
-    rates = _rates(stage, COLD, ("groups",), (1,), *((2, 400) if quick else (7, 2000)))
+    rates = _rates(stage, COLD, ("groups", ALONE), (1,), *((2, 400) if quick else (7, 2000)))
     yield _figure("groups, cold", "groups", 1, rates, COLD_TARGET)
+    yield Figure(
+        name="groups, cold: what the handler leaves",
+        what="the calls alone, 100 in a commit, no deduplication / by hand, throughput",
+        rounds=ratios(rates[ALONE, 1], rates[BY_HAND, 1]),
+        measured={"alone": f"{median(rates[ALONE, 1]):,.0f}/s"},
+        note="information",
+    )
     sizes = (1, 2) if quick else (1, 2, 4)
     rates = _rates(stage, HOT, ("groups", "sorted groups"), sizes, *((2, 400) if quick else (5, 1500)))
     hot = {
