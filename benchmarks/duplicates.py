@@ -29,7 +29,7 @@ TIMES: Final = {"groups": 4}
 def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
     """Measure each share."""
     names = (BY_HAND, *WHAT)
-    rounds, each = (4, 100) if quick else (31, 100)
+    rounds, each = (2, 50) if quick else (15, 100)
     with stage.database(skus=SKUS) as database:
         mixed = {name: _Mixed(BY_NAME[name](database.url), TIMES.get(name, 1)) for name in names}
         for each_mixed in mixed.values():

@@ -30,7 +30,7 @@ USUAL: Final = 3
 
 def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
     """Measure the cold table with one worker, and the hot one with one, two and four."""
-    rates = _rates(stage, COLD, ("groups", ALONE), (1,), *((2, 400) if quick else (7, 2000)))
+    rates = _rates(stage, COLD, ("groups", ALONE), (1,), *((1, 200) if quick else (5, 1000)))
     yield _figure("groups, cold", "groups", 1, rates, COLD_TARGET)
     yield Figure(
         name="groups, cold: what the handler leaves",
@@ -40,7 +40,7 @@ def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
         note="information",
     )
     sizes = (1, 2) if quick else (1, 2, 4)
-    rates = _rates(stage, HOT, ("groups", "sorted groups"), sizes, *((2, 400) if quick else (5, 1500)))
+    rates = _rates(stage, HOT, ("groups", "sorted groups"), sizes, *((1, 200) if quick else (3, 600)))
     hot = {
         (name, workers): _figure("groups, hot", name, workers, rates, NEVER_BELOW)
         for name in ("groups", "sorted groups")

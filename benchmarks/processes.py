@@ -30,7 +30,7 @@ def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
             return lambda each: at_work[name].rate(each * TIMES.get(name, 1) * workers, workers=workers)
 
         turns = {f"{name}, {workers}": turn(name, workers) for name in WHAT for workers in (1, 2)}
-        rounds, each = (3, 200) if quick else (11, 800)
+        rounds, each = (2, 100) if quick else (7, 500)
         rates = take_turns(turns, rounds=rounds, each=each)
         require(database.engine, sum(crew.handled for crew in at_work.values()))
     for name, what in WHAT.items():

@@ -34,7 +34,7 @@ FILL: Final = (
 def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
     """Fill two tables and measure single messages on both in turn."""
     rows = stage.rows or (MANY_QUICKLY if quick else MANY)
-    rounds, each = (6, 100) if quick else (60, 100)
+    rounds, each = (4, 50) if quick else (60, 100)
     with stage.database(skus=SKUS) as large, stage.database(skus=SKUS) as small:
         sizes = {"many": (large, rows), "few": (small, FEW)}
         for database, how_many in sizes.values():
