@@ -12,6 +12,7 @@ afterwards, on DBOS's own threads: the other way its documentation shows.
 """
 
 import json
+import os
 from collections import deque
 from collections.abc import Sequence
 from time import perf_counter
@@ -40,6 +41,7 @@ class Workflows:
             "name": "benchmark",
             "system_database_url": url,
             "log_level": "ERROR",
+            "executor_id": f"benchmark-{os.getpid()}",  # or the other one's launch takes our workflows for left behind
         }
         DBOS(config=config)
         datasource = SQLAlchemyDatasource.create(url)
