@@ -25,7 +25,7 @@ GROUP: Final = 100
 SET: Final = 500
 THREADS: Final = 8
 PATIENCE_S: Final = 120.0
-POLL_S: Final = 0.002
+POLL_S: Final = 0.01  # each look takes the interpreter from the worker
 FIRST_SHARE: Final = 0.1  # of a turn's messages, not counted: starting a worker and its checks are not what is measured
 
 
