@@ -40,7 +40,7 @@ def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
         note="information",
     )
     sizes = (1, 2) if quick else (1, 2, 4)
-    rates = _rates(stage, HOT, ("groups", "sorted groups"), sizes, *((1, 200) if quick else (3, 600)))
+    rates = _rates(stage, HOT, ("groups", "sorted groups"), sizes, *((1, 200) if quick else (3, 400)))
     hot = {
         (name, workers): _figure("groups, hot", name, workers, rates, NEVER_BELOW)
         for name in ("groups", "sorted groups")

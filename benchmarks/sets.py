@@ -33,7 +33,7 @@ def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
         def turn(name: str) -> Callable[[int], float]:
             return lambda each: at_work[name].rate(each * TIMES.get(name, 1))
 
-        rounds, each = (2, 60) if quick else (9, 500)
+        rounds, each = (2, 60) if quick else (7, 500)
         rates = take_turns({name: turn(name) for name in names}, rounds=rounds, each=each)
         require(database.engine, sum(crew.handled for crew in at_work.values()))
     shown = {name: f"{median(rates[name]):,.0f}/s" for name in names}
