@@ -10,6 +10,7 @@ PY4 := $(VENV4)/bin/python
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 RESULTS := build/junit
 TEST_OPTIONS ?=
+BENCH_OPTIONS ?=
 
 .PHONY: help venvs test unit integration acceptance rocketmq4 tally lint style types contracts format demo bench servers clean
 
@@ -87,7 +88,8 @@ demo: $(if $(filter rocketmq4,$(TRANSPORT)),$(VENV4)/.made,$(VENV)/.made)
 	$(if $(filter rocketmq4,$(TRANSPORT)),$(PY4),$(PY)) -m examples.demo --transport $(TRANSPORT)
 
 bench: venvs
-	$(PY) -m benchmarks
+	@$(PY) $(INSTALL) -e '.[bench]' || echo 'DBOS cannot be installed here: what is measured against it is skipped.'
+	$(PY) -m benchmarks $(BENCH_OPTIONS)
 
 servers: $(VENV)/.made
 	$(PY) -c 'from tests.services.rocketmq import fetch_jars; print(fetch_jars())'

@@ -10,7 +10,20 @@ from typing import Final
 
 from rich.console import Console
 
-from benchmarks import imports, leases, memory, one_message, report, rocketmq
+from benchmarks import (
+    duplicates,
+    groups,
+    imports,
+    leases,
+    memory,
+    one_message,
+    peers,
+    processes,
+    report,
+    rocketmq,
+    sets,
+    table_size,
+)
 from benchmarks.measure import Figure, WrongRows
 from benchmarks.stage import SETTINGS, Stage, machine
 from exactly_once.errors import ExactlyOnceError
@@ -19,6 +32,12 @@ from exactly_once.testing.postgres import EmbeddedPostgres
 MEASUREMENTS: Final[dict[str, Callable[..., Iterator[Figure]]]] = {
     "imports": imports.measure,
     "one_message": one_message.measure,
+    "duplicates": duplicates.measure,
+    "groups": groups.measure,
+    "sets": sets.measure,
+    "processes": processes.measure,
+    "table_size": table_size.measure,
+    "peers": peers.measure,
     "leases": leases.measure,
     "rocketmq": rocketmq.measure,
     "memory": memory.measure,
@@ -30,11 +49,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description="What it costs, as ratios measured in turn."
     )
-    parser.add_argument("--quick", action="store_true", help="under a minute, fewer rounds: to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="under two minutes, fewer rounds: to see that it runs")
     parser.add_argument(
         "--only", action="append", choices=list(MEASUREMENTS), metavar="NAME", help=", ".join(MEASUREMENTS)
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    parser.add_argument("--rows", type=int, metavar="N", help="retained rows of the large table in table_size")
     given = parser.parse_args()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     figures: list[Figure] = []
@@ -42,7 +62,7 @@ def main() -> int:
         tempfile.TemporaryDirectory(prefix="exactly-once-bench-") as folder,
         EmbeddedPostgres(settings=SETTINGS) as server,
     ):
-        stage = Stage(server, Path(folder))
+        stage = Stage(server, Path(folder), given.rows)
         about = machine(stage)
         for name in given.only or MEASUREMENTS:
             began = perf_counter()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Final
 
-__all__ = ["Figure", "WrongRows", "ratios", "take_turns"]
+__all__ = ["Figure", "Span", "WrongRows", "ratios", "take_turns"]
 
 US: Final = 1e6
 
@@ -57,6 +57,26 @@ class Figure:
             }
         told |= {"target": self.target, "target_is": "at least" if self.least else "at most", "reached": self.reached}
         return told | {"measured": dict(self.measured), "note": self.note, "skipped": self.skipped}
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """So many messages handled from here to there."""
+
+    handled: int
+    began: float
+    """By `perf_counter`, which all processes of a machine share."""
+    ended: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.ended - self.began
+
+    @property
+    def rate(self) -> float:
+        """Messages a second."""
+        return self.handled / self.seconds
 
 
 def take_turns(

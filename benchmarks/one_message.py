@@ -15,8 +15,10 @@ from tests.services.proxy import Proxy, far_away
 __all__ = ["measure"]
 
 DELAY: Final = timedelta(milliseconds=0.5)
-FIRST: Final = 0.85
+FIRST: Final = 0.70
+FIRST_AWAY: Final = 0.80
 DUPLICATE: Final = 0.5
+DUPLICATE_BY_HAND: Final = 0.60
 
 
 def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
@@ -25,14 +27,22 @@ def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
     rounds, each = (10, 40) if quick else (200, 20)
     with stage.database() as database:
         trips = _round_trips(database)
-        yield from _measured(database, database.url, rounds, each, "one message", "on this machine", trips)
+        yield from _measured(database, database.url, rounds, each, "one message", "on this machine", trips, FIRST)
     rounds, each = (6, 20) if quick else (60, 20)
     with stage.database() as database, far_away(database.url, DELAY, stage.folder) as url:
-        yield from _measured(database, url, rounds, each, "one message, 0.5 ms away", "0.5 ms added each way", trips)
+        where = "0.5 ms added each way"
+        yield from _measured(database, url, rounds, each, "one message, 0.5 ms away", where, trips, FIRST_AWAY)
 
 
 def _measured(
-    database: Database, url: str, rounds: int, each: int, name: str, where: str, trips: dict[str, int]
+    database: Database,
+    url: str,
+    rounds: int,
+    each: int,
+    name: str,
+    where: str,
+    trips: dict[str, int],
+    target: float,
 ) -> Iterator[Figure]:
     engine = create_engine(url)
     ours, by_hand, bare = Ours(url), HandWritten(engine), Bare(engine)
@@ -56,7 +66,7 @@ def _measured(
         name=name,
         what="ours / by hand",
         rounds=ratios(times["ours"], times["by hand"]),
-        target=FIRST,
+        target=target,
         measured=shown("ours", "by hand"),
         note=where,
     )
@@ -99,7 +109,7 @@ def _duplicates(database: Database, url: str, rounds: int, each: int, name: str)
         name=f"{name}: against by hand",
         what="ours / by hand",
         rounds=ratios(again, by_hand_again),
-        note="information",
+        target=DUPLICATE_BY_HAND,
     )
 
 

@@ -24,7 +24,8 @@ from time import perf_counter, sleep
 from typing import Any, Final
 
 from benchmarks.measure import Figure, WrongRows, take_turns
-from benchmarks.shop import application, clear, messages, require
+from benchmarks.orders import messages
+from benchmarks.shop import application, clear, require
 from benchmarks.stage import Stage
 from exactly_once.testing.child import wait_until
 

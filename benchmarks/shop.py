@@ -1,6 +1,7 @@
 """The work that is measured: one ORM insert and one ORM-enabled update for each message, with and without deduplication.
 
-`reserve` is the handler. Three ways to run it for a message with the same JSON body:
+`reserve` is the handler, and `reserve_all` the same for a list of orders, in two statements. Three ways to run the first for
+a message of `orders`:
 
 * `Ours`: `eo.process(message)`, an attempt's whole path: body, key and fingerprint, claim, handler, COMMIT.
 * `HandWritten`: what one would write: `insert(Seen).on_conflict_do_nothing()` in the handler's own session, first, then the
@@ -13,33 +14,32 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from itertools import count
 from time import perf_counter
 from typing import Any, Final
 
-from sqlalchemy import Engine, delete, func, insert, select, update
+from sqlalchemy import Engine, delete, func, insert, select, text, update
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 import exactly_once.alembic
 from benchmarks.measure import WrongRows
+from benchmarks.orders import SKUS, TOPIC, messages
 from exactly_once import ExactlyOnce, Message, Outcome
 
 __all__ = [
-    "SKUS",
+    "RESERVATIONS",
+    "STOCK_TAKEN",
     "Bare",
     "HandWritten",
     "Ours",
     "application",
     "clear",
     "make_tables",
-    "messages",
     "require",
     "reserve",
+    "reserve_all",
 ]
 
-SKUS: Final = 16
-TOPIC: Final = "orders"
 STOCK: Final = 1_000_000_000
 
 
@@ -78,26 +78,34 @@ def reserve(session: Session, order: dict[str, Any]) -> None:
     session.execute(update(Stock).where(Stock.sku == order["sku"]).values(left=Stock.left - order["quantity"]))
 
 
-_numbers = count(1)
+RESERVATIONS: Final = (
+    "INSERT INTO reservation (order_no, quantity)"
+    " SELECT * FROM unnest(CAST(:order_nos AS text[]), CAST(:quantities AS integer[]))"
+)
+# locked in one order, whatever the plan: two groups that want the same rows wait for each other and cannot deadlock
+STOCK_TAKEN: Final = (
+    "WITH wanted AS (SELECT sku, sum(quantity) AS quantity"
+    " FROM unnest(CAST(:skus AS text[]), CAST(:quantities AS integer[])) AS ordered (sku, quantity) GROUP BY sku),"
+    " locked AS (SELECT stock.sku FROM stock JOIN wanted ON wanted.sku = stock.sku ORDER BY stock.sku FOR UPDATE OF stock)"
+    ' UPDATE stock SET "left" = stock."left" - wanted.quantity FROM wanted JOIN locked ON locked.sku = wanted.sku'
+    " WHERE stock.sku = wanted.sku"
+)
+_RESERVATIONS, _STOCK_TAKEN = text(RESERVATIONS), text(STOCK_TAKEN)
 
 
-def messages(how_many: int, *, topic: str = TOPIC) -> list[Message]:
-    """Return messages of as many new orders."""
-    made = []
-    for number in (next(_numbers) for _ in range(how_many)):
-        order_no = f"A-{number:09d}"
-        order = {"order_no": order_no, "sku": f"sku-{number % SKUS}", "quantity": 1, "note": "x" * 40}
-        body = json.dumps(order).encode()
-        made.append(Message(topic, body, key=order_no, message_id=f"{number:032x}"))
-    return made
+def reserve_all(session: Session, orders: list[dict[str, Any]]) -> None:
+    """Handle a list of orders: one INSERT of arrays, one UPDATE of what each stock row loses in all."""
+    quantities = [order["quantity"] for order in orders]
+    session.execute(_RESERVATIONS, {"order_nos": [order["order_no"] for order in orders], "quantities": quantities})
+    session.execute(_STOCK_TAKEN, {"skus": [order["sku"] for order in orders], "quantities": quantities})
 
 
-def make_tables(engine: Engine) -> None:
+def make_tables(engine: Engine, *, skus: int = SKUS) -> None:
     """Make exactly_once's tables and the shop's."""
     exactly_once.alembic.upgrade(engine)
     Base.metadata.create_all(engine)
     with engine.begin() as connection:
-        connection.execute(insert(Stock), [{"sku": f"sku-{n}", "left": STOCK} for n in range(SKUS)])
+        connection.execute(insert(Stock), [{"sku": f"sku-{n}", "left": STOCK} for n in range(skus)])
 
 
 def clear(engine: Engine) -> None:
@@ -113,25 +121,51 @@ def require(engine: Engine, orders: int) -> None:
         rows, different = session.execute(
             select(func.count(), func.count(Reservation.order_no.distinct())).select_from(Reservation)
         ).one()
-        left = session.scalar(select(func.sum(Stock.left)))
-    if not rows == different == orders == SKUS * STOCK - int(left or 0):
+        gone = int(session.scalar(select(func.sum(STOCK - Stock.left))) or 0)
+    if not rows == different == orders == gone:
         raise WrongRows(
             f"{orders} orders were handled, but there are {rows} reservations of {different} orders, and"
-            f" {SKUS * STOCK - int(left or 0)} units are gone"
+            f" {gone} units are gone"
         )
 
 
-def application(database: Any, *, topic: str = TOPIC, group: str = "benchmark", cheap: bool = False) -> ExactlyOnce:
-    """Return an application with the one handler; `cheap` makes it do nothing."""
+def application(
+    database: Any,
+    *,
+    topic: str = TOPIC,
+    group: str = "benchmark",
+    cheap: bool = False,
+    batch: int | None = None,
+    batch_order: str | None = None,
+    in_sets: bool = False,
+) -> ExactlyOnce:
+    """Return an application with the one handler.
+
+    Args:
+        database: Where.
+        topic: What it listens to.
+        group: The consumer group.
+        cheap: The handler does nothing.
+        batch: Messages of one commit; None: each has its own.
+        batch_order: The path of the body that a group is sorted by.
+        in_sets: The handler takes a whole group at once.
+    """
     eo = ExactlyOnce(database, group=group)
 
     def reserve_stock(session: Session, order: dict[str, Any]) -> None:
         reserve(session, order)
 
+    def reserve_many(session: Session, orders: list[dict[str, Any]]) -> None:
+        reserve_all(session, orders)
+
     def nothing(session: Session, order: dict[str, Any]) -> None:
         pass
 
-    eo.handler(topic, key="order_no")(nothing if cheap else reserve_stock)
+    if in_sets:
+        eo.batch_handler(topic, key="order_no", batch=batch or 1)(reserve_many)
+    else:
+        handler = nothing if cheap else reserve_stock
+        eo.handler(topic, key="order_no", batch=batch, batch_order=batch_order)(handler)
     with _nothing_set():
         assert eo.config.group.value == group  # read now, once: the code alone says what is measured
     return eo
@@ -183,7 +217,8 @@ class HandWritten:
         self._sessions = sessionmaker(engine, expire_on_commit=False)
         self.handled: list[Message] = []
 
-    def _process(self, message: Message) -> bool:
+    def process(self, message: Message) -> bool:
+        """Handle it, and say whether it was new."""
         order = json.loads(message.body or b"")
         with self._sessions.begin() as session:
             statement = postgresql.insert(Seen).values(order_no=order["order_no"]).on_conflict_do_nothing()
@@ -204,7 +239,7 @@ class HandWritten:
 
     def _run(self, given: Sequence[Message], expected: bool) -> float:
         began = perf_counter()
-        outcomes = [self._process(message) for message in given]
+        outcomes = [self.process(message) for message in given]
         took = perf_counter() - began
         if any(outcome is not expected for outcome in outcomes):
             raise WrongRows("the hand-written deduplication took a message for what it is not")

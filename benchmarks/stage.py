@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from sqlalchemy import Engine, create_engine, text
 
+from benchmarks.orders import SKUS
 from benchmarks.shop import make_tables
 from exactly_once.testing.postgres import EmbeddedPostgres
 
@@ -20,7 +21,7 @@ __all__ = ["Database", "Stage", "machine"]
 
 # what a shop would run with: a commit that returned is on the disk
 SETTINGS: Final = {"fsync": "on", "full_page_writes": "on", "synchronous_commit": "on", "shared_buffers": "256MB"}
-PACKAGES: Final = ("exactly-once", "sqlalchemy", "psycopg", "pydantic", "rocketmq-python-client")
+PACKAGES: Final = ("exactly-once", "sqlalchemy", "psycopg", "pydantic", "rocketmq-python-client", "dbos")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,24 +34,26 @@ class Database:
 
 @dataclass
 class Stage:
-    """The server, and where files may be left.
+    """The server, where files may be left, and what was asked for on the command line.
 
     Args:
         server: PostgreSQL.
         folder: For logs; deleted in the end.
+        rows: How many retained rows the large table has; None: as many as usual.
     """
 
     server: EmbeddedPostgres
     folder: Path
+    rows: int | None = None
     _numbers: Any = field(default_factory=lambda: count(1))
 
     @contextmanager
-    def database(self) -> Iterator[Database]:
-        """Make a database with all tables, and drop it afterwards."""
+    def database(self, *, skus: int = SKUS) -> Iterator[Database]:
+        """Make a database with all tables and so many stock rows, and drop it afterwards."""
         name = f"benchmark_{next(self._numbers)}"
         url = self.server.create_database(name)
         engine = create_engine(url)
-        make_tables(engine)
+        make_tables(engine, skus=skus)
         try:
             yield Database(url, engine)
         finally:

@@ -1,0 +1,173 @@
+"""Worker processes that begin together, and how many messages they handle in a second between them.
+
+    python -m benchmarks.crew CONTENDER URL SKUS MAKER
+
+Each is a process with one contender and lives through all rounds, so that its connections, plans and caches are warm. It
+reads how many messages to take, answers when it has them, and runs at the next line. The clock runs from when the first
+began until the last is done.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from benchmarks.measure import Span, WrongRows
+from benchmarks.orders import SKUS, messages
+from benchmarks.stage import Database, Stage
+
+__all__ = ["Crew", "crews"]
+
+ROOT: Final = Path(__file__).parents[1]
+READY: Final = "ready"
+WRONG: Final = "wrong"
+PATIENCE_S: Final = 5.0
+
+_makers = count(1)
+
+
+class Crew:
+    """Several processes of one contender.
+
+    Args:
+        contender: Its name.
+        url: The database.
+        log: Where their standard error goes.
+        size: How many processes.
+        skus: Stock rows their orders take from.
+    """
+
+    def __init__(self, contender: str, url: str, log: Path, *, size: int = 1, skus: int = SKUS) -> None:
+        self._contender, self._url, self._log = contender, url, log
+        self._size, self._skus = size, skus
+        self._processes: list[subprocess.Popen[str]] = []
+        self.handled = 0
+
+    def __enter__(self) -> Self:
+        with self._log.open("a") as log:
+            for _ in range(self._size):
+                command = [sys.executable, "-m", "benchmarks.crew", self._contender, self._url, str(self._skus)]
+                self._processes.append(
+                    subprocess.Popen(
+                        [*command, f"W{next(_makers)}"],
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=log,
+                        text=True,
+                        cwd=ROOT,
+                    )
+                )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.close()  # the end of its work
+        for process in self._processes:
+            try:
+                process.wait(PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def rate(self, each: int, *, workers: int | None = None) -> float:
+        """Let the first `workers` of them (None: all) handle `each` messages between them; messages a second."""
+        at_work = self._processes[: workers or self._size]
+        share = each // len(at_work)
+        for process in at_work:
+            self._say(process, str(share))
+        for process in at_work:
+            self._hear(process, READY)
+        for process in at_work:
+            self._say(process, "go")
+        spans = [Span(*self._hear(process)) for process in at_work]
+        self.handled += share * len(at_work)
+        handled = sum(span.handled for span in spans)
+        return handled / (max(span.ended for span in spans) - min(span.began for span in spans))
+
+    def _say(self, process: "subprocess.Popen[str]", word: str) -> None:
+        assert process.stdin is not None
+        try:
+            process.stdin.write(word + "\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            self._hear(process)
+
+    def _hear(self, process: "subprocess.Popen[str]", expected: str | None = None) -> tuple[int, float, float]:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a worker ({self._contender}) ended:\n{self._log.read_text()[-2000:]}")
+        told = json.loads(line)
+        if isinstance(told, dict):
+            raise WrongRows(f"{self._contender}: {told[WRONG]}")
+        if expected is not None:
+            assert told == expected
+            return 0, 0.0, 0.0
+        handled, began, ended = told
+        return handled, began, ended
+
+
+@contextmanager
+def crews(
+    stage: Stage, database: Database, *contenders: str, size: int = 1, skus: int = SKUS
+) -> Iterator[dict[str, Crew]]:
+    """Start a crew of each contender on one database; they end together."""
+    found: dict[str, Crew] = {}
+    try:
+        for contender in contenders:
+            log = stage.folder / f"{contender}.log"
+            found[contender] = Crew(contender, database.url, log, size=size, skus=skus).__enter__()
+        yield found
+    finally:
+        for crew in found.values():
+            crew.__exit__(None, None, None)
+
+
+# -- in each process -------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Take messages and run, until there is nothing more to read."""
+    from benchmarks.contenders import BY_NAME
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.crew")
+    parser.add_argument("contender", choices=list(BY_NAME))
+    parser.add_argument("url")
+    parser.add_argument("skus", type=int)
+    parser.add_argument("maker")
+    given = parser.parse_args()
+    # what a library prints must not stand among the answers
+    answers, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
+    os.dup2(2, 1)
+
+    def answer(told: object) -> None:
+        print(json.dumps(told), file=answers, flush=True)
+
+    contender = BY_NAME[given.contender](given.url)
+    wait: Callable[[], str] = sys.stdin.readline
+    while line := wait():
+        how_many = int(line)
+        contender.take(messages(how_many, skus=given.skus, maker=given.maker), how_many)
+        answer(READY)
+        if not wait():
+            break
+        try:
+            answer(astuple(contender.run()))
+        except WrongRows as error:
+            answer({WRONG: str(error)})
+    os._exit(0)  # what threads a contender has left are nobody's concern now
+
+
+if __name__ == "__main__":
+    main()

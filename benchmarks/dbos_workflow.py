@@ -1,0 +1,95 @@
+"""The same handler under DBOS, as its documentation has it for events that are to be processed exactly once.
+
+A workflow for each message, with the business key as its workflow id (`SetWorkflowID`); in it one transaction of a
+`SQLAlchemyDatasource`, which writes the handler's rows and the step's checkpoint in one commit. READ COMMITTED, as ours and
+the hand-written one run: its own default, SERIALIZABLE, costs more. Its system tables are in the same database, and fsync
+is on for both. A message is five commits then (counted in DBOS 3.4): the workflow's begin, the handler's rows with the
+checkpoint, the step's record, the checkpoint's deletion, the workflow's end. What it does more than we do, it can resume a
+workflow of many steps, is not needed here, and cannot be left out.
+
+Called directly, one message after the other, as ours is. `InBackground` starts workflows ahead and takes their results
+afterwards, on DBOS's own threads: the other way its documentation shows.
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any, Final
+
+from dbos import DBOS, DBOSConfig, SetWorkflowID, SQLAlchemyDatasource
+
+from benchmarks.measure import Span, WrongRows
+from benchmarks.shop import reserve
+from exactly_once import Message
+
+__all__ = ["InBackground", "Workflows"]
+
+AHEAD: Final = 8  # workflows in flight; more threads do not help two cores
+
+
+class Workflows:
+    """DBOS launched in this process.
+
+    Args:
+        url: The database, for its tables and the shop's.
+    """
+
+    def __init__(self, url: str) -> None:
+        config: DBOSConfig = {
+            "name": "benchmark",
+            "system_database_url": url,
+            "log_level": "ERROR",
+            "executor_id": f"benchmark-{os.getpid()}",  # or the other one's launch takes our workflows for left behind
+        }
+        DBOS(config=config)
+        datasource = SQLAlchemyDatasource.create(url)
+        self._ran = 0
+        self._given: Sequence[Message] = ()
+        self._new = 0
+
+        @datasource.transaction(isolation_level="READ COMMITTED")
+        def reserve_stock(order: dict[str, Any]) -> None:
+            reserve(datasource.sql_session(), order)
+            self._ran += 1
+
+        @DBOS.workflow()
+        def handle(order: dict[str, Any]) -> None:
+            reserve_stock(order)
+
+        self._handle = handle
+        DBOS.launch()
+
+    def take(self, given: Sequence[Message], new: int) -> None:
+        self._given, self._new = given, new
+        self._ran = 0
+
+    def run(self) -> Span:
+        began = perf_counter()
+        self._work()
+        ended = perf_counter()
+        if self._ran != self._new:
+            raise WrongRows(f"{self._ran} messages were handled as new, not {self._new}")
+        return Span(len(self._given), began, ended)
+
+    def _work(self) -> None:
+        for message in self._given:
+            order = json.loads(message.body or b"")
+            with SetWorkflowID(order["order_no"]):
+                self._handle(order)
+
+
+class InBackground(Workflows):
+    """Several workflows in flight."""
+
+    def _work(self) -> None:
+        under_way: deque[Any] = deque()
+        for message in self._given:
+            order = json.loads(message.body or b"")
+            with SetWorkflowID(order["order_no"]):
+                under_way.append(DBOS.start_workflow(self._handle, order))
+            if len(under_way) >= AHEAD:
+                under_way.popleft().get_result()
+        for handle in under_way:
+            handle.get_result()
