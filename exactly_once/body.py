@@ -107,7 +107,7 @@ def _read(
         return _bytes, False
     if plain is str:
         return _text, False
-    if plain is dict:
+    if plain is dict or plain == dict[str, Any]:  # JSON has no other keys
         return _object, True
     if plain is Any or plain is object:
         return _anything, True

@@ -103,12 +103,17 @@ class Runner:
     def run(self, delivery: Delivery, features: Features) -> Future[Said]:
         """Begin a delivery and return at once; the future's result is the verdict."""
         found = self._find(delivery)
-        if len(found) > 1:
-            features = _each_by_itself(features)
         future: Future[Any] = Future()
-        if delivery.handler is None and any(isinstance(each, GroupDelivering) for each in found):
-            self._run_grouped(delivery, features, found, future)
-            return future
+        if len(found) == 1:
+            (one,) = found
+            if isinstance(one, GroupDelivering) and delivery.handler is None:
+                self._wait_for_group(one, delivery, features, future)
+                return future
+        elif found:
+            features = _each_by_itself(features)
+            if delivery.handler is None and any(isinstance(each, GroupDelivering) for each in found):
+                self._run_apart(delivery, features, found, future)
+                return future
         return self._run_alone(delivery, features, found, future)
 
     def _run_alone(
@@ -176,13 +181,10 @@ class Runner:
 
     # -- groups ------------------------------------------------------------------------------------------------------
 
-    def _run_grouped(
+    def _run_apart(
         self, delivery: Delivery, features: Features, found: Sequence[Delivering], future: Future[Any]
     ) -> None:
-        """Let a delivery wait for its group; where several handlers want it, for each one's, or run it."""
-        if len(found) == 1:
-            self._wait_for_group(found[0], delivery, features, future)
-            return
+        """Let a delivery wait for the groups of those handlers that have them; the others run it at once."""
         future.set_running_or_notify_cancel()
         parts = Parts(len(found), partial(self._end, future), future.set_exception)
         for each in found:
@@ -193,8 +195,9 @@ class Runner:
                 part = self._run_alone(delivery, features, (each,), part)
             part.add_done_callback(parts.ended)
 
-    def _wait_for_group(self, handler: Delivering, delivery: Delivery, features: Features, future: Future[Any]) -> None:
-        assert isinstance(handler, GroupDelivering)
+    def _wait_for_group(
+        self, handler: GroupDelivering, delivery: Delivery, features: Features, future: Future[Any]
+    ) -> None:
         grouping = self._groupings.get(handler)
         if grouping is None:
             with self._counting:

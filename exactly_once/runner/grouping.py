@@ -7,26 +7,26 @@ The `runner` takes the groups.
 
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass
 from datetime import timedelta
 from threading import Lock
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from exactly_once.delivery.group import GroupDelivering
 from exactly_once.message import Message
 from exactly_once.transport import Features
 
-__all__ = ["LONGEST", "GroupSize", "Grouping", "Waiting"]
+__all__ = ["CALM", "LEAST", "LONGEST", "GroupSize", "Grouping", "Waiting"]
 
 LONGEST: Final = timedelta(seconds=1)
 """A group that takes longer is followed by smaller ones: its rows are locked all that time, and its messages in hand."""
-LEAST: Final = 2
+LEAST: Final = 1
+CALM: Final = (16, 4096)
+"""How many groups without a deadlock there must be before they grow: at first, and at most."""
 _GROWTH: Final = 1.1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Waiting:
+class Waiting(NamedTuple):
     """A delivery that waits for its group."""
 
     message: Message
@@ -37,6 +37,9 @@ class Waiting:
 
 class GroupSize:
     """How many messages the next group takes: as many as allowed, fewer behind a deadlock or a slow group.
+
+    A deadlock costs about a second, and growing back at once would find the next one: how many groups must pass without one
+    before the size grows doubles each time, until it is back at the largest.
 
     Args:
         most: The largest group.
@@ -51,6 +54,7 @@ class GroupSize:
     def __init__(self, most: int) -> None:
         self._most = most
         self._size = float(most)
+        self._calm, self._patience = 0, CALM[0]
 
     @property
     def now(self) -> int:
@@ -62,11 +66,16 @@ class GroupSize:
         size = self._size
         if deadlocked:
             size = min(size, messages) / 2
+            self._calm, self._patience = 0, min(CALM[1], 2 * self._patience)
         elif took > LONGEST:
             size = min(size, messages * (LONGEST / took))
         else:
-            size *= _GROWTH
+            self._calm += 1
+            if self._calm >= self._patience:
+                size *= _GROWTH
         self._size = min(float(self._most), max(float(LEAST), size))
+        if self._size == self._most and not deadlocked:
+            self._patience = CALM[0]
 
 
 class Grouping:

@@ -198,7 +198,10 @@ class _MemoryConsumer:
         entry.attempts += 1
         entry.due = now + self._invisible.total_seconds()
         entry.holder = holder = object()
-        return Delivery(replace(entry.message, attempt=entry.attempts), (queue, entry, holder))
+        message = entry.message
+        if message.attempt != entry.attempts:
+            message = replace(message, attempt=entry.attempts)
+        return Delivery(message, (queue, entry, holder))
 
     def settle(self, verdicts: Sequence[tuple[Delivery, Verdict]]) -> None:
         with self._broker.changed:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import timedelta
 from time import monotonic, sleep
 from uuid import uuid4
@@ -216,7 +215,7 @@ class LeaseConformance:
 
     def test_identities_that_look_alike_are_not_one(self, store: LeaseStore) -> None:
         rows = [
-            replace(message(), group=group, handler=handler, key=key)
+            message()._replace(group=group, handler=handler, key=key)
             for group, handler, key in (
                 ("a", "b", "c"), ("a", "b:c", ""), ("a:b", "c", "d"), ("a", "b", "C"), ("a", "b", "c "),
                 ("a", 'b","c', "d"), ("a", "b", 'c","d'), ("\u00e4", "b", "c"), ("a", "b", "\U0001f4e6"),

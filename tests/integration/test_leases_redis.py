@@ -1,7 +1,6 @@
 """Leases in Redis keep the contract of a store of leases."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -21,13 +20,13 @@ class TestLeasesInRedis(LeaseConformance):
 
     def test_a_handlers_new_name_finds_its_messages(self, store: LeaseStore) -> None:
         assert isinstance(store, RedisLeases)
-        odd = replace(message("odd*key"), handler="check[out]*")
+        odd = message("odd*key")._replace(handler="check[out]*")
         for row in (*(message(f"A-{n}") for n in range(2500)), odd):
             assert store.complete(self.won(store, row))
         assert store.rename("shop", "checkout", "till") == (2500, 0)
         assert store.rename("shop", "checkout", "till") == (0, 0)
         assert store.rename("shop", "check[out]*", "odd") == (1, 0)
-        for row in (replace(message("A-7"), handler="till"), replace(odd, handler="odd")):
+        for row in (message("A-7")._replace(handler="till"), odd._replace(handler="odd")):
             assert judge(self.claim(store, row)[0], row.fingerprint) is Standing.CONSUMED
         assert self.claim(store, message("A-7"))[0].won
         assert store.rename("shop", "checkout", "till") == (0, 1)

@@ -10,7 +10,7 @@ import pytest
 from exactly_once import Message, Outcome
 from exactly_once.delivery import Told
 from exactly_once.delivery.group import GroupDelivering
-from exactly_once.runner.grouping import LEAST, Grouping, GroupSize
+from exactly_once.runner.grouping import CALM, LEAST, Grouping, GroupSize
 from exactly_once.runner.together import Part, Parts
 from exactly_once.transport import Features
 from exactly_once.verdict import Ack, Hold, Redeliver
@@ -77,11 +77,25 @@ def test_a_size_is_halved_by_a_deadlock_and_grows_back_slowly(most: int) -> None
         size.ended(most, SOON, deadlocked=True)
     assert size.now == LEAST
     grown = []
-    for _ in range(200):
+    for _ in range(CALM[1] + 200):
         size.ended(size.now, SOON, deadlocked=False)
         grown.append(size.now)
     assert grown == sorted(grown)
+    assert grown[CALM[0]] == LEAST, "and not at once: the next deadlock would be there"
     assert grown[-1] == most
+
+
+def test_a_size_that_is_back_at_its_most_forgets_its_deadlocks() -> None:
+    size = GroupSize(4)
+    waits = []
+    for _ in range(2):
+        size.ended(4, SOON, deadlocked=True)
+        groups = 0
+        while size.now < 4:
+            size.ended(size.now, SOON, deadlocked=False)
+            groups += 1
+        waits.append(groups)
+    assert waits[0] == waits[1]
 
 
 def test_a_slow_group_is_followed_by_one_that_takes_about_a_second() -> None:
