@@ -8,6 +8,7 @@ have finished are duplicates then. Decides nothing about a single handler: `deli
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy.util import greenlet_spawn
 
 from exactly_once.delivery import Delivering, Told
-from exactly_once.delivery.group import GroupDelivering, GroupTold
+from exactly_once.delivery.group import GroupDelivering
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.runner.grouping import Grouping, Waiting
@@ -40,6 +41,7 @@ _One = tuple[Delivery, Features, Sequence[Delivering], Future[Any]]
 
 _log = logging.getLogger("exactly_once.worker")
 _LOOK_S: Final = 0.001
+_NO_LIMIT: Final[Any] = nullcontext()
 
 
 @lru_cache(maxsize=16)
@@ -216,40 +218,36 @@ class Runner:
         while (pause := grouping.pause_s()) > 0:
             sleep(min(pause, _LOOK_S))
         if group := grouping.take():
-            began = monotonic()
-            try:
-                told = grouping.handler.run_group([(one.message, one.features) for one in group])
-            except BaseException as error:  # as for a single delivery: brought again
-                _broke(group, error)
-            else:
-                self._group_ended(grouping, group, told, monotonic() - began)
+            with self._limits.get(grouping.handler.plan.name, _NO_LIMIT):
+                self._run_group(grouping, group)
             self._work.put(grouping)
 
     async def _aturn_groups(self, grouping: Grouping) -> None:
         import asyncio
 
+        limit = self._async_limits.get(grouping.handler.plan.name, _NO_LIMIT)
         while True:
             while (pause := grouping.pause_s()) > 0:
                 await asyncio.sleep(min(pause, _LOOK_S))
             if not (group := grouping.take()):
                 return
-            async with self._places:
-                began = monotonic()
-                try:
-                    told = await greenlet_spawn(
-                        grouping.handler.run_group, [(one.message, one.features) for one in group]
-                    )
-                except BaseException as error:
-                    _broke(group, error)
-                    if not isinstance(error, Exception):
-                        raise
-                else:
-                    self._group_ended(grouping, group, told, monotonic() - began)
+            async with self._places, limit:
+                await greenlet_spawn(self._run_group, grouping, group)
 
-    def _group_ended(self, grouping: Grouping, group: Sequence[Waiting], told: GroupTold, took_s: float) -> None:
-        grouping.size.ended(len(group), timedelta(seconds=took_s), deadlocked=told.deadlocked)
-        for one, each in zip(group, told.told, strict=True):
-            self._end(one.future, each)
+    def _run_group(self, grouping: Grouping, group: Sequence[Waiting]) -> None:
+        """Run a group and end each of its deliveries; in a greenlet, awaits. Raises only what ends the loop."""
+        began = monotonic()
+        try:
+            found = grouping.handler.run_group([(one.message, one.features) for one in group])
+            grouping.size.ended(len(group), timedelta(seconds=monotonic() - began), deadlocked=found.deadlocked)
+            for one, told in zip(group, found.told, strict=True):
+                self._end(one.future, told)
+        except BaseException as error:  # the worker takes it for "bring it again"; neither thread nor loop ends of it
+            for one in group:
+                if not one.future.done():
+                    one.future.set_exception(error)
+            if self._loop is not None and not isinstance(error, Exception) and grouping.handler.plan.is_async:
+                raise  # cancelled with the loop
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -300,8 +298,3 @@ class Runner:
                     async with limit:
                         told.append(await arun_all((each,), delivery.message, features, pumped=pumped))
         return together(told)
-
-
-def _broke(group: Sequence[Waiting], error: BaseException) -> None:
-    for one in group:
-        one.future.set_exception(error)
