@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
 from sqlalchemy import URL, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -248,6 +248,13 @@ class Store:
             if extra is None:
                 raise ConfigurationError(f"The database driver {url.drivername} is not installed ({error}).") from error
             raise MissingExtra(f"The database {url.drivername}", extra) from error
+        except NoSuchModuleError as error:
+            wanted = (
+                "postgresql+psycopg" if url.drivername.startswith("postgres") else "postgresql+psycopg, mysql or sqlite"
+            )
+            raise ConfigurationError(
+                f"SQLAlchemy knows no database {url.drivername!r}. Write {wanted}://user:password@host/name."
+            ) from error
 
     def _options(self, url: URL) -> dict[str, Any]:
         backend = url.get_backend_name()

@@ -6,10 +6,12 @@ broker's delivery attempts. `Hold` waits for a store, and nothing is received me
 this one key, and everything else goes on.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, Protocol
 
-__all__ = ["Ack", "Hold", "Keep", "Redeliver", "Said", "Verdict"]
+__all__ = ["Ack", "Ending", "Hold", "Keep", "Redeliver", "Said", "Verdict"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +52,19 @@ class Keep:
 
 Said = Verdict | Hold | Keep
 """What a run may end with."""
+
+
+class Ending(Protocol):
+    """What a run will say, to whoever asked for it: a `concurrent.futures.Future`, or what looks like one."""
+
+    def add_done_callback(self, callback: Callable[[Any], object], /) -> None:
+        """Have this called with it when it has ended; at once if it has."""
+
+    def cancel(self) -> bool:
+        """Keep it from beginning, or stop it, where that can be."""
+
+    def exception(self) -> BaseException | None:
+        """What it broke with, of one that has ended."""
+
+    def result(self) -> Any:
+        """What it said, of one that has ended; raises what it broke with."""

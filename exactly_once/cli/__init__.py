@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -56,7 +56,11 @@ def _application(verb: str | None) -> Any:
     )
 
     @app.callback()
-    def everything() -> None:
+    def everything(
+        version: Annotated[
+            bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Say which version this is.")
+        ] = False,
+    ) -> None:
         """Exactly-once effects for SQLAlchemy message handlers."""
 
     for name, about in VERBS.items():
@@ -69,6 +73,14 @@ def _application(verb: str | None) -> Any:
         else:
             app.command(name, help=module.command.__doc__)(module.command)
     return app
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"exactly_once {version('exactly-once')}")
+        raise typer.Exit
 
 
 def _not_now() -> None:

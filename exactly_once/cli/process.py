@@ -5,7 +5,6 @@ ordering key run one after the other, as they stand in the file. It stops at a d
 """
 
 from collections import deque
-from concurrent.futures import Future
 from functools import partial
 from threading import BoundedSemaphore, Lock
 from typing import Annotated, Final
@@ -18,7 +17,7 @@ from exactly_once.cli.reference import AppOption, application, usable
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.transport import Delivery, Features
-from exactly_once.verdict import Ack, Hold, Said
+from exactly_once.verdict import Ack, Ending, Hold
 from exactly_once.wording import escaped
 
 __all__ = ["command"]
@@ -82,7 +81,7 @@ class _Feeding:
     def _run(self, line: int, message: Message, lane: _Lane | None) -> None:
         self._runner.run(Delivery(message, None), FILE).add_done_callback(partial(self._finished, line, lane))
 
-    def _finished(self, line: int, lane: _Lane | None, future: "Future[Said]") -> None:
+    def _finished(self, line: int, lane: _Lane | None, future: Ending) -> None:
         if (error := future.exception()) is not None:
             self.leave(line, f"{type(error).__name__}: {escaped(str(error), 300)}")
         elif isinstance(future.result(), Hold):

@@ -30,7 +30,6 @@ __all__ = ["LeaseGuard", "insisting", "still_ours"]
 
 T = TypeVar("T")
 
-_WAIT_MS: Final = 2000
 _LOCKED_S: Final = 0.05
 _PAUSE_S: Final = (0.1, 2.0)
 
@@ -85,7 +84,7 @@ class LeaseGuard:
                 if not self._own and (settled := self._settled(held)) is not None:
                     return settled
                 self._renewal.add(held)
-                return Won(late=Late(session, self._dialect, held, wait_ms=_WAIT_MS), held=held)
+                return Won(late=Late(session, self._dialect, held), held=held)
             case Standing.CONSUMED:
                 return Consumed()
             case Standing.CONFLICT:

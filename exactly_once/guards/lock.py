@@ -16,8 +16,6 @@ from exactly_once.redis_connection import RedisConnection
 
 __all__ = ["LockGuard"]
 
-_WAIT_MS = 2000
-
 
 class LockGuard:
     """Locks of one handler.
@@ -45,7 +43,7 @@ class LockGuard:
             lock.acquire(awaiting=self._awaiting)
         except errors.InProgress:
             return InProgress(remaining=self._option.expires)
-        return Won(late=Late(session, self._dialect, None, wait_ms=_WAIT_MS), lock=lock)
+        return Won(late=Late(session, self._dialect, None), lock=lock)
 
     def complete(self, session: Session, won: Won) -> None:
         """There is nothing to write."""

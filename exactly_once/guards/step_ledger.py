@@ -27,7 +27,6 @@ from exactly_once.wording import escaped
 __all__ = ["StepLedger"]
 
 T = TypeVar("T")
-_WAIT_MS = 2000
 RESULT_BYTES = 2**20
 """The most a step's result may have; a result is a recovery point, no store of documents."""
 _LOCK_WAIT_S = 5
@@ -178,7 +177,7 @@ class StepLedger:
 
     def _transacted(self, begun: Begun, work: Callable[[Any], Any]) -> bytes:
         session, handed = self._open()
-        late = Late(session, self._dialect, self._held, wait_ms=_WAIT_MS)
+        late = Late(session, self._dialect, self._held)
         try:
             if self._late.watch is not None and self._dialect.name == "postgresql":
                 # a row that the handler's own session has changed: the server cannot see that we wait for ourselves

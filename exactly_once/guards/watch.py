@@ -24,7 +24,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from exactly_once.dialects import Dialect, State, Trouble, raise_for_the_store
 from exactly_once.errors import Misuse
-from exactly_once.leases import Held
+from exactly_once.leases import WAIT_MS, Held
 from exactly_once.wording import escaped
 
 __all__ = ["Left", "Watch", "begin", "install", "install_session", "let_go"]
@@ -268,10 +268,10 @@ class Late:
     the driver would have begun it itself this costs no round trip.
     """
 
-    __slots__ = ("_dialect", "_wait_ms", "held", "watch")
+    __slots__ = ("_dialect", "held", "watch")
 
-    def __init__(self, session: Session, dialect: Dialect, held: Held | None, *, wait_ms: int) -> None:
-        self._dialect, self.held, self._wait_ms = dialect, held, wait_ms
+    def __init__(self, session: Session, dialect: Dialect, held: Held | None) -> None:
+        self._dialect, self.held = dialect, held
         self.watch: Watch | None = None
         session.info[_KEY] = self
 
@@ -282,7 +282,7 @@ class Late:
         dialect, dbapi, info = self._dialect, connection.connection.dbapi_connection, connection.info
         try:
             if dialect not in info:
-                dialect.prepare(dbapi, info, wait_ms=self._wait_ms)
+                dialect.prepare(dbapi, info, wait_ms=WAIT_MS)
             dialect.begin(dbapi, info)
         except Exception as error:
             if dialect.trouble(error) is Trouble.UNAVAILABLE:

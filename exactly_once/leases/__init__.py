@@ -23,7 +23,10 @@ from exactly_once.errors import LeaseLost
 from exactly_once.fingerprint import Differs, NotCompared, compare
 from exactly_once.wording import escaped
 
-__all__ = ["Held", "LeaseStore", "Recorded", "Standing", "clock", "judge"]
+__all__ = ["WAIT_MS", "Held", "LeaseStore", "Recorded", "Standing", "clock", "judge"]
+
+WAIT_MS: Final = 2000
+"""How long to wait for a row under a lease that somebody is changing: a complete or a record takes a round trip."""
 
 _CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 

@@ -15,14 +15,13 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Leased, StepRow, Trouble, lease_claims_for
 from exactly_once.dialects import raise_for_the_store as raise_for
-from exactly_once.leases import Held, Recorded, clock
+from exactly_once.leases import WAIT_MS, Held, Recorded, clock
 from exactly_once.schema import CONSUMED, CONSUMING, STEP_BEGUN, STEP_FINISHED, Tables, utcnow
 
 __all__ = ["SqlLeases"]
 
 T = TypeVar("T")
 
-_WAIT_MS: Final = 2000  # for a row that somebody is changing: a complete or a record takes a round trip
 AT_ONCE: Final = 5000
 """So many leases are renewed by one statement: each is three parameters, of which PostgreSQL takes 65,535."""
 _MOMENT: Final = timedelta(seconds=1)
@@ -53,11 +52,11 @@ class SqlLeases:
             dbapi, info = connection.connection.dbapi_connection, connection.info
             try:
                 if self._dialect not in info:
-                    self._dialect.prepare(dbapi, info, wait_ms=_WAIT_MS)
+                    self._dialect.prepare(dbapi, info, wait_ms=WAIT_MS)
                 for last in (False, True):
                     try:
                         return self._claims.claim(
-                            dbapi, info, row, token, lease=lease, also=also, wait_ms=_WAIT_MS, steps=steps
+                            dbapi, info, row, token, lease=lease, also=also, wait_ms=WAIT_MS, steps=steps
                         )
                     except ClaimBusy as busy:
                         if last or not busy.again:

@@ -7,7 +7,6 @@ have finished are duplicates then. Decides nothing about a single handler: `deli
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -24,9 +23,10 @@ from exactly_once.delivery.group import GroupDelivering
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.runner.grouping import Grouping, Waiting
+from exactly_once.runner.pending import Pending
 from exactly_once.runner.together import Part, Parts, together
 from exactly_once.transport import Delivery, Features
-from exactly_once.verdict import Keep, Said
+from exactly_once.verdict import Ending, Keep, Said
 
 if TYPE_CHECKING:
     import asyncio
@@ -37,7 +37,7 @@ __all__ = ["Find", "Runner", "arun_all", "run_all", "together"]
 Find = Callable[[Delivery], Sequence[Delivering]]
 """Which handlers a delivery is for."""
 
-_One = tuple[Delivery, Features, Sequence[Delivering], Future[Any]]
+_One = tuple[Delivery, Features, Sequence[Delivering], Pending]
 
 _log = logging.getLogger("exactly_once.worker")
 _LOOK_S: Final = 0.001
@@ -102,10 +102,10 @@ class Runner:
         for thread in self._threads:
             thread.start()
 
-    def run(self, delivery: Delivery, features: Features) -> Future[Said]:
-        """Begin a delivery and return at once; the future's result is the verdict."""
+    def run(self, delivery: Delivery, features: Features) -> Ending:
+        """Begin a delivery and return at once; the result of what is returned is the verdict."""
         found = self._find(delivery)
-        future: Future[Any] = Future()
+        future = Pending()
         if len(found) == 1:
             (one,) = found
             if isinstance(one, GroupDelivering) and delivery.handler is None:
@@ -119,8 +119,8 @@ class Runner:
         return self._run_alone(delivery, features, found, future)
 
     def _run_alone(
-        self, delivery: Delivery, features: Features, found: Sequence[Delivering], future: Future[Any]
-    ) -> Future[Any]:
+        self, delivery: Delivery, features: Features, found: Sequence[Delivering], future: Pending
+    ) -> Ending:
         if self._loop is not None and any(each.plan.is_async for each in found):
             coroutine = self._atold if isinstance(future, Part) else self._arun
             return self._on_loop(coroutine(delivery, features, found))
@@ -155,7 +155,7 @@ class Runner:
                 self._end(future, told)
             del work, delivery, found, future
 
-    def _end(self, future: Future[Any], told: Told) -> None:
+    def _end(self, future: Pending, told: Told) -> None:
         if isinstance(future, Part):
             future.set_result(told)
             return
@@ -183,22 +183,21 @@ class Runner:
 
     # -- groups ------------------------------------------------------------------------------------------------------
 
-    def _run_apart(
-        self, delivery: Delivery, features: Features, found: Sequence[Delivering], future: Future[Any]
-    ) -> None:
+    def _run_apart(self, delivery: Delivery, features: Features, found: Sequence[Delivering], future: Pending) -> None:
         """Let a delivery wait for the groups of those handlers that have them; the others run it at once."""
         future.set_running_or_notify_cancel()
         parts = Parts(len(found), partial(self._end, future), future.set_exception)
         for each in found:
-            part: Future[Any] = Part()
+            part = Part()
+            part_ends: Ending = part
             if isinstance(each, GroupDelivering):
                 self._wait_for_group(each, delivery, features, part)
             else:
-                part = self._run_alone(delivery, features, (each,), part)
-            part.add_done_callback(parts.ended)
+                part_ends = self._run_alone(delivery, features, (each,), part)
+            part_ends.add_done_callback(parts.ended)
 
     def _wait_for_group(
-        self, handler: GroupDelivering, delivery: Delivery, features: Features, future: Future[Any]
+        self, handler: GroupDelivering, delivery: Delivery, features: Features, future: Pending
     ) -> None:
         grouping = self._groupings.get(handler)
         if grouping is None:
@@ -275,7 +274,7 @@ class Runner:
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
 
-    def _on_loop(self, coroutine: "Coroutine[Any, Any, Any]") -> Future[Any]:
+    def _on_loop(self, coroutine: "Coroutine[Any, Any, Any]") -> Ending:
         import asyncio
 
         assert self._loop is not None

@@ -6,14 +6,14 @@ The `runner` takes the groups.
 """
 
 from collections import deque
-from concurrent.futures import Future
 from datetime import timedelta
 from threading import Lock
 from time import monotonic
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from exactly_once.delivery.group import GroupDelivering
 from exactly_once.message import Message
+from exactly_once.runner.pending import Pending
 from exactly_once.transport import Features
 
 __all__ = ["CALM", "LEAST", "LONGEST", "GroupSize", "Grouping", "Waiting"]
@@ -31,7 +31,7 @@ class Waiting(NamedTuple):
 
     message: Message
     features: Features
-    future: Future[Any]
+    future: Pending
     since: float
 
 
@@ -93,7 +93,7 @@ class Grouping:
         self._taking = False
         self._lock = Lock()
 
-    def add(self, message: Message, features: Features, future: Future[Any]) -> bool:
+    def add(self, message: Message, features: Features, future: Pending) -> bool:
         """Let a delivery wait; True if somebody must begin to take groups, for nobody does."""
         with self._lock:
             self._waiting.append(Waiting(message, features, future, monotonic()))

@@ -1,13 +1,13 @@
 """What several handlers of one delivery say, put into one voice; as values, or as parts that end in threads of their own."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future
 from threading import Lock
-from typing import Any, Final
+from typing import Final
 
 from exactly_once.delivery import Told
 from exactly_once.outcome import Outcome
-from exactly_once.verdict import Ack, Hold, Keep, Redeliver, Said, Verdict
+from exactly_once.runner.pending import Pending
+from exactly_once.verdict import Ack, Ending, Hold, Keep, Redeliver, Said, Verdict
 
 __all__ = ["Part", "Parts", "together"]
 
@@ -67,8 +67,10 @@ def _soonest(verdicts: Sequence[Verdict]) -> Verdict:
     return min(again, key=lambda each: each.delay) if again else Ack()
 
 
-class Part(Future[Told]):
-    """What one of a delivery's handlers makes of it, where they run apart."""
+class Part(Pending):
+    """What one of a delivery's handlers makes of it, where they run apart: a `Told`, and no verdict yet."""
+
+    __slots__ = ()
 
 
 class Parts:
@@ -80,13 +82,18 @@ class Parts:
         self._errors: list[BaseException] = []
         self._lock = Lock()
 
-    def ended(self, part: Future[Any]) -> None:
+    def ended(self, part: Ending) -> None:
         """Note one handler's end."""
-        error = CancelledError() if part.cancelled() else part.exception()
+        told: Told | None = None
+        error: BaseException | None = None
+        try:
+            told = part.result()
+        except BaseException as broke:  # noqa: BLE001, RUF100  (cancelled with its loop, too)
+            error = broke
         with self._lock:
-            if error is None:
-                self._told.append(part.result())
-            else:
+            if told is not None:
+                self._told.append(told)
+            if error is not None:
                 self._errors.append(error)
             self._missing -= 1
             last = not self._missing

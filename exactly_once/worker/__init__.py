@@ -14,7 +14,6 @@ what of it is done. Made by `serving`.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -23,7 +22,7 @@ from time import monotonic
 from typing import Final
 
 from exactly_once.transport import Consumer, Delivery, Features
-from exactly_once.verdict import Ack, Hold, Keep, Redeliver, Said
+from exactly_once.verdict import Ack, Ending, Hold, Keep, Redeliver
 from exactly_once.worker.capacity import Capacity
 from exactly_once.worker.kept import Kept
 from exactly_once.worker.lane import Lane, join, lasting, on_each
@@ -33,7 +32,7 @@ from exactly_once.worker.unsettled import Unsettled
 
 __all__ = ["Counts", "Run", "Worker"]
 
-Run = Callable[[Delivery, Features], Future[Said]]
+Run = Callable[[Delivery, Features], Ending]
 
 POLL: Final = timedelta(seconds=1)
 """The longest a quiet receive waits; also the tick at which a full worker keeps its sessions alive."""
@@ -80,6 +79,7 @@ class Worker:
         poll: The longest a quiet receive waits.
 
     Example:
+        >>> from concurrent.futures import Future
         >>> worker = Worker([], lambda delivery, features: Future(), capacity=1, drain_timeout=timedelta(seconds=1))
         >>> worker.start()
         >>> worker.stop()
@@ -276,7 +276,7 @@ class Worker:
             unsettled.running[delivery] = future
             future.add_done_callback(partial(self._finish, unsettled, delivery, since))
 
-    def _finish(self, unsettled: Unsettled, delivery: Delivery, since: float | None, done: Future[Said]) -> None:
+    def _finish(self, unsettled: Unsettled, delivery: Delivery, since: float | None, done: Ending) -> None:
         """Called by whichever thread ended the run: blocks on nothing, raises nothing."""
         unsettled.running.pop(delivery, None)
         try:

@@ -10,7 +10,6 @@ verdict counts; a run that ends after its message was given back finds nothing t
 
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from math import inf
 from queue import Empty, SimpleQueue
@@ -18,7 +17,7 @@ from time import monotonic, sleep
 from typing import Final
 
 from exactly_once.transport import Consumer, Delivery
-from exactly_once.verdict import Ack, Said, Verdict
+from exactly_once.verdict import Ack, Ending, Verdict
 from exactly_once.worker.log_throttle import ThrottledLog
 
 __all__ = ["Batch", "Unsettled"]
@@ -55,7 +54,7 @@ class Unsettled:
     def __init__(self, consumer: Consumer, name: str, settled: Callable[[int], None]) -> None:
         self.consumer, self.name, self.features = consumer, name, consumer.features
         self.held: dict[Delivery, Batch] = {}
-        self.running: dict[Delivery, Future[Said]] = {}
+        self.running: dict[Delivery, Ending] = {}
         self.verdicts: SimpleQueue[tuple[Delivery, Verdict] | None] = SimpleQueue()
         self.received = self.settled = self.acked = self.redelivered = 0
         self.turned = monotonic()

@@ -133,6 +133,9 @@ class BrokerStory:
             rocketmq.kill()
             rocketmq.start()
             rocketmq.wait_for_route(shop.topic)
+            # the proxy asks the name server by itself, and later
+            check = shop.eo.transport(url).check
+            until(lambda: not check(shop.eo.group, shop.eo.subscriptions()), lambda: check(shop.eo.group, ()))
             shop.send(url, after * 2)
             wanted = sorted(before + after)
             until(lambda: shop.ledger()[0] == wanted, lambda: (len(shop.ledger()[0]), worker.counts))
@@ -150,6 +153,9 @@ class BrokerStory:
             assert starting.is_alive(), "it waits"
             rocketmq.start()
             rocketmq.wait_for_route(shop.topic)
+            # the proxy asks the name server by itself, and later
+            check = shop.eo.transport(url).check
+            until(lambda: not check(shop.eo.group, shop.eo.subscriptions()), lambda: check(shop.eo.group, ()))
             starting.join(60)
             assert not starting.is_alive()
             until(lambda: shop.ledger()[0] == ["first"], lambda: serving.counts)

@@ -1,14 +1,24 @@
 """The conformance suite over `rocketmq://`, against a real RocketMQ 5."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import count
 
 import pytest
 
-from exactly_once.transport import Surroundings, Transport
+from exactly_once.errors import TransportError
+from exactly_once.transport import Receipt, Surroundings, Transport
 from exactly_once.transports import transport_from
 from exactly_once.transports.rocketmq5 import wall
-from tests.acceptance.conformance import Conformance, ServedHarness, ServerConformance, TopicConformance
+from tests.acceptance.conformance import (
+    Conformance,
+    ServedHarness,
+    ServerConformance,
+    TopicConformance,
+    numbered,
+    send,
+)
 from tests.services.need import need
 from tests.services.rocketmq import RocketMQ
 
@@ -53,3 +63,28 @@ class TestRocketMQ5(ServerConformance, TopicConformance, Conformance):
     def harness(self, rocketmq: RocketMQ) -> RocketMQ5Harness:
         need(wall.missing())
         return RocketMQ5Harness(rocketmq)
+
+    def test_a_client_that_another_thread_gives_up_under_way_is_an_answer_and_no_exception(
+        self, harness: RocketMQ5Harness
+    ) -> None:
+        from exactly_once.transports.rocketmq5.producer import RocketMQ5Producer
+
+        topic = harness.topic()
+        producer = harness.transport().producer()
+        assert isinstance(producer, RocketMQ5Producer)
+        try:
+            send(harness, producer, numbered(topic, 1))
+            cut = 0
+            with ThreadPoolExecutor(1) as pool:
+                for _ in range(10):
+                    sending = pool.submit(producer.send, numbered(topic, 400))
+                    time.sleep(0.02)
+                    producer._forget(producer._client)
+                    answers = sending.result(30)
+                    assert len(answers) == 400
+                    assert all(isinstance(answer, (Receipt, TransportError)) for answer in answers)
+                    cut += any(isinstance(answer, TransportError) for answer in answers)
+            assert cut, "no send was cut"
+            send(harness, producer, numbered(topic, 1))
+        finally:
+            producer.close()

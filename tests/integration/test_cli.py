@@ -279,3 +279,4 @@ def test_every_verb_has_help(shop: Shop) -> None:
         assert told.returncode == 0, told.stderr
         assert "Usage" in told.stdout
     assert "doctor" in shop("--help").stdout
+    assert shop("--version").stdout.startswith("exactly_once ")

@@ -1,9 +1,10 @@
 """How groups form, how large they are, and what several handlers of one delivery say together."""
 
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from datetime import timedelta
+from threading import Barrier
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -11,6 +12,7 @@ from exactly_once import Message, Outcome
 from exactly_once.delivery import Told
 from exactly_once.delivery.group import GroupDelivering
 from exactly_once.runner.grouping import CALM, LEAST, Grouping, GroupSize
+from exactly_once.runner.pending import Pending
 from exactly_once.runner.together import Part, Parts
 from exactly_once.transport import Features
 from exactly_once.verdict import Ack, Hold, Redeliver
@@ -24,8 +26,8 @@ def grouping(batch: int = 3, linger: timedelta = timedelta(0)) -> Grouping:
     return Grouping(cast(GroupDelivering, handler))
 
 
-def add(waiting: Grouping, number: int) -> tuple[bool, Future[Any]]:
-    future: Future[Any] = Future()
+def add(waiting: Grouping, number: int) -> tuple[bool, Pending]:
+    future = Pending()
     return waiting.add(Message("orders", str(number).encode()), FEATURES, future), future
 
 
@@ -121,6 +123,64 @@ def ended_with(result: Told | BaseException | None) -> Part:
     else:
         part.set_result(result)
     return part
+
+
+def test_what_is_to_come_calls_back_once_whoever_ends_it() -> None:
+    for end in ("before", "after"):
+        seen: list[object] = []
+        pending = Pending()
+        assert pending.set_running_or_notify_cancel()
+        if end == "before":
+            pending.set_result("said")
+        pending.add_done_callback(seen.append)
+        if end == "after":
+            pending.set_result("said")
+        assert seen == [pending]
+        assert (pending.result(), pending.exception(), pending.done(), pending.cancelled()) == (
+            "said",
+            None,
+            True,
+            False,
+        )
+        assert not pending.cancel()
+
+
+def test_what_has_not_begun_can_be_cancelled_and_never_begins() -> None:
+    seen: list[object] = []
+    pending = Pending()
+    pending.add_done_callback(seen.append)
+    assert pending.cancel()
+    assert pending.cancel(), "twice is once"
+    assert seen == [pending]
+    assert not pending.set_running_or_notify_cancel()
+    assert pending.done()
+    with pytest.raises(CancelledError):
+        pending.result()
+
+
+def test_what_broke_raises_it() -> None:
+    pending = Pending()
+    pending.set_running_or_notify_cancel()
+    pending.set_exception(KeyError("broke"))
+    assert isinstance(pending.exception(), KeyError)
+    with pytest.raises(KeyError):
+        pending.result()
+
+
+def test_begin_and_cancel_at_the_same_moment_have_one_winner() -> None:
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(500):
+            pending, meet = Pending(), Barrier(2)
+
+            def begin(pending: Pending = pending, meet: Barrier = meet) -> bool:
+                meet.wait()
+                return pending.set_running_or_notify_cancel()
+
+            def cancel(pending: Pending = pending, meet: Barrier = meet) -> bool:
+                meet.wait()
+                return pending.cancel()
+
+            assert [threads.submit(begin), threads.submit(cancel)][0].result() is not pending.cancelled()
 
 
 DONE = Told(Outcome.PROCESSED, Ack())

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.runner import Runner, together
 from exactly_once.transport import Delivery
-from exactly_once.verdict import Ack, Hold, Keep, Redeliver, Said
+from exactly_once.verdict import Ack, Ending, Hold, Keep, Redeliver, Said
 from tests.unit.worker_doubles import FEATURES
 
 
@@ -92,7 +93,11 @@ def test_a_message_is_counted_when_it_ends_and_not_each_time_it_is_looked_at(is_
     handler: Any = Handler([KEPT, KEPT, PROCESSED], is_async)
     runner = Runner(lambda delivery: [handler], threads=1, needs_loop=is_async, limits={})
     try:
-        said = [runner.run(Delivery(Message("t", b""), None), FEATURES).result(10) for _ in range(3)]
+        ended: SimpleQueue[Ending] = SimpleQueue()
+        said = []
+        for _ in range(3):
+            runner.run(Delivery(Message("t", b""), None), FEATURES).add_done_callback(ended.put)
+            said.append(ended.get(timeout=10).result())
     finally:
         runner.stop()
     assert said == [KEEP, KEEP, Ack()]

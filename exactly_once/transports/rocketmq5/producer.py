@@ -9,7 +9,8 @@ one topic and ordering key are sent one after the other, each after the broker h
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import CancelledError
 from datetime import UTC, datetime, timedelta
 from threading import Lock
 from typing import Any, Final
@@ -74,8 +75,17 @@ class RocketMQ5Producer:
             topic: self._endpoints(client, topic) for topic in {m.topic for c in chains.values() for _, m, _ in c}
         }
         work = iter(chains.values())
-        loop = client.rpc_client.get_channel_io_loop()
-        asyncio.run_coroutine_threadsafe(self._send_all(client, work, len(chains), routes, answers), loop).result()
+        try:
+            self._on_loop(client, self._send_all(client, work, len(chains), routes, answers))
+        except (CancelledError, RuntimeError):
+            # another thread's send had no answer, and shut this client down with all that was under way, ours too
+            lost = _NoAnswerError(
+                f"The connection to RocketMQ at {self._proxies} was given up meanwhile. Whether the message was stored is not"
+                " known."
+            )
+            for index in (index for chain in chains.values() for index, _, request in chain if request is not None):
+                if not isinstance(answers[index], Receipt):
+                    answers[index] = lost
         if any(isinstance(answer, _NoAnswerError) for answer in answers):
             # the client's channel would wait up to two minutes before it tries to connect again
             self._forget(client)
@@ -142,6 +152,15 @@ class RocketMQ5Producer:
         if status.status.code == Code.OK:  # it came back between the two questions
             return _NoAnswerError(f"RocketMQ at {self._proxies} did not answer a moment ago. Nothing was sent.")
         return about_send(self._proxies, topic, status.status)
+
+    def _on_loop(self, client: Any, sending: Coroutine[Any, Any, None]) -> None:
+        """Have the client's loop do it, and wait."""
+        try:
+            future = asyncio.run_coroutine_threadsafe(sending, client.rpc_client.get_channel_io_loop())
+        except BaseException:
+            sending.close()
+            raise
+        future.result()
 
     async def _send_all(
         self,
