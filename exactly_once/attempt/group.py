@@ -1,6 +1,6 @@
 """One attempt at a group of messages of one handler: one claim for all, their handlers on one session, one COMMIT.
 
-All or nothing: whatever fails, every claim and effect of the group is rolled back, and `group_delivery` decides what runs
+All or nothing: whatever fails, every claim and effect of the group is rolled back, and `delivery.group` decides what runs
 again in smaller groups or alone. A process that dies here leaves nothing of the group, or after COMMIT all of it.
 """
 

@@ -26,7 +26,7 @@ from exactly_once.dialects import ClaimBusy, ClaimRow, Known, State, Trouble
 from exactly_once.dialects.keywords import refused
 from exactly_once.errors import ConfigurationError
 
-__all__ = ["BEGIN", "CLAIM", "DUPLICATE", "KNOWN", "LOCK_WAIT", "TRANSIENT", "MySQL", "errno"]
+__all__ = ["BEGIN", "BOUND", "CLAIM", "DUPLICATE", "KNOWN", "LOCK_WAIT", "TRANSIENT", "MySQL", "errno"]
 
 CLAIM: Final = (
     "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, message_content, fingerprint,"

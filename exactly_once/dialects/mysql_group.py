@@ -12,7 +12,7 @@ from datetime import UTC
 from typing import Any, Final
 
 from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Known
-from exactly_once.dialects.mysql import LOCK_WAIT, TRANSIENT, errno
+from exactly_once.dialects.mysql import BOUND, LOCK_WAIT, TRANSIENT, errno
 
 __all__ = ["CLAIM", "KNOWN", "ROW", "Claims"]
 
@@ -39,7 +39,8 @@ class Claims:
         self, dbapi: Any, info: MutableMapping[Any, Any], rows: Sequence[ClaimRow], *, wait_ms: int
     ) -> Mapping[str, Known | None]:
         """See `GroupClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
-        bound = info[self._dialect][2]
+        # where the session alone can be bound, its bound holds here too
+        bound = BOUND.replace("{seconds}", f"{max(1, -(-wait_ms // 1000)):d}") if info[self._dialect][2] else ""
         first = rows[0]
         group, handler = first.group.encode(), first.handler.encode()
         owner = f"{first.owner[:_OWNER_CHARACTERS]}#{secrets.token_hex(5)}"

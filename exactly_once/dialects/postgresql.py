@@ -37,6 +37,7 @@ __all__ = [
     "LOOK",
     "PostgreSQL",
     "Seen",
+    "bounded",
     "driver_of",
     "opening",
     "send",
@@ -254,6 +255,11 @@ def opening(driver: Any, seen: Seen) -> bytes:
     """Return how a transaction of ours begins on this connection; of durable commits, whatever the session says."""
     _refuse_autocommit(driver)
     return _begin(driver) + seen.synchronous
+
+
+def bounded(text: bytes, seen: Seen, wait_ms: int) -> bytes:
+    """Bound the lock waits of a statement, first in a transaction of ours; the handler finds the session's own bound again."""
+    return _BOUND % wait_ms + text + _UNBOUND % seen.own_wait
 
 
 def _begin(driver: Any) -> bytes:

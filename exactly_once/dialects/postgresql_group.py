@@ -12,7 +12,7 @@ from psycopg import errors
 from psycopg.pq import Escaping, TransactionStatus
 
 from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Known
-from exactly_once.dialects.postgresql import BOUND, BUSY, Seen, driver_of, opening, send, template
+from exactly_once.dialects.postgresql import BUSY, Seen, bounded, driver_of, opening, send, template
 from exactly_once.errors import ConfigurationError
 
 __all__ = ["CLAIM", "KNOWN", "Claims"]
@@ -31,8 +31,6 @@ KNOWN: Final = (
     " WHERE consumer_group = {group} AND handler = {handler} AND business_key = ANY ({keys}::text[])"
 )
 _VALUES: Final = ("group", "handler", "owner", "keys", "message_ids", "fingerprints", "retry_times", "born_at")
-_BOUND: Final = BOUND[0].replace("{wait_ms}", "%d").encode()
-_UNBOUND: Final = template(BOUND[1], ("own_wait",))
 
 
 class Claims:
@@ -65,9 +63,7 @@ class Claims:
             quote(_array(None if row.born_at is None else row.born_at.isoformat() for row in rows)),
         )
         try:
-            results = send(
-                driver, opening(driver, seen) + _BOUND % wait_ms + self._claim % values + _UNBOUND % seen.own_wait
-            )
+            results = send(driver, opening(driver, seen) + bounded(self._claim % values, seen, wait_ms))
         except errors.Error as error:
             if error.sqlstate not in BUSY:
                 raise

@@ -46,6 +46,8 @@ class Reading(NamedTuple):
     fingerprint: bytes
     body: Any
     error: ExactlyOnceError | None
+    order: str = ""
+    """Its place in a group, by `batch_order=`; "" where it has none."""
 
 
 _NO_BODY: Final = Decoder(lambda body, parsed: None, False)
@@ -140,7 +142,9 @@ class Plan:
         Where the body is not valid but its JSON yields the key, key and fingerprint are there beside the error: the
         dead letter is then kept under its key.
         """
+        order = self.batch_order
         needs_json = self.key.needs_json or self.fingerprint.needs_json or self._decoder.needs_json
+        needs_json = needs_json or (order is not None and order.needs_json)
         parsed = parse_json(message.body) if needs_json else NOT_JSON
         error: ExactlyOnceError | None = None
         key: str | None = None
@@ -164,7 +168,13 @@ class Plan:
             except Exception as failed:  # a validator of the user's model broke; the message is kept all the same
                 error = BadBody(f"reading the body failed with {type(failed).__name__}, raised by the body's own model")
                 error.__cause__ = failed
-        return Reading(key, made, body, error)
+        if order is None:
+            return Reading(key, made, body, error)
+        try:
+            place = order.of(message, parsed)
+        except BadKey:  # it locks nothing that has a name
+            place = ""
+        return Reading(key, made, body, error, place)
 
     def call(self, session: Any, reading: Reading, message: Message, steps: Any = None) -> object:
         """Call the handler with what it asks for; for an async handler the result is to be awaited."""
@@ -186,18 +196,7 @@ class Plan:
 
     def in_batch_order(self, group: Sequence[tuple[Reading, Message]]) -> Sequence[tuple[Reading, Message]]:
         """Return a group in the order it is handled in: that of `batch_order=`, else as the messages came."""
-        rule = self.batch_order
-        if rule is None:
-            return group
-
-        def place(one: tuple[Reading, Message]) -> str:
-            message = one[1]
-            try:
-                return rule.of(message, parse_json(message.body) if rule.needs_json else NOT_JSON)
-            except BadKey:  # it locks nothing that has a name
-                return ""
-
-        return sorted(group, key=place)
+        return group if self.batch_order is None else sorted(group, key=lambda one: one[0].order)
 
     def explain_conflict(self, stored: bytes, message: Message, key: str) -> str:
         """Say what differs between a message and the one its key was consumed with, and which setting would accept it.
