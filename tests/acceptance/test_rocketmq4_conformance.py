@@ -19,6 +19,7 @@ _names = count()
 class RocketMQ4Harness(ServedHarness):
     patience = timedelta(seconds=15)
     lag = timedelta(seconds=2)
+    ids_from_threads_differ = False  # librocketmq gave 51 of 40,000 messages sent by 8 threads the id of another
 
     def __init__(self, server: RocketMQ) -> None:
         self.server = server
