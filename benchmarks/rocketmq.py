@@ -1,12 +1,14 @@
 """RocketMQ end to end: receive, transaction, acknowledge; ours against what the parts can do alone.
 
-Three rates, in turn, with the same number of threads, each over a topic that was filled before:
+Rates, in turn, each over a topic that was filled before; one message at a time with the same number of threads:
 
 * `worker`: our worker over the broker, with the one-insert-one-update handler;
 * `client`: the bare client, receiving and acknowledging only;
-* `memory`: the same worker and handler fed from `memory://`.
+* `memory`: the same worker and handler fed from `memory://`;
+* `sets`, and `sets, memory`: the same with a handler that takes lists;
+* `acks`: our consumer of that broker alone, which acknowledges what came together in one call where the broker has one.
 
-The figure is worker / min(client, memory). Both halves share one interpreter here, as they do in a worker: where both are
+The first figure is worker / min(client, memory). Both halves share one interpreter here, as they do in a worker: where both are
 bound by the processor, one cannot come near the smaller of the two.
 
 Each client needs an environment of its own, so a client's part is a process of its own: `python -m benchmarks.rocketmq`.
@@ -17,29 +19,36 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
-from threading import Event, Lock, Thread
-from time import perf_counter, sleep
-from typing import Any, Final
+from statistics import median
+from threading import Event, Thread
+from typing import Final
 
-from benchmarks.measure import Figure, WrongRows, take_turns
+from benchmarks.bare_clients import THREADS, Count, bare4, bare5, rate_of
+from benchmarks.contenders import SET
+from benchmarks.measure import Figure, ratios, take_turns
 from benchmarks.orders import messages
 from benchmarks.shop import application, clear, require
 from benchmarks.stage import Stage
 from exactly_once.testing.child import wait_until
+from exactly_once.transport import Consumer, Subscription, Surroundings
+from exactly_once.transports import transport_from
+from exactly_once.verdict import Ack
 
 __all__ = ["measure"]
 
 ROOT: Final = Path(__file__).parents[1]
 SHARE: Final = 0.85
-THREADS: Final = 16
-PATIENCE_S: Final = 120.0
-FIRST_SHARE: Final = 0.1  # of a turn's messages, not counted: joining the group is not what is measured
+SETS_SHARE: Final = 0.80
+ACKS: Final = 1.5
 UPDATE_CONSUMER_OFFSET: Final = 15
 USUAL: Final = 16
 ENDLESS: Final = 2147483647  # the old client loses what was sent back more often than that
 QUEUES: Final = 8
+SETS_TIMES: Final = 5
+"""Messages in sets for each one alone: turns of about the same length."""
 SECOND_PYTHON: Final = "EXACTLY_ONCE_ROCKETMQ4_PYTHON"
 
 
@@ -67,24 +76,32 @@ def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
             )
         if ran.returncode != 0:
             raise RuntimeError(f"the measurement of {client} failed:\n{(ran.stdout + ran.stderr)[-3000:]}")
-        yield _figure(name, what, json.loads(ran.stdout.splitlines()[-1]), quick=quick)
+        yield from _figures(name, what, json.loads(ran.stdout.splitlines()[-1]), quick=quick)
 
 
-def _figure(name: str, what: str, rates: dict[str, list[float]], *, quick: bool) -> Figure:
-    rounds = [
-        worker / min(client, memory)
-        for worker, client, memory in zip(rates["worker"], rates["client"], rates["memory"], strict=True)
-    ]
-    middle = {kind: sorted(values)[len(values) // 2] for kind, values in rates.items()}
-    return Figure(
-        name=name,
-        what=what,
-        rounds=rounds,
-        target=SHARE,
-        least=True,
-        measured={kind: f"{rate:,.0f}/s" for kind, rate in middle.items()},
-        note=f"{THREADS} threads" + (", one short round (--quick)" if quick else ""),
-    )
+def _figures(name: str, what: str, rates: dict[str, list[float]], *, quick: bool) -> Iterator[Figure]:
+    hurried = ", one short round (--quick)" if quick else ""
+
+    def figure(what: str, ours: str, *others: str, target: float, note: str) -> Figure:
+        least = [min(each) for each in zip(*(rates[other] for other in others), strict=True)]
+        return Figure(
+            name=name,
+            what=what,
+            rounds=ratios(rates[ours], least),
+            target=target,
+            least=True,
+            measured={kind: f"{median(rates[kind]):,.0f}/s" for kind in (ours, *others)},
+            note=note + hurried,
+        )
+
+    yield figure(what, "worker", "client", "memory", target=SHARE, note=f"{THREADS} threads")
+    if name == "rocketmq4://":
+        what = "worker with sets / min(bare client, sets fed from memory)"
+        yield figure(what, "sets", "client", "sets, memory", target=SETS_SHARE, note=f"batch={SET}")
+    else:
+        what = "our consumer, acknowledging in groups / bare client, one by one"
+        yield figure(what, "acks", "client", target=ACKS, note="no handler")
+        yield figure("worker with sets / bare client, one by one", "sets", "client", target=ACKS, note=f"batch={SET}")
 
 
 def _second_python() -> Path:
@@ -109,19 +126,54 @@ class _Turns:
         topic, group = self._filled(each)
         return self._worked(self._url, topic, group, each)
 
-    def memory(self, each: int) -> float:
+    def memory(self, each: int, *, in_sets: bool = False) -> float:
         """Run our worker over a broker in this process."""
         self._number += 1
         topic, group = f"benchmark-{self._number}", f"benchmark-group-{self._number}"
         url = f"memory://{topic}"
         with application(self._database, topic=topic, group=group).producer(url) as producer:
             producer.send_all(messages(each, topic=topic))
-        return self._worked(url, topic, group, each)
+        return self._worked(url, topic, group, each, in_sets=in_sets)
+
+    def sets(self, each: int) -> float:
+        """Run our worker over the broker, with a handler that takes lists."""
+        topic, group = self._filled(SETS_TIMES * each)
+        return self._worked(self._url, topic, group, SETS_TIMES * each, in_sets=True)
+
+    def sets_memory(self, each: int) -> float:
+        """The same over a broker in this process."""
+        return self.memory(SETS_TIMES * each, in_sets=True)
+
+    def acks(self, each: int) -> float:
+        """Run our consumer alone: receive, and acknowledge all that came at once."""
+        topic, group = self._filled(SETS_TIMES * each)
+        transport = transport_from(self._url, Surroundings())
+        count = Count()
+        stopped = Event()
+        consumers = transport.subscribe(group, [Subscription(topic, together=SET)])
+
+        def turn(consumer: Consumer) -> None:
+            while not stopped.is_set():
+                received = consumer.receive(SET, timedelta(seconds=1))
+                consumer.settle([(delivery, Ack()) for delivery in received])
+                count.add(len(received))
+
+        threads = [Thread(target=turn, args=(consumer,), daemon=True) for consumer in consumers]
+        for thread in threads:
+            thread.start()
+        rate = rate_of(lambda: count.value, SETS_TIMES * each)
+        stopped.set()
+        for thread in threads:
+            thread.join(10)
+        for consumer in consumers:
+            consumer.stop()
+            consumer.close()
+        return rate
 
     def client(self, each: int) -> float:
         """Run the bare client: receive and acknowledge."""
         topic, group = self._filled(each)
-        bare = _bare5 if self._url.startswith("rocketmq:") else _bare4
+        bare = bare5 if self._url.startswith("rocketmq:") else bare4
         return bare(self._url.partition("://")[2], topic, group, each)
 
     def _filled(self, each: int) -> tuple[str, str]:
@@ -147,102 +199,13 @@ class _Turns:
                 producer.send_all(fresh[start : start + 200])
         return topic, group
 
-    def _worked(self, url: str, topic: str, group: str, each: int) -> float:
+    def _worked(self, url: str, topic: str, group: str, each: int, *, in_sets: bool = False) -> float:
         clear(self._engine)
-        eo = application(self._database, topic=topic, group=group)
+        eo = application(self._database, topic=topic, group=group, batch=SET if in_sets else None, in_sets=in_sets)
         with eo.worker(url, concurrency=THREADS) as worker:
-            rate = _rate(lambda: worker.counts.acked, each)
+            rate = rate_of(lambda: worker.counts.acked, each)
         require(self._engine, each)
         return rate
-
-
-def _rate(done: Callable[[], int], each: int) -> float:
-    """Return how many a second, from when the first share is done until all are."""
-    began_at = perf_counter()
-    start = 0
-    began = 0.0
-    while True:
-        now, count = perf_counter(), done()
-        if not start and count >= each * FIRST_SHARE:
-            start, began = count, now
-        if count >= each:
-            return (count - start) / (now - began)
-        if now - began_at > PATIENCE_S:
-            raise WrongRows(f"{count} of {each} messages were finished after {PATIENCE_S:.0f} s")
-        sleep(0.002)
-
-
-def _bare5(endpoint: str, topic: str, group: str, each: int) -> float:
-    """RocketMQ 5's own SimpleConsumer: each thread receives up to 16 and acknowledges one after the other."""
-    from exactly_once.transports.rocketmq5 import wall
-
-    wall.build()  # keeps the client's import from closing every log handler
-    from rocketmq import ClientConfiguration, Credentials, FilterExpression, SimpleConsumer
-
-    consumer = SimpleConsumer(ClientConfiguration(endpoint, Credentials()), group, {topic: FilterExpression()}, 2)
-    consumer.startup()
-    count = _Count()
-    stopped = Event()
-
-    def turn() -> None:
-        while not stopped.is_set():
-            try:
-                received = consumer.receive(16, 30)
-            except Exception:  # the group's settings take a moment to arrive
-                sleep(0.1)
-                continue
-            for message in received or ():
-                consumer.ack(message)
-                count.add()
-
-    threads = [Thread(target=turn, daemon=True) for _ in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    rate = _rate(lambda: count.value, each)
-    stopped.set()
-    for thread in threads:
-        thread.join(10)
-    consumer.shutdown()
-    return rate
-
-
-_kept: list[Any] = []
-
-
-def _bare4(name_servers: str, topic: str, group: str, each: int) -> float:
-    """The older client's push consumer: a callback that looks at the body and answers success."""
-    from exactly_once.transports.rocketmq4.library import load
-
-    client = load().client
-    count = _Count()
-
-    def callback(message: Any) -> Any:
-        len(message.body)
-        count.add()
-        return client.ConsumeStatus.CONSUME_SUCCESS
-
-    consumer = client.PushConsumer(group)
-    _kept.append(consumer)  # collected while its threads run, it would end the process
-    consumer.set_name_server_address(name_servers)
-    consumer.set_thread_count(THREADS)
-    consumer.set_instance_name(f"bare-{topic}")
-    consumer.subscribe(topic, callback)
-    consumer.start()
-    rate = _rate(lambda: count.value, each)
-    consumer.shutdown()
-    return rate
-
-
-class _Count:
-    """Counts from several threads."""
-
-    def __init__(self) -> None:
-        self.value = 0
-        self._lock = Lock()
-
-    def add(self) -> None:
-        with self._lock:
-            self.value += 1
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -255,7 +218,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     turns = _Turns(given.url, given.database, given.broker, given.name_server)
     rates = take_turns(
-        {"worker": turns.worker, "client": turns.client, "memory": turns.memory},
+        {
+            "worker": turns.worker,
+            "client": turns.client,
+            "memory": turns.memory,
+            "sets": turns.sets,
+            "sets, memory": turns.sets_memory,
+            "acks": turns.acks,
+        },
         rounds=given.rounds,
         each=given.each,
         warm_up=False,  # each turn leaves its own beginning out

@@ -153,6 +153,7 @@ class Router:
                 # a handler without a tag wants every message of the topic
                 tuple(sorted({tag for plan in plans for tag in plan.tags})) if all(plan.tags for plan in plans) else (),
                 any(plan.ordered for plan in plans),
+                max(plan.batch or 1 for plan in plans),
             )
             for topic, plans in sorted(wanted.items())
         ]

@@ -98,8 +98,7 @@ class Handoff:
         with self._lock:
             self._released = True
             back = list(self._held)
-        for held in back:
-            self._answer(held, accepted=False)
+        self._answer(back, accepted=False)
 
     # the worker's side
 
@@ -116,38 +115,42 @@ class Handoff:
 
     def settle(self, verdicts: Sequence[tuple[Delivery, Verdict]]) -> None:
         """Let the client's thread go, or keep it with its message until the delay has passed."""
-        for delivery, verdict in verdicts:
-            held: _Held = delivery.receipt
-            with self._lock:
+        done: list[_Held] = []
+        with self._lock:
+            wake = bool(self._suspects) or self._alone
+            for delivery, verdict in verdicts:
+                held: _Held = delivery.receipt
                 if held.place is None:
                     continue  # settled before; the contract says once, and a place in the journal has one owner
                 self._in_flight.give(held.place)
                 held.place = None
                 self._in_hand -= 1
-                wake = bool(self._suspects) or self._alone
-                if not self._in_hand:
-                    self._alone = False
-                if isinstance(verdict, Redeliver) and not self._stopped:
+                if not isinstance(verdict, Redeliver):
+                    done.append(held)
+                elif not self._stopped:
                     heappush(self._later, (monotonic() + verdict.delay.total_seconds(), next(self._numbers), held))
                     wake = True
-            if not isinstance(verdict, Redeliver):
-                self._in_flight.forget(held.name)
-                self._answer(held, accepted=True)
-            if wake:
-                self._offered.put(None)
+            if not self._in_hand:
+                self._alone = False
+        for held in done:
+            self._in_flight.forget(held.name)
+        self._answer(done, accepted=True)
+        if wake:
+            self._offered.put(None)
 
     def stop(self) -> None:
         """Hand out nothing more; what is not handed out waits for `release`."""
         self._stopped = True
         self._offered.put(None)
 
-    def _answer(self, held: _Held, *, accepted: bool) -> None:
+    def _answer(self, those: Sequence[_Held], *, accepted: bool) -> None:
         with self._lock:
-            if held not in self._held:
-                return  # given back already: the message comes again, and its claim says that it is done
-            self._held.discard(held)
-        held.accepted = accepted
-        held.gate.release()
+            # what was given back already comes again, and its claim says that it is done
+            waiting = [held for held in those if held in self._held]
+            self._held.difference_update(waiting)
+        for held in waiting:
+            held.accepted = accepted
+            held.gate.release()
 
     def _fetch(self, limit: int, until: float) -> None:
         """Bring what is offered or due into `_ready`; wait for the first."""

@@ -39,11 +39,25 @@ from exactly_once.transports.rocketmq4.connection import Connection
 from exactly_once.transports.rocketmq4.messages import DELAY_LEVELS, MAX_BODY_BYTES, Names, levels
 from exactly_once.transports.urls import ParsedURL, parse
 
-__all__ = ["RocketMQ4Transport"]
+__all__ = ["RocketMQ4Transport", "threads_for"]
 
 DEFAULT_PORT: Final = 9876
 DEFAULT_THREADS: Final = 20
+MOST_THREADS: Final = 512  # unless the URL says more: what waits in a thread costs memory, and time at each wake-up
 DEFAULT_MAX_ATTEMPTS: Final = 5  # a message that was in hand at four deaths is not run a fifth time
+
+
+def threads_for(subscriptions: Sequence[Subscription]) -> int:
+    """Return how many callback threads a client gets whose URL does not say: each holds one message while it is in hand.
+
+    Example:
+        >>> threads_for([Subscription("orders", together=100)])
+        200
+    """
+    in_groups = sum(
+        2 * each.together for each in subscriptions if each.together > 1
+    )  # one group runs, the next one forms
+    return min(MOST_THREADS, max(DEFAULT_THREADS, in_groups))
 
 
 class RocketMQ4Transport:
@@ -55,7 +69,7 @@ class RocketMQ4Transport:
 
     def __init__(self, url: ParsedURL) -> None:
         self._url = url
-        self._threads = url.whole("threads", DEFAULT_THREADS)
+        self._threads = url.whole("threads", 0)  # 0: as the groups of the handlers need
         self._names = Names(url.options.get("namespace"))
         self._properties = tuple(filter(None, url.options.get("properties", "").split(",")))
         access, secret = url.options.get("access_key"), url.options.get("secret_key")
@@ -127,6 +141,7 @@ class RocketMQ4Transport:
         fix_starting_points(self._admin, self._names, group, subscriptions)
         topics = [subscription.topic for subscription in subscriptions]
         ordered = any(subscription.ordered for subscription in subscriptions)
+        threads = self._threads or threads_for(subscriptions)
 
         def before_leaving(instance: str) -> Callable[[], None]:
             return locks_of(self._admin, self._names, group, topics, instance) if ordered else lambda: None
@@ -134,9 +149,9 @@ class RocketMQ4Transport:
         return [
             RocketMQ4Consumer(
                 *(connection, group, subscriptions),
-                in_flight=InFlight(self._state_directory(group), self._threads),
+                in_flight=InFlight(self._state_directory(group), threads),
                 features=self._features,
-                threads=self._threads,
+                threads=threads,
                 properties=self._properties,
                 before_leaving=before_leaving,
             )
