@@ -7,13 +7,14 @@ from collections.abc import Callable
 from itertools import count
 
 import pytest
-from sqlalchemy import String, create_engine, select, text, update
+from sqlalchemy import String, create_engine, insert, select, text, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from exactly_once import ExactlyOnce, Message, Reject, Retry
 from tests.services.rocketmq import RocketMQ
 
 PATIENCE_S = 120.0
+MORE_THAN_A_PULL = 32  # messages that either client brings at once
 _numbers = count(1)
 
 
@@ -123,6 +124,31 @@ class BrokerStory:
         ]
         kept = shop.ask("SELECT convert_from(body, 'UTF8'), tag, message_key FROM message_failure WHERE state = 'dead'")
         assert kept == [('{"order_no": "reject-1"}', "created", "reject-1")]
+
+    def test_a_handler_of_lists_gets_more_than_one_pull_brings_and_a_poison_blocks_nobody(
+        self, rocketmq: RocketMQ, shop: Shop
+    ) -> None:
+        url, sent, sizes = self.url(rocketmq), threading.Event(), [0]
+        lists = ExactlyOnce(shop.database, group=shop.eo.group)
+
+        @lists.batch_handler(shop.topic, key="order_no", batch=100)
+        def reserve_all(session: Session, orders: list[dict[str, str]]) -> None:
+            assert sent.wait(PATIENCE_S)
+            sizes.append(len(orders))
+            session.execute(insert(Reservation), orders)
+            taken = Stock.left - len(orders)
+            session.execute(update(Stock).where(Stock.sku == "one").values(left=taken))
+            if any(order["order_no"].startswith("poison") for order in orders):
+                raise Reject("never")
+
+        orders = [f"o-{number:03}" for number in range(600)]
+        with lists.worker(url, concurrency=1) as worker:
+            shop.send(url, [*orders[:300], "poison", *orders[300:], *orders[:200]])
+            sent.set()
+            until(lambda: worker.counts.acked >= 801, lambda: (len(shop.ledger()[0]), worker.counts, sizes))
+        assert shop.ledger() == (orders, 600)
+        assert shop.ask("SELECT business_key, state FROM message_failure") == [("poison", "dead")]
+        assert max(sizes) > MORE_THAN_A_PULL, sizes
 
     def test_a_broker_killed_while_polling_loses_and_doubles_nothing(self, rocketmq: RocketMQ, shop: Shop) -> None:
         url = self.url(rocketmq)
