@@ -12,7 +12,7 @@ from typing import Final, Protocol
 from uuid import uuid4
 
 from sqlalchemy import create_engine
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import sessionmaker
 
 from benchmarks import raw
 from benchmarks.measure import Span, WrongRows
@@ -130,11 +130,6 @@ def _by_hand(url: str) -> Contender:
     return OneByOne(HandWritten(create_engine(url)).process)
 
 
-def _one_flush(url: str) -> "sessionmaker[Session]":
-    """Sessions that send what the handlers added at the end of the group, many rows in a statement; by hand it is one row."""
-    return sessionmaker(create_engine(url), autoflush=False, expire_on_commit=False)
-
-
 def _dbos(url: str) -> Contender:
     from benchmarks.dbos_workflow import Workflows
 
@@ -153,8 +148,6 @@ BY_NAME: Final[Mapping[str, Callable[[str], Contender]]] = {
     "by hand": _by_hand,
     "groups": lambda url: Fed(application(url, batch=GROUP)),
     "sorted groups": lambda url: Fed(application(url, batch=GROUP, batch_order="sku")),
-    "groups, one flush": lambda url: Fed(application(_one_flush(url), batch=GROUP)),
-    "sorted groups, one flush": lambda url: Fed(application(_one_flush(url), batch=GROUP, batch_order="sku")),
     "handlers alone": HandlersAlone,
     "in sets": lambda url: Fed(application(url, batch=SET, in_sets=True)),
     "raw": raw.OneByOne,

@@ -3,7 +3,7 @@
 On a cold table each message takes from another stock row, on a hot one from one of 200. There a group holds half of all
 rows until it commits: several workers wait for one another, and without `batch_order` they deadlock. Each worker is a
 process of its own, by hand too; all are fed from memory, so that no broker's pace is measured. The handler's ORM insert is
-flushed before its update, each time; a session made with autoflush=False flushes those of a whole group together.
+flushed before its update, each time: that, and not the commit, is what is left of a message in a group.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ HOT_TARGET: Final = 2.0
 NEVER_BELOW: Final = 1.0
 BY_HAND: Final = "by hand"
 ALONE: Final = "handlers alone"
-HOT_GROUPS: Final = ("groups", "sorted groups", "sorted groups, one flush")
+HOT_GROUPS: Final = ("groups", "sorted groups")
 TIMES: Final = {BY_HAND: 1}
 USUAL: Final = 3
 """Messages in groups for each one by hand: turns of about the same length."""
@@ -32,9 +32,8 @@ USUAL: Final = 3
 
 def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
     """Measure the cold table with one worker, and the hot one with one, two and four."""
-    rates = _rates(stage, COLD, ("groups", "groups, one flush", ALONE), (1,), *((1, 200) if quick else (5, 1000)))
+    rates = _rates(stage, COLD, ("groups", ALONE), (1,), *((1, 200) if quick else (5, 1000)))
     yield _figure("groups, cold", "groups", 1, rates, COLD_TARGET)
-    yield _figure("groups, cold, one flush", "groups, one flush", 1, rates, COLD_TARGET)
     yield Figure(
         name="groups, cold: what the handler leaves",
         what="the calls alone, 100 in a commit, no deduplication / by hand, throughput",
@@ -78,7 +77,6 @@ def _rates(stage: Stage, skus: int, grouped: tuple[str, ...], sizes: tuple[int, 
 def _figure(title: str, name: str, workers: int, rates: Rates, target: float) -> Figure:
     ours, by_hand = rates[name, workers], rates[BY_HAND, workers]
     how = "batch_order" if name.startswith("sorted") else "no batch_order"
-    how += ", autoflush=False" if name.endswith("one flush") else ""
     return Figure(
         name=title,
         what=f"ours / by hand, throughput; {workers} worker{'s' if workers > 1 else ''}, {how}",

@@ -75,7 +75,7 @@ def attempt(
             case Conflict(fingerprint):
                 return Ended(How.CONFLICT, fingerprint=fingerprint)
         assert won is not None
-        ended = run(open_session, session, guard, dialect, row, won, lambda: handle(handed, won), also)
+        ended = run(open_session, session, guard, dialect, (row,), won, lambda: handle(handed, won), also)
     finally:
         if won is not None:
             guard.end(won)  # first, and it waits for nothing: what follows may be cancelled again

@@ -5,7 +5,7 @@ lease runs out), and the broker's redelivery runs it again; after COMMIT was exe
 a duplicate.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
@@ -68,7 +68,7 @@ def run(
     session: Session,
     guard: Guard,
     dialect: Dialect,
-    row: ClaimRow,
+    rows: Sequence[ClaimRow],
     won: Won,
     handle: Callable[[], object],
     also: Callable[[Session, int], object] | None,
@@ -94,7 +94,7 @@ def run(
             if watch.left is not Left.NOT:
                 return _failed(dialect, won, error)
             watch.end(session)
-            return _look_up(open_session, guard, row, _commit_failed(dialect, error))
+            return _look_up(open_session, guard, rows, _commit_failed(dialect, error))
     try:
         guard.consume(won)
     except StoreUnavailable as error:
@@ -142,15 +142,17 @@ def _commit_failed(dialect: Dialect, error: Exception) -> Ended:
             return Ended(How.UNKNOWN, error, kept=True)
 
 
-def _look_up(open_session: Open, guard: Guard, row: ClaimRow, ended: Ended) -> Ended:
-    """After a COMMIT that raised: our row there means it happened. Not there proves nothing, and `ended` stands.
+def _look_up(open_session: Open, guard: Guard, rows: Sequence[ClaimRow], ended: Ended) -> Ended:
+    """After a COMMIT that raised: all our rows there means that all is done. Else nothing is proven, and `ended` stands.
 
-    A COMMIT still on its way is safe: the redelivery's claim waits for it and then finds the row. A refusal is looked up
-    too, for what was raised may come from a hook of the user's that ran after the server had committed.
+    One row of a group says nothing of the others: it may be of a copy that waited for our key and committed it alone. Of
+    one message alone that is as good. A COMMIT still on its way is safe: the redelivery's claim waits for it and then finds
+    the row. A refusal is looked up too, for what was raised may come from a hook of the user's that ran after the server
+    had committed.
     """
     session, _ = open_session()
     try:
-        return PROCESSED if guard.consumed(session, row) else ended
+        return PROCESSED if all(guard.consumed(session, row) for row in rows) else ended
     except StoreUnavailable as error:
         return Ended(How.AWAY, error, kept=True)
     except Exception:  # a look-up that fails leaves the outcome what it was: unknown

@@ -6,7 +6,10 @@ again in smaller groups or alone. A process that dies here leaves nothing of the
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+
+from sqlalchemy.orm import Session
 
 from exactly_once.attempt.ending import Ended, How, Open, run
 from exactly_once.dialects import ClaimRow, Dialect
@@ -35,7 +38,9 @@ def attempt_group(
     guard: TransactionGuard,
     dialect: Dialect,
     rows: Sequence[ClaimRow],
-    handle: Callable[[Any, Mapping[str, object]], object],
+    handle: Callable[[Session, Any, Mapping[str, object]], object],
+    *,
+    patient: bool = True,
 ) -> GroupEnded:
     """Run a group once.
 
@@ -44,7 +49,9 @@ def attempt_group(
         guard: Decides which of them may run.
         dialect: Says what the database's errors mean.
         rows: Identity and fingerprint of each message; each key once, sorted by key.
-        handle: Calls the handler for the messages that may run: given the session it is handed, and the keys that may not.
+        handle: Calls the handler for the messages that may run: given the session, what the handler is handed of it, and
+            the keys that may not.
+        patient: Wait a moment for keys that another run holds; else not at all.
 
     Returns:
         How it ended. Cancellation, KeyboardInterrupt and SystemExit are no endings: rolled back, and raised on.
@@ -56,7 +63,7 @@ def attempt_group(
     watch = None
     try:
         try:
-            claim = guard.claim_group(session, rows)
+            claim = guard.claim_group(session, rows, patient=patient)
         except StoreUnavailable as error:
             return GroupEnded(Ended(How.AWAY, error))
         except ConfigurationError:
@@ -69,10 +76,9 @@ def attempt_group(
         if won is None:
             return GroupEnded(_NONE_WON, others)
         watch = won.watch
-        # one transaction: if the first row of ours is there after a COMMIT without an answer, all of them are
-        first = next(row for row in rows if row.key not in others)
-        ended = run(open_session, session, guard, dialect, first, won, lambda: handle(handed, others), also=None)
-        return GroupEnded(ended, others)
+        ours = [row for row in rows if row.key not in others]
+        call = partial(handle, session, handed, others)
+        return GroupEnded(run(open_session, session, guard, dialect, ours, won, call, also=None), others)
     finally:
         if watch is not None:
             watch.end(session)

@@ -209,6 +209,8 @@ class Delivering:
         also = self._resolving(row, before) if before or self._placed is not None else None
         transient = immediate = 0
         while True:
+            if transient or immediate:
+                reading = self.plan.read(message)  # the handler may have changed the body it was given
             ended = attempt(self._open, self._guard, self.store.dialect, row, handle, also=also, enforce=self._enforce)
             match ended.how:
                 case How.PROCESSED:

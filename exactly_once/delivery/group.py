@@ -7,10 +7,13 @@ either; then all run alone at once, and the worker makes the next groups smaller
 alone from the start.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from time import monotonic
 from typing import Any, Final
 
+from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from exactly_once.attempt.ending import How
@@ -21,16 +24,23 @@ from exactly_once.errors import Misuse
 from exactly_once.guards import Consumed
 from exactly_once.guards.transaction import TransactionGuard
 from exactly_once.guards.watch import let_go
-from exactly_once.handler import Reading, check_result
+from exactly_once.handler import Plan, Reading, check_result
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.policy import Park
 from exactly_once.transport import Features
-from exactly_once.verdict import Hold
+from exactly_once.verdict import Hold, Redeliver
 
 __all__ = ["GroupDelivering", "GroupTold"]
 
+_WAITS_S: Final = 1.0
+"""The longest a group waits for keys that other runs hold; those messages that would wait again are asked for later."""
+_AGAIN: Final = timedelta(seconds=1)
 _CUT: Final = 8  # a group larger than this is cut in two; the messages of a smaller one run alone
+
+
+def stay(error: BaseException) -> None:
+    """Go on: where no loop is, nothing but a handler raises these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +59,41 @@ class _Member:
     reading: Reading
     row: ClaimRow | None
     told: Told | None = None
+    called: bool = False
+
+    def unchanged(self, plan: Plan) -> Reading:
+        """Return what the handler is called with; read anew for the second call, for the first may have changed the body."""
+        if self.called:
+            self.reading = plan.read(self.message)
+        self.called = True
+        return self.reading
 
 
 @dataclass(slots=True)
 class _Run:
     """What one `run_group` has found out."""
 
+    leave: Callable[[BaseException], None]
+    """Given what a handler raised that is no `Exception`: raises it on, if the loop ends."""
     held: Told | None = None
     """The store does not answer: what is left is told this."""
     deadlocked: bool = False
+    waited_s: float = 0.0
+    """So long all waited for keys that other runs hold."""
 
 
 class GroupDelivering(Delivering):
     """One handler with `batch=` on one database. See `Delivering`."""
 
-    def run_group(self, given: Sequence[tuple[Message, Features]]) -> GroupTold:
+    def run_group(
+        self, given: Sequence[tuple[Message, Features]], *, leave: Callable[[BaseException], None] = stay
+    ) -> GroupTold:
         """Tell the story of several deliveries; blocks (in a greenlet: awaits) until all have an end.
 
         Args:
             given: Each message, and what the source of its delivery can do. None comes from the failure store.
+            leave: Given what a handler raised that is no `Exception` (cancellation and the like); raises it on if all is to
+                end. Else it is the fault of one message, and the others go on.
 
         Raises:
             ConfigurationError: The database is set up so that no claim can be trusted.
@@ -87,7 +113,7 @@ class GroupDelivering(Delivering):
                 repeats.append((member, together[row.key]))
             else:
                 together[row.key] = member
-        run = _Run()
+        run = _Run(leave)
         self._together(list(together.values()), run)
         for member in alone:
             self._alone(member, run)
@@ -119,10 +145,26 @@ class GroupDelivering(Delivering):
             let_go(session)
 
     def _alone(self, member: _Member, run: _Run) -> None:
-        """Run a single message; but where the store was found not to answer, not each of a group asks it again."""
-        told = member.told = run.held or self.run(member.message, member.features)
+        """Run a single message. Where the store was found not to answer, or much was waited for, not each asks again."""
+        if run.held is not None:
+            member.told = run.held
+            return
+        if member.row is not None and run.waited_s > _WAITS_S:
+            member.told = self._in_progress(member)
+            return
+        began = monotonic()
+        try:
+            told = self.run(member.message, member.features)
+        except Exception:
+            raise
+        except BaseException as error:
+            run.leave(error)
+            told = Told(Outcome.WAITING, Redeliver(_AGAIN))  # as of a message that is in no group
+        member.told = told
         if isinstance(told.verdict, Hold):
             run.held = told
+        if told.outcome is Outcome.IN_PROGRESS:
+            run.waited_s += monotonic() - began
 
     def _together(self, members: Sequence[_Member], run: _Run) -> None:
         """Run them in one transaction, or in smaller ones."""
@@ -130,7 +172,7 @@ class GroupDelivering(Delivering):
             for member in members:
                 self._alone(member, run)
             return
-        tried = self._attempt(members)
+        tried = self._attempt(members, run)
         ended = tried.ended
         match ended.how:
             case How.PROCESSED | How.DUPLICATE:
@@ -141,6 +183,9 @@ class GroupDelivering(Delivering):
                 middle = len(members) // 2
                 self._together(members[:middle], run)
                 self._together(members[middle:], run)
+            case How.IN_PROGRESS:
+                for member in members:
+                    self._if_free(member, run)
             case how:
                 if how is How.AWAY:
                     run.held = self._away(ended.error)
@@ -148,26 +193,59 @@ class GroupDelivering(Delivering):
                 for member in members:
                     self._alone(member, run)
 
-    def _attempt(self, members: Sequence[_Member]) -> GroupEnded:
+    def _if_free(self, member: _Member, run: _Run) -> None:
+        """Run one of those of which some are held by other runs, and do not wait for it as a message alone would."""
+        tried = self._attempt([member], run)
+        match tried.ended.how:
+            case How.IN_PROGRESS:
+                member.told = self._in_progress(member)
+            case How.PROCESSED | How.DUPLICATE:
+                self._settle([member], tried, PROCESSED, run)
+            case _:
+                self._alone(member, run)
+
+    def _in_progress(self, member: _Member) -> Told:
+        return self._wait(Outcome.IN_PROGRESS, member.message, member.reading, member.features, False)
+
+    def _attempt(self, members: Sequence[_Member], run: _Run) -> GroupEnded:
         rows = sorted((member.row for member in members if member.row is not None), key=lambda row: row.key)
         guard = self._guard
         assert isinstance(guard, TransactionGuard)
 
-        def handle(handed: Any, others: Mapping[str, object]) -> None:
+        def handle(session: Session, handed: Any, others: Mapping[str, object]) -> None:
             ours = [member for member in members if member.reading.key not in others]
+            given = [(member.unchanged(self.plan), member.message) for member in ours]
             try:
-                self._call_all(handed, [(member.reading, member.message) for member in ours])
+                self._call_all(session, handed, given)
             except SystemExit as error:
                 raise Misuse(EXITED.format(code=error.code)) from error
+            except Exception:
+                raise
+            except BaseException as error:
+                run.leave(error)
+                raise Misuse(
+                    f"The handler raised {type(error).__name__}, which is none of its own to raise."
+                ) from error
 
-        return attempt_group(self._open, guard, self.store.dialect, rows, handle)
+        began = monotonic()
+        patient = not run.waited_s
+        tried = attempt_group(self._open, guard, self.store.dialect, rows, handle, patient=patient)
+        if tried.ended.how is How.IN_PROGRESS:
+            run.waited_s += monotonic() - began
+        return tried
 
-    def _call_all(self, handed: Any, ours: Sequence[tuple[Reading, Message]]) -> None:
+    def _call_all(self, session: Session, handed: Any, ours: Sequence[tuple[Reading, Message]]) -> None:
         ordered, plan = self.plan.in_batch_order(ours), self.plan
         if not plan.in_lists:
             call = self._call
             for reading, message in ordered:
                 call(handed, reading, message, None)
+                # before the next call, which may refresh, expire or expunge what this one has changed
+                session.flush()
+                if session.in_nested_transaction():
+                    raise Misuse(
+                        "The handler left a savepoint open, and the next message's work would stand inside it."
+                    )
             return
         result: Any = plan.call_with_lists(handed, ordered)
         check_result(await_only(result) if plan.is_async else result)

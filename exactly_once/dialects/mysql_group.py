@@ -14,17 +14,20 @@ from typing import Any, Final
 from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Known
 from exactly_once.dialects.mysql import BOUND, LOCK_WAIT, TRANSIENT, errno
 
-__all__ = ["CLAIM", "KNOWN", "ROW", "Claims"]
+__all__ = ["CLAIM", "KEY", "KNOWN", "ROW", "Claims"]
 
 CLAIM: Final = (
     "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, fingerprint, retry_times, owner,"
     " born_at, created_at, consumed_at) VALUES {rows} ON DUPLICATE KEY UPDATE consumer_group = consumer_group"
 )
 ROW: Final = "(%s, %s, %s, 1, %s, %s, %s, %s, %s, UTC_TIMESTAMP(6), UTC_TIMESTAMP(6))"
+# each key looked up on the whole primary key: with IN the server may read, and wait for, all rows of the handler
 KNOWN: Final = (
-    "SELECT business_key, status, fingerprint, owner FROM {table}"
-    " WHERE consumer_group = %s AND handler = %s AND business_key IN ({keys}) LOCK IN SHARE MODE"
+    "SELECT known.business_key, known.status, known.fingerprint, known.owner FROM ({keys}) AS wanted"
+    " STRAIGHT_JOIN {table} AS known FORCE INDEX (PRIMARY) ON known.consumer_group = %s AND known.handler = %s"
+    " AND known.business_key = wanted.business_key LOCK IN SHARE MODE"
 )
+KEY: Final = "SELECT CAST(%s AS BINARY) AS business_key"
 _OWNER_CHARACTERS: Final = 50  # of 64, the rest tells the groups of one process apart
 
 
@@ -39,8 +42,8 @@ class Claims:
         self, dbapi: Any, info: MutableMapping[Any, Any], rows: Sequence[ClaimRow], *, wait_ms: int
     ) -> Mapping[str, Known | None]:
         """See `GroupClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
-        # where the session alone can be bound, its bound holds here too
-        bound = BOUND.replace("{seconds}", f"{max(1, -(-wait_ms // 1000)):d}") if info[self._dialect][2] else ""
+        # in whole seconds; where the session alone can be bound, its bound holds here too
+        bound = BOUND.replace("{seconds}", f"{-(-wait_ms // 1000):d}") if info[self._dialect][2] else ""
         first = rows[0]
         group, handler = first.group.encode(), first.handler.encode()
         owner = f"{first.owner[:_OWNER_CHARACTERS]}#{secrets.token_hex(5)}"
@@ -52,7 +55,8 @@ class Claims:
         cursor = dbapi.cursor()
         try:
             cursor.execute(bound + self._claim.replace("{rows}", ",".join([ROW] * len(rows))), values)
-            cursor.execute(self._known.replace("{keys}", ",".join(["%s"] * len(keys))), (group, handler, *keys))
+            wanted = " UNION ALL ".join([KEY] * len(keys))
+            cursor.execute(bound + self._known.replace("{keys}", wanted), (*keys, group, handler))
             found = cursor.fetchall()
         except Exception as error:
             code = errno(error)

@@ -80,7 +80,7 @@ class TransactionGuard:
         begin(session, watch)
         return Won(watch)
 
-    def claim_group(self, session: Session, rows: Sequence[ClaimRow]) -> "GroupClaim | None":
+    def claim_group(self, session: Session, rows: Sequence[ClaimRow], *, patient: bool = True) -> "GroupClaim | None":
         """Take the keys of a whole group before user code runs; what is not ours is told by its key.
 
         After a claim with winners the session is in the transaction the handler will use; else in none.
@@ -88,6 +88,7 @@ class TransactionGuard:
         Args:
             session: In no transaction.
             rows: Of one handler, each key once, sorted by key; at least one.
+            patient: Wait a moment for another run that holds one of the keys.
 
         Returns:
             None if another run holds one of the keys, and nobody says which.
@@ -98,7 +99,8 @@ class TransactionGuard:
         connection, dbapi, info = self._connected(session)
         try:
             # a short bound, or one key in progress would hold all the others
-            standing_by_key = self._groups.claim(dbapi, info, rows, wait_ms=min(self._wait_ms, _GROUP_WAIT_MS))
+            wait_ms = min(self._wait_ms, _GROUP_WAIT_MS) if patient else 0
+            standing_by_key = self._groups.claim(dbapi, info, rows, wait_ms=wait_ms)
         except ClaimBusy:
             return None
         except Exception as error:

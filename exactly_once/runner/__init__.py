@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy.util import greenlet_spawn
 
 from exactly_once.delivery import Delivering, Told
-from exactly_once.delivery.group import GroupDelivering
+from exactly_once.delivery.group import GroupDelivering, stay
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.runner.grouping import Grouping, Waiting
@@ -94,6 +94,7 @@ class Runner:
         self._limits = {name: BoundedSemaphore(most) for name, most in limits.items()}
         self._counts: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
         self._counting = Lock()
+        self._stopping = False
         self._threads = [Thread(target=self._turn, name=f"handler {n}", daemon=True) for n in range(1, threads + 1)]
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread: Thread | None = None
@@ -133,6 +134,7 @@ class Runner:
 
     def stop(self) -> None:
         """End the threads and the loop; what still runs is cancelled (async) or left to end unheard (threads)."""
+        self._stopping = True
         for _ in self._threads:
             self._work.put(None)
         if self._loop is not None and self._loop_thread is not None:
@@ -236,8 +238,9 @@ class Runner:
     def _run_group(self, grouping: Grouping, group: Sequence[Waiting]) -> None:
         """Run a group and end each of its deliveries; in a greenlet, awaits. Raises only what ends the loop."""
         began = monotonic()
+        leave = self._leave if grouping.handler.plan.is_async else stay
         try:
-            found = grouping.handler.run_group([(one.message, one.features) for one in group])
+            found = grouping.handler.run_group([(one.message, one.features) for one in group], leave=leave)
             grouping.size.ended(len(group), timedelta(seconds=monotonic() - began), deadlocked=found.deadlocked)
             for one, told in zip(group, found.told, strict=True):
                 self._end(one.future, told)
@@ -245,8 +248,18 @@ class Runner:
             for one in group:
                 if not one.future.done():
                     one.future.set_exception(error)
-            if self._loop is not None and not isinstance(error, Exception) and grouping.handler.plan.is_async:
+            if self._stopping and not isinstance(error, Exception):
                 raise  # cancelled with the loop
+
+    def _leave(self, error: BaseException) -> None:
+        """Raise on what ends the loop; but a handler that cancels itself, or awaits what was cancelled, goes no further."""
+        import asyncio
+
+        if self._stopping:
+            raise error
+        task = asyncio.current_task()
+        while task is not None and task.uncancel():
+            pass
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,348 @@
+"""Schedules that broke groups once, found by an attack: what one message does must not be the others' loss."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import partial
+from time import monotonic, sleep
+from typing import Any
+
+import pytest
+from sqlalchemy import Integer, create_engine, event, insert, select, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+
+from exactly_once import ExactlyOnce, Outcome
+from exactly_once.testing.child import wait_until
+from exactly_once.transport import Features
+from exactly_once.verdict import Ack
+from tests.integration.shop import GROUP, ONE_TRY, ONLY, STOCK, Shop, order, put, shops
+from tests.integration.test_groups import effect, handles, orders, own_engines, told
+from tests.services.proxy import Proxy
+
+DIALECTS = ("postgres", "mariadb", "sqlite")
+SERVERS = DIALECTS[:2]
+LIMITED = Features(redelivers=True, counts_attempts=True, max_attempts=5)
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Stock(Base):
+    __tablename__ = "stock"
+    item: Mapped[int] = mapped_column(Integer, primary_key=True)
+    amount: Mapped[int]
+
+
+class Only(Base):
+    __tablename__ = "only_one"
+    text: Mapped[str] = mapped_column(primary_key=True)
+
+
+class Effect(Base):
+    __tablename__ = "effect"
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    text: Mapped[str]
+
+
+# -- a COMMIT without an answer ------------------------------------------------------------------------------------------
+
+
+class Copy:
+    """A copy of message 1 in another process, whose claim waits for the group that holds the key."""
+
+    def __init__(self, shop: Shop) -> None:
+        eo = ExactlyOnce(create_engine(shop.url), group=GROUP)
+
+        @eo.handler("orders", key="no", name="handler")
+        def handler(session: Session, body: dict[str, Any]) -> None:
+            put(session, f"copy {body['no']}")
+
+        self._thread = threading.Thread(target=lambda: eo.process(order(1)))
+        self.began = False
+
+    def begin(self) -> None:
+        if not self.began:
+            self.began = True
+            self._thread.start()
+            sleep(0.5)  # until its claim waits; too early and the test proves less, it does not fail
+
+    def end(self, *_: object) -> None:
+        if self.began:
+            self._thread.join(10)
+
+
+def nothing_lost(shop: Shop, ran: Any) -> None:
+    effects = shop.effects()
+    for number, each in zip((1, 2, 3), ran.told, strict=True):
+        if isinstance(each.verdict, Ack):
+            assert str(number) in effects or f"copy {number}" in effects, f"{number} is acknowledged and has no effect"
+
+
+@pytest.mark.parametrize("dialect", SERVERS)
+def test_a_copy_of_one_message_that_commits_while_the_group_is_looked_up_says_nothing_of_the_others(
+    request: pytest.FixtureRequest, dialect: str
+) -> None:
+    for shop in shops(request, dialect, "sync"):
+        with Proxy(shop.url) as proxy:
+            engine = create_engine(proxy.url, pool_size=1)
+            shop.fresh_eo(engine)
+            copy = Copy(shop)
+
+            def do(session: Session, no: Any, copy: Copy = copy, proxy: Proxy = proxy) -> None:
+                put(session, str(no))
+                if no == 3:
+                    copy.begin()
+                    proxy.cut_before_commit()
+
+            handles(shop, do)
+            # the look-up needs a new connection, and gets it when the copy has ended
+            event.listen(engine, "do_connect", copy.end)
+            ran = told(shop, orders(1, 2, 3))
+            nothing_lost(shop, ran)
+            engine.dispose()
+
+
+def test_the_same_where_the_server_refused_the_commit(request: pytest.FixtureRequest) -> None:
+    for shop in shops(request, "postgres", "sync", pool_size=1):
+        with shop.outside.begin() as connection:
+            connection.execute(text("CREATE TABLE parent (id int primary key)"))
+            connection.execute(text("CREATE TABLE child (id int REFERENCES parent (id) DEFERRABLE INITIALLY DEFERRED)"))
+        copy = Copy(shop)
+
+        def do(session: Session, no: Any, copy: Copy = copy) -> None:
+            put(session, str(no))
+            if no == 3:
+                session.execute(text("INSERT INTO child VALUES (1)"))
+                copy.begin()
+
+        handles(shop, do)
+        event.listen(shop.engine, "checkout", copy.end)
+        nothing_lost(shop, told(shop, orders(1, 2, 3)))
+
+
+# -- what a call leaves behind -------------------------------------------------------------------------------------------
+
+
+def refresh_for_update(session: Session, body: dict[str, Any]) -> None:
+    stock = session.get_one(Stock, 1)
+    session.refresh(stock, with_for_update=True)
+    stock.amount -= 1
+
+
+def get_for_update(session: Session, body: dict[str, Any]) -> None:
+    session.get_one(Stock, 1, with_for_update=True).amount -= 1
+
+
+def select_for_update(session: Session, body: dict[str, Any]) -> None:
+    session.scalars(select(Stock).where(Stock.item == 1).with_for_update()).one().amount -= 1
+
+
+def populate_existing(session: Session, body: dict[str, Any]) -> None:
+    session.get_one(Stock, 1, populate_existing=True).amount -= 1
+
+
+def expire_all(session: Session, body: dict[str, Any]) -> None:
+    session.expire_all()
+    session.get_one(Stock, 1).amount -= 1
+
+
+def core_and_orm(session: Session, body: dict[str, Any]) -> None:
+    if body["no"] % 2:
+        session.execute(STOCK.update().where(STOCK.c.item == 1).values(amount=STOCK.c.amount - 1))
+    else:
+        session.get_one(Stock, 1).amount -= 1
+
+
+def run(
+    shop: Shop,
+    do: Callable[[Session, dict[str, Any]], None],
+    numbers: list[int],
+    *,
+    grouped: bool,
+    autoflush: bool = True,
+) -> list[Outcome]:
+    shop.clear()
+    with shop.outside.begin() as connection:
+        connection.execute(insert(STOCK), [{"item": 1, "amount": 100}])
+        connection.execute(insert(ONLY), [{"text": "taken"}])
+    shop.fresh_eo(sessionmaker(shop.engine, autoflush=autoflush))
+    more: dict[str, Any] = {"batch": 100} if grouped else {}
+
+    @shop.eo.handler("orders", name="handler", key="no", retry=ONE_TRY, **more)
+    def handler(session: Session, body: dict[str, Any]) -> None:
+        do(session, body)
+
+    messages = [order(number) for number in numbers]
+    if grouped:
+        return [each.outcome for each in told(shop, messages).told]
+    return [shop.process(message) for message in messages]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("autoflush", [True, False])
+@pytest.mark.parametrize(
+    "do", [get_for_update, select_for_update, refresh_for_update, populate_existing, expire_all, core_and_orm]
+)
+def test_what_one_call_changed_survives_the_next(
+    request: pytest.FixtureRequest, dialect: str, do: Callable[[Session, dict[str, Any]], None], autoflush: bool
+) -> None:
+    for shop in shops(request, dialect, "sync"):
+        for grouped in (False, True):
+            assert run(shop, do, [1, 2, 3, 4], grouped=grouped, autoflush=autoflush) == [Outcome.PROCESSED] * 4
+            assert shop.rows(STOCK)[0].amount == 96, f"grouped={grouped}"
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("autoflush", [True, False])
+def test_a_call_that_empties_the_session_drops_nothing_of_the_others(
+    request: pytest.FixtureRequest, dialect: str, autoflush: bool
+) -> None:
+    def do(session: Session, body: dict[str, Any]) -> None:
+        session.expunge_all()
+        session.add(Effect(text=str(body["no"])))
+
+    for shop in shops(request, dialect, "sync"):
+        for grouped in (False, True):
+            assert run(shop, do, [1, 2, 3], grouped=grouped, autoflush=autoflush) == [Outcome.PROCESSED] * 3
+            assert sorted(shop.effects()) == ["1", "2", "3"], f"grouped={grouped}"
+
+
+@pytest.mark.parametrize("dialect", SERVERS)
+def test_a_savepoint_left_open_has_nobody_elses_work_in_it(request: pytest.FixtureRequest, dialect: str) -> None:
+    def do(session: Session, body: dict[str, Any]) -> None:
+        if body["no"] == 1:
+            session.begin_nested()
+        session.add(Effect(text=str(body["no"])))
+        session.flush()
+        if body["no"] == 3:
+            session.add(Only(text="taken"))
+            with suppress(IntegrityError):
+                session.flush()
+
+    for shop in shops(request, dialect, "sync"):
+        for grouped in (False, True):
+            outcomes = run(shop, do, [1, 2, 3], grouped=grouped)
+            assert outcomes == [Outcome.PROCESSED, Outcome.PROCESSED, Outcome.FAILED], f"grouped={grouped}"
+            assert sorted(shop.effects()) == ["1", "2"], f"grouped={grouped}"
+
+
+def test_a_body_that_a_call_changed_is_read_anew_for_the_next_try(request: pytest.FixtureRequest) -> None:
+    def do(session: Session, body: dict[str, Any]) -> None:
+        body["times"] = body.get("times", 0) + 1
+        put(session, f"{body['no']}x{body['times']}")
+        if body["no"] == 15:
+            raise ValueError("poison, at the end")
+
+    for shop in shops(request, "sqlite", "sync"):
+        for grouped in (False, True):
+            run(shop, do, list(range(16)), grouped=grouped)
+            assert sorted(shop.effects()) == sorted(f"{number}x1" for number in range(15)), f"grouped={grouped}"
+
+
+# -- what is no Exception ------------------------------------------------------------------------------------------------
+
+
+def effects(shop: Shop, number: int) -> bool:
+    return len(shop.effects()) >= number
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("own_task", [False, True])
+def test_a_handler_that_is_cancelled_by_its_own_doing_stops_nobody(
+    request: pytest.FixtureRequest, dialect: str, own_task: bool
+) -> None:
+    for shop in shops(request, dialect, "async"):
+        own_engines(shop)
+        calls: list[Any] = []
+
+        @shop.eo.handler("orders", key="no", name="handler", retry=ONE_TRY, batch=10)
+        async def handler(session: AsyncSession, body: dict[str, Any], calls: list[Any] = calls) -> None:
+            calls.append(body["no"])
+            if body["no"] == "poison" and calls.count("poison") < 3:
+                cancelled: Any = asyncio.current_task() if own_task else asyncio.ensure_future(asyncio.sleep(10))
+                cancelled.cancel()
+                await (asyncio.sleep(0) if own_task else cancelled)
+            await session.run_sync(put, str(body["no"]))
+
+        name = f"memory://cancelled-{dialect}-{own_task}"
+        with shop.eo.worker(name, concurrency=2), shop.eo.producer(name) as producer:
+            producer.send_all([order("poison"), *(order(number) for number in range(3))])
+            wait_until(partial(effects, shop, 4), what="the first group has ended", patience_s=20)
+            producer.send_all([order(number) for number in range(3, 5)])
+            wait_until(partial(effects, shop, 6), what="groups go on", patience_s=20)
+        assert sorted(shop.effects()) == ["0", "1", "2", "3", "4", "poison"]
+
+
+@pytest.mark.parametrize("raised", [asyncio.CancelledError, GeneratorExit, KeyboardInterrupt])
+def test_what_is_no_exception_costs_the_others_nothing(
+    request: pytest.FixtureRequest, raised: type[BaseException]
+) -> None:
+    def do(session: Session, no: Any) -> None:
+        put(session, str(no))
+        if no == 0:
+            raise raised("of the handler's own")
+
+    for shop in shops(request, "postgres", "sync"):
+        handles(shop, do)
+        ran = told(shop, orders(*range(5)), LIMITED)
+        assert [each.outcome for each in ran.told] == [Outcome.WAITING] + [Outcome.PROCESSED] * 4
+        assert sorted(shop.effects()) == ["1", "2", "3", "4"]
+
+
+# -- keys that others hold -----------------------------------------------------------------------------------------------
+
+
+def held_elsewhere(shop: Shop, key: str) -> dict[str, Any]:
+    return {
+        "consumer_group": GROUP,
+        "handler": "handler",
+        "business_key": key,
+        "status": 1,
+        "fingerprint": b"",
+        "retry_times": 0,
+        "created_at": datetime.now(UTC),
+    }
+
+
+@pytest.mark.parametrize("dialect", SERVERS)
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_many_held_keys_hold_the_others_no_longer_than_one(
+    request: pytest.FixtureRequest, dialect: str, attempt: int
+) -> None:
+    held = 10
+    for shop in shops(request, dialect, "sync"):
+        handles(shop, effect)
+        with shop.outside.begin() as other:
+            for number in range(held):
+                other.execute(insert(shop.tables.idempotent).values(**held_elsewhere(shop, str(number))))
+            messages = [order(number, attempt=attempt if number < held else 1) for number in range(20)]
+            began = monotonic()
+            ran = told(shop, messages)
+            took_s = monotonic() - began
+            other.rollback()
+        outcomes = [each.outcome for each in ran.told]
+        assert outcomes == [Outcome.IN_PROGRESS] * held + [Outcome.PROCESSED] * (20 - held)
+        assert took_s < held  # not a second for each; alone a message waits two
+
+
+@pytest.mark.parametrize("rows", [0, 200])
+def test_a_group_waits_for_no_key_that_is_not_its_own(request: pytest.FixtureRequest, rows: int) -> None:
+    """MariaDB reads all rows of a small table where it is asked for some by IN, and waits for each that is locked."""
+    for shop in shops(request, "mariadb", "sync"):
+        handles(shop, effect)
+        with shop.outside.begin() as connection:
+            for number in range(rows):
+                connection.execute(insert(shop.tables.idempotent).values(**held_elsewhere(shop, f"old {number}")))
+        with shop.outside.begin() as other:
+            other.execute(insert(shop.tables.idempotent).values(**held_elsewhere(shop, "of another")))
+            began = monotonic()
+            ran = told(shop, [order(f"a{number:03}") for number in range(100)])
+            took_s = monotonic() - began
+            other.rollback()
+        assert {each.outcome for each in ran.told} == {Outcome.PROCESSED}
+        assert took_s < 10  # as delivered the server waits 50 s for a lock
