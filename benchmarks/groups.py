@@ -26,7 +26,7 @@ BY_HAND: Final = "by hand"
 ALONE: Final = "handlers alone"
 HOT_GROUPS: Final = ("groups", "sorted groups")
 TIMES: Final = {BY_HAND: 1}
-USUAL: Final = 3
+USUAL: Final = 10
 """Messages in groups for each one by hand: turns of about the same length."""
 
 

@@ -16,12 +16,17 @@ from exactly_once.message import Message
 from exactly_once.runner.pending import Pending
 from exactly_once.transport import Features
 
-__all__ = ["CALM", "LEAST", "LONGEST", "GroupSize", "Grouping", "Waiting"]
+__all__ = ["CALM", "FIRST", "LEAST", "LONGEST", "LONGEST_LIST", "GroupSize", "Grouping", "Waiting"]
 
-LONGEST: Final = timedelta(seconds=1)
-"""A group that takes longer is followed by smaller ones: its rows are locked all that time, and its messages in hand."""
+LONGEST: Final = timedelta(milliseconds=25)
+"""A group of calls that takes longer is followed by smaller ones. Its rows are locked all that time: where processes share rows,
+smaller groups let each other through, and a commit is already cheap beside so much work."""
+LONGEST_LIST: Final = timedelta(seconds=1)
+"""The same for a handler of lists: a few statements, which lock the rows for as long as they take."""
+FIRST: Final = 8
+"""Messages in a worker's first group; from there the size doubles until it is too large."""
 LEAST: Final = 1
-CALM: Final = (16, 4096)
+CALM: Final = (128, 4096)
 """How many groups without a deadlock there must be before they grow: at first, and at most."""
 _GROWTH: Final = 1.1
 
@@ -36,25 +41,32 @@ class Waiting(NamedTuple):
 
 
 class GroupSize:
-    """How many messages the next group takes: as many as allowed, fewer behind a deadlock or a slow group.
+    """How many messages the next group takes: more and more, fewer behind a deadlock or a slow group.
 
     A deadlock costs about a second, and growing back at once would find the next one: how many groups must pass without one
     before the size grows doubles each time, until it is back at the largest.
 
     Args:
         most: The largest group.
+        longest: How long one may take.
 
     Example:
         >>> size = GroupSize(100)
-        >>> size.ended(100, timedelta(milliseconds=20), deadlocked=True)
         >>> size.now
-        50
+        8
+        >>> size.ended(8, timedelta(milliseconds=2), deadlocked=False)
+        >>> size.now
+        16
+        >>> size.ended(16, timedelta(milliseconds=2), deadlocked=True)
+        >>> size.now
+        8
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._size = float(most)
-        self._calm, self._patience = 0, CALM[0]
+    def __init__(self, most: int, longest: timedelta = LONGEST) -> None:
+        self._most = float(most)
+        self._size = min(self._most, float(FIRST))
+        self._calm = self._patience = 0
+        self._longest, self._growth = longest, 2.0
 
     @property
     def now(self) -> int:
@@ -62,20 +74,22 @@ class GroupSize:
         return int(self._size)
 
     def ended(self, messages: int, took: timedelta, *, deadlocked: bool) -> None:
-        """Learn from a group: halved after a deadlock, cut to what fits into `LONGEST`, else grown again slowly."""
+        """Learn from a group: halved after a deadlock, cut to what fits into the time, else grown."""
         size = self._size
         if deadlocked:
             size = min(size, messages) / 2
-            self._calm, self._patience = 0, min(CALM[1], 2 * self._patience)
-        elif took > LONGEST:
-            size = min(size, messages * (LONGEST / took))
+            self._calm, self._growth = 0, _GROWTH
+            self._patience = min(CALM[1], max(CALM[0], 2 * self._patience))
+        elif took > self._longest:
+            size = min(size, messages * (self._longest / took))
+            self._growth = _GROWTH
         else:
             self._calm += 1
-            if self._calm >= self._patience:
-                size *= _GROWTH
-        self._size = min(float(self._most), max(float(LEAST), size))
+            if messages >= int(size) and self._calm >= self._patience:
+                size *= self._growth
+        self._size = min(self._most, max(float(LEAST), size))
         if self._size == self._most and not deadlocked:
-            self._patience = CALM[0]
+            self._patience = 0
 
 
 class Grouping:
@@ -87,7 +101,7 @@ class Grouping:
 
     def __init__(self, handler: GroupDelivering) -> None:
         self.handler = handler
-        self.size = GroupSize(handler.plan.batch or 1)
+        self.size = GroupSize(handler.plan.batch or 1, LONGEST_LIST if handler.plan.in_lists else LONGEST)
         self._linger_s = handler.plan.linger.total_seconds()
         self._waiting: deque[Waiting] = deque()
         self._taking = False

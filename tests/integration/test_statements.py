@@ -54,7 +54,10 @@ def claim_texts(dialect: str) -> dict[str, list[str]]:
             "known of a group": [postgresql_group.KNOWN],
         }
     if dialect == "mariadb":
-        of_group = {"claim of a group": [mysql_group.CLAIM, mysql_group.ROW], "known of a group": [mysql_group.KNOWN, mysql_group.KEY]}
+        of_group = {
+            "claim of a group": [mysql_group.CLAIM, mysql_group.ROW],
+            "known of a group": [mysql_group.KNOWN, mysql_group.KEY],
+        }
         single = {"prepare": [mysql.PREPARE], "bound": [mysql.BOUND], "claim": [mysql.CLAIM], "known": [mysql.KNOWN]}
         return single | of_group
     return {"begin": [sqlite.BEGIN], "claim": [sqlite.CLAIM], "known": [sqlite.KNOWN]}
