@@ -1,31 +1,24 @@
 """Schedules that broke groups once, found by an attack: what one message does must not be the others' loss."""
 
-import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
-from functools import partial
-from time import monotonic, sleep
+from time import sleep
 from typing import Any
 
 import pytest
 from sqlalchemy import Integer, create_engine, event, insert, select, text
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 from exactly_once import ExactlyOnce, Outcome
-from exactly_once.testing.child import wait_until
-from exactly_once.transport import Features
 from exactly_once.verdict import Ack
 from tests.integration.shop import GROUP, ONE_TRY, ONLY, STOCK, Shop, order, put, shops
-from tests.integration.test_groups import effect, handles, orders, own_engines, told
+from tests.integration.test_groups import handles, orders, told
 from tests.services.proxy import Proxy
 
 DIALECTS = ("postgres", "mariadb", "sqlite")
 SERVERS = DIALECTS[:2]
-LIMITED = Features(redelivers=True, counts_attempts=True, max_attempts=5)
 
 
 class Base(DeclarativeBase):
@@ -242,107 +235,3 @@ def test_a_body_that_a_call_changed_is_read_anew_for_the_next_try(request: pytes
         for grouped in (False, True):
             run(shop, do, list(range(16)), grouped=grouped)
             assert sorted(shop.effects()) == sorted(f"{number}x1" for number in range(15)), f"grouped={grouped}"
-
-
-# -- what is no Exception ------------------------------------------------------------------------------------------------
-
-
-def effects(shop: Shop, number: int) -> bool:
-    return len(shop.effects()) >= number
-
-
-@pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize("own_task", [False, True])
-def test_a_handler_that_is_cancelled_by_its_own_doing_stops_nobody(
-    request: pytest.FixtureRequest, dialect: str, own_task: bool
-) -> None:
-    for shop in shops(request, dialect, "async"):
-        own_engines(shop)
-        calls: list[Any] = []
-
-        @shop.eo.handler("orders", key="no", name="handler", retry=ONE_TRY, batch=10)
-        async def handler(session: AsyncSession, body: dict[str, Any], calls: list[Any] = calls) -> None:
-            calls.append(body["no"])
-            if body["no"] == "poison" and calls.count("poison") < 3:
-                cancelled: Any = asyncio.current_task() if own_task else asyncio.ensure_future(asyncio.sleep(10))
-                cancelled.cancel()
-                await (asyncio.sleep(0) if own_task else cancelled)
-            await session.run_sync(put, str(body["no"]))
-
-        name = f"memory://cancelled-{dialect}-{own_task}"
-        with shop.eo.worker(name, concurrency=2), shop.eo.producer(name) as producer:
-            producer.send_all([order("poison"), *(order(number) for number in range(3))])
-            wait_until(partial(effects, shop, 4), what="the first group has ended", patience_s=20)
-            producer.send_all([order(number) for number in range(3, 5)])
-            wait_until(partial(effects, shop, 6), what="groups go on", patience_s=20)
-        assert sorted(shop.effects()) == ["0", "1", "2", "3", "4", "poison"]
-
-
-@pytest.mark.parametrize("raised", [asyncio.CancelledError, GeneratorExit, KeyboardInterrupt])
-def test_what_is_no_exception_costs_the_others_nothing(
-    request: pytest.FixtureRequest, raised: type[BaseException]
-) -> None:
-    def do(session: Session, no: Any) -> None:
-        put(session, str(no))
-        if no == 0:
-            raise raised("of the handler's own")
-
-    for shop in shops(request, "postgres", "sync"):
-        handles(shop, do)
-        ran = told(shop, orders(*range(5)), LIMITED)
-        assert [each.outcome for each in ran.told] == [Outcome.WAITING] + [Outcome.PROCESSED] * 4
-        assert sorted(shop.effects()) == ["1", "2", "3", "4"]
-
-
-# -- keys that others hold -----------------------------------------------------------------------------------------------
-
-
-def held_elsewhere(shop: Shop, key: str) -> dict[str, Any]:
-    return {
-        "consumer_group": GROUP,
-        "handler": "handler",
-        "business_key": key,
-        "status": 1,
-        "fingerprint": b"",
-        "retry_times": 0,
-        "created_at": datetime.now(UTC),
-    }
-
-
-@pytest.mark.parametrize("dialect", SERVERS)
-@pytest.mark.parametrize("attempt", [1, 2])
-def test_many_held_keys_hold_the_others_no_longer_than_one(
-    request: pytest.FixtureRequest, dialect: str, attempt: int
-) -> None:
-    held = 10
-    for shop in shops(request, dialect, "sync"):
-        handles(shop, effect)
-        with shop.outside.begin() as other:
-            for number in range(held):
-                other.execute(insert(shop.tables.idempotent).values(**held_elsewhere(shop, str(number))))
-            messages = [order(number, attempt=attempt if number < held else 1) for number in range(20)]
-            began = monotonic()
-            ran = told(shop, messages)
-            took_s = monotonic() - began
-            other.rollback()
-        outcomes = [each.outcome for each in ran.told]
-        assert outcomes == [Outcome.IN_PROGRESS] * held + [Outcome.PROCESSED] * (20 - held)
-        assert took_s < held  # not a second for each; alone a message waits two
-
-
-@pytest.mark.parametrize("rows", [0, 200])
-def test_a_group_waits_for_no_key_that_is_not_its_own(request: pytest.FixtureRequest, rows: int) -> None:
-    """MariaDB reads all rows of a small table where it is asked for some by IN, and waits for each that is locked."""
-    for shop in shops(request, "mariadb", "sync"):
-        handles(shop, effect)
-        with shop.outside.begin() as connection:
-            for number in range(rows):
-                connection.execute(insert(shop.tables.idempotent).values(**held_elsewhere(shop, f"old {number}")))
-        with shop.outside.begin() as other:
-            other.execute(insert(shop.tables.idempotent).values(**held_elsewhere(shop, "of another")))
-            began = monotonic()
-            ran = told(shop, [order(f"a{number:03}") for number in range(100)])
-            took_s = monotonic() - began
-            other.rollback()
-        assert {each.outcome for each in ran.told} == {Outcome.PROCESSED}
-        assert took_s < 10  # as delivered the server waits 50 s for a lock
