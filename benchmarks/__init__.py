@@ -6,7 +6,7 @@
 |---|---|
 | `one_message` | a first delivery and a duplicate, against hand-written SQLAlchemy; near, and through a slower network |
 | `duplicates` | the same with none, few, many and nothing but duplicates; single and in groups |
-| `groups` | a hundred messages in one commit, on a cold table and on a hot one, with 1, 2 and 4 workers |
+| `groups` | up to a hundred messages in one commit, on a cold table and on a hot one, with 1, 2 and 4 workers |
 | `sets` | five hundred in one call, in two statements: against by hand, and against psycopg alone |
 | `processes` | two processes against one |
 | `table_size` | ten million retained rows against ten thousand |
@@ -15,7 +15,7 @@
 | `leases` | a message under a lease, and keeping a thousand of them |
 | `memory` | a worker's resident memory early and late |
 | `rocketmq` | end to end from a real broker, against the bare client and against the same worker fed from memory |
-| `contenders`, `crew`, `raw`, `dbos_workflow` | who can be measured, by name; in processes of their own |
+| `contenders`, `crew`, `raw`, `dbos_workflow`, `bare_clients` | who can be measured, by name; in processes of their own |
 | `measure`, `stage` | turns and ratios; servers |
 | `orders`, `shop` | the messages and the work |
 | `report`, `picture` | what is printed, written and drawn |

@@ -86,7 +86,7 @@ def _work(url: str, early: int, late: int) -> dict[str, Any]:
     ):
         for sent in range(BATCH, late + 1, BATCH):
             producer.send_all(messages(BATCH))
-            # not `drain`, which looks on for a quiet moment: this is done two hundred times
+            # not `drain`, which looks on for a quiet moment: this is done many times
             wait_until(partial(_acknowledged, worker, sent), what=f"{sent} messages are finished", patience_s=60)
             if sent == early:
                 found["early"] = _resident()

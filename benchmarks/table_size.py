@@ -3,7 +3,7 @@
 Keys are scattered, in the retained rows as in the new messages: in an index with keys in order a claim would only ever
 touch its last page. Before the turns the large table is analysed, vacuumed and on the disk: that work is not a claim's.
 
-    python -m benchmarks --only table_size --rows 100000000      # by hand: 20 GB, and half an hour to fill
+    python -m benchmarks --only table_size --rows 100000000      # by hand: 30 GB, and half an hour to fill
 """
 
 from collections.abc import Callable, Iterator

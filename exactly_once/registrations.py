@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from exactly_once.errors import ConfigurationError
 from exactly_once.handler import Plan, plan
@@ -18,11 +18,9 @@ if TYPE_CHECKING:
     from exactly_once.handler.guard_options import GuardOption, Transaction
     from exactly_once.keys import KeySpec
 
-__all__ = ["LINGER", "Registrations"]
+__all__ = ["Registrations"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-LINGER: Final = timedelta(milliseconds=5)
 
 
 class Registrations:
@@ -46,7 +44,7 @@ class Registrations:
         concurrency: int | None = None,
         batch: int | None = None,
         batch_order: "KeySpec | None" = None,
-        linger: timedelta = LINGER,
+        linger: timedelta | None = None,
     ) -> Callable[[F], F]:
         """Register a function to run once for each message of a topic; returns it unchanged.
 
@@ -69,7 +67,7 @@ class Registrations:
                 of its own, one after the other on one session. One that fails is run alone, and the others without it.
             batch_order: What names the row a message locks: the calls of a group come in its order, so that two groups
                 do not deadlock on each other's rows.
-            linger: How long a message waits for others to share its transaction with.
+            linger: How long a message waits for others to share its transaction with; None: 5 ms.
 
         Raises:
             ConfigurationError: The function or an argument is wrong; the text says how to mend it.
@@ -109,7 +107,7 @@ class Registrations:
         fingerprint: "FingerprintSpec" = "body",
         batch: int = 500,
         batch_order: "KeySpec | None" = None,
-        linger: timedelta = LINGER,
+        linger: timedelta | None = None,
     ) -> Callable[[F], F]:
         """Register a function that handles a whole group of messages in one call: for set-based SQL; returns it unchanged.
 
@@ -127,7 +125,7 @@ class Registrations:
             fingerprint: What two copies of one event must agree on.
             batch: The most messages in a call.
             batch_order: What the lists are sorted by: the row a message locks.
-            linger: How long a message waits for others.
+            linger: How long a message waits for others; None: 5 ms.
 
         Raises:
             ConfigurationError: The function or an argument is wrong; the text says how to mend it.

@@ -45,14 +45,14 @@ class Delivery:
 class Subscription:
     """What one group wants of one topic: the union over its handlers, since a group must subscribe alike everywhere.
 
-    `tags` is sorted; empty means every tag, and messages without one. `together` is how many messages its largest group
-    takes: a client that waits in a thread for each message in hand needs as many threads.
+    `tags` is sorted; empty means every tag, and messages without one. `largest_group` is how many messages its
+    largest group takes: a client that waits in a thread for each message in hand needs as many threads.
     """
 
     topic: str
     tags: tuple[str, ...] = ()
     ordered: bool = False
-    together: int = 1
+    largest_group: int = 1
 
 
 @dataclass(frozen=True, slots=True)

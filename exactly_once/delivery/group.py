@@ -1,6 +1,7 @@
 """Deliveries of one handler in groups that share a transaction, and what becomes of each message when one of them fails.
 
-A group commits as a whole or not at all. When anything in it goes wrong, nothing of it is recorded and nobody is blamed: it
+A group commits as a whole or not at all. When anything in it goes wrong, nothing of it is recorded and nobody is blamed (but
+where a handler committed behind our back, or nobody knows whether COMMIT happened, which is told of each of its messages): it
 is cut in two and tried again, down to single messages, and those have the whole story of `delivery`: tries, failures, dead
 letters. So one bad message costs its group some time, and changes nothing for the rest. A deadlock is no message's fault
 either; then all run alone at once, and the worker makes the next groups smaller. A message that was delivered before runs
@@ -9,17 +10,16 @@ alone from the start.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from time import monotonic
 from typing import Any, Final
 
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
-from exactly_once.attempt.ending import How
+from exactly_once.attempt.ending import Ended, How
 from exactly_once.attempt.group import GroupEnded, attempt_group
 from exactly_once.delivery import DUPLICATE, EXITED, PROCESSED, Delivering, Told
-from exactly_once.dialects import ClaimRow
+from exactly_once.dialects import ClaimRow, Trouble
 from exactly_once.errors import Misuse
 from exactly_once.guards import Consumed
 from exactly_once.guards.transaction import TransactionGuard
@@ -29,13 +29,12 @@ from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.policy import Park
 from exactly_once.transport import Features
-from exactly_once.verdict import Hold, Redeliver
+from exactly_once.verdict import Hold
 
 __all__ = ["GroupDelivering", "GroupTold"]
 
 _WAITS_S: Final = 1.0
 """The longest a group waits for keys that other runs hold; those messages that would wait again are asked for later."""
-_AGAIN: Final = timedelta(seconds=1)
 _CUT: Final = 8  # a group larger than this is cut in two; the messages of a smaller one run alone
 
 
@@ -47,7 +46,8 @@ def stay(error: BaseException) -> None:
 class GroupTold:
     """What became of each delivery of a group, in the order given."""
 
-    told: Sequence[Told]
+    told: Sequence[Told | BaseException]
+    """An exception where the run of a single message ended in it, as `Delivering.run` ends: cancelled and the like."""
     deadlocked: bool
     """The database threw it away for another's sake: smaller groups, or `batch_order=`, get into each other's way less."""
 
@@ -58,7 +58,7 @@ class _Member:
     features: Features
     reading: Reading
     row: ClaimRow | None
-    told: Told | None = None
+    told: Told | BaseException | None = None
     called: bool = False
 
     def unchanged(self, plan: Plan) -> Reading:
@@ -159,7 +159,8 @@ class GroupDelivering(Delivering):
             raise
         except BaseException as error:
             run.leave(error)
-            told = Told(Outcome.WAITING, Redeliver(_AGAIN))  # as of a message that is in no group
+            member.told = error
+            return
         member.told = told
         if isinstance(told.verdict, Hold):
             run.held = told
@@ -189,9 +190,16 @@ class GroupDelivering(Delivering):
             case how:
                 if how is How.AWAY:
                     run.held = self._away(ended.error)
-                run.deadlocked = run.deadlocked or how is How.TRANSIENT
+                run.deadlocked = run.deadlocked or self._thrown_away(ended)
                 for member in members:
                     self._alone(member, run)
+
+    def _thrown_away(self, ended: Ended) -> bool:
+        """Whether the server undid it for another transaction's sake; not where a connection was lost."""
+        error = ended.error
+        return (
+            ended.how is How.TRANSIENT and error is not None and self.store.dialect.trouble(error) is Trouble.TRANSIENT
+        )
 
     def _if_free(self, member: _Member, run: _Run) -> None:
         """Run one of those of which some are held by other runs, and do not wait for it as a message alone would."""

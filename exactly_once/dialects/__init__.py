@@ -168,7 +168,8 @@ class GroupClaims(Protocol):
             dbapi: The driver's connection, in no transaction.
             info: What `Dialect.prepare` remembered of it.
             rows: Of one group, handler and owner, each key once, sorted by key; at least one.
-            wait_ms: The longest to wait for another run of any of these keys; 0: not at all.
+            wait_ms: The longest to wait for another run of any of these keys; 0: not at all. MySQL
+                waits as long as its session says.
 
         Returns:
             The keys that are not ours, with what stands there (None: it is gone again). Empty: all are ours. If none is,

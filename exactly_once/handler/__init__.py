@@ -50,6 +50,8 @@ class Reading(NamedTuple):
     """Its place in a group, by `batch_order=`; "" where it has none."""
 
 
+LINGER: Final = timedelta(milliseconds=5)
+"""How long a message waits for others in its group where nobody says."""
 _NO_BODY: Final = Decoder(lambda body, parsed: None, False)
 
 
@@ -233,7 +235,7 @@ def plan(
     concurrency: int | None = None,
     batch: int | None = None,
     batch_order: KeySpec | None = None,
-    linger: timedelta = timedelta(0),
+    linger: timedelta | None = None,
     in_lists: bool = False,
     caller_locals: Mapping[str, Any] | None = None,
     caller_globals: Mapping[str, Any] | None = None,
@@ -254,7 +256,7 @@ def plan(
         concurrency: At most so many runs at a time in one process.
         batch: The most messages in one transaction.
         batch_order: What names the row a message locks.
-        linger: How long a message waits for others.
+        linger: How long a message waits for others; None: `LINGER`.
         in_lists: One call handles a whole group.
         caller_locals: The local names where the decorator stands.
         caller_globals: The global names there.
@@ -291,6 +293,7 @@ def _plan(
 ) -> Plan:
     found = parameters(function, hints, in_lists=decided["in_lists"])
     _check_group(**decided)
+    decided["linger"] = LINGER if decided["linger"] is None else decided["linger"]
     if found.takes_steps and not isinstance(decided["guard"], Lease):
         raise ConfigurationError(
             "it asks for steps, which are kept under a lease: write guard=Lease(timedelta(minutes=10)). Under the transaction"
@@ -315,14 +318,25 @@ def _plan(
     )
 
 
-def _check_group(*, guard: GuardOption, batch: int | None, batch_order: KeyRule | None, **_: Any) -> None:
+def _check_group(
+    *,
+    guard: GuardOption,
+    batch: int | None,
+    batch_order: KeyRule | None,
+    linger: timedelta | None,
+    in_lists: bool,
+    **_: Any,
+) -> None:
+    if in_lists and batch is None:
+        raise ConfigurationError("a batch_handler needs batch=, the most messages in one list, such as batch=500")
     if batch is not None and not isinstance(guard, Transaction):
         raise ConfigurationError(
-            "messages can share a transaction under the transaction guard only: take batch= away, or"
-            f" guard={type(guard).__name__}(...)"
+            "messages can share a transaction under the transaction guard only: take"
+            f" guard={type(guard).__name__}(...) away, or write @eo.handler without batch="
         )
-    if batch is None and batch_order is not None:
-        raise ConfigurationError("batch_order= needs batch=: without it each message has a transaction of its own")
+    for option, value in (("batch_order", batch_order), ("linger", linger)):
+        if batch is None and value is not None:
+            raise ConfigurationError(f"{option}= needs batch=: without it each message has a transaction of its own")
 
 
 def _body(name: str, annotation: Any, hints: Hints) -> Decoder:

@@ -92,9 +92,9 @@ def check_batch(value: object) -> int | None:
     raise ConfigurationError(f"batch={value!r}: give a whole number from 2 to {_MOST_IN_A_GROUP:,}, or None")
 
 
-def check_linger(value: object) -> timedelta:
-    """Return how long a message waits for others to share its transaction."""
-    if isinstance(value, timedelta) and timedelta(0) <= value <= _LONGEST_LINGER:
+def check_linger(value: object) -> timedelta | None:
+    """Return how long a message waits for others to share its transaction; None where nobody says."""
+    if value is None or (isinstance(value, timedelta) and timedelta(0) <= value <= _LONGEST_LINGER):
         return value
     raise ConfigurationError(
         f"linger={value!r}: give a timedelta of zero to ten seconds, such as timedelta(milliseconds=5)"

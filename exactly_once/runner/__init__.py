@@ -1,8 +1,9 @@
 """Runs deliveries: sync handlers on threads, async ones on one loop, both behind one call that gives a future at once.
 
-Every handler that wants a message gets it, one after the other, each with its own claim and transaction; the delivery is
-acknowledged when each has finished or is parked. One that must be asked again does not stop the others, and those that
-have finished are duplicates then. Decides nothing about a single handler: `delivery` does. The worker calls `run`.
+Every handler that wants a message gets it, each with its own claim; the delivery is acknowledged when each has finished or is
+parked. One that must be asked again does not stop the others, and those that have finished are duplicates then. A message
+has a transaction of its own, or shares one with others of its handler (`grouping`). Decides nothing about a single handler:
+`delivery` does. The worker calls `run`.
 """
 
 import logging
@@ -243,7 +244,10 @@ class Runner:
             found = grouping.handler.run_group([(one.message, one.features) for one in group], leave=leave)
             grouping.size.ended(len(group), timedelta(seconds=monotonic() - began), deadlocked=found.deadlocked)
             for one, told in zip(group, found.told, strict=True):
-                self._end(one.future, told)
+                if isinstance(told, BaseException):
+                    one.future.set_exception(told)
+                else:
+                    self._end(one.future, told)
         except BaseException as error:  # the worker takes it for "bring it again"; neither thread nor loop ends of it
             for one in group:
                 if not one.future.done():

@@ -16,9 +16,9 @@ from exactly_once.message import Message
 from exactly_once.runner.pending import Pending
 from exactly_once.transport import Features
 
-__all__ = ["CALM", "FIRST", "LEAST", "LONGEST", "LONGEST_LIST", "GroupSize", "Grouping", "Waiting"]
+__all__ = ["FIRST", "FIRST_CALM", "LEAST", "LONGEST", "LONGEST_LIST", "MOST_CALM", "GroupSize", "Grouping", "Waiting"]
 
-LONGEST: Final = timedelta(milliseconds=25)
+LONGEST: Final = timedelta(milliseconds=50)
 """A group of calls that takes longer is followed by smaller ones. Its rows are locked all that time: where processes share rows,
 smaller groups let each other through, and a commit is already cheap beside so much work."""
 LONGEST_LIST: Final = timedelta(seconds=1)
@@ -26,8 +26,9 @@ LONGEST_LIST: Final = timedelta(seconds=1)
 FIRST: Final = 8
 """Messages in a worker's first group; from there the size doubles until it is too large."""
 LEAST: Final = 1
-CALM: Final = (128, 4096)
-"""How many groups without a deadlock there must be before they grow: at first, and at most."""
+FIRST_CALM: Final = 128
+"""How many groups without a deadlock there must be before they grow: behind the first one."""
+MOST_CALM: Final = 4096
 _GROWTH: Final = 1.1
 
 
@@ -79,7 +80,7 @@ class GroupSize:
         if deadlocked:
             size = min(size, messages) / 2
             self._calm, self._growth = 0, _GROWTH
-            self._patience = min(CALM[1], max(CALM[0], 2 * self._patience))
+            self._patience = min(MOST_CALM, max(FIRST_CALM, 2 * self._patience))
         elif took > self._longest:
             size = min(size, messages * (self._longest / took))
             self._growth = _GROWTH

@@ -11,7 +11,16 @@ import pytest
 from exactly_once import Message, Outcome
 from exactly_once.delivery import Told
 from exactly_once.delivery.group import GroupDelivering
-from exactly_once.runner.grouping import CALM, FIRST, LEAST, LONGEST, LONGEST_LIST, Grouping, GroupSize
+from exactly_once.runner.grouping import (
+    FIRST,
+    FIRST_CALM,
+    LEAST,
+    LONGEST,
+    LONGEST_LIST,
+    MOST_CALM,
+    Grouping,
+    GroupSize,
+)
 from exactly_once.runner.pending import Pending
 from exactly_once.runner.together import Part, Parts
 from exactly_once.transport import Features
@@ -100,9 +109,9 @@ def test_a_size_is_halved_by_a_deadlock_and_grows_back_slowly(most: int) -> None
     for _ in range(30):
         size.ended(most, SOON, deadlocked=True)
     assert size.now == LEAST
-    sizes = grown(size, CALM[1] + 200)
+    sizes = grown(size, MOST_CALM + 200)
     assert sizes == sorted(sizes)
-    assert sizes[CALM[0]] == LEAST, "and not at once: the next deadlock would be there"
+    assert sizes[FIRST_CALM] == LEAST, "and not at once: the next deadlock would be there"
     assert sizes[-1] == most
 
 
@@ -116,7 +125,7 @@ def test_a_size_that_is_back_at_its_most_forgets_its_deadlocks() -> None:
             grown(size, 1)
             groups += 1
         waits.append(groups)
-    assert waits[0] == waits[1] >= CALM[0]
+    assert waits[0] == waits[1] >= FIRST_CALM
 
 
 @pytest.mark.parametrize("longest", [LONGEST, LONGEST_LIST])

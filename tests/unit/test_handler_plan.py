@@ -286,6 +286,7 @@ def test_mistakes_in_a_handler_are_errors_when_it_is_decorated_with_the_fix_in_t
         ({"batch": True}, "from 2"),
         ({"batch": 10_001}, "10,000"),
         ({"batch": 10, "linger": 5}, "timedelta"),
+        ({"linger": timedelta(milliseconds=1)}, "linger= needs batch="),
         ({"batch": 10, "linger": timedelta(seconds=11)}, "ten seconds"),
         ({"batch": 10, "linger": timedelta(seconds=-1)}, "ten seconds"),
         ({"batch_order": "sku"}, "batch="),

@@ -51,11 +51,11 @@ def threads_for(subscriptions: Sequence[Subscription]) -> int:
     """Return how many callback threads a client gets whose URL does not say: each holds one message while it is in hand.
 
     Example:
-        >>> threads_for([Subscription("orders", together=100)])
+        >>> threads_for([Subscription("orders", largest_group=100)])
         200
     """
     in_groups = sum(
-        2 * each.together for each in subscriptions if each.together > 1
+        2 * each.largest_group for each in subscriptions if each.largest_group > 1
     )  # one group runs, the next one forms
     return min(MOST_THREADS, max(DEFAULT_THREADS, in_groups))
 
