@@ -33,7 +33,7 @@ from exactly_once.verdict import Hold
 
 __all__ = ["GroupDelivering", "GroupTold"]
 
-_WAITS_S: Final = 1.0
+_WAITS_S: Final = 2.0
 """The longest a group waits for keys that other runs hold; those messages that would wait again are asked for later."""
 _CUT: Final = 8  # a group larger than this is cut in two; the messages of a smaller one run alone
 
