@@ -1,6 +1,6 @@
 """Up to a hundred messages in one commit, each a call of its own, against hand-written deduplication one by one: throughput.
 
-On a cold table each message takes from another stock row, on a hot one from one of 200. There a group holds many of all
+On a cold table each message takes from another stock row, on a hot one from one of 200. There a group holds many of the
 rows until it commits: several workers wait for one another, and without `batch_order` they deadlock. Each worker is a
 process of its own, by hand too; all are fed from memory, so that no broker's pace is measured. The handler's ORM insert is
 flushed before its update, each time: that, and not the commit, is what is left of a message in a group.

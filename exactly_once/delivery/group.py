@@ -176,10 +176,8 @@ class GroupDelivering(Delivering):
         tried = self._attempt(members, run)
         ended = tried.ended
         match ended.how:
-            case How.PROCESSED | How.DUPLICATE:
-                self._settle(members, tried, PROCESSED, run)
-            case How.BROKEN | How.UNKNOWN:
-                self._settle(members, tried, None, run)
+            case How.PROCESSED | How.DUPLICATE | How.BROKEN | How.UNKNOWN:
+                self._settle(members, tried, run)
             case How.FAILED | How.IN_PROGRESS if len(members) > _CUT:
                 middle = len(members) // 2
                 self._together(members[:middle], run)
@@ -203,12 +201,16 @@ class GroupDelivering(Delivering):
 
     def _if_free(self, member: _Member, run: _Run) -> None:
         """Run one of those of which some are held by other runs, and do not wait for it as a message alone would."""
+        if run.held is not None:
+            self._alone(member, run)
+            return
         tried = self._attempt([member], run)
         match tried.ended.how:
             case How.IN_PROGRESS:
                 member.told = self._in_progress(member)
-            case How.PROCESSED | How.DUPLICATE:
-                self._settle([member], tried, PROCESSED, run)
+            # what is broken must not run again: its claim stands, and it would be taken for a duplicate
+            case How.PROCESSED | How.DUPLICATE | How.BROKEN | How.UNKNOWN:
+                self._settle([member], tried, run)
             case _:
                 self._alone(member, run)
 
@@ -258,9 +260,10 @@ class GroupDelivering(Delivering):
         result: Any = plan.call_with_lists(handed, ordered)
         check_result(await_only(result) if plan.is_async else result)
 
-    def _settle(self, members: Sequence[_Member], tried: GroupEnded, ours: Told | None, run: _Run) -> None:
-        """Say of each what the group's end means for it; None: it has to be told of one by one."""
+    def _settle(self, members: Sequence[_Member], tried: GroupEnded, run: _Run) -> None:
+        """Say of each what the group's end means for it."""
         ended, others = tried.ended, tried.others
+        ours = None if ended.how in (How.BROKEN, How.UNKNOWN) else PROCESSED
         for member in members:
             assert member.row is not None
             standing = others.get(member.row.key)

@@ -63,9 +63,8 @@ class Claims:
             quote(_array(None if row.born_at is None else row.born_at.isoformat() for row in rows)),
         )
         try:
-            results = send(
-                driver, opening(driver, seen) + bounded(self._claim % values, seen, max(1, wait_ms))
-            )  # 0 would be for ever
+            bound_ms = max(1, wait_ms)  # 0 would be for ever
+            results = send(driver, opening(driver, seen) + bounded(self._claim % values, seen, bound_ms))
         except errors.Error as error:
             if error.sqlstate not in BUSY:
                 raise

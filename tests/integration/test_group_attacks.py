@@ -11,7 +11,7 @@ from sqlalchemy import Integer, create_engine, event, insert, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
-from exactly_once import ExactlyOnce, Outcome
+from exactly_once import ExactlyOnce, Outcome, Retry
 from exactly_once.verdict import Ack
 from tests.integration.shop import GROUP, ONE_TRY, ONLY, STOCK, Shop, order, put, shops
 from tests.integration.test_groups import handles, orders, told
@@ -235,3 +235,21 @@ def test_a_body_that_a_call_changed_is_read_anew_for_the_next_try(request: pytes
         for grouped in (False, True):
             run(shop, do, list(range(16)), grouped=grouped)
             assert sorted(shop.effects()) == sorted(f"{number}x1" for number in range(15)), f"grouped={grouped}"
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_the_same_of_a_message_alone_that_is_tried_again_at_once(request: pytest.FixtureRequest, dialect: str) -> None:
+    for shop in shops(request, dialect, "sync"):
+        shop.fresh_eo(shop.engine)
+        calls: list[int] = []
+
+        @shop.eo.handler("orders", name="handler", key="no", retry=Retry(immediate=1))
+        def handler(session: Session, body: dict[str, Any], calls: list[int] = calls) -> None:
+            body["times"] = body.get("times", 0) + 1
+            calls.append(body["times"])
+            put(session, f"{body['no']}x{body['times']}")
+            if len(calls) == 1:
+                raise ValueError("once")
+
+        assert shop.process(order(1)) is Outcome.PROCESSED
+        assert (calls, shop.effects()) == ([1, 1], ["1x1"])

@@ -111,6 +111,25 @@ def test_many_held_keys_hold_the_others_no_longer_than_one(
         assert took_s < held  # not a second for each; alone a message waits two
 
 
+@pytest.mark.parametrize("dialect", SERVERS)
+def test_who_commits_behind_our_back_beside_a_held_key_is_parked(request: pytest.FixtureRequest, dialect: str) -> None:
+    def do(session: Session, no: Any) -> None:
+        put(session, str(no))
+        if no == 2:
+            driver: Any = session.connection().connection.dbapi_connection
+            driver.commit()
+
+    for shop in shops(request, dialect, "sync"):
+        handles(shop, do)
+        with shop.outside.begin() as other:
+            other.execute(insert(shop.tables.idempotent).values(**held_elsewhere(shop, "0")))
+            ran = told(shop, orders(0, 1, 2, 3))
+            other.rollback()
+        processed = Outcome.PROCESSED
+        assert [each.outcome for each in ran.told] == [Outcome.IN_PROGRESS, processed, Outcome.DEAD, processed]
+        assert [(row.business_key, row.state) for row in shop.failures()] == [("2", "broken")]
+
+
 @pytest.mark.parametrize("rows", [0, 200])
 def test_a_group_waits_for_no_key_that_is_not_its_own(request: pytest.FixtureRequest, rows: int) -> None:
     """MariaDB reads all rows of a small table where it is asked for some by IN, and waits for each that is locked."""

@@ -54,9 +54,8 @@ def threads_for(subscriptions: Sequence[Subscription]) -> int:
         >>> threads_for([Subscription("orders", largest_group=100)])
         200
     """
-    in_groups = sum(
-        2 * each.largest_group for each in subscriptions if each.largest_group > 1
-    )  # one group runs, the next one forms
+    # one group runs, the next one forms
+    in_groups = sum(2 * each.largest_group for each in subscriptions if each.largest_group > 1)
     return min(MOST_THREADS, max(DEFAULT_THREADS, in_groups))
 
 
