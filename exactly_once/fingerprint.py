@@ -198,8 +198,51 @@ def _value(value: Any) -> str:
 _SLOTS: Final = tuple(Struct(f"<{count}H").pack for count in range(MEMBERS + 2))
 
 
+_shapes: dict[tuple[str, ...], tuple[tuple[tuple[str, str], ...], int]] = {}
+"""Of objects seen: their names in order, each with how its text begins, and the checksum of all."""
+_SHAPES: Final = 256
+_SHAPE_CHARACTERS: Final = 2_000
+
+
 def _of_object(value: dict[str, Any]) -> bytes:
-    """Digest and sketch of a JSON object, from one walk: each member's text serves both."""
+    """Digest and sketch of a JSON object: each member's text serves both."""
+    names = tuple(value)
+    shape = _shapes.get(names) or _shape(names)
+    if shape is None:
+        return _of_any_object(value)
+    members, checksum = shape
+    texts: list[bytes] = []
+    slots: list[int] = [checksum]
+    for name, begins in members:
+        member = value[name]
+        kind = type(member)
+        if kind is str:
+            text = (begins + encode_basestring_ascii(member)).encode("ascii")
+        elif kind is dict:
+            return _of_any_object(value)
+        else:
+            text = (begins + _value(member)).encode("ascii")
+        texts.append(text)
+        slots.append(crc32(text) & 0xFFFF)
+    return _digest(b"{" + b",".join(texts) + b"}") + _SLOTS[len(slots)](*slots)
+
+
+def _shape(names: tuple[str, ...]) -> tuple[tuple[tuple[str, str], ...], int] | None:
+    """Work out once what objects of the same names have in common, and remember it; None where that is not worth it."""
+    if len(names) > MEMBERS or sum(map(len, names)) > _SHAPE_CHARACTERS:
+        return None
+    quoted = [(name, encode_basestring_ascii(name)) for name in sorted(names)]
+    checksum = 0
+    for _, text in quoted:
+        checksum = crc32(text.encode("ascii"), checksum)
+    if len(_shapes) >= _SHAPES:  # names that are data, such as numbers of orders
+        _shapes.clear()
+    found = _shapes[names] = tuple((name, text + ":") for name, text in quoted), checksum & 0xFFFF
+    return found
+
+
+def _of_any_object(value: dict[str, Any]) -> bytes:
+    """The same where members may be objects, from one walk."""
     texts: list[bytes] = []
     slots: list[int] = [0]
     names = 0

@@ -38,7 +38,7 @@ class _Unrouted(Delivering):
         self._reason = reason
 
     def run(self, message: Message, features: Features, *, pumped: bool = False, foreign: bool = False) -> Told:
-        return self._failed(message, self.plan.read(message), Reject(self._reason), features, foreign)
+        return self.recording.failed(message, self.plan.read(message), Reject(self._reason), features, foreign)
 
 
 class Router:

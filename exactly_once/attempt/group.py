@@ -4,7 +4,7 @@ All or nothing: whatever fails, every claim and effect of the group is rolled ba
 again in smaller groups or alone. A process that dies here leaves nothing of the group, or after COMMIT all of it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -41,6 +41,7 @@ def attempt_group(
     handle: Callable[[Session, Any, Mapping[str, object]], object],
     *,
     patient: bool = True,
+    meanwhile: Iterable[object] = (),
 ) -> GroupEnded:
     """Run a group once.
 
@@ -52,6 +53,7 @@ def attempt_group(
         handle: Calls the handler for the messages that may run: given the session, what the handler is handed of it, and
             the keys that may not.
         patient: Wait a moment for keys that another run holds; else not at all.
+        meanwhile: Work to do while the server answers the claim, a step for each element.
 
     Returns:
         How it ended. Cancellation, KeyboardInterrupt and SystemExit are no endings: rolled back, and raised on.
@@ -63,7 +65,7 @@ def attempt_group(
     watch = None
     try:
         try:
-            claim = guard.claim_group(session, rows, patient=patient)
+            claim = guard.claim_group(session, rows, patient=patient, meanwhile=meanwhile)
         except StoreUnavailable as error:
             return GroupEnded(Ended(How.AWAY, error))
         except ConfigurationError:

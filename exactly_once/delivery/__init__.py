@@ -8,19 +8,15 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from datetime import timedelta
-from time import monotonic
 from typing import Any, Final
-from uuid import uuid4
 
-from sqlalchemy import text
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
-from exactly_once.alert import Alert, Hook, sound
+from exactly_once.alert import Hook
 from exactly_once.attempt import Ended, How, attempt
-from exactly_once.dialects import ClaimRow, Trouble
+from exactly_once.delivery.recording import DUPLICATE, PROCESSED, UNRECORDED, Recording, Told
+from exactly_once.dialects import ClaimRow
 from exactly_once.errors import (
     ConfigurationError,
     Misuse,
@@ -30,7 +26,7 @@ from exactly_once.errors import (
     StepError,
     StoreUnavailable,
 )
-from exactly_once.failures import MESSAGE_ID_BYTES, Failure, place_of, words_of
+from exactly_once.failures import MESSAGE_ID_BYTES
 from exactly_once.guards import Guard, Won
 from exactly_once.guards.step_ledger import StepLedger
 from exactly_once.guards.transaction import TransactionGuard
@@ -39,11 +35,11 @@ from exactly_once.handler import Lease, Lock, Plan, Reading, Transaction, check_
 from exactly_once.lease_stores import LeaseStores, Placed, sql_leases
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
-from exactly_once.policy import ByBroker, ByPump, Decision, Park, decide, retry_for, spent, wait_delay
+from exactly_once.policy import Park, retry_for, spent
 from exactly_once.steps import AsyncSteps, Steps
 from exactly_once.store import Store
 from exactly_once.transport import Features
-from exactly_once.verdict import Ack, Hold, Keep, Redeliver, Said
+from exactly_once.verdict import Redeliver
 from exactly_once.wording import escaped, storable
 
 __all__ = ["DUPLICATE", "EXITED", "FOREIGN", "PROCESSED", "Delivering", "Told"]
@@ -52,13 +48,6 @@ FOREIGN: Final = Features(redelivers=True, counts_attempts=False)
 """A consumer loop that is not ours: it brings a message back by itself, and nothing else is known of it."""
 
 _TRANSIENT_TRIES: Final = 4  # a deadlock's victim succeeds at its second try; four cover a hot row, no more
-_RECORD_TRIES: Final = (False, False, False, True)
-_UNRECORDED: Final = timedelta(seconds=5)  # neither run nor stored: not in a tight circle
-# keys that failed in this process, for loops that do not count deliveries; one forgotten leaves its row to the sweep
-_REMEMBERED: Final = 10_000
-_LOOK_AGAIN: Final = timedelta(seconds=0.5)
-_LOOK_LONGEST: Final = timedelta(seconds=5)
-_TELL_AGAIN_S: Final = 10.0
 EXITED: Final = (
     "The handler called sys.exit({code!r}), which would end the worker for every message; it was rolled back. Raise an"
     " exception to have it retried, Reject to park it."
@@ -66,20 +55,6 @@ EXITED: Final = (
 _OWNER: Final = f"{socket.gethostname()[:40]}:{os.getpid()}"
 
 _log = logging.getLogger("exactly_once.failures")
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What became of a delivery for one handler, and what the worker is to do."""
-
-    outcome: Outcome
-    verdict: Said
-
-
-_ACK: Final = Ack()
-PROCESSED: Final = Told(Outcome.PROCESSED, _ACK)
-DUPLICATE: Final = Told(Outcome.DUPLICATE, _ACK)
-_DEAD: Final = Told(Outcome.DEAD, _ACK)
 
 
 class Delivering:
@@ -111,11 +86,10 @@ class Delivering:
         self.plan, self.store, self.group, self.leases = plan, store, group, leases
         self._enforce, self.alert = enforce, alert
         _check_session(plan, store)
-        self._seen_failing: dict[str, None] = {}
-        self._tell_away_at = 0.0
         self._placed: Placed | None = None
         self._guard: Guard = self._guarded(plan, store)
         self._open: Callable[[], tuple[Session, Any]] = store.open_async if plan.is_async else store.open
+        self.recording = Recording(plan, store, group, self._open, alert)
         self._call = self._call_awaited if plan.is_async else self._call_plain
 
     def _guarded(self, plan: Plan, store: Store) -> Guard:
@@ -154,21 +128,21 @@ class Delivering:
         reading = self.plan.read(message)
         if reading.key is None or reading.error is not None:
             assert reading.error is not None
-            return self._failed(message, reading, reading.error, features, foreign)
+            return self.recording.failed(message, reading, reading.error, features, foreign)
         row = self.row(message, reading)
         try:
             if not pumped and spent(message.attempt, features):
                 return self._spent(message, reading, row, features, foreign)
             if self.plan.ordered and message.ordering_key is not None and self._blocked(message, reading):
-                return self._wait(Outcome.WAITING, message, reading, features, foreign)
+                return self.recording.wait(Outcome.WAITING, message, reading, features, foreign)
             return self._try(message, reading, row, features, pumped, foreign)
         except StoreUnavailable as error:
-            return self._away(error)
+            return self.recording.away(error)
         except ConfigurationError:
             raise  # of the program or the server: no message is to be blamed for it
         except Exception:  # a statement of ours before the attempt: nothing ran, so nothing is acknowledged
             _log.exception("message_not_run handler=%s key=%s", self.plan.name, escaped(reading.key))
-            return Told(Outcome.WAITING, Redeliver(_UNRECORDED))
+            return Told(Outcome.WAITING, Redeliver(UNRECORDED))
 
     def row(self, message: Message, reading: Reading) -> ClaimRow:
         """Return what is written when a message's key is claimed; the reading has one."""
@@ -204,7 +178,7 @@ class Delivering:
             if ledger is not None:
                 ledger.end()
 
-        before = pumped or self._came_before(message, row)
+        before = pumped or self.recording.came_before(message, row.key)
         # under a lease the number of the claim tells, too: an earlier one may have failed in another process
         also = self._resolving(row, before) if before or self._placed is not None else None
         transient = immediate = 0
@@ -215,14 +189,14 @@ class Delivering:
             match ended.how:
                 case How.PROCESSED:
                     if before:
-                        self._seen_failing.pop(row.key, None)
+                        self.recording.succeeded(row.key)
                     if ended.again:
                         _log.warning("duplicate_ran handler=%s key=%s enforce=False", row.handler, escaped(row.key))
                     return PROCESSED
                 case How.DUPLICATE:
                     return DUPLICATE
                 case How.AWAY:
-                    return self._away(ended.error)
+                    return self.recording.away(ended.error)
                 case How.IN_PROGRESS if ended.again and transient < 1:
                     transient += 1
                 case How.TRANSIENT if transient < _TRANSIENT_TRIES:
@@ -235,25 +209,23 @@ class Delivering:
     def _ended(self, ended: Ended, message: Message, reading: Reading, features: Features, foreign: bool) -> Told:
         match ended.how:
             case How.IN_PROGRESS:
-                return self._wait(Outcome.IN_PROGRESS, message, reading, features, foreign, ended.remaining)
+                return self.recording.wait(Outcome.IN_PROGRESS, message, reading, features, foreign, ended.remaining)
             case How.LOST:
-                return self._wait(Outcome.IN_PROGRESS, message, reading, features, foreign, _UNRECORDED)
+                return self.recording.wait(Outcome.IN_PROGRESS, message, reading, features, foreign, UNRECORDED)
             case How.UNKNOWN:
-                return self._wait(Outcome.UNKNOWN, message, reading, features, foreign)
+                return self.recording.wait(Outcome.UNKNOWN, message, reading, features, foreign)
             case How.CONFLICT:
                 assert reading.key is not None
                 error = PayloadConflict(self.plan.explain_conflict(ended.fingerprint, message, reading.key))
-                return self._failed(message, reading, error, features, foreign)
+                return self.recording.failed(message, reading, error, features, foreign)
             case How.BROKEN:
                 assert ended.error is not None
-                return self._record(message, reading, ended.error, lambda attempts: Park("broken", str(ended.error)))
+                return self.recording.record(
+                    message, reading, ended.error, lambda attempts: Park("broken", str(ended.error))
+                )
             case _:
                 assert ended.error is not None
-                return self._failed(message, reading, ended.error, features, foreign)
-
-    def _came_before(self, message: Message, row: ClaimRow) -> bool:
-        """Only a message that came before can have a failure row to close; others do not pay a statement for it."""
-        return message.attempt > 1 or row.key in self._seen_failing
+                return self.recording.failed(message, reading, ended.error, features, foreign)
 
     def _immediate(self, error: BaseException | None) -> int:
         if error is None or isinstance(error, (Reject, RetryLater, StepError)):
@@ -305,10 +277,10 @@ class Delivering:
             f"attempts spent, never finished: delivered {message.attempt} times, and each time the process ended before"
             " the handler did. Look for what kills it, then: exactly-once failures requeue"
         )
-        return self._failed(message, reading, error, features, foreign)
+        return self.recording.failed(message, reading, error, features, foreign)
 
     def _blocked(self, message: Message, reading: Reading) -> bool:
-        failure = self._failure(message, reading, Reject(""))
+        failure = self.recording.failure(message, reading, Reject(""))
         session, _ = self._open()
         try:
             return self.store.failures.blocked(session, failure, after_dead_wait=self.plan.after_dead == "wait")
@@ -318,127 +290,6 @@ class Delivering:
             raise
         finally:
             let_go(session)
-
-    def _wait(
-        self,
-        outcome: Outcome,
-        message: Message,
-        reading: Reading,
-        features: Features,
-        foreign: bool,
-        remaining: timedelta | None = None,
-    ) -> Told:
-        """Not failed, only not now: asked again later, uncounted; near the broker's limit kept in the failure store."""
-        decision = wait_delay(
-            outcome, features=features, delivery_attempt=message.attempt, remaining=remaining, foreign=foreign
-        )
-        if isinstance(decision, ByBroker):
-            then = Redeliver(decision.delay)
-            # under a lease the other run may end at any moment: looked at for a while, at no cost to the broker's attempts
-            return Told(outcome, then if remaining is None or foreign else Keep(_LOOK_AGAIN, _LOOK_LONGEST, then))
-        error = Reject(f"{outcome.value}: not run yet, and the broker would not bring it again")
-        return self._record(message, reading, error, lambda attempts: decision, counted=False, outcome=outcome)
-
-    def _failed(
-        self, message: Message, reading: Reading, error: BaseException, features: Features, foreign: bool
-    ) -> Told:
-        retry = self.plan.retry
-
-        def by_policy(attempts: int) -> Decision:
-            return decide(
-                error,
-                attempts=attempts,
-                retry=retry,
-                features=features,
-                delivery_attempt=message.attempt,
-                foreign=foreign,
-            )
-
-        return self._record(message, reading, error, by_policy)
-
-    def _record(
-        self,
-        message: Message,
-        reading: Reading,
-        error: BaseException,
-        decision_of: Callable[[int], Decision],
-        *,
-        counted: bool = True,
-        outcome: Outcome = Outcome.FAILED,
-    ) -> Told:
-        """Write it down in a new transaction; if that fails, nothing is acknowledged and the message comes again."""
-        failure = replace(self._failure(message, reading, error), counted=counted)
-        for last in _RECORD_TRIES:
-            session, _ = self._open()
-            try:
-                decision, attempts = self.store.failures.record(session, failure, decision_of)
-                break
-            except Exception as problem:
-                match self.store.dialect.trouble(problem):
-                    case Trouble.UNAVAILABLE if not self._cut_by_this_one(problem):
-                        return self._away(problem)
-                    case Trouble.TRANSIENT | Trouble.UNAVAILABLE if not last:
-                        continue
-                _log.exception("failure_not_recorded handler=%s key=%s", self.plan.name, escaped(failure.failure_key))
-                return Told(outcome, Redeliver(_UNRECORDED))
-            finally:
-                let_go(session)
-        _log.log(
-            logging.WARNING if counted else logging.INFO,
-            "message_failed handler=%s key=%s attempts=%d next=%s error=%s: %s%s",
-            self.plan.name,
-            escaped(failure.failure_key[2:], 120),
-            attempts,
-            _told(decision),
-            type(error).__name__,
-            escaped(words_of(error), 300),
-            place_of(error),
-        )
-        match decision:
-            case Park(state, reason):
-                if state != "discarded":
-                    known_by = failure.key or failure.message.message_id or ""
-                    sound(self.alert, Alert("parked", self.group, self.plan.name, known_by, reason))
-                return _DEAD
-            case ByPump():
-                return Told(outcome, _ACK)  # stored with its time: the pump owns the next try, the broker is done
-            case ByBroker(delay):
-                if failure.key is not None:
-                    if len(self._seen_failing) >= _REMEMBERED:
-                        self._seen_failing.clear()
-                    self._seen_failing[failure.key] = None
-                return Told(outcome, Redeliver(delay))
-
-    def _failure(self, message: Message, reading: Reading, error: BaseException) -> Failure:
-        if reading.key is None and not message.message_id:
-            # nothing to know it by: never the same as another, or one of the two would be lost on requeue
-            message = replace(message, message_id=f"anonymous-{uuid4().hex}")
-        return Failure(self.group, self.plan.name, reading.key, reading.fingerprint, message, error)
-
-    def _cut_by_this_one(self, problem: Exception) -> bool:
-        """Say whether the server cut the connection and yet answers: MySQL does so to a body that is too large for it.
-
-        Taken for an outage, one such message would stop the whole worker again and again, for ever.
-        """
-        if not getattr(problem, "connection_invalidated", False):
-            return False
-        session, _ = self._open()
-        try:
-            session.execute(text("SELECT 1"))
-        except Exception:  # whatever it says: away
-            return False
-        else:
-            return True
-        finally:
-            let_go(session)
-
-    def _away(self, error: BaseException | None) -> Told:
-        now = monotonic()
-        store = getattr(error, "store", None) or self.store.name
-        if now >= self._tell_away_at:  # an outage strikes every message; a loop that is not ours says nothing of it
-            self._tell_away_at = now + _TELL_AGAIN_S
-            _log.warning("store_away store=%s error=%s", store, escaped(str(error), 300))
-        return Told(Outcome.WAITING, Hold(store))
 
 
 def _check_session(plan: Plan, store: Store) -> None:
@@ -453,13 +304,3 @@ def _check_session(plan: Plan, store: Store) -> None:
             f" Give exactly_once {maker}(engine, class_={wanted.__name__}), or write"
             f" `session: {'AsyncSession' if plan.is_async else 'Session'}`."
         )
-
-
-def _told(decision: Decision) -> str:
-    match decision:
-        case Park(state):
-            return state
-        case ByPump(delay):
-            return f"pump+{delay.total_seconds():g}s"
-        case ByBroker(delay):
-            return f"broker+{delay.total_seconds():g}s"

@@ -8,7 +8,7 @@ either; then all run alone at once, and the worker makes the next groups smaller
 alone from the start.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Final
@@ -31,7 +31,7 @@ from exactly_once.policy import Park
 from exactly_once.transport import Features
 from exactly_once.verdict import Hold
 
-__all__ = ["GroupDelivering", "GroupTold"]
+__all__ = ["GroupDelivering", "GroupTold", "Member"]
 
 _WAITS_S: Final = 2.0
 """The longest a group waits for keys that other runs hold; those messages that would wait again are asked for later."""
@@ -53,7 +53,9 @@ class GroupTold:
 
 
 @dataclass(slots=True, eq=False)
-class _Member:
+class Member:
+    """One delivery of a group, read."""
+
     message: Message
     features: Features
     reading: Reading
@@ -75,6 +77,7 @@ class _Run:
 
     leave: Callable[[BaseException], None]
     """Given what a handler raised that is no `Exception`: raises it on, if the loop ends."""
+    meanwhile: Iterable[object]
     held: Told | None = None
     """The store does not answer: what is left is told this."""
     deadlocked: bool = False
@@ -86,34 +89,38 @@ class GroupDelivering(Delivering):
     """One handler with `batch=` on one database. See `Delivering`."""
 
     def run_group(
-        self, given: Sequence[tuple[Message, Features]], *, leave: Callable[[BaseException], None] = stay
+        self,
+        members: Sequence[Member],
+        *,
+        leave: Callable[[BaseException], None] = stay,
+        meanwhile: Iterable[object] = (),
     ) -> GroupTold:
         """Tell the story of several deliveries; blocks (in a greenlet: awaits) until all have an end.
 
         Args:
-            given: Each message, and what the source of its delivery can do. None comes from the failure store.
+            members: What `member` made of each. None comes from the failure store.
             leave: Given what a handler raised that is no `Exception` (cancellation and the like); raises it on if all is to
                 end. Else it is the fault of one message, and the others go on.
+            meanwhile: Work to do while the server answers the claim, a step for each element; it may be left undone.
 
         Raises:
             ConfigurationError: The database is set up so that no claim can be trusted.
         """
-        members = [self._member(message, features) for message, features in given]
-        together: dict[str, _Member] = {}
-        alone: list[_Member] = []
-        repeats: list[tuple[_Member, _Member]] = []
+        together: dict[str, Member] = {}
+        alone: list[Member] = []
+        repeats: list[tuple[Member, Member]] = []
         blocking = self._blocking(members)
         for member in members:
             row, message = member.row, member.message
             waits = blocking and message.ordering_key is not None
             # what came before may be what failed, or killed the process: its company would pay for it again
-            if row is None or waits or self._came_before(message, row):
+            if row is None or waits or self.recording.came_before(message, row.key):
                 alone.append(member)
             elif row.key in together:
                 repeats.append((member, together[row.key]))
             else:
                 together[row.key] = member
-        run = _Run(leave)
+        run = _Run(leave, meanwhile)
         self._together(list(together.values()), run)
         for member in alone:
             self._alone(member, run)
@@ -125,12 +132,18 @@ class GroupDelivering(Delivering):
                 self._alone(member, run)
         return GroupTold([member.told for member in members if member.told is not None], run.deadlocked)
 
-    def _member(self, message: Message, features: Features) -> _Member:
+    def member(self, message: Message, features: Features) -> Member:
+        """Read a message.
+
+        Args:
+            message: The message.
+            features: What the source of its delivery can do.
+        """
         reading = self.plan.read(message)
         readable = reading.key is not None and reading.error is None
-        return _Member(message, features, reading, self.row(message, reading) if readable else None)
+        return Member(message, features, reading, self.row(message, reading) if readable else None)
 
-    def _blocking(self, members: Sequence[_Member]) -> bool:
+    def _blocking(self, members: Sequence[Member]) -> bool:
         """Whether messages of some ordering key must wait behind an older one; then those with such a key ask one by one."""
         if not self.plan.ordered or all(member.message.ordering_key is None for member in members):
             return False
@@ -144,7 +157,7 @@ class GroupDelivering(Delivering):
         finally:
             let_go(session)
 
-    def _alone(self, member: _Member, run: _Run) -> None:
+    def _alone(self, member: Member, run: _Run) -> None:
         """Run a single message. Where the store was found not to answer, or much was waited for, not each asks again."""
         if run.held is not None:
             member.told = run.held
@@ -167,7 +180,7 @@ class GroupDelivering(Delivering):
         if told.outcome is Outcome.IN_PROGRESS:
             run.waited_s += monotonic() - began
 
-    def _together(self, members: Sequence[_Member], run: _Run) -> None:
+    def _together(self, members: Sequence[Member], run: _Run) -> None:
         """Run them in one transaction, or in smaller ones."""
         if len(members) < 2 or run.held is not None:
             for member in members:
@@ -187,7 +200,7 @@ class GroupDelivering(Delivering):
                     self._if_free(member, run)
             case how:
                 if how is How.AWAY:
-                    run.held = self._away(ended.error)
+                    run.held = self.recording.away(ended.error)
                 run.deadlocked = run.deadlocked or self._thrown_away(ended)
                 for member in members:
                     self._alone(member, run)
@@ -199,7 +212,7 @@ class GroupDelivering(Delivering):
             ended.how is How.TRANSIENT and error is not None and self.store.dialect.trouble(error) is Trouble.TRANSIENT
         )
 
-    def _if_free(self, member: _Member, run: _Run) -> None:
+    def _if_free(self, member: Member, run: _Run) -> None:
         """Run one of those of which some are held by other runs, and do not wait for it as a message alone would."""
         if run.held is not None:
             self._alone(member, run)
@@ -214,10 +227,10 @@ class GroupDelivering(Delivering):
             case _:
                 self._alone(member, run)
 
-    def _in_progress(self, member: _Member) -> Told:
-        return self._wait(Outcome.IN_PROGRESS, member.message, member.reading, member.features, False)
+    def _in_progress(self, member: Member) -> Told:
+        return self.recording.wait(Outcome.IN_PROGRESS, member.message, member.reading, member.features, False)
 
-    def _attempt(self, members: Sequence[_Member], run: _Run) -> GroupEnded:
+    def _attempt(self, members: Sequence[Member], run: _Run) -> GroupEnded:
         rows = sorted((member.row for member in members if member.row is not None), key=lambda row: row.key)
         guard = self._guard
         assert isinstance(guard, TransactionGuard)
@@ -239,7 +252,9 @@ class GroupDelivering(Delivering):
 
         began = monotonic()
         patient = not run.waited_s
-        tried = attempt_group(self._open, guard, self.store.dialect, rows, handle, patient=patient)
+        tried = attempt_group(
+            self._open, guard, self.store.dialect, rows, handle, patient=patient, meanwhile=run.meanwhile
+        )
         if tried.ended.how is How.IN_PROGRESS:
             run.waited_s += monotonic() - began
         return tried
@@ -260,7 +275,7 @@ class GroupDelivering(Delivering):
         result: Any = plan.call_with_lists(handed, ordered)
         check_result(await_only(result) if plan.is_async else result)
 
-    def _settle(self, members: Sequence[_Member], tried: GroupEnded, run: _Run) -> None:
+    def _settle(self, members: Sequence[Member], tried: GroupEnded, run: _Run) -> None:
         """Say of each what the group's end means for it."""
         ended, others = tried.ended, tried.others
         ours = None if ended.how in (How.BROKEN, How.UNKNOWN) else PROCESSED
@@ -274,11 +289,11 @@ class GroupDelivering(Delivering):
             else:
                 self._alone(member, run)
 
-    def _told_of(self, member: _Member, how: How, error: BaseException | None) -> Told:
+    def _told_of(self, member: Member, how: How, error: BaseException | None) -> Told:
         """The claim of each stands, or may: what became of its effects nobody knows (BROKEN), or the server will say."""
         message, reading, features = member.message, member.reading, member.features
         if how is How.UNKNOWN:
-            return self._wait(Outcome.UNKNOWN, message, reading, features, False)
+            return self.recording.wait(Outcome.UNKNOWN, message, reading, features, False)
         assert error is not None
         reason = f"in a group of messages, one of which did this: {error}"
-        return self._record(message, reading, error, lambda attempts: Park("broken", reason))
+        return self.recording.record(message, reading, error, lambda attempts: Park("broken", reason))

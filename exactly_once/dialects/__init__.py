@@ -7,7 +7,7 @@ the adapted driver connection awaits by itself.
 Errors are told apart by SQLSTATE or errno, never by their text: servers speak other languages.
 """
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
@@ -160,7 +160,13 @@ class GroupClaims(Protocol):
     """Claims of a whole group of messages on one database server."""
 
     def claim(
-        self, dbapi: Any, info: MutableMapping[Any, Any], rows: Sequence[ClaimRow], *, wait_ms: int
+        self,
+        dbapi: Any,
+        info: MutableMapping[Any, Any],
+        rows: Sequence[ClaimRow],
+        *,
+        wait_ms: int,
+        meanwhile: Iterable[object] = (),
     ) -> Mapping[str, Known | None]:
         """Insert `rows`, first thing in a transaction that this begins; what stood there already is left as it is.
 
@@ -170,6 +176,8 @@ class GroupClaims(Protocol):
             rows: Of one group, handler and owner, each key once, sorted by key; at least one.
             wait_ms: The longest to wait for another run of any of these keys; 0: not at all. MySQL
                 waits as long as its session says.
+            meanwhile: Work to do while the server answers, a step for each element; what is left when it has answered, or
+                where the driver does not let go of the thread, is not done.
 
         Returns:
             The keys that are not ours, with what stands there (None: it is gone again). Empty: all are ours. If none is,

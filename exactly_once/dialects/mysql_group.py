@@ -7,7 +7,7 @@ stay locked until the group's transaction ends. Called by the transaction guard.
 """
 
 import secrets
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from datetime import UTC
 from typing import Any, Final
 
@@ -39,7 +39,13 @@ class Claims:
         self._claim, self._known = CLAIM.replace("{table}", dialect.table), KNOWN.replace("{table}", dialect.table)
 
     def claim(
-        self, dbapi: Any, info: MutableMapping[Any, Any], rows: Sequence[ClaimRow], *, wait_ms: int
+        self,
+        dbapi: Any,
+        info: MutableMapping[Any, Any],
+        rows: Sequence[ClaimRow],
+        *,
+        wait_ms: int,
+        meanwhile: Iterable[object] = (),
     ) -> Mapping[str, Known | None]:
         """See `GroupClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
         # in whole seconds; where the session alone can be bound, its bound holds here too

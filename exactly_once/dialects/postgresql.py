@@ -11,9 +11,10 @@ measured nearly three times as long. A simple string leaves no prepared statemen
 An aborted transaction answers ROLLBACK to COMMIT without an error: only the driver's transaction status tells.
 """
 
-from collections.abc import Generator, MutableMapping
+from collections.abc import Generator, Iterable, MutableMapping
 from dataclasses import dataclass
 from hashlib import sha256
+from selectors import EVENT_READ, DefaultSelector
 from typing import Any, Final
 
 import psycopg
@@ -306,12 +307,24 @@ def _refuse_autocommit(driver: Any) -> None:
         )
 
 
-def send(driver: Any, text: bytes) -> list[Any]:
-    """Send one simple-query string and return a result for each of its statements; one round trip."""
+def send(driver: Any, text: bytes, meanwhile: Iterable[object] = ()) -> list[Any]:
+    """Send one simple-query string and return a result for each of its statements; one round trip.
+
+    Args:
+        driver: psycopg's connection.
+        text: The statements.
+        meanwhile: Work that fits into the server's time: a step for each element, until the answer begins to come.
+    """
 
     def talk() -> Generator[Any, Any, list[Any]]:
         pgconn = driver.pgconn
         pgconn.send_query(text)
+        if meanwhile and not pgconn.flush():  # all of it is on its way
+            with DefaultSelector() as look:
+                look.register(pgconn.socket, EVENT_READ)
+                for _ in meanwhile:
+                    if look.select(0):
+                        break
         answers: list[Any] = yield from generators.execute(pgconn)
         return answers
 

@@ -42,7 +42,13 @@ class Claims:
         self._known = template(KNOWN.replace("{table}", dialect.table), ("group", "handler", "keys"))
 
     def claim(
-        self, dbapi: Any, info: MutableMapping[Any, Any], rows: Sequence[ClaimRow], *, wait_ms: int
+        self,
+        dbapi: Any,
+        info: MutableMapping[Any, Any],
+        rows: Sequence[ClaimRow],
+        *,
+        wait_ms: int,
+        meanwhile: Iterable[object] = (),
     ) -> Mapping[str, Known | None]:
         """See `GroupClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
         driver = driver_of(dbapi)
@@ -56,15 +62,15 @@ class Claims:
             group,
             handler,
             quote(first.owner.encode()),
-            quote(_array(row.key for row in rows)),
-            quote(_array(row.message_id for row in rows)),
+            quote(_array([row.key for row in rows])),
+            quote(_array([row.message_id for row in rows])),
             quote(b"{%s}" % ",".join([row.fingerprint.hex() or '""' for row in rows]).encode()),
             quote(b"{%s}" % ",".join([str(row.attempt - 1) for row in rows]).encode()),
-            quote(_array(None if row.born_at is None else row.born_at.isoformat() for row in rows)),
+            quote(_array([None if row.born_at is None else row.born_at.isoformat() for row in rows])),
         )
         try:
             bound_ms = max(1, wait_ms)  # 0 would be for ever
-            results = send(driver, opening(driver, seen) + bounded(self._claim % values, seen, bound_ms))
+            results = send(driver, opening(driver, seen) + bounded(self._claim % values, seen, bound_ms), meanwhile)
         except errors.Error as error:
             if error.sqlstate not in BUSY:
                 raise
@@ -85,8 +91,12 @@ class Claims:
         return standing
 
 
-def _array(values: Iterable[str | None]) -> bytes:
+def _array(values: Sequence[str | None]) -> bytes:
     """Write an array as PostgreSQL reads it: each element quoted, with backslashes before quotes and backslashes."""
+    texts = [each for each in values if each is not None]
+    together = '","'.join(texts)
+    if len(texts) == len(values) and "\\" not in together and together.count('"') == 2 * (len(texts) - 1):
+        return b'{"%s"}' % together.encode()  # the usual case: nothing to escape, at a tenth of the cost
     quoted = ["NULL" if each is None else f'"{_escaped(each)}"' for each in values]
     return b"{%s}" % ",".join(quoted).encode()
 

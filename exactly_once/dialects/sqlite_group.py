@@ -3,7 +3,7 @@
 Called by the transaction guard.
 """
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from exactly_once.dialects import ClaimRow, Dialect, Known
@@ -18,7 +18,13 @@ class Claims:
         self._dialect = dialect
 
     def claim(
-        self, dbapi: Any, info: MutableMapping[Any, Any], rows: Sequence[ClaimRow], *, wait_ms: int
+        self,
+        dbapi: Any,
+        info: MutableMapping[Any, Any],
+        rows: Sequence[ClaimRow],
+        *,
+        wait_ms: int,
+        meanwhile: Iterable[object] = (),
     ) -> Mapping[str, Known | None]:
         """See `GroupClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
         one = self._dialect

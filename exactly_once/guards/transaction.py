@@ -4,7 +4,7 @@ It is visible only if that transaction commits, so effects and claim stand or fa
 leaves neither. A concurrent duplicate waits for the winner's end, at most `claim_wait`.
 """
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -80,7 +80,9 @@ class TransactionGuard:
         begin(session, watch)
         return Won(watch)
 
-    def claim_group(self, session: Session, rows: Sequence[ClaimRow], *, patient: bool = True) -> "GroupClaim | None":
+    def claim_group(
+        self, session: Session, rows: Sequence[ClaimRow], *, patient: bool = True, meanwhile: Iterable[object] = ()
+    ) -> "GroupClaim | None":
         """Take the keys of a whole group before user code runs; what is not ours is told by its key.
 
         After a claim with winners the session is in the transaction the handler will use; else in none.
@@ -89,6 +91,7 @@ class TransactionGuard:
             session: In no transaction.
             rows: Of one handler, each key once, sorted by key; at least one.
             patient: Wait a moment for another run that holds one of the keys.
+            meanwhile: Work to do while the server answers, a step for each element.
 
         Returns:
             None if another run holds one of the keys, and nobody says which.
@@ -100,7 +103,7 @@ class TransactionGuard:
         try:
             # a short bound, or one key in progress would hold all the others
             wait_ms = min(self._wait_ms, _GROUP_WAIT_MS) if patient else 0
-            standing_by_key = self._groups.claim(dbapi, info, rows, wait_ms=wait_ms)
+            standing_by_key = self._groups.claim(dbapi, info, rows, wait_ms=wait_ms, meanwhile=meanwhile)
         except ClaimBusy:
             return None
         except Exception as error:

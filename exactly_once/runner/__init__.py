@@ -241,7 +241,7 @@ class Runner:
         began = monotonic()
         leave = self._leave if grouping.handler.plan.is_async else stay
         try:
-            found = grouping.handler.run_group([(one.message, one.features) for one in group], leave=leave)
+            found = grouping.handler.run_group(grouping.members(group), leave=leave, meanwhile=grouping.read_ahead())
             grouping.size.ended(len(group), timedelta(seconds=monotonic() - began), deadlocked=found.deadlocked)
             for one, told in zip(group, found.told, strict=True):
                 if isinstance(told, BaseException):

@@ -6,12 +6,15 @@ The `runner` takes the groups.
 """
 
 from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from itertools import islice
 from threading import Lock
 from time import monotonic
-from typing import Final, NamedTuple
+from typing import Final
 
-from exactly_once.delivery.group import GroupDelivering
+from exactly_once.delivery.group import GroupDelivering, Member
 from exactly_once.message import Message
 from exactly_once.runner.pending import Pending
 from exactly_once.transport import Features
@@ -30,15 +33,19 @@ FIRST_CALM: Final = 128
 """How many groups without a deadlock there must be before they grow: behind the first one."""
 MOST_CALM: Final = 4096
 _GROWTH: Final = 1.1
+_STEP: Final = 8
+"""Messages read in between two looks for the server's answer."""
 
 
-class Waiting(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Waiting:
     """A delivery that waits for its group."""
 
     message: Message
     features: Features
     future: Pending
     since: float
+    read: Member | None = None
 
 
 class GroupSize:
@@ -136,3 +143,21 @@ class Grouping:
                     group.append(one)
             self._taking = bool(group)
         return group
+
+    def members(self, group: Sequence[Waiting]) -> list[Member]:
+        """Return a group as its handler takes it, each message read."""
+        read = self.handler.member
+        return [one.read or read(one.message, one.features) for one in group]
+
+    def read_ahead(self) -> Iterator[None]:
+        """Read what the next group will be made of, a few messages at a step; for the time that the server is busy."""
+        with self._lock:
+            coming = list(islice(self._waiting, self.size.now))
+        for place, one in enumerate(coming, 1):
+            if one.read is None:
+                try:
+                    one.read = self.handler.member(one.message, one.features)
+                except BaseException:
+                    return
+            if not place % _STEP:
+                yield

@@ -57,7 +57,7 @@ def contend(shop: Shop) -> None:
                 newest = max(offered, default=0)
                 numbers = [draw.randrange(max(0, newest - 30), newest + 20) for _ in range(20)]
                 offered.update(numbers)
-                told = groups.run_group([(order(number), FEATURES) for number in numbers])
+                told = groups.run_group([groups.member(order(number), FEATURES) for number in numbers])
                 outcomes.update(each.outcome for each in told.told)
                 deadlocks.append(told.deadlocked)
         except BaseException as error:

@@ -47,7 +47,7 @@ def told(shop: Shop, messages: Sequence[Message], features: Features = FEATURES)
     """Run these as one group."""
     (handler,) = shop.eo._router.matching(messages[0])
     assert isinstance(handler, GroupDelivering)
-    given = [(message, features) for message in messages]
+    given = [handler.member(message, features) for message in messages]
     if shop.is_async:
         found: GroupTold = shop.await_(greenlet_spawn(handler.run_group, given))
         return found

@@ -1,0 +1,218 @@
+"""What is said and written down of a delivery that did not succeed: failures, waits, and stores that do not answer.
+
+The decisions are `policy`'s, from values; the effect is a row of the failure store, in a transaction of its own. Where that
+cannot be written, nothing is acknowledged and the message comes again.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from time import monotonic
+from typing import Any, Final
+from uuid import uuid4
+
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from exactly_once.alert import Alert, Hook, sound
+from exactly_once.dialects import Trouble
+from exactly_once.errors import Reject
+from exactly_once.failures import Failure, place_of, words_of
+from exactly_once.guards.watch import let_go
+from exactly_once.handler import Plan, Reading
+from exactly_once.message import Message
+from exactly_once.outcome import Outcome
+from exactly_once.policy import ByBroker, ByPump, Decision, Park, decide, wait_delay
+from exactly_once.store import Store
+from exactly_once.transport import Features
+from exactly_once.verdict import Ack, Hold, Keep, Redeliver, Said
+from exactly_once.wording import escaped
+
+__all__ = ["DUPLICATE", "PROCESSED", "UNRECORDED", "Recording", "Told"]
+
+_RECORD_TRIES: Final = (False, False, False, True)
+UNRECORDED: Final = timedelta(seconds=5)  # neither run nor stored: not in a tight circle
+# keys that failed in this process, for loops that do not count deliveries; one forgotten leaves its row to the sweep
+_REMEMBERED: Final = 10_000
+_LOOK_AGAIN: Final = timedelta(seconds=0.5)
+_LOOK_LONGEST: Final = timedelta(seconds=5)
+_TELL_AGAIN_S: Final = 10.0
+
+_log = logging.getLogger("exactly_once.failures")
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What became of a delivery for one handler, and what the worker is to do."""
+
+    outcome: Outcome
+    verdict: Said
+
+
+_ACK: Final = Ack()
+PROCESSED: Final = Told(Outcome.PROCESSED, _ACK)
+DUPLICATE: Final = Told(Outcome.DUPLICATE, _ACK)
+_DEAD: Final = Told(Outcome.DEAD, _ACK)
+
+
+class Recording:
+    """Writes down what failed of one handler on one database, and says what the worker is to do.
+
+    Args:
+        plan: The handler.
+        store: The database.
+        group: The consumer group.
+        open_session: Makes a session.
+        alert: The application's hook for messages that are kept for a person.
+    """
+
+    def __init__(
+        self, plan: Plan, store: Store, group: str, open_session: Callable[[], tuple[Session, Any]], alert: Hook | None
+    ) -> None:
+        self._handler, self._retry = plan.name, plan.retry
+        self._store, self._group, self._open, self._alert = store, group, open_session, alert
+        self._seen: dict[str, None] = {}
+        self._tell_away_at = 0.0
+
+    def came_before(self, message: Message, key: str) -> bool:
+        """Only a message that came before can have a failure row to close; others do not pay a statement for it."""
+        return message.attempt > 1 or key in self._seen
+
+    def succeeded(self, key: str) -> None:
+        """Forget that it failed in this process."""
+        self._seen.pop(key, None)
+
+    def wait(
+        self,
+        outcome: Outcome,
+        message: Message,
+        reading: Reading,
+        features: Features,
+        foreign: bool,
+        remaining: timedelta | None = None,
+    ) -> Told:
+        """Not failed, only not now: asked again later, uncounted; near the broker's limit kept in the failure store."""
+        decision = wait_delay(
+            outcome, features=features, delivery_attempt=message.attempt, remaining=remaining, foreign=foreign
+        )
+        if isinstance(decision, ByBroker):
+            then = Redeliver(decision.delay)
+            # under a lease the other run may end at any moment: looked at for a while, at no cost to the broker's attempts
+            return Told(outcome, then if remaining is None or foreign else Keep(_LOOK_AGAIN, _LOOK_LONGEST, then))
+        error = Reject(f"{outcome.value}: not run yet, and the broker would not bring it again")
+        return self.record(message, reading, error, lambda attempts: decision, counted=False, outcome=outcome)
+
+    def failed(
+        self, message: Message, reading: Reading, error: BaseException, features: Features, foreign: bool
+    ) -> Told:
+        """It failed, and counts: tried again as the handler's policy says, or kept for a person."""
+        retry = self._retry
+
+        def by_policy(attempts: int) -> Decision:
+            return decide(
+                error,
+                attempts=attempts,
+                retry=retry,
+                features=features,
+                delivery_attempt=message.attempt,
+                foreign=foreign,
+            )
+
+        return self.record(message, reading, error, by_policy)
+
+    def record(
+        self,
+        message: Message,
+        reading: Reading,
+        error: BaseException,
+        decision_of: Callable[[int], Decision],
+        *,
+        counted: bool = True,
+        outcome: Outcome = Outcome.FAILED,
+    ) -> Told:
+        """Write it down in a new transaction; if that fails, nothing is acknowledged and the message comes again."""
+        failure = replace(self.failure(message, reading, error), counted=counted)
+        for last in _RECORD_TRIES:
+            session, _ = self._open()
+            try:
+                decision, attempts = self._store.failures.record(session, failure, decision_of)
+                break
+            except Exception as problem:
+                match self._store.dialect.trouble(problem):
+                    case Trouble.UNAVAILABLE if not self._cut_by_this_one(problem):
+                        return self.away(problem)
+                    case Trouble.TRANSIENT | Trouble.UNAVAILABLE if not last:
+                        continue
+                _log.exception("failure_not_recorded handler=%s key=%s", self._handler, escaped(failure.failure_key))
+                return Told(outcome, Redeliver(UNRECORDED))
+            finally:
+                let_go(session)
+        _log.log(
+            logging.WARNING if counted else logging.INFO,
+            "message_failed handler=%s key=%s attempts=%d next=%s error=%s: %s%s",
+            self._handler,
+            escaped(failure.failure_key[2:], 120),
+            attempts,
+            _told(decision),
+            type(error).__name__,
+            escaped(words_of(error), 300),
+            place_of(error),
+        )
+        match decision:
+            case Park(state, reason):
+                if state != "discarded":
+                    known_by = failure.key or failure.message.message_id or ""
+                    sound(self._alert, Alert("parked", self._group, self._handler, known_by, reason))
+                return _DEAD
+            case ByPump():
+                return Told(outcome, _ACK)  # stored with its time: the pump owns the next try, the broker is done
+            case ByBroker(delay):
+                if failure.key is not None:
+                    if len(self._seen) >= _REMEMBERED:
+                        self._seen.clear()
+                    self._seen[failure.key] = None
+                return Told(outcome, Redeliver(delay))
+
+    def failure(self, message: Message, reading: Reading, error: BaseException) -> Failure:
+        """What is written of a message that is not finished."""
+        if reading.key is None and not message.message_id:
+            # nothing to know it by: never the same as another, or one of the two would be lost on requeue
+            message = replace(message, message_id=f"anonymous-{uuid4().hex}")
+        return Failure(self._group, self._handler, reading.key, reading.fingerprint, message, error)
+
+    def _cut_by_this_one(self, problem: Exception) -> bool:
+        """Say whether the server cut the connection and yet answers: MySQL does so to a body that is too large for it.
+
+        Taken for an outage, one such message would stop the whole worker again and again, for ever.
+        """
+        if not getattr(problem, "connection_invalidated", False):
+            return False
+        session, _ = self._open()
+        try:
+            session.execute(text("SELECT 1"))
+        except Exception:  # whatever it says: away
+            return False
+        else:
+            return True
+        finally:
+            let_go(session)
+
+    def away(self, error: BaseException | None) -> Told:
+        """The store does not answer: the delivery is held; said in the log once in a while, not for each message."""
+        now = monotonic()
+        store = getattr(error, "store", None) or self._store.name
+        if now >= self._tell_away_at:
+            self._tell_away_at = now + _TELL_AGAIN_S
+            _log.warning("store_away store=%s error=%s", store, escaped(str(error), 300))
+        return Told(Outcome.WAITING, Hold(store))
+
+
+def _told(decision: Decision) -> str:
+    match decision:
+        case Park(state):
+            return state
+        case ByPump(delay):
+            return f"pump+{delay.total_seconds():g}s"
+        case ByBroker(delay):
+            return f"broker+{delay.total_seconds():g}s"
