@@ -1,0 +1,101 @@
+"""The next group is read while the server answers the claim of this one; nothing of that reaches this one's messages."""
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from sqlalchemy import insert
+from sqlalchemy.orm import Session
+from sqlalchemy.util import greenlet_spawn
+
+from exactly_once import Message, Outcome
+from exactly_once.delivery.group import GroupDelivering, GroupTold
+from exactly_once.runner.grouping import Grouping
+from exactly_once.runner.pending import Pending
+from tests.integration.shop import GROUP, Shop, order, put, shops
+from tests.integration.test_groups import FEATURES, handles
+
+P = Outcome.PROCESSED
+
+
+class Groups:
+    """Groups of two, as a worker takes them, and what happened in which order."""
+
+    def __init__(self, shop: Shop, *, exits_at: int | None = None) -> None:
+        self._shop, self._exits_at = shop, exits_at
+        self.story: list[str] = []
+        handles(shop, self._effect, key=self._key, batch=2)
+        (handler,) = shop.eo._router.matching(order(1))
+        assert isinstance(handler, GroupDelivering)
+        self.grouping = Grouping(handler)
+
+    def _key(self, message: Message) -> str:
+        number = json.loads(message.body or b"")["no"]
+        self.story.append(f"read {number}")
+        if number == self._exits_at:
+            self._exits_at = None
+            raise SystemExit
+        return str(number)
+
+    def _effect(self, session: Session, number: object) -> None:
+        self.story.append(f"call {number}")
+        put(session, str(number))
+
+    def add(self, *numbers: int) -> None:
+        for number in numbers:
+            self.grouping.add(order(number), FEATURES, Pending())
+
+    def run(self) -> list[Outcome]:
+        """Take a group and run it, with the next one behind it."""
+        group = self.grouping.take()
+
+        def run() -> GroupTold:
+            members = self.grouping.members(group)
+            return self.grouping.handler.run_group(members, meanwhile=self.grouping.read_ahead())
+
+        found: Any = self._shop.await_(greenlet_spawn(run)) if self._shop.is_async else run()
+        return [each.outcome for each in found.told]
+
+
+def test_the_next_group_is_read_before_this_one_is_called_where_the_driver_lets_go(shop: Shop) -> None:
+    groups = Groups(shop)
+    groups.add(1, 2, 3, 4)
+    assert groups.run() == [P, P]
+    assert groups.run() == [P, P]
+    reads, calls = ["read 1", "read 2"], ["call 1", "call 2"]
+    later, last = ["read 3", "read 4"], ["call 3", "call 4"]
+    overlaps = shop.url.startswith("postgresql")
+    assert groups.story == (reads + later + calls + last if overlaps else reads + calls + later + last)
+    shop.assert_kept("1", "2", "3", "4", claims=["1", "2", "3", "4"])
+
+
+def test_a_key_function_that_exits_while_it_is_asked_ahead_costs_its_own_group_alone(shop: Shop) -> None:
+    groups = Groups(shop, exits_at=3)
+    groups.add(1, 2, 3, 4)
+    overlaps = shop.url.startswith("postgresql")
+    assert groups.run() == [P, P]
+    if not overlaps:  # it is asked first when its own group is made: the worker has all of that group brought again
+        with pytest.raises(SystemExit):
+            groups.run()
+        groups.add(3, 4)
+    assert groups.run() == [P, P]
+    shop.assert_kept("1", "2", "3", "4", claims=["1", "2", "3", "4"])
+
+
+def test_a_claim_that_finds_a_key_held_reads_ahead_all_the_same(request: pytest.FixtureRequest) -> None:
+    for shop in shops(request, "postgres", "sync"):
+        groups = Groups(shop)
+        groups.add(1, 2, 3, 4)
+        with shop.outside.begin() as other:
+            values = {"consumer_group": GROUP, "handler": "handler", "business_key": "2", "status": 1}
+            other.execute(
+                insert(shop.tables.idempotent).values(
+                    **values, fingerprint=b"", retry_times=0, created_at=datetime.now(UTC)
+                )
+            )
+            assert groups.run() == [P, Outcome.IN_PROGRESS]
+            other.rollback()
+        assert groups.run() == [P, P]
+        assert groups.story.count("read 3") == groups.story.count("read 4") == 1
+        shop.assert_kept("1", "3", "4", claims=["1", "3", "4"])
