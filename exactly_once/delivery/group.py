@@ -139,7 +139,12 @@ class GroupDelivering(Delivering):
             message: The message.
             features: What the source of its delivery can do.
         """
-        reading = self.plan.read(message)
+        try:
+            reading = self.plan.read(message)
+        except Exception:
+            raise
+        except BaseException:
+            reading = Reading(None, b"", None, None)
         readable = reading.key is not None and reading.error is None
         return Member(message, features, reading, self.row(message, reading) if readable else None)
 

@@ -12,6 +12,7 @@ An aborted transaction answers ROLLBACK to COMMIT without an error: only the dri
 """
 
 from collections.abc import Generator, Iterable, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from selectors import EVENT_READ, DefaultSelector
@@ -320,7 +321,8 @@ def send(driver: Any, text: bytes, meanwhile: Iterable[object] = ()) -> list[Any
         pgconn = driver.pgconn
         pgconn.send_query(text)
         if meanwhile and not pgconn.flush():  # all of it is on its way
-            with DefaultSelector() as look:
+            # no descriptor left to look with: the answer is waited for all the same
+            with suppress(OSError), DefaultSelector() as look:
                 look.register(pgconn.socket, EVENT_READ)
                 for _ in meanwhile:
                     if look.select(0):

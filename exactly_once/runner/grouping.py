@@ -33,8 +33,8 @@ FIRST_CALM: Final = 128
 """How many groups without a deadlock there must be before they grow: behind the first one."""
 MOST_CALM: Final = 4096
 _GROWTH: Final = 1.1
-_STEP: Final = 8
-"""Messages read in between two looks for the server's answer."""
+_LOOK_S: Final = 0.0002
+"""So long messages are read between two looks for the server's answer; one that takes longer is read to its end."""
 
 
 @dataclass(slots=True, eq=False)
@@ -150,14 +150,15 @@ class Grouping:
         return [one.read or read(one.message, one.features) for one in group]
 
     def read_ahead(self) -> Iterator[None]:
-        """Read what the next group will be made of, a few messages at a step; for the time that the server is busy."""
+        """Read what the next group will be made of; for the time that the server is busy, which is looked at now and then."""
         with self._lock:
             coming = list(islice(self._waiting, self.size.now))
-        for place, one in enumerate(coming, 1):
+        look_at = monotonic() + _LOOK_S
+        for one in coming:
             if one.read is None:
-                try:
-                    one.read = self.handler.member(one.message, one.features)
-                except BaseException:
-                    return
-            if not place % _STEP:
+                made = self.handler.member(one.message, one.features)
+                if made.row is not None:  # an error keeps its frames alive, and so this group
+                    one.read = made
+            if monotonic() > look_at:
                 yield
+                look_at = monotonic() + _LOOK_S
