@@ -26,8 +26,8 @@ FONT: Final = "system-ui, 'Segoe UI', Helvetica, Arial, sans-serif"
 def picture(figures: Sequence[Figure], about: Mapping[str, str]) -> str:
     """Return the picture as text."""
     shown = [figure for figure in figures if figure.target is not None and figure.rounds]
-    small = [figure for figure in shown if (figure.target or 0) < MOST]
-    large = [figure for figure in shown if (figure.target or 0) >= MOST]
+    large = [figure for figure in shown if figure.least and (figure.target or 0) >= MOST]
+    small = [figure for figure in shown if figure not in large]
     parts = [
         _text(40, 44, "What it costs, as ratios of two things measured in turn", size=20, weight=600, colour=INK),
         _text(40, 68, f"{about.get('machine', '')}; PostgreSQL {about.get('postgresql', '')}, fsync on", size=13),

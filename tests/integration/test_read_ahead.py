@@ -74,7 +74,7 @@ def test_the_next_group_is_read_before_this_one_is_called_where_the_driver_lets_
     assert groups.run() == [P, P]
     reads, calls = ["read 1", "read 2"], ["call 1", "call 2"]
     later, last = ["read 3", "read 4"], ["call 3", "call 4"]
-    overlaps = shop.url.startswith("postgresql")
+    overlaps = shop.dialect == "postgres"
     assert groups.story == (reads + later + calls + last if overlaps else reads + calls + later + last)
     shop.assert_kept("1", "2", "3", "4", claims=["1", "2", "3", "4"])
 
@@ -84,7 +84,8 @@ def test_a_key_function_that_exits_while_it_is_asked_ahead_costs_nobody_anything
     groups.add(1, 2, 3, 4)
     assert groups.run() == [P, P]
     assert groups.run() == [P, P]
-    shop.assert_kept("1", "2", "4", "3", claims=["1", "2", "3", "4"])
+    later = ("3", "4") if shop.dialect == "postgres" else ("4", "3")  # asked in its own group alone, it runs alone
+    shop.assert_kept("1", "2", *later, claims=["1", "2", "3", "4"])
 
 
 def test_a_key_function_that_always_exits_costs_its_message_alone(shop: Shop) -> None:
