@@ -18,6 +18,7 @@ makes them, and the guards compare.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from json import JSONEncoder
 from json.encoder import encode_basestring_ascii
@@ -112,7 +113,7 @@ def maker(spec: FingerprintSpec = "body") -> FingerprintRule:
                 f"fingerprint={spec!r} is not known: use 'body', a list of paths ([{spec!r}]), a function, or None"
             )
         tag = _tag(b"body")
-        return FingerprintRule(tag, lambda message, parsed: _of_body(tag, message, parsed), True, ())
+        return FingerprintRule(tag, partial(_of_body, tag), True, ())
     if isinstance(spec, (list, tuple)):
         return _of_paths(spec)
     if callable(spec) and not isinstance(spec, type):
@@ -211,20 +212,26 @@ def _of_object(value: dict[str, Any]) -> bytes:
     if shape is None:
         return _of_any_object(value)
     members, checksum = shape
-    texts: list[bytes] = []
-    slots: list[int] = [checksum]
-    for name, begins in members:
-        member = value[name]
-        kind = type(member)
-        if kind is str:
-            text = (begins + encode_basestring_ascii(member)).encode("ascii")
-        elif kind is dict:
-            return _of_any_object(value)
-        else:
-            text = (begins + _value(member)).encode("ascii")
-        texts.append(text)
-        slots.append(crc32(text) & 0xFFFF)
-    return _digest(b"{" + b",".join(texts) + b"}") + _SLOTS[len(slots)](*slots)
+    quote = encode_basestring_ascii
+    try:
+        texts = [
+            (begins + (quote(member) if type(member := value[name]) is str else _flat(member))).encode()
+            for name, begins in members
+        ]
+    except _NotFlat:
+        return _of_any_object(value)
+    sketch = _SLOTS[len(texts) + 1](checksum, *[crc32(text) & 0xFFFF for text in texts])
+    return blake2b(b"{%s}" % b",".join(texts), digest_size=DIGEST_BYTES).digest() + sketch
+
+
+class _NotFlat(Exception):
+    """A member is an object."""
+
+
+def _flat(value: Any) -> str:
+    if type(value) is dict:
+        raise _NotFlat
+    return _value(value)
 
 
 def _shape(names: tuple[str, ...]) -> tuple[tuple[tuple[str, str], ...], int] | None:

@@ -78,7 +78,7 @@ def attempt_group(
         if won is None:
             return GroupEnded(_NONE_WON, others)
         watch = won.watch
-        ours = [row for row in rows if row.key not in others]
+        ours = [row for row in rows if row.key not in others] if others else rows
         call = partial(handle, session, handed, others)
         return GroupEnded(run(open_session, session, guard, dialect, ours, won, call, also=None), others)
     finally:

@@ -241,7 +241,7 @@ class GroupDelivering(Delivering):
         assert isinstance(guard, TransactionGuard)
 
         def handle(session: Session, handed: Any, others: Mapping[str, object]) -> None:
-            ours = [member for member in members if member.reading.key not in others]
+            ours = [member for member in members if member.reading.key not in others] if others else members
             given = [(member.unchanged(self.plan), member.message) for member in ours]
             try:
                 self._call_all(session, handed, given)

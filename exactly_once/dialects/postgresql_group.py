@@ -6,6 +6,7 @@ any. Called by the transaction guard.
 """
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from psycopg import errors
@@ -20,9 +21,9 @@ __all__ = ["CLAIM", "KNOWN", "Claims"]
 CLAIM: Final = (
     "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, fingerprint, retry_times, owner,"
     " born_at, created_at, consumed_at) SELECT {group}, {handler}, claimed.key, 1, claimed.message_id,"
-    " decode(claimed.fingerprint, 'hex'), claimed.retry_times, {owner}, claimed.born_at, clock_timestamp(),"
-    " clock_timestamp() FROM unnest({keys}::text[], {message_ids}::text[], {fingerprints}::text[],"
-    " {retry_times}::integer[], {born_at}::timestamptz[])"
+    " decode(claimed.fingerprint, 'hex'), claimed.retry_times, {owner}, timestamptz 'epoch' + claimed.born_at * interval '1 microsecond',"
+    " clock_timestamp(), clock_timestamp() FROM unnest({keys}::text[], {message_ids}::text[], {fingerprints}::text[],"
+    " {retry_times}::integer[], {born_at}::bigint[])"
     " AS claimed (key, message_id, fingerprint, retry_times, born_at)"
     " ON CONFLICT (consumer_group, handler, business_key) DO NOTHING RETURNING business_key"
 )
@@ -30,6 +31,8 @@ KNOWN: Final = (
     "SELECT business_key, status, encode(fingerprint, 'hex'), owner FROM {table}"
     " WHERE consumer_group = {group} AND handler = {handler} AND business_key = ANY ({keys}::text[])"
 )
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)  # what a text of the moment costs both sides is four times as much
 _VALUES: Final = ("group", "handler", "owner", "keys", "message_ids", "fingerprints", "retry_times", "born_at")
 
 
@@ -56,17 +59,17 @@ class Claims:
         if driver.pgconn.transaction_status != TransactionStatus.IDLE:
             raise ConfigurationError("The session was in a transaction before its group was claimed.")
         quote = Escaping(driver.pgconn).escape_literal
-        first = rows[0]
-        group, handler = quote(first.group.encode()), quote(first.handler.encode())
+        groups, handlers, keys, fingerprints, message_ids, attempts, owners, born, _ = zip(*rows, strict=True)
+        group, handler = quote(groups[0].encode()), quote(handlers[0].encode())
         values = (
             group,
             handler,
-            quote(first.owner.encode()),
-            quote(_array([row.key for row in rows])),
-            quote(_array([row.message_id for row in rows])),
-            quote(b"{%s}" % ",".join([row.fingerprint.hex() or '""' for row in rows]).encode()),
-            quote(b"{%s}" % ",".join([str(row.attempt - 1) for row in rows]).encode()),
-            quote(_array([None if row.born_at is None else row.born_at.isoformat() for row in rows])),
+            quote(owners[0].encode()),
+            quote(_array(keys)),
+            quote(_array(message_ids)),
+            quote(b"{%s}" % ",".join([each.hex() or '""' for each in fingerprints]).encode()),
+            quote(_numbers([attempt - 1 for attempt in attempts])),
+            quote(_numbers([None if at is None else (at - _EPOCH) // _MICROSECOND for at in born])),
         )
         try:
             bound_ms = max(1, wait_ms)  # 0 would be for ever
@@ -99,6 +102,11 @@ def _array(values: Sequence[str | None]) -> bytes:
         return b'{"%s"}' % together.encode()  # the usual case: nothing to escape, at a tenth of the cost
     quoted = ["NULL" if each is None else f'"{_escaped(each)}"' for each in values]
     return b"{%s}" % ",".join(quoted).encode()
+
+
+def _numbers(values: list[int | None] | list[int]) -> bytes:
+    """Write an array of numbers: a list's own text, between other brackets."""
+    return b"{%s}" % repr(values)[1:-1].replace("None", "NULL").encode()
 
 
 def _escaped(text: str) -> str:

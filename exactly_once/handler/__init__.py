@@ -10,7 +10,7 @@ commits, retries or logs; the function itself is kept as it was. Called by the f
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Final, Literal, NamedTuple
 
@@ -81,6 +81,12 @@ class Plan:
     fingerprint: FingerprintRule
     _parameters: Parameters
     _decoder: Decoder
+    _needs_json: bool = field(init=False)
+    """Something of a message is read from its JSON."""
+
+    def __post_init__(self) -> None:
+        readers = (self.key, self.fingerprint, self._decoder, self.batch_order)
+        object.__setattr__(self, "_needs_json", any(each is not None and each.needs_json for each in readers))
 
     @property
     def is_async(self) -> bool:
@@ -144,10 +150,7 @@ class Plan:
         Where the body is not valid but its JSON yields the key, key and fingerprint are there beside the error: the
         dead letter is then kept under its key.
         """
-        order = self.batch_order
-        needs_json = self.key.needs_json or self.fingerprint.needs_json or self._decoder.needs_json
-        needs_json = needs_json or (order is not None and order.needs_json)
-        parsed = parse_json(message.body) if needs_json else NOT_JSON
+        parsed = parse_json(message.body) if self._needs_json else NOT_JSON
         error: ExactlyOnceError | None = None
         key: str | None = None
         made, body = b"", None
@@ -170,6 +173,7 @@ class Plan:
             except Exception as failed:  # a validator of the user's model broke; the message is kept all the same
                 error = BadBody(f"reading the body failed with {type(failed).__name__}, raised by the body's own model")
                 error.__cause__ = failed
+        order = self.batch_order
         if order is None:
             return Reading(key, made, body, error)
         try:
