@@ -142,7 +142,9 @@ def path(text: str) -> Path:
         ('order', 'no')
     """
     if not text or not isinstance(text, str):
-        raise ConfigurationError(f"a key path is a dotted path into the JSON body, such as 'order.no', not {text!r}")
+        raise ConfigurationError(
+            f"a path into the JSON body is its members' names joined by dots, such as 'order.no', not {text!r}"
+        )
     steps = tuple(text.split("."))
     if not all(steps):
         raise ConfigurationError(
@@ -288,12 +290,13 @@ class KeyRule:
     """A part stands in the JSON body."""
 
 
-def extractor(key: KeySpec) -> KeyRule:
+def extractor(key: KeySpec, option: str = "key") -> KeyRule:
     """Decide how a handler's key is read.
 
     Args:
         key: One part or a list or tuple of parts: a text is a dotted path into the JSON body, the rest are what `path`,
             `tag`, `message_key`, `property` and `call` return. A plain function is taken as `call(function)`.
+        option: What it was given as, for the error.
 
     Raises:
         ConfigurationError: A part is none of these.
@@ -305,8 +308,8 @@ def extractor(key: KeySpec) -> KeyRule:
     """
     given = key if isinstance(key, (list, tuple)) else (key,)
     if not given:
-        raise ConfigurationError("key= has no parts; name at least one, such as key='order_no'")
-    parts = tuple(_part(part) for part in given)
+        raise ConfigurationError(f"{option}= has no parts; name at least one, such as {option}='order_no'")
+    parts = tuple(_part(part, option) for part in given)
     paths = [part for part in parts if isinstance(part, Path)]
     return KeyRule(
         parts,
@@ -317,18 +320,18 @@ def extractor(key: KeySpec) -> KeyRule:
     )
 
 
-def _part(given: object) -> KeyPart:
+def _part(given: object, option: str) -> KeyPart:
     if isinstance(given, str):
         return path(given)
     if isinstance(given, (Path, _Tag, _MessageKey, _Property, _Call)):
         return given
     if given in (path, tag, message_key, property, call):
         name = getattr(given, "__name__", "")
-        raise ConfigurationError(f"key= was given keys.{name} itself; call it: keys.{name}(...)")
+        raise ConfigurationError(f"{option}= was given keys.{name} itself; call it: keys.{name}(...)")
     if callable(given) and not isinstance(given, type):
         return call(given)
     raise ConfigurationError(
-        f"key= was given {given!r}; a part is a dotted path into the JSON body ('order.no'), keys.tag(), "
+        f"{option}= was given {given!r}; a part is a dotted path into the JSON body ('order.no'), keys.tag(), "
         "keys.message_key(), keys.property('name') or keys.call(function)"
     )
 

@@ -16,7 +16,7 @@ from exactly_once.dialects import ClaimRow, Dialect
 from exactly_once.errors import ConfigurationError, StoreUnavailable
 from exactly_once.guards import Conflict, Consumed, InProgress
 from exactly_once.guards.transaction import TransactionGuard
-from exactly_once.guards.watch import let_go
+from exactly_once.guards.watch import Watch, let_go
 
 __all__ = ["GroupEnded", "attempt_group"]
 
@@ -38,7 +38,7 @@ def attempt_group(
     guard: TransactionGuard,
     dialect: Dialect,
     rows: Sequence[ClaimRow],
-    handle: Callable[[Session, Any, Mapping[str, object]], object],
+    handle: Callable[[Session, Any, Mapping[str, object], Watch], object],
     *,
     patient: bool = True,
     meanwhile: Iterable[object] = (),
@@ -50,8 +50,8 @@ def attempt_group(
         guard: Decides which of them may run.
         dialect: Says what the database's errors mean.
         rows: Identity and fingerprint of each message; each key once, sorted by key.
-        handle: Calls the handler for the messages that may run: given the session, what the handler is handed of it, and
-            the keys that may not.
+        handle: Calls the handler for the messages that may run: given the session, what the handler is handed of it, the
+            keys that may not, and what watches the transaction.
         patient: Wait a moment for keys that another run holds; else not at all.
         meanwhile: Work to do while the server answers the claim, a step for each element.
 
@@ -78,8 +78,9 @@ def attempt_group(
         if won is None:
             return GroupEnded(_NONE_WON, others)
         watch = won.watch
+        assert watch is not None
         ours = [row for row in rows if row.key not in others] if others else rows
-        call = partial(handle, session, handed, others)
+        call = partial(handle, session, handed, others, watch)
         return GroupEnded(run(open_session, session, guard, dialect, ours, won, call, also=None), others)
     finally:
         if watch is not None:

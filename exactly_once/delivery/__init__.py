@@ -233,11 +233,11 @@ class Delivering:
         return retry_for(self.plan.retry, error).immediate
 
     def _call_plain(self, handed: Any, reading: Reading, message: Message, ledger: StepLedger | None) -> None:
-        check_result(self.plan.call(handed, reading, message, ledger and Steps(ledger)))
+        check_result(self.plan.call(handed, reading, message, ledger and Steps(ledger)), in_lists=self.plan.in_lists)
 
     def _call_awaited(self, handed: Any, reading: Reading, message: Message, ledger: StepLedger | None) -> None:
         result: Any = self.plan.call(handed, reading, message, ledger and AsyncSteps(ledger))
-        check_result(await_only(result))
+        check_result(await_only(result), in_lists=self.plan.in_lists)
 
     def _ledger(self, won: Won) -> StepLedger | None:
         placed, held, late = self._placed, won.held, won.late

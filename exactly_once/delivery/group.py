@@ -8,8 +8,9 @@ either; then all run alone at once, and the worker makes the next groups smaller
 alone from the start.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final
 
@@ -23,16 +24,18 @@ from exactly_once.dialects import ClaimRow, Trouble
 from exactly_once.errors import Misuse
 from exactly_once.guards import Consumed
 from exactly_once.guards.transaction import TransactionGuard
-from exactly_once.guards.watch import let_go
+from exactly_once.guards.watch import Watch, let_go
 from exactly_once.handler import Plan, Reading, check_result
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.policy import Park
 from exactly_once.transport import Features
 from exactly_once.verdict import Hold
+from exactly_once.wording import escaped
 
 __all__ = ["GroupDelivering", "GroupTold", "Member"]
 
+_log = logging.getLogger("exactly_once.delivery")
 _WAITS_S: Final = 2.0
 """The longest a group waits for keys that other runs hold; those messages that would wait again are asked for later."""
 _CUT: Final = 8  # a group larger than this is cut in two; the messages of a smaller one run alone
@@ -83,10 +86,14 @@ class _Run:
     deadlocked: bool = False
     waited_s: float = 0.0
     """So long all waited for keys that other runs hold."""
+    reached: list[Member] = field(default_factory=list)
+    """Whom the latest attempt has called the handler for, in that order."""
 
 
 class GroupDelivering(Delivering):
     """One handler with `batch=` on one database. See `Delivering`."""
+
+    _told_unordered = False
 
     def run_group(
         self,
@@ -240,11 +247,10 @@ class GroupDelivering(Delivering):
         guard = self._guard
         assert isinstance(guard, TransactionGuard)
 
-        def handle(session: Session, handed: Any, others: Mapping[str, object]) -> None:
+        def handle(session: Session, handed: Any, others: Mapping[str, object], watch: Watch) -> None:
             ours = [member for member in members if member.reading.key not in others] if others else members
-            given = [(member.unchanged(self.plan), member.message) for member in ours]
             try:
-                self._call_all(session, handed, given)
+                self._call_all(session, handed, self._in_order(ours), watch, run)
             except SystemExit as error:
                 raise Misuse(EXITED.format(code=error.code)) from error
             except Exception:
@@ -264,21 +270,44 @@ class GroupDelivering(Delivering):
             run.waited_s += monotonic() - began
         return tried
 
-    def _call_all(self, session: Session, handed: Any, ours: Sequence[tuple[Reading, Message]]) -> None:
-        ordered, plan = self.plan.in_batch_order(ours), self.plan
+    def _in_order(self, ours: Sequence[Member]) -> Sequence[Member]:
+        """Return them in the order they are handled in: that of `batch_order=`, else as the messages came."""
+        if self.plan.batch_order is None:
+            return ours
+        ordered = sorted(ours, key=lambda member: member.reading.order)
+        if not ordered[0].reading.order and not self._told_unordered:
+            self._told_unordered = True
+            _log.warning(
+                "no_batch_order handler=%s key=%s batch_order= finds nothing in this message, or raises. Such messages run in"
+                " no order, and groups may deadlock on the rows they lock; this is said once.",
+                self.plan.name,
+                escaped(ordered[0].reading.key or ""),
+            )
+        return ordered
+
+    def _call_all(self, session: Session, handed: Any, ordered: Sequence[Member], watch: Watch, run: _Run) -> None:
+        plan = self.plan
+        run.reached = reached = []
         if not plan.in_lists:
             call = self._call
-            for reading, message in ordered:
-                call(handed, reading, message, None)
+            for member in ordered:
+                reading = member.unchanged(plan)
+                reached.append(member)
+                call(handed, reading, member.message, None)
                 # before the next call, which may refresh, expire or expunge what this one has changed
                 session.flush()
+                misuse = watch.verify(session)
+                if misuse is not None:  # before the next call, which would be taken for the one that did it
+                    raise misuse
                 if session.in_nested_transaction():
                     raise Misuse(
                         "The handler left a savepoint open, and the next message's work would stand inside it."
                     )
             return
-        result: Any = plan.call_with_lists(handed, ordered)
-        check_result(await_only(result) if plan.is_async else result)
+        given = [(member.unchanged(plan), member.message) for member in ordered]
+        reached.extend(ordered)
+        result: Any = plan.call_with_lists(handed, given)
+        check_result(await_only(result) if plan.is_async else result, in_lists=True)
 
     def _settle(self, members: Sequence[Member], tried: GroupEnded, run: _Run) -> None:
         """Say of each what the group's end means for it."""
@@ -288,17 +317,29 @@ class GroupDelivering(Delivering):
             assert member.row is not None
             standing = others.get(member.row.key)
             if standing is None:
-                member.told = ours or self._told_of(member, ended.how, ended.error)
+                member.told = ours or self._told_of(member, ended, run.reached)
             elif isinstance(standing, Consumed):
                 member.told = DUPLICATE
             else:
                 self._alone(member, run)
 
-    def _told_of(self, member: Member, how: How, error: BaseException | None) -> Told:
+    def _told_of(self, member: Member, ended: Ended, reached: Sequence[Member]) -> Told:
         """The claim of each stands, or may: what became of its effects nobody knows (BROKEN), or the server will say."""
         message, reading, features = member.message, member.reading, member.features
-        if how is How.UNKNOWN:
+        if ended.how is How.UNKNOWN:
             return self.recording.wait(Outcome.UNKNOWN, message, reading, features, False)
-        assert error is not None
-        reason = f"in a group of messages, one of which did this: {error}"
-        return self.recording.record(message, reading, error, lambda attempts: Park("broken", reason))
+        assert ended.error is not None
+        error = Misuse(f"{ended.error} {self._in_company(member, reached)}").with_traceback(ended.error.__traceback__)
+        return self.recording.record(message, reading, error, lambda attempts: Park("broken", str(error)))
+
+    def _in_company(self, member: Member, reached: Sequence[Member]) -> str:
+        """Say what a message of a group that is parked as a whole has had of it: only one of them did it."""
+        if self.plan.in_lists:
+            return f"This message was one of {len(reached)} in the list."
+        found = (
+            f"at '{escaped(reached[-1].reading.key or '')}', call {len(reached)}"
+            if reached
+            else "before the first call"
+        )
+        had = "was handled" if member in reached else "was not handled, and may simply be requeued"
+        return f"It was found {found} of a group in one transaction; this message {had}."

@@ -21,10 +21,10 @@ __all__ = ["CLAIM", "KNOWN", "Claims"]
 CLAIM: Final = (
     "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, fingerprint, retry_times, owner,"
     " born_at, created_at, consumed_at) SELECT {group}, {handler}, claimed.key, 1, claimed.message_id,"
-    " decode(claimed.fingerprint, 'hex'), claimed.retry_times, {owner}, timestamptz 'epoch' + claimed.born_at * interval '1 microsecond',"
-    " clock_timestamp(), clock_timestamp() FROM unnest({keys}::text[], {message_ids}::text[], {fingerprints}::text[],"
-    " {retry_times}::integer[], {born_at}::bigint[])"
-    " AS claimed (key, message_id, fingerprint, retry_times, born_at)"
+    " decode(claimed.fingerprint, 'hex'), claimed.retry_times, {owner},"
+    " timestamptz 'epoch' + claimed.born_at * interval '1 microsecond', clock_timestamp(), clock_timestamp()"
+    " FROM unnest({keys}::text[], {message_ids}::text[], {fingerprints}::text[], {retry_times}::integer[],"
+    " {born_at}::bigint[]) AS claimed (key, message_id, fingerprint, retry_times, born_at)"
     " ON CONFLICT (consumer_group, handler, business_key) DO NOTHING RETURNING business_key"
 )
 KNOWN: Final = (

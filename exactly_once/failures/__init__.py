@@ -237,7 +237,8 @@ def place_of(error: BaseException) -> str:
     trace = error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
-        if not code.co_filename.startswith(_NOT_THE_USERS) and "site-packages" not in code.co_filename:
+        # "<...": made at run time, as SQLAlchemy makes its wrappers
+        if not code.co_filename.startswith((*_NOT_THE_USERS, "<")) and "site-packages" not in code.co_filename:
             found = f" (at {'/'.join(Path(code.co_filename).parts[-2:])}:{trace.tb_lineno} in {code.co_name})"
         trace = trace.tb_next
     return found

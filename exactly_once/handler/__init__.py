@@ -200,10 +200,6 @@ class Plan:
             return self.function(*parameters.positional(values), **named)
         return self.function(*parameters.positional(values))
 
-    def in_batch_order(self, group: Sequence[tuple[Reading, Message]]) -> Sequence[tuple[Reading, Message]]:
-        """Return a group in the order it is handled in: that of `batch_order=`, else as the messages came."""
-        return group if self.batch_order is None else sorted(group, key=lambda one: one[0].order)
-
     def explain_conflict(self, stored: bytes, message: Message, key: str) -> str:
         """Say what differs between a message and the one its key was consumed with, and which setting would accept it.
 
@@ -284,7 +280,7 @@ def plan(
             after_dead=check_after_dead(after_dead),
             concurrency=check_concurrency(concurrency),
             batch=check_batch(batch),
-            batch_order=None if batch_order is None else extractor(batch_order),
+            batch_order=None if batch_order is None else extractor(batch_order, "batch_order"),
             linger=check_linger(linger),
             in_lists=in_lists,
         )

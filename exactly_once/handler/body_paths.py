@@ -27,6 +27,7 @@ class _Open:
 
 
 OPEN: Final = _Open()
+_MANY: Final = ". Many messages in one call are an @eo.batch_handler's"
 _SCALARS: Final = (str, int, float, bytes, Decimal, date, time, timedelta, UUID, Enum, NoneType)
 _LISTS: Final = (list, tuple, set, frozenset)
 
@@ -62,7 +63,8 @@ def _nowhere(path: Path, place: int, step: str, here: list[Any], option: str) ->
     what = listed(dict.fromkeys(shown(candidate) for candidate in here if candidate is not NoneType))
     text = f"{option}={path.text!r}: the JSON of {what} has no member {step!r}"
     if not names:
-        return f"{text}, for it is no object" if place else f"{text}"
+        many = "" if place or not any(get_origin(each) is list for each in here) else _MANY
+        return f"{text}, for it is no object{many}" if place or many else text
     called = [name for name, field in names.items() if field == step]
     hint = f" In the JSON it is called {called[0]!r}." if called else probably(step, names)
     return f"{text}.{hint} It has: {listed(names)}. For anything else use keys.call(...) or a function"

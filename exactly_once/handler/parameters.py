@@ -5,11 +5,11 @@ default is the body; a parameter with a default is never filled. Nothing here ca
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
-from typing import Any, Final, get_args, get_origin
+from typing import Annotated, Any, Final, get_args, get_origin
 
 from sqlalchemy.orm import Session
 
@@ -60,7 +60,8 @@ def parameters(function: Callable[..., object], hints: Hints, *, in_lists: bool 
     places: list[int] = []
     named: list[tuple[str, int]] = []
     filled: dict[int, tuple[str, Any]] = {}
-    for parameter in _wanted(function):
+    wanted = _wanted(function)
+    for parameter in wanted:
         place, annotation = _purpose(parameter, hints, in_lists)
         if place in filled:
             raise ConfigurationError(_twice(place, filled[place][0], parameter.name))
@@ -69,6 +70,8 @@ def parameters(function: Callable[..., object], hints: Hints, *, in_lists: bool 
             named.append((parameter.name, place))
         else:
             places.append(place)
+    if _BODY not in filled and _MESSAGE not in filled:
+        _check_empty_handed(function, in_lists)
     session_type = filled[_SESSION][1] if _SESSION in filled else None
     _check_colour(is_async, session_type)
     takes_steps = _STEPS in filled
@@ -94,6 +97,22 @@ def _wanted(function: Callable[..., object]) -> list[inspect.Parameter]:
     return wanted
 
 
+def _check_empty_handed(function: Callable[..., object], in_lists: bool) -> None:
+    """Refuse what would be handed nothing of its messages, and most likely means to be: it would acknowledge them unread."""
+    for name, parameter in signature(function).parameters.items():
+        if parameter.kind in _VARIABLE:
+            stars = "*" if parameter.kind is inspect.Parameter.VAR_POSITIONAL else "**"
+            raise ConfigurationError(
+                f"`{stars}{name}` is never filled, so it would run without its message. Write one parameter for the body,"
+                f" such as `{name}: {'list[dict]' if in_lists else 'dict'}`, or for the message"
+            )
+    if in_lists:
+        raise ConfigurationError(
+            "it asks for no list, so it would run without its messages (a parameter with a default is never filled)."
+            " Write `orders: list[Order]` for the bodies, or `messages: list[Message]`"
+        )
+
+
 def _purpose(parameter: inspect.Parameter, hints: Hints, in_lists: bool) -> tuple[int, Any]:
     if parameter.annotation is inspect.Parameter.empty:
         if parameter.name in ("self", "cls"):
@@ -106,16 +125,37 @@ def _purpose(parameter: inspect.Parameter, hints: Hints, in_lists: bool) -> tupl
             "`: dict` or the body's model; or give it a default, and it is left alone"
         )
     annotation = hints.resolve(parameter.annotation)
-    listed = in_lists and get_origin(annotation) in (list, Sequence)
-    if listed:
-        (annotation,) = get_args(annotation)
-    place, kind = _place(parameter.name, annotation)
-    if in_lists and listed is (place == _SESSION):
-        wanted = "Session" if place == _SESSION else f"list[{'Message' if place == _MESSAGE else shown(annotation)}]"
+    return _listed(parameter.name, annotation) if in_lists else _place(parameter.name, annotation)
+
+
+def _listed(name: str, annotation: Any) -> tuple[int, Any]:
+    """The same for a batch handler: what is decided of bodies and messages is of the elements of their lists."""
+    listed = get_origin(annotation) in (list, Sequence)
+    place, kind = _place(name, get_args(annotation)[0] if listed else annotation)
+    if place == _STEPS:
         raise ConfigurationError(
-            f"a batch handler gets one session, and bodies and messages in lists. Write `{parameter.name}: {wanted}`"
+            f"`{name}: {kind.__name__}`: steps are of one message under a lease, and a batch handler's are in one"
+            " transaction. Take it away, or write @eo.handler(..., guard=Lease(timedelta(minutes=10)))"
+        )
+    if listed is (place == _SESSION):
+        wanted = "Session" if place == _SESSION else f"list[{'Message' if place == _MESSAGE else _element(annotation)}]"
+        raise ConfigurationError(
+            f"a batch handler gets one session, and bodies and messages in lists. Write `{name}: {wanted}`"
         )
     return place, kind
+
+
+def _element(annotation: Any) -> str:
+    """What the elements of the list should be, where a single one stands, or something else that holds several."""
+    plain, _ = without_none(annotation)
+    while get_origin(plain) is Annotated:
+        plain = get_args(plain)[0]
+    holder = get_origin(plain) or plain
+    several = isinstance(holder, type) and issubclass(holder, Iterable) and not issubclass(holder, (dict, str, bytes))
+    if not several or holder.__module__ not in ("builtins", "collections.abc"):  # a model may be iterable, too
+        return shown(plain)
+    inside = get_args(plain)
+    return shown(inside[0]) if inside else "dict"
 
 
 def _place(name: str, annotation: Any) -> tuple[int, Any]:
@@ -218,14 +258,16 @@ def _picker(places: list[int]) -> Callable[[Values], Sequence[Any]]:
     return pick
 
 
-def check_result(result: object) -> None:
-    """Refuse what a handler returned, if it shows that nothing ran.
+def check_result(result: object, *, in_lists: bool = False) -> None:
+    """Refuse what a handler returned, if it shows that nothing ran, or that it means to say of some that they failed.
 
     Args:
         result: What a plain handler returned, or what an async one gave when awaited.
+        in_lists: A batch handler returned it.
 
     Raises:
-        Misuse: It is an awaitable or a generator: the work in it has not been done, and acknowledging would lose it.
+        Misuse: It is an awaitable or a generator: the work in it has not been done, and acknowledging would lose it. Or a
+            batch handler returned anything at all: elsewhere that names the messages to bring again, here nobody reads it.
     """
     if result is None:
         return
@@ -236,4 +278,9 @@ def check_result(result: object) -> None:
             result.close()  # or Python warns of a coroutine never awaited, on top of this error
         raise Misuse(
             "the handler returned something to await, so nothing in it ran. Make it `async def` and await inside"
+        )
+    if in_lists:
+        raise Misuse(
+            f"the batch handler returned a {type(result).__name__}, which nobody reads; nothing was committed. If it names"
+            " messages that failed: raise instead, and those that are sound are handled without them. Else return nothing"
         )

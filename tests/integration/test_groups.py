@@ -197,6 +197,9 @@ def test_what_was_committed_behind_our_back_is_for_a_person_all_of_it(shop: Shop
     assert outcomes(shop, orders(1, 2, 3)) == [DEAD, DEAD, DEAD]
     assert {row.state for row in shop.failures()} == {"broken"}
     assert [row.business_key for row in shop.failures()] == ["1", "2", "3"]
+    for row, company in zip(shop.failures(), ("was handled", "was handled", "was not handled"), strict=True):
+        assert "found at '2', call 2 of a group" in row.error_text
+        assert f"this message {company}" in row.error_text
     # what a copy finds: a duplicate, and never a second effect
     assert outcomes(shop, orders(1, 2)) == [D, D]
 
@@ -395,6 +398,36 @@ def test_a_batch_handler_gets_the_winners_in_lists(shop: Shop) -> None:
     assert lists == [[1], [2, 3]]
     assert outcomes(shop, orders(*range(10))) == [F if n == 7 else D if n in (1, 2, 3) else P for n in range(10)]
     assert sorted(shop.effects()) == sorted(str(n) for n in range(10) if n != 7)
+
+
+def test_what_a_batch_handler_returns_is_no_way_to_fail_some(shop: Shop) -> None:
+    def do(session: Session, numbers: list[Any]) -> list[Any]:
+        if sound := [{"text": str(number)} for number in numbers if number != 2]:
+            session.execute(insert(EFFECT), sound)
+        return [number for number in numbers if number == 2]
+
+    if shop.is_async:
+
+        @shop.eo.batch_handler("orders", name="handler", key="no", retry=ONE_TRY)
+        async def awaited(session: AsyncSession, bodies: list[dict[str, Any]]) -> object:
+            return await session.run_sync(do, [body["no"] for body in bodies])
+    else:
+
+        @shop.eo.batch_handler("orders", name="handler", key="no", retry=ONE_TRY)
+        def plain(session: Session, bodies: list[dict[str, Any]]) -> object:
+            return do(session, [body["no"] for body in bodies])
+
+    assert outcomes(shop, orders(1, 2)) == [F, F]
+    assert shop.process(order(3)) is F
+    assert {"returned a list, which nobody reads" in row.error_text for row in shop.failures()} == {True}
+    shop.assert_kept(claims=[])
+
+
+def test_a_group_that_cannot_be_sorted_says_so_once(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    handles(shop, lambda session, no: put(session, str(no)), batch_order=lambda message: message.properties["row"])
+    for group in (orders(1, 2), orders(3, 4)):
+        assert outcomes(shop, group) == [P, P]
+    assert [record.levelname for record in caplog.records if "no_batch_order" in record.message] == ["WARNING"]
 
 
 def test_each_database_has_a_transaction_of_its_own(request: pytest.FixtureRequest) -> None:

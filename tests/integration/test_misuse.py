@@ -5,6 +5,7 @@ handler that hides an error must not be able to hide what it did. Afterwards a s
 (there is only one) and commits: of the refused attempt nothing may appear then either.
 """
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -164,7 +165,19 @@ def test_after_a_refusal_the_message_runs_once_when_the_line_is_gone(shop: Shop)
 def test_the_text_says_which_line_to_delete(shop: Shop) -> None:
     shop.handles(lambda session: session.commit())
     shop.process(order())
-    assert "Delete that line: the transaction is committed for you" in shop.failure().error_text
+    text = shop.failure().error_text
+    assert "Delete that line: the transaction is committed for you" in text
+    assert re.search(r"\(at integration/test_misuse\.py:\d+ in <lambda>\)", text)
+
+
+def test_a_swallowed_error_is_told_as_such_also_of_a_message_that_failed_before(shop: Shop) -> None:
+    if shop.dialect != "postgres":
+        pytest.skip("an error there undoes its own statement, and no more")
+    shop.handles(lambda session: suppressed(lambda: session.execute(text("SELECT no_such_column"))))
+    for attempt in (1, 2):
+        shop.process(order(attempt=attempt))
+        assert shop.failure().attempts == attempt
+        assert "swallowed a database error" in shop.failure().error_text
 
 
 def test_begin_is_refused_by_the_session_itself(shop: Shop) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -25,6 +25,7 @@ from exactly_once.handler import Lease, Lock, Plan, Transaction, plan
 from exactly_once.handler.parameters import check_result
 from exactly_once.message import Message
 from exactly_once.policy import Retry
+from exactly_once.steps import Steps
 
 if TYPE_CHECKING:
     import decimal as money
@@ -290,7 +291,8 @@ def test_mistakes_in_a_handler_are_errors_when_it_is_decorated_with_the_fix_in_t
         ({"batch": 10, "linger": timedelta(seconds=11)}, "ten seconds"),
         ({"batch": 10, "linger": timedelta(seconds=-1)}, "ten seconds"),
         ({"batch_order": "sku"}, "batch="),
-        ({"batch": 10, "batch_order": ()}, "key"),
+        ({"batch": 10, "batch_order": ()}, "batch_order= has no parts"),
+        ({"batch": 10, "batch_order": 5}, "batch_order= was given 5"),
         ({"batch": 10, "guard": Lease(timedelta(minutes=10))}, "Lease"),
         ({"batch": 10, "guard": Lock()}, "Lock"),
     ],
@@ -317,19 +319,48 @@ def test_a_batch_handler_that_does_not_take_lists_is_told_what_to_write() -> Non
     def no_list_of_messages(session: Session, orders: list[Order], message: Message) -> None: ...
     def sessions(sessions: list[Session], orders: list[Order]) -> None: ...
     def untyped(session: Session, orders: list) -> None: ...  # type: ignore[type-arg]
+    def perhaps(session: Session, orders: list[Order] | None) -> None: ...
+    def walked(session: Session, orders: Iterable[Order]) -> None: ...
+    def described(session: Session, orders: Annotated[list[Order], "of one group"]) -> None: ...
+    def with_steps(session: Session, orders: list[Order], steps: Steps) -> None: ...
+    def starred(session: Session, *orders: Order) -> None: ...
+    def by_default(session: Session, orders: list[Order] = []) -> None: ...  # noqa: B006
+    def no_message(session: Session) -> None: ...
 
     for function, told in [
         (no_list, "list[Order]"),
         (no_list_of_messages, "list[Message]"),
         (sessions, "sessions: Session"),
-        (untyped, "list["),
+        (untyped, "list[dict]"),
+        (perhaps, "list[Order]"),
+        (walked, "list[Order]"),
+        (described, "list[Order]"),
+        (with_steps, "guard=Lease("),
+        (starred, "list[dict]"),
+        (by_default, "asks for no list"),
+        (no_message, "asks for no list"),
     ]:
         with pytest.raises(ConfigurationError) as error:
             plan(function, topic="orders", key="orderNo", batch=10, in_lists=True)
         assert told in str(error.value)
+        assert "list[list" not in str(error.value)
 
 
-def test_the_order_of_a_group_is_checked_against_the_model_and_sorts_what_has_none_first() -> None:
+def test_a_handler_whose_message_would_go_into_a_star_is_refused() -> None:
+    def starred(session: Session, *orders: Order) -> None: ...
+    def named(session: Session, **order: Any) -> None: ...
+
+    assert "`*orders` is never filled" in refused(starred)
+    assert "`**order` is never filled" in refused(named)
+
+
+def test_a_list_for_single_messages_is_told_where_lists_are() -> None:
+    def listed(session: Session, orders: list[Order]) -> None: ...
+
+    assert "@eo.batch_handler" in refused(listed, batch=10)
+
+
+def test_the_order_of_a_group_is_checked_against_the_model() -> None:
     def one(session: Session, order: Order) -> None: ...
 
     with pytest.raises(ConfigurationError, match="batch_order"):
@@ -339,8 +370,7 @@ def test_the_order_of_a_group_is_checked_against_the_model_and_sorts_what_has_no
 
     made = plan(free, topic="orders", key="no", batch=10, batch_order="sku")
     messages = [Message("orders", body) for body in (b'{"no": 1, "sku": "b"}', b'{"no": 2}', b'{"no": 3, "sku": "a"}')]
-    group = made.in_batch_order([(made.read(message), message) for message in messages])
-    assert [message for _, message in group] == [messages[1], messages[2], messages[0]]
+    assert [made.read(message).order for message in messages] == ["b", "", "a"]
 
 
 def test_a_guard_has_positive_times() -> None:
