@@ -10,7 +10,7 @@ from exactly_once.config import Config
 from exactly_once.errors import ConfigurationError
 from exactly_once.failures import triage
 from exactly_once.handler import Plan
-from exactly_once.keys import check_name
+from exactly_once.keys import KeyRule, check_name
 from exactly_once.policy import Retry
 from exactly_once.schema import HANDLER_BYTES
 from exactly_once.wording import escaped
@@ -68,14 +68,29 @@ def _facts(plan: Plan, config: Config) -> list[tuple[str, str, str]]:
     return [
         ("topic", plan.topic, source("topic")),
         ("tags", ", ".join(plan.tags) or "(all)", source("tag")),
-        ("key", ", ".join(str(getattr(part, "text", part)) for part in plan.key.parts), "code"),
+        ("key", _parts(plan.key), "code"),
         ("fingerprint", _compared(plan), "code"),
         ("guard", plan.guard.told, "code"),
         ("retry", told, source("retry")),
         ("order", order, "code"),
+        ("transaction", _shared(plan), "code"),
         ("concurrency", str(plan.concurrency or "(the worker's)"), source("concurrency")),
         ("runs in", "an event loop" if plan.is_async else "a thread", "code"),
     ]
+
+
+def _parts(rule: KeyRule) -> str:
+    return ", ".join(str(getattr(part, "text", part)) for part in rule.parts)
+
+
+def _shared(plan: Plan) -> str:
+    """How many messages share one."""
+    if plan.batch is None:
+        return "one message"
+    what = "in one call" if plan.in_lists else "each a call"
+    order = f"in the order of {_parts(plan.batch_order)}" if plan.batch_order is not None else "as they came"
+    wait = plan.linger.total_seconds() * 1000
+    return f"up to {plan.batch:,} messages, {what}, {order}, the first waits {wait:g} ms for more"
 
 
 def _compared(plan: Plan) -> str:

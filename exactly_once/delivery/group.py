@@ -20,12 +20,13 @@ from sqlalchemy.util import await_only
 from exactly_once.attempt.ending import Ended, How
 from exactly_once.attempt.group import GroupEnded, attempt_group
 from exactly_once.delivery import DUPLICATE, EXITED, PROCESSED, Delivering, Told
-from exactly_once.dialects import ClaimRow, Trouble
+from exactly_once.delivery.member import GroupTold, Member
+from exactly_once.dialects import Trouble
 from exactly_once.errors import Misuse
 from exactly_once.guards import Consumed
 from exactly_once.guards.transaction import TransactionGuard
 from exactly_once.guards.watch import Watch, let_go
-from exactly_once.handler import Plan, Reading, check_result
+from exactly_once.handler import Reading, check_result
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.policy import Park
@@ -33,7 +34,7 @@ from exactly_once.transport import Features
 from exactly_once.verdict import Hold
 from exactly_once.wording import escaped
 
-__all__ = ["GroupDelivering", "GroupTold", "Member"]
+__all__ = ["GroupDelivering", "stay"]
 
 _log = logging.getLogger("exactly_once.delivery")
 _WAITS_S: Final = 2.0
@@ -43,35 +44,6 @@ _CUT: Final = 8  # a group larger than this is cut in two; the messages of a sma
 
 def stay(error: BaseException) -> None:
     """Go on: where no loop is, nothing but a handler raises these."""
-
-
-@dataclass(frozen=True, slots=True)
-class GroupTold:
-    """What became of each delivery of a group, in the order given."""
-
-    told: Sequence[Told | BaseException]
-    """An exception where the run of a single message ended in it, as `Delivering.run` ends: cancelled and the like."""
-    deadlocked: bool
-    """The database threw it away for another's sake: smaller groups, or `batch_order=`, get into each other's way less."""
-
-
-@dataclass(slots=True, eq=False)
-class Member:
-    """One delivery of a group, read."""
-
-    message: Message
-    features: Features
-    reading: Reading
-    row: ClaimRow | None
-    told: Told | BaseException | None = None
-    called: bool = False
-
-    def unchanged(self, plan: Plan) -> Reading:
-        """Return what the handler is called with; read anew for the second call, for the first may have changed the body."""
-        if self.called:
-            self.reading = plan.read(self.message)
-        self.called = True
-        return self.reading
 
 
 @dataclass(slots=True)

@@ -14,7 +14,8 @@ from threading import Lock
 from time import monotonic
 from typing import Final
 
-from exactly_once.delivery.group import GroupDelivering, Member
+from exactly_once.delivery.group import GroupDelivering
+from exactly_once.delivery.member import Member
 from exactly_once.message import Message
 from exactly_once.runner.pending import Pending
 from exactly_once.transport import Features

@@ -195,6 +195,22 @@ def test_handlers_are_shown_with_where_each_value_comes_from(shop: Shop) -> None
     assert shown.returncode == 0, shown.stderr
     assert "exactly_once.toml" in next(line for line in shown.stdout.splitlines() if "concurrency" in line)
     assert "[environment EXACTLY_ONCE_DATABASE]" in shown.stdout
+    assert "transaction  one message " in shown.stdout
+
+
+def test_handlers_in_groups_are_shown_with_what_shares_a_transaction(shop: Shop) -> None:
+    (shop.folder / "sets.py").write_text(
+        "from exactly_once import ExactlyOnce, Message\n"
+        "eo = ExactlyOnce('sqlite://', group='sets')\n"
+        "@eo.batch_handler('orders', key='no', batch=1000, batch_order='sku')\n"
+        "def many(orders: list[dict]) -> None: ...\n"
+        "@eo.handler('orders', key='no', batch=20)\n"
+        "def one(order: dict) -> None: ...\n"
+    )
+    shown = shop("handlers", "--app", "sets:eo")
+    assert shown.returncode == 0, shown.stderr
+    assert "up to 1,000 messages, in one call, in the order of sku, the first waits 5 ms for more" in shown.stdout
+    assert "up to 20 messages, each a call, as they came, the first waits 5 ms for more" in shown.stdout
 
 
 def test_a_renamed_handlers_claims_are_moved_so_that_nothing_runs_again(shop: Shop) -> None:

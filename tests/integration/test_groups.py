@@ -17,7 +17,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
 from exactly_once import ExactlyOnce, Message, Outcome, Reject, Retry
-from exactly_once.delivery.group import GroupDelivering, GroupTold
+from exactly_once.delivery.group import GroupDelivering
+from exactly_once.delivery.member import GroupTold
 from exactly_once.schema import CONSUMING
 from exactly_once.transport import Features
 from exactly_once.verdict import Ack, Hold, Redeliver

@@ -11,7 +11,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
 from exactly_once import Message, Outcome
-from exactly_once.delivery.group import GroupDelivering, GroupTold
+from exactly_once.delivery.group import GroupDelivering
+from exactly_once.delivery.member import GroupTold
 from exactly_once.runner import grouping
 from exactly_once.runner.grouping import Grouping
 from exactly_once.runner.pending import Pending
