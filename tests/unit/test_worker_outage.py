@@ -197,7 +197,8 @@ def test_a_run_that_finds_no_store_while_stopping_is_given_back() -> None:
         until(lambda: hand.begun, "it runs")
         with ThreadPoolExecutor(1) as pool:
             stop = pool.submit(worker.stop)
-            until(lambda: worker.unready() == "stopping", "it stops")
+            # not sooner: what is given back before the consumer has stopped may be received, and begun, once more
+            until(lambda: shelf.stopped, "it stops")
             hand.begun[0][1].set_result(Hold("eu"))
             assert stop.result(10) == 1
 
