@@ -1,9 +1,10 @@
 """Worker processes that begin together, and how many messages they handle in a second between them.
 
-    python -m benchmarks.crew CONTENDER URL SKUS MAKER
+    python -m benchmarks.crew CONTENDER SKUS MAKER
 
 Each is a process with one contender and lives through all rounds, so that its connections, plans and caches are warm. It
-reads how many messages to take, answers when it has them, and runs at the next line. The clock runs from when the first
+reads the database's URL (whose password would be seen among a process's arguments), then how many messages to take, answers
+when it has them, and runs at the next line. The clock runs from when the first
 began until the last is done.
 """
 
@@ -55,17 +56,17 @@ class Crew:
     def __enter__(self) -> Self:
         with self._log.open("a") as log:
             for _ in range(self._size):
-                command = [sys.executable, "-m", "benchmarks.crew", self._contender, self._url, str(self._skus)]
-                self._processes.append(
-                    subprocess.Popen(
-                        [*command, f"W{next(_makers)}"],
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE,
-                        stderr=log,
-                        text=True,
-                        cwd=ROOT,
-                    )
+                command = [sys.executable, "-m", "benchmarks.crew", self._contender, str(self._skus)]
+                process = subprocess.Popen(
+                    [*command, f"W{next(_makers)}"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    cwd=ROOT,
                 )
+                self._processes.append(process)
+                self._say(process, self._url)
         return self
 
     def __exit__(
@@ -144,7 +145,6 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.crew")
     parser.add_argument("contender", choices=list(BY_NAME))
-    parser.add_argument("url")
     parser.add_argument("skus", type=int)
     parser.add_argument("maker")
     given = parser.parse_args()
@@ -155,8 +155,8 @@ def main() -> None:
     def answer(told: object) -> None:
         print(json.dumps(told), file=answers, flush=True)
 
-    contender = BY_NAME[given.contender](given.url)
     wait: Callable[[], str] = sys.stdin.readline
+    contender = BY_NAME[given.contender](wait().strip())
     while line := wait():
         how_many = int(line)
         contender.take(messages(how_many, skus=given.skus, maker=given.maker), how_many)

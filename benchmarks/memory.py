@@ -43,8 +43,9 @@ def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
         url = server.create_database("memory")
         engine = create_engine(url)
         make_tables(engine)
-        command = [sys.executable, "-m", "benchmarks.memory", url, str(early), str(late)]
-        ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        command = [sys.executable, "-m", "benchmarks.memory", str(early), str(late)]
+        # its password would be seen among a process's arguments
+        ran = subprocess.run(command, input=url, capture_output=True, text=True, cwd=ROOT)
         if ran.returncode != 0:
             raise RuntimeError(f"the worker whose memory is measured failed:\n{ran.stderr[-2000:]}")
         told = json.loads(ran.stdout.splitlines()[-1])
@@ -97,8 +98,7 @@ def _work(url: str, early: int, late: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("url")
     parser.add_argument("early", type=int)
     parser.add_argument("late", type=int)
     given = parser.parse_args()
-    print(json.dumps(_work(given.url, given.early, given.late)))
+    print(json.dumps(_work(sys.stdin.read(), given.early, given.late)))

@@ -66,9 +66,10 @@ def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
             continue
         with rocketmq.RocketMQ() as server, stage.database() as database:
             place = f"{client}://{server.grpc if client == 'rocketmq' else server.name_server}"
-            command = [str(python), "-m", "benchmarks.rocketmq", place, database.url, server.broker]
+            command = [str(python), "-m", "benchmarks.rocketmq", place, server.broker]
             ran = subprocess.run(
                 [*command, server.name_server, str(rounds), str(each)],
+                input=database.url,  # its password would be seen among a process's arguments
                 capture_output=True,
                 text=True,
                 cwd=ROOT,
@@ -211,12 +212,12 @@ class _Turns:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Take the turns, and print the rates as one line of JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rocketmq")
-    for name in ("url", "database", "broker", "name_server"):
+    for name in ("url", "broker", "name_server"):
         parser.add_argument(name)
     parser.add_argument("rounds", type=int)
     parser.add_argument("each", type=int)
     given = parser.parse_args(arguments)
-    turns = _Turns(given.url, given.database, given.broker, given.name_server)
+    turns = _Turns(given.url, sys.stdin.read(), given.broker, given.name_server)
     rates = take_turns(
         {
             "worker": turns.worker,

@@ -5,7 +5,7 @@ decides what becomes of a bad body: a `BadBody` is raised, whose text never hold
 and into the failure store's reason. Called by the handler's plan.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from json import JSONDecodeError, JSONDecoder, loads
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, Union, get_args, get_origin
@@ -27,6 +27,7 @@ class _NotJson:
 NOT_JSON: Final = _NotJson()
 """What `parse_json` returns for a body that is no JSON, since None is JSON's null."""
 
+_DEEPEST: Final = 200
 _read_value: Final = JSONDecoder().raw_decode
 """What `loads` calls between its looks at white space, which cost as much again where there is none."""
 
@@ -35,7 +36,8 @@ def parse_json(body: bytes | None) -> Any:
     """Return the body as JSON (UTF-8), or `NOT_JSON`; never raises.
 
     Numbers become Python's int and float, here as in pydantic: two that differ only beyond a double's 15 to 17 digits are
-    one. Amounts that need more belong in JSON texts. A body nested deeper than Python's recursion limit is no JSON to us.
+    one. Amounts that need more belong in JSON texts. A body nested deeper than 200 levels is no JSON to us, as to pydantic:
+    how deep Python itself can read depends on who calls, and a copy of a message must be read as the first one was.
     """
     if body is None:
         return NOT_JSON
@@ -44,10 +46,27 @@ def parse_json(body: bytes | None) -> Any:
         try:
             value, end = _read_value(text)
         except JSONDecodeError:  # perhaps white space is all that stands before it
-            return loads(text)
-        return value if end == len(text) else loads(text)
+            value, end = loads(text), len(text)
+        if end != len(text):
+            value = loads(text)
     except (ValueError, RecursionError):
         return NOT_JSON
+    return NOT_JSON if len(text) > 2 * _DEEPEST and _too_deep(text, value) else value
+
+
+def _too_deep(text: str, value: Any) -> bool:
+    if text.count("{") + text.count("[") <= _DEEPEST:
+        return False  # nearly every one, and nothing of it was walked over
+    level = [value]
+    for _ in range(_DEEPEST + 1):
+        level = [inner for outer in level if isinstance(outer, (dict, list)) for inner in _inside(outer)]
+        if not level:
+            return False
+    return True
+
+
+def _inside(outer: Any) -> Iterable[Any]:
+    return outer.values() if isinstance(outer, dict) else outer
 
 
 def why_not_json(body: bytes | None) -> BadBody:
@@ -63,8 +82,8 @@ def why_not_json(body: bytes | None) -> BadBody:
     except ValueError:
         return BadBody("the body is not JSON: a number in it has too many digits")
     except RecursionError:
-        return BadBody("the body is not JSON that can be read: it is nested too deeply")
-    return BadBody("the body is not JSON")
+        pass
+    return BadBody(f"the body is not JSON that can be read: it is nested deeper than {_DEEPEST} levels")
 
 
 class Decoder(NamedTuple):

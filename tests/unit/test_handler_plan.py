@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import TypedDict
 
 from exactly_once import keys
+from exactly_once.body import NOT_JSON, parse_json
 from exactly_once.errors import BadBody, BadKey, ConfigurationError, Misuse
 from exactly_once.handler import Lease, Lock, Plan, Transaction, plan
 from exactly_once.handler.parameters import check_result
@@ -574,7 +575,7 @@ def test_a_body_is_read_as_its_annotation_says(annotation: Any, body: bytes | No
         (dict, b"\xff", "not UTF-8"),
         (dict, b"[1]", "a list"),
         (dict, b"", "not JSON"),
-        (Any, b"[" * 100_000, "too deeply"),
+        (Any, b"[" * 100_000, "nested deeper"),
         (dict, b'{"a": ' + b"1" * 5000 + b"}", "too many digits"),
         (Line, b"{", "not JSON"),
         (Line, b'{"sku": 5}', "sku: "),
@@ -598,6 +599,21 @@ def test_a_body_nested_to_the_limit_is_read_or_refused_and_never_raises() -> Non
     for depth in range(limit - 150, limit + 20):
         for annotation in (Any, dict, Line):
             as_body(annotation, b'{"a":' * depth + b"1" + b"}" * depth)
+
+
+@pytest.mark.parametrize("nest", ['{"a":1,"b":', "[0,"])
+def test_how_deep_a_body_may_be_does_not_depend_on_the_caller(nest: str) -> None:
+    close = {"{": "}", "[": "]"}[nest[0]]
+
+    def read(depth: int, callers: int) -> Any:
+        return parse_json((nest * depth + "1" + close * depth).encode()) if callers == 0 else read(depth, callers - 1)
+
+    for callers in (0, sys.getrecursionlimit() - 400):
+        assert read(200, callers) is not NOT_JSON
+        assert read(201, callers) is NOT_JSON
+    wide = "[" + ",".join(["[[0]]"] * 500) + "]"
+    assert parse_json(wide.encode()) == [[[0]]] * 500
+    assert "deeper than 200" in str(as_body(Any, (nest * 201 + "1" + close * 201).encode()).error)
 
 
 def test_a_body_that_fails_validation_keeps_its_key_and_tells_no_values() -> None:
