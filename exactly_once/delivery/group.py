@@ -313,5 +313,9 @@ class GroupDelivering(Delivering):
             if reached
             else "before the first call"
         )
-        had = "was handled" if member in reached else "was not handled, and may simply be requeued"
+        had = (
+            "was called: look what is there of its work"
+            if member in reached
+            else "was not called: requeue it by its id"
+        )
         return f"It was found {found} of a group in one transaction; this message {had}."

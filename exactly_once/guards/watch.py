@@ -82,6 +82,8 @@ class Watch:
         """After the handler and the flush, before COMMIT: same connection, same root transaction, and the driver says open."""
         if self.error is not None:
             return self.error
+        if self.lost is not None:  # before the look at the driver, which would take it for a commit behind our back
+            return self.leave(Left.ROLLED_BACK, _SWALLOWED)
         root = self.connection.get_transaction() if not self.connection.closed else None
         if root is None or root is not self.root or not root.is_active:
             return self.leave(Left.ROLLED_BACK, _LEFT)

@@ -27,7 +27,7 @@ class _Open:
 
 
 OPEN: Final = _Open()
-_MANY: Final = ". Many messages in one call are an @eo.batch_handler's"
+_MANY: Final = ". For the bodies of many messages write @eo.batch_handler and one list around them"
 _SCALARS: Final = (str, int, float, bytes, Decimal, date, time, timedelta, UUID, Enum, NoneType)
 _LISTS: Final = (list, tuple, set, frozenset)
 

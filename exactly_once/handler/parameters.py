@@ -5,7 +5,7 @@ default is the body; a parameter with a default is never filled. Nothing here ca
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -104,7 +104,12 @@ def _check_empty_handed(function: Callable[..., object], in_lists: bool) -> None
             stars = "*" if parameter.kind is inspect.Parameter.VAR_POSITIONAL else "**"
             raise ConfigurationError(
                 f"`{stars}{name}` is never filled, so it would run without its message. Write one parameter for the body,"
-                f" such as `{name}: {'list[dict]' if in_lists else 'dict'}`, or for the message"
+                f" such as `{name}: {'list[dict]' if in_lists else 'dict'}`, or for the message; or take it away"
+            )
+        if parameter.default is None or (isinstance(parameter.default, (dict, list, tuple)) and not parameter.default):
+            raise ConfigurationError(
+                f"`{name}` has a default, so it is never filled, and the handler would run without its message. Take the"
+                f" default away; if a message may have no body, write `{name}: Order | None`"
             )
     if in_lists:
         raise ConfigurationError(
@@ -130,15 +135,17 @@ def _purpose(parameter: inspect.Parameter, hints: Hints, in_lists: bool) -> tupl
 
 def _listed(name: str, annotation: Any) -> tuple[int, Any]:
     """The same for a batch handler: what is decided of bodies and messages is of the elements of their lists."""
-    listed = get_origin(annotation) in (list, Sequence)
+    listed = get_origin(annotation) in (list, Sequence) and bool(get_args(annotation))
     place, kind = _place(name, get_args(annotation)[0] if listed else annotation)
     if place == _STEPS:
         raise ConfigurationError(
-            f"`{name}: {kind.__name__}`: steps are of one message under a lease, and a batch handler's are in one"
-            " transaction. Take it away, or write @eo.handler(..., guard=Lease(timedelta(minutes=10)))"
+            f"`{name}: {kind.__name__}`: steps are of one message under a lease, and a list's are in one transaction. Take"
+            " it away; or take one message a call, with @eo.handler(..., guard=Lease(timedelta(minutes=10)))"
         )
     if listed is (place == _SESSION):
-        wanted = "Session" if place == _SESSION else f"list[{'Message' if place == _MESSAGE else _element(annotation)}]"
+        wanted = (
+            kind.__name__ if place == _SESSION else f"list[{'Message' if place == _MESSAGE else _element(annotation)}]"
+        )
         raise ConfigurationError(
             f"a batch handler gets one session, and bodies and messages in lists. Write `{name}: {wanted}`"
         )
@@ -148,13 +155,11 @@ def _listed(name: str, annotation: Any) -> tuple[int, Any]:
 def _element(annotation: Any) -> str:
     """What the elements of the list should be, where a single one stands, or something else that holds several."""
     plain, _ = without_none(annotation)
-    while get_origin(plain) is Annotated:
-        plain = get_args(plain)[0]
-    holder = get_origin(plain) or plain
-    several = isinstance(holder, type) and issubclass(holder, Iterable) and not issubclass(holder, (dict, str, bytes))
-    if not several or holder.__module__ not in ("builtins", "collections.abc"):  # a model may be iterable, too
+    while get_origin(plain) is Annotated or hasattr(plain, "__value__"):  # the latter: a `type X = ...` alias
+        plain = plain.__value__ if hasattr(plain, "__value__") else get_args(plain)[0]
+    holder, inside = get_origin(plain) or plain, get_args(plain)
+    if holder not in (list, set, frozenset, Sequence, Iterable, Iterator, Collection) and inside[1:] != (...,):
         return shown(plain)
-    inside = get_args(plain)
     return shown(inside[0]) if inside else "dict"
 
 

@@ -6,12 +6,14 @@ On each database in each colour, with a pool of one connection: what a group lea
 import json
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from time import monotonic
 from typing import Any
 
 import pytest
 from sqlalchemy import event, insert, select, text, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
@@ -198,11 +200,30 @@ def test_what_was_committed_behind_our_back_is_for_a_person_all_of_it(shop: Shop
     assert outcomes(shop, orders(1, 2, 3)) == [DEAD, DEAD, DEAD]
     assert {row.state for row in shop.failures()} == {"broken"}
     assert [row.business_key for row in shop.failures()] == ["1", "2", "3"]
-    for row, company in zip(shop.failures(), ("was handled", "was handled", "was not handled"), strict=True):
+    for row, company in zip(
+        shop.failures(), ("was called: look", "was called: look", "was not called: requeue"), strict=True
+    ):
         assert "found at '2', call 2 of a group" in row.error_text
         assert f"this message {company}" in row.error_text
     # what a copy finds: a duplicate, and never a second effect
     assert outcomes(shop, orders(1, 2)) == [D, D]
+
+
+def test_a_rollback_of_sqlites_that_was_swallowed_is_one_messages_fault(shop: Shop) -> None:
+    if shop.dialect != "sqlite":
+        pytest.skip("only SQLite has statements that roll all back")
+
+    def do(session: Session, no: object) -> None:
+        put(session, str(no))
+        if no == 2:
+            session.execute(text("INSERT INTO only_one VALUES ('one')"))
+            with suppress(IntegrityError):
+                session.execute(text("INSERT OR ROLLBACK INTO only_one VALUES ('one')"))
+
+    handles(shop, do)
+    assert outcomes(shop, orders(1, 2, 3, 4)) == [P, F, P, P]
+    assert "swallowed" in shop.failure().error_text or "IntegrityError" in shop.failure().error_class
+    shop.assert_kept("1", "3", "4", claims=["1", "3", "4"])
 
 
 def test_a_handler_that_calls_exit_ends_no_worker(shop: Shop) -> None:

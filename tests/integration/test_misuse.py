@@ -468,6 +468,22 @@ def test_sqlites_on_conflict_rollback_keeps_nothing(shop: Shop, swallow: bool) -
     shop.assert_kept(claims=[])
 
 
+def test_a_rollback_of_sqlites_that_was_swallowed_last_is_no_commit(shop: Shop) -> None:
+    if shop.dialect != "sqlite":
+        pytest.skip("SQLite only")
+
+    def do(session: Session) -> None:
+        put(session, "effect")
+        session.execute(text("INSERT INTO only_one VALUES ('one')"))
+        suppressed(lambda: session.execute(text("INSERT OR ROLLBACK INTO only_one VALUES ('one')")))
+
+    shop.handles(do)
+    for attempt in (1, 2):  # the second writes to the failure row in the same transaction
+        assert shop.process(order(attempt=attempt)) is Outcome.FAILED
+        assert shop.failure().state == "retrying"
+    shop.assert_kept(claims=[])
+
+
 # -- DDL ---------------------------------------------------------------------------------------------------------------
 
 

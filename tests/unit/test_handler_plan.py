@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -23,7 +23,7 @@ from exactly_once import keys
 from exactly_once.body import NOT_JSON, parse_json
 from exactly_once.errors import BadBody, BadKey, ConfigurationError, Misuse
 from exactly_once.handler import Lease, Lock, Plan, Transaction, plan
-from exactly_once.handler.parameters import check_result
+from exactly_once.handler.parameters import NO_BODY, check_result
 from exactly_once.message import Message
 from exactly_once.policy import Retry
 from exactly_once.steps import Steps
@@ -327,6 +327,11 @@ def test_a_batch_handler_that_does_not_take_lists_is_told_what_to_write() -> Non
     def starred(session: Session, *orders: Order) -> None: ...
     def by_default(session: Session, orders: list[Order] = []) -> None: ...  # noqa: B006
     def no_message(session: Session) -> None: ...
+    def mapping(session: Session, order: Mapping[str, str]) -> None: ...
+    def pair(session: Session, order: tuple[str, int]) -> None: ...
+    def many(session: Session, orders: tuple[Order, ...]) -> None: ...
+    def bare(session: Session, orders: Sequence) -> None: ...  # type: ignore[type-arg]
+    async def async_sessions(sessions: list[AsyncSession], orders: list[Order]) -> None: ...
 
     for function, told in [
         (no_list, "list[Order]"),
@@ -338,7 +343,12 @@ def test_a_batch_handler_that_does_not_take_lists_is_told_what_to_write() -> Non
         (described, "list[Order]"),
         (with_steps, "guard=Lease("),
         (starred, "list[dict]"),
-        (by_default, "asks for no list"),
+        (by_default, "`orders` has a default"),
+        (mapping, "list[collections.abc.Mapping[str, str]]"),
+        (pair, "list[tuple[str, int]]"),
+        (many, "list[Order]"),
+        (bare, "list[dict]"),
+        (async_sessions, "sessions: AsyncSession"),
         (no_message, "asks for no list"),
     ]:
         with pytest.raises(ConfigurationError) as error:
@@ -350,9 +360,17 @@ def test_a_batch_handler_that_does_not_take_lists_is_told_what_to_write() -> Non
 def test_a_handler_whose_message_would_go_into_a_star_is_refused() -> None:
     def starred(session: Session, *orders: Order) -> None: ...
     def named(session: Session, **order: Any) -> None: ...
+    def by_default(session: Session, order: Order | None = None) -> None: ...
 
     assert "`*orders` is never filled" in refused(starred)
     assert "`**order` is never filled" in refused(named)
+    assert "`order` has a default" in refused(by_default, key=keys.message_key())
+
+
+def test_a_handler_that_wants_nothing_of_its_message_may_have_defaults() -> None:
+    def tick(session: Session, clock: Any = keys, step: int = 1) -> None: ...
+
+    assert made(tick, key=keys.message_key()).body_annotation is NO_BODY
 
 
 def test_a_list_for_single_messages_is_told_where_lists_are() -> None:
