@@ -4,8 +4,7 @@
 
 Each is a process with one contender and lives through all rounds, so that its connections, plans and caches are warm. It
 reads the database's URL (whose password would be seen among a process's arguments), then how many messages to take, answers
-when it has them, and runs at the next line. The clock runs from when the first
-began until the last is done.
+when it has them, and runs at the next line. The clock runs from when the first began until the last is done.
 """
 
 import argparse

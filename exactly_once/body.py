@@ -45,9 +45,9 @@ def parse_json(body: bytes | None) -> Any:
         text = body.decode()
         try:
             value, end = _read_value(text)
-        except JSONDecodeError:  # perhaps white space is all that stands before it
-            value, end = loads(text), len(text)
-        if end != len(text):
+        except JSONDecodeError:
+            end = -1
+        if end != len(text):  # it has white space around it, or is no JSON
             value = loads(text)
     except (ValueError, RecursionError):
         return NOT_JSON

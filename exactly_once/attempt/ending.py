@@ -77,7 +77,8 @@ def run(
     try:
         handle()
         if also is not None:
-            _verify(session, won)
+            if won.watch is not None:
+                won.watch.check(session)
             also(session, 1 if won.held is None else won.held.attempt)
         session.flush()
         guard.complete(session, won)
@@ -105,13 +106,6 @@ def run(
     except Exception as error:  # committed, and not known to be marked: the redelivery finds out
         return Ended(How.UNKNOWN, error, kept=True)
     return PROCESSED
-
-
-def _verify(session: Session, won: Won) -> None:
-    """Raise what the handler has done to its transaction, or it would be told as an error of our next statement."""
-    misuse = None if won.watch is None else won.watch.verify(session)
-    if misuse is not None:
-        raise misuse
 
 
 def _failed(dialect: Dialect, won: Won, error: BaseException | None) -> Ended:

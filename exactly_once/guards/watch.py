@@ -96,6 +96,16 @@ class Watch:
             return self.leave(Left.ROLLED_BACK, _LEFT)
         return None
 
+    def check(self, session: Session) -> None:
+        """Raise what `verify` finds, before more is done in this transaction: that would be taken for what did it.
+
+        Raises:
+            Misuse: The handler has left its transaction, or it is lost.
+        """
+        misuse = self.verify(session)
+        if misuse is not None:
+            raise misuse
+
     def committing(self) -> None:
         """From here on COMMIT is ours."""
         self.ours = True

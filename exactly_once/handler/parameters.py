@@ -60,8 +60,7 @@ def parameters(function: Callable[..., object], hints: Hints, *, in_lists: bool 
     places: list[int] = []
     named: list[tuple[str, int]] = []
     filled: dict[int, tuple[str, Any]] = {}
-    wanted = _wanted(function)
-    for parameter in wanted:
+    for parameter in _wanted(function):
         place, annotation = _purpose(parameter, hints, in_lists)
         if place in filled:
             raise ConfigurationError(_twice(place, filled[place][0], parameter.name))

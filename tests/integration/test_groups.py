@@ -447,8 +447,10 @@ def test_what_a_batch_handler_returns_is_no_way_to_fail_some(shop: Shop) -> None
 
 def test_a_group_that_cannot_be_sorted_says_so_once(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     handles(shop, lambda session, no: put(session, str(no)), batch_order=lambda message: message.properties["row"])
-    for group in (orders(1, 2), orders(3, 4)):
-        assert outcomes(shop, group) == [P, P]
+    mixed = [order(1, properties={"row": "b"}), order(2), order(3, properties={"row": "a"})]
+    for group in (mixed, orders(4, 5)):
+        assert outcomes(shop, group) == [P] * len(group)
+    assert shop.effects() == ["2", "3", "1", "4", "5"]  # what has no place comes first
     assert [record.levelname for record in caplog.records if "no_batch_order" in record.message] == ["WARNING"]
 
 
