@@ -221,7 +221,7 @@ def _of_object(value: dict[str, Any]) -> bytes:
     except _NotFlat:
         return _of_any_object(value)
     sketch = _SLOTS[len(texts) + 1](checksum, *[crc32(text) & 0xFFFF for text in texts])
-    return blake2b(b"{%s}" % b",".join(texts), digest_size=DIGEST_BYTES).digest() + sketch
+    return _digest(b"{%s}" % b",".join(texts)) + sketch
 
 
 class _NotFlat(Exception):
