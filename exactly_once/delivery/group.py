@@ -122,7 +122,7 @@ class GroupDelivering(Delivering):
             reading = self.plan.read(message)
         except Exception:
             raise
-        except BaseException:  # a key function that exits: its message runs alone, where that is told apart from the others
+        except BaseException:  # a key function that exits: the message runs alone, and costs the others nothing
             reading = Reading(None, b"", None, None)
         readable = reading.key is not None and reading.error is None
         return Member(message, features, reading, self.row(message, reading) if readable else None)
