@@ -41,7 +41,7 @@ def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
     beats = BEATS_QUICKLY if quick else BEATS
     with stage.database() as database:
         store = Store("default", database.engine)
-        in_sql = SqlLeases(store.name, store.engine, store.dialect, store.tables)
+        in_sql = SqlLeases(store.name, store.engine, store.dialect, lambda: store.tables)
         yield _renewed("PostgreSQL", in_sql, beats)
         if (missing := redis_service.missing()) is not None:
             yield Figure(name="leases", what="1,000 leases renewed in Redis / one core", skipped=missing)

@@ -197,12 +197,12 @@ class LeaseStores:
 def sql_leases(store: Store, *, is_async: bool = False) -> SqlLeases:
     """Return the leases in a database, spoken to from threads or from the loop."""
     engine = store.async_engine.sync_engine if is_async else store.engine
-    return SqlLeases(store.name, engine, store.dialect, store.tables)
+    return SqlLeases(store.name, engine, store.dialect, lambda: store.tables)
 
 
 def _renewed_in(store: Store) -> SqlLeases:
     """Return the leases in a database through a connection of their own, so that no full pool lets healthy ones run out."""
-    return SqlLeases(store.name, store.engine_apart, store.dialect, store.tables)
+    return SqlLeases(store.name, store.engine_apart, store.dialect, lambda: store.tables)
 
 
 def _await_pause(seconds: float) -> None:

@@ -5,6 +5,7 @@ Made at first use from the facade's registrations, and fixed from then on. The f
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 from exactly_once.alert import Hook
@@ -173,7 +174,7 @@ class Router:
         return [
             Pump(
                 store.engine,
-                DueFailures(store.tables),
+                DueFailures(partial(getattr, store, "tables")),
                 self.group,
                 handlers=[plan.name for plan in self.plans],
                 ordered=[plan.name for plan in ordered],

@@ -38,13 +38,18 @@ __all__ = [
     "STEP_BEGUN",
     "STEP_BYTES",
     "STEP_FINISHED",
+    "UNFINISHED",
     "Tables",
     "tables",
     "utcnow",
 ]
 
 CONSUMING: Final = 0
+"""Under a lease, or free again after one."""
 CONSUMED: Final = 1
+UNFINISHED: Final = 2
+"""Written first in a transaction on MySQL and MariaDB, and made CONSUMED by the statement that travels with COMMIT. Others
+see it only where something committed the transaction in between."""
 STEP_BEGUN: Final = 0
 STEP_FINISHED: Final = 1
 
@@ -222,6 +227,9 @@ class Tables:
         self.queue = self._queue()
         self.queue_group = self._queue_group()
         self.cutover = self._cutover()
+        for table in self.metadata.tables.values():
+            # a user's schema_translate_map is about their tables, and would send our statements to another schema's
+            table._use_schema_map = False  # noqa: SLF001  (there is no public word for it)
 
     def _idempotent(self) -> Table:
         return Table(
@@ -290,6 +298,8 @@ class Tables:
             Column("decided_by", String(255)),
             Column("decided_at", Moment),
             Column("decided_why", LongText()),
+            # of a broken one: the owner of the claim that stands for it, which a requeue takes back
+            Column("claim_owner", String(64)),
             Column("side", String(64)),
             UniqueConstraint(
                 "consumer_group", "handler", "failure_key", "fingerprint", name="uq_message_failure_identity"

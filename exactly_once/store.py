@@ -15,9 +15,11 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
 
 from exactly_once.dialects import ClaimRow, Dialect, Trouble, dialect_for
+from exactly_once.dialects.place import schema_in
 from exactly_once.errors import ConfigurationError, MissingExtra, SchemaError
 from exactly_once.failures import FailureStore
-from exactly_once.guards.watch import install, install_session
+from exactly_once.guards.listening import install, install_session
+from exactly_once.owner import new_owner
 from exactly_once.redaction import redacted
 from exactly_once.schema import Tables, tables
 from exactly_once.wording import escaped
@@ -73,8 +75,7 @@ class Store:
         self.pool_size = pool_size
         self._given, self._given_async = _sides(database, async_database)
         self._ours: list[Engine] = []
-        self.tables: Tables = tables(schema)
-        self.failures = FailureStore(self.tables)
+        self.failures = FailureStore(lambda: self.tables)
 
     # -- threads -----------------------------------------------------------------------------------------------------
 
@@ -164,7 +165,22 @@ class Store:
     @cached_property
     def dialect(self) -> Dialect:
         """How this database is spoken to."""
-        return dialect_for(self.engine, self.schema)
+        return dialect_for(self.engine, lambda: self.place)
+
+    @cached_property
+    def place(self) -> str | None:
+        """The database schema that our tables are in; looked up at first use, which connects.
+
+        Raises:
+            SchemaError: There are no tables.
+            ConfigurationError: There are several, and `schema=` does not say which.
+        """
+        return self.schema or schema_in(self.engine)
+
+    @cached_property
+    def tables(self) -> Tables:
+        """Our tables there; looked up like `place`."""
+        return tables(self.place)
 
     def answers(self) -> bool:
         """Say whether the database can be reached and written to now; opens a fresh connection where it must."""
@@ -324,7 +340,7 @@ def claims_twice(dialect: Dialect, open_session: Callable[[], tuple[Any, Any]], 
     A driver whose duplicate is not recognised would run every duplicate, and nobody would notice.
     """
     session, _ = open_session()
-    row = ClaimRow(group, "exactly-once doctor", uuid4().hex, b"")
+    row = ClaimRow(group, "exactly-once doctor", uuid4().hex, b"", owner=new_owner())
     try:
         connection = session.connection()
         dbapi, info = connection.connection.dbapi_connection, connection.info

@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 
 def head() -> str:
-    """Return the version this package brings, as `current` gives it: "0001"."""
+    """Return the version this package brings, as `current` gives it: "0002"."""
     return name_of(HEAD)
 
 

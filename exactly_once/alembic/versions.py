@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 VERSION_TABLE: Final = "exactly_once_version"
-HEAD: Final = 1
+HEAD: Final = 2
 TABLES: Final = frozenset(
     {
         "message_idempotent",

@@ -8,19 +8,19 @@ duplicate.
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy.orm import Session
 
 from exactly_once.attempt.ending import Ended, How, Open, run
 from exactly_once.dialects import ClaimRow, Dialect, Trouble
-from exactly_once.errors import ConfigurationError, StoreUnavailable
-from exactly_once.guards import Conflict, Consumed, Guard, InProgress, Won
+from exactly_once.errors import ConfigurationError, Misuse, StoreUnavailable
+from exactly_once.guards import Conflict, Consumed, Guard, InProgress, Unfinished, Won
 from exactly_once.guards.watch import let_go
+from exactly_once.owner import new_owner
 
-__all__ = ["Ended", "How", "attempt"]
-
-_DUPLICATE = Ended(How.DUPLICATE)
+__all__ = ["UNFINISHED", "Ended", "How", "attempt"]
 
 
 def attempt(
@@ -39,18 +39,20 @@ def attempt(
         open_session: Makes the session.
         guard: Decides whether it may run.
         dialect: Says what the database's errors mean.
-        row: Identity and fingerprint of the message.
+        row: Identity and fingerprint of the message; the owner is made here.
         handle: Calls the handler with the session it is handed.
         also: Something more to write in the same transaction, after the handler, also for a duplicate; called with the
             session and the number of the claim.
         enforce: False runs duplicates all the same, and says that it did.
 
     Returns:
-        How it ended. Cancellation, KeyboardInterrupt and SystemExit are no endings: rolled back, and raised on.
+        How it ended. Cancellation, KeyboardInterrupt and SystemExit are no endings: rolled back, and raised on (once a broken
+        transaction is written down: then they are in `stop`).
 
     Raises:
         ConfigurationError: The database is set up so that no claim can be trusted.
     """
+    row = row._replace(owner=new_owner())  # this attempt's alone, or a copy's claim would pass for ours
     session, handed = open_session()
     won: Won | None = None
     ended: Ended | None = None
@@ -68,8 +70,10 @@ def attempt(
                 won = claim
             case _ if not enforce:
                 return _unguarded(session, dialect, handed, lambda given: handle(given, Won()))
-            case Consumed():
-                return _duplicate(session, dialect, also)
+            case Consumed(owner):
+                return _duplicate(session, dialect, also, owner)
+            case Unfinished(owner):
+                return Ended(How.BROKEN, Misuse(UNFINISHED), owner=owner)
             case InProgress(again, remaining):
                 return Ended(How.IN_PROGRESS, again=again, remaining=remaining)
             case Conflict(fingerprint):
@@ -91,14 +95,23 @@ def attempt(
             ):  # cancelled, interrupted, told to exit: others may have the key at once
                 with suppress(Exception):
                     guard.release(won)
-    if ended.how is How.PROCESSED or ended.kept:
-        return ended
-    # after the session's end: its transaction may hold the lock on our own row
-    released = guard.release(won, broken=ended.how is How.BROKEN)
-    return ended if released or ended.how is How.BROKEN else Ended(How.LOST, ended.error)
+    released = True
+    if ended.how is not How.PROCESSED and not ended.kept:
+        # after the session's end: its transaction may hold the lock on our own row
+        released = guard.release(won, broken=ended.how is How.BROKEN)
+    match ended.how:
+        case How.STOPPED:
+            assert ended.error is not None
+            raise ended.error
+        case How.BROKEN:
+            return ended if ended.owner is not None else replace(ended, owner=row.owner)
+        case _:
+            return ended if released else Ended(How.LOST, ended.error)
 
 
-def _duplicate(session: Session, dialect: Dialect, also: Callable[[Session, int], object] | None) -> Ended:
+def _duplicate(
+    session: Session, dialect: Dialect, also: Callable[[Session, int], object] | None, owner: str | None
+) -> Ended:
     """Nothing runs; a failure row of this message, if there may be one, is closed."""
     if also is not None:
         try:
@@ -112,7 +125,7 @@ def _duplicate(session: Session, dialect: Dialect, also: Callable[[Session, int]
                     return Ended(How.TRANSIENT, error)
                 case _:
                     return Ended(How.FAILED, error)
-    return _DUPLICATE
+    return Ended(How.DUPLICATE, owner=owner)
 
 
 def _unguarded(session: Session, dialect: Dialect, handed: Any, handle: Callable[[Any], object]) -> Ended:
@@ -125,3 +138,10 @@ def _unguarded(session: Session, dialect: Dialect, handed: Any, handle: Callable
         transient = dialect.trouble(error) in (Trouble.TRANSIENT, Trouble.UNAVAILABLE)
         return Ended(How.TRANSIENT if transient else How.FAILED, error)
     return Ended(How.PROCESSED, again=True)
+
+
+UNFINISHED = (
+    "The claim of an earlier attempt stands, and that attempt never finished: something committed its transaction before it"
+    " ended (a procedure, or a call on the driver), and then the process died or lost the database. What the handler had"
+    " written until then is there, and the rest is missing."
+)

@@ -3,8 +3,13 @@
 Where a process dies on a line of this file, the database rolls back everything the attempt wrote, the claim included (a
 lease runs out), and the broker's redelivery runs it again; after COMMIT was executed the redelivery finds the claim and is
 a duplicate.
+
+Whatever ends a handler, an exception, a cancellation, the end of the process being asked for, the same questions follow: was
+its transaction still the one it was given, and if nobody can say so, does this attempt's claim stand in the database? If it
+does, something else than our COMMIT has committed it, and the attempt is *broken*.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,11 +19,11 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from exactly_once.dialects import ClaimRow, Dialect, Trouble
-from exactly_once.errors import LeaseLost, StoreUnavailable
-from exactly_once.guards import Guard, Won
-from exactly_once.guards.watch import Left, let_go
+from exactly_once.errors import BrokenTransaction, LeaseLost, Misuse, StoreUnavailable
+from exactly_once.guards import Consumed, Guard, Unfinished, Won
+from exactly_once.guards.watch import Left, Watch, let_go
 
-__all__ = ["PROCESSED", "Ended", "How", "Open", "run"]
+__all__ = ["PROCESSED", "Ended", "How", "Open", "run", "stops"]
 
 Open = Callable[[], tuple[Session, Any]]
 """Make a session: the one the core speaks to, and the one the handler is handed (the same, or the AsyncSession around it)."""
@@ -39,11 +44,13 @@ class How(Enum):
     UNKNOWN = "unknown"
     """COMMIT was sent, its answer never came, and the row is not there (yet)."""
     BROKEN = "broken"
-    """The handler committed behind our back: a redelivery would be taken for a duplicate. For a person."""
+    """The transaction was committed behind our back: a redelivery would be taken for a duplicate. For a person."""
     AWAY = "away"
     """The database does not answer."""
     LOST = "lost"
     """Another run has taken the message over; nothing of this one is recorded."""
+    STOPPED = "stopped"
+    """Cancelled, interrupted, told to exit: nothing was committed, and nothing is recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +65,33 @@ class Ended:
     """How long another run's lease goes on."""
     kept: bool = False
     """What the claim stands for may have happened: it is not let go of."""
+    owner: str | None = None
+    """Whose claim stands under the key, of a duplicate; whose may stand, where it could not be learnt; of a broken one."""
+    stop: BaseException | None = None
+    """To be raised on, once what is to be written is written."""
 
 
 PROCESSED = Ended(How.PROCESSED)
+
+
+def stops(error: BaseException) -> bool:
+    """Say whether an exception asks for the end of something larger than a handler: it is raised on, and never counted."""
+    if isinstance(error, Exception):
+        return False
+    if isinstance(error, BaseExceptionGroup):
+        return any(stops(each) for each in error.exceptions)
+    if isinstance(error, (KeyboardInterrupt, GeneratorExit, SystemExit)):
+        return True
+    greenlet, asyncio = sys.modules.get("greenlet"), sys.modules.get("asyncio")
+    if greenlet is not None and isinstance(error, greenlet.GreenletExit):
+        return True
+    if asyncio is None or not isinstance(error, asyncio.CancelledError):
+        return False
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no loop in this thread: nobody was asked to cancel anything
+        return False
+    return task is not None and task.cancelling() > 0
 
 
 def run(
@@ -74,6 +105,7 @@ def run(
     also: Callable[[Session, int], object] | None,
 ) -> Ended:
     """From the claim to the end of the COMMIT, and what follows it."""
+    committing = False
     try:
         handle()
         if also is not None:
@@ -81,22 +113,17 @@ def run(
                 won.watch.check(session)
             also(session, 1 if won.held is None else won.held.attempt)
         session.flush()
-        guard.complete(session, won)
-    except Exception as error:
-        return _failed(dialect, won, error)
-    watch = won.watch
-    if watch is not None:
-        misuse = watch.verify(session)
-        if misuse is not None or watch.lost is not None:
-            return _failed(dialect, won, misuse)
-        watch.committing()
-        try:
+        if (settled := guard.complete(session, won)) is not None:
+            return Ended(How.DUPLICATE, owner=settled.owner)
+        if (watch := won.watch) is not None:
+            watch.check(session)
+            watch.committing()
+            committing = True
             session.commit()
-        except Exception as error:
-            if watch.left is not Left.NOT:
-                return _failed(dialect, won, error)
-            watch.end(session)
-            return _look_up(open_session, guard, rows, _commit_failed(dialect, error))
+    except BaseException as error:
+        ended = _left(open_session, session, guard, dialect, rows, won, error, committing=committing)
+        if ended is not PROCESSED:
+            return ended
     try:
         guard.consume(won)
     except StoreUnavailable as error:
@@ -108,18 +135,59 @@ def run(
     return PROCESSED
 
 
-def _failed(dialect: Dialect, won: Won, error: BaseException | None) -> Ended:
-    """Say how an attempt ended that never reached COMMIT; what the watch saw weighs more than what was raised."""
+def _left(
+    open_session: Open,
+    session: Session,
+    guard: Guard,
+    dialect: Dialect,
+    rows: Sequence[ClaimRow],
+    won: Won,
+    error: BaseException,
+    *,
+    committing: bool,
+) -> Ended:
+    """Say how an attempt ended that raised; what was seen of its transaction weighs more than what was raised."""
     watch = won.watch
-    if watch is not None:
-        if watch.left is Left.BROKEN:
-            return Ended(How.BROKEN, watch.error)
-        if watch.lost is not None:
-            # the server threw the transaction away (a deadlock): whatever the handler made of that error, try again
-            return Ended(How.TRANSIENT, watch.lost)
-        if watch.left is Left.REFUSED:
-            return Ended(How.FAILED, watch.error)  # also when the handler swallowed it, or wrapped it in its own
-    assert error is not None
+    if watch is None:
+        return _raised(dialect, won, error)
+    if watch.committed:
+        # a hook of the user's, behind the server's answer: it is done
+        return Ended(How.STOPPED, error, kept=True) if stops(error) else PROCESSED
+    unsure = watch.sent and not watch.refused
+    if not watch.sent:
+        watch.ask()
+    watch.end(session)
+    if unsure:
+        return _look_up(open_session, guard, rows, Ended(How.UNKNOWN, error, kept=True))
+    ended = _said(dialect, won, watch, error)
+    if ended.how is How.BROKEN or watch.whole or not watch.rows:
+        return ended
+    return _stands(open_session, guard, watch, ended)
+
+
+def _said(dialect: Dialect, won: Won, watch: Watch, error: BaseException) -> Ended:
+    """From what the watch saw, and then from what was raised."""
+    stop = error if stops(error) else None
+    if watch.left is Left.BROKEN:
+        return _broken(watch.error or error, watch.owner, stop)
+    if stop is not None:
+        return Ended(How.STOPPED, stop)
+    if watch.left is Left.GONE:
+        return Ended(How.TRANSIENT, watch.error)  # it was shown that nothing was committed since
+    if watch.lost is not None:
+        # the server threw the transaction away (a deadlock): whatever the handler made of that error, try again
+        return Ended(How.TRANSIENT, watch.lost)
+    if watch.left is Left.REFUSED:
+        return Ended(How.FAILED, watch.error)  # also when the handler swallowed it, or wrapped it in its own
+    return _raised(dialect, won, error)
+
+
+def _raised(dialect: Dialect, won: Won, error: BaseException) -> Ended:
+    """From what was raised alone."""
+    if stops(error):
+        return Ended(How.STOPPED, error)
+    if isinstance(error, BrokenTransaction):  # of a step
+        return _broken(error, None, None)
     if isinstance(error, LeaseLost):
         return Ended(How.LOST, error)
     if won.late is not None and isinstance(error, StoreUnavailable):
@@ -134,30 +202,61 @@ def _failed(dialect: Dialect, won: Won, error: BaseException | None) -> Ended:
             return Ended(How.FAILED, error)
 
 
-def _commit_failed(dialect: Dialect, error: Exception) -> Ended:
-    match dialect.trouble(error):
-        case Trouble.TRANSIENT:
-            return Ended(How.TRANSIENT, error)
-        case Trouble.REFUSED:
-            return Ended(How.FAILED, error)
-        case _:
-            return Ended(How.UNKNOWN, error, kept=True)
+def _broken(error: BaseException, owner: str | None, stop: BaseException | None) -> Ended:
+    told = Misuse(str(error)).with_traceback(error.__traceback__)
+    return Ended(How.BROKEN, told, owner=owner, stop=stop)
+
+
+def _stands(open_session: Open, guard: Guard, watch: Watch, ended: Ended) -> Ended:
+    """After the rollback: does this attempt's claim stand all the same? Of a group's, all stand or none does."""
+    session, _ = open_session()
+    try:
+        found = guard.look(session, watch.rows[0])
+    except StoreUnavailable as error:
+        # not known, and the next claim may find it: whose it is must be remembered until then
+        return Ended(How.AWAY, error, owner=watch.owner, stop=_stop_of(ended))
+    except Exception:  # whatever it is, the next claim meets it too
+        return ended
+    finally:
+        let_go(session)
+    if isinstance(found, (Consumed, Unfinished)) and found.owner == watch.owner:
+        said = ended.error
+        told = Misuse(f"{_COMMITTED} The handler ended with {type(said).__name__}.")
+        if said is not None:
+            told = told.with_traceback(said.__traceback__)
+        return _broken(told, watch.owner, _stop_of(ended))
+    return ended
+
+
+def _stop_of(ended: Ended) -> BaseException | None:
+    return ended.error if ended.how is How.STOPPED else ended.stop
 
 
 def _look_up(open_session: Open, guard: Guard, rows: Sequence[ClaimRow], ended: Ended) -> Ended:
-    """After a COMMIT that raised: all our rows there means that all is done. Else nothing is proven, and `ended` stands.
+    """After a COMMIT that nobody answered: all our rows there means that all is done. Else nothing is proven, and `ended` stands.
 
     One row of a group says nothing of the others: it may be of a copy that waited for our key and committed it alone. Of
     one message alone that is as good. A COMMIT still on its way is safe: the redelivery's claim waits for it and then finds
-    the row. A refusal is looked up too, for what was raised may come from a hook of the user's that ran after the server
-    had committed.
+    the row.
     """
     session, _ = open_session()
     try:
-        return PROCESSED if all(guard.consumed(session, row) for row in rows) else ended
+        found = [guard.look(session, row) for row in rows]
     except StoreUnavailable as error:
         return Ended(How.AWAY, error, kept=True)
     except Exception:  # a look-up that fails leaves the outcome what it was: unknown
         return ended
     finally:
         let_go(session)
+    if all(isinstance(each, Consumed) for each in found):
+        return PROCESSED
+    unfinished = next((each for each in found if isinstance(each, Unfinished)), None)
+    if unfinished is not None:
+        return _broken(Misuse(_COMMITTED), unfinished.owner, None)
+    return ended
+
+
+_COMMITTED = (
+    "Something committed this attempt's transaction before it ended: a procedure, or a call on the driver. Its claim stands,"
+    " with what the handler had written until then, and the rest is missing."
+)

@@ -14,9 +14,10 @@ from sqlalchemy.orm import Session
 from exactly_once.attempt.ending import Ended, How, Open, run
 from exactly_once.dialects import ClaimRow, Dialect
 from exactly_once.errors import ConfigurationError, StoreUnavailable
-from exactly_once.guards import Conflict, Consumed, InProgress
+from exactly_once.guards import Conflict, Consumed, InProgress, Unfinished
 from exactly_once.guards.transaction import TransactionGuard
 from exactly_once.guards.watch import Watch, let_go
+from exactly_once.owner import new_owner
 
 __all__ = ["GroupEnded", "attempt_group"]
 
@@ -30,7 +31,7 @@ class GroupEnded:
 
     ended: Ended
     """Of the messages that were ours, all alike. DUPLICATE: none was; IN_PROGRESS: some key is held, and none was claimed."""
-    others: Mapping[str, Consumed | InProgress | Conflict] = field(default_factory=dict)
+    others: Mapping[str, Consumed | InProgress | Conflict | Unfinished] = field(default_factory=dict)
 
 
 def attempt_group(
@@ -56,7 +57,8 @@ def attempt_group(
         meanwhile: Work to do while the server answers the claim, a step for each element.
 
     Returns:
-        How it ended. Cancellation, KeyboardInterrupt and SystemExit are no endings: rolled back, and raised on.
+        How it ended. Cancellation, KeyboardInterrupt and SystemExit are no endings: rolled back, and raised on (once a broken
+        transaction is written down: then they are in `stop`).
 
     Raises:
         ConfigurationError: The database is set up so that no claim can be trusted.
@@ -65,7 +67,7 @@ def attempt_group(
     watch = None
     try:
         try:
-            claim = guard.claim_group(session, rows, patient=patient, meanwhile=meanwhile)
+            claim = guard.claim_group(session, rows, owner=new_owner(), patient=patient, meanwhile=meanwhile)
         except StoreUnavailable as error:
             return GroupEnded(Ended(How.AWAY, error))
         except ConfigurationError:
@@ -79,9 +81,12 @@ def attempt_group(
             return GroupEnded(_NONE_WON, others)
         watch = won.watch
         assert watch is not None
-        ours = [row for row in rows if row.key not in others] if others else rows
         call = partial(handle, session, handed, others, watch)
-        return GroupEnded(run(open_session, session, guard, dialect, ours, won, call, also=None), others)
+        ended = run(open_session, session, guard, dialect, watch.rows, won, call, also=None)
+        if ended.how is How.STOPPED:
+            assert ended.error is not None
+            raise ended.error
+        return GroupEnded(ended, others)
     finally:
         if watch is not None:
             watch.end(session)

@@ -5,8 +5,6 @@ them are `policy`'s, from values. Nothing here knows a broker: what the broker c
 """
 
 import logging
-import os
-import socket
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -14,8 +12,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from exactly_once.alert import Hook
-from exactly_once.attempt import Ended, How, attempt
-from exactly_once.delivery.recording import DUPLICATE, PROCESSED, UNRECORDED, Recording, Told
+from exactly_once.attempt import UNFINISHED, Ended, How, attempt
+from exactly_once.delivery.recording import ACK, DUPLICATE, PROCESSED, UNRECORDED, Owed, Recording, Told
 from exactly_once.dialects import ClaimRow
 from exactly_once.errors import (
     ConfigurationError,
@@ -27,7 +25,7 @@ from exactly_once.errors import (
     StoreUnavailable,
 )
 from exactly_once.failures import MESSAGE_ID_BYTES
-from exactly_once.guards import Guard, Won
+from exactly_once.guards import Consumed, Guard, Unfinished, Won
 from exactly_once.guards.step_ledger import StepLedger
 from exactly_once.guards.transaction import TransactionGuard
 from exactly_once.guards.watch import let_go
@@ -52,7 +50,10 @@ EXITED: Final = (
     "The handler called sys.exit({code!r}), which would end the worker for every message; it was rolled back. Raise an"
     " exception to have it retried, Reject to park it."
 )
-_OWNER: Final = f"{socket.gethostname()[:40]}:{os.getpid()}"
+_LEARNT_LATE: Final = (
+    "An earlier attempt's claim stands, and that attempt failed: something committed its transaction before it ended, and the"
+    " database went away before this could be seen. What the handler had written until then is there, and the rest is missing."
+)
 
 _log = logging.getLogger("exactly_once.failures")
 
@@ -133,8 +134,14 @@ class Delivering:
         try:
             if not pumped and spent(message.attempt, features):
                 return self._spent(message, reading, row, features, foreign)
+            if self.recording.owes and (owed := self.recording.owed(row.key)) is not None and owed.error is not None:
+                # broken, and not written down: the store went away; run again it would double what was committed
+                return self._broken(owed.error, owed.owner, message, reading)
             if self.plan.ordered and message.ordering_key is not None and self._blocked(message, reading):
-                return self.recording.wait(Outcome.WAITING, message, reading, features, foreign)
+                # what was done before needs no place behind others
+                return self._done(row, message, reading) or self.recording.wait(
+                    Outcome.WAITING, message, reading, features, foreign
+                )
             return self._try(message, reading, row, features, pumped, foreign)
         except StoreUnavailable as error:
             return self.recording.away(error)
@@ -154,7 +161,7 @@ class Delivering:
             reading.fingerprint,
             storable(message.message_id, MESSAGE_ID_BYTES),
             message.attempt,
-            _OWNER,
+            "",
             message.born_at,
         )
 
@@ -188,14 +195,23 @@ class Delivering:
             ended = attempt(self._open, self._guard, self.store.dialect, row, handle, also=also, enforce=self._enforce)
             match ended.how:
                 case How.PROCESSED:
+                    self.recording.paid(row.key)
                     if before:
                         self.recording.succeeded(row.key)
                     if ended.again:
                         _log.warning("duplicate_ran handler=%s key=%s enforce=False", row.handler, escaped(row.key))
                     return PROCESSED
                 case How.DUPLICATE:
+                    if self.recording.owes and ended.owner is not None and self.recording.is_owed(row.key, ended.owner):
+                        error = Misuse(_LEARNT_LATE)
+                        return self._broken(error, ended.owner, message, reading)
+                    self.recording.paid(row.key)
                     return DUPLICATE
                 case How.AWAY:
+                    if ended.owner is not None:
+                        self.recording.owe(row.key, Owed(ended.owner))
+                    if ended.stop is not None:
+                        raise ended.stop
                     return self.recording.away(ended.error)
                 case How.IN_PROGRESS if ended.again and transient < 1:
                     transient += 1
@@ -207,6 +223,8 @@ class Delivering:
                     return self._ended(ended, message, reading, features, foreign)
 
     def _ended(self, ended: Ended, message: Message, reading: Reading, features: Features, foreign: bool) -> Told:
+        if ended.how is not How.BROKEN and reading.key is not None:
+            self.recording.paid(reading.key)  # it was claimed anew: nothing of an earlier attempt stands
         match ended.how:
             case How.IN_PROGRESS:
                 return self.recording.wait(Outcome.IN_PROGRESS, message, reading, features, foreign, ended.remaining)
@@ -220,9 +238,11 @@ class Delivering:
                 return self.recording.failed(message, reading, error, features, foreign)
             case How.BROKEN:
                 assert ended.error is not None
-                return self.recording.record(
-                    message, reading, ended.error, lambda attempts: Park("broken", str(ended.error))
-                )
+                assert ended.owner is not None
+                told = self._broken(ended.error, ended.owner, message, reading)
+                if ended.stop is not None:
+                    raise ended.stop
+                return told
             case _:
                 assert ended.error is not None
                 return self.recording.failed(message, reading, ended.error, features, foreign)
@@ -255,11 +275,11 @@ class Delivering:
         )
 
     def _resolving(self, row: ClaimRow, before: bool) -> Callable[[Session, int], object]:
-        failures = self.store.failures
+        failures, dialect = self.store.failures, self.store.dialect
 
         def resolve(session: Session, attempt: int) -> None:
             if before or attempt > 1:
-                failures.resolve(session, row.group, row.handler, row.key, row.fingerprint, row.message_id)
+                failures.resolve(session, dialect, row)
 
         return resolve
 
@@ -267,17 +287,39 @@ class Delivering:
 
     def _spent(self, message: Message, reading: Reading, row: ClaimRow, features: Features, foreign: bool) -> Told:
         """A message whose deliveries are used up: consumed long ago (only its acks were lost), else parked, never run."""
-        session, _ = self._open()
-        try:
-            if self._guard.consumed(session, row):
-                return DUPLICATE
-        finally:
-            let_go(session)
+        if (done := self._done(row, message, reading)) is not None:
+            return done
         error = Reject(
             f"attempts spent, never finished: delivered {message.attempt} times, and each time the process ended before"
             " the handler did. Look for what kills it, then: exactly-once failures requeue"
         )
         return self.recording.failed(message, reading, error, features, foreign)
+
+    def _done(self, row: ClaimRow, message: Message, reading: Reading) -> Told | None:
+        """Look whether it was done before, without running it."""
+        session, _ = self._open()
+        try:
+            found = self._guard.look(session, row)
+        finally:
+            let_go(session)
+        match found:
+            case Consumed():
+                return DUPLICATE
+            case Unfinished(owner):
+                return self._broken(Misuse(UNFINISHED), owner, message, reading)
+            case _:
+                return None
+
+    def _broken(self, error: BaseException, owner: str, message: Message, reading: Reading) -> Told:
+        """Keep it for a person, with the claim that stands for it; remembered until it is written."""
+        assert reading.key is not None
+        self.recording.owe(reading.key, Owed(owner, error))
+        told = self.recording.record(
+            message, reading, error, lambda attempts: Park("broken", str(error)), claim_owner=owner
+        )
+        if told.verdict == ACK:
+            self.recording.paid(reading.key)
+        return told
 
     def _blocked(self, message: Message, reading: Reading) -> bool:
         failure = self.recording.failure(message, reading, Reject(""))

@@ -17,11 +17,12 @@ from typing import Any, Final
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
-from exactly_once.attempt.ending import Ended, How
+from exactly_once.attempt.ending import Ended, How, stops
 from exactly_once.attempt.group import GroupEnded, attempt_group
 from exactly_once.delivery import DUPLICATE, EXITED, PROCESSED, Delivering, Told
 from exactly_once.delivery.member import GroupTold, Member
-from exactly_once.dialects import Trouble
+from exactly_once.delivery.recording import Owed
+from exactly_once.dialects import ClaimRow, Trouble
 from exactly_once.errors import Misuse
 from exactly_once.guards import Consumed
 from exactly_once.guards.transaction import TransactionGuard
@@ -29,7 +30,6 @@ from exactly_once.guards.watch import Watch, let_go
 from exactly_once.handler import Reading, check_result
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
-from exactly_once.policy import Park
 from exactly_once.transport import Features
 from exactly_once.verdict import Hold
 from exactly_once.wording import escaped
@@ -93,7 +93,7 @@ class GroupDelivering(Delivering):
             row, message = member.row, member.message
             waits = blocking and message.ordering_key is not None
             # what came before may be what failed, or killed the process: its company would pay for it again
-            if row is None or waits or self.recording.came_before(message, row.key):
+            if row is None or waits or self.recording.came_before(message, row.key) or self._owes(row):
                 alone.append(member)
             elif row.key in together:
                 repeats.append((member, together[row.key]))
@@ -110,6 +110,9 @@ class GroupDelivering(Delivering):
             else:
                 self._alone(member, run)
         return GroupTold([member.told for member in members if member.told is not None], run.deadlocked)
+
+    def _owes(self, row: ClaimRow) -> bool:
+        return self.recording.owes and self.recording.owed(row.key) is not None
 
     def member(self, message: Message, features: Features) -> Member:
         """Read a message.
@@ -175,6 +178,7 @@ class GroupDelivering(Delivering):
         match ended.how:
             case How.PROCESSED | How.DUPLICATE | How.BROKEN | How.UNKNOWN:
                 self._settle(members, tried, run)
+                self._raise_on(ended, run)
             case How.FAILED | How.IN_PROGRESS if len(members) > _CUT:
                 middle = len(members) // 2
                 self._together(members[:middle], run)
@@ -185,9 +189,17 @@ class GroupDelivering(Delivering):
             case how:
                 if how is How.AWAY:
                     run.held = self.recording.away(ended.error)
+                    if ended.owner is not None:  # whether their claims stand could not be learnt
+                        for member in members:
+                            self.recording.owe(member.row.key, Owed(ended.owner))  # type: ignore[union-attr]
+                    self._raise_on(ended, run)
                 run.deadlocked = run.deadlocked or self._thrown_away(ended)
                 for member in members:
                     self._alone(member, run)
+
+    def _raise_on(self, ended: Ended, run: _Run) -> None:
+        if ended.stop is not None:
+            run.leave(ended.stop)
 
     def _thrown_away(self, ended: Ended) -> bool:
         """Whether the server undid it for another transaction's sake; not where a connection was lost."""
@@ -208,6 +220,7 @@ class GroupDelivering(Delivering):
             # what is broken must not run again: its claim stands, and it would be taken for a duplicate
             case How.PROCESSED | How.DUPLICATE | How.BROKEN | How.UNKNOWN:
                 self._settle([member], tried, run)
+                self._raise_on(tried.ended, run)
             case _:
                 self._alone(member, run)
 
@@ -225,9 +238,9 @@ class GroupDelivering(Delivering):
                 self._call_all(session, handed, self._in_order(ours), watch, run)
             except SystemExit as error:
                 raise Misuse(EXITED.format(code=error.code)) from error
-            except Exception:
-                raise
             except BaseException as error:
+                if not stops(error):
+                    raise
                 run.leave(error)
                 raise Misuse(
                     f"The handler raised {type(error).__name__}, which is none of its own to raise."
@@ -288,7 +301,7 @@ class GroupDelivering(Delivering):
             standing = others.get(member.row.key)
             if standing is None:
                 member.told = ours or self._told_of(member, ended, run.reached)
-            elif isinstance(standing, Consumed):
+            elif isinstance(standing, Consumed) and not self._owes(member.row):
                 member.told = DUPLICATE
             else:
                 self._alone(member, run)
@@ -299,8 +312,10 @@ class GroupDelivering(Delivering):
         if ended.how is How.UNKNOWN:
             return self.recording.wait(Outcome.UNKNOWN, message, reading, features, False)
         assert ended.error is not None
-        error = Misuse(f"{ended.error} {self._in_company(member, reached)}").with_traceback(ended.error.__traceback__)
-        return self.recording.record(message, reading, error, lambda attempts: Park("broken", str(error)))
+        assert ended.owner is not None
+        text = f"{ended.error} {self._in_company(member, reached)}"
+        error = Misuse(text).with_traceback(ended.error.__traceback__)
+        return self._broken(error, ended.owner, message, reading)
 
     def _in_company(self, member: Member, reached: Sequence[Member]) -> str:
         """Say what a message of a group that is parked as a whole has had of it: only one of them did it."""

@@ -29,7 +29,7 @@ from exactly_once.transport import Features
 from exactly_once.verdict import Ack, Hold, Keep, Redeliver, Said
 from exactly_once.wording import escaped
 
-__all__ = ["DUPLICATE", "PROCESSED", "UNRECORDED", "Recording", "Told"]
+__all__ = ["ACK", "DUPLICATE", "PROCESSED", "UNRECORDED", "Owed", "Recording", "Told"]
 
 _RECORD_TRIES: Final = (False, False, False, True)
 UNRECORDED: Final = timedelta(seconds=5)  # neither run nor stored: not in a tight circle
@@ -50,10 +50,20 @@ class Told:
     verdict: Said
 
 
-_ACK: Final = Ack()
-PROCESSED: Final = Told(Outcome.PROCESSED, _ACK)
-DUPLICATE: Final = Told(Outcome.DUPLICATE, _ACK)
-_DEAD: Final = Told(Outcome.DEAD, _ACK)
+@dataclass(frozen=True, slots=True)
+class Owed:
+    """What is not written down of a message, because the store went away."""
+
+    owner: str
+    """Whose claim stands for it, or may."""
+    error: BaseException | None = None
+    """Why it is broken; None where it is not known whether it is."""
+
+
+ACK: Final = Ack()
+PROCESSED: Final = Told(Outcome.PROCESSED, ACK)
+DUPLICATE: Final = Told(Outcome.DUPLICATE, ACK)
+_DEAD: Final = Told(Outcome.DEAD, ACK)
 
 
 class Recording:
@@ -73,6 +83,7 @@ class Recording:
         self._handler, self._retry = plan.name, plan.retry
         self._store, self._group, self._open, self._alert = store, group, open_session, alert
         self._seen: dict[str, None] = {}
+        self._owed: dict[str, Owed] = {}
         self._tell_away_at = 0.0
 
     def came_before(self, message: Message, key: str) -> bool:
@@ -82,6 +93,31 @@ class Recording:
     def succeeded(self, key: str) -> None:
         """Forget that it failed in this process."""
         self._seen.pop(key, None)
+
+    # -- what could not be written ------------------------------------------------------------------------------------
+
+    @property
+    def owes(self) -> bool:
+        """Something is not written down."""
+        return bool(self._owed)
+
+    def owed(self, key: str) -> Owed | None:
+        """What is not written down of this key."""
+        return self._owed.get(key)
+
+    def is_owed(self, key: str, owner: str) -> bool:
+        """Whether a claim that stands is that of an attempt whose end nobody could learn."""
+        owed = self._owed.get(key)
+        return owed is not None and owed.owner == owner
+
+    def owe(self, key: str, owed: Owed) -> None:
+        """Remember it; not dropped for want of room, for forgotten it would pass for a duplicate."""
+        self._owed[key] = owed
+
+    def paid(self, key: str) -> None:
+        """It is written, or turned out to be nothing."""
+        if self._owed:
+            self._owed.pop(key, None)
 
     def wait(
         self,
@@ -130,9 +166,10 @@ class Recording:
         *,
         counted: bool = True,
         outcome: Outcome = Outcome.FAILED,
+        claim_owner: str | None = None,
     ) -> Told:
         """Write it down in a new transaction; if that fails, nothing is acknowledged and the message comes again."""
-        failure = replace(self.failure(message, reading, error), counted=counted)
+        failure = replace(self.failure(message, reading, error), counted=counted, claim_owner=claim_owner)
         for last in _RECORD_TRIES:
             session, _ = self._open()
             try:
@@ -166,7 +203,7 @@ class Recording:
                     sound(self._alert, Alert("parked", self._group, self._handler, known_by, reason))
                 return _DEAD
             case ByPump():
-                return Told(outcome, _ACK)  # stored with its time: the pump owns the next try, the broker is done
+                return Told(outcome, ACK)  # stored with its time: the pump owns the next try, the broker is done
             case ByBroker(delay):
                 if failure.key is not None:
                     if len(self._seen) >= _REMEMBERED:

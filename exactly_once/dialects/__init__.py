@@ -13,14 +13,16 @@ from datetime import datetime, timedelta
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine, Insert, Update
 
+from exactly_once.dialects.keywords import Read
 from exactly_once.errors import ConfigurationError, SchemaError, StoreUnavailable
 
 __all__ = [
     "ClaimBusy",
     "ClaimRow",
     "Dialect",
+    "Gone",
     "GroupClaims",
     "Known",
     "LeaseClaims",
@@ -80,12 +82,15 @@ class Leased:
     won: bool
     """It is leased under our token."""
     consumed: bool
+    """Nobody is to run it: consumed, or `unfinished`."""
     fingerprint: bytes
     attempt: int
     """Which claim of this message the standing one is, from 1."""
     remaining: timedelta | None = None
     """How long the standing lease goes on by the server's clock; None where nobody has one."""
     steps: tuple[StepRow, ...] = ()
+    unfinished: str | None = None
+    """The owner of a claim that was written in a transaction, and committed by something else than its attempt."""
 
 
 class State(Enum):
@@ -93,6 +98,7 @@ class State(Enum):
 
     IDLE = "no transaction"
     OPEN = "in a transaction"
+    BUSY = "in the middle of a statement, or of reading its rows"
     ABORTED = "in a transaction that can only be rolled back"
 
 
@@ -106,33 +112,95 @@ class Trouble(Enum):
 
 
 class ClaimBusy(Exception):
-    """Another transaction holds the key, and `claim_wait` is over. `again`: worth one more try at once."""
+    """Another transaction holds the key, and `claim_wait` is over.
 
-    def __init__(self, again: bool) -> None:
+    Args:
+        again: Worth one more try at once.
+        lost: The server threw the whole transaction away, what was done in it before included.
+    """
+
+    def __init__(self, again: bool, *, lost: bool = False) -> None:
         super().__init__()
-        self.again = again
+        self.again, self.lost = again, lost
+
+
+class Gone(Exception):
+    """The transaction that the claim was written in is not there any more; this attempt's COMMIT was not sent."""
 
 
 class Dialect(Protocol):
     """One database server through one driver. `dbapi` is SQLAlchemy's `dbapi_connection`, adapted where it is async."""
 
     name: str
-    table: str
-    """Where claims are kept, as it stands in statements."""
+
+    @property
+    def table(self) -> str:
+        """Where claims are kept, as it stands in statements: with its schema, so that no search path moves it.
+
+        Looked up at first use, which may connect.
+        """
 
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
-        """Look once at a connection we have not seen: refuse autocommit, remember what later statements need."""
+        """Look once at a connection we have not seen: refuse what cannot be claimed on, remember what later statements need."""
+
+    def strange(self, dbapi: Any) -> bool:
+        """Say whether a connection is not what it was when it was prepared: free, no round trip. It is to be thrown away."""
 
     def claim(
         self, dbapi: Any, info: MutableMapping[Any, Any], row: ClaimRow, *, wait_ms: int, savepoint: bool
     ) -> bool:
         """Insert `row`, first thing in its transaction, and say whether it is ours (False: it stands there already).
 
-        With `savepoint`, earlier work of an open transaction survives a refusal. Raises `ClaimBusy`, else the driver's error.
+        Args:
+            dbapi: The driver's connection.
+            info: What `prepare` remembered of it.
+            row: Who claims what; its owner is this attempt's alone.
+            wait_ms: The longest to wait for another transaction that holds the key.
+            savepoint: The transaction is the caller's, who commits it: its earlier work survives a refusal. Else it is ours,
+                and ends by `commit`.
+
+        Raises:
+            ClaimBusy: Another transaction holds the key. Else the driver's error.
         """
 
-    def begin(self, dbapi: Any, info: MutableMapping[Any, Any]) -> None:
-        """Begin a transaction without a claim, so that the driver says that it is open."""
+    def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> None:
+        """Begin a transaction without a claim, so that the driver says that it is open; it ends by `commit`."""
+
+    def commit(
+        self,
+        dbapi: Any,
+        info: MutableMapping[Any, Any],
+        owner: str,
+        rows: Sequence[ClaimRow],
+        send_commit: Callable[[], None],
+    ) -> None:
+        """Commit durably the transaction in which `owner` claimed `rows`, by `claim`, a group's claim or `begin`.
+
+        Args:
+            dbapi: The driver's connection.
+            info: What `prepare` remembered of it.
+            owner: Whose transaction it is to be.
+            rows: What was claimed in it; none by `begin`.
+            send_commit: Sends the driver's own COMMIT.
+
+        Raises:
+            Gone: It is another transaction by now; nothing was sent. Else the driver's error.
+        """
+
+    def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
+        """Say whether this is still the transaction that `owner` began; None where nobody can tell. It is to end after that."""
+
+    def before_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> Any:
+        """Make ready for a statement that can end the transaction unseen; what is returned is for `after_call`.
+
+        Called where `Read.calls` says so.
+        """
+
+    def after_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
+        """Say whether the transaction survived that statement; None: not now, its rows are not read yet."""
+
+    def committed_since(self, dbapi: Any, info: MutableMapping[Any, Any], before: Any) -> bool | None:
+        """Say whether this connection committed anything since `before_call` gave `before`; None where nobody can tell."""
 
     def known(self, dbapi: Any, row: ClaimRow, *, end: bool) -> Known | None:
         """Read what stands under the key; `end` rolls the transaction back in the same breath."""
@@ -146,14 +214,24 @@ class Dialect(Protocol):
     def no_table(self, error: BaseException) -> bool:
         """Did the claim find no table to stand in?"""
 
+    def refused(self, dbapi: Any, error: BaseException) -> bool:
+        """Did the server refuse this COMMIT for certain? The same connection still answers then, in no transaction of ours."""
+
+    def in_our_name(self, connection: Connection, statement: Insert | Update, values: Mapping[str, Any]) -> int:
+        """Execute a statement of ours in the handler's transaction; return how many rows it changed.
+
+        The handler may have taken another role for its own statements (`SET LOCAL ROLE`), which must not be ours, and which
+        it, and what runs with COMMIT, must find again.
+        """
+
     def hopeless(self, error: BaseException) -> bool:
         """Did connecting fail for a reason that waiting does not mend: no such user, password or database?"""
 
     def lost(self, dbapi: Any, info: MutableMapping[Any, Any], error: BaseException) -> bool:
         """Did this error throw the whole transaction away, so that later statements would commit without the claim?"""
 
-    def refuses(self, statement: str) -> str | None:
-        """Name the keyword if handlers may not send this statement, judged by its first words; None if they may."""
+    def read(self, dbapi: Any, statement: str) -> Read:
+        """Say what a handler's statement would do to its transaction and its connection, by its first words."""
 
 
 class GroupClaims(Protocol):
@@ -165,6 +243,7 @@ class GroupClaims(Protocol):
         info: MutableMapping[Any, Any],
         rows: Sequence[ClaimRow],
         *,
+        owner: str,
         wait_ms: int,
         meanwhile: Iterable[object] = (),
     ) -> Mapping[str, Known | None]:
@@ -173,7 +252,8 @@ class GroupClaims(Protocol):
         Args:
             dbapi: The driver's connection, in no transaction.
             info: What `Dialect.prepare` remembered of it.
-            rows: Of one group, handler and owner, each key once, sorted by key; at least one.
+            rows: Of one consumer group and handler, each key once, sorted by key; at least one.
+            owner: Whose they are to be: this attempt's.
             wait_ms: The longest to wait for another run of any of these keys; 0: not at all. MySQL
                 waits as long as its session says.
             meanwhile: Work to do while the server answers, a step for each element; what is left when it has answered, or
@@ -254,8 +334,12 @@ _KNOWN: dict[tuple[str, str], str] = {
 }
 
 
-def dialect_for(engine: Engine, schema: str | None) -> Dialect:
+def dialect_for(engine: Engine, schema: Callable[[], str | None]) -> Dialect:
     """Return the dialect that speaks to `engine`'s server through its driver.
+
+    Args:
+        engine: Of the application, or ours.
+        schema: Names the database schema of our tables; asked at the first claim, and may connect for it.
 
     Raises:
         ConfigurationError: The driver was never tried; a claim through it might not be recognised as a duplicate.
@@ -270,12 +354,13 @@ def dialect_for(engine: Engine, schema: str | None) -> Dialect:
     from importlib import import_module
 
     module, _, attribute = found.partition(":")
-    make: Callable[[str], Dialect] = getattr(import_module(module), attribute)
-    table = (
-        engine.dialect.identifier_preparer.quote_schema(schema) + ".message_idempotent"
-        if schema
-        else "message_idempotent"
-    )
+    make: Callable[[Callable[[], str]], Dialect] = getattr(import_module(module), attribute)
+    quote = engine.dialect.identifier_preparer.quote_schema
+
+    def table() -> str:
+        named = schema()
+        return f"{quote(named)}.message_idempotent" if named else "message_idempotent"
+
     return make(table)
 
 

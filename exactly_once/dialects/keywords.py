@@ -6,8 +6,9 @@ transaction state after the statement was sent. It refuses early what people wri
 
 import re
 from functools import lru_cache
+from typing import NamedTuple
 
-__all__ = ["IMPLICIT_COMMITS", "first_words", "refused"]
+__all__ = ["IMPLICIT_COMMITS", "Read", "first_words", "refused"]
 
 _WORDS = re.compile(
     r"(?:\s|;|\(|--[^\n]*(?:\n|$)|#[^\n]*(?:\n|$)|/\*.*?\*/)*([A-Za-z]+)(?:\s+([A-Za-z]+))?(?:\s+([A-Za-z]+))?",
@@ -30,6 +31,15 @@ IMPLICIT_COMMITS = frozenset(
         "OPTIMIZE", "RENAME", "REPAIR", "RESET", "REVOKE", "TRUNCATE", "UNINSTALL", "UNLOCK",
     }
 )  # fmt: skip
+
+
+class Read(NamedTuple):
+    """What a statement would do."""
+
+    refused: str | None = None
+    session: str | None = None
+    context: str | None = None
+    calls: bool = False
 
 
 def first_words(statement: str) -> tuple[str, str, str]:
@@ -69,3 +79,9 @@ def _refused(statement: str, ddl_commits: bool) -> str | None:
     if ddl_commits and first == "SET" and second.lower() == "autocommit":
         return "SET autocommit"
     return None
+
+
+@lru_cache(maxsize=1024)
+def read(statement: str, ddl_commits: bool) -> Read:
+    first = first_words(statement)[0]
+    return Read(refused(statement, ddl_commits), None, None, ddl_commits and first == "CALL")

@@ -9,30 +9,61 @@ unless innodb_rollback_on_timeout is on.
 The wait is in whole seconds on these servers. MariaDB bounds the one statement; MySQL knows only the session's setting,
 so there the bound holds for the handler's own lock waits too.
 
+The driver's flag says that a transaction is open, not that it is ours: a stored procedure can commit, begin another, or
+swallow the deadlock that threw ours away. Two witnesses tell. A savepoint set with the claim is gone exactly when the claim's
+transaction is gone; it is released with COMMIT, for releasing it earlier would take the handler's own savepoints along. And
+the claim is written *unfinished* and made *consumed* by its own attempt with COMMIT, so that a process killed behind a hidden
+commit leaves a row that says so. Around a CALL stands a savepoint more, so that the error can name that CALL. On MariaDB each
+of these travels with a statement that is sent anyway, in one compound statement; MySQL has none, and pays a round trip each.
+
 asyncmy sends several statements in one text. A procedure that commits, called behind the first of them, is seen only once
 that first one's result was closed.
 
 Keys are VARBINARY: compared byte by byte, neither case nor trailing spaces are folded.
 """
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC
+from functools import cached_property
 from typing import Any, Final
 
+from sqlalchemy import Connection, Insert, Update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from exactly_once.dialects import ClaimBusy, ClaimRow, Known, State, Trouble
-from exactly_once.dialects.keywords import refused
+from exactly_once.dialects import ClaimBusy, ClaimRow, Gone, Known, State, Trouble
+from exactly_once.dialects.keywords import Read, read
 from exactly_once.errors import ConfigurationError
+from exactly_once.owner import savepoint_of
 
-__all__ = ["BEGIN", "BOUND", "CLAIM", "DUPLICATE", "KNOWN", "LOCK_WAIT", "TRANSIENT", "MySQL", "errno"]
+__all__ = [
+    "BEGIN",
+    "BOUND",
+    "CLAIM",
+    "COMMITS",
+    "DUPLICATE",
+    "FINISH",
+    "KNOWN",
+    "LOCK_WAIT",
+    "PREPARE",
+    "TRANSIENT",
+    "MySQL",
+    "Seen",
+    "errno",
+    "together",
+]
 
 CLAIM: Final = (
     "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, message_content, fingerprint,"
     " retry_times, owner, born_at, created_at, consumed_at) VALUES"
-    " (%s, %s, %s, 1, %s, %s, %s, %s, %s, %s, UTC_TIMESTAMP(6), UTC_TIMESTAMP(6))"
+    " (%s, %s, %s, {status}, %s, %s, %s, %s, %s, %s, UTC_TIMESTAMP(6), UTC_TIMESTAMP(6))"
 )
+FINISH: Final = (
+    "UPDATE {table} SET status = 1"
+    " WHERE consumer_group = %s AND handler = %s AND business_key IN ({keys}) AND owner = %s AND status = 2"
+)
+_FINISHED: Final = "IF ROW_COUNT() <> {count} THEN SIGNAL SQLSTATE '45000'; END IF"
 BOUND: Final = "SET STATEMENT innodb_lock_wait_timeout = {seconds} FOR "
 # locking, so that it sees what is committed now and not an older snapshot of the caller's transaction
 KNOWN: Final = (
@@ -40,9 +71,25 @@ KNOWN: Final = (
     " WHERE consumer_group = %s AND handler = %s AND business_key = %s LOCK IN SHARE MODE"
 )
 BEGIN: Final = "START TRANSACTION"
-PREPARE: Final = "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode, @@autocommit"
+PREPARE: Final = "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode, @@log_bin"
+# what changes with each commit of this session: the last entry of the binary log, or else how often it sent what commits
+COMMITS: Final = {
+    "gtid": "SELECT @@last_gtid",
+    "counted": (
+        "SELECT SUM(VARIABLE_VALUE) FROM {source} WHERE VARIABLE_NAME IN ('Com_commit', 'Com_begin', 'Com_set_option',"
+        " 'Com_truncate', 'Com_load', 'Com_flush', 'Com_grant', 'Com_lock_tables', 'Com_unlock_tables', 'Com_analyze',"
+        " 'Com_optimize', 'Com_repair', 'Com_check', 'Com_xa_commit', 'Com_rename_table', 'Com_rename_user')"
+        " OR VARIABLE_NAME LIKE 'Com\\_create\\_%' OR VARIABLE_NAME LIKE 'Com\\_alter\\_%'"
+        " OR VARIABLE_NAME LIKE 'Com\\_drop\\_%' OR VARIABLE_NAME LIKE 'Com\\_revoke%'"
+    ),
+}
+_SOURCES: Final = {True: "information_schema.SESSION_STATUS", False: "performance_schema.session_status"}
 
-_IN_TRANSACTION: Final = 1  # SERVER_STATUS_IN_TRANS of the protocol's OK packet
+# of the protocol's OK packet
+_IN_TRANSACTION: Final = 1  # SERVER_STATUS_IN_TRANS
+_AUTOCOMMIT: Final = 2  # SERVER_STATUS_AUTOCOMMIT
+_NO_SAVEPOINT: Final = 1305
+_SIGNALLED: Final = 1644
 DUPLICATE: Final = 1062
 _NO_SUCH_TABLE: Final = 1146
 LOCK_WAIT: Final = 1205
@@ -54,8 +101,23 @@ _UNAVAILABLE: Final = frozenset(
     {1021, 1037, 1040, 1041, 1049, 1053, 1077, 1079, 1152, 1158, 1159, 1160, 1161, 1203, 1226, 1290, 1317, 1792, 1836,
      1927, 2002, 2003, 2006, 2013, 2014, 2055, 3169, 4031}
 )  # fmt: skip
+# after these nobody knows whether COMMIT happened: shutting down, interrupted, killed, the connection ended
+_UNSURE: Final = frozenset({1053, 1077, 1079, 1152, 1158, 1159, 1160, 1161, 1184, 1317, 1927, 4031})
 _GONE: Final = (ConnectionError, TimeoutError, EOFError)
 _LOST: Final = frozenset({_DEADLOCK, _CHANGED, 1317, 1927, 2006, 2013, 2055})
+
+
+@dataclass(slots=True)
+class Seen:
+    """What a connection told when we first saw it."""
+
+    bound: str
+    """Bounds one statement's wait for locks; empty where only the session can be bound."""
+    rollback_on_timeout: bool
+    compound: bool
+    """Several statements can be sent as one."""
+    commits: str
+    """Reads what changes with each commit of this session."""
 
 
 class MySQL:
@@ -63,66 +125,161 @@ class MySQL:
 
     name = "mysql"
 
-    def __init__(self, table: str) -> None:
-        self.table = table
-        self._claim = CLAIM.replace("{table}", table)
-        self._known = KNOWN.replace("{table}", table)
+    def __init__(self, table: Callable[[], str], *, durable: bool = True) -> None:
+        self._table = table
+
+    @cached_property
+    def table(self) -> str:
+        """See `Dialect.table`."""
+        return self._table()
+
+    @cached_property
+    def _claim(self) -> str:
+        return CLAIM.replace("{table}", self.table)
+
+    @cached_property
+    def _known(self) -> str:
+        return KNOWN.replace("{table}", self.table)
+
+    @cached_property
+    def _finish(self) -> str:
+        return FINISH.replace("{table}", self.table)
 
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
+        _refuse_autocommit(dbapi)
         seconds = max(1, -(-wait_ms // 1000))
         cursor = dbapi.cursor()
         try:
             cursor.execute(PREPARE)
-            version, rollback_on_timeout, modes, autocommit = cursor.fetchone()
-            if autocommit:
-                raise ConfigurationError(
-                    "The engine is in AUTOCOMMIT: a claim would be kept although its handler failed, and the message"
-                    " lost. Take isolation_level='AUTOCOMMIT' off the engine given to exactly_once."
-                )
+            version, rollback_on_timeout, modes, logs = cursor.fetchone()
             if "STRICT" not in str(modes):
                 raise ConfigurationError(
                     "sql_mode has no STRICT_TRANS_TABLES: the server would cut long values in silence."
                     " Type: SET GLOBAL sql_mode = CONCAT(@@sql_mode, ',STRICT_TRANS_TABLES')"
                 )
-            bounds_one_statement = "MariaDB" in str(version)
-            if not bounds_one_statement:
+            is_mariadb = "MariaDB" in str(version)
+            if not is_mariadb:
                 cursor.execute(f"SET SESSION innodb_lock_wait_timeout = {seconds:d}")
         finally:
             cursor.close()
-        bound = BOUND.replace("{seconds}", f"{seconds:d}") if bounds_one_statement else ""
-        info[self] = (bound + self._claim, bool(rollback_on_timeout), bound)
+        counted = COMMITS["counted"].replace("{source}", _SOURCES[is_mariadb])
+        info[self] = Seen(
+            bound=BOUND.replace("{seconds}", f"{seconds:d}") if is_mariadb else "",
+            rollback_on_timeout=bool(rollback_on_timeout),
+            compound=is_mariadb and "ORACLE" not in str(modes),  # which has another grammar
+            commits=COMMITS["gtid"] if is_mariadb and logs else counted,
+        )
+
+    def strange(self, dbapi: Any) -> bool:
+        return False  # keys go as binary literals, whatever the connection's character set is
 
     def claim(
         self, dbapi: Any, info: MutableMapping[Any, Any], row: ClaimRow, *, wait_ms: int, savepoint: bool
     ) -> bool:
-        text = info[self][0]
+        _refuse_autocommit(dbapi)
+        seen: Seen = info[self]
+        # the caller commits by themselves, and could finish nothing
+        insert = seen.bound + self._claim.replace("{status}", "1" if savepoint else "2")
         values = (
             row.group.encode(), row.handler.encode(), row.key.encode(), row.message_id, row.content, row.fingerprint,
             row.attempt - 1, row.owner, None if row.born_at is None else row.born_at.astimezone(UTC).replace(tzinfo=None),
         )  # fmt: skip
+        name = savepoint_of(row.owner)
         cursor = dbapi.cursor()
         try:
-            if savepoint:
-                cursor.execute("SAVEPOINT exactly_once")
             try:
-                cursor.execute(text, values)
+                if savepoint:
+                    together(cursor, seen, f"SAVEPOINT {name}", insert, f"RELEASE SAVEPOINT {name}", values=values)
+                else:
+                    together(cursor, seen, insert, f"SAVEPOINT {name}", values=values)
             except Exception as error:
                 code = errno(error)
-                if savepoint and code != _DEADLOCK:
-                    cursor.execute("ROLLBACK TO SAVEPOINT exactly_once")
-                if code == DUPLICATE:
+                lost = savepoint and not _undone(cursor, name)
+                if code == DUPLICATE and not lost:
                     return False
                 if code in TRANSIENT:
-                    raise ClaimBusy(again=code != LOCK_WAIT) from error
+                    raise ClaimBusy(again=code != LOCK_WAIT, lost=lost) from error
                 raise
             return True
         finally:
             cursor.close()
 
-    def begin(self, dbapi: Any, info: MutableMapping[Any, Any]) -> None:
+    def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> None:
         cursor = dbapi.cursor()
-        cursor.execute(BEGIN)
-        cursor.close()
+        try:
+            together(cursor, info[self], BEGIN, f"SAVEPOINT {savepoint_of(owner)}")
+        finally:
+            cursor.close()
+
+    def commit(
+        self,
+        dbapi: Any,
+        info: MutableMapping[Any, Any],
+        owner: str,
+        rows: Sequence[ClaimRow],
+        send_commit: Callable[[], None],
+    ) -> None:
+        seen: Seen = info[self]
+        release = f"RELEASE SAVEPOINT {savepoint_of(owner)}"
+        finish, values = "", list[Any]()
+        if rows:
+            first = rows[0]
+            finish = self._finish.replace("{keys}", ",".join(["%s"] * len(rows)))
+            keys = [row.key.encode() for row in rows]
+            values = [first.group.encode(), first.handler.encode(), *keys, owner]
+        cursor = dbapi.cursor()
+        try:
+            if seen.compound:
+                # a crash before the server has read it: all is rolled back; after it: all is done
+                finished = (finish, _FINISHED.replace("{count}", str(len(rows)))) if rows else ()
+                together(cursor, seen, release, *finished, "COMMIT", values=values)
+                return
+            cursor.execute(release)
+            if rows:
+                cursor.execute(finish, values)
+                whole = cursor.rowcount == len(rows)
+        except Exception as error:
+            if errno(error) in (_NO_SAVEPOINT, _SIGNALLED):
+                raise Gone from error
+            raise
+        finally:
+            cursor.close()
+        if rows and not whole:
+            raise Gone
+        send_commit()
+
+    def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
+        return _released(dbapi, savepoint_of(owner))
+
+    def before_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> Any:
+        seen: Seen = info[self]
+        cursor = dbapi.cursor()
+        try:
+            together(cursor, seen, f"SAVEPOINT {_inner(owner)}", seen.commits)
+            return cursor.fetchone()
+        except Exception as error:
+            if errno(error) in (1142, 1143, 1146):  # no right to the server's counters, or there are none
+                return None
+            raise
+        finally:
+            cursor.close()
+
+    def after_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
+        result = _driver(dbapi)._result  # noqa: SLF001
+        if result is not None and (result.has_next or result.unbuffered_active):
+            return None
+        return _released(dbapi, _inner(owner))
+
+    def committed_since(self, dbapi: Any, info: MutableMapping[Any, Any], before: Any) -> bool | None:
+        if before is None:
+            return None
+        seen: Seen = info[self]
+        cursor = dbapi.cursor()
+        try:
+            cursor.execute(seen.commits)
+            return bool(cursor.fetchone() != before)
+        finally:
+            cursor.close()
 
     def known(self, dbapi: Any, row: ClaimRow, *, end: bool) -> Known | None:
         cursor = dbapi.cursor()
@@ -139,9 +296,11 @@ class MySQL:
         return Known(int(status), bytes(fingerprint), owner)
 
     def state(self, dbapi: Any) -> State:
-        driver = getattr(dbapi, "driver_connection", None) or dbapi
+        driver = _driver(dbapi)
         if not driver.server_status & _IN_TRANSACTION:
             return State.IDLE
+        if driver._result is not None and driver._result.unbuffered_active:  # noqa: SLF001
+            return State.BUSY
         # asyncmy takes over a new status only where it is not 0, and 0 is what COMMIT and ROLLBACK sent as text answer;
         # the last result has it. Without the newer end of a result, rows come without a status, and 0 says nothing
         result = driver._result if getattr(driver, "_deprecate_eof", False) else None  # noqa: SLF001
@@ -165,6 +324,24 @@ class MySQL:
     def no_table(self, error: BaseException) -> bool:
         return errno(error) == _NO_SUCH_TABLE
 
+    def refused(self, dbapi: Any, error: BaseException) -> bool:
+        code = errno(error)
+        if code is None or (code >= 2000 and code < 3000) or code in _UNSURE:
+            return False
+        # it answers, and says in which transaction: an error's own packet does not
+        cursor = dbapi.cursor()
+        try:
+            cursor.execute("DO 0")
+        except Exception:  # whatever it says: nobody knows
+            return False
+        finally:
+            cursor.close()
+        return True
+
+    def in_our_name(self, connection: Connection, statement: Insert | Update, values: Mapping[str, Any]) -> int:
+        # asked to keep it: of an INSERT the driver forgets how many rows it made, and says -1
+        return connection.execute(statement, values, execution_options={"preserve_rowcount": True}).rowcount
+
     def hopeless(self, error: BaseException) -> bool:
         return errno(error) in (1044, 1045, 1049, 1698)  # access denied, unknown database
 
@@ -172,10 +349,66 @@ class MySQL:
         code = errno(error)
         if code is None:
             return isinstance(error, _GONE)  # a broken connection as asyncmy's streams raise it
-        return code in _LOST or (code == LOCK_WAIT and info[self][1])
+        return code in _LOST or (code == LOCK_WAIT and info[self].rollback_on_timeout)
 
-    def refuses(self, statement: str) -> str | None:
-        return refused(statement, True)
+    def read(self, dbapi: Any, statement: str) -> Read:
+        return read(statement, True)
+
+
+def together(cursor: Any, seen: Seen, *statements: str, values: Sequence[Any] = ()) -> None:
+    """Execute several statements; in one round trip where the server can. `values` are for the one that has places.
+
+    The rows of the last are the cursor's.
+    """
+    if seen.compound:
+        cursor.execute(f"BEGIN NOT ATOMIC {'; '.join(statements)}; END", values or None)
+        return
+    for statement in statements:
+        cursor.execute(statement, values if "%s" in statement else None)
+
+
+def _inner(owner: str) -> str:
+    """Name the savepoint around a CALL."""
+    return f"{savepoint_of(owner)}_call"
+
+
+def _released(dbapi: Any, name: str) -> bool:
+    cursor = dbapi.cursor()
+    try:
+        cursor.execute(f"RELEASE SAVEPOINT {name}")
+    except Exception as error:
+        if errno(error) != _NO_SAVEPOINT:
+            raise
+        return False
+    else:
+        return True
+    finally:
+        cursor.close()
+
+
+def _undone(cursor: Any, name: str) -> bool:
+    """Undo what came after a savepoint; False where the server has thrown it away with the whole transaction."""
+    try:
+        cursor.execute(f"ROLLBACK TO SAVEPOINT {name}")
+    except Exception as error:
+        if errno(error) != _NO_SAVEPOINT:
+            raise
+        return False
+    return True
+
+
+def _driver(dbapi: Any) -> Any:
+    """The driver's own connection: itself when sync, inside the adapter when async."""
+    return getattr(dbapi, "driver_connection", None) or dbapi
+
+
+def _refuse_autocommit(dbapi: Any) -> None:
+    # the server says it with each answer, so it is asked at each claim: a session may have changed it since
+    if _driver(dbapi).server_status & _AUTOCOMMIT:
+        raise ConfigurationError(
+            "The connection is in AUTOCOMMIT: a claim would be kept although its handler failed, and the message lost."
+            " Take isolation_level='AUTOCOMMIT' off the engine (or session) given to exactly_once."
+        )
 
 
 def _is_closed(error: BaseException) -> bool:

@@ -2,17 +2,17 @@
 
 A plain INSERT of several rows inserts none when one is known, and does not say which; INSERT IGNORE deadlocks with another
 even where both are sorted. ON DUPLICATE KEY UPDATE of nothing does neither. Its row count says nothing where the driver
-counts found rows, so every group has an owner of its own, by which its rows are told apart. Rows that were known already
+counts found rows, so its rows are told apart by their owner, this attempt's alone. Rows that were known already
 stay locked until the group's transaction ends. Called by the transaction guard.
 """
 
-import secrets
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from datetime import UTC
 from typing import Any, Final
 
 from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Known
-from exactly_once.dialects.mysql import BOUND, LOCK_WAIT, TRANSIENT, errno
+from exactly_once.dialects.mysql import BOUND, LOCK_WAIT, TRANSIENT, Seen, errno, together
+from exactly_once.owner import savepoint_of
 
 __all__ = ["CLAIM", "KEY", "KNOWN", "ROW", "Claims"]
 
@@ -20,7 +20,7 @@ CLAIM: Final = (
     "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, fingerprint, retry_times, owner,"
     " born_at, created_at, consumed_at) VALUES {rows} ON DUPLICATE KEY UPDATE consumer_group = consumer_group"
 )
-ROW: Final = "(%s, %s, %s, 1, %s, %s, %s, %s, %s, UTC_TIMESTAMP(6), UTC_TIMESTAMP(6))"
+ROW: Final = "(%s, %s, %s, 2, %s, %s, %s, %s, %s, UTC_TIMESTAMP(6), UTC_TIMESTAMP(6))"
 # each key looked up on the whole primary key: with IN the server may read, and wait for, all rows of the handler
 KNOWN: Final = (
     "SELECT known.business_key, known.status, known.fingerprint, known.owner FROM ({keys}) AS wanted"
@@ -28,7 +28,6 @@ KNOWN: Final = (
     " AND known.business_key = wanted.business_key LOCK IN SHARE MODE"
 )
 KEY: Final = "SELECT CAST(%s AS BINARY) AS business_key"
-_OWNER_CHARACTERS: Final = 50  # of 64, the rest tells the groups of one process apart
 
 
 class Claims:
@@ -44,15 +43,16 @@ class Claims:
         info: MutableMapping[Any, Any],
         rows: Sequence[ClaimRow],
         *,
+        owner: str,
         wait_ms: int,
         meanwhile: Iterable[object] = (),
     ) -> Mapping[str, Known | None]:
         """See `GroupClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
         # in whole seconds; where the session alone can be bound, its bound holds here too
-        bound = BOUND.replace("{seconds}", f"{-(-wait_ms // 1000):d}") if info[self._dialect][2] else ""
+        seen: Seen = info[self._dialect]
+        bound = BOUND.replace("{seconds}", f"{-(-wait_ms // 1000):d}") if seen.bound else ""
         first = rows[0]
         group, handler = first.group.encode(), first.handler.encode()
-        owner = f"{first.owner[:_OWNER_CHARACTERS]}#{secrets.token_hex(5)}"
         keys = [row.key.encode() for row in rows]
         values: list[Any] = []
         for row, key in zip(rows, keys, strict=True):
@@ -60,7 +60,8 @@ class Claims:
             values += (group, handler, key, row.message_id, row.fingerprint, row.attempt - 1, owner, born)
         cursor = dbapi.cursor()
         try:
-            cursor.execute(bound + self._claim.replace("{rows}", ",".join([ROW] * len(rows))), values)
+            insert = bound + self._claim.replace("{rows}", ",".join([ROW] * len(rows)))
+            together(cursor, seen, insert, f"SAVEPOINT {savepoint_of(owner)}", values=values)
             wanted = " UNION ALL ".join([KEY] * len(keys))
             cursor.execute(bound + self._known.replace("{keys}", wanted), (*keys, group, handler))
             found = cursor.fetchall()

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Leased, StepRow
 from exactly_once.dialects.mysql import DUPLICATE, LOCK_WAIT, TRANSIENT, errno
+from exactly_once.schema import UNFINISHED
 
 __all__ = ["CLAIM", "LOOK", "STEPS", "TAKE", "Claims"]
 
@@ -25,8 +26,8 @@ TAKE: Final = (
     " AND (token IS NULL OR lease_until <= UTC_TIMESTAMP(6)) AND fingerprint IN (%s, %s)"
 )
 LOOK: Final = (
-    "SELECT status, token, fingerprint, retry_times, TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), lease_until)"
-    " FROM {table} WHERE consumer_group = %s AND handler = %s AND business_key = %s"
+    "SELECT status, token, fingerprint, retry_times, TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), lease_until),"
+    " owner FROM {table} WHERE consumer_group = %s AND handler = %s AND business_key = %s"
 )
 STEPS: Final = (
     "SELECT step, ordinal, status, result, attempt FROM {steps}"
@@ -56,7 +57,7 @@ class Claims:
         steps: bool,
     ) -> Leased:
         """See `LeaseClaims.claim`. A crash before COMMIT leaves nothing; one after it the claim, until its lease ends."""
-        bound = info[self._dialect][2]
+        bound = info[self._dialect].bound
         identity = (row.group.encode(), row.handler.encode(), row.key.encode())
         microseconds = lease // timedelta(microseconds=1)
         born = None if row.born_at is None else row.born_at.astimezone(UTC).replace(tzinfo=None)
@@ -90,10 +91,11 @@ class Claims:
             cursor.close()
         if found is None:
             raise ClaimBusy(again=True)  # taken away between the two: the next try may insert it
-        status, standing, fingerprint, retry_times, remaining = found
+        status, standing, fingerprint, retry_times, remaining, owner = found
         return Leased(
             won=standing == token and not status,
             consumed=bool(status),
+            unfinished=owner or "" if status == UNFINISHED else None,
             fingerprint=bytes(fingerprint),
             attempt=int(retry_times) + 1,
             remaining=None if remaining is None or standing is None else timedelta(microseconds=int(remaining)),

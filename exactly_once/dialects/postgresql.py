@@ -9,32 +9,42 @@ BEGIN, bound and claim travel as one simple-query string with values quoted by l
 measured nearly three times as long. A simple string leaves no prepared statement behind, so it passes pgbouncer too.
 
 An aborted transaction answers ROLLBACK to COMMIT without an error: only the driver's transaction status tells.
+
+Durability is decided when COMMIT is executed, by `synchronous_commit` as it is then: a handler, an administrator or another
+program behind a pooler may have turned it off since anybody looked. So a statement that turns it on, where it is off, travels
+with our COMMIT; with a claim in a transaction of the caller's it travels with the claim, for that COMMIT is theirs.
 """
 
-from collections.abc import Generator, Iterable, MutableMapping
+from collections.abc import Callable, Generator, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from selectors import EVENT_READ, DefaultSelector
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import psycopg
-from psycopg import errors, generators
+from psycopg import AsyncClientCursor, AsyncConnection, ClientCursor, errors, generators
 from psycopg.pq import Escaping, ExecStatus, PGconn, Ping, TransactionStatus
+from sqlalchemy import Connection, Insert, Update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.util import await_only
 
 from exactly_once.dialects import ClaimBusy, ClaimRow, Known, State, Trouble
-from exactly_once.dialects.keywords import refused
+from exactly_once.dialects.keywords import Read, read
 from exactly_once.errors import ConfigurationError
+from exactly_once.owner import savepoint_of
 
 __all__ = [
     "BOUND",
     "BOUND_IN_OPEN",
     "BUSY",
     "CLAIM",
+    "DURABLE",
     "EXECUTE",
+    "IN_OUR_NAME",
     "KNOWN",
     "LOOK",
     "PostgreSQL",
@@ -67,17 +77,35 @@ BOUND_IN_OPEN: Final = (
     ),
     ";SELECT set_config('lock_timeout', current_setting('exactly_once.lock_timeout'), true)",
 )
-LOOK: Final = (
-    "SELECT current_setting('synchronous_commit'), setting, reset_val FROM pg_settings WHERE name = 'lock_timeout'"
+LOOK: Final = "SELECT setting, reset_val, current_setting('role') FROM pg_settings WHERE name = 'lock_timeout'"
+# a role that the handler took for itself (SET LOCAL ROLE, or a function that sets it) is not ours
+IN_OUR_NAME: Final = (
+    (
+        "SELECT pg_catalog.set_config('exactly_once.role', pg_catalog.current_setting('role'), true),"
+        " pg_catalog.set_config('role', {role}, true);"
+    ),
+    ";SELECT pg_catalog.set_config('role', pg_catalog.current_setting('exactly_once.role'), true)",
+)
+# stronger values stay, and so do `local` and `remote_write`: they keep what was acknowledged when this server stops
+DURABLE: Final = (
+    "SELECT pg_catalog.set_config('synchronous_commit', 'on', true)"
+    " WHERE pg_catalog.current_setting('synchronous_commit') = 'off';"
 )
 KNOWN: Final = (
     "SELECT status, encode(fingerprint, 'hex'), owner FROM {table}"
     " WHERE consumer_group = {group} AND handler = {handler} AND business_key = {key}"
 )
 
+_VALUES: Final = (
+    "group", "handler", "key", "message_id", "content", "fingerprint", "retry_times", "owner", "born_at"
+)  # fmt: skip
+_UTF8: Final = frozenset({b"UTF8", b"SQL_ASCII"})
+# after these nobody knows whether COMMIT happened: the connection ended, or whoever answers is not the server
+_UNSURE: Final = frozenset({"40003"})
+_UNSURE_CLASSES: Final = frozenset({"08", "57", "58"})
 _STATES: Final = {
     TransactionStatus.IDLE: State.IDLE,
-    TransactionStatus.ACTIVE: State.OPEN,
+    TransactionStatus.ACTIVE: State.BUSY,
     TransactionStatus.INTRANS: State.OPEN,
     TransactionStatus.INERROR: State.ABORTED,
     TransactionStatus.UNKNOWN: State.ABORTED,
@@ -95,8 +123,8 @@ _UNAVAILABLE_CLASSES: Final = frozenset({"08", "53", "58"})
 class Seen:
     """What a connection told when we first saw it."""
 
-    synchronous: bytes
     own_wait: bytes
+    role: bytes
     prepared: bool
 
 
@@ -105,42 +133,59 @@ class PostgreSQL:
 
     name = "postgresql"
 
-    def __init__(self, table: str) -> None:
-        self.table = table
-        values = ("group", "handler", "key", "message_id", "content", "fingerprint", "retry_times", "owner", "born_at")
-        self._claim = template(CLAIM.replace("{table}", table), values)
-        text = CLAIM.replace("{table}", table)
-        for number, value in enumerate(values, 1):
+    def __init__(self, table: Callable[[], str], *, durable: bool = True) -> None:
+        self._table, self.durable = table, DURABLE.encode() if durable else b""
+        self._compiled: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+    @cached_property
+    def table(self) -> str:
+        """See `Dialect.table`."""
+        return self._table()
+
+    @cached_property
+    def _claim(self) -> bytes:
+        return template(CLAIM.replace("{table}", self.table), _VALUES)
+
+    @cached_property
+    def _known(self) -> bytes:
+        return template(KNOWN.replace("{table}", self.table), ("group", "handler", "key"))
+
+    @cached_property
+    def _prepared(self) -> tuple[bytes, bytes]:
+        """How the claim is prepared, and executed then."""
+        text = CLAIM.replace("{table}", self.table)
+        for number, value in enumerate(_VALUES, 1):
             text = text.replace("{" + value + "}", f"${number}")
         # the name tells the text: behind a pooler another program's statement of this name is this very statement
         name = "exactly_once_" + sha256(text.encode()).hexdigest()[:16]
-        self._prepare = f"PREPARE {name}({TYPES}) AS {text}".encode()
-        self._execute = template(EXECUTE.replace("{name}", name), values)
-        self._known = template(KNOWN.replace("{table}", table), ("group", "handler", "key"))
+        return f"PREPARE {name}({TYPES}) AS {text}".encode(), template(EXECUTE.replace("{name}", name), _VALUES)
 
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
         driver = driver_of(dbapi)
         _refuse_autocommit(driver)
-        encoding = driver.pgconn.parameter_status(b"client_encoding")
-        if encoding not in (b"UTF8", b"SQL_ASCII"):
+        if self.strange(dbapi):
+            encoding = driver.pgconn.parameter_status(b"client_encoding")
             raise ConfigurationError(
                 f"The connection's client_encoding is {(encoding or b'?').decode()}; business keys are compared as UTF-8."
                 " Take client_encoding out of the engine's connect_args, or set it to utf8."
             )
         begin = driver.pgconn.transaction_status == TransactionStatus.IDLE
         results = send(driver, b"BEGIN;" + LOOK.encode() + b";ROLLBACK" if begin else LOOK.encode())
-        synchronous, waits, waits_by_default = (results[1 if begin else 0].get_value(0, column) for column in range(3))
+        waits, waits_by_default, role = (results[1 if begin else 0].get_value(0, column) for column in range(3))
         info[self] = Seen(
-            # a commit that was acknowledged and is lost in a crash loses its message: raise it for our transactions alone
-            synchronous=b"SET LOCAL synchronous_commit = on;" if synchronous == b"off" else b"",
             # by default, so that it follows the server's configuration
             own_wait=b"DEFAULT" if waits == waits_by_default else b"%s" % waits,
+            role=Escaping(driver.pgconn).escape_literal(role or b"none"),
             prepared=begin and driver.prepare_threshold is not None and self._is_prepared(driver),
         )
 
+    def strange(self, dbapi: Any) -> bool:
+        # the server reports it by itself whenever it changes, so this is no question to it
+        return driver_of(dbapi).pgconn.parameter_status(b"client_encoding") not in _UTF8
+
     def _is_prepared(self, driver: Any) -> bool:
         try:
-            send(driver, self._prepare)
+            send(driver, self._prepared[0])
         except errors.DuplicatePreparedStatement:
             return True  # a pooler's connection, and another client of it was first
         except errors.Error as error:
@@ -169,15 +214,19 @@ class PostgreSQL:
             quote(row.owner.encode()),
             b"NULL" if row.born_at is None else quote(row.born_at.isoformat().encode()),
         )
-        save, release = (b"SAVEPOINT exactly_once;", b";RELEASE SAVEPOINT exactly_once") if savepoint else (b"", b"")
+        save, release = (b"", b"")
+        if savepoint:  # of this attempt's name: the caller, or another claim of theirs, may have one of any other
+            name = savepoint_of(row.owner).encode()
+            save, release = b"SAVEPOINT %s;" % name, b";RELEASE SAVEPOINT %s" % name
+        durable = self.durable if savepoint else b""
         if begin:
-            first = opening(driver, seen) + save + _BOUND % wait_ms
+            first = opening(driver) + durable + save + _BOUND % wait_ms
             last = _UNBOUND % seen.own_wait + release
         else:
-            first, last = seen.synchronous + save + _BOUND_IN_OPEN % wait_ms, _UNBOUND_IN_OPEN + release
+            first, last = durable + save + _BOUND_IN_OPEN % wait_ms, _UNBOUND_IN_OPEN + release
         # a prepared statement is the connection's: in a transaction that is open already, a lost one would abort it
         prepared = begin and seen.prepared
-        text = first + (self._execute if prepared else self._claim) % values + last
+        text = first + (self._prepared[1] if prepared else self._claim) % values + last
         try:
             try:
                 results = send(driver, text)
@@ -190,13 +239,36 @@ class PostgreSQL:
             if error.sqlstate not in BUSY:
                 raise
             if savepoint:
-                send(driver, b"ROLLBACK TO SAVEPOINT exactly_once")
+                send(driver, b"ROLLBACK TO SAVEPOINT %s" % savepoint_of(row.owner).encode())
             raise ClaimBusy(again=error.sqlstate != "55P03") from error
         return bool(results[-3 if savepoint else -2].command_tuples)
 
-    def begin(self, dbapi: Any, info: MutableMapping[Any, Any]) -> None:
+    def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> None:
         driver = driver_of(dbapi)
-        send(driver, opening(driver, info[self]))
+        send(driver, opening(driver))
+
+    def commit(
+        self,
+        dbapi: Any,
+        info: MutableMapping[Any, Any],
+        owner: str,
+        rows: Sequence[ClaimRow],
+        send_commit: Callable[[], None],
+    ) -> None:
+        # not the driver's own COMMIT: what makes it durable travels with it. A crash before the answer: the look-up tells
+        send(driver_of(dbapi), self.durable + b"COMMIT")
+
+    def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
+        return None  # no procedure and no function can end the transaction block it is called in (2D000)
+
+    def before_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> Any:
+        raise NotImplementedError
+
+    def after_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
+        raise NotImplementedError
+
+    def committed_since(self, dbapi: Any, info: MutableMapping[Any, Any], before: Any) -> bool | None:
+        return None
 
     def known(self, dbapi: Any, row: ClaimRow, *, end: bool) -> Known | None:
         driver = driver_of(dbapi)
@@ -234,6 +306,32 @@ class PostgreSQL:
     def no_table(self, error: BaseException) -> bool:
         return isinstance(error, (errors.UndefinedTable, errors.InvalidSchemaName))
 
+    def refused(self, dbapi: Any, error: BaseException) -> bool:
+        origin = error.orig if isinstance(error, DBAPIError) else error
+        if not isinstance(origin, psycopg.Error) or origin.sqlstate is None or origin.sqlstate in _UNSURE:
+            return False
+        if origin.sqlstate[:2] in _UNSURE_CLASSES:  # a pooler answers 08P01 while its server may have committed
+            return False
+        idle = driver_of(dbapi).pgconn.transaction_status == TransactionStatus.IDLE
+        return idle and origin.diag.severity_nonlocalized == "ERROR"
+
+    def in_our_name(self, connection: Connection, statement: Insert | Update, values: Mapping[str, Any]) -> int:
+        driver = driver_of(connection.connection.dbapi_connection)
+        compiled = self._compiled.get(statement)
+        if compiled is None:
+            compiled = self._compiled[statement] = statement.compile(dialect=connection.dialect)
+        text, given = str(compiled), compiled.construct_params(values)
+        first, last = IN_OUR_NAME
+        seen: Seen = connection.info[self]
+        cursor = (AsyncClientCursor if isinstance(driver, AsyncConnection) else ClientCursor)(driver)
+        try:
+            # one round trip: values as literals, for several statements in one text have no parameters
+            written = cursor.mogrify(text, given).encode()
+            results = send(driver, first.replace("{role}", "%s").encode() % seen.role + written + last.encode())
+        except errors.Error as error:
+            raise DBAPIError.instance(text, None, error, psycopg.Error, dialect=connection.dialect) from error
+        return int(results[1].command_tuples or 0)
+
     def hopeless(self, error: BaseException) -> bool:
         origin: Any = getattr(error, "orig", error)
         if origin.sqlstate is not None:
@@ -249,14 +347,14 @@ class PostgreSQL:
     def lost(self, dbapi: Any, info: MutableMapping[Any, Any], error: BaseException) -> bool:
         return False  # an error aborts the transaction, and the status says so until it is rolled back
 
-    def refuses(self, statement: str) -> str | None:
-        return refused(statement, False)
+    def read(self, dbapi: Any, statement: str) -> Read:
+        return read(statement, False)
 
 
-def opening(driver: Any, seen: Seen) -> bytes:
-    """Return how a transaction of ours begins on this connection; of durable commits, whatever the session says."""
+def opening(driver: Any) -> bytes:
+    """Return how a transaction of ours begins on this connection."""
     _refuse_autocommit(driver)
-    return _begin(driver) + seen.synchronous
+    return _begin(driver)
 
 
 def bounded(text: bytes, seen: Seen, wait_ms: int) -> bytes:
@@ -331,7 +429,7 @@ def send(driver: Any, text: bytes, meanwhile: Iterable[object] = ()) -> list[Any
         return answers
 
     results: list[Any]
-    if isinstance(driver, psycopg.AsyncConnection):
+    if isinstance(driver, AsyncConnection):
         results = await_only(_wait(driver, talk()))
     else:
         with driver.lock:

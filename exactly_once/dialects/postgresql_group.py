@@ -40,6 +40,7 @@ class Claims:
     """See `GroupClaims`."""
 
     def __init__(self, dialect: Dialect) -> None:
+        # made at the first claim, when it is known where the table is
         self._dialect = dialect
         self._claim = template(CLAIM.replace("{table}", dialect.table), _VALUES)
         self._known = template(KNOWN.replace("{table}", dialect.table), ("group", "handler", "keys"))
@@ -50,6 +51,7 @@ class Claims:
         info: MutableMapping[Any, Any],
         rows: Sequence[ClaimRow],
         *,
+        owner: str,
         wait_ms: int,
         meanwhile: Iterable[object] = (),
     ) -> Mapping[str, Known | None]:
@@ -59,12 +61,12 @@ class Claims:
         if driver.pgconn.transaction_status != TransactionStatus.IDLE:
             raise ConfigurationError("The session was in a transaction before its group was claimed.")
         quote = Escaping(driver.pgconn).escape_literal
-        groups, handlers, keys, fingerprints, message_ids, attempts, owners, born, _ = zip(*rows, strict=True)
+        groups, handlers, keys, fingerprints, message_ids, attempts, _, born, _ = zip(*rows, strict=True)
         group, handler = quote(groups[0].encode()), quote(handlers[0].encode())
         values = (
             group,
             handler,
-            quote(owners[0].encode()),
+            quote(owner.encode()),
             quote(_array(keys)),
             quote(_array(message_ids)),
             quote(b"{%s}" % ",".join([each.hex() or '""' for each in fingerprints]).encode()),
@@ -73,7 +75,7 @@ class Claims:
         )
         try:
             bound_ms = max(1, wait_ms)  # 0 would be for ever
-            results = send(driver, opening(driver, seen) + bounded(self._claim % values, seen, bound_ms), meanwhile)
+            results = send(driver, opening(driver) + bounded(self._claim % values, seen, bound_ms), meanwhile)
         except errors.Error as error:
             if error.sqlstate not in BUSY:
                 raise
@@ -87,9 +89,9 @@ class Claims:
         found = send(driver, look if won else look + b";ROLLBACK")[0]
         standing: dict[str, Known | None] = dict.fromkeys(others)
         for place in range(found.ntuples):
-            key, status, fingerprint, owner = (found.get_value(place, column) for column in range(4))
+            key, status, fingerprint, owned_by = (found.get_value(place, column) for column in range(4))
             standing[key.decode()] = Known(
-                int(status), bytes.fromhex(fingerprint.decode()), None if owner is None else owner.decode()
+                int(status), bytes.fromhex(fingerprint.decode()), None if owned_by is None else owned_by.decode()
             )
         return standing
 

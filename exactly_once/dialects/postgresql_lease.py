@@ -12,8 +12,9 @@ from typing import Any, Final
 from psycopg import errors
 from psycopg.pq import Escaping
 
-from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Leased, StepRow
-from exactly_once.dialects.postgresql import BUSY, Seen, driver_of, send, template
+from exactly_once.dialects import ClaimBusy, ClaimRow, Leased, StepRow
+from exactly_once.dialects.postgresql import BUSY, PostgreSQL, driver_of, send, template
+from exactly_once.schema import UNFINISHED
 
 __all__ = ["CLAIM", "LOOK", "STEPS", "Claims"]
 
@@ -31,7 +32,7 @@ CLAIM: Final = (
 )
 LOOK: Final = (
     "SELECT status, token, encode(fingerprint, 'hex'), retry_times,"
-    " (extract(epoch FROM lease_until - clock_timestamp()) * 1000)::bigint FROM {table}"
+    " (extract(epoch FROM lease_until - clock_timestamp()) * 1000)::bigint, owner FROM {table}"
     " WHERE consumer_group = {group} AND handler = {handler} AND business_key = {key};"
 )
 STEPS: Final = (
@@ -48,7 +49,7 @@ _CLAIMED: Final = (
 class Claims:
     """See `LeaseClaims`."""
 
-    def __init__(self, dialect: Dialect) -> None:
+    def __init__(self, dialect: PostgreSQL) -> None:
         table = dialect.table
         self._dialect = dialect
         steps = table.removesuffix("message_idempotent") + "message_step"
@@ -84,9 +85,8 @@ class Claims:
             span,
             _bytea(also),
         )
-        seen: Seen = info[self._dialect]
         read = self._look % identity + (self._steps % identity if steps else b"")
-        text = _BEGIN % wait_ms + seen.synchronous + claim + read + b"COMMIT"
+        text = _BEGIN % wait_ms + self._dialect.durable + claim + read + b"COMMIT"
         try:
             results = send(driver, text)
         except errors.Error as error:
@@ -96,10 +96,11 @@ class Claims:
                 raise
             raise ClaimBusy(again=error.sqlstate != "55P03") from error
         found, recorded = (results[-3], results[-2]) if steps else (results[-2], None)
-        status, standing, fingerprint, retry_times, remaining = (found.get_value(0, n) for n in range(5))
+        status, standing, fingerprint, retry_times, remaining, owner = (found.get_value(0, n) for n in range(6))
         return Leased(
             won=standing == token.encode() and status == b"0",
-            consumed=status == b"1",
+            consumed=status != b"0",
+            unfinished=(owner or b"").decode() if int(status) == UNFINISHED else None,
             fingerprint=bytes.fromhex(fingerprint.decode()),
             attempt=int(retry_times) + 1,
             remaining=None if remaining is None or standing is None else timedelta(milliseconds=int(remaining)),

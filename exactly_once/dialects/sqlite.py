@@ -10,15 +10,17 @@ driver's flag is read after each one.
 """
 
 import sqlite3
-from collections.abc import MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from datetime import UTC
+from functools import cached_property
 from typing import Any, Final
 
+from sqlalchemy import Connection, Insert, Update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from exactly_once.dialects import ClaimRow, Known, State, Trouble
-from exactly_once.dialects.keywords import refused
+from exactly_once.dialects.keywords import Read, read
 from exactly_once.errors import ConfigurationError
 
 __all__ = ["BEGIN", "CLAIM", "KNOWN", "SQLite"]
@@ -45,35 +47,37 @@ class SQLite:
 
     name = "sqlite"
 
-    def __init__(self, table: str) -> None:
-        self.table = table
-        self._claim = CLAIM.replace("{table}", table)
-        self._known = KNOWN.replace("{table}", table)
+    def __init__(self, table: Callable[[], str], *, durable: bool = True) -> None:
+        self._table = table
+
+    @cached_property
+    def table(self) -> str:
+        """See `Dialect.table`."""
+        return self._table()
+
+    @cached_property
+    def _claim(self) -> str:
+        return CLAIM.replace("{table}", self.table)
+
+    @cached_property
+    def _known(self) -> str:
+        return KNOWN.replace("{table}", self.table)
 
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
-        driver = _driver(dbapi)
-        if getattr(driver, "autocommit", None) in (True, False) or driver.isolation_level is None:
-            # autocommit=False begins by itself before us; True and isolation_level None keep a claim without its effects
-            raise ConfigurationError(
-                "The SQLite connection does not use the driver's default transaction mode. Take autocommit= and"
-                " isolation_level= out of the engine's arguments."
-            )
-        cursor = dbapi.cursor()
-        try:
-            cursor.execute("PRAGMA synchronous")
-            if cursor.fetchone()[0] == 0:
-                cursor.execute("PRAGMA synchronous = FULL")  # OFF loses acknowledged commits when the machine stops
-        finally:
-            cursor.close()
+        _refuse_autocommit(dbapi)
         info[self] = True
+
+    def strange(self, dbapi: Any) -> bool:
+        return False
 
     def claim(
         self, dbapi: Any, info: MutableMapping[Any, Any], row: ClaimRow, *, wait_ms: int, savepoint: bool
     ) -> bool:
+        _refuse_autocommit(dbapi)
         cursor = dbapi.cursor()
         try:
             if not _driver(dbapi).in_transaction:
-                cursor.execute(BEGIN)
+                _begin(cursor)
             born = None if row.born_at is None else row.born_at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
             cursor.execute(
                 self._claim,
@@ -93,10 +97,34 @@ class SQLite:
         finally:
             cursor.close()
 
-    def begin(self, dbapi: Any, info: MutableMapping[Any, Any]) -> None:
+    def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> None:
         cursor = dbapi.cursor()
-        cursor.execute(BEGIN)
-        cursor.close()
+        try:
+            _begin(cursor)
+        finally:
+            cursor.close()
+
+    def commit(
+        self,
+        dbapi: Any,
+        info: MutableMapping[Any, Any],
+        owner: str,
+        rows: Sequence[ClaimRow],
+        send_commit: Callable[[], None],
+    ) -> None:
+        send_commit()
+
+    def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
+        return None  # there are no procedures; a rollback inside a statement is an error, or shows in the driver's flag
+
+    def before_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> Any:
+        raise NotImplementedError
+
+    def after_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
+        raise NotImplementedError
+
+    def committed_since(self, dbapi: Any, info: MutableMapping[Any, Any], before: Any) -> bool | None:
+        return None
 
     def known(self, dbapi: Any, row: ClaimRow, *, end: bool) -> Known | None:
         cursor = dbapi.cursor()
@@ -125,6 +153,15 @@ class SQLite:
         # its code is that of any wrong statement, and its text is always English
         return isinstance(error, sqlite3.OperationalError) and "no such table" in str(error)
 
+    def refused(self, dbapi: Any, error: BaseException) -> bool:
+        # an error of COMMIT leaves the transaction open, or rolled it back; what may be half on the disk is neither
+        code = getattr(error.orig if isinstance(error, DBAPIError) else error, "sqlite_errorcode", None)
+        return code is not None and code & _PRIMARY != sqlite3.SQLITE_IOERR
+
+    def in_our_name(self, connection: Connection, statement: Insert | Update, values: Mapping[str, Any]) -> int:
+        # asked to keep it: of an INSERT the driver forgets how many rows it made, and says -1
+        return connection.execute(statement, values, execution_options={"preserve_rowcount": True}).rowcount
+
     def hopeless(self, error: BaseException) -> bool:
         # a folder that is not there does not come by waiting
         return getattr(getattr(error, "orig", error), "sqlite_errorcode", None) == sqlite3.SQLITE_CANTOPEN
@@ -132,8 +169,26 @@ class SQLite:
     def lost(self, dbapi: Any, info: MutableMapping[Any, Any], error: BaseException) -> bool:
         return not _driver(dbapi).in_transaction
 
-    def refuses(self, statement: str) -> str | None:
-        return refused(statement, False)
+    def read(self, dbapi: Any, statement: str) -> Read:
+        return read(statement, False)
+
+
+def _begin(cursor: Any) -> None:
+    """Begin as the writer; of durable commits, which cannot be changed from here to the end of the transaction."""
+    cursor.execute("PRAGMA synchronous")
+    if cursor.fetchone()[0] == 0:
+        cursor.execute("PRAGMA synchronous = FULL")  # OFF loses acknowledged commits when the machine stops
+    cursor.execute(BEGIN)
+
+
+def _refuse_autocommit(dbapi: Any) -> None:
+    driver = _driver(dbapi)
+    if getattr(driver, "autocommit", None) in (True, False) or driver.isolation_level is None:
+        # autocommit=False begins by itself before us; True and isolation_level None keep a claim without its effects
+        raise ConfigurationError(
+            "The SQLite connection does not use the driver's default transaction mode. Take autocommit= and"
+            " isolation_level= out of the engine's arguments."
+        )
 
 
 def _driver(dbapi: Any) -> Any:

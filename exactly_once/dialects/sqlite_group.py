@@ -23,10 +23,12 @@ class Claims:
         info: MutableMapping[Any, Any],
         rows: Sequence[ClaimRow],
         *,
+        owner: str,
         wait_ms: int,
         meanwhile: Iterable[object] = (),
     ) -> Mapping[str, Known | None]:
         """See `GroupClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
         one = self._dialect
-        others = [row for row in rows if not one.claim(dbapi, info, row, wait_ms=wait_ms, savepoint=False)]
+        owned = [row._replace(owner=owner) for row in rows]
+        others = [row for row in owned if not one.claim(dbapi, info, row, wait_ms=wait_ms, savepoint=False)]
         return {row.key: one.known(dbapi, row, end=False) for row in others}

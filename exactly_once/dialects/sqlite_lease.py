@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from exactly_once.dialects import ClaimRow, Dialect, Leased, StepRow
 from exactly_once.dialects.sqlite import BEGIN
+from exactly_once.schema import UNFINISHED
 
 __all__ = ["CLAIM", "LOOK", "STEPS", "Claims"]
 
@@ -25,7 +26,8 @@ CLAIM: Final = (
     " AND held.fingerprint IN (excluded.fingerprint, :also)"
 )
 LOOK: Final = (
-    "SELECT status, token, fingerprint, retry_times, (julianday(lease_until) - julianday('now')) * 86400 FROM {table}"
+    "SELECT status, token, fingerprint, retry_times, (julianday(lease_until) - julianday('now')) * 86400, owner"
+    " FROM {table}"
     " WHERE consumer_group = ? AND handler = ? AND business_key = ?"
 )
 STEPS: Final = (
@@ -75,7 +77,7 @@ class Claims:
             cursor.execute(BEGIN)
             cursor.execute(self._claim, values)
             cursor.execute(self._look, identity)
-            status, standing, fingerprint, retry_times, remaining = cursor.fetchone()
+            status, standing, fingerprint, retry_times, remaining, owner = cursor.fetchone()
             recorded: tuple[Any, ...] = ()
             if steps:
                 cursor.execute(self._steps, identity)
@@ -89,6 +91,7 @@ class Claims:
         return Leased(
             won=standing == token and not status,
             consumed=bool(status),
+            unfinished=owner or "" if status == UNFINISHED else None,
             fingerprint=bytes(fingerprint),
             attempt=retry_times + 1,
             remaining=None if remaining is None or standing is None else timedelta(seconds=remaining),

@@ -12,17 +12,20 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from sqlalchemy import Column, and_, func, insert, or_, select, update
+from sqlalchemy import Column, Table, Update, and_, bindparam, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError, StatementError
 from sqlalchemy.orm import Session
 
+from exactly_once import claim_rows
+from exactly_once.dialects import ClaimRow, Dialect
 from exactly_once.errors import Reject
 from exactly_once.message import Message
 from exactly_once.policy import ByBroker, ByPump, Decision, Park
-from exactly_once.schema import Tables, utcnow
+from exactly_once.schema import CONSUMED, UNFINISHED, Tables, utcnow
 from exactly_once.wording import storable
 
 __all__ = ["CLOSED", "OPEN", "Failure", "FailureStore", "place_of", "words_of"]
@@ -52,6 +55,8 @@ class Failure:
     message: Message
     error: BaseException
     counted: bool = True
+    claim_owner: str | None = None
+    """Of a broken one: the attempt whose claim stands for it, or is to."""
 
     @property
     def failure_key(self) -> str:
@@ -64,8 +69,12 @@ class Failure:
 class FailureStore:
     """The failure rows of one consumer group in one database."""
 
-    def __init__(self, tables: Tables) -> None:
-        self._t = tables.failure
+    def __init__(self, tables: Callable[[], Tables]) -> None:
+        self._tables = tables
+
+    @property
+    def _t(self) -> Table:
+        return self._tables().failure
 
     def record(self, session: Session, failure: Failure, decide: Callable[[int], Decision]) -> tuple[Decision, int]:
         """Write one failure down, counting it, with what is to happen next; commits.
@@ -109,30 +118,72 @@ class FailureStore:
             "last_failed_at": utcnow(),
             **_state(decision, failure.counted),
         }
+        if failure.claim_owner is not None:
+            values["claim_owner"] = failure.claim_owner
+            self._claim(session, failure)
         if row is not None:
             session.execute(update(t).where(t.c.id == row.id).values(**values))
         else:
             session.execute(insert(t).values(**values, **self._new(failure)))
         return decision, attempts
 
-    def resolve(
-        self, session: Session, group: str, handler: str, key: str, fingerprint: bytes, message_id: str | None
-    ) -> None:
-        """Close the row of a message that was processed, in the caller's transaction."""
-        t = self._t
-        same = t.c.fingerprint == fingerprint
-        if message_id:
+    def _claim(self, session: Session, failure: Failure) -> None:
+        """Let the claim of a broken message stand, so that no copy of it runs before a person has looked.
+
+        Mostly it stands, and is finished here; where its transaction was lost and something else was committed after it, it
+        is written.
+        """
+        if failure.key is None:
+            return
+        claims, connection = self._tables().idempotent, session.connection()
+        stands = claim_rows.of(claims, failure.group, failure.handler, failure.key)
+        done = {"status": CONSUMED, "consumed_at": utcnow()}
+        connection.execute(update(claims).where(stands, claims.c.status == UNFINISHED).values(done))
+        message = failure.message
+        values = {
+            "consumer_group": failure.group,
+            "handler": failure.handler,
+            "business_key": failure.key,
+            "message_id": storable(message.message_id, MESSAGE_ID_BYTES),
+            "fingerprint": failure.fingerprint,
+            "retry_times": message.attempt - 1,
+            "owner": failure.claim_owner,
+            "born_at": message.born_at,
+        }
+        claim_rows.write(connection, claims, values)
+
+    def resolve(self, session: Session, dialect: Dialect, row: ClaimRow) -> None:
+        """Close the row of a message that was processed, in the handler's transaction.
+
+        Args:
+            session: In that transaction.
+            dialect: How its database is spoken to.
+            row: Who was processed.
+        """
+        values = {
+            "b_group": row.group,
+            "b_handler": row.handler,
+            "b_key": "k:" + row.key,
+            "b_fingerprint": row.fingerprint,
             # the handler's fingerprint= was changed since it failed: another fingerprint, and yet this very message
-            same = or_(same, t.c.message_id == storable(message_id, MESSAGE_ID_BYTES))
-        session.execute(
+            "b_message_id": row.message_id,
+        }
+        dialect.in_our_name(session.connection(), self._resolving, values)
+
+    @cached_property
+    def _resolving(self) -> Update:
+        t = self._t
+        named = {"b_group": t.c.consumer_group, "b_handler": t.c.handler, "b_key": t.c.failure_key}
+        same = (t.c.fingerprint == bindparam("b_fingerprint", type_=t.c.fingerprint.type)) | (
+            t.c.message_id == bindparam("b_message_id", type_=t.c.message_id.type)
+        )
+        return (
             update(t)
             .where(
-                t.c.consumer_group == group,
-                t.c.handler == handler,
-                t.c.failure_key == "k:" + key,
+                *(column == bindparam(name, type_=column.type) for name, column in named.items()),
                 same,
                 # not a broken one: its claim stands, so its next copy is a duplicate, and half of its effects are missing
-                t.c.state.in_(RESOLVABLE),
+                or_(*(t.c.state == state for state in RESOLVABLE)),
             )
             .values(state="resolved", next_attempt_at=None)
         )

@@ -5,12 +5,12 @@ Each method is a part of the caller's transaction. What became of a message is w
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, and_, exists, not_, or_, select, update
+from sqlalchemy import Connection, Row, Table, and_, exists, not_, or_, select, update
 
 from exactly_once.failures import PARKED, RESOLVABLE, RUNNABLE
 from exactly_once.message import Message
@@ -38,9 +38,16 @@ class Taken:
 class DueFailures:
     """The failure rows of one database, as the pump sees them."""
 
-    def __init__(self, tables: Tables) -> None:
-        self._t = tables.failure
-        self._claims = tables.idempotent
+    def __init__(self, tables: Callable[[], Tables]) -> None:
+        self._tables = tables
+
+    @property
+    def _t(self) -> Table:
+        return self._tables().failure
+
+    @property
+    def _claims(self) -> Table:
+        return self._tables().idempotent
 
     def take(
         self,

@@ -12,20 +12,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, Row, Table, and_, delete, exists, func, insert, select, update
-from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import ColumnElement, Connection, Row, Table, and_, exists, func, select, update
 
+from exactly_once import claim_rows
 from exactly_once.errors import ConfigurationError
 from exactly_once.failures import CLOSED, OPEN
-from exactly_once.schema import CONSUMED, CONSUMING, Tables, utcnow
+from exactly_once.schema import CONSUMED, CONSUMING, UNFINISHED, Tables, utcnow
 from exactly_once.wording import escaped, probably
 from exactly_once.wording import listed as named
 
 __all__ = ["Chosen", "Requeued", "count", "discard", "listed", "rename", "requeue", "shown"]
 
-_IDENTITY: Final = ("id", "state", "consumer_group", "handler", "business_key", "last_failed_at")
-_DUPLICATE_ENTRY: Final = 1062  # MySQL's and MariaDB's errno
+_IDENTITY: Final = ("id", "state", "consumer_group", "handler", "business_key", "claim_owner")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,33 +125,16 @@ def requeue(
     wanted = [row for row in rows if broken_too or row.state != "broken"]
     broken = [row for row in wanted if row.state == "broken"]
     for row in broken:
-        _take_back(connection, tables.idempotent, row)
+        if row.business_key is not None and row.claim_owner is not None:
+            claim_rows.take_back(
+                connection, tables.idempotent, row.consumer_group, row.handler, row.business_key, row.claim_owner
+            )
     for number, row in enumerate(wanted):
         due = utcnow(number / per_second) if per_second else utcnow()
         connection.execute(
             update(t).where(t.c.id == row.id).values(state="requeued", next_attempt_at=due, **_decided(by, why))
         )
     return Requeued(count=len(wanted), broken=len(broken), left_out=len(rows) - len(wanted))
-
-
-def _take_back(connection: Connection, claims: Table, row: Row[Any]) -> None:
-    """Take back the claim a broken attempt committed; one made since is another copy's, and that was processed whole.
-
-    A lease is let go of and keeps the number of its attempt, which services compare; another claim is deleted.
-    """
-    if row.business_key is None:
-        return
-    broken = and_(
-        claims.c.consumer_group == row.consumer_group,
-        claims.c.handler == row.handler,
-        claims.c.business_key == row.business_key,
-        claims.c.status == CONSUMED,
-        # both by the server's clock; the failure was written down after the attempt that made the claim
-        claims.c.consumed_at <= row.last_failed_at,
-    )
-    free = {"status": CONSUMING, "token": None, "lease_until": None, "consumed_at": None}
-    connection.execute(update(claims).where(broken, claims.c.token.is_not(None)).values(free))
-    connection.execute(delete(claims).where(broken, claims.c.token.is_(None)))
 
 
 def discard(connection: Connection, tables: Tables, chosen: Chosen, *, by: str, why: str | None) -> int:
@@ -176,10 +157,8 @@ def _claim(connection: Connection, claims: Table, row: Row[Any]) -> None:
     """
     settled = {"status": CONSUMED, "owner": "discarded", "token": None, "lease_until": None, "consumed_at": utcnow()}
     begun = and_(
-        claims.c.consumer_group == row.consumer_group,
-        claims.c.handler == row.handler,
-        claims.c.business_key == row.business_key,
-        claims.c.status == CONSUMING,
+        claim_rows.of(claims, row.consumer_group, row.handler, row.business_key),
+        claims.c.status.in_((CONSUMING, UNFINISHED)),
     )
     if connection.execute(update(claims).where(begun).values(settled)).rowcount:
         return
@@ -187,28 +166,13 @@ def _claim(connection: Connection, claims: Table, row: Row[Any]) -> None:
         "consumer_group": row.consumer_group,
         "handler": row.handler,
         "business_key": row.business_key,
-        "status": CONSUMED,
         "message_id": row.message_id,
         "fingerprint": row.fingerprint,
         "retry_times": row.attempts,
         "owner": "discarded",
         "born_at": row.born_at,
-        "created_at": utcnow(),
-        "consumed_at": utcnow(),
     }
-    match connection.dialect.name:
-        case "postgresql":
-            connection.execute(postgresql.insert(claims).values(values).on_conflict_do_nothing())
-        case "sqlite":
-            # not in a savepoint: its driver begins no transaction for one, so its release would commit the claim alone
-            connection.execute(sqlite.insert(claims).values(values).on_conflict_do_nothing())
-        case _:
-            try:
-                with connection.begin_nested():
-                    connection.execute(insert(claims).values(values))
-            except IntegrityError as error:
-                if error.orig is None or error.orig.args[0] != _DUPLICATE_ENTRY:
-                    raise
+    claim_rows.write(connection, claims, values)
 
 
 def rename(connection: Connection, tables: Tables, group: str, old: str, new: str) -> Mapping[str, int]:

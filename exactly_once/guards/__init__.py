@@ -14,10 +14,11 @@ from exactly_once.dialects import ClaimRow
 from exactly_once.leases import Held
 
 if TYPE_CHECKING:
-    from exactly_once.guards.watch import Late, Watch
+    from exactly_once.guards.late import Late
+    from exactly_once.guards.watch import Watch
     from exactly_once.lock import RedisLock
 
-__all__ = ["Claim", "Conflict", "Consumed", "Guard", "InProgress", "Won"]
+__all__ = ["Claim", "Conflict", "Consumed", "Guard", "InProgress", "Unfinished", "Won"]
 
 
 @dataclass(eq=False, slots=True)
@@ -41,7 +42,16 @@ class Won:
 
 @dataclass(frozen=True, slots=True)
 class Consumed:
-    """Done before: acknowledge."""
+    """Done before: acknowledge. `owner` is the attempt whose claim it is, where it is known."""
+
+    owner: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """The claim of `owner` was committed by something else than its attempt: what it stands for is done in part. For a person."""
+
+    owner: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +69,7 @@ class Conflict:
     fingerprint: bytes
 
 
-Claim = Won | Consumed | InProgress | Conflict
+Claim = Won | Consumed | InProgress | Conflict | Unfinished
 
 
 class Guard(Protocol):
@@ -74,8 +84,11 @@ class Guard(Protocol):
             StoreUnavailable: The store does not answer; nothing was claimed, as far as is known.
         """
 
-    def complete(self, session: Session, won: Won) -> None:
+    def complete(self, session: Session, won: Won) -> Consumed | None:
         """The last statement of the handler's transaction before its COMMIT, where there is something to write in it.
+
+        Returns:
+            None; or `Consumed`, where another run has committed this message's effects: nothing may be committed then.
 
         Raises:
             LeaseLost: The key is not ours any more; nothing may be committed.
@@ -100,5 +113,9 @@ class Guard(Protocol):
             broken: The handler committed behind our back: nobody is to have it before a person has looked.
         """
 
-    def consumed(self, session: Session, row: ClaimRow) -> bool:
-        """Look once, on a fresh session, whether this key is consumed with this payload; the session ends in no transaction."""
+    def look(self, session: Session, row: ClaimRow) -> Consumed | Unfinished | None:
+        """Look once, on a fresh session, what stands under this key with this payload; the session ends in no transaction.
+
+        Raises:
+            StoreUnavailable: The store does not answer.
+        """

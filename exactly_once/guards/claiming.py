@@ -12,12 +12,14 @@ from sqlalchemy.orm import Session
 from exactly_once import errors
 from exactly_once.body import parse_json
 from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Trouble, dialect_for, raise_for_the_store
+from exactly_once.dialects.place import schema_in
 from exactly_once.errors import ConfigurationError, PayloadConflict
 from exactly_once.fingerprint import differing_paths, maker
-from exactly_once.guards import Conflict, Consumed
+from exactly_once.guards import Conflict, Consumed, Unfinished
 from exactly_once.guards.transaction import standing
 from exactly_once.keys import canonical, check_name
 from exactly_once.message import Message
+from exactly_once.owner import new_owner
 from exactly_once.schema import HANDLER_BYTES
 from exactly_once.wording import escaped
 
@@ -57,11 +59,12 @@ class Claimer:
             handler,
             canonical(key if isinstance(key, tuple) else (key,)),
             b"" if payload is None else _BODY.of(message, parsed),
+            owner=new_owner(),
         )
         engine = session.get_bind().engine
         dialect = self._dialects.get(engine)
         if dialect is None:
-            dialect = self._dialects[engine] = dialect_for(engine, schema)
+            dialect = self._dialects[engine] = dialect_for(engine, lambda: schema or schema_in(engine))
         try:
             connection = session.connection()
         except Exception as error:
@@ -69,14 +72,14 @@ class Claimer:
             raise
         dbapi, info = connection.connection.dbapi_connection, connection.info
         try:
-            if dialect not in info:
+            if dialect not in info or dialect.strange(dbapi):
                 dialect.prepare(dbapi, info, wait_ms=wait_ms)
             if dialect.claim(dbapi, info, row, wait_ms=wait_ms, savepoint=True):
                 return True
             known = dialect.known(dbapi, row, end=False)
         except ClaimBusy as busy:
-            if dialect.lost(dbapi, info, busy.__cause__ or busy):
-                # a deadlock took the caller's earlier work along: from here only a rollback is allowed
+            if busy.lost:
+                # the server threw the caller's earlier work away with it: from here only a rollback is allowed
                 connection.invalidate(busy)
             raise errors.InProgress(
                 _told(row, "is being worked on by another transaction, which may still fail")
@@ -98,6 +101,14 @@ class Claimer:
                         "was consumed with another payload: keep the message for a person, asking again does not help",
                     )
                     + what
+                )
+            case Unfinished():
+                raise errors.InProgress(
+                    _told(
+                        row,
+                        "was claimed by an attempt whose transaction was committed before it ended: do not acknowledge the"
+                        " message; what it did is for a person to see. Type: exactly-once failures list",
+                    )
                 )
             case _:
                 raise errors.InProgress(

@@ -19,8 +19,8 @@ from sqlalchemy.orm import Session
 
 from exactly_once.dialects import ClaimRow, Dialect
 from exactly_once.errors import StoreUnavailable
-from exactly_once.guards import Claim, Conflict, Consumed, InProgress, Won
-from exactly_once.guards.watch import Late
+from exactly_once.guards import Claim, Conflict, Consumed, InProgress, Unfinished, Won
+from exactly_once.guards.late import Late
 from exactly_once.leases import Held, LeaseStore, Standing, clock, judge
 from exactly_once.leases.renewal import Renewal
 from exactly_once.leases.sql import SqlLeases
@@ -87,14 +87,20 @@ class LeaseGuard:
                 return Won(late=Late(session, self._dialect, held), held=held)
             case Standing.CONSUMED:
                 return Consumed()
+            case Standing.UNFINISHED:
+                return Unfinished(seen.unfinished or "")
             case Standing.CONFLICT:
                 return Conflict(seen.fingerprint)
             case _:
                 over = seen.remaining is None or seen.remaining <= timedelta(0)
                 return InProgress(again=over, remaining=seen.remaining)
 
-    def _settled(self, held: Held) -> Consumed | Conflict | None:
-        """Ask whether a person discarded the message: that is written in the database, beside the failure they looked at."""
+    def _settled(self, held: Held) -> Consumed | Conflict | Unfinished | None:
+        """Ask the handler's own database whether the message is settled there.
+
+        A run has left its mark beside what it committed, and the store of leases was never told; or a person discarded the
+        message. The lease is let go of, not completed: `requeue` of a broken message takes back the mark alone.
+        """
         row = held.row
         try:
             known = self._local.look(row)
@@ -104,23 +110,31 @@ class LeaseGuard:
             raise
         if known is None or not known.consumed:
             return None
-        if judge(known, row.fingerprint) is Standing.CONFLICT:
-            self._store.release(held)
-            return Conflict(known.fingerprint)
-        self._store.complete(held)
-        return Consumed()
+        self._store.release(held)
+        match judge(known, row.fingerprint):
+            case Standing.CONFLICT:
+                return Conflict(known.fingerprint)
+            case Standing.UNFINISHED:
+                return Unfinished(known.unfinished or "")
+            case _:
+                return Consumed()
 
-    def complete(self, session: Session, won: Won) -> None:
+    def complete(self, session: Session, won: Won) -> Consumed | None:
         """See `Guard.complete`."""
         held = _held(won)
         held.check()
         if not self._own and not still_ours(held, self._store, self._pause):
             raise held.error()  # not fenced, but one that stood still before this line commits nothing
-        if self._own and won.watch is not None:
-            held.ending = True
-            if not self._local.complete_in(session.connection(), held):
-                held.lost = True
-                raise held.error()
+        if won.watch is None:
+            return None
+        if not self._own:
+            # a crash behind the COMMIT, or a store that is away then: the next claim finds the mark, and runs nothing again
+            return None if self._local.mark_in(session.connection(), held) else Consumed()
+        held.ending = True
+        if not self._local.complete_in(session.connection(), held):
+            held.lost = True
+            raise held.error()
+        return None
 
     def consume(self, won: Won) -> None:
         """See `Guard.consume`. A store that is away is asked until the lease may be another's."""
@@ -157,10 +171,15 @@ class LeaseGuard:
             )
             return True
 
-    def consumed(self, session: Session, row: ClaimRow) -> bool:
-        """See `Guard.consumed`."""
-        seen = self._store.look(row)
-        return seen is not None and judge(seen, row.fingerprint) is Standing.CONSUMED
+    def look(self, session: Session, row: ClaimRow) -> Consumed | Unfinished | None:
+        """See `Guard.look`."""
+        seen = self._local.look(row)
+        if not self._own and (seen is None or not seen.consumed):
+            seen = self._store.look(row)
+        standing = None if seen is None else judge(seen, row.fingerprint)
+        if standing is Standing.UNFINISHED and seen is not None:
+            return Unfinished(seen.unfinished or "")
+        return Consumed() if standing is Standing.CONSUMED else None
 
 
 def still_ours(held: Held, store: LeaseStore, pause: Callable[[float], None]) -> bool:

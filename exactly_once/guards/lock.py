@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from exactly_once import errors
 from exactly_once.dialects import ClaimRow, Dialect
 from exactly_once.guards import Claim, InProgress, Won
-from exactly_once.guards.watch import Late
+from exactly_once.guards.late import Late
 from exactly_once.handler import Lock
 from exactly_once.lock import RedisLock
 from exactly_once.redis_connection import RedisConnection
@@ -61,6 +61,5 @@ class LockGuard:
         won.lock.leave()
         return True
 
-    def consumed(self, session: Session, row: ClaimRow) -> bool:
+    def look(self, session: Session, row: ClaimRow) -> None:
         """Nothing is remembered."""
-        return False

@@ -13,10 +13,11 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
 from exactly_once.dialects import Dialect, StepRow
-from exactly_once.errors import ConfigurationError, LeaseLost, Misuse, StepError
+from exactly_once.errors import BrokenTransaction, ConfigurationError, LeaseLost, Misuse, StepError
+from exactly_once.guards.late import Late
 from exactly_once.guards.lease import insisting, still_ours
 from exactly_once.guards.step_order import StepOrder
-from exactly_once.guards.watch import Late
+from exactly_once.guards.watch import Left, Watch
 from exactly_once.keys import check_name
 from exactly_once.leases import Held, LeaseStore, Recorded
 from exactly_once.leases.sql import SqlLeases
@@ -67,7 +68,7 @@ class StepLedger:
         self._unsure: set[str] = set()
         self._undecided: set[str] = set()
         self._running: str | None = None
-        self.error: LeaseLost | StepError | None = None
+        self.error: LeaseLost | StepError | BrokenTransaction | None = None
 
     @property
     def attempt(self) -> int:
@@ -80,6 +81,7 @@ class StepLedger:
         Raises:
             LeaseLost: A step learnt it.
             StepError: A step could not go on, or is recorded and was not asked for.
+            BrokenTransaction: The transaction of a step was committed behind our back.
         """
         if self.error is not None:
             raise self.error
@@ -101,6 +103,7 @@ class StepLedger:
             return begun
         self._running = name
         if not at_most_once:
+            self._late.close_for(_SHUT)
             return begun
         # first, for a beginning whose answer is lost may stand; a crash after it: the next attempt leaves it to a person
         self._undecided.add(name)
@@ -109,6 +112,7 @@ class StepLedger:
         except BaseException:
             self._running = None
             raise
+        self._late.close_for(_SHUT)
         return replace(begun, marked=True)
 
     def _look_up(self, name: str, returns: Any, *, local: bool = False) -> Begun:
@@ -145,9 +149,9 @@ class StepLedger:
     def finish(self, begun: Begun, value: Any) -> Any:
         """See `Ledger.finish`."""
         try:
+            if self._late.reopen():
+                raise self._refuse(begun.name, f"{_USED}. {_SHUT}")
             result, read_back = self._encoded(begun, value)
-            if self._fenced:
-                self._check_writer(begun.name, _USED)
             self._store_(begun, StepRow(begun.name, begun.ordinal, True, result))
         finally:
             self._running = None
@@ -155,6 +159,7 @@ class StepLedger:
 
     def failed(self, begun: Begun) -> None:
         """See `Ledger.failed`."""
+        self._late.reopen()
         self._running = None
 
     def transact(self, name: str, returns: Any, work: Callable[[Any], Any]) -> Any:
@@ -178,6 +183,7 @@ class StepLedger:
     def _transacted(self, begun: Begun, work: Callable[[Any], Any]) -> bytes:
         session, handed = self._open()
         late = Late(session, self._dialect, self._held)
+        result = b""
         try:
             if self._late.watch is not None and self._dialect.name == "postgresql":
                 # a row that the handler's own session has changed: the server cannot see that we wait for ourselves
@@ -195,19 +201,36 @@ class StepLedger:
                     raise
                 return known
             if stored is Recorded.LOST:
-                raise self._lost()
+                raise self._lost()  # noqa: TRY301
             watch = late.watch
             assert watch is not None
-            misuse = watch.verify(session)
-            if misuse is not None or watch.lost is not None:
-                raise misuse or watch.lost  # type: ignore[misc]
+            watch.check(session)
             watch.committing()
             session.commit()
-            return result
+        except BaseException as error:
+            if late.watch is None or not self._is_committed(late.watch, error):
+                raise  # else a hook of the user's raised, behind the server's answer
         finally:
             late.end(session)
+        return result
+
+    def _is_committed(self, watch: Watch, error: BaseException) -> bool:
+        """Ask how the step's transaction was left.
+
+        Raises:
+            BrokenTransaction: It was committed behind our back: the step is done in part, and the message is for a person.
+        """
+        if watch.committed:
+            return isinstance(error, Exception)
+        if not watch.sent:
+            watch.ask()
+        if watch.left is Left.BROKEN:
+            self.error = BrokenTransaction(f"In a steps.transaction: {watch.error}")
+            raise self.error from error
+        return False
 
     def _worked(self, work: Callable[[Any], Any], handed: Any, session: Session) -> Any:
+        self._late.close_for(_SHUT)
         try:
             value = work(handed)
             session.flush()
@@ -218,6 +241,10 @@ class StepLedger:
                     " session: they are two transactions. Use the session for that row behind the last step, or only there."
                 ) from error
             raise
+        finally:
+            used = self._late.reopen()
+        if used:
+            raise Misuse(_SHUT)
         return value
 
     # -- what is stored ----------------------------------------------------------------------------------------------
@@ -337,6 +364,10 @@ def _quoted(text: str) -> str:
 
 _ASKED = "was asked for after the handler's session was used"
 _USED = "used the handler's session, and was run: its result is not kept"
+_SHUT = (
+    "Inside a step the handler's own session cannot be used: the step's record would stand, and what the session wrote be gone"
+    " if the handler fails later. Use the session behind the last step, or write in steps.transaction(name, work)."
+)
 _REQUEUE = "Look at it: exactly-once steps show KEY, then: exactly-once failures requeue"
 _RELEASE = (
     "The handler's steps were changed, or depend on something that changes. Run these messages with the steps they began"

@@ -24,10 +24,10 @@ from exactly_once.dialects import (
     raise_for_the_store,
 )
 from exactly_once.fingerprint import Differs, compare
-from exactly_once.guards import Claim, Conflict, Consumed, InProgress, Won
+from exactly_once.guards import Claim, Conflict, Consumed, InProgress, Unfinished, Won
 from exactly_once.guards.watch import Watch, begin
 from exactly_once.leases.sql import SqlLeases
-from exactly_once.schema import CONSUMED
+from exactly_once.schema import CONSUMED, UNFINISHED
 
 __all__ = ["GroupClaim", "TransactionGuard", "standing"]
 
@@ -40,7 +40,7 @@ class GroupClaim:
 
     won: Won | None
     """The transaction that all the keys that are ours were claimed in; None if none is ours."""
-    others: Mapping[str, Consumed | InProgress | Conflict]
+    others: Mapping[str, Consumed | InProgress | Conflict | Unfinished]
     """The keys that are not ours, and why."""
 
 
@@ -65,7 +65,7 @@ class TransactionGuard:
             won = dialect.claim(dbapi, info, row, wait_ms=self._wait_ms, savepoint=False)
             if not won:
                 known = dialect.known(dbapi, row, end=True)
-                if known is None or known.status == CONSUMED or not self._cleared(connection, row):
+                if known is None or known.status in (CONSUMED, UNFINISHED) or not self._cleared(connection, row):
                     return standing(known, row)
                 won = dialect.claim(dbapi, info, row, wait_ms=self._wait_ms, savepoint=False)
         except ClaimBusy as busy:
@@ -76,12 +76,18 @@ class TransactionGuard:
         if not won:  # cleared, and claimed by another before us
             session.rollback()
             return InProgress(again=True)
-        watch = Watch(connection, dialect, dbapi)
+        watch = Watch(connection, dialect, dbapi, row.owner, (row,))
         begin(session, watch)
         return Won(watch)
 
     def claim_group(
-        self, session: Session, rows: Sequence[ClaimRow], *, patient: bool = True, meanwhile: Iterable[object] = ()
+        self,
+        session: Session,
+        rows: Sequence[ClaimRow],
+        *,
+        owner: str,
+        patient: bool = True,
+        meanwhile: Iterable[object] = (),
     ) -> "GroupClaim | None":
         """Take the keys of a whole group before user code runs; what is not ours is told by its key.
 
@@ -90,6 +96,7 @@ class TransactionGuard:
         Args:
             session: In no transaction.
             rows: Of one handler, each key once, sorted by key; at least one.
+            owner: This attempt.
             patient: Wait a moment for another run that holds one of the keys.
             meanwhile: Work to do while the server answers, a step for each element.
 
@@ -103,7 +110,7 @@ class TransactionGuard:
         try:
             # a short bound, or one key in progress would hold all the others
             wait_ms = min(self._wait_ms, _GROUP_WAIT_MS) if patient else 0
-            standing_by_key = self._groups.claim(dbapi, info, rows, wait_ms=wait_ms, meanwhile=meanwhile)
+            standing_by_key = self._groups.claim(dbapi, info, rows, owner=owner, wait_ms=wait_ms, meanwhile=meanwhile)
         except ClaimBusy:
             return None
         except Exception as error:
@@ -114,7 +121,8 @@ class TransactionGuard:
         if len(others) == len(rows):
             session.rollback()
             return GroupClaim(None, others)
-        watch = Watch(connection, self._dialect, dbapi)
+        ours = [row for row in rows if row.key not in others] if others else rows
+        watch = Watch(connection, self._dialect, dbapi, owner, ours)
         begin(session, watch)
         return GroupClaim(Won(watch), others)
 
@@ -129,7 +137,13 @@ class TransactionGuard:
             # first, so that SQLAlchemy knows of the transaction we begin below it; costs no round trip
             connection = session.connection()
             dbapi, info = connection.connection.dbapi_connection, connection.info
-            if dialect not in info:
+            if dialect in info and dialect.strange(dbapi):
+                # whoever had it changed it in a way that would store a key as another one
+                connection.invalidate()
+                session.rollback()
+                connection = session.connection()
+                dbapi, info = connection.connection.dbapi_connection, connection.info
+            if dialect not in info or dialect.strange(dbapi):
                 dialect.prepare(dbapi, info, wait_ms=self._wait_ms)
         except Exception as error:
             raise_for_the_store(dialect, error)
@@ -144,7 +158,7 @@ class TransactionGuard:
     def _cleared(self, connection: Connection, row: ClaimRow) -> bool:
         """Take away, in the handler's transaction, a lease that was begun and is nobody's now: the guard was changed since."""
         dbapi = connection.connection.dbapi_connection
-        self._dialect.begin(dbapi, connection.info)
+        self._dialect.begin(dbapi, connection.info, row.owner)
         if self._leases.clear_in(connection, row):
             return True
         connection.connection.rollback()
@@ -163,23 +177,24 @@ class TransactionGuard:
         """The rollback was all; what is broken was committed with its claim."""
         return True
 
-    def consumed(self, session: Session, row: ClaimRow) -> bool:
-        """See `Guard.consumed`."""
+    def look(self, session: Session, row: ClaimRow) -> Consumed | Unfinished | None:
+        """See `Guard.look`."""
         try:
             connection = session.connection()
             known = self._dialect.known(connection.connection.dbapi_connection, row, end=True)
         except Exception as error:
             raise_for_the_store(self._dialect, error)
             raise
-        return isinstance(standing(known, row), Consumed)
+        found = standing(known, row)
+        return found if isinstance(found, (Consumed, Unfinished)) else None
 
 
-def standing(known: Known | None, row: ClaimRow) -> Consumed | InProgress | Conflict:
+def standing(known: Known | None, row: ClaimRow) -> Consumed | InProgress | Conflict | Unfinished:
     """Say what a row that stands under our key means for us."""
     if known is None:
         return InProgress(again=True)  # the row that refused us is gone already: whoever wrote it took it back
-    if known.status != CONSUMED:
+    if known.status not in (CONSUMED, UNFINISHED):
         return InProgress()
     if isinstance(compare(known.fingerprint, row.fingerprint), Differs):
         return Conflict(known.fingerprint)
-    return Consumed()
+    return Unfinished(known.owner or "") if known.status == UNFINISHED else Consumed(known.owner)

@@ -85,6 +85,7 @@ class Standing(Enum):
     CONSUMED = "done before"
     CONFLICT = "known under another payload"
     RUNNING = "another run has the lease"
+    UNFINISHED = "claimed in a transaction that something else than its attempt committed"
     FREE = (
         "nobody has it, and it was written under fingerprints that cannot be compared with ours: ask for it by its own"
     )
@@ -101,7 +102,7 @@ def judge(seen: Leased, fingerprint: bytes) -> Standing:
     if isinstance(verdict, Differs):
         return Standing.CONFLICT
     if seen.consumed:
-        return Standing.CONSUMED
+        return Standing.CONSUMED if seen.unfinished is None else Standing.UNFINISHED
     if isinstance(verdict, NotCompared) and (seen.remaining is None or seen.remaining <= timedelta(0)):
         return Standing.FREE
     return Standing.RUNNING

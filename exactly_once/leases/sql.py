@@ -8,15 +8,32 @@ or falls with it. Every change names the token, so a run that was taken over cha
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cached_property
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Connection, Engine, Table, and_, delete, exists, insert, literal, or_, select, text, update
+from sqlalchemy import (
+    Connection,
+    Engine,
+    Table,
+    Update,
+    and_,
+    bindparam,
+    delete,
+    exists,
+    insert,
+    literal,
+    or_,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Leased, StepRow, Trouble, lease_claims_for
+from exactly_once import claim_rows
+from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, LeaseClaims, Leased, StepRow, Trouble, lease_claims_for
 from exactly_once.dialects import raise_for_the_store as raise_for
 from exactly_once.leases import WAIT_MS, Held, Recorded, clock
-from exactly_once.schema import CONSUMED, CONSUMING, STEP_BEGUN, STEP_FINISHED, Tables, utcnow
+from exactly_once.schema import CONSUMED, CONSUMING, STEP_BEGUN, STEP_FINISHED, UNFINISHED, Tables, utcnow
 
 __all__ = ["SqlLeases"]
 
@@ -36,15 +53,27 @@ class SqlLeases:
         name: The database's name.
         engine: Its engine for threads; or the sync one inside an AsyncEngine, to be used in greenlets only.
         dialect: How it is spoken to.
-        tables: Ours.
+        tables: Gives ours; it may connect.
     """
 
-    def __init__(self, name: str, engine: Engine, dialect: Dialect, tables: Tables) -> None:
+    def __init__(self, name: str, engine: Engine, dialect: Dialect, tables: Callable[[], Tables]) -> None:
         self.name = name
-        self._engine, self._dialect = engine, dialect
+        self._engine, self._dialect, self._tables = engine, dialect, tables
         self._alone = engine.execution_options(isolation_level="AUTOCOMMIT")
-        self._claims = lease_claims_for(dialect)
-        self._t, self._steps = tables.idempotent, tables.step
+
+    # made at the first claim, when it is known where the tables are
+
+    @cached_property
+    def _claims(self) -> LeaseClaims:
+        return lease_claims_for(self._dialect)
+
+    @cached_property
+    def _t(self) -> Table:
+        return self._tables().idempotent
+
+    @cached_property
+    def _steps(self) -> Table:
+        return self._tables().step
 
     def claim(self, row: ClaimRow, token: str, lease: timedelta, *, also: bytes, steps: bool) -> Leased:
         """See `LeaseStore.claim`."""
@@ -73,9 +102,34 @@ class SqlLeases:
 
     def complete_in(self, connection: Connection, held: Held) -> bool:
         """The same as a part of the handler's transaction: the last statement before its COMMIT."""
+        row = held.row
+        named = {"b_group": row.group, "b_handler": row.handler, "b_key": row.key, "b_token": held.token}
+        return self._dialect.in_our_name(connection, self._completing, named) == 1
+
+    @cached_property
+    def _completing(self) -> Update:
         t = self._t
-        done = update(t).where(self._of(t, held.row), t.c.token == held.token)
-        return _one(connection, done.values(status=CONSUMED, consumed_at=utcnow(), lease_until=None))
+        identity = (t.c.consumer_group, "b_group"), (t.c.handler, "b_handler"), (t.c.business_key, "b_key")
+        ours = [column == bindparam(name, type_=column.type) for column, name in (*identity, (t.c.token, "b_token"))]
+        return update(t).where(*ours).values(status=CONSUMED, consumed_at=utcnow(), lease_until=None)
+
+    def mark_in(self, connection: Connection, held: Held) -> bool:
+        """In the handler's transaction, leave a mark of a lease that is kept elsewhere; False where there is one already.
+
+        It stands or falls with the handler's effects, so it says of them what the other store cannot know.
+        """
+        row = held.row
+        values = {
+            "consumer_group": row.group,
+            "handler": row.handler,
+            "business_key": row.key,
+            "message_id": row.message_id,
+            "fingerprint": row.fingerprint,
+            "retry_times": held.attempt - 1,
+            "owner": row.owner,
+            "born_at": row.born_at,
+        }
+        return claim_rows.write(connection, self._t, values)
 
     def release(self, held: Held) -> bool:
         """See `LeaseStore.release`."""
@@ -163,14 +217,14 @@ class SqlLeases:
             "finished_at": utcnow() if step.finished else None,
         }
         if not fenced:
-            connection.execute(insert(s).values(values))
+            self._dialect.in_our_name(connection, insert(s).values(values), {})
             return Recorded.STORED
         columns = [
             value if hasattr(value, "compile") else literal(value, s.c[name].type).label(name)
             for name, value in values.items()
         ]
         source = select(*columns).where(self._ours(held)).with_for_update(of=t if self._is_postgresql else None)
-        stored = _one(connection, insert(s).from_select(list(values), source.select_from(t)))
+        stored = self._dialect.in_our_name(connection, insert(s).from_select(list(values), source.select_from(t)), {})
         return Recorded.STORED if stored else Recorded.LOST
 
     def _finish(self, connection: Connection, held: Held, step: StepRow) -> Recorded:
@@ -198,7 +252,9 @@ class SqlLeases:
         t, s = self._t, self._steps
 
         def read(connection: Connection) -> Leased | None:
-            columns = (t.c.status, t.c.token, t.c.fingerprint, t.c.retry_times, t.c.lease_until, utcnow().label("now"))
+            columns = (
+                t.c.status, t.c.token, t.c.fingerprint, t.c.retry_times, t.c.lease_until, t.c.owner, utcnow().label("now")
+            )  # fmt: skip
             found = connection.execute(select(*columns).where(self._of(t, row))).one_or_none()
             if found is None:
                 return None
@@ -206,7 +262,8 @@ class SqlLeases:
             running = found.token is not None and found.lease_until is not None
             return Leased(
                 won=False,
-                consumed=found.status == CONSUMED,
+                consumed=found.status != CONSUMING,
+                unfinished=found.owner or "" if found.status == UNFINISHED else None,
                 fingerprint=found.fingerprint,
                 attempt=found.retry_times + 1,
                 remaining=found.lease_until - found.now if running else None,

@@ -176,7 +176,7 @@ class Shop:
     def _write_and_commit(self, session: Session) -> None:
         states: list[State] = []
         engine: Any = self.async_engine.sync_engine if self.is_async else self.engine
-        speaker = dialect_for(engine, None)
+        speaker = dialect_for(engine, lambda: None)
         with engine.connect() as connection:
             states.append(speaker.state(connection.connection.dbapi_connection))
         assert states == [State.IDLE]

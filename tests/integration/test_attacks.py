@@ -233,7 +233,7 @@ def test_the_sweep_neither_waits_for_a_running_handler_nor_deadlocks_with_it(mar
         (store,) = eo.stores.values()
         with engine.begin() as connection:
             connection.execute(text("SET innodb_lock_wait_timeout = 1"))
-            assert DueFailures(store.tables).sweep(connection, GROUP) == 0
+            assert DueFailures(lambda: store.tables).sweep(connection, GROUP) == 0
     finally:
         go.set()
         thread.join()

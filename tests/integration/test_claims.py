@@ -552,7 +552,7 @@ def test_the_driver_tells_a_second_claim_from_a_first(shop: Shop) -> None:
     def twice(session: Session) -> None:
         connection = session.connection()
         dbapi, info = connection.connection.dbapi_connection, connection.info
-        dialect = dialect_for(connection.engine, None)
+        dialect = dialect_for(connection.engine, lambda: None)
         dialect.prepare(dbapi, info, wait_ms=1000)
         row = ClaimRow("self-check", "handler", "key", b"\x01fingerprint")
         seen.extend(dialect.claim(dbapi, info, row, wait_ms=1000, savepoint=False) for _ in range(2))

@@ -265,7 +265,7 @@ def test_a_resend_that_succeeds_closes_the_dead_row(shop: Shop) -> None:
     assert shop.process(other_payload) is Outcome.DEAD  # a conflict, which the success of the first does not settle
     due(shop, "A-3", state="broken")
     assert shop.process(order("A-3")) is Outcome.PROCESSED
-    failures = DueFailures(shop.tables)
+    failures = DueFailures(lambda: shop.tables)
     with shop.outside.begin() as connection:
         closed = failures.sweep(connection, GROUP)
         assert failures.sweep(connection, "Shop") == 0
@@ -301,7 +301,7 @@ def test_copies_that_fail_at_the_same_moment_are_all_counted(shop: Shop) -> None
 
 
 def _take(shop: Shop, connection: Any, *, limit: int = 5, ordered: bool = False, wait: bool = True) -> list[str]:
-    rows = DueFailures(shop.tables).take(
+    rows = DueFailures(lambda: shop.tables).take(
         connection,
         GROUP,
         ["handler"],
@@ -367,7 +367,7 @@ def test_what_is_put_back_leaves_decided_rows_alone(shop: Shop) -> None:
             .where(shop.tables.failure.c.id == two.id)
             .values(state="dead", next_attempt_at=None)
         )
-        DueFailures(shop.tables).postpone(connection, [one.id, two.id], timedelta(hours=1))
+        DueFailures(lambda: shop.tables).postpone(connection, [one.id, two.id], timedelta(hours=1))
     assert [row.next_attempt_at is None for row in shop.failures()] == [False, True]
 
 

@@ -46,7 +46,7 @@ def message(no: str = "A-1") -> Message:
 
 def leases(engine: Engine) -> tuple[Store, SqlLeases]:
     store = Store("default", engine)
-    return store, SqlLeases(store.name, store.engine, store.dialect, store.tables)
+    return store, SqlLeases(store.name, store.engine, store.dialect, lambda: store.tables)
 
 
 def test_a_copy_of_a_running_message_is_kept_in_hand_and_acknowledged_when_the_run_ends(engine: Engine) -> None:

@@ -15,5 +15,5 @@ class TestLeasesInSql(LeaseConformance):
     @pytest.fixture
     def store(self, database: Engine) -> Iterator[LeaseStore]:
         opened = Store("default", database.url, pool_size=16)
-        yield SqlLeases(opened.name, opened.engine, opened.dialect, opened.tables)
+        yield SqlLeases(opened.name, opened.engine, opened.dialect, lambda: opened.tables)
         opened.close()

@@ -100,7 +100,7 @@ def lease_statements(shop: Shop) -> dict[str, list[str]]:
     module = import_module(f"exactly_once.dialects.{name}_lease")
     texts = {f"lease: {each.lower()}": [getattr(module, each)] for each in module.__all__ if each.isupper()}
     store = Store("default", shop.url)
-    leases = SqlLeases(store.name, store.engine, store.dialect, store.tables)
+    leases = SqlLeases(store.name, store.engine, store.dialect, lambda: store.tables)
     row = ClaimRow(GROUP, "handler", "L-1", b"\x01")
 
     def held(token: str) -> Held:
@@ -135,7 +135,7 @@ def lease_statements(shop: Shop) -> dict[str, list[str]]:
 
 
 def failure_statements(shop: Shop) -> dict[str, list[str]]:
-    store, pumped = FailureStore(tables()), DueFailures(tables())
+    store, pumped = FailureStore(tables), DueFailures(tables)
     failure = Failure(GROUP, "handler", "A-1", b"\x01", order(ordering_key="a"), Reject("no"))
     engine = create_engine(shop.url)
 

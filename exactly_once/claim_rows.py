@@ -1,0 +1,55 @@
+"""Claims written, finished and taken back by somebody else than their attempt, as statements in the caller's transaction.
+
+A person discards a message; a broken one is written down; a lease that is kept elsewhere leaves its mark in the handler's own
+transaction. Called by `failures`, by `failures.triage` and by `leases.sql`.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from sqlalchemy import Connection, Table, and_, delete, insert, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import IntegrityError
+
+from exactly_once.schema import CONSUMED, CONSUMING, UNFINISHED, utcnow
+
+__all__ = ["of", "take_back", "write"]
+
+_DUPLICATE_ENTRY: Final = 1062  # MySQL's and MariaDB's errno
+
+
+def of(claims: Table, group: str, handler: str, key: str) -> Any:
+    """Return the condition that names one claim."""
+    return and_(claims.c.consumer_group == group, claims.c.handler == handler, claims.c.business_key == key)
+
+
+def write(connection: Connection, claims: Table, values: Mapping[str, Any]) -> bool:
+    """Insert a consumed claim unless the key has one; say whether it was inserted."""
+    row = {"status": CONSUMED, "created_at": utcnow(), "consumed_at": utcnow(), **values}
+    match connection.dialect.name:
+        case "postgresql":
+            statement: Any = postgresql.insert(claims).values(row).on_conflict_do_nothing()
+        case "sqlite":
+            # not in a savepoint: its driver begins no transaction for one, so its release would commit the claim alone
+            statement = sqlite.insert(claims).values(row).on_conflict_do_nothing()
+        case _:
+            statement = insert(claims).values(row)
+    try:
+        # asked to keep it: of an INSERT the driver forgets how many rows it made
+        made = connection.execute(statement, execution_options={"preserve_rowcount": True})
+    except IntegrityError as error:  # it undoes that statement alone
+        if error.orig is None or error.orig.args[:1] != (_DUPLICATE_ENTRY,):
+            raise
+        return False
+    return made.rowcount == 1
+
+
+def take_back(connection: Connection, claims: Table, group: str, handler: str, key: str, owner: str) -> None:
+    """Take back the claim of a broken attempt; one of any other owner is another copy's, and that was processed whole.
+
+    A lease is let go of and keeps the number of its attempt, which services compare; another claim is deleted.
+    """
+    broken = and_(of(claims, group, handler, key), claims.c.owner == owner, claims.c.status.in_((CONSUMED, UNFINISHED)))
+    free = {"status": CONSUMING, "token": None, "lease_until": None, "consumed_at": None}
+    connection.execute(update(claims).where(broken, claims.c.token.is_not(None)).values(free))
+    connection.execute(delete(claims).where(broken, claims.c.token.is_(None)))

@@ -1,0 +1,77 @@
+"""A session whose transaction begins with its first statement: for handlers that may do their work without a database.
+
+Before it no transaction is open, and no connection is in use. Then the transaction is begun by us, so that the driver says
+from the first moment on whether it is still open. Made by the guards of leases and locks, and for the transaction of a step.
+"""
+
+from sqlalchemy import Connection
+from sqlalchemy.orm import Session
+
+from exactly_once.dialects import Dialect, Trouble, raise_for_the_store
+from exactly_once.guards.watch import WATCHED, Shut, Watch, begin, let_go
+from exactly_once.leases import WAIT_MS, Held
+from exactly_once.owner import new_owner
+
+__all__ = ["Late"]
+
+
+class Late:
+    """Waits for a session's first statement, and watches its transaction from there on."""
+
+    __slots__ = ("_dialect", "_session", "_unwritten", "held", "shut", "watch")
+
+    def __init__(self, session: Session, dialect: Dialect, held: Held | None) -> None:
+        self._dialect, self._session, self.held = dialect, session, held
+        self.watch: Watch | None = None
+        self.shut: Shut | None = None
+        self._unwritten: set[int] = set()
+        session.info[WATCHED] = self
+
+    def close_for(self, why: str) -> None:
+        """Let the session not be used until `reopen`.
+
+        Args:
+            why: What whoever uses it is told.
+        """
+        self.shut = Shut(why)
+        if self.watch is not None:
+            self.watch.shut = self.shut
+        self._unwritten = self._pending()
+
+    def reopen(self) -> bool:
+        """Let it be used again; say whether somebody tried meanwhile, also by objects added or changed and not written yet."""
+        shut, self.shut = self.shut, None
+        if self.watch is not None:
+            self.watch.shut = None
+        return shut is not None and (shut.tried or not self._pending() <= self._unwritten)
+
+    def _pending(self) -> set[int]:
+        session = self._session
+        return {id(each) for some in (session.new, session.dirty, session.deleted) for each in some}
+
+    def began(self, session: Session, connection: Connection) -> None:
+        """Watch this connection's transaction from here on."""
+        if self.shut is not None:
+            raise self.shut.refusal()
+        if self.held is not None:
+            self.held.check()
+        dialect, dbapi, info = self._dialect, connection.connection.dbapi_connection, connection.info
+        owner = new_owner()
+        try:
+            if dialect not in info:
+                dialect.prepare(dbapi, info, wait_ms=WAIT_MS)
+            dialect.begin(dbapi, info, owner)
+        except Exception as error:
+            if dialect.trouble(error) is Trouble.UNAVAILABLE:
+                connection.invalidate(error)
+            raise_for_the_store(dialect, error)
+            raise
+        self.watch = Watch(connection, dialect, dbapi, owner, held=self.held)
+        begin(session, self.watch)
+
+    def end(self, session: Session) -> None:
+        """Give back what was begun, if anything was."""
+        if self.watch is not None:
+            self.watch.end(session)
+        else:
+            let_go(session)

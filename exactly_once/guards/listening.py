@@ -1,0 +1,184 @@
+"""Listens to engines and sessions, so that a watched handler stays inside its transaction.
+
+What ends a transaction is refused before it is sent: commit() in any spelling, and statements, by their first words. A
+rollback is only marked, for a failed flush rolls back too, and raising there leaks the connection.
+
+One set of listeners an engine, installed once; for connections nobody watches they return at the first line. They hang on
+the engine's dialect: a single listener on the engine itself makes SQLAlchemy build its dispatch anew for each connection
+that is checked out, which cost more than all of the watching. Called by `store`.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+from weakref import WeakSet
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import ExceptionContext, ExecutionContext
+from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.pool import PoolProxiedConnection
+
+from exactly_once.dialects import State
+from exactly_once.guards.late import Late
+from exactly_once.guards.watch import LEFT, SWALLOWED, WATCHED, Left, Watch
+
+__all__ = ["install", "install_session"]
+
+_INSTALLED: "WeakSet[Any]" = WeakSet()
+_Send = Callable[[PoolProxiedConnection], None]
+_Execute = Callable[..., None]
+
+
+def install(engine: Engine) -> None:
+    """Listen to one engine, once; what shares its dialect (execution options, asyncio) is listened to with it."""
+    dialect = engine.dialect
+    if dialect in _INSTALLED:
+        return
+    _INSTALLED.add(dialect)
+    # first, for a listener of the user's may say that it has run the statement, and then no other is asked
+    for name in ("do_execute", "do_executemany"):
+        event.listen(engine, name, _refusing(getattr(dialect, name)), insert=True)
+    event.listen(engine, "do_execute_no_params", _refusing_bare(dialect.do_execute_no_params), insert=True)
+    event.listen(engine, "handle_error", _failed)
+    # no event tells of COMMIT and ROLLBACK but the engine's own, so the dialect's two methods are replaced on this instance
+    dialect.do_commit = _refusing_commit(dialect.do_commit)  # type: ignore[method-assign, assignment]
+    dialect.do_rollback = _marking_rollback(dialect.do_rollback)  # type: ignore[method-assign, assignment]
+    if dialect.name != "postgresql":  # whose driver says by itself that it is in the middle of a statement
+        for name in ("do_execute", "do_executemany"):
+            setattr(dialect, name, _counting(getattr(dialect, name)))
+
+
+def _refusing(send: _Execute) -> Callable[..., bool | None]:
+    return lambda cursor, text, values, context: _sending(text, context, lambda: send(cursor, text, values, context))
+
+
+def _refusing_bare(send: _Execute) -> Callable[..., bool | None]:
+    return lambda cursor, text, context: _sending(text, context, lambda: send(cursor, text, context))
+
+
+def _sending(statement: str, context: ExecutionContext, send: Callable[[], None]) -> bool | None:
+    """Before a statement is sent; True says that it was sent here."""
+    watch = _watch_of(context.root_connection.connection)
+    if watch is None or watch.connection is not context.root_connection:
+        return None
+    if watch.error is not None:
+        raise watch.error  # it has left already: what it sends now would be outside, or undone
+    if watch.shut is not None:
+        raise watch.shut.refusal()
+    if watch.held is not None:
+        watch.held.check()
+    if watch.lost is not None:
+        # the server threw the transaction away, and this statement would begin another, without the claim
+        raise watch.leave(Left.ROLLED_BACK, SWALLOWED)
+    dialect, dbapi = watch.dialect, watch.dbapi
+    if dialect.state(dbapi) is State.IDLE:
+        # ended since the last statement, or by it; this one would begin another transaction, which looks open at the
+        # end: after a rollback its effects would be kept without the claim
+        raise watch.ended()
+    if watch.call is not None:
+        watch.called()
+    watch.last = statement
+    read = dialect.read(dbapi, statement)
+    if read.refused is not None:
+        raise watch.leave(
+            Left.REFUSED,
+            f"The handler sent {read.refused}, which ends the transaction it was given; it was not sent. Delete that"
+            " statement: the transaction is committed for you when the handler returns.",
+        )
+    if read.session is not None:
+        watch.changed = read.session
+    if not read.calls:
+        return None
+    watch.call = dialect.before_call(dbapi, watch.info, watch.owner)
+    send()
+    watch.called()
+    return True
+
+
+def _counting(send: _Execute) -> _Execute:
+    """Count the statements under way: what runs when the handler has returned is to be seen."""
+
+    def counted(cursor: Any, statement: str, values: Any, context: ExecutionContext | None = None) -> None:
+        watch = None if context is None else _watch_of(context.root_connection.connection)
+        if watch is None:
+            send(cursor, statement, values, context)
+            return
+        watch.busy += 1
+        try:
+            send(cursor, statement, values, context)
+        finally:
+            watch.busy -= 1
+
+    return counted
+
+
+def _failed(context: ExceptionContext) -> None:
+    connection = context.connection
+    if connection is None or connection.invalidated:
+        return  # it has no `info` to ask, and asking raises, in the middle of the user's own rollback
+    watch = _watch_of(connection.connection)
+    if watch is not None and watch.connection is connection and watch.lost is None:
+        error = context.original_exception
+        if watch.dialect.lost(watch.dbapi, watch.info, error):
+            watch.lost = error
+
+
+def _watch_of(pooled: PoolProxiedConnection) -> Watch | None:
+    try:
+        watch: Watch | None = pooled.info.get(WATCHED)
+    except NotImplementedError:
+        return None  # the engine's first look at its server, before the pool gives anything out
+    return watch
+
+
+def _refusing_commit(send: _Send) -> _Send:
+    def do_commit(dbapi_connection: PoolProxiedConnection) -> None:
+        watch = _watch_of(dbapi_connection)
+        if watch is None:
+            send(dbapi_connection)
+            return
+        if not watch.ours:
+            raise watch.leave(Left.REFUSED, _COMMITTED)
+        # the last look, after every hook of the user's has run: COMMIT of an aborted transaction succeeds and keeps nothing
+        state = watch.dialect.state(watch.dbapi)
+        if state is not State.OPEN:
+            raise watch.leave(Left.BROKEN if state is State.IDLE else Left.ROLLED_BACK, SWALLOWED)
+        watch.commit(lambda: send(dbapi_connection))
+
+    return do_commit
+
+
+def _marking_rollback(send: _Send) -> _Send:
+    def do_rollback(dbapi_connection: PoolProxiedConnection) -> None:
+        watch = _watch_of(dbapi_connection)
+        if watch is not None:
+            watch.rolled_back = True
+            if not watch.ours:
+                watch.leave(Left.ROLLED_BACK, LEFT)
+        send(dbapi_connection)
+
+    return do_rollback
+
+
+def install_session(session_class: Any) -> None:
+    """Listen to a sessionmaker (or Session class): a watched session may begin on its claim's connection only."""
+    if session_class in _INSTALLED:
+        return
+    _INSTALLED.add(session_class)
+
+    @event.listens_for(session_class, "after_begin")
+    def begun(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+        watch: Watch | Late | None = session.info.get(WATCHED)
+        if isinstance(watch, Late):
+            watch.began(session, connection)
+        elif watch is not None and (connection is not watch.connection or watch.left is not Left.NOT):
+            raise watch.leave(Left.REFUSED, _SECOND)
+
+
+_COMMITTED: Final = (
+    "The handler called commit() on the session it was given; nothing was committed. Delete that line: the transaction is"
+    " committed for you when the handler returns."
+)
+_SECOND: Final = (
+    "The handler's session began on a second connection: two commits cannot be one. All tables of a handler must be in"
+    " the database that holds the claims; leave its transaction open, and use no routing get_bind()."
+)
