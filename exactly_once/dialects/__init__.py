@@ -132,6 +132,8 @@ class Dialect(Protocol):
     """One database server through one driver. `dbapi` is SQLAlchemy's `dbapi_connection`, adapted where it is async."""
 
     name: str
+    asks_around_calls: bool
+    """A statement whose text is not there to read can end the transaction unseen."""
 
     @property
     def table(self) -> str:
@@ -193,7 +195,7 @@ class Dialect(Protocol):
     def before_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> Any:
         """Make ready for a statement that can end the transaction unseen; what is returned is for `after_call`.
 
-        Called where `Read.calls` says so.
+        Called where `Read.unseen` says so, and only where `asks_around_calls`.
         """
 
     def after_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
@@ -230,7 +232,7 @@ class Dialect(Protocol):
     def lost(self, dbapi: Any, info: MutableMapping[Any, Any], error: BaseException) -> bool:
         """Did this error throw the whole transaction away, so that later statements would commit without the claim?"""
 
-    def read(self, dbapi: Any, statement: str) -> Read:
+    def read(self, dbapi: Any, info: MutableMapping[Any, Any], statement: str) -> Read:
         """Say what a handler's statement would do to its transaction and its connection, by its first words."""
 
 

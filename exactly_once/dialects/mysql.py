@@ -22,6 +22,7 @@ that first one's result was closed.
 Keys are VARBINARY: compared byte by byte, neither case nor trailing spaces are folded.
 """
 
+import re
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC
@@ -33,7 +34,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from exactly_once.dialects import ClaimBusy, ClaimRow, Gone, Known, State, Trouble
-from exactly_once.dialects.keywords import Read, read
+from exactly_once.dialects.keywords import Read, reader
+from exactly_once.dialects.statements import MARIADB, MYSQL
 from exactly_once.errors import ConfigurationError
 from exactly_once.owner import savepoint_of
 
@@ -88,6 +90,7 @@ _SOURCES: Final = {True: "information_schema.SESSION_STATUS", False: "performanc
 # of the protocol's OK packet
 _IN_TRANSACTION: Final = 1  # SERVER_STATUS_IN_TRANS
 _AUTOCOMMIT: Final = 2  # SERVER_STATUS_AUTOCOMMIT
+_NO_BACKSLASH_ESCAPES: Final = 512  # SERVER_STATUS_NO_BACKSLASH_ESCAPES
 _NO_SAVEPOINT: Final = 1305
 _SIGNALLED: Final = 1644
 DUPLICATE: Final = 1062
@@ -118,12 +121,15 @@ class Seen:
     """Several statements can be sent as one."""
     commits: str
     """Reads what changes with each commit of this session."""
+    readers: tuple[Callable[[str], Read], Callable[[str], Read]]
+    """What reads a handler's statements: where a backslash in a string is a character, and where it escapes."""
 
 
 class MySQL:
     """See the module."""
 
     name = "mysql"
+    asks_around_calls = True
 
     def __init__(self, table: Callable[[], str], *, durable: bool = True) -> None:
         self._table = table
@@ -162,12 +168,16 @@ class MySQL:
                 cursor.execute(f"SET SESSION innodb_lock_wait_timeout = {seconds:d}")
         finally:
             cursor.close()
+        grammar = (MARIADB if is_mariadb else MYSQL)._replace(
+            ansi_quotes="ANSI" in str(modes), version=_version(str(version))
+        )
         counted = COMMITS["counted"].replace("{source}", _SOURCES[is_mariadb])
         info[self] = Seen(
             bound=BOUND.replace("{seconds}", f"{seconds:d}") if is_mariadb else "",
             rollback_on_timeout=bool(rollback_on_timeout),
             compound=is_mariadb and "ORACLE" not in str(modes),  # which has another grammar
             commits=COMMITS["gtid"] if is_mariadb and logs else counted,
+            readers=(reader(grammar._replace(backslash=False)), reader(grammar._replace(backslash=True))),
         )
 
     def strange(self, dbapi: Any) -> bool:
@@ -351,8 +361,10 @@ class MySQL:
             return isinstance(error, _GONE)  # a broken connection as asyncmy's streams raise it
         return code in _LOST or (code == LOCK_WAIT and info[self].rollback_on_timeout)
 
-    def read(self, dbapi: Any, statement: str) -> Read:
-        return read(statement, True)
+    def read(self, dbapi: Any, info: MutableMapping[Any, Any], statement: str) -> Read:
+        plain, escaped = info[self].readers
+        read: Callable[[str], Read] = plain if _driver(dbapi).server_status & _NO_BACKSLASH_ESCAPES else escaped
+        return read(statement)
 
 
 def together(cursor: Any, seen: Seen, *statements: str, values: Sequence[Any] = ()) -> None:
@@ -365,6 +377,12 @@ def together(cursor: Any, seen: Seen, *statements: str, values: Sequence[Any] = 
         return
     for statement in statements:
         cursor.execute(statement, values if "%s" in statement else None)
+
+
+def _version(text: str) -> int:
+    """Return a server's version as executable comments count it: 101106 for 10.11.6; 0 where it cannot be read."""
+    found = re.match(r"(?:5\.5\.5-)?(\d+)\.(\d+)\.(\d+)", text)
+    return int(found[1]) * 10_000 + int(found[2]) * 100 + int(found[3]) if found else 0
 
 
 def _inner(owner: str) -> str:

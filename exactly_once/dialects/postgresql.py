@@ -33,7 +33,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.util import await_only
 
 from exactly_once.dialects import ClaimBusy, ClaimRow, Known, State, Trouble
-from exactly_once.dialects.keywords import Read, read
+from exactly_once.dialects.keywords import Read, reader
+from exactly_once.dialects.statements import POSTGRESQL
 from exactly_once.errors import ConfigurationError
 from exactly_once.owner import savepoint_of
 
@@ -103,6 +104,8 @@ _UTF8: Final = frozenset({b"UTF8", b"SQL_ASCII"})
 # after these nobody knows whether COMMIT happened: the connection ended, or whoever answers is not the server
 _UNSURE: Final = frozenset({"40003"})
 _UNSURE_CLASSES: Final = frozenset({"08", "57", "58"})
+_READ: Final = reader(POSTGRESQL)
+_READ_ESCAPED: Final = reader(POSTGRESQL._replace(backslash=True))
 _STATES: Final = {
     TransactionStatus.IDLE: State.IDLE,
     TransactionStatus.ACTIVE: State.BUSY,
@@ -132,6 +135,7 @@ class PostgreSQL:
     """See the module."""
 
     name = "postgresql"
+    asks_around_calls = False
 
     def __init__(self, table: Callable[[], str], *, durable: bool = True) -> None:
         self._table, self.durable = table, DURABLE.encode() if durable else b""
@@ -347,8 +351,10 @@ class PostgreSQL:
     def lost(self, dbapi: Any, info: MutableMapping[Any, Any], error: BaseException) -> bool:
         return False  # an error aborts the transaction, and the status says so until it is rolled back
 
-    def read(self, dbapi: Any, statement: str) -> Read:
-        return read(statement, False)
+    def read(self, dbapi: Any, info: MutableMapping[Any, Any], statement: str) -> Read:
+        # reported by the server whenever it changes: a string that ends elsewhere could hide a COMMIT
+        conforming = driver_of(dbapi).pgconn.parameter_status(b"standard_conforming_strings")
+        return (_READ if conforming == b"on" else _READ_ESCAPED)(statement)
 
 
 def opening(driver: Any) -> bytes:

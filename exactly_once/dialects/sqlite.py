@@ -20,7 +20,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from exactly_once.dialects import ClaimRow, Known, State, Trouble
-from exactly_once.dialects.keywords import Read, read
+from exactly_once.dialects.keywords import Read, reader
+from exactly_once.dialects.statements import SQLITE
 from exactly_once.errors import ConfigurationError
 
 __all__ = ["BEGIN", "CLAIM", "KNOWN", "SQLite"]
@@ -37,6 +38,7 @@ KNOWN: Final = (
     "SELECT status, fingerprint, owner FROM {table} WHERE consumer_group = ? AND handler = ? AND business_key = ?"
 )
 
+_READ: Final = reader(SQLITE)
 _PRIMARY: Final = 0xFF  # extended result codes carry the primary one in their low byte
 _UNAVAILABLE: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL,
                                  sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY})  # fmt: skip
@@ -46,6 +48,7 @@ class SQLite:
     """See the module."""
 
     name = "sqlite"
+    asks_around_calls = False
 
     def __init__(self, table: Callable[[], str], *, durable: bool = True) -> None:
         self._table = table
@@ -169,8 +172,8 @@ class SQLite:
     def lost(self, dbapi: Any, info: MutableMapping[Any, Any], error: BaseException) -> bool:
         return not _driver(dbapi).in_transaction
 
-    def read(self, dbapi: Any, statement: str) -> Read:
-        return read(statement, False)
+    def read(self, dbapi: Any, info: MutableMapping[Any, Any], statement: str) -> Read:
+        return _READ(statement)
 
 
 def _begin(cursor: Any) -> None:

@@ -77,7 +77,7 @@ def _sending(statement: str, context: ExecutionContext, send: Callable[[], None]
     if watch.call is not None:
         watch.called()
     watch.last = statement
-    read = dialect.read(dbapi, statement)
+    read = dialect.read(dbapi, watch.info, statement)
     if read.refused is not None:
         raise watch.leave(
             Left.REFUSED,
@@ -86,7 +86,7 @@ def _sending(statement: str, context: ExecutionContext, send: Callable[[], None]
         )
     if read.session is not None:
         watch.changed = read.session
-    if not read.calls:
+    if read.unseen is None or not dialect.asks_around_calls:
         return None
     watch.call = dialect.before_call(dbapi, watch.info, watch.owner)
     send()

@@ -1,0 +1,196 @@
+"""Splits a text into its statements, as the server that gets it does; `keywords` judges what they are.
+
+It knows what may hold a semicolon or a word that is none: quotes, comments and nothing else. Where a server would find an
+error (a quote that nobody closes) it reads to the end: of such a text nothing from there on runs.
+
+It never knows grammar: a body between BEGIN ATOMIC and END comes as several pieces.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Final, Literal, NamedTuple
+
+__all__ = ["MARIADB", "MYSQL", "POSTGRESQL", "SQLITE", "Grammar", "statements"]
+
+
+class Grammar(NamedTuple):
+    """How one connection's server reads a text.
+
+    Args:
+        dialect: Whose server it is.
+        backslash: A backslash escapes in '...': `standard_conforming_strings` is off (PostgreSQL, which reports it by
+            itself), `NO_BACKSLASH_ESCAPES` is not set (MySQL and MariaDB, whose status flags tell it).
+        ansi_quotes: "..." is a name on MySQL and MariaDB, not a string.
+        mariadb: It is MariaDB, and not MySQL.
+        version: As MySQL and MariaDB count in executable comments: 80036 is 8.0.36, 101106 is 10.11.6.
+            0 is unknown: then every executable comment is taken to be executed.
+    """
+
+    dialect: Literal["postgresql", "mysql", "sqlite"]
+    backslash: bool = False
+    ansi_quotes: bool = False
+    mariadb: bool = False
+    version: int = 0
+
+
+POSTGRESQL: Final = Grammar("postgresql")
+MYSQL: Final = Grammar("mysql", backslash=True)
+MARIADB: Final = Grammar("mysql", backslash=True, mariadb=True)
+SQLITE: Final = Grammar("sqlite")
+
+# how many tokens of a statement are kept, but for those whose first word needs the whole
+_HEAD: Final = 8
+_WHOLE: Final = frozenset({"CREATE", "DECLARE", "EXPLAIN", "SET"})
+
+_LETTER: Final = r"A-Za-z_\x80-\U0010ffff"
+_TOKENS: Final = {
+    "postgresql": re.compile(
+        r"(?P<blank>[ \t\n\r\f\v]+|--[^\n\r]*)|(?P<string>[eEbBxX]?')"
+        # a dollar within a word quotes nothing; a number is no word, but a string behind one is an error in any case
+        rf"|(?P<word>[{_LETTER}0-9][{_LETTER}0-9$]*)|(?P<dollar>\$(?:[{_LETTER}][{_LETTER}0-9]*)?\$)"
+        r"|(?P<end>;)|(?P<name>\")|(?P<comment>/\*)|(?P<other>.)",
+        re.DOTALL,
+    ),
+    "mysql": re.compile(
+        r"(?P<blank>[ \t\n\r\f\v]+|\#[^\n]*|--(?=[\x00-\x20\x7f]|\Z)[^\n]*)|(?P<string>['\"])"
+        rf"|(?P<word>[{_LETTER}0-9$]+)|(?P<end>;)|(?P<name>`)|(?P<comment>/\*)|(?P<other>.)",
+        re.DOTALL,
+    ),
+    "sqlite": re.compile(
+        r"(?P<blank>[ \t\n\r\f\v\ufeff]+|--[^\n]*)|(?P<string>')"
+        rf"|(?P<word>[{_LETTER}0-9$]+)|(?P<end>;)|(?P<name>[\"`\[])|(?P<comment>/\*)|(?P<other>.)",
+        re.DOTALL,
+    ),
+}  # fmt: skip
+# what holds nothing of interest once the first words are known; to the last word, for what stands before a quote may say
+# how to read it
+_DULL: Final = {
+    "postgresql": re.compile(rf"[^;'\"$/\-]+(?<![{_LETTER}0-9])"),
+    "mysql": re.compile(r"[^;'\"`/*#\-]+"),
+    "sqlite": re.compile(r"[^;'\"`\[/\-]+"),
+}
+_CLOSING: Final = {"[": "]"}
+_NESTED: Final = re.compile(r"/\*|\*/")
+_EXECUTED: Final = re.compile(r"/\*(M?)!([0-9]{5,6})?")
+_BLANK: Final = re.compile(r"[ \t\n\r\f\v]+|--[^\n\r]*")
+
+
+def statements(text: str, grammar: Grammar) -> Iterator[list[str]]:
+    """Yield the tokens each statement begins with; of SET, CREATE, DECLARE and EXPLAIN all of them.
+
+    A word comes in capitals, a name in quotes as `"` and the name, a string as `'` alone, all else character by
+    character; comments and leading brackets not at all. Time is linear in the length of the text.
+    """
+    dialect = grammar.dialect
+    if dialect == "postgresql":
+        text = text.partition("\0")[0]  # libpq sends no further
+    match, dull = _TOKENS[dialect].match, _DULL[dialect].match
+    tokens: list[str] = []
+    room, position, executing = _HEAD, 0, False
+    while found := (not room and dull(text, position)) or match(text, position):
+        kind, start, position = found.lastgroup, position, found.end()
+        token = ""
+        if kind == "blank" or kind is None:
+            continue
+        if kind == "end":
+            if tokens:
+                yield tokens
+            tokens, room, executing = [], _HEAD, False
+            continue
+        if kind == "word":
+            if room:
+                token = found[0].upper()
+                if not tokens and token in _WHOLE:
+                    room = len(text)
+        elif kind == "comment":
+            if dialect != "mysql" or (executed := _EXECUTED.match(text, start)) is None:
+                position = _commented(text, position, depth=0 if dialect == "postgresql" else 1)
+            elif _executes(executed, grammar):
+                executing, position = True, executed.end()
+            elif executed[1] and not grammar.mariadb:
+                position = _commented(text, position, depth=1)
+            else:
+                position = _commented(text, executed.end(), depth=2)
+            continue
+        elif kind == "other":
+            if executing and text.startswith("*/", start):
+                executing, position = False, start + 2
+                continue
+            if found[0] not in "(\0" or tokens:
+                token = found[0]
+        else:
+            position, token = _quoted(text, start, position, found[0], grammar)
+        if room and token:
+            tokens.append(token)
+            room -= 1
+            if not room and text.find(";", position) < 0:
+                break
+    if tokens:
+        yield tokens
+
+
+def _quoted(text: str, start: int, position: int, opening: str, grammar: Grammar) -> tuple[int, str]:
+    """Return where a quote that opens ends, and its token."""
+    if grammar.dialect == "postgresql":
+        if opening[0] == "$":
+            end = text.find(opening, position)
+            return (len(text) if end < 0 else end + len(opening)), "'"
+        if opening != '"':
+            escapes = opening[0] in "eE" or (opening == "'" and grammar.backslash)
+            return _continued(text, position, escapes), "'"
+    is_name = opening in "`[" or (opening == '"' and (grammar.dialect != "mysql" or grammar.ansi_quotes))
+    end = _closed(text, position, _CLOSING.get(opening, opening), grammar.backslash and not is_name)
+    # a doubled quote comes as two tokens, and ends nothing
+    return end, '"' + text[start + 1 : end - 1] if is_name else "'"
+
+
+def _closed(text: str, position: int, quote: str, escapes: bool) -> int:
+    """Return where a quote ends: behind its closing one, or with the text."""
+    while (end := text.find(quote, position)) >= 0:
+        inside = text[position:end]
+        if not escapes or (len(inside) - len(inside.rstrip("\\"))) % 2 == 0:
+            return end + 1
+        position = end + 1
+    return len(text)
+
+
+def _continued(text: str, position: int, escapes: bool) -> int:
+    """Return where a string of PostgreSQL ends: it goes on behind a doubled quote, and on another line, as what it began."""
+    while True:
+        end = position = _closed(text, position, "'", escapes)
+        while found := _BLANK.match(text, position):
+            position = found.end()
+        between = text[end:position]
+        if not text.startswith("'", position) or (between and "\n" not in between and "\r" not in between):
+            return end
+        position += 1
+
+
+def _commented(text: str, position: int, *, depth: int) -> int:
+    """Return where a comment ends that has begun; as deep as comments nest, 0 being no limit."""
+    inside = 1
+    while found := _NESTED.search(text, position):
+        if found[0] == "*/":
+            inside -= 1
+        elif inside != depth:
+            inside += 1
+        else:
+            position = found.start() + 1  # the star may be the one that closes
+            continue
+        position = found.end()
+        if inside == 0:
+            return position
+    return len(text)
+
+
+def _executes(comment: re.Match[str], grammar: Grammar) -> bool:
+    """Return whether the server runs what an executable comment holds."""
+    if comment[1] and not grammar.mariadb:
+        return False  # an ordinary comment to MySQL
+    if comment[2] is None or not grammar.version:
+        return True
+    version = int(comment[2])
+    # what MySQL 5.7 and later understand MariaDB does not claim to
+    if grammar.mariadb and not comment[1] and 50700 <= version <= 99999:
+        return False
+    return version <= grammar.version

@@ -1,0 +1,269 @@
+"""What the reader of statements says of a text: what ends a transaction, and what outlives it."""
+
+import time
+
+import pytest
+
+from exactly_once.dialects.keywords import Read, read, reader
+from exactly_once.dialects.statements import MARIADB, MYSQL, POSTGRESQL, SQLITE, Grammar
+
+ESCAPING = POSTGRESQL._replace(backslash=True)
+NO_ESCAPES = MARIADB._replace(backslash=False)
+ANSI = MARIADB._replace(ansi_quotes=True)
+MARIADB_10_11 = MARIADB._replace(version=101106)
+MYSQL_8 = MYSQL._replace(version=80036)
+
+ENDS: list[tuple[Grammar, str, str | None]] = [
+    # quotes
+    (POSTGRESQL, r"SELECT 'C:\'; COMMIT; BEGIN; SELECT 'D:\'", "COMMIT"),
+    (ESCAPING, r"SELECT 'C:\'; COMMIT; BEGIN; SELECT 'D:\'", None),
+    (ESCAPING, r"SELECT 'it\'s'; COMMIT", "COMMIT"),
+    (POSTGRESQL, r"SELECT E'it\'s; COMMIT; '", None),
+    (POSTGRESQL, r"SELECT e'it\''; COMMIT; SELECT 'x'", "COMMIT"),
+    (POSTGRESQL, r"SELECT nameE'\'; COMMIT; SELECT '\'", "COMMIT"),
+    (POSTGRESQL, "SELECT E'a'\n'b\\'; COMMIT; SELECT '", None),
+    (POSTGRESQL, "SELECT E'a' -- '\n 'b\\''; COMMIT; SELECT ''", "COMMIT"),
+    (POSTGRESQL, "SELECT E'a' 'b\\'; COMMIT; SELECT '", "COMMIT"),
+    (ESCAPING, r"SELECT B'\'; COMMIT; SELECT B'\'", "COMMIT"),
+    (POSTGRESQL, r"SELECT U&'\'; COMMIT; SELECT '\'", "COMMIT"),
+    (POSTGRESQL, 'SELECT 1 AS "a;""; COMMIT; "', None),
+    (POSTGRESQL, "SELECT $$;'$$; COMMIT", "COMMIT"),
+    (POSTGRESQL, "SELECT $ä_1$; COMMIT; $a$ $$ $ä_1$", None),
+    (POSTGRESQL, "SELECT a$b$; COMMIT; SELECT 1 AS c$b$", "COMMIT"),
+    (POSTGRESQL, "SELECT $a$ $b$a$; COMMIT", "COMMIT"),
+    (POSTGRESQL, "DO LANGUAGE $l$plpgsql$l$$b$ BEGIN; COMMIT; END $b$; COMMIT", "COMMIT"),
+    (POSTGRESQL, "SELECT `'`; COMMIT; '", None),
+    (MARIADB, r"SELECT 'it\'; COMMIT; '", None),
+    (MARIADB, r'SELECT "it\"; COMMIT; "', None),
+    (NO_ESCAPES, r"SELECT 'C:\'; COMMIT; SELECT 'D:\'", "COMMIT"),
+    (ANSI, r'SELECT 1 AS "C:\"; COMMIT; SELECT 1 AS "D:\"', "COMMIT"),
+    (ANSI, r"SELECT 'it\'; COMMIT; '", None),
+    (MARIADB, "SELECT 1 AS `a\\`; COMMIT; SELECT 1 AS `b\\`", "COMMIT"),
+    (MARIADB, r"SET sql_mode = 'NO_BACKSLASH_ESCAPES'; SELECT 'C:\'; COMMIT; SELECT 'D:\'", "COMMIT"),
+    (MARIADB, "SELECT $$; COMMIT; $$", "COMMIT"),
+    (SQLITE, r"SELECT 'C:\'; COMMIT; SELECT 'D:\'", "COMMIT"),
+    (SQLITE, "SELECT 1 AS [';]; COMMIT; SELECT 1 AS [']", "COMMIT"),
+    # comments
+    (POSTGRESQL, "/* /* */ COMMIT; */ SELECT 1", None),
+    (POSTGRESQL, "/* /* */ */ COMMIT", "COMMIT"),
+    (POSTGRESQL, "SELECT 2*/*'*/1; COMMIT; --'", "COMMIT"),
+    (POSTGRESQL, "SELECT 1 -- '\r; COMMIT; -- '", "COMMIT"),
+    (POSTGRESQL, "SELECT 1 --; COMMIT", None),
+    (POSTGRESQL, "ROLLBACK\0 TO x", "ROLLBACK"),
+    (MARIADB, "/* /* */ COMMIT", "COMMIT"),
+    (MARIADB, "SELECT 1 -- ; COMMIT", None),
+    (MARIADB, "SELECT 1 --1 ; COMMIT", "COMMIT"),
+    (MARIADB, "SELECT 1 # ; COMMIT", None),
+    (MARIADB, "SELECT 1 -- '\r; COMMIT", None),
+    (SQLITE, "SELECT 1 /* ; COMMIT", None),
+    (SQLITE, "/* /* */ COMMIT", "COMMIT"),
+    (SQLITE, "\ufeff COMMIT", "COMMIT"),
+    # comments that are executed
+    (MARIADB, "/*! COMMIT */", "COMMIT"),
+    (MARIADB, "/*!50000 COMMIT */", "COMMIT"),
+    (MARIADB, "/*M!100000 COMMIT */", "COMMIT"),
+    (MARIADB, "/*!50000/*x*/COMMIT*/", "COMMIT"),
+    (MARIADB, "/*! ROLLBACK */ TO SAVEPOINT x", None),
+    (MARIADB, "SELECT /*! 2*/*'*/; COMMIT; -- '", None),
+    (MARIADB_10_11, "/*!100000 COMMIT */", "COMMIT"),
+    (MARIADB_10_11, "/*!999999 COMMIT */", None),
+    (MARIADB_10_11, "/*!80000 COMMIT */", None),
+    (MARIADB_10_11, "/*M!80000 COMMIT */", "COMMIT"),
+    (MARIADB_10_11, "/*!999999 /* ' */ ' */ SELECT 1; COMMIT; -- '", "COMMIT"),
+    (MYSQL_8, "/*!80000 COMMIT */", "COMMIT"),
+    (MYSQL_8, "/*!90000 ' */ COMMIT -- '", "COMMIT"),
+    (MYSQL_8, "/*M! ' */ COMMIT -- '", "COMMIT"),
+    # bodies of what is made now and runs later
+    (POSTGRESQL, "CREATE FUNCTION f() RETURNS int BEGIN ATOMIC SELECT 1; SELECT 2; END", None),
+    (POSTGRESQL, "CREATE FUNCTION f() RETURNS int BEGIN ATOMIC SELECT 1; END; COMMIT", "COMMIT"),
+    (POSTGRESQL, "CREATE FUNCTION f() RETURNS int BEGIN ATOMIC SELECT 1 case; END; END", "END"),
+    (POSTGRESQL, "CREATE PROCEDURE p() BEGIN /* */ ATOMIC END; END", "END"),
+    (POSTGRESQL, "CREATE FUNCTION f(begin atomic) RETURNS int AS ''; END", "END"),
+    (POSTGRESQL, "CREATE RULE r AS ON INSERT TO t DO ALSO (SELECT 1; SELECT 2)", None),
+    (SQLITE, "CREATE TRIGGER g AFTER INSERT ON t BEGIN SELECT 1; END", None),
+    (SQLITE, "CREATE TEMP TRIGGER g AFTER INSERT ON t BEGIN SELECT 1; END; END", "END"),
+    # savepoints are the handler's own
+    (POSTGRESQL, "ROLLBACK TRANSACTION TO SAVEPOINT x", None),
+    (POSTGRESQL, "ROLLBACK; SAVEPOINT to_x", "ROLLBACK"),
+    (SQLITE, "ROLLBACK TRANSACTION mine TO x", None),
+    # MySQL and MariaDB: what commits by itself, and what only begins like it
+    (MARIADB, "CREATE OR REPLACE TEMPORARY TABLE x (a int)", None),
+    (MARIADB, "CREATE TEMPORARY SEQUENCE x", "CREATE"),
+    (MARIADB, "DROP TEMPORARY TABLE x", None),
+    (MARIADB, "DROP PREPARE x", None),
+    (MARIADB, "ANALYZE TABLE t", "ANALYZE"),
+    (MARIADB, "ANALYZE FORMAT=JSON SELECT 1", None),
+    (MARIADB, "LOAD DATA LOCAL INFILE 'x' INTO TABLE t", None),
+    (MARIADB, "SET @a = 1, autocommit = 1", "SET autocommit"),
+    (MARIADB, "SET @@session.`autocommit` = ON", "SET autocommit"),
+    (MARIADB, "SET @a = (SELECT 1, autocommit)", None),
+    (MARIADB, "SET GLOBAL autocommit = 1", None),
+    (MARIADB, "SET PASSWORD = 'x'", "SET PASSWORD"),
+    (MARIADB, "SET STATEMENT max_statement_time = 1 FOR TRUNCATE t", "TRUNCATE"),
+    (MARIADB, "SET STATEMENT a = SUBSTRING('1' FROM 1 FOR 1) FOR SET STATEMENT b = 1 FOR COMMIT", "COMMIT"),
+    (MARIADB, "SET STATEMENT max_statement_time = 1 FOR SELECT * FROM t FOR UPDATE", None),
+    (MARIADB, "IF 1 THEN COMMIT; END IF", "IF"),
+    (MARIADB, "REPEAT COMMIT; UNTIL 1 END REPEAT", "REPEAT"),
+    (MARIADB, "BEGIN NOT ATOMIC COMMIT; END", "BEGIN"),
+    (POSTGRESQL, "TRUNCATE t; SET autocommit = 1", None),
+]
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text", "keyword"), ENDS, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_statement_that_ends_the_transaction_is_found_wherever_the_server_finds_it(
+    grammar: Grammar, text: str, keyword: str | None
+) -> None:
+    assert read(text, grammar).refused == keyword
+
+
+KEEPS = [
+    (POSTGRESQL, "SET LOCAL lock_timeout = 1", None, None),
+    (POSTGRESQL, "set lock_timeout to 1", "SET", None),
+    (POSTGRESQL, "SET SESSION TIME ZONE 'UTC'", "SET", None),
+    (POSTGRESQL, "SET local.x = 1", "SET", None),
+    (POSTGRESQL, "SET LOCAL local.search_path = 1", None, None),
+    (POSTGRESQL, "SET CONSTRAINTS ALL DEFERRED", None, None),
+    (POSTGRESQL, "SET TRANSACTION READ ONLY", None, None),
+    (POSTGRESQL, "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY", "SET", None),
+    (POSTGRESQL, "SET ROLE clerk", "SET", "SET ROLE"),
+    (POSTGRESQL, "SET LOCAL ROLE clerk", None, "SET LOCAL ROLE"),
+    (POSTGRESQL, "SET LOCAL role TO clerk", None, "SET LOCAL ROLE"),
+    (POSTGRESQL, "SET SESSION ROLE NONE", "SET", "SET ROLE"),
+    (POSTGRESQL, "SET SESSION AUTHORIZATION clerk", "SET", "SET SESSION AUTHORIZATION"),
+    (POSTGRESQL, "SET LOCAL SESSION AUTHORIZATION clerk", None, "SET LOCAL SESSION AUTHORIZATION"),
+    (POSTGRESQL, "SET session_authorization = clerk", "SET", "SET session_authorization"),
+    (POSTGRESQL, "SET search_path TO other", "SET", "SET search_path"),
+    (POSTGRESQL, "/* x */ SET LOCAL /* y */ \"Search_Path\" = other", None, "SET LOCAL search_path"),
+    (POSTGRESQL, "SET LOCAL U&\"search\\005fpath\" = other", None, "SET LOCAL U&"),
+    (POSTGRESQL, "SET SCHEMA 'other'", "SET", "SET SCHEMA"),
+    (POSTGRESQL, "SELECT 1; SELECT 2; SET LOCAL SCHEMA 'other'", None, "SET LOCAL SCHEMA"),
+    (POSTGRESQL, "RESET ALL", "RESET", "RESET ALL"),
+    (POSTGRESQL, "RESET SESSION AUTHORIZATION", "RESET", "RESET SESSION AUTHORIZATION"),
+    (POSTGRESQL, "RESET lock_timeout", "RESET", None),
+    (POSTGRESQL, "DISCARD TEMP", "DISCARD", None),
+    (POSTGRESQL, "LISTEN orders", "LISTEN", None),
+    (POSTGRESQL, "UNLISTEN *", "UNLISTEN", None),
+    (POSTGRESQL, "PREPARE p AS SELECT 1", "PREPARE", None),
+    (POSTGRESQL, "DEALLOCATE ALL", "DEALLOCATE", None),
+    (POSTGRESQL, "LOAD 'auto_explain'", "LOAD", None),
+    (POSTGRESQL, "LOCK TABLE t", None, None),
+    (POSTGRESQL, "DECLARE c BINARY BINARY BINARY BINARY BINARY CURSOR WITH HOLD FOR SELECT 1", "DECLARE WITH HOLD", None),
+    (POSTGRESQL, "DECLARE c CURSOR FOR SELECT 1 AS with, 2 AS hold", None, None),
+    (POSTGRESQL, "CREATE TEMP TABLE x (a int)", "CREATE TEMPORARY", None),
+    (POSTGRESQL, "create or replace local temporary view x as select 1", "CREATE TEMPORARY", None),
+    (POSTGRESQL, "CREATE TEMP TABLE x (a int) ON COMMIT DROP", None, None),
+    (POSTGRESQL, "CREATE TABLE temp (a int)", None, None),
+    (POSTGRESQL, "EXPLAIN ANALYZE CREATE TEMP TABLE x AS SELECT 1", "CREATE TEMPORARY", None),
+    (MARIADB, "SET @a = 1, @b := 2", None, None),
+    (MARIADB, "SET @a = 1, sql_mode = ''", "SET", None),
+    (MARIADB, "SET @@sql_mode = ''", "SET", None),
+    (MARIADB, "SET NAMES utf8mb4", "SET", None),
+    (MARIADB, "SET CHARACTER SET utf8mb4", "SET", None),
+    (MARIADB, "SET GLOBAL max_connections = 5", None, None),
+    (MARIADB, "SET @@global.max_connections = 5", None, None),
+    (MYSQL, "SET PERSIST max_connections = 5", None, None),
+    (MARIADB, "SET STATEMENT max_statement_time = 1 FOR SELECT 1", None, None),
+    (MARIADB, "SET STATEMENT max_statement_time = 1 FOR USE other", "USE", "USE"),
+    (MARIADB, "SET ROLE clerk", "SET", "SET ROLE"),
+    (MARIADB, "USE other", "USE", "USE"),
+    (MARIADB, "PREPARE p FROM 'SELECT 1'", "PREPARE", None),
+    (MARIADB, "DEALLOCATE PREPARE p", "DEALLOCATE", None),
+    (MARIADB, "DROP PREPARE p", "DROP PREPARE", None),
+    (MARIADB, "HANDLER shop.t OPEN", "HANDLER", None),
+    (MARIADB, "HANDLER t CLOSE", None, None),
+    (MARIADB, "CREATE TEMPORARY TABLE IF NOT EXISTS x (a int)", "CREATE TEMPORARY", None),
+    (MARIADB, "/*!40101 SET NAMES utf8mb4 */", "SET", None),
+    (SQLITE, "PRAGMA foreign_keys = OFF", "PRAGMA", None),
+    (SQLITE, "PRAGMA main.synchronous(0)", "PRAGMA", None),
+    (SQLITE, "EXPLAIN PRAGMA foreign_keys = OFF", "PRAGMA", None),
+    (SQLITE, "PRAGMA foreign_keys", None, None),
+    (SQLITE, "PRAGMA main.table_info('t')", None, None),
+    (SQLITE, "ATTACH 'x.db' AS x", "ATTACH", None),
+    (SQLITE, "DETACH x", "DETACH", None),
+    (SQLITE, "CREATE TEMP TABLE x (a int)", "CREATE TEMPORARY", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("grammar", "text", "session", "context"), KEEPS)
+def test_a_statement_tells_what_outlives_it(
+    grammar: Grammar, text: str, session: str | None, context: str | None
+) -> None:
+    said = read(text, grammar)
+    assert (said.session, said.context, said.refused) == (session, context, None)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text", "unseen"),
+    [
+        (MARIADB, "SELECT 1; CALL p()", "CALL"),
+        (MARIADB, "EXECUTE IMMEDIATE 'COMMIT'", "EXECUTE"),
+        (MARIADB, "SET STATEMENT max_statement_time = 1 FOR CALL p()", "CALL"),
+        (MARIADB, "DO 1", None),
+        (POSTGRESQL, "DO $$ BEGIN PERFORM 1; END $$", "DO"),
+        (POSTGRESQL, "(CALL p())", "CALL"),
+        (SQLITE, "SELECT 1", None),
+    ],
+)
+def test_a_statement_that_runs_what_cannot_be_read_is_told(grammar: Grammar, text: str, unseen: str | None) -> None:
+    assert read(text, grammar).unseen == unseen
+
+
+def test_the_first_word_is_told_and_what_is_sent_most_is_told_without_reading() -> None:
+    assert read("-- why\n(Select 1)", POSTGRESQL) == Read("SELECT")
+    assert read("'", POSTGRESQL) == read("", POSTGRESQL) == Read("")
+    said = read("insert into t values (1)", POSTGRESQL)
+    assert said == Read("INSERT")
+    assert reader(POSTGRESQL)("INSERT INTO t VALUES (2)") == said
+
+
+LONG = [
+    "SELECT 1; SELECT 'a', E'b\\'' , $$x$$ , foo; ",
+    "SELECT E'\\'",
+    "'",
+    "\\",
+    "/*",
+    "/*!",
+    "/*!50000 ",
+    "SET a = 1, ",
+    "SET STATEMENT a = 1 FOR ",
+    "CREATE FUNCTION f() BEGIN ATOMIC ",
+    "DECLARE c WITH ",
+    "$a$",
+    "$",
+    "-- \n",
+    "E'a'\n",
+    "(",
+    ";",
+    "a",
+    '"',
+    "[",
+]
+
+
+@pytest.mark.parametrize("piece", LONG)
+@pytest.mark.parametrize("grammar", [POSTGRESQL, ESCAPING, MARIADB, SQLITE], ids=["on", "off", "mariadb", "sqlite"])
+def test_a_text_ten_times_as_long_takes_about_ten_times_as_long(grammar: Grammar, piece: str) -> None:
+    def seconds(characters: int) -> float:
+        text = "SELECT 'a" + piece * (characters // len(piece)) + ";x"
+        other = piece * (characters // len(piece)) + ";x"
+        begun = time.process_time()
+        read(text, grammar)
+        read(other, grammar)
+        return time.process_time() - begun
+
+    # quadratic would be a hundred times as long
+    assert seconds(100_000) < 30 * max(seconds(10_000), 0.01)
+
+
+def test_a_megabyte_of_values_is_read_at_once_and_not_kept() -> None:
+    text = "INSERT INTO t VALUES " + "(1, 'one;')," * 90_000 + "(1, 'one'); COMMIT"
+    begun = time.process_time()
+    assert read(text, POSTGRESQL).refused == "COMMIT"
+    assert time.process_time() - begun < 5
+    one = "INSERT INTO t VALUES " + "(1, 'one')," * 90_000 + "(1, 'one')"
+    begun = time.process_time()
+    for _ in range(100):
+        read(one, POSTGRESQL)
+    assert time.process_time() - begun < 1  # one statement, known by its first word
