@@ -10,6 +10,7 @@ from typing import Final
 from exactly_once.alert import Hook
 from exactly_once.delivery import FOREIGN, Delivering, Told
 from exactly_once.delivery.group import GroupDelivering
+from exactly_once.error_words import words_of
 from exactly_once.errors import ConfigurationError, Reject
 from exactly_once.failures.due import DueFailures
 from exactly_once.failures.pump import Pump
@@ -129,7 +130,7 @@ class Router:
         try:
             return self._route(message)
         except Exception as error:  # the user's function; the message is kept with this as its reason
-            return f"(it raised {type(error).__name__}: {error})"
+            return f"(it raised {type(error).__name__}: {words_of(error)})"
 
     def run(self, found: Sequence[Delivering], message: Message) -> Outcome:
         """Run a message for a consumer loop that is not ours."""
