@@ -32,6 +32,7 @@ _DRIVERS: Final = frozenset(
 )
 
 _DUPLICATE_ENTRY: Final = 1062
+_VALUE_OF_A_COLUMN: Final = (1265, 1292, 1366)  # the sentence ends with the column and the row, in every language
 _CLIENTS: Final = range(2000, 3000)  # the client library's own, of connections
 _NAMES_ONLY: Final = frozenset(
     # locks, names, columns, constraints, and SIGNAL with the application's own words: no value stands in these sentences
@@ -40,7 +41,7 @@ _NAMES_ONLY: Final = frozenset(
         *(1614, 1637, 1644, 1792, 1836, 1927, 1969, 3024, 3572, 3819, 4025),
     )
 )
-_COLUMN_AT_THE_END: Final = re.compile(r"(?:`\w+`\.`\w+`\.)?[`'](\w+)[`'] \D+ \d+$")
+_COLUMN_AT_THE_END: Final = re.compile(r"[`']([A-Za-z_]\w*)[`'] [^`'0-9]+ [0-9]+$")
 _KEY_AT_THE_END: Final = re.compile(r"'([A-Za-z_][\w.$-]*)'[^']*$")
 
 # how SQLAlchemy and the drivers write their errors into a text; the same in every language
@@ -51,9 +52,11 @@ _IDENTITY_IN_TEXT: Final = re.compile(r"identity key \(.*", re.DOTALL)
 _CUT: Final = "[cut: here stand values of a statement]"
 
 # asked of the base class, for a class of the application may have a property of that name, which raises
-_cause_of, _context_of, _trace_of, _args_of = (
-    BaseException.__dict__[name].__get__ for name in ("__cause__", "__context__", "__traceback__", "args")
+_cause_of, _context_of, _hides_context, _trace_of, _args_of = (
+    BaseException.__dict__[name].__get__
+    for name in ("__cause__", "__context__", "__suppress_context__", "__traceback__", "args")
 )
+_in_group = BaseExceptionGroup.__dict__["exceptions"].__get__
 
 
 def words_of(error: BaseException) -> str:
@@ -86,11 +89,16 @@ def place_of(error: BaseException) -> str:
     trace: TracebackType | None = _trace_of(error)
     while trace is not None:
         code = trace.tb_frame.f_code
-        # "<...": made at run time, as SQLAlchemy makes its wrappers
-        if not code.co_filename.startswith((*_NOT_THE_USERS, "<")) and "site-packages" not in code.co_filename:
+        if _is_the_users(code.co_filename):
             found = f" (at {'/'.join(Path(code.co_filename).parts[-2:])}:{trace.tb_lineno} in {code.co_name})"
         trace = trace.tb_next
     return found
+
+
+def _is_the_users(file: str) -> bool:
+    # "<...": made at run time, as SQLAlchemy makes its wrappers; "asyncmy/errors.pyx": a compiled one has no folder before it
+    ours = file.startswith((*_NOT_THE_USERS, "<")) or "site-packages" in file
+    return not ours and file.partition("/")[0] not in _DRIVERS
 
 
 def trace_of(error: BaseException) -> str:
@@ -108,14 +116,16 @@ def trace_of(error: BaseException) -> str:
         frames = _trace_of(at)
         above = "Traceback (most recent call last):\n" + "".join(format_tb(frames)) if frames is not None else ""
         told.append(f"{above}{type(at).__qualname__}: {words_of(at)}{_members_of(at)}")
-        at = _cause_of(at) or (None if at.__suppress_context__ else _context_of(at))
+        at = _cause_of(at) or (None if _hides_context(at) else _context_of(at))
     return "\n\nThen, because of it:\n\n".join(reversed(told))
 
 
 def _members_of(error: BaseException) -> str:
     if not isinstance(error, BaseExceptionGroup):
         return ""
-    return "".join(f"\n  | {type(each).__qualname__}: {words_of(each)}{place_of(each)}" for each in _in_group(error))
+    return "".join(
+        f"\n  | {type(each).__qualname__}: {words_of(each)}{place_of(each)}" for each in _in_group(error)[:_MOST_ERRORS]
+    )
 
 
 # -- errors of a database --------------------------------------------------------------------------------------------
@@ -166,7 +176,8 @@ def _of_postgresql(error: BaseException, diag: Any, state: str | None) -> str:
     else:
         words = getattr(diag, "message_primary", None) or str(error).strip().partition("\n")[0]
     fields = [("table", "table_name"), ("column", "column_name"), ("constraint", "constraint_name")]
-    names = [f"{what} {name}" for what, field in fields if (name := getattr(diag, field, None)) and name not in words]
+    found = ((what, getattr(diag, field, None)) for what, field in fields)
+    names = [f"{what} {name}" for what, name in found if name and not re.search(rf"\b{re.escape(name)}\b", words)]
     return f"{words} ({', '.join([f'SQLSTATE {state}', *names])})" if state else words
 
 
@@ -177,7 +188,7 @@ def _of_mysql(errno: int, text: str) -> str:
     quote = min((at for mark in "'\"" if (at := text.find(mark)) >= 0), default=-1)
     if quote < 0 or errno in _NAMES_ONLY or errno in _CLIENTS or errno == 0:
         return f"{text.strip()} (errno {errno})"
-    column = _COLUMN_AT_THE_END.search(text)
+    column = _COLUMN_AT_THE_END.search(text) if errno in _VALUE_OF_A_COLUMN else None
     return f"{text[:quote].strip()} ... (errno {errno}{f', column {column[1]}' if column else ''})"
 
 
@@ -218,11 +229,6 @@ def _behind(error: BaseException) -> Iterator[BaseException]:
         waiting += [_context_of(at), _cause_of(at), *_args_of(at)]
         if isinstance(at, BaseExceptionGroup):
             waiting += _in_group(at)
-
-
-def _in_group(error: BaseExceptionGroup[Any]) -> list[BaseException]:
-    members: list[BaseException] = list(BaseExceptionGroup.__dict__["exceptions"].__get__(error))
-    return members[:_MOST_ERRORS]
 
 
 def _forms(error: BaseException) -> set[str]:

@@ -196,8 +196,6 @@ class Unreadable(Exception):
     def __cause__(self) -> Any:  # type: ignore[override]
         raise ValueError("no cause")
 
-    __context__ = args = __traceback__ = __cause__  # type: ignore[assignment]
-
 
 @pytest.mark.parametrize(
     ("error", "says"),
