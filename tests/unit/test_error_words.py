@@ -81,7 +81,7 @@ def test_an_applications_own_words_stay_as_they_are(text: str) -> None:
 
 def raised(error: BaseException, cause: BaseException | None = None) -> BaseException:
     try:
-        raise error from cause
+        raise error from cause  # noqa: TRY301
     except BaseException as caught:  # noqa: BLE001, RUF100
         return caught
 
