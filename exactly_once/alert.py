@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from exactly_once.error_words import trace_of
 from exactly_once.wording import escaped
 
 __all__ = ["Alert", "Hook", "sound"]
@@ -52,5 +53,5 @@ def sound(hook: Hook | None, alert: Alert) -> None:
         return
     try:
         hook(alert)
-    except Exception:  # a pager that does not answer must not stop the messages
-        _log.exception("alert_hook_failed what=%s handler=%s", alert.what, alert.handler)
+    except Exception as error:  # a pager that does not answer must not stop the messages
+        _log.error("alert_hook_failed what=%s handler=%s\n%s", alert.what, alert.handler, trace_of(error))

@@ -3,7 +3,8 @@
 ExactlyOnceError
 |- ConfigurationError         the program or its settings are wrong; nothing was started
 |  |- SchemaError             our tables are missing or old
-|  `- MissingExtra            an optional package is not installed
+|  |- MissingExtra            an optional package is not installed
+|  `- RefusedResult           a handler returned an answer, which nobody reads
 |- InProgress                 another run holds the key
 |- PayloadConflict            the key is known with another payload
 |- BadKey                     the message has no usable business key
@@ -36,6 +37,7 @@ __all__ = [
     "MissingExtra",
     "Misuse",
     "PayloadConflict",
+    "RefusedResult",
     "Reject",
     "RetryLater",
     "SchemaError",
@@ -64,6 +66,13 @@ class MissingExtra(ConfigurationError):
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} needs a package that is not installed. Type: pip install 'exactly-once[{extra}]'")
         self.extra = extra
+
+
+class RefusedResult(ConfigurationError):
+    """A handler returned an answer (a bool, a number, text, a member of an Enum), which nobody reads.
+
+    The handler is wrong and not the message: nothing was committed, counted, kept or acknowledged.
+    """
 
 
 class InProgress(ExactlyOnceError):

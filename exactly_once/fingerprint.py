@@ -28,6 +28,7 @@ from typing import Any, Final, TypeAlias
 from zlib import crc32
 
 from exactly_once.body import NOT_JSON
+from exactly_once.error_words import words_of
 from exactly_once.errors import BadBody, ConfigurationError
 from exactly_once.keys import MISSING, Path, path
 from exactly_once.message import Message
@@ -166,7 +167,7 @@ def _of_function(function: Callable[[Message], bytes | str]) -> FingerprintRule:
             made = function(message)
             material = made.encode("utf-8", "surrogatepass") if isinstance(made, str) else bytes(memoryview(made))
         except Exception as error:
-            told = escaped(f"{type(error).__name__}: {error}", 200)
+            told = escaped(f"{type(error).__name__}: {words_of(error)}", 200)
             raise BadBody(f"the fingerprint function {name} gave no bytes or text for this message: {told}") from error
         return tag + _digest(material)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from json import dumps
 from typing import Any, Final, TypeAlias
 
+from exactly_once.error_words import words_of
 from exactly_once.errors import BadKey, ConfigurationError
 from exactly_once.message import Message
 from exactly_once.schema import KEY_BYTES
@@ -96,7 +97,7 @@ class _Call:
             raise
         except Exception as error:
             name = getattr(self.function, "__name__", type(self.function).__name__)
-            text = f"{type(error).__name__}: {error}"
+            text = f"{type(error).__name__}: {words_of(error)}"
             raise BadKey(f"the key function {name} failed on this message: {escaped(text, 200)}") from error
 
 

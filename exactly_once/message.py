@@ -3,11 +3,35 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final, NoReturn
 
 from exactly_once.errors import BadBody
+from exactly_once.foreign import moment_of, text_of
 
 __all__ = ["Message"]
+
+
+class _Properties(dict[str, str]):
+    """Properties that nobody changes: what is written down of a message that failed is what came, not what a handler made of it.
+
+    A dict, and no read-only view of one, so that json, pickle and `|` take it.
+    """
+
+    __slots__ = ()
+
+    def _fixed(self, *_: object, **__: object) -> NoReturn:
+        raise TypeError(
+            "the properties of a message cannot be changed. For another message with more of them write"
+            " dataclasses.replace(message, properties={**message.properties, 'name': 'value'})"
+        )
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _fixed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Properties, (dict(self),)
+
+
+_NONE: Final = _Properties()
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +49,13 @@ class Message:
         born_at: When the producer made it, by the producer's clock, timezone-aware.
         attempt: The delivery count as the broker tells it, from 1.
 
+    The fields are checked here, where the line to mend is: a message of other types could later be neither stored nor
+    acknowledged. Subclasses of str, bytes and int are kept as the plain value: an Enum of texts as its text.
+
     Raises:
-        ValueError: `born_at` has no time zone.
-        TypeError: The body is neither bytes nor None.
+        TypeError: A field is of another type; the sentence names it and says what to write.
+        ValueError: `born_at` has no time zone or is before the year 1000 or after 9998 (a server cannot store it);
+            `attempt` is below 1.
 
     Example:
         >>> Message("orders", b'{"order_no": "A-1"}', tag="created").tag
@@ -39,20 +67,35 @@ class Message:
     tag: str | None = field(default=None, kw_only=True)
     key: str | None = field(default=None, kw_only=True)
     ordering_key: str | None = field(default=None, kw_only=True)
-    properties: Mapping[str, str] = field(default_factory=dict, kw_only=True, hash=False)
+    properties: Mapping[str, str] = field(default_factory=lambda: _NONE, kw_only=True, hash=False)
     message_id: str | None = field(default=None, kw_only=True)
     born_at: datetime | None = field(default=None, kw_only=True)
     attempt: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
-        # here, where the line to mend is: later such a message could neither be stored nor acknowledged
-        if self.body is not None and not isinstance(self.body, bytes):
-            raise TypeError(
-                f"the body of a message is bytes or None, not {type(self.body).__name__}. Text: body.encode(); an object:"
-                " json.dumps(body).encode()"
-            )
-        if self.born_at is not None and self.born_at.tzinfo is None:
-            raise ValueError(f"born_at={self.born_at!r} has no time zone; write datetime(..., tzinfo=UTC)")
+        # once for each message, so in the order of what is likely: each line is one look at a type
+        body, tag, key, ordering_key = self.body, self.tag, self.key, self.ordering_key
+        message_id, attempt, born_at, properties = self.message_id, self.attempt, self.born_at, self.properties
+        if not (
+            type(self.topic) is str
+            and (type(body) is bytes or body is None)
+            and (tag is None or type(tag) is str)
+            and (key is None or type(key) is str)
+            and (ordering_key is None or type(ordering_key) is str)
+            and (message_id is None or type(message_id) is str)
+            and type(attempt) is int
+            and attempt >= 1
+        ):
+            for name in ("topic", "tag", "key", "ordering_key", "message_id"):
+                object.__setattr__(self, name, _text(name, getattr(self, name)))
+            object.__setattr__(self, "body", _body(body))
+            object.__setattr__(self, "attempt", _attempt(attempt))
+        if type(properties) is not _Properties:
+            object.__setattr__(self, "properties", _fixed_properties(properties))
+        if born_at is not None and not (
+            type(born_at) is datetime and born_at.tzinfo is UTC and 1970 <= born_at.year < 9999
+        ):
+            _check_born_at(born_at)
 
     @classmethod
     def from_rocketmq(cls, received: Any) -> "Message":
@@ -69,16 +112,15 @@ class Message:
         """
         if received.corrupted:
             raise BadBody(f"The body of message {received.message_id} of {received.topic} does not match its checksum.")
-        born_ms = received.born_timestamp
         return cls(
             received.topic,
             received.body,
-            tag=received.tag,
-            key=" ".join(sorted(received.keys)) or None,  # a set; nearly always of one
-            ordering_key=received.message_group,
-            properties=dict(received.properties),
+            tag=text_of(received.tag),
+            key=text_of(" ".join(sorted(received.keys))) or None,  # a set; nearly always of one
+            ordering_key=text_of(received.message_group),
+            properties={name: text_of(value) for name, value in received.properties.items()},
             message_id=received.message_id,
-            born_at=datetime.fromtimestamp(born_ms / 1000, UTC) if born_ms else None,
+            born_at=moment_of(received.born_timestamp),
             attempt=received.delivery_attempt or 1,
         )
 
@@ -101,16 +143,15 @@ class Message:
         """
         from exactly_once.rocketmq4_body import ORDERING_PROPERTY, named_properties, whole_body  # brings ctypes
 
-        ordering_key = received.get_property(ORDERING_PROPERTY)
         return cls(
             received.topic,
             whole_body(received),
-            tag=_text(received.tags),
-            key=_text(received.keys),
-            ordering_key=_text(ordering_key),
+            tag=text_of(received.tags) or None,  # empty: this client does not tell it from none
+            key=text_of(received.keys) or None,
+            ordering_key=text_of(received.get_property(ORDERING_PROPERTY)) or None,
             properties=dict(named_properties(received.get_property, properties)),
             message_id=received.id,
-            born_at=datetime.fromtimestamp(received.born_timestamp / 1000, UTC),
+            born_at=moment_of(received.born_timestamp),
             attempt=1 + received.reconsume_times,
         )
 
@@ -118,8 +159,10 @@ class Message:
     def from_kafka(cls, received: Any) -> "Message":
         """Return what `confluent-kafka`'s consumer received, as ours.
 
-        Headers become properties; of one that stands several times, the last. The ordering key is the record's key, by
-        which Kafka keeps order. The id is the record's place, which a producer's resend does not share.
+        Headers become properties; of one that stands several times, the last, and one without a value is an empty text.
+        The ordering key is the record's key, by which Kafka keeps order. A key or a header that is no UTF-8 becomes the
+        character U+FDD0 and its bytes in hexadecimal, so that two of them stay two. A time that is none (microseconds
+        taken for milliseconds) is left out. The id is the record's place, which a producer's resend does not share.
 
         Args:
             received: The client's own `Message`, without an error.
@@ -128,18 +171,82 @@ class Message:
             outcome = await eo.aprocess(Message.from_kafka(consumer.poll(1.0)))
         """
         kind, moment_ms = received.timestamp()
-        key = _text(received.key())
+        key = text_of(received.key())
         return cls(
             received.topic(),
             received.value(),
             key=key,
             ordering_key=key,
             # `headers` is None where there are none, and a header's value may be None
-            properties={name: _text(value) or "" for name, value in received.headers() or ()},
+            properties={name: text_of(value) or "" for name, value in received.headers() or ()},
             message_id=f"{received.topic()}/{received.partition()}/{received.offset()}",
-            born_at=datetime.fromtimestamp(moment_ms / 1000, UTC) if kind else None,
+            born_at=moment_of(moment_ms) if kind else None,
         )
 
 
-def _text(raw: Any) -> str | None:
-    return raw.decode("utf-8", "replace") if isinstance(raw, bytes) and raw else raw or None
+def _text(name: str, value: object) -> str | None:
+    if type(value) is str or (value is None and name != "topic"):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)  # not str(value): of an Enum that is its name
+    allowed = "str" if name == "topic" else "str or None"
+    mend = f"{name}={name}.decode()" if isinstance(value, (bytes, bytearray)) else f"{name}=str({name})"
+    raise TypeError(f"the {name} of a message is {allowed}, not {_kind(value)}. Write {mend}")
+
+
+def _body(value: object) -> bytes | None:
+    if value is None or isinstance(value, bytes):
+        return value if value is None or type(value) is bytes else bytes(value)
+    raise TypeError(
+        f"the body of a message is bytes or None, not {_kind(value)}. Text: body.encode(); an object:"
+        " json.dumps(body).encode()"
+    )
+
+
+def _attempt(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"the attempt of a message is an int, not {_kind(value)}. Write attempt=int(attempt)")
+    if value < 1:
+        raise ValueError(f"the attempt of a message counts its deliveries from 1, so it cannot be {int(value)}")
+    return int(value)
+
+
+def _fixed_properties(value: object) -> _Properties:
+    if not value and type(value) is dict:
+        return _NONE
+    if type(value) is not dict and not isinstance(value, Mapping):
+        raise TypeError(
+            f"the properties of a message are a dict of str to str, not {_kind(value)}. Write properties=dict(properties)"
+        )
+    found = _Properties(value)
+    for name, text in found.items():
+        if type(name) is not str or type(text) is not str:
+            return _Properties(_property(name, text) for name, text in found.items())
+    return found
+
+
+def _property(name: object, text: object) -> tuple[str, str]:
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a message's property is a str, not {_kind(name)}: {name!r}")
+    if not isinstance(text, str):
+        mend = (
+            f"properties[{name!r}].decode()" if isinstance(text, (bytes, bytearray)) else f"str(properties[{name!r}])"
+        )
+        raise TypeError(f"the property {name!r} of a message is a str, not {_kind(text)}. Write {mend}")
+    return str.__str__(name), str.__str__(text)
+
+
+def _check_born_at(value: object) -> None:
+    if not isinstance(value, datetime):
+        raise TypeError(
+            f"born_at of a message is a datetime with a time zone or None, not {_kind(value)}. Of milliseconds since 1970:"
+            " datetime.fromtimestamp(born_at / 1000, UTC)"
+        )
+    if value.utcoffset() is None:
+        raise ValueError(f"born_at={value!r} has no time zone; write datetime(..., tzinfo=UTC)")
+    if not 1000 <= value.year <= 9998:
+        raise ValueError(f"born_at={value!r} is no time that every database can store; write None if it is not known")
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else type(value).__name__

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final, Literal, TypeAlias
 
+from exactly_once.error_words import words_of
 from exactly_once.errors import BadBody, BadKey, ConfigurationError, PayloadConflict, Reject, RetryLater, StepError
 from exactly_once.outcome import Outcome
 from exactly_once.transport import Features
@@ -156,7 +157,7 @@ _DEFAULT: Final = Retry()
 class Park:
     """Keep it whole in the failure store, in this state, for this reason; the broker is done with it."""
 
-    state: Literal["dead", "broken", "discarded"]
+    state: Literal["dead", "broken", "waiting", "discarded"]
     reason: str
 
 
@@ -202,12 +203,13 @@ def decide(
         and after `max_attempts`; else who tries again, and when.
     """
     if isinstance(error, Reject):
-        return Park("dead", f"rejected by the handler: {error.reason}")
+        return Park("dead", f"rejected by the handler: {words_of(error)}")
     if isinstance(error, (BadKey, BadBody, PayloadConflict, StepError)):
-        return Park("dead", str(error))
+        return Park("dead", words_of(error))
     policy = retry_for(retry, error)
     if attempts >= policy.max_attempts:
-        told = f"{type(error).__name__}: {escaped(str(error), 500)}" if str(error) else type(error).__name__
+        words = words_of(error)
+        told = f"{type(error).__name__}: {escaped(words, 500)}" if words else type(error).__name__
         times = "once" if attempts == 1 else f"{attempts} times"
         return Park("dead", f"failed {times}, of {policy.max_attempts} allowed; the last error was {told}")
     delay = policy.delay(attempts)

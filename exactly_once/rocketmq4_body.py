@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from exactly_once.errors import ConfigurationError
+from exactly_once.foreign import text_of
 
 __all__ = ["NAMES_PROPERTY", "ORDERING_PROPERTY", "body_reader", "named_properties", "whole_body"]
 
@@ -60,10 +61,10 @@ def named_properties(value_of: Callable[[str], bytes | None], also: Iterable[str
     """
     found: dict[str, str] = {}
     for name in _names_in(value_of(NAMES_PROPERTY) or b""):
-        found[name] = (value_of(name) or b"").decode("utf-8", "replace")
+        found[name] = text_of(value_of(name) or b"")
     for name in also:
         if name not in found and (value := value_of(name)):
-            found[name] = value.decode("utf-8", "replace")
+            found[name] = text_of(value)
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Final
 from exactly_once.alert import Hook
 from exactly_once.delivery import FOREIGN, Delivering, Told
 from exactly_once.delivery.group import GroupDelivering
+from exactly_once.error_words import words_of
 from exactly_once.errors import ConfigurationError, Reject
 from exactly_once.failures.due import DueFailures
 from exactly_once.failures.pump import Pump
@@ -130,7 +131,7 @@ class Router:
         try:
             return self._route(message)
         except Exception as error:  # the user's function; the message is kept with this as its reason
-            return f"(it raised {type(error).__name__}: {error})"
+            return f"(it raised {type(error).__name__}: {words_of(error)})"
 
     def run(self, found: Sequence[Delivering], message: Message) -> Outcome:
         """Run a message for a consumer loop that is not ours."""
@@ -189,6 +190,14 @@ class Router:
         """Say whether the store of this name can be written to."""
         answered = self.leases.answers(store)
         return self.stores[store].answers() if answered is None else answered
+
+    def unready(self) -> str | None:
+        """Say which handler is held because it is wrong, or None."""
+        for handlers in self._names.values():
+            for each in handlers.values():
+                if each.recording.refused is not None:
+                    return f"the handler {each.plan.name!r} is held: {each.recording.refused}"
+        return None
 
     def require_handlers(self) -> None:
         """Raise unless there is something to run, and what was decorated is what would run."""

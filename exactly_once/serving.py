@@ -186,7 +186,9 @@ class Serving:
 
     def unready(self) -> str | None:
         """Say why nothing is received, or None."""
-        return "not started" if self._worker is None else self._worker.unready()
+        if self._worker is None:
+            return "not started"
+        return self._worker.unready() or self._router.unready()
 
 
 def _database_problem(store: Store, group: str) -> str | None:

@@ -192,7 +192,29 @@ def coder(returns: Any) -> Coder:
 
 
 def _encode(value: Any) -> bytes:
-    return dumps(value, allow_nan=False, separators=(",", ":")).encode()
+    encoded = dumps(value, allow_nan=False, separators=(",", ":")).encode()
+    _check_names(value)
+    return encoded
+
+
+def _check_names(value: Any) -> None:
+    """Refuse what JSON would rename: `{1: "a", "1": "b"}` would be read back with one of the two."""
+    if isinstance(value, dict):
+        for name in value:
+            if not isinstance(name, str):
+                raise TypeError(f"a key is a {type(name).__name__}; JSON has texts only. Give returns=dict[int, ...]")
+        if len({str.__str__(name) for name in value}) < len(value):
+            raise ValueError("two keys have one text")
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return
+    for each in value:
+        _check_names(each)
+
+
+def _once_each(members: list[tuple[str, Any]]) -> None:
+    if len({name for name, _ in members}) < len(members):
+        raise ValueError("two keys have one text in JSON")
 
 
 _PLAIN: Final = Coder(_encode, loads)
@@ -203,5 +225,11 @@ def _typed(returns: Any) -> Coder:
     from pydantic import TypeAdapter
 
     adapter: TypeAdapter[Any] = TypeAdapter(returns)
-    # strictly what it says: a result of another kind would be stored, and read back as something else
-    return Coder(lambda value: adapter.dump_json(value, warnings="error"), adapter.validate_json)
+
+    def encode(value: Any) -> bytes:
+        # strictly what it says: a result of another kind would be stored, and read back as something else
+        encoded = adapter.dump_json(value, warnings="error")
+        loads(encoded, object_pairs_hook=_once_each)
+        return encoded
+
+    return Coder(encode, adapter.validate_json)

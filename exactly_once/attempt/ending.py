@@ -19,7 +19,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from exactly_once.dialects import ClaimRow, Dialect, Trouble
-from exactly_once.errors import BrokenTransaction, LeaseLost, Misuse, StoreUnavailable
+from exactly_once.errors import BrokenTransaction, LeaseLost, Misuse, RefusedResult, StoreUnavailable
 from exactly_once.guards import Consumed, Guard, Unfinished, Won
 from exactly_once.guards.watch import Left, Watch, let_go
 
@@ -49,6 +49,8 @@ class How(Enum):
     """The database does not answer."""
     LOST = "lost"
     """Another run has taken the message over; nothing of this one is recorded."""
+    REFUSED = "refused"
+    """The handler returned an answer, which nobody reads: it is wrong, and not the message. Nothing was committed."""
     STOPPED = "stopped"
     """Cancelled, interrupted, told to exit: nothing was committed, and nothing is recorded."""
 
@@ -188,6 +190,8 @@ def _raised(dialect: Dialect, won: Won, error: BaseException) -> Ended:
         return Ended(How.STOPPED, error)
     if isinstance(error, BrokenTransaction):  # of a step
         return _broken(error, None, None)
+    if isinstance(error, RefusedResult):
+        return Ended(How.REFUSED, error)
     if isinstance(error, LeaseLost):
         return Ended(How.LOST, error)
     if won.late is not None and isinstance(error, StoreUnavailable):

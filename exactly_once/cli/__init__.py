@@ -91,6 +91,7 @@ def _told(error: Exception) -> tuple[str, int]:
     """Return the paragraph for a person, and the exit code."""
     from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
+    from exactly_once.error_words import words_of
     from exactly_once.errors import ConfigurationError, ExactlyOnceError
 
     if isinstance(error, ConfigurationError):
@@ -99,7 +100,7 @@ def _told(error: Exception) -> tuple[str, int]:
         return str(error), 1
     if isinstance(error, DBAPIError):
         # the driver's own words only: SQLAlchemy's text repeats the statement and its values
-        return f"The database refused: {str(error.orig).strip()}", 1
+        return f"The database refused: {words_of(error)}", 1
     if isinstance(error, (SQLAlchemyError, OSError)):
-        return f"{type(error).__name__}: {error}", 1
-    return f"{type(error).__name__}: {error}. Type the command again with --traceback to see where.", 1
+        return f"{type(error).__name__}: {words_of(error)}", 1
+    return f"{type(error).__name__}: {words_of(error)}. Type the command again with --traceback to see where.", 1

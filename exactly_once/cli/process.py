@@ -14,6 +14,7 @@ import typer
 from exactly_once.app import ExactlyOnce
 from exactly_once.cli.recorded import BadLine, Progressing, messages, opened
 from exactly_once.cli.reference import AppOption, application, usable
+from exactly_once.error_words import words_of
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.transport import Delivery, Features
@@ -83,7 +84,7 @@ class _Feeding:
 
     def _finished(self, line: int, lane: _Lane | None, future: Ending) -> None:
         if (error := future.exception()) is not None:
-            self.leave(line, f"{type(error).__name__}: {escaped(str(error), 300)}")
+            self.leave(line, f"{type(error).__name__}: {escaped(words_of(error), 300)}")
         elif isinstance(future.result(), Hold):
             self.away = True
             self.leave(line, "the database does not answer")

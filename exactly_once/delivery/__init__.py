@@ -126,6 +126,8 @@ class Delivering:
         Raises:
             ConfigurationError: The database is set up so that no claim can be trusted.
         """
+        if self.recording.refused is not None:
+            return self.recording.refuse(foreign=foreign)
         reading = self.plan.read(message)
         if reading.key is None or reading.error is not None:
             assert reading.error is not None
@@ -231,7 +233,9 @@ class Delivering:
             case How.LOST:
                 return self.recording.wait(Outcome.IN_PROGRESS, message, reading, features, foreign, UNRECORDED)
             case How.UNKNOWN:
-                return self.recording.wait(Outcome.UNKNOWN, message, reading, features, foreign)
+                return self.recording.unknown(ended.error, message, reading, features, foreign)
+            case How.REFUSED:
+                return self.recording.refuse(ended.error, foreign=foreign)
             case How.CONFLICT:
                 assert reading.key is not None
                 error = PayloadConflict(self.plan.explain_conflict(ended.fingerprint, message, reading.key))

@@ -149,6 +149,9 @@ class GroupDelivering(Delivering):
         if run.held is not None:
             member.told = run.held
             return
+        if self.recording.refused is not None:
+            member.told = self.recording.refuse(foreign=False)
+            return
         if member.row is not None and run.waited_s > _WAITS_S:
             member.told = self._in_progress(member)
             return
@@ -169,7 +172,7 @@ class GroupDelivering(Delivering):
 
     def _together(self, members: Sequence[Member], run: _Run) -> None:
         """Run them in one transaction, or in smaller ones."""
-        if len(members) < 2 or run.held is not None:
+        if len(members) < 2 or run.held is not None or self.recording.refused is not None:
             for member in members:
                 self._alone(member, run)
             return
@@ -186,6 +189,9 @@ class GroupDelivering(Delivering):
             case How.IN_PROGRESS:
                 for member in members:
                     self._if_free(member, run)
+            case How.REFUSED:
+                for member in members:
+                    member.told = self.recording.refuse(ended.error, foreign=False)
             case how:
                 if how is How.AWAY:
                     run.held = self.recording.away(ended.error)
@@ -310,7 +316,7 @@ class GroupDelivering(Delivering):
         """The claim of each stands, or may: what became of its effects nobody knows (BROKEN), or the server will say."""
         message, reading, features = member.message, member.reading, member.features
         if ended.how is How.UNKNOWN:
-            return self.recording.wait(Outcome.UNKNOWN, message, reading, features, False)
+            return self.recording.unknown(ended.error, message, reading, features, foreign=False)
         assert ended.error is not None
         assert ended.owner is not None
         text = f"{ended.error} {self._in_company(member, reached)}"

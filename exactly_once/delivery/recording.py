@@ -35,6 +35,8 @@ _RECORD_TRIES: Final = (False, False, False, True)
 UNRECORDED: Final = timedelta(seconds=5)  # neither run nor stored: not in a tight circle
 # keys that failed in this process, for loops that do not count deliveries; one forgotten leaves its row to the sweep
 _REMEMBERED: Final = 10_000
+_UNKNOWN_TRIES: Final = 5
+_FOR_GOOD: Final = timedelta(days=3650)
 _LOOK_AGAIN: Final = timedelta(seconds=0.5)
 _LOOK_LONGEST: Final = timedelta(seconds=5)
 _TELL_AGAIN_S: Final = 10.0
@@ -84,6 +86,9 @@ class Recording:
         self._store, self._group, self._open, self._alert = store, group, open_session, alert
         self._seen: dict[str, None] = {}
         self._owed: dict[str, Owed] = {}
+        self._unknown: dict[str, int] = {}
+        self.refused: BaseException | None = None
+        """Why this handler is held: it is wrong, and no message."""
         self._tell_away_at = 0.0
 
     def came_before(self, message: Message, key: str) -> bool:
@@ -138,6 +143,52 @@ class Recording:
             return Told(outcome, then if remaining is None or foreign else Keep(_LOOK_AGAIN, _LOOK_LONGEST, then))
         error = Reject(f"{outcome.value}: not run yet, and the broker would not bring it again")
         return self.record(message, reading, error, lambda attempts: decision, counted=False, outcome=outcome)
+
+    def unknown(
+        self, error: BaseException | None, message: Message, reading: Reading, features: Features, foreign: bool
+    ) -> Told:
+        """COMMIT was sent and not answered, and its row is not there: the redelivery finds out, for a few times."""
+        key = reading.key or ""
+        times = self._unknown[key] = self._unknown.get(key, 0) + 1
+        words = words_of(error) if error is not None else "no answer"
+        _log.warning(
+            "commit_unknown handler=%s key=%s times=%d error=%s",
+            self._handler,
+            escaped(key),
+            times,
+            escaped(words, 300),
+        )
+        if times < _UNKNOWN_TRIES:
+            if len(self._unknown) > _REMEMBERED:
+                self._unknown = {key: times}
+            return self.wait(Outcome.UNKNOWN, message, reading, features, foreign)
+        del self._unknown[key]
+        reason = (
+            f"COMMIT was sent {times} times, and each time the connection ended without an answer and nothing of it was"
+            f" there afterwards; the last time: {words}. Look for what ends it: a timeout of the server (wait_timeout,"
+            " idle_in_transaction_session_timeout) that is shorter than the handler, a proxy between the two. Then:"
+            " exactly-once failures requeue"
+        )
+        return self.record(
+            message, reading, error or Reject(reason), lambda attempts: Park("waiting", reason), counted=False
+        )
+
+    def refuse(self, error: BaseException | None = None, *, foreign: bool) -> Told:
+        """Hold a handler that is wrong: its messages are neither counted nor kept nor acknowledged until it is mended.
+
+        Args:
+            error: What shows that it is wrong; None where that is known.
+            foreign: The caller's loop holds the message, we cannot.
+        """
+        if self.refused is None:
+            self.refused = error
+            _log.error(
+                "handler_held handler=%s: %s Its messages wait until the program is mended and started again.",
+                self._handler,
+                error,
+            )
+        again = Redeliver(UNRECORDED)
+        return Told(Outcome.WAITING, again if foreign else Keep(UNRECORDED, _FOR_GOOD, again))
 
     def failed(
         self, message: Message, reading: Reading, error: BaseException, features: Features, foreign: bool

@@ -10,6 +10,7 @@ from sqlalchemy import Engine, func, select, text
 from sqlalchemy.util import greenlet_spawn
 
 from exactly_once.doctor.finding import Finding, Mark
+from exactly_once.error_words import words_of
 from exactly_once.errors import ExactlyOnceError
 from exactly_once.handler import Lease, Plan
 from exactly_once.redaction import redacted
@@ -71,7 +72,7 @@ def _self_check(where: str, claims: Callable[[], tuple[bool, bool]], kind: str) 
     try:
         seen = claims()
     except Exception as error:
-        told = escaped(str(error), 300)
+        told = escaped(words_of(error), 300)
         return Finding(Mark.FAIL, f"{where}: a claim through the {kind} driver fails ({type(error).__name__}: {told})")
     if seen == (True, False):
         return Finding(Mark.OK, f"{where}: through the {kind} driver a key claimed twice is won, then known")

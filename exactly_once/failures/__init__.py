@@ -9,20 +9,18 @@ discarded by a person.
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import Column, Table, Update, and_, bindparam, func, insert, or_, select, update
-from sqlalchemy.exc import IntegrityError, StatementError
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from exactly_once import claim_rows
 from exactly_once.dialects import ClaimRow, Dialect
-from exactly_once.errors import Reject
+from exactly_once.error_words import place_of, words_of
 from exactly_once.message import Message
 from exactly_once.policy import ByBroker, ByPump, Decision, Park
 from exactly_once.schema import CONSUMED, UNFINISHED, Tables, utcnow
@@ -37,7 +35,6 @@ RESOLVABLE: Final = (*RUNNABLE, "dead")
 CLOSED: Final = ("resolved", "discarded")
 
 MESSAGE_ID_BYTES: Final = 255
-_NOT_THE_USERS: Final = tuple(f"{Path(file).parents[1]}{os.sep}" for file in (__file__, json.__file__))
 _ERROR_TEXT_CHARACTERS: Final = 4000  # enough for a person; a validation error of a large body can be megabytes
 
 
@@ -267,32 +264,6 @@ def _properties_of(message: Message) -> str:
     except UnicodeEncodeError:  # half of a surrogate pair, which no server takes; less readable, but as it was
         return json.dumps(dict(message.properties))
     return text
-
-
-def words_of(error: BaseException) -> str:
-    """Return what an error says, without the values of a statement: those are customers' data, in logs and rows."""
-    if isinstance(error, StatementError):
-        statement = f" [in: {' '.join(error.statement.split())[:500]}]" if error.statement else ""
-        return f"{str(error.orig).strip()}{statement}"
-    return str(error)
-
-
-def place_of(error: BaseException) -> str:
-    """Return the line an error was raised in, the last that is neither a library's nor ours; "" where there is none.
-
-    Not of a `Reject`: that is no mistake in the program, and its reason is for a person to read.
-    """
-    if isinstance(error, Reject):
-        return ""
-    found = ""
-    trace = error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        # "<...": made at run time, as SQLAlchemy makes its wrappers
-        if not code.co_filename.startswith((*_NOT_THE_USERS, "<")) and "site-packages" not in code.co_filename:
-            found = f" (at {'/'.join(Path(code.co_filename).parts[-2:])}:{trace.tb_lineno} in {code.co_name})"
-        trace = trace.tb_next
-    return found
 
 
 def _text_of(error: BaseException) -> str:

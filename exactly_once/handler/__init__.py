@@ -30,7 +30,8 @@ from exactly_once.handler.options import (
     check_tags,
     check_topic,
 )
-from exactly_once.handler.parameters import NO_BODY, Parameters, Values, check_result, parameters
+from exactly_once.handler.parameters import NO_BODY, Parameters, Values, parameters
+from exactly_once.handler.results import check_result
 from exactly_once.keys import KeyRule, KeySpec, Path, extractor
 from exactly_once.message import Message
 from exactly_once.policy import Retry, RetrySpec, check_retry

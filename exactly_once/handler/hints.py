@@ -81,11 +81,10 @@ class Hints:
         Raises:
             ConfigurationError: A name in it cannot be found; the sentence says which, and what to do.
         """
-        holder = SimpleNamespace(__annotations__={"it": annotation})
         missing: set[str] = set()
         while True:
             try:
-                return get_type_hints(holder, self._globals, self._locals, include_extras=True)["it"]
+                return self._evaluated(annotation)
             except NameError as error:
                 name = error.name or ""
                 if name in missing or name not in self._hidden:
@@ -103,6 +102,20 @@ class Hints:
                 self._locals |= self._hidden.modules()
             except (TypeError, SyntaxError) as error:
                 raise _unreadable(annotation, error) from error
+
+    def known(self, annotation: object) -> Any:
+        """Return what an annotation stands for, or None where that is not known; nothing is imported for it.
+
+        For what a handler returns: importing what only a type checker needs may run a module twice, and nothing hangs on it.
+        """
+        try:
+            return self._evaluated(annotation)
+        except Exception:  # an annotation is the user's own code
+            return None
+
+    def _evaluated(self, annotation: object) -> Any:
+        holder = SimpleNamespace(__annotations__={"it": annotation})
+        return get_type_hints(holder, self._globals, self._locals, include_extras=True)["it"]
 
     def names(self) -> Mapping[str, Any]:
         """Every name a forward reference inside a model defined here may mean."""

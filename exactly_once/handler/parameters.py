@@ -14,12 +14,13 @@ from typing import Annotated, Any, Final, get_args, get_origin
 from sqlalchemy.orm import Session
 
 from exactly_once.body import shown, without_none
-from exactly_once.errors import ConfigurationError, Misuse
+from exactly_once.errors import ConfigurationError
 from exactly_once.handler.hints import Hints, signature
+from exactly_once.handler.results import check_returns
 from exactly_once.message import Message
 from exactly_once.steps import AsyncSteps, Steps
 
-__all__ = ["NO_BODY", "Parameters", "Values", "check_result", "parameters"]
+__all__ = ["NO_BODY", "Parameters", "Values", "parameters"]
 
 Values = tuple[Any, Any, Message, Any]
 """Session, body, message and steps of one attempt, in this order."""
@@ -57,6 +58,8 @@ def parameters(function: Callable[..., object], hints: Hints, *, in_lists: bool 
         ConfigurationError: A parameter cannot be filled, or the function can never run as a handler.
     """
     is_async = _is_async(function)
+    if not hasattr(next(_layers(function)), "__wrapped__"):  # else a decorator stands around it, which returns its own
+        check_returns(function, hints, is_async=is_async)
     places: list[int] = []
     named: list[tuple[str, int]] = []
     filled: dict[int, tuple[str, Any]] = {}
@@ -260,31 +263,3 @@ def _picker(places: list[int]) -> Callable[[Values], Sequence[Any]]:
         return lambda values: (values[place],)
     pick: Callable[[Values], Sequence[Any]] = itemgetter(*places)
     return pick
-
-
-def check_result(result: object, *, in_lists: bool = False) -> None:
-    """Refuse what a handler returned, if it shows that nothing ran, or that it means to say of some that they failed.
-
-    Args:
-        result: What a plain handler returned, or what an async one gave when awaited.
-        in_lists: A batch handler returned it.
-
-    Raises:
-        Misuse: It is an awaitable or a generator: the work in it has not been done, and acknowledging would lose it. Or a
-            batch handler returned anything at all: elsewhere that names the messages to bring again, here nobody reads it.
-    """
-    if result is None:
-        return
-    if inspect.isgenerator(result) or inspect.isasyncgen(result):
-        raise Misuse("the handler returned a generator, so nothing in it ran. Make it a plain function without `yield`")
-    if inspect.isawaitable(result):
-        if inspect.iscoroutine(result):
-            result.close()  # or Python warns of a coroutine never awaited, on top of this error
-        raise Misuse(
-            "the handler returned something to await, so nothing in it ran. Make it `async def` and await inside"
-        )
-    if in_lists:
-        raise Misuse(
-            f"the batch handler returned a {type(result).__name__}, which nobody reads; nothing was committed. If it names"
-            " messages that failed: raise instead, and those that are sound are handled without them. Else return nothing"
-        )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from threading import Thread, current_thread
 from time import monotonic
 
+from exactly_once.error_words import trace_of
 from exactly_once.worker.capacity import Seat
 from exactly_once.worker.log_throttle import ThrottledLog
 from exactly_once.worker.unsettled import Unsettled
@@ -57,7 +58,7 @@ def on_each(lanes: Sequence[Lane], verb: str, deadline: float) -> None:
         try:
             getattr(lane.unsettled.consumer, verb)()
         except BaseException as error:  # noqa: BLE001, RUF100
-            _log.warning("%s: %s failed; going on.", lane.unsettled.name, verb, exc_info=error)
+            _log.warning("%s: %s failed; going on.\n%s", lane.unsettled.name, verb, trace_of(error))
 
     threads = [Thread(target=call, args=(lane,), daemon=True) for lane in lanes]
     for thread in threads:

@@ -9,6 +9,8 @@ from datetime import timedelta
 from time import monotonic
 from typing import Final
 
+from exactly_once.error_words import trace_of
+
 __all__ = ["ThrottledLog"]
 
 _EVERY: Final = timedelta(seconds=10)
@@ -47,4 +49,7 @@ class ThrottledLog:
         self._next[kind] = now + self._every
         left_out = self._left_out.pop(kind, 0)
         more = f" ({left_out} more like it since the last such line)" if left_out else ""
-        self._log.warning(text + more, *args, exc_info=error)
+        if error is None:
+            self._log.warning(text + more, *args)
+        else:  # not by `exc_info`, which would print the values of a statement
+            self._log.warning(text + more + "\n%s", *args, trace_of(error))

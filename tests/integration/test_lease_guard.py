@@ -160,6 +160,10 @@ def test_a_crashed_at_most_once_step_parks_the_message_with_its_name(shop: Shop)
 
 BAD: dict[str, tuple[Callable[..., object], str]] = {
     "not JSON": (lambda session, step, transaction: step("ship", lambda key: object()), "cannot be stored as JSON"),
+    "a key that is no text": (
+        lambda session, step, transaction: step("ship", lambda key: {1: "a", "1": "b"}),
+        "cannot be stored as JSON and read back (TypeError)",
+    ),
     "not a number": (lambda session, step, transaction: step("ship", lambda key: float("nan")), "cannot be stored"),
     "twice": (
         lambda session, step, transaction: (step("ship", lambda key: 1), step("ship", lambda key: 1)),

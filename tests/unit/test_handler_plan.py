@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import functools
 import importlib
@@ -22,8 +21,8 @@ from typing_extensions import TypedDict
 from exactly_once import keys
 from exactly_once.body import NOT_JSON, parse_json
 from exactly_once.errors import BadBody, BadKey, ConfigurationError, Misuse
-from exactly_once.handler import Lease, Lock, Plan, Transaction, plan
-from exactly_once.handler.parameters import NO_BODY, check_result
+from exactly_once.handler import Lease, Lock, Plan, Transaction, check_result, plan
+from exactly_once.handler.parameters import NO_BODY
 from exactly_once.message import Message
 from exactly_once.policy import Retry
 from exactly_once.steps import Steps
@@ -868,30 +867,6 @@ def test_a_conflict_is_explained_with_the_setting_that_accepts_it() -> None:
 
 
 # -- results -------------------------------------------------------------------------------------------------------
-
-
-def test_a_result_that_shows_that_nothing_ran_is_refused() -> None:
-    async def coroutine() -> None: ...
-
-    def generator() -> Iterator[int]:
-        yield 1
-
-    async def async_generator() -> Any:
-        yield 1
-
-    class Awaitable:
-        def __await__(self) -> Any: ...
-
-    loop = asyncio.new_event_loop()
-    for result in (coroutine(), generator(), async_generator(), Awaitable(), loop.create_future()):
-        with pytest.raises(Misuse, match="nothing in it ran"):
-            check_result(result)
-    loop.close()
-
-
-@pytest.mark.parametrize("result", [None, True, 5, "done", [], iter([1])])
-def test_any_other_result_is_ignored(result: object) -> None:
-    check_result(result)
 
 
 def test_a_plain_function_that_returns_a_coroutine_is_found_out_at_run_time() -> None:

@@ -30,6 +30,7 @@ from threading import Event, Lock, Thread
 from time import monotonic, sleep
 from typing import Any, Final
 
+from exactly_once.error_words import trace_of
 from exactly_once.errors import TransportError
 from exactly_once.message import Message
 from exactly_once.transport import Delivery, Features, Subscription
@@ -128,9 +129,12 @@ class RocketMQ4Consumer:
         """Called by native threads. ctypes answers 0, success, for whatever it cannot convert: so nothing may escape."""
         try:
             return CONSUME_SUCCESS if self._handoff.offer(self._read(handle)) else RECONSUME_LATER
-        except BaseException:
+        except BaseException as error:
             with suppress(BaseException):
-                _log.exception("A message could not be read from librocketmq; it is held until this process ends")
+                _log.error(
+                    "A message could not be read from librocketmq; it is held until this process ends\n%s",
+                    trace_of(error),
+                )
             # answered like any other when we leave, and then it comes again
             return CONSUME_SUCCESS if self._handoff.keep() else RECONSUME_LATER
 

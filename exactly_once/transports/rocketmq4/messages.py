@@ -9,11 +9,12 @@ them as usual, and ours finds their names. Of a foreign producer's messages only
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
 from exactly_once.errors import ConfigurationError
+from exactly_once.foreign import moment_of, text_of
 from exactly_once.message import Message
 from exactly_once.rocketmq4_body import NAMES_PROPERTY, ORDERING_PROPERTY, named_properties
 from exactly_once.transports.rocketmq4.library import Library
@@ -92,12 +93,12 @@ def message_reader(library: Library, names: Names, properties: Sequence[str]) ->
         return Message(
             topic_name(topic_of(handle)),
             body(handle),
-            tag=_text(tags_of(handle)),
-            key=_text(keys_of(handle)),
-            ordering_key=_text(value(ORDERING_PROPERTY)),
+            tag=text_of(tags_of(handle)) or None,  # empty: the library does not tell it from none
+            key=text_of(keys_of(handle)) or None,
+            ordering_key=text_of(value(ORDERING_PROPERTY)) or None,
             properties=named_properties(value, always),
-            message_id=_text(id_of(handle)),
-            born_at=datetime.fromtimestamp(born_of(handle) / 1000, UTC),
+            message_id=text_of(id_of(handle)) or None,
+            born_at=moment_of(born_of(handle)),
         )
 
     return read
@@ -207,7 +208,3 @@ def _wire(what: str, text: str) -> bytes:
     if any(separator in text for separator in _SEPARATORS):
         raise ValueError(f"The {what} {text!r} contains a character that RocketMQ uses as separator (U+0000 to 2).")
     return text.encode()
-
-
-def _text(raw: Any) -> str | None:
-    return raw.decode("utf-8", "replace") if raw else None

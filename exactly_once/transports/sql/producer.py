@@ -13,6 +13,7 @@ from uuid import uuid4
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from exactly_once.error_words import words_of
 from exactly_once.errors import TransportError
 from exactly_once.message import Message
 from exactly_once.schema import GROUP_BYTES
@@ -127,4 +128,5 @@ def _unfit(what: str, text: str, limit: int) -> ValueError | None:
 def reason(error: BaseException) -> str:
     """The driver's own words in one line, without the statement's parameters (they are message bodies)."""
     origin = getattr(error, "orig", None) or error
-    return f"{type(origin).__name__}: {str(origin).strip().splitlines()[0] if str(origin).strip() else 'no text'}"
+    words = words_of(origin).strip()
+    return f"{type(origin).__name__}: {words.splitlines()[0] if words else 'no text'}"

@@ -1,0 +1,138 @@
+"""What is told of an error, and of the errors behind it; the texts of servers are those of several languages."""
+
+import logging
+import sqlite3
+from typing import Any
+
+import pymysql
+import pytest
+from sqlalchemy.exc import IntegrityError, InvalidRequestError, PendingRollbackError, StatementError
+
+from exactly_once.alert import Alert, sound
+from exactly_once.error_words import place_of, trace_of, words_of
+from exactly_once.errors import Reject
+from exactly_once.worker.log_throttle import ThrottledLog
+
+CARD = "4111111111111111"
+
+
+def statement_error(orig: Exception) -> IntegrityError:
+    return IntegrityError("INSERT INTO cards VALUES (%(no)s)", {"no": CARD}, orig)
+
+
+@pytest.mark.parametrize(
+    ("errno", "text", "says"),
+    [
+        (
+            1062,
+            f"Duplicate entry '{CARD}' for key 'cards.PRIMARY'",
+            "duplicate entry for key cards.PRIMARY (errno 1062)",
+        ),
+        (1062, f"Doppelter Eintrag '{CARD}' für Schlüssel 'no'", "duplicate entry for key no (errno 1062)"),
+        (1062, f"Duplicate entry 'it's {CARD}' for key 'no'", "duplicate entry for key no (errno 1062)"),
+        (1062, f"Duplicate entry '{CARD}", "duplicate entry (errno 1062)"),
+        (
+            1366,
+            f"Incorrect integer value: '{CARD}x' for column `shop`.`cards`.`number` at row 1",
+            "errno 1366, column number",
+        ),
+        (1366, f"Falscher integer-Wert: '{CARD}x' für Feld 'number' in Zeile 1", "errno 1366, column number"),
+        (1292, f"Incorrect date value: '{CARD}'", "Incorrect date value: ... (errno 1292)"),
+        (1064, f"You have an error near ''{CARD}') x' at line 1", "You have an error near ... (errno 1064)"),
+        (1690, f"BIGINT value is out of range in '({CARD} * 9)'", "BIGINT value is out of range in ... (errno 1690)"),
+        (1406, "Data too long for column 'no' at row 1", "Data too long for column 'no' at row 1 (errno 1406)"),
+        (1213, "Deadlock found", "Deadlock found (errno 1213)"),
+        (2003, "Can't connect to MySQL server on 'db'", "Can't connect to MySQL server on 'db' (errno 2003)"),
+        (9999, f"Etwas mit '{CARD}' ist falsch", "Etwas mit ... (errno 9999)"),
+    ],
+)
+def test_mysqls_sentences_are_told_without_the_values_in_them(errno: int, text: str, says: str) -> None:
+    for error in (pymysql.err.DataError(errno, text), statement_error(pymysql.err.IntegrityError(errno, text))):
+        assert says in words_of(error)
+        assert CARD[:9] not in words_of(error)
+
+
+def test_a_value_that_could_not_be_made_ready_is_not_told() -> None:
+    error = StatementError("(builtins.ValueError)", "INSERT INTO t VALUES (?)", {}, ValueError(f"no date: {CARD}"))
+    assert words_of(error) == "ValueError for a value of the statement [in: INSERT INTO t VALUES (?)]"
+    missing = StatementError("", "SELECT :a", {}, InvalidRequestError("A value is required for bind parameter 'a'"))
+    assert "A value is required for bind parameter 'a'" in words_of(missing)
+
+
+def test_a_session_that_tells_of_an_earlier_error_tells_no_value() -> None:
+    error = PendingRollbackError(f"Original exception was: {statement_error(sqlite3.IntegrityError('UNIQUE'))}")
+    assert words_of(error).startswith("Original exception was: (sqlite3.IntegrityError) [cut")
+    assert CARD not in words_of(error)
+
+
+def test_a_drivers_error_of_another_kind_is_told_by_its_class() -> None:
+    class OtherDriversError(Exception):
+        pass
+
+    error = statement_error(OtherDriversError(f"The duplicate key value is ({CARD})"))
+    assert words_of(error).startswith("OtherDriversError, whose text may hold values")
+
+
+@pytest.mark.parametrize("text", ["", "no such sku", "50% [of 7] (a.b) is 'it'", "(12, 'x')", "two\nlines: DETAIL"])
+def test_an_applications_own_words_stay_as_they_are(text: str) -> None:
+    assert words_of(ValueError(text)) == text
+    assert words_of(Reject(text)) == text
+
+
+def raised(error: BaseException, cause: BaseException | None = None) -> BaseException:
+    try:
+        raise error from cause  # noqa: TRY301
+    except BaseException as caught:  # noqa: BLE001, RUF100
+        return caught
+
+
+def test_a_traceback_names_every_line_and_no_value() -> None:
+    database = raised(statement_error(pymysql.err.IntegrityError(1062, f"Duplicate entry '{CARD}' for key 'no'")))
+    group = ExceptionGroup("several", [database, ValueError("other")])  # type: ignore[list-item]
+    for error in (raised(RuntimeError(f"not saved: {database}"), database), raised(group, database)):
+        told = trace_of(error)
+        assert CARD not in told
+        assert told.index("IntegrityError: duplicate entry for key no") < told.index("Then, because of it:")
+        assert told.count(", in raised") == 2
+        assert type(error).__qualname__ in told
+
+
+def test_a_chain_that_goes_round_ends() -> None:
+    first, second = ValueError("first"), ValueError("second")
+    first.__cause__, second.__cause__ = second, first
+    assert trace_of(first).count("ValueError") == 2
+    assert words_of(first) == "first"
+
+
+class Unreadable(Exception):
+    @property
+    def __cause__(self) -> Any:  # type: ignore[override]
+        raise ValueError("no cause")
+
+    __context__ = args = __traceback__ = __suppress_context__ = exceptions = __cause__  # type: ignore[assignment]
+
+    def __str__(self) -> str:
+        raise SystemExit
+
+
+def test_an_error_that_cannot_be_read_at_all_is_told_by_why() -> None:
+    error = Unreadable("x")
+    assert words_of(error) == "(its text cannot be read: SystemExit)"
+    assert "Unreadable: (its text cannot be read: SystemExit)" in trace_of(error)
+    assert place_of(error) == ""
+    assert words_of(raised(ValueError("outer"), Unreadable())) == "outer"
+
+
+def test_a_hook_that_fails_in_the_database_is_logged_without_values(caplog: pytest.LogCaptureFixture) -> None:
+    def hook(alert: Alert) -> None:
+        raise statement_error(sqlite3.IntegrityError("UNIQUE constraint failed: pages.no"))
+
+    sound(hook, Alert("parked", "g", "h", "k", "r"))
+    ThrottledLog(logging.getLogger("exactly_once.worker")).warning(
+        "run", "broke", error=raised(statement_error(Exception()))
+    )
+    told = [logging.Formatter().format(record) for record in caplog.records]
+    assert "UNIQUE constraint failed: pages.no" in told[1]
+    assert "in hook" in told[1]
+    assert "in raised" in told[2]
+    assert not any(CARD in line for line in told)

@@ -1,0 +1,83 @@
+"""A step's result is stored and read back as it was, or refused: nothing of it is renamed or lost without a word."""
+
+from datetime import date
+from enum import Enum
+from typing import Any
+
+import pytest
+from exactly_once.steps import coder
+
+
+class Name(str):
+    """Equal to nothing but itself."""
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+class Kind(Enum):
+    ONE = "1"
+
+
+REFUSED: list[Any] = [
+    {1: "a", "1": "b"},
+    {1: "a"},
+    {None: "a"},
+    {True: "a", "true": "b"},
+    {1.5: "a"},
+    {(1, 2): "a"},
+    {Kind.ONE: "a"},
+    {Name("a"): 1, Name("a") + "": 2},
+    {"deep": [{"er": ({2: "a"},)}]},
+    [{1: "a"}],
+    float("nan"),
+    {"a", "b"},
+    b"bytes",
+    object(),
+]
+
+
+@pytest.mark.parametrize("value", REFUSED, ids=repr)
+def test_what_json_would_rename_or_lose_is_refused(value: Any) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        coder(None).encode(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, True, 1, 1.5, "a", "\ud800", [], {}, [1, [2, {"a": [None]}]], {"1": "b", "true": 1}, {"": {"": ""}}, 10**30],
+    ids=repr,
+)
+def test_what_is_json_is_read_back_as_it_was(value: Any) -> None:
+    plain = coder(None)
+    assert plain.decode(plain.encode(value)) == value
+
+
+def test_a_tuple_comes_back_as_a_list() -> None:
+    plain = coder(None)
+    assert plain.decode(plain.encode({"at": (1, (2, 3))})) == {"at": [1, [2, 3]]}
+
+
+@pytest.mark.parametrize(
+    ("returns", "value"),
+    [
+        (dict, {1: "a", "1": "b"}),
+        (Any, {"deep": [{1: "a", "1": "b"}]}),
+        (dict[int | str, str], {1: "a", "1": "b"}),
+        (dict[Kind | str, str], {Kind.ONE: "a", "1": "b"}),
+    ],
+    ids=str,
+)
+def test_two_keys_of_one_text_are_refused_with_returns_too(returns: Any, value: Any) -> None:
+    with pytest.raises(ValueError, match="two keys have one text"):
+        coder(returns).encode(value)
+
+
+@pytest.mark.parametrize(
+    ("returns", "value"),
+    [(dict[int, str], {1: "a", 2: "b"}), (dict[date, int], {date(2026, 1, 1): 1}), (tuple[int, int], (1, 2))],
+    ids=str,
+)
+def test_with_returns_keys_come_back_as_they_were(returns: Any, value: Any) -> None:
+    typed = coder(returns)
+    assert typed.decode(typed.encode(value)) == value
