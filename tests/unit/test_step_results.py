@@ -5,6 +5,7 @@ from enum import Enum
 from typing import Any
 
 import pytest
+
 from exactly_once.steps import coder
 
 
