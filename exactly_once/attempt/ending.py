@@ -19,6 +19,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from exactly_once.dialects import ClaimRow, Dialect, Trouble
+from exactly_once.error_words import words_of
 from exactly_once.errors import BrokenTransaction, LeaseLost, Misuse, RefusedResult, StoreUnavailable
 from exactly_once.guards import Consumed, Guard, Unfinished, Won
 from exactly_once.guards.watch import Left, Watch, let_go
@@ -207,7 +208,7 @@ def _raised(dialect: Dialect, won: Won, error: BaseException) -> Ended:
 
 
 def _broken(error: BaseException, owner: str | None, stop: BaseException | None) -> Ended:
-    told = Misuse(str(error)).with_traceback(error.__traceback__)
+    told = Misuse(words_of(error)).with_traceback(error.__traceback__)
     return Ended(How.BROKEN, told, owner=owner, stop=stop)
 
 

@@ -15,6 +15,7 @@ from exactly_once.alert import Hook
 from exactly_once.attempt import UNFINISHED, Ended, How, attempt
 from exactly_once.delivery.recording import ACK, DUPLICATE, PROCESSED, UNRECORDED, Owed, Recording, Told
 from exactly_once.dialects import ClaimRow
+from exactly_once.error_words import trace_of, words_of
 from exactly_once.errors import (
     ConfigurationError,
     Misuse,
@@ -149,8 +150,8 @@ class Delivering:
             return self.recording.away(error)
         except ConfigurationError:
             raise  # of the program or the server: no message is to be blamed for it
-        except Exception:  # a statement of ours before the attempt: nothing ran, so nothing is acknowledged
-            _log.exception("message_not_run handler=%s key=%s", self.plan.name, escaped(reading.key))
+        except Exception as error:  # a statement of ours before the attempt: nothing ran, so nothing is acknowledged
+            _log.error("message_not_run handler=%s key=%s\n%s", self.plan.name, escaped(reading.key), trace_of(error))
             return Told(Outcome.WAITING, Redeliver(UNRECORDED))
 
     def row(self, message: Message, reading: Reading) -> ClaimRow:
@@ -257,11 +258,13 @@ class Delivering:
         return retry_for(self.plan.retry, error).immediate
 
     def _call_plain(self, handed: Any, reading: Reading, message: Message, ledger: StepLedger | None) -> None:
-        check_result(self.plan.call(handed, reading, message, ledger and Steps(ledger)), in_lists=self.plan.in_lists)
+        plan = self.plan
+        result = plan.call(handed, reading, message, ledger and Steps(ledger))
+        check_result(result, in_lists=plan.in_lists, handler=plan.name)
 
     def _call_awaited(self, handed: Any, reading: Reading, message: Message, ledger: StepLedger | None) -> None:
         result: Any = self.plan.call(handed, reading, message, ledger and AsyncSteps(ledger))
-        check_result(await_only(result), in_lists=self.plan.in_lists)
+        check_result(await_only(result), in_lists=self.plan.in_lists, handler=self.plan.name)
 
     def _ledger(self, won: Won) -> StepLedger | None:
         placed, held, late = self._placed, won.held, won.late
@@ -319,7 +322,7 @@ class Delivering:
         assert reading.key is not None
         self.recording.owe(reading.key, Owed(owner, error))
         told = self.recording.record(
-            message, reading, error, lambda attempts: Park("broken", str(error)), claim_owner=owner
+            message, reading, error, lambda attempts: Park("broken", words_of(error)), claim_owner=owner
         )
         if told.verdict == ACK:
             self.recording.paid(reading.key)

@@ -296,7 +296,7 @@ class GroupDelivering(Delivering):
         given = [(member.unchanged(plan), member.message) for member in ordered]
         reached.extend(ordered)
         result: Any = plan.call_with_lists(handed, given)
-        check_result(await_only(result) if plan.is_async else result, in_lists=True)
+        check_result(await_only(result) if plan.is_async else result, in_lists=True, handler=plan.name)
 
     def _settle(self, members: Sequence[Member], tried: GroupEnded, run: _Run) -> None:
         """Say of each what the group's end means for it."""

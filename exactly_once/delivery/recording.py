@@ -17,8 +17,9 @@ from sqlalchemy.orm import Session
 
 from exactly_once.alert import Alert, Hook, sound
 from exactly_once.dialects import Trouble
+from exactly_once.error_words import place_of, trace_of, words_of
 from exactly_once.errors import Reject
-from exactly_once.failures import Failure, place_of, words_of
+from exactly_once.failures import Failure
 from exactly_once.guards.watch import let_go
 from exactly_once.handler import Plan, Reading
 from exactly_once.message import Message
@@ -232,7 +233,12 @@ class Recording:
                         return self.away(problem)
                     case Trouble.TRANSIENT | Trouble.UNAVAILABLE if not last:
                         continue
-                _log.exception("failure_not_recorded handler=%s key=%s", self._handler, escaped(failure.failure_key))
+                _log.error(
+                    "failure_not_recorded handler=%s key=%s\n%s",
+                    self._handler,
+                    escaped(failure.failure_key),
+                    trace_of(problem),
+                )
                 return Told(outcome, Redeliver(UNRECORDED))
             finally:
                 let_go(session)
@@ -292,7 +298,8 @@ class Recording:
         store = getattr(error, "store", None) or self._store.name
         if now >= self._tell_away_at:
             self._tell_away_at = now + _TELL_AGAIN_S
-            _log.warning("store_away store=%s error=%s", store, escaped(str(error), 300))
+            words = "" if error is None else words_of(error)
+            _log.warning("store_away store=%s error=%s", store, escaped(words, 300))
         return Told(Outcome.WAITING, Hold(store))
 
 

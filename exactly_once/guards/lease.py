@@ -18,6 +18,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from exactly_once.dialects import ClaimRow, Dialect
+from exactly_once.error_words import words_of
 from exactly_once.errors import StoreUnavailable
 from exactly_once.guards import Claim, Conflict, Consumed, InProgress, Unfinished, Won
 from exactly_once.guards.late import Late
@@ -167,7 +168,7 @@ class LeaseGuard:
                 held.row.handler,
                 escaped(held.row.key),
                 held.lease,
-                escaped(str(error), 200),
+                escaped(words_of(error), 200),
             )
             return True
 

@@ -15,6 +15,7 @@ from typing import Final
 from weakref import WeakSet
 
 from exactly_once.alert import Alert, Hook, sound
+from exactly_once.error_words import trace_of
 from exactly_once.errors import StoreUnavailable
 from exactly_once.leases import Held, LeaseStore, clock
 from exactly_once.wording import escaped
@@ -112,8 +113,8 @@ class Renewal:
             lost = set(self.store.renew(group))
         except StoreUnavailable as error:
             _log.warning("leases_not_renewed store=%s count=%d error=%s", self.store.name, len(group), error)
-        except Exception:  # this thread must go on: without it every lease of the process is lost
-            _log.exception("leases_not_renewed store=%s count=%d", self.store.name, len(group))
+        except Exception as error:  # this thread must go on: without it every lease of the process is lost
+            _log.error("leases_not_renewed store=%s count=%d\n%s", self.store.name, len(group), trace_of(error))
         now = monotonic()
         with self._changed:
             for held in group:
