@@ -21,7 +21,7 @@ from typing import Final, Literal, TypeAlias
 from exactly_once.errors import BadBody, BadKey, ConfigurationError, PayloadConflict, Reject, RetryLater, StepError
 from exactly_once.outcome import Outcome
 from exactly_once.transport import Features
-from exactly_once.wording import escaped
+from exactly_once.wording import escaped, said
 
 __all__ = [
     "ByBroker",
@@ -204,10 +204,11 @@ def decide(
     if isinstance(error, Reject):
         return Park("dead", f"rejected by the handler: {error.reason}")
     if isinstance(error, (BadKey, BadBody, PayloadConflict, StepError)):
-        return Park("dead", str(error))
+        return Park("dead", said(error))
     policy = retry_for(retry, error)
     if attempts >= policy.max_attempts:
-        told = f"{type(error).__name__}: {escaped(str(error), 500)}" if str(error) else type(error).__name__
+        words = said(error)
+        told = f"{type(error).__name__}: {escaped(words, 500)}" if words else type(error).__name__
         times = "once" if attempts == 1 else f"{attempts} times"
         return Park("dead", f"failed {times}, of {policy.max_attempts} allowed; the last error was {told}")
     delay = policy.delay(attempts)

@@ -18,6 +18,7 @@ from exactly_once.attempt import Ended, How, attempt
 from exactly_once.delivery.recording import DUPLICATE, PROCESSED, UNRECORDED, Recording, Told
 from exactly_once.dialects import ClaimRow
 from exactly_once.errors import (
+    BadKey,
     ConfigurationError,
     Misuse,
     PayloadConflict,
@@ -138,6 +139,8 @@ class Delivering:
             return self._try(message, reading, row, features, pumped, foreign)
         except StoreUnavailable as error:
             return self.recording.away(error)
+        except BadKey as error:  # its characters are none of the database's
+            return self.recording.failed(message, reading, error, features, foreign)
         except ConfigurationError:
             raise  # of the program or the server: no message is to be blamed for it
         except Exception:  # a statement of ours before the attempt: nothing ran, so nothing is acknowledged
@@ -152,7 +155,8 @@ class Delivering:
             self.plan.name,
             reading.key,
             reading.fingerprint,
-            storable(message.message_id, MESSAGE_ID_BYTES),
+            # for people to read, compared with nothing: in ASCII no character set keeps its message from running
+            storable(message.message_id, MESSAGE_ID_BYTES, "ascii"),
             message.attempt,
             _OWNER,
             message.born_at,
@@ -180,7 +184,7 @@ class Delivering:
 
         before = pumped or self.recording.came_before(message, row.key)
         # under a lease the number of the claim tells, too: an earlier one may have failed in another process
-        also = self._resolving(row, before) if before or self._placed is not None else None
+        also = self._resolving(row, message, before) if before or self._placed is not None else None
         transient = immediate = 0
         while True:
             if transient or immediate:
@@ -218,6 +222,8 @@ class Delivering:
                 assert reading.key is not None
                 error = PayloadConflict(self.plan.explain_conflict(ended.fingerprint, message, reading.key))
                 return self.recording.failed(message, reading, error, features, foreign)
+            case How.TRANSIENT if ended.error is not None and self.recording.cannot_work(ended.error):
+                return self.recording.away(ended.error)
             case How.BROKEN:
                 assert ended.error is not None
                 return self.recording.record(
@@ -254,12 +260,12 @@ class Delivering:
             pause=placed.pause,
         )
 
-    def _resolving(self, row: ClaimRow, before: bool) -> Callable[[Session, int], object]:
+    def _resolving(self, row: ClaimRow, message: Message, before: bool) -> Callable[[Session, int], object]:
         failures = self.store.failures
 
         def resolve(session: Session, attempt: int) -> None:
             if before or attempt > 1:
-                failures.resolve(session, row.group, row.handler, row.key, row.fingerprint, row.message_id)
+                failures.resolve(session, row.group, row.handler, row.key, row.fingerprint, message.message_id)
 
         return resolve
 

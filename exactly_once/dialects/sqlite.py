@@ -36,8 +36,20 @@ KNOWN: Final = (
 )
 
 _PRIMARY: Final = 0xFF  # extended result codes carry the primary one in their low byte
-_UNAVAILABLE: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL,
-                                 sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY})  # fmt: skip
+# what says that the database cannot be worked with now, whichever message asks
+_UNAVAILABLE: Final = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_PROTOCOL,
+        sqlite3.SQLITE_READONLY,
+    }
+)
+_NO_ROOM: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR})
 
 
 class SQLite:
@@ -124,6 +136,13 @@ class SQLite:
     def no_table(self, error: BaseException) -> bool:
         # its code is that of any wrong statement, and its text is always English
         return isinstance(error, sqlite3.OperationalError) and "no such table" in str(error)
+
+    def no_room(self, error: BaseException) -> bool:
+        code = getattr(getattr(error, "orig", error), "sqlite_errorcode", None)
+        return code is not None and code & _PRIMARY in _NO_ROOM
+
+    def unstorable(self, error: BaseException) -> bool:
+        return False  # it takes any text that Python can encode
 
     def hopeless(self, error: BaseException) -> bool:
         # a folder that is not there does not come by waiting
