@@ -182,30 +182,52 @@ class Store:
         if cause is not None and self.dialect.no_room(cause):
             self._wants_room = True
 
-    def answers(self, *, is_async: bool = False) -> bool:
-        """Say whether the database can be reached and written to now: by a row in a new connection, which is rolled back.
+    def answers(self) -> bool:
+        """Say whether the database can be reached and written to now; for threads.
+
+        Where no new connection is to be had, one of the pool's has to do: it may hold the last that the server gives us.
+        """
+        well = self.look()
+        if well is None:
+            try:
+                with self.engine.connect() as connection:
+                    return self._writes(connection)
+            except Exception:  # whatever it says: it does not answer
+                return False
+        return well
+
+    def look(self, *, is_async: bool = False) -> bool | None:
+        """Say whether a row can be written through a new connection, which is rolled back; None if there is none to be had.
 
         New, because a session keeps what the server's defaults were as it began: a pool filled while the database was
-        read only would say so for ever. For the same reason, once it answers, older connections are not used again.
+        read only would say so for ever. For the same reason, once it can, older connections are not used again.
 
         Args:
             is_async: Called in a greenlet of the loop; else in a thread.
         """
         engine = self.async_engine.sync_engine if is_async else self.engine
-        look = Engine(engine.pool.recreate(), engine.dialect, engine.url)
+        apart = Engine(engine.pool.recreate(), engine.dialect, engine.url)
+        try:
+            with apart.connect() as connection:
+                well = self._writes(connection)
+        except Exception:  # whatever it says: no connection
+            return None
+        finally:
+            apart.dispose()
+        if well:
+            self._forget_connections()
+        return well
+
+    def _writes(self, connection: Connection) -> bool:
         wants_room = self._wants_room
         try:
-            with look.connect() as connection:
-                _try_to_write(connection, self.tables.idempotent, rows=_ROOM_ROWS if wants_room else 1)
+            _try_to_write(connection, self.tables.idempotent, rows=_ROOM_ROWS if wants_room else 1)
         except Exception as error:
             # what is refused to us for another reason is not mended by waiting: whoever asks next is told
             if self.dialect.trouble(error) is not Trouble.REFUSED:
                 return False
-        finally:
-            look.dispose()
         if wants_room:
             self._wants_room = False
-        self._forget_connections()
         return True
 
     def _forget_connections(self) -> None:

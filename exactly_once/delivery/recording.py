@@ -217,7 +217,7 @@ class Recording:
         if isinstance(problem, DBAPIError) and problem.statement is None:
             return True
         self._store.seen(problem)
-        return not self._store.answers(is_async=self._is_async)
+        return self._store.look(is_async=self._is_async) is not True
 
     def away(self, error: BaseException | None) -> Told:
         """The store does not answer: the delivery is held; said in the log once in a while, not for each message."""
