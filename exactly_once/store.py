@@ -5,6 +5,7 @@ nothing until first used. The facade makes stores; deliveries, the pump and the 
 """
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import cached_property
 from os import urandom
 from time import time
@@ -22,7 +23,7 @@ from exactly_once.errors import ConfigurationError, MissingExtra, SchemaError, S
 from exactly_once.failures import FailureStore
 from exactly_once.guards.watch import install, install_session
 from exactly_once.redaction import redacted
-from exactly_once.schema import CONSUMING, Tables, tables, utcnow
+from exactly_once.schema import CONSUMING, Tables, tables
 from exactly_once.wording import escaped
 
 if TYPE_CHECKING:
@@ -54,10 +55,10 @@ _EXTRA: Final = {"mysql": "mysql", "mariadb": "mysql", "sqlite": "sqlite"}
 
 _CONNECT_S: Final = 5  # a server that does not accept within this is away
 _IDLE_IN_TRANSACTION: Final = "10min"  # a worker that vanished holds its keys locked no longer than this
-# 8 MiB: more than what a table keeps free within its file, so that writing it takes room from the disk. In pieces that
-# any max_allowed_packet lets through
-_ROOM_ROWS: Final = 32
-_ROOM_BYTES: Final = 256 * 1024
+# 6 MiB in InnoDB's pages: more than the 4 by which it lets a table grow, so that writing it takes room from the disk. In
+# rows that fit into a page: it ends the server where a larger value found no room and is to be rolled back
+_ROOM_ROWS: Final = 800
+_ROOM_BYTES: Final = 7000
 _SQLITE_BUSY_S: Final = 30  # handlers run one at a time there, and wait for their turn
 
 
@@ -400,18 +401,21 @@ def _sides(database: Any, async_database: Any) -> tuple[Any, Any]:
 
 def _try_to_write(connection: Connection, claims: Table, *, rows: int) -> None:
     """Insert claims of nobody, and roll them back."""
-    for _ in range(rows):
-        values = {
+    now = datetime.now(UTC)
+    content = urandom(_ROOM_BYTES) if rows > 1 else None  # of no pattern: a server that compresses would write nothing
+    values = [
+        {
             "consumer_group": "exactly_once",
             "handler": "look",
             "business_key": uuid4().hex,
             "status": CONSUMING,
             "fingerprint": b"",
-            # of no pattern: a server that compresses would write nothing
-            "message_content": urandom(_ROOM_BYTES) if rows > 1 else None,
-            "created_at": utcnow(),
+            "message_content": content,
+            "created_at": now,
         }
-        connection.execute(insert(claims).values(values))
+        for _ in range(rows)
+    ]
+    connection.execute(insert(claims), values)
     connection.rollback()
 
 

@@ -28,7 +28,7 @@ from exactly_once.policy import ByBroker, ByPump, Decision, Park, decide, wait_d
 from exactly_once.store import Store
 from exactly_once.transport import Features
 from exactly_once.verdict import Ack, Hold, Keep, Redeliver, Said
-from exactly_once.wording import escaped, said
+from exactly_once.wording import escaped
 
 __all__ = ["DUPLICATE", "PROCESSED", "UNRECORDED", "Recording", "Told"]
 
@@ -39,6 +39,7 @@ _REMEMBERED: Final = 10_000
 _LOOK_AGAIN: Final = timedelta(seconds=0.5)
 _LOOK_LONGEST: Final = timedelta(seconds=5)
 _TELL_AGAIN_S: Final = 10.0
+_LOOKED_S: Final = 1.0  # so long a store that was seen not to work is not looked at again
 
 _log = logging.getLogger("exactly_once.failures")
 
@@ -74,7 +75,7 @@ class Recording:
         self._handler, self._retry, self._is_async = plan.name, plan.retry, plan.is_async
         self._store, self._group, self._open, self._alert = store, group, open_session, alert
         self._seen: dict[str, None] = {}
-        self._tell_away_at = 0.0
+        self._tell_away_at = self._cannot_until = 0.0
 
     def came_before(self, message: Message, key: str) -> bool:
         """Only a message that came before can have a failure row to close; others do not pay a statement for it."""
@@ -216,8 +217,13 @@ class Recording:
             return False
         if isinstance(problem, DBAPIError) and problem.statement is None:
             return True
+        if monotonic() < self._cannot_until:
+            return True  # another message has just looked
         self._store.seen(problem)
-        return self._store.look(is_async=self._is_async) is not True
+        if self._store.look(is_async=self._is_async):
+            return False
+        self._cannot_until = monotonic() + _LOOKED_S
+        return True
 
     def away(self, error: BaseException | None) -> Told:
         """The store does not answer: the delivery is held; said in the log once in a while, not for each message."""
@@ -227,7 +233,7 @@ class Recording:
         store = getattr(error, "store", None) or self._store.name
         if now >= self._tell_away_at:
             self._tell_away_at = now + _TELL_AGAIN_S
-            _log.warning("store_away store=%s error=%s", store, escaped(said(error) if error else "", 300))
+            _log.warning("store_away store=%s error=%s", store, escaped(text_of(error) if error else "", 300))
         return Told(Outcome.WAITING, Hold(store))
 
 

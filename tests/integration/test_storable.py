@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, NullPool, create_engine, make_url, text
+from sqlalchemy import NullPool, create_engine, make_url, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -17,7 +17,7 @@ from exactly_once import BadKey, ExactlyOnce, Lease, Message, Outcome, Retry
 from exactly_once.errors import ConfigurationError
 from exactly_once.store import Store
 from exactly_once.testing.databases import DatabaseServer
-from tests.integration.shop import COLOURS, Shop, order, shops
+from tests.integration.shop import COLOURS, Shop
 
 ONE = Retry(immediate=0, max_attempts=1)
 XIN, EMOJI = "鑫", "🦆"
