@@ -186,6 +186,7 @@ class Delivering:
         # under a lease the number of the claim tells, too: an earlier one may have failed in another process
         also = self._resolving(row, message, before) if before or self._placed is not None else None
         transient = immediate = 0
+        looked = False
         while True:
             if transient or immediate:
                 reading = self.plan.read(message)  # the handler may have changed the body it was given
@@ -205,6 +206,12 @@ class Delivering:
                     transient += 1
                 case How.TRANSIENT if transient < _TRANSIENT_TRIES:
                     transient += 1
+                case How.TRANSIENT if (works := self._works(ended)) is False:
+                    return self.recording.away(ended.error)
+                case How.TRANSIENT if works and not looked:
+                    # it can by now: what was said of the store may have been true a moment ago. Said once more, it is a
+                    # failure of this message
+                    looked, transient = True, 1
                 case How.FAILED if immediate < self._immediate(ended.error):
                     immediate += 1
                 case _:
@@ -222,8 +229,6 @@ class Delivering:
                 assert reading.key is not None
                 error = PayloadConflict(self.plan.explain_conflict(ended.fingerprint, message, reading.key))
                 return self.recording.failed(message, reading, error, features, foreign)
-            case How.TRANSIENT if ended.error is not None and self.recording.cannot_work(ended.error):
-                return self.recording.away(ended.error)
             case How.BROKEN:
                 assert ended.error is not None
                 return self.recording.record(
@@ -232,6 +237,9 @@ class Delivering:
             case _:
                 assert ended.error is not None
                 return self.recording.failed(message, reading, ended.error, features, foreign)
+
+    def _works(self, ended: Ended) -> bool | None:
+        return None if ended.error is None else self.recording.works(ended.error)
 
     def _immediate(self, error: BaseException | None) -> int:
         if error is None or isinstance(error, (Reject, RetryLater, StepError)):

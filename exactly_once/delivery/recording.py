@@ -142,7 +142,7 @@ class Recording:
                 decision, attempts = self._store.failures.record(session, failure, decision_of, form)
                 break
             except Exception as problem:
-                if self.cannot_work(problem):
+                if self.works(problem) is False:
                     return self.away(problem)
                 transient = self._store.dialect.trouble(problem) in (Trouble.TRANSIENT, Trouble.UNAVAILABLE)
                 if transient and tries < _RECORD_TRIES:
@@ -204,26 +204,26 @@ class Recording:
             escaped(text_of(problem), 400),
         )
 
-    def cannot_work(self, problem: BaseException) -> bool:
-        """Say whether an error means that the store cannot work for any message now, and not that it is one message's own.
+    def works(self, problem: BaseException) -> bool | None:
+        """Say whether the store can work, after an error that says it cannot; None where the error says nothing of that.
 
         A server cuts the connection of a body that is too large for it, and a full MEMORY table of the handler's own says
         what a full disk says. Taken for outages, such messages would stop the whole worker again and again, for ever. So
         the store is looked at, unless no connection was had at all.
         """
         if isinstance(problem, PoolTimeout):
-            return True
-        if self._store.dialect.trouble(problem) is not Trouble.UNAVAILABLE:
             return False
+        if self._store.dialect.trouble(problem) is not Trouble.UNAVAILABLE:
+            return None
         if isinstance(problem, DBAPIError) and problem.statement is None:
-            return True
+            return False
         if monotonic() < self._cannot_until:
-            return True  # another message has just looked
+            return False  # another message has just looked
         self._store.seen(problem)
         if self._store.look(is_async=self._is_async):
-            return False
+            return True
         self._cannot_until = monotonic() + _LOOKED_S
-        return True
+        return False
 
     def away(self, error: BaseException | None) -> Told:
         """The store does not answer: the delivery is held; said in the log once in a while, not for each message."""
