@@ -17,8 +17,8 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
 
+from exactly_once.characters import narrow, utf8_args
 from exactly_once.dialects import ClaimRow, Dialect, Trouble, dialect_for
-from exactly_once.dialects.characters import narrow, utf8_args
 from exactly_once.errors import ConfigurationError, MissingExtra, SchemaError, StoreUnavailable
 from exactly_once.failures import FailureStore
 from exactly_once.guards.watch import install, install_session

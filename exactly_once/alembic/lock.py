@@ -17,7 +17,7 @@ from typing import Final, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url, pool, text
 
-from exactly_once.dialects.characters import utf8_args
+from exactly_once.characters import utf8_args
 from exactly_once.errors import ConfigurationError, SchemaError
 
 __all__ = ["Database", "schema_lock", "with_connection"]

@@ -21,7 +21,7 @@ from sqlalchemy import Column, and_, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError, StatementError
 from sqlalchemy.orm import Session
 
-from exactly_once.dialects.characters import characters_of
+from exactly_once.characters import characters_of
 from exactly_once.errors import Reject
 from exactly_once.message import Message
 from exactly_once.policy import ByBroker, ByPump, Decision, Park

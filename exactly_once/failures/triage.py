@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Table, and_, delete, exis
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
-from exactly_once.dialects.characters import characters_of
+from exactly_once.characters import characters_of
 from exactly_once.errors import ConfigurationError
 from exactly_once.failures import CLOSED, OPEN
 from exactly_once.schema import CONSUMED, CONSUMING, KEY_BYTES, Tables, utcnow

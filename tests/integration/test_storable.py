@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 import exactly_once.alembic
 from exactly_once import BadKey, ExactlyOnce, Lease, Message, Outcome, Retry
-from exactly_once.errors import ConfigurationError
+from exactly_once.errors import ConfigurationError, SendFailed
 from exactly_once.store import Store
 from exactly_once.testing.databases import DatabaseServer
 from tests.integration.shop import COLOURS, Shop
@@ -314,3 +314,18 @@ def test_what_a_person_decides_is_written_down_in_the_characters_of_the_database
         row = shop.failure()
         assert (row.state, row.decided_by, row.decided_why) == ("discarded", "x" * 255, "\\U0001f986")
         assert shop.process(strange(XIN)) is Outcome.DEAD
+
+
+def test_the_queue_in_a_table_refuses_what_would_come_back_as_another_text_and_takes_what_stands_beside_it(
+    encoded: Callable[[str], str],
+) -> None:
+    url = encoded("LATIN1")
+    table_of_effects(url)
+    eo = application(url, "sync")
+    with eo.worker("sql://") as worker, eo.producer("sql://") as producer:
+        with pytest.raises(SendFailed, match="lacks a character of the tag"):
+            producer.send(strange("A-1", key=None, ordering_key=None))
+        producer.send(Message("orders", strange("A-2").body, tag="café", properties=strange().properties))
+        worker.drain()
+        assert worker.counts.outcomes["processed"] == 1
+    assert rows(url) == []
