@@ -23,7 +23,7 @@ from exactly_once.errors import (
 )
 from exactly_once.routing import Router
 from exactly_once.runner import Runner
-from exactly_once.store import Store, claims_twice
+from exactly_once.store import Store, claims_twice, lacking_characters
 from exactly_once.transport import Away, Transport
 from exactly_once.worker import Counts, Worker
 
@@ -88,6 +88,9 @@ class Serving:
                 f"the database {name!r}",
                 StoreUnavailable,
             )
+        for name, store in router.stores.items():
+            if store.lacking is not None:
+                _log.warning("%s", lacking_characters(name, store.lacking))
         for name, problem in router.leases.problems():
             _until(self._asked, deadline, problem, f"the store of leases {name}", StoreUnavailable)
         subscriptions = router.subscriptions()

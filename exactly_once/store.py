@@ -5,29 +5,33 @@ nothing until first used. The facade makes stores; deliveries, the pump and the 
 """
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import cached_property
+from os import urandom
+from time import time
 from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
-from sqlalchemy import URL, Engine, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, insert, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
 
+from exactly_once.characters import narrow, utf8_args
 from exactly_once.dialects import ClaimRow, Dialect, Trouble, dialect_for
 from exactly_once.dialects.place import schema_in
-from exactly_once.errors import ConfigurationError, MissingExtra, SchemaError
+from exactly_once.errors import ConfigurationError, MissingExtra, SchemaError, StoreUnavailable
 from exactly_once.failures import FailureStore
 from exactly_once.guards.listening import install, install_session
 from exactly_once.owner import new_owner
 from exactly_once.redaction import redacted
-from exactly_once.schema import Tables, tables
+from exactly_once.schema import CONSUMING, Tables, tables
 from exactly_once.wording import escaped
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-__all__ = ["Store", "claims_twice"]
+__all__ = ["Store", "claims_twice", "lacking_characters"]
 
 # the drivers that exist for both worlds, so that one URL serves handlers of both kinds
 _ASYNC: Final = {
@@ -53,6 +57,10 @@ _EXTRA: Final = {"mysql": "mysql", "mariadb": "mysql", "sqlite": "sqlite"}
 
 _CONNECT_S: Final = 5  # a server that does not accept within this is away
 _IDLE_IN_TRANSACTION: Final = "10min"  # a worker that vanished holds its keys locked no longer than this
+# 6 MiB in InnoDB's pages: more than the 4 by which it lets a table grow, so that writing it takes room from the disk. In
+# rows that fit into a page: it ends the server where a larger value found no room and is to be rolled back
+_ROOM_ROWS: Final = 800
+_ROOM_BYTES: Final = 7000
 _SQLITE_BUSY_S: Final = 30  # handlers run one at a time there, and wait for their turn
 
 
@@ -76,6 +84,9 @@ class Store:
         self._given, self._given_async = _sides(database, async_database)
         self._ours: list[Engine] = []
         self.failures = FailureStore(lambda: self.tables)
+        self._wants_room = False
+        self.lacking: str | None = None
+        """The database's own character set, where `problem` saw that it lacks characters."""
 
     # -- threads -----------------------------------------------------------------------------------------------------
 
@@ -182,16 +193,68 @@ class Store:
         """Our tables there; looked up like `place`."""
         return tables(self.place)
 
+    def seen(self, error: BaseException) -> None:
+        """Remember of an error what the next look must find out: whether there is room again."""
+        cause = error.__cause__ if isinstance(error, StoreUnavailable) else error
+        if cause is not None and self.dialect.no_room(cause):
+            self._wants_room = True
+
     def answers(self) -> bool:
-        """Say whether the database can be reached and written to now; opens a fresh connection where it must."""
+        """Say whether the database can be reached and written to now; for threads.
+
+        Where no new connection is to be had, one of the pool's has to do: it may hold the last that the server gives us.
+        """
+        well = self.look()
+        if well is None:
+            try:
+                with self.engine.connect() as connection:
+                    return self._writes(connection)
+            except Exception:  # whatever it says: it does not answer
+                return False
+        return well
+
+    def look(self, *, is_async: bool = False) -> bool | None:
+        """Say whether a row can be written through a new connection, which is rolled back; None if there is none to be had.
+
+        New, because a session keeps what the server's defaults were as it began: a pool filled while the database was
+        read only would say so for ever. For the same reason, once it can, older connections are not used again.
+
+        Args:
+            is_async: Called in a greenlet of the loop; else in a thread.
+        """
+        engine = self.async_engine.sync_engine if is_async else self.engine
+        apart = Engine(engine.pool.recreate(), engine.dialect, engine.url)
         try:
-            with self.engine.connect() as connection:
-                if connection.dialect.name == "postgresql":
-                    return connection.execute(text("SHOW transaction_read_only")).scalar() != "on"
-                connection.execute(text("SELECT 1"))
-                return True
-        except Exception:  # whatever it says: it does not answer
-            return False
+            with apart.connect() as connection:
+                well = self._writes(connection)
+        except Exception:  # whatever it says: no connection
+            return None
+        finally:
+            apart.dispose()
+        if well:
+            self._forget_connections()
+        return well
+
+    def _writes(self, connection: Connection) -> bool:
+        wants_room = self._wants_room
+        try:
+            _try_to_write(connection, self.tables.idempotent, rows=_ROOM_ROWS if wants_room else 1)
+        except Exception as error:
+            # what is refused to us for another reason is not mended by waiting: whoever asks next is told
+            if self.dialect.trouble(error) is not Trouble.REFUSED:
+                return False
+        if wants_room:
+            self._wants_room = False
+        return True
+
+    def _forget_connections(self) -> None:
+        """Have each connection that is older than now closed when it is next asked for, where it belongs: thread or loop."""
+        engines = [self.__dict__.get(name) for name in ("engine", "engine_apart", "async_engine")]
+        for engine in engines:
+            if engine is not None:
+                pool = getattr(engine, "sync_engine", engine).pool
+                # what SQLAlchemy itself does after a lost connection; it has no public verb for it
+                pool._invalidate_time = time()  # noqa: SLF001
 
     def problem(self) -> str | None:
         """Look whether this database can be used: None if so, else what is waited for (it does not answer).
@@ -205,6 +268,7 @@ class Store:
         try:
             with self.engine.connect() as connection:
                 missing = check(connection, self.schema)
+                lacking = narrow(connection)
                 connection.rollback()
                 if missing is None:
                     driver = connection.connection
@@ -217,8 +281,22 @@ class Store:
                 f"The database {where} cannot be used: {escaped(str(error.orig).strip(), 200)}. Check the URL, in"
                 " EXACTLY_ONCE_DATABASE or where it was given."
             ) from error
+        except TypeError as error:
+            # SQLAlchemy reads bytes for text there, and knows no other way to say so
+            raise ConfigurationError(
+                f"The database {redacted(self.engine.url)} cannot be spoken to; most likely its character set is SQL_ASCII."
+                " Give a URL in place of the engine, or: create_engine(..., connect_args={'client_encoding': 'utf8'})"
+            ) from error
         if missing is not None:
             raise SchemaError(missing)
+        if lacking is not None and dialect.name == "mysql":
+            url = self.engine.url
+            wanted = url.update_query_dict({"charset": "utf8mb4"})
+            raise ConfigurationError(
+                f"The connection to {redacted(url)} uses the character set {lacking}, which lacks characters: messages with"
+                f" an emoji or a rare letter could not be handled, nor kept as they are. Write {redacted(wanted)}"
+            )
+        self.lacking = lacking
         return None
 
     def away(self, error: BaseException) -> bool:
@@ -284,13 +362,21 @@ class Store:
         options: dict[str, Any] = {"pool_size": self.pool_size, "max_overflow": 4, "pool_timeout": 30}
         if backend == "postgresql":
             # a dead peer is noticed in about a minute, not after the kernel's two hours with the key still locked
-            options["connect_args"] = {
-                "connect_timeout": _CONNECT_S,
-                "keepalives_idle": 30,
-                "keepalives_interval": 10,
-                "keepalives_count": 3,
-                "tcp_user_timeout": 60_000,
-            } | {k: v for k, v in url.query.items() if k in ("connect_timeout", "keepalives_idle", "tcp_user_timeout")}
+            options["connect_args"] = (
+                utf8_args(url)
+                | {
+                    "connect_timeout": _CONNECT_S,
+                    "keepalives_idle": 30,
+                    "keepalives_interval": 10,
+                    "keepalives_count": 3,
+                    "tcp_user_timeout": 60_000,
+                }
+                | {
+                    k: v
+                    for k, v in url.query.items()
+                    if k in ("connect_timeout", "keepalives_idle", "tcp_user_timeout")
+                }
+            )
         else:
             options["connect_args"] = {"connect_timeout": _CONNECT_S}
         return options
@@ -329,6 +415,26 @@ def _sides(database: Any, async_database: Any) -> tuple[Any, Any]:
     return database, async_database
 
 
+def _try_to_write(connection: Connection, claims: Table, *, rows: int) -> None:
+    """Insert claims of nobody, and roll them back."""
+    now = datetime.now(UTC)
+    content = urandom(_ROOM_BYTES) if rows > 1 else None  # of no pattern: a server that compresses would write nothing
+    values = [
+        {
+            "consumer_group": "exactly_once",
+            "handler": "look",
+            "business_key": uuid4().hex,
+            "status": CONSUMING,
+            "fingerprint": b"",
+            "message_content": content,
+            "created_at": now,
+        }
+        for _ in range(rows)
+    ]
+    connection.execute(insert(claims), values)
+    connection.rollback()
+
+
 def _engine_of(given: Any) -> Engine | None:
     engine = getattr(given, "kw", {}).get("bind", given)
     return engine if isinstance(engine, Engine) else None
@@ -350,3 +456,16 @@ def claims_twice(dialect: Dialect, open_session: Callable[[], tuple[Any, Any]], 
     finally:
         session.rollback()
         session.close()
+
+
+def lacking_characters(name: str, characters: str) -> str:
+    """Say what it means that a database's own character set is none that has every character."""
+    if characters == "SQL_ASCII":
+        return (
+            f"The database {name!r} is in SQL_ASCII: it takes bytes for text and checks nothing. We write UTF-8; other programs"
+            " may not. Better: a database in UTF8."
+        )
+    return (
+        f"The database {name!r} is in {characters}, which lacks characters. A message whose key has one is kept as dead and"
+        " never run; in other texts of ours it is escaped. Better: a database in UTF8."
+    )

@@ -1,8 +1,17 @@
-"""Small pieces of error sentences: a stranger's text made safe to print, and what was probably meant. Pure."""
+"""Small pieces of error sentences: a stranger's text made safe to print or to store, and what was probably meant. Pure."""
 
+import re
 from collections.abc import Iterable
+from typing import Final
 
-__all__ = ["escaped", "listed", "probably", "storable"]
+__all__ = ["EVERY", "THREE_BYTES", "escaped", "listed", "probably", "said", "storable"]
+
+EVERY: Final = "utf-8"
+"""The character set that has every character."""
+THREE_BYTES: Final = "utf8mb3"
+"""MySQL's older utf8, which ends at U+FFFF: no emoji, and not every Chinese name. Python has no codec for it."""
+
+_BEYOND_THREE_BYTES: Final = re.compile("[\U00010000-\U0010ffff]")
 
 
 def escaped(text: str, limit: int = 60) -> str:
@@ -44,21 +53,51 @@ def probably(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(repr(folded[match]) for match in close)}?" if close else ""
 
 
-def storable(text: str | None, limit_bytes: int) -> str | None:
-    """Make a broker's text fit a column: a message that cannot be stored could neither be kept nor acknowledged.
+def said(error: BaseException) -> str:
+    """Return what an error says of itself; its own code may fail, and then its class has to do.
+
+    Example:
+        >>> said(ValueError("no stock"))
+        'no stock'
+    """
+    try:
+        return str(error)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as problem:  # noqa: BLE001, RUF100  (code of a stranger's class)
+        return f"({type(error).__name__} does not say what happened: its text raises {type(problem).__name__})"
+
+
+def storable(
+    text: str | None, limit_bytes: int | None = None, characters: str = EVERY, *, limit: int | None = None
+) -> str | None:
+    """Make a stranger's text fit a column: a message that cannot be stored could neither be kept nor acknowledged.
 
     Args:
         text: As it came.
         limit_bytes: What the column holds, in bytes of UTF-8.
+        characters: The character set it goes through: `EVERY`, `THREE_BYTES`, or a codec of Python's.
+        limit: What the column holds, in characters.
 
     Returns:
-        The text with NUL and lone surrogates written as escapes; cut, by bytes, where it is longer than that.
+        The text with NUL, lone surrogates and what the character set lacks written as escapes; cut where it is longer.
 
     Example:
         >>> storable("a\\0b", 255)
         'a\\\\0b'
+        >>> storable("caf\u00e9 \u946b", 255, "iso8859-1")
+        'caf\u00e9 \\\\u946b'
     """
-    if text is None or (text.isascii() and len(text) <= limit_bytes and "\0" not in text):  # nearly every one
-        return text
-    data = text.replace("\0", "\\0").encode("utf-8", "backslashreplace")
-    return data[:limit_bytes].decode("utf-8", "ignore")
+    if text is None:
+        return None
+    if not text.isascii() or "\0" in text:
+        text = text.replace("\0", "\\0")
+        if characters == THREE_BYTES:
+            text = _BEYOND_THREE_BYTES.sub(lambda found: f"\\U{ord(found[0]):08x}", text)
+            characters = EVERY
+        text = text.encode(characters, "backslashreplace").decode(characters)
+    if limit is not None:
+        text = text[:limit]
+    if limit_bytes is not None and len(text) * 4 > limit_bytes:  # else no need to count
+        text = text.encode()[:limit_bytes].decode("utf-8", "ignore")
+    return text

@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url, pool, text
 
+from exactly_once.characters import utf8_args
 from exactly_once.errors import ConfigurationError, SchemaError
 
 __all__ = ["Database", "schema_lock", "with_connection"]
@@ -56,7 +57,7 @@ def with_connection(database: Database, work: Callable[[Connection], T]) -> T:
         # in a thread of its own: the caller's thread may be running a loop, and asyncio allows one a thread
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(lambda: asyncio.run(_on_async(url, work))).result()
-    engine = create_engine(url, poolclass=pool.NullPool)
+    engine = create_engine(url, poolclass=pool.NullPool, connect_args=utf8_args(url))
     with _plain(engine).connect() as connection:
         return work(connection)
 
@@ -64,7 +65,7 @@ def with_connection(database: Database, work: Callable[[Connection], T]) -> T:
 async def _on_async(url: URL, work: Callable[[Connection], T]) -> T:
     from sqlalchemy.ext.asyncio import create_async_engine
 
-    engine = create_async_engine(url, poolclass=pool.NullPool)
+    engine = create_async_engine(url, poolclass=pool.NullPool, connect_args=utf8_args(url))
     if engine.dialect.name != "sqlite":
         engine = engine.execution_options(isolation_level="READ COMMITTED")
     async with engine.connect() as connection:

@@ -17,6 +17,7 @@ from exactly_once.delivery.recording import ACK, DUPLICATE, PROCESSED, UNRECORDE
 from exactly_once.dialects import ClaimRow
 from exactly_once.error_words import trace_of, words_of
 from exactly_once.errors import (
+    BadKey,
     ConfigurationError,
     Misuse,
     PayloadConflict,
@@ -148,6 +149,8 @@ class Delivering:
             return self._try(message, reading, row, features, pumped, foreign)
         except StoreUnavailable as error:
             return self.recording.away(error)
+        except BadKey as error:  # its characters are none of the database's
+            return self.recording.failed(message, reading, error, features, foreign)
         except ConfigurationError:
             raise  # of the program or the server: no message is to be blamed for it
         except Exception as error:  # a statement of ours before the attempt: nothing ran, so nothing is acknowledged
@@ -162,7 +165,8 @@ class Delivering:
             self.plan.name,
             reading.key,
             reading.fingerprint,
-            storable(message.message_id, MESSAGE_ID_BYTES),
+            # for people to read, compared with nothing: in ASCII no character set keeps its message from running
+            storable(message.message_id, MESSAGE_ID_BYTES, "ascii"),
             message.attempt,
             "",
             message.born_at,
@@ -190,8 +194,9 @@ class Delivering:
 
         before = pumped or self.recording.came_before(message, row.key)
         # under a lease the number of the claim tells, too: an earlier one may have failed in another process
-        also = self._resolving(row, before) if before or self._placed is not None else None
+        also = self._resolving(row, message, before) if before or self._placed is not None else None
         transient = immediate = 0
+        looked = False
         while True:
             if transient or immediate:
                 reading = self.plan.read(message)  # the handler may have changed the body it was given
@@ -220,6 +225,12 @@ class Delivering:
                     transient += 1
                 case How.TRANSIENT if transient < _TRANSIENT_TRIES:
                     transient += 1
+                case How.TRANSIENT if (works := self._works(ended)) is False:
+                    return self.recording.away(ended.error)
+                case How.TRANSIENT if works and not looked:
+                    # it can by now: what was said of the store may have been true a moment ago. Said once more, it is a
+                    # failure of this message
+                    looked, transient = True, 1
                 case How.FAILED if immediate < self._immediate(ended.error):
                     immediate += 1
                 case _:
@@ -252,6 +263,9 @@ class Delivering:
                 assert ended.error is not None
                 return self.recording.failed(message, reading, ended.error, features, foreign)
 
+    def _works(self, ended: Ended) -> bool | None:
+        return None if ended.error is None else self.recording.works(ended.error)
+
     def _immediate(self, error: BaseException | None) -> int:
         if error is None or isinstance(error, (Reject, RetryLater, StepError)):
             return 0
@@ -281,12 +295,12 @@ class Delivering:
             pause=placed.pause,
         )
 
-    def _resolving(self, row: ClaimRow, before: bool) -> Callable[[Session, int], object]:
+    def _resolving(self, row: ClaimRow, message: Message, before: bool) -> Callable[[Session, int], object]:
         failures, dialect = self.store.failures, self.store.dialect
 
         def resolve(session: Session, attempt: int) -> None:
             if before or attempt > 1:
-                failures.resolve(session, dialect, row)
+                failures.resolve(session, dialect, row, message.message_id)
 
         return resolve
 

@@ -12,14 +12,15 @@ from time import monotonic
 from typing import Any, Final
 from uuid import uuid4
 
-from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from exactly_once.alert import Alert, Hook, sound
 from exactly_once.dialects import Trouble
-from exactly_once.error_words import place_of, trace_of, words_of
+from exactly_once.error_words import words_of
 from exactly_once.errors import Reject
-from exactly_once.failures import Failure
+from exactly_once.failures import Failure, Form, text_of
 from exactly_once.guards.watch import let_go
 from exactly_once.handler import Plan, Reading
 from exactly_once.message import Message
@@ -32,7 +33,7 @@ from exactly_once.wording import escaped
 
 __all__ = ["ACK", "DUPLICATE", "PROCESSED", "UNRECORDED", "Owed", "Recording", "Told"]
 
-_RECORD_TRIES: Final = (False, False, False, True)
+_RECORD_TRIES: Final = 4  # of each form, where a deadlock or a cut connection was in the way
 UNRECORDED: Final = timedelta(seconds=5)  # neither run nor stored: not in a tight circle
 # keys that failed in this process, for loops that do not count deliveries; one forgotten leaves its row to the sweep
 _REMEMBERED: Final = 10_000
@@ -41,6 +42,7 @@ _FOR_GOOD: Final = timedelta(days=3650)
 _LOOK_AGAIN: Final = timedelta(seconds=0.5)
 _LOOK_LONGEST: Final = timedelta(seconds=5)
 _TELL_AGAIN_S: Final = 10.0
+_LOOKED_S: Final = 1.0  # so long a store that was seen not to work is not looked at again
 
 _log = logging.getLogger("exactly_once.failures")
 
@@ -83,14 +85,14 @@ class Recording:
     def __init__(
         self, plan: Plan, store: Store, group: str, open_session: Callable[[], tuple[Session, Any]], alert: Hook | None
     ) -> None:
-        self._handler, self._retry = plan.name, plan.retry
+        self._handler, self._retry, self._is_async = plan.name, plan.retry, plan.is_async
         self._store, self._group, self._open, self._alert = store, group, open_session, alert
         self._seen: dict[str, None] = {}
         self._owed: dict[str, Owed] = {}
         self._unknown: dict[str, int] = {}
         self.refused: BaseException | None = None
         """Why this handler is held: it is wrong, and no message."""
-        self._tell_away_at = 0.0
+        self._tell_away_at = self._cannot_until = 0.0
 
     def came_before(self, message: Message, key: str) -> bool:
         """Only a message that came before can have a failure row to close; others do not pay a statement for it."""
@@ -222,36 +224,34 @@ class Recording:
     ) -> Told:
         """Write it down in a new transaction; if that fails, nothing is acknowledged and the message comes again."""
         failure = replace(self.failure(message, reading, error), counted=counted, claim_owner=claim_owner)
-        for last in _RECORD_TRIES:
+        form, tries = Form.WHOLE, 1
+        while True:
             session, _ = self._open()
             try:
-                decision, attempts = self._store.failures.record(session, failure, decision_of)
+                decision, attempts = self._store.failures.record(session, failure, decision_of, form)
                 break
             except Exception as problem:
-                match self._store.dialect.trouble(problem):
-                    case Trouble.UNAVAILABLE if not self._cut_by_this_one(problem):
-                        return self.away(problem)
-                    case Trouble.TRANSIENT | Trouble.UNAVAILABLE if not last:
-                        continue
-                _log.error(
-                    "failure_not_recorded handler=%s key=%s\n%s",
-                    self._handler,
-                    escaped(failure.failure_key),
-                    trace_of(problem),
-                )
-                return Told(outcome, Redeliver(UNRECORDED))
+                if self.works(problem) is False:
+                    return self.away(problem)
+                transient = self._store.dialect.trouble(problem) in (Trouble.TRANSIENT, Trouble.UNAVAILABLE)
+                if transient and tries < _RECORD_TRIES:
+                    tries += 1
+                elif (shorter := form.shorter) is not None:
+                    form, tries = shorter, 1
+                else:
+                    self._unrecorded(failure, problem)
+                    return Told(outcome, Redeliver(UNRECORDED))
             finally:
                 let_go(session)
         _log.log(
             logging.WARNING if counted else logging.INFO,
-            "message_failed handler=%s key=%s attempts=%d next=%s error=%s: %s%s",
+            "message_failed handler=%s key=%s attempts=%d next=%s error=%s: %s",
             self._handler,
             escaped(failure.failure_key[2:], 120),
             attempts,
             _told(decision),
             type(error).__name__,
-            escaped(words_of(error), 300),
-            place_of(error),
+            escaped(text_of(error), 400),
         )
         match decision:
             case Park(state, reason):
@@ -275,25 +275,49 @@ class Recording:
             message = replace(message, message_id=f"anonymous-{uuid4().hex}")
         return Failure(self._group, self._handler, reading.key, reading.fingerprint, message, error)
 
-    def _cut_by_this_one(self, problem: Exception) -> bool:
-        """Say whether the server cut the connection and yet answers: MySQL does so to a body that is too large for it.
+    def _unrecorded(self, failure: Failure, problem: Exception) -> None:
+        """Not even the short form was taken: nobody but the log will know of this message, so it says all that names it."""
+        m = failure.message
+        _log.error(
+            "failure_not_recorded group=%s handler=%s key=%s message_id=%s topic=%s fingerprint=%s error=%s: %s"
+            " reason=%s: %s; it is not acknowledged and comes again",
+            failure.group,
+            failure.handler,
+            escaped(failure.failure_key, 300),
+            escaped(m.message_id or "", 300),
+            escaped(m.topic, 300),
+            failure.fingerprint.hex(),
+            type(failure.error).__name__,
+            escaped(text_of(failure.error), 400),
+            type(problem).__name__,
+            escaped(text_of(problem), 400),
+        )
 
-        Taken for an outage, one such message would stop the whole worker again and again, for ever.
+    def works(self, problem: BaseException) -> bool | None:
+        """Say whether the store can work, after an error that says it cannot; None where the error says nothing of that.
+
+        A server cuts the connection of a body that is too large for it, and a full MEMORY table of the handler's own says
+        what a full disk says. Taken for outages, such messages would stop the whole worker again and again, for ever. So
+        the store is looked at, unless no connection was had at all.
         """
-        if not getattr(problem, "connection_invalidated", False):
+        if isinstance(problem, PoolTimeout):
             return False
-        session, _ = self._open()
-        try:
-            session.execute(text("SELECT 1"))
-        except Exception:  # whatever it says: away
+        if self._store.dialect.trouble(problem) is not Trouble.UNAVAILABLE:
+            return None
+        if isinstance(problem, DBAPIError) and problem.statement is None:
             return False
-        else:
+        if monotonic() < self._cannot_until:
+            return False  # another message has just looked
+        self._store.seen(problem)
+        if self._store.look(is_async=self._is_async):
             return True
-        finally:
-            let_go(session)
+        self._cannot_until = monotonic() + _LOOKED_S
+        return False
 
     def away(self, error: BaseException | None) -> Told:
         """The store does not answer: the delivery is held; said in the log once in a while, not for each message."""
+        if error is not None:
+            self._store.seen(error)
         now = monotonic()
         store = getattr(error, "store", None) or self._store.name
         if now >= self._tell_away_at:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from sqlalchemy import Connection, Engine, Insert, Update
 
 from exactly_once.dialects.keywords import Read
-from exactly_once.errors import ConfigurationError, SchemaError, StoreUnavailable
+from exactly_once.errors import BadKey, ConfigurationError, SchemaError, StoreUnavailable
 
 __all__ = [
     "ClaimBusy",
@@ -226,6 +226,12 @@ class Dialect(Protocol):
         it, and what runs with COMMIT, must find again.
         """
 
+    def no_room(self, error: BaseException) -> bool:
+        """Does the server say that it has no room left: a full disk, or a table of the handler's own that is full?"""
+
+    def unstorable(self, error: BaseException) -> bool:
+        """Does it say that a text has characters which this database, or the connection to it, lacks?"""
+
     def hopeless(self, error: BaseException) -> bool:
         """Did connecting fail for a reason that waiting does not mend: no such user, password or database?"""
 
@@ -313,6 +319,7 @@ def raise_for_the_store(dialect: Dialect, error: BaseException, store: str | Non
     Raises:
         StoreUnavailable: The server does not answer.
         SchemaError: There is no table to claim in: no message is to blame, and none is to be counted.
+        BadKey: The key has characters that the database lacks; no retry mends that.
     """
     if dialect.trouble(error) is Trouble.UNAVAILABLE:
         raise StoreUnavailable(
@@ -322,6 +329,11 @@ def raise_for_the_store(dialect: Dialect, error: BaseException, store: str | Non
         raise SchemaError(
             f"The tables of exactly_once are not in this database (looked for {dialect.table}); nothing ran."
             " Type: exactly-once db upgrade"
+        ) from error
+    if isinstance(error, UnicodeEncodeError) or dialect.unstorable(error):
+        raise BadKey(
+            "The business key (or the name of a step) has characters that the database's character set lacks; nothing ran."
+            " Use a database in UTF8, or a key in ASCII. Type: exactly-once doctor"
         ) from error
 
 

@@ -99,11 +99,58 @@ LOCK_WAIT: Final = 1205
 _DEADLOCK: Final = 1213
 _CHANGED: Final = 1020  # MariaDB's innodb_snapshot_isolation: the row changed since this transaction's snapshot
 TRANSIENT: Final = frozenset({LOCK_WAIT, _DEADLOCK, _CHANGED})
-# gone away, lost, killed, shutting down, refused, out of connections, out of disk, read only after a failover
+# what says that the server cannot work now, whichever message asks; some of it may be of one statement alone, so a failure
+# is taken for an outage only after a look
 _UNAVAILABLE: Final = frozenset(
-    {1021, 1037, 1040, 1041, 1049, 1053, 1077, 1079, 1152, 1158, 1159, 1160, 1161, 1203, 1226, 1290, 1317, 1792, 1836,
-     1927, 2002, 2003, 2006, 2013, 2014, 2055, 3169, 4031}
-)  # fmt: skip
+    {
+        3,  # EE_WRITE: error writing a file
+        20,  # EE_DISK_FULL
+        1021,  # ER_DISK_FULL
+        1026,  # ER_ERROR_ON_WRITE
+        1030,  # ER_GET_ERRNO: the storage engine's own number (28: no space) stands in the text alone
+        1037,  # ER_OUTOFMEMORY
+        1040,  # ER_CON_COUNT_ERROR: too many connections
+        1041,  # ER_OUT_OF_RESOURCES
+        1047,  # ER_UNKNOWN_COM_ERROR: a Galera node that is cut off answers so to everything
+        1049,  # ER_BAD_DB_ERROR: being restored, or a wrong name (see `hopeless`)
+        1053,  # ER_SERVER_SHUTDOWN
+        1077,  # ER_NORMAL_SHUTDOWN
+        1079,  # ER_SHUTDOWN_COMPLETE
+        1114,  # ER_RECORD_FILE_FULL: InnoDB's answer to a full disk; also a MEMORY table that is full
+        1129,  # ER_HOST_IS_BLOCKED: after many connections that were cut
+        1135,  # ER_CANT_CREATE_THREAD
+        1152,  # ER_ABORTING_CONNECTION
+        1158,  # ER_NET_READ_ERROR
+        1159,  # ER_NET_READ_INTERRUPTED
+        1160,  # ER_NET_ERROR_ON_WRITE
+        1161,  # ER_NET_WRITE_INTERRUPTED
+        1184,  # ER_NEW_ABORTING_CONNECTION
+        1203,  # ER_TOO_MANY_USER_CONNECTIONS
+        1206,  # ER_LOCK_TABLE_FULL: no memory for one more lock
+        1226,  # ER_USER_LIMIT_REACHED
+        1290,  # ER_OPTION_PREVENTS_STATEMENT: read_only
+        1317,  # ER_QUERY_INTERRUPTED
+        1637,  # ER_TOO_MANY_CONCURRENT_TRXS: no undo slot is free
+        1792,  # ER_CANT_EXECUTE_IN_READ_ONLY_TRANSACTION
+        1836,  # ER_READ_ONLY_MODE
+        1874,  # ER_INNODB_READ_ONLY
+        1927,  # ER_CONNECTION_KILLED
+        2002,  # CR_CONNECTION_ERROR
+        2003,  # CR_CONN_HOST_ERROR
+        2006,  # CR_SERVER_GONE_ERROR
+        2013,  # CR_SERVER_LOST
+        2014,  # CR_COMMANDS_OUT_OF_SYNC
+        2055,  # CR_SERVER_LOST_EXTENDED
+        3032,  # ER_SERVER_OFFLINE_MODE
+        3168,  # ER_SERVER_ISNT_AVAILABLE
+        3169,  # ER_SESSION_WAS_KILLED
+        4031,  # ER_CLIENT_INTERACTION_TIMEOUT
+    }
+)
+_NO_ROOM: Final = frozenset({3, 20, 1021, 1026, 1030, 1114})
+# ER_CANNOT_CONVERT_CHARACTER, ER_TRUNCATED_WRONG_VALUE_FOR_FIELD (of a text: characters the column lacks), and MySQL's
+# ER_CANNOT_CONVERT_STRING
+_UNSTORABLE: Final = frozenset({1366, 1977, 3854})
 # after these nobody knows whether COMMIT happened: shutting down, interrupted, killed, the connection ended
 _UNSURE: Final = frozenset({1053, 1077, 1079, 1152, 1158, 1159, 1160, 1161, 1184, 1317, 1927, 4031})
 _GONE: Final = (ConnectionError, TimeoutError, EOFError)
@@ -351,6 +398,12 @@ class MySQL:
     def in_our_name(self, connection: Connection, statement: Insert | Update, values: Mapping[str, Any]) -> int:
         # asked to keep it: of an INSERT the driver forgets how many rows it made, and says -1
         return connection.execute(statement, values, execution_options={"preserve_rowcount": True}).rowcount
+
+    def no_room(self, error: BaseException) -> bool:
+        return errno(error) in _NO_ROOM
+
+    def unstorable(self, error: BaseException) -> bool:
+        return errno(error) in _UNSTORABLE
 
     def hopeless(self, error: BaseException) -> bool:
         return errno(error) in (1044, 1045, 1049, 1698)  # access denied, unknown database

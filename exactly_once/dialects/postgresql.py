@@ -117,9 +117,23 @@ BUSY: Final = frozenset({"55P03", "40001", "40P01"})
 _TRANSIENT: Final = frozenset({"40001", "40P01", "55P03"})
 # the classes of an ERROR after which the transaction is certainly gone; 40003 says of itself that it does not know
 _REFUSING_CLASSES: Final = frozenset({"21", "22", "23", "25", "2B", "40", "42", "44", "54", "55", "P0", "HV"})
-# cannot connect, shutting down, out of connections, disk or memory, and a standby that cannot write
-_UNAVAILABLE: Final = frozenset({"57P01", "57P02", "57P03", "57P05", "25006", "3D000"})
+# what says that the server cannot work now, whichever message asks
+_UNAVAILABLE: Final = frozenset(
+    {
+        "25006",  # read_only_sql_transaction: a standby, or default_transaction_read_only
+        "3D000",  # invalid_catalog_name: being restored, or a wrong name (see `hopeless`)
+        "57P01",  # admin_shutdown
+        "57P02",  # crash_shutdown
+        "57P03",  # cannot_connect_now
+        "57P04",  # database_dropped
+        "57P05",  # idle_session_timeout
+    }
+)
+# connection_exception; insufficient_resources: disk, memory, connections, a configured limit; system_error: reading, writing
 _UNAVAILABLE_CLASSES: Final = frozenset({"08", "53", "58"})
+_DISK_FULL: Final = "53100"
+# untranslatable_character; character_not_in_repertoire
+_UNSTORABLE: Final = frozenset({"22P05", "22021"})
 
 
 @dataclass(slots=True)
@@ -336,6 +350,12 @@ class PostgreSQL:
             raise DBAPIError.instance(text, None, error, psycopg.Error, dialect=connection.dialect) from error
         return int(results[1].command_tuples or 0)
 
+    def no_room(self, error: BaseException) -> bool:
+        return _sqlstate(error) == _DISK_FULL
+
+    def unstorable(self, error: BaseException) -> bool:
+        return _sqlstate(error) in _UNSTORABLE
+
     def hopeless(self, error: BaseException) -> bool:
         origin: Any = getattr(error, "orig", error)
         if origin.sqlstate is not None:
@@ -355,6 +375,11 @@ class PostgreSQL:
         # reported by the server whenever it changes: a string that ends elsewhere could hide a COMMIT
         conforming = driver_of(dbapi).pgconn.parameter_status(b"standard_conforming_strings")
         return (_READ if conforming == b"on" else _READ_ESCAPED)(statement)
+
+
+def _sqlstate(error: BaseException) -> str | None:
+    state: str | None = getattr(getattr(error, "orig", error), "sqlstate", None)
+    return state
 
 
 def opening(driver: Any) -> bytes:

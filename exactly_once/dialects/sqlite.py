@@ -40,8 +40,20 @@ KNOWN: Final = (
 
 _READ: Final = reader(SQLITE)
 _PRIMARY: Final = 0xFF  # extended result codes carry the primary one in their low byte
-_UNAVAILABLE: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL,
-                                 sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY})  # fmt: skip
+# what says that the database cannot be worked with now, whichever message asks
+_UNAVAILABLE: Final = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_PROTOCOL,
+        sqlite3.SQLITE_READONLY,
+    }
+)
+_NO_ROOM: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR})
 
 
 class SQLite:
@@ -164,6 +176,13 @@ class SQLite:
     def in_our_name(self, connection: Connection, statement: Insert | Update, values: Mapping[str, Any]) -> int:
         # asked to keep it: of an INSERT the driver forgets how many rows it made, and says -1
         return connection.execute(statement, values, execution_options={"preserve_rowcount": True}).rowcount
+
+    def no_room(self, error: BaseException) -> bool:
+        code = getattr(getattr(error, "orig", error), "sqlite_errorcode", None)
+        return code is not None and code & _PRIMARY in _NO_ROOM
+
+    def unstorable(self, error: BaseException) -> bool:
+        return False  # it takes any text that Python can encode
 
     def hopeless(self, error: BaseException) -> bool:
         # a folder that is not there does not come by waiting

@@ -15,7 +15,7 @@ from exactly_once.errors import ExactlyOnceError
 from exactly_once.handler import Lease, Plan
 from exactly_once.redaction import redacted
 from exactly_once.schema import utcnow
-from exactly_once.store import Store, claims_twice
+from exactly_once.store import Store, claims_twice, lacking_characters
 from exactly_once.wording import escaped, probably
 
 __all__ = ["findings_for_database"]
@@ -44,6 +44,8 @@ def findings_for_database(store: Store, group: str, plans: tuple[Plan, ...], con
         yield Finding(Mark.FAIL, f"{problem}. Start it, or mend EXACTLY_ONCE_DATABASE.")
         return
     yield Finding(Mark.OK, f"{where}: {redacted(store.engine.url)} answers, schema at head")
+    if store.lacking is not None:
+        yield Finding(Mark.WARN, lacking_characters(store.name, store.lacking))
     if not store.answers():
         yield Finding(Mark.FAIL, f"{where} is read only (a standby?): point EXACTLY_ONCE_DATABASE at the primary.")
         return

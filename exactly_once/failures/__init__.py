@@ -11,7 +11,9 @@ discarded by a person.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
+from hashlib import sha256
 from typing import Any, Final
 
 from sqlalchemy import Column, Table, Update, and_, bindparam, func, insert, or_, select, update
@@ -19,14 +21,15 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from exactly_once import claim_rows
+from exactly_once.characters import characters_of
 from exactly_once.dialects import ClaimRow, Dialect
 from exactly_once.error_words import place_of, words_of
 from exactly_once.message import Message
 from exactly_once.policy import ByBroker, ByPump, Decision, Park
-from exactly_once.schema import CONSUMED, UNFINISHED, Tables, utcnow
-from exactly_once.wording import storable
+from exactly_once.schema import CONSUMED, KEY_BYTES, UNFINISHED, Tables, utcnow
+from exactly_once.wording import EVERY, said, storable
 
-__all__ = ["CLOSED", "OPEN", "Failure", "FailureStore", "place_of", "words_of"]
+__all__ = ["CLOSED", "OPEN", "Failure", "FailureStore", "Form", "place_of", "text_of", "words_of"]
 
 OPEN: Final = ("retrying", "waiting", "requeued", "dead", "broken")
 RUNNABLE: Final = ("retrying", "waiting", "requeued")
@@ -36,6 +39,22 @@ CLOSED: Final = ("resolved", "discarded")
 
 MESSAGE_ID_BYTES: Final = 255
 _ERROR_TEXT_CHARACTERS: Final = 4000  # enough for a person; a validation error of a large body can be megabytes
+_SHORT_CHARACTERS: Final = 500
+_DIGEST_CHARACTERS: Final = 32
+_ASCII: Final = "ascii"
+
+
+class Form(Enum):
+    """How much of a failure is written, from all of it to what any database takes. The body is kept in each, byte by byte."""
+
+    WHOLE = "everything; what the database's character set lacks is escaped"
+    SHORT = "texts in ASCII, the error cut short, no time of birth; the key as it is, so that the row is found again"
+    ASCII = "the key in ASCII, too"
+
+    @property
+    def shorter(self) -> "Form | None":
+        """What to try where this one was refused."""
+        return {Form.WHOLE: Form.SHORT, Form.SHORT: Form.ASCII}.get(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +77,22 @@ class Failure:
     @property
     def failure_key(self) -> str:
         """By what this failure is the same as an earlier one."""
+        return self.failure_key_in(EVERY)
+
+    def failure_key_in(self, characters: str) -> str:
+        """The same, as a database of this character set keeps it."""
         if self.key is not None:
-            return "k:" + self.key
-        return "m:" + (storable(self.message.message_id, MESSAGE_ID_BYTES) or "")
+            return "k:" + _known_by(self.key, characters)
+        return "m:" + _known_by(self.message.message_id or "", characters)
+
+
+def _known_by(text: str, characters: str) -> str:
+    kept = storable(text, None, characters) or ""
+    if len(kept.encode()) <= KEY_BYTES:
+        return kept
+    # two that begin alike are two messages: taken for one, a requeue would lose the other
+    digest = sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:_DIGEST_CHARACTERS]
+    return f"{storable(kept, KEY_BYTES - _DIGEST_CHARACTERS - 1)}~{digest}"
 
 
 class FailureStore:
@@ -73,13 +105,16 @@ class FailureStore:
     def _t(self) -> Table:
         return self._tables().failure
 
-    def record(self, session: Session, failure: Failure, decide: Callable[[int], Decision]) -> tuple[Decision, int]:
+    def record(
+        self, session: Session, failure: Failure, decide: Callable[[int], Decision], form: Form = Form.WHOLE
+    ) -> tuple[Decision, int]:
         """Write one failure down, counting it, with what is to happen next; commits.
 
         Args:
             session: A fresh session in no transaction.
             failure: What failed.
             decide: From the number of failures, this one included, what is to happen.
+            form: How much is written; the shorter ones are for what was refused whole.
 
         Returns:
             The decision that was stored, and the number of failures. A row a person discarded stays discarded.
@@ -87,16 +122,21 @@ class FailureStore:
         for last in (False, True):
             try:
                 with session.begin():
-                    return self._record(session, failure, decide)
+                    return self._record(session, failure, decide, form)
             except IntegrityError:
                 # two deliveries of one message failed at the same moment; now the row is there to be updated
                 if last:
                     raise
         raise AssertionError
 
-    def _record(self, session: Session, failure: Failure, decide: Callable[[int], Decision]) -> tuple[Decision, int]:
+    def _record(
+        self, session: Session, failure: Failure, decide: Callable[[int], Decision], form: Form
+    ) -> tuple[Decision, int]:
         t = self._t
-        identity = self._identity(failure)
+        characters = characters_of(session.connection())
+        key = failure.failure_key_in(_ASCII if form is Form.ASCII else characters)
+        identity = self._identity(failure, key)
+        texts = characters if form is Form.WHOLE else _ASCII
         known = select(t.c.id, t.c.attempts, t.c.state)
         row = session.execute(known.where(identity)).one_or_none()
         if row is not None:
@@ -109,8 +149,8 @@ class FailureStore:
         attempts = earlier + 1 if failure.counted else earlier
         decision = decide(attempts)
         values = {
-            "error_class": type(failure.error).__name__[:255],
-            "error_text": _text_of(failure.error),
+            "error_class": storable(type(failure.error).__name__, None, texts, limit=255),
+            "error_text": _kept_text(failure.error, texts, short=form is not Form.WHOLE),
             "attempts": attempts,
             "last_failed_at": utcnow(),
             **_state(decision, failure.counted),
@@ -121,7 +161,7 @@ class FailureStore:
         if row is not None:
             session.execute(update(t).where(t.c.id == row.id).values(**values))
         else:
-            session.execute(insert(t).values(**values, **self._new(failure)))
+            session.execute(insert(t).values(**values, **self._new(failure, key, texts, form)))
         return decision, attempts
 
     def _claim(self, session: Session, failure: Failure) -> None:
@@ -141,7 +181,7 @@ class FailureStore:
             "consumer_group": failure.group,
             "handler": failure.handler,
             "business_key": failure.key,
-            "message_id": storable(message.message_id, MESSAGE_ID_BYTES),
+            "message_id": storable(message.message_id, MESSAGE_ID_BYTES, "ascii"),
             "fingerprint": failure.fingerprint,
             "retry_times": message.attempt - 1,
             "owner": failure.claim_owner,
@@ -149,23 +189,25 @@ class FailureStore:
         }
         claim_rows.write(connection, claims, values)
 
-    def resolve(self, session: Session, dialect: Dialect, row: ClaimRow) -> None:
+    def resolve(self, session: Session, dialect: Dialect, row: ClaimRow, message_id: str | None) -> None:
         """Close the row of a message that was processed, in the handler's transaction.
 
         Args:
             session: In that transaction.
             dialect: How its database is spoken to.
             row: Who was processed.
+            message_id: As it came.
         """
+        connection = session.connection()
         values = {
             "b_group": row.group,
             "b_handler": row.handler,
             "b_key": "k:" + row.key,
             "b_fingerprint": row.fingerprint,
             # the handler's fingerprint= was changed since it failed: another fingerprint, and yet this very message
-            "b_message_id": row.message_id,
+            "b_message_id": storable(message_id, MESSAGE_ID_BYTES, characters_of(connection)),
         }
-        dialect.in_our_name(session.connection(), self._resolving, values)
+        dialect.in_our_name(connection, self._resolving, values)
 
     @cached_property
     def _resolving(self) -> Update:
@@ -188,15 +230,17 @@ class FailureStore:
     def blocked(self, session: Session, failure: Failure, *, after_dead_wait: bool) -> bool:
         """Say whether an older message of this one's ordering key must come first; in the caller's transaction."""
         t = self._t
+        characters = characters_of(session.connection())
         of_key = and_(
             t.c.consumer_group == failure.group,
             t.c.handler == failure.handler,
-            t.c.ordering_key == _fitting(failure.message.ordering_key, t.c.ordering_key),
+            t.c.ordering_key == _fitting(failure.message.ordering_key, t.c.ordering_key, characters),
         )
-        own: Any = select(t.c.id).where(self._identity(failure)).scalar_subquery()
+        identity = self._identity(failure, failure.failure_key_in(characters))
+        own: Any = select(t.c.id).where(identity).scalar_subquery()
         if failure.message.message_id:
             # its row may be from before the handler's key= or fingerprint= was changed: it would wait for itself, for ever
-            known = t.c.message_id == storable(failure.message.message_id, MESSAGE_ID_BYTES)
+            known = t.c.message_id == storable(failure.message.message_id, MESSAGE_ID_BYTES, characters)
             own = func.coalesce(select(func.min(t.c.id)).where(of_key, known).scalar_subquery(), own)
         older = select(t.c.id).where(
             of_key,
@@ -214,31 +258,32 @@ class FailureStore:
         )
         return session.execute(found.limit(1)).first() is not None
 
-    def _identity(self, failure: Failure) -> Any:
+    def _identity(self, failure: Failure, key: str) -> Any:
         t = self._t
         return and_(
             t.c.consumer_group == failure.group,
             t.c.handler == failure.handler,
-            t.c.failure_key == failure.failure_key,
+            t.c.failure_key == key,
             t.c.fingerprint == failure.fingerprint,
         )
 
-    def _new(self, failure: Failure) -> dict[str, Any]:
+    def _new(self, failure: Failure, key: str, characters: str, form: Form) -> dict[str, Any]:
         m, t = failure.message, self._t.c
         return {
             "consumer_group": failure.group,
             "handler": failure.handler,
-            "failure_key": failure.failure_key,
+            "failure_key": key,
             "fingerprint": failure.fingerprint,
-            "business_key": failure.key,
-            "topic": _fitting(m.topic, t.topic),
-            "tag": _fitting(m.tag, t.tag),
-            "message_key": _fitting(m.key, t.message_key),
-            "ordering_key": _fitting(m.ordering_key, t.ordering_key),
+            "business_key": None if failure.key is None else key[2:],
+            "topic": _fitting(m.topic, t.topic, characters),
+            "tag": _fitting(m.tag, t.tag, characters),
+            "message_key": _fitting(m.key, t.message_key, characters),
+            "ordering_key": _fitting(m.ordering_key, t.ordering_key, characters),
             "body": m.body,
-            "properties": _properties_of(m),
-            "message_id": storable(m.message_id, MESSAGE_ID_BYTES),
-            "born_at": m.born_at,
+            "properties": _properties_of(m, characters),
+            "message_id": storable(m.message_id, MESSAGE_ID_BYTES, characters),
+            # one that no server takes (year 1, no time zone) is no reason to lose the message
+            "born_at": m.born_at if form is Form.WHOLE else None,
             "first_failed_at": utcnow(),
         }
 
@@ -253,20 +298,35 @@ def _state(decision: Decision, counted: bool) -> dict[str, Any]:
             return {"state": "retrying" if counted else "waiting", "next_attempt_at": None}
 
 
-def _fitting(text: str | None, column: Column[str]) -> str | None:
-    return storable(text, column.type.bytes)  # type: ignore[attr-defined]
+def _fitting(text: str | None, column: Column[str], characters: str) -> str | None:
+    return storable(text, column.type.bytes, characters)  # type: ignore[attr-defined]
 
 
-def _properties_of(message: Message) -> str:
-    text = json.dumps(dict(message.properties), ensure_ascii=False)
+def _properties_of(message: Message, characters: str) -> str:
+    properties = dict(message.properties)
+    if characters == EVERY:
+        text = json.dumps(properties, ensure_ascii=False, default=repr)
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, which no server takes
+            pass
+        else:
+            return text
+    return json.dumps(properties, default=repr)  # less readable, but as it was, in any character set
+
+
+def text_of(error: BaseException) -> str:
+    """Return what an error says and where it was raised; never raises, whatever the error's own code does."""
     try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which no server takes; less readable, but as it was
-        return json.dumps(dict(message.properties))
-    return text
+        return f"{words_of(error)}{place_of(error)}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001, RUF100  (code of a stranger's class)
+        return said(error)
 
 
-def _text_of(error: BaseException) -> str:
-    # NUL cannot be stored as text on PostgreSQL, and an error may quote a body that has one
-    text = f"{words_of(error)}{place_of(error)}".replace("\x00", "\\0").encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= _ERROR_TEXT_CHARACTERS else text[:_ERROR_TEXT_CHARACTERS] + " [cut]"
+def _kept_text(error: BaseException, characters: str, *, short: bool) -> str:
+    most = _SHORT_CHARACTERS if short else _ERROR_TEXT_CHARACTERS
+    given = text_of(error)
+    text = storable(given, None, characters, limit=most) or ""
+    return f"{text} [cut]" if len(given) > most else text

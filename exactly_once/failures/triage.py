@@ -15,10 +15,11 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Connection, Row, Table, and_, exists, func, select, update
 
 from exactly_once import claim_rows
+from exactly_once.characters import characters_of
 from exactly_once.errors import ConfigurationError
 from exactly_once.failures import CLOSED, OPEN
-from exactly_once.schema import CONSUMED, CONSUMING, UNFINISHED, Tables, utcnow
-from exactly_once.wording import escaped, probably
+from exactly_once.schema import CONSUMED, CONSUMING, KEY_BYTES, UNFINISHED, Tables, utcnow
+from exactly_once.wording import escaped, probably, storable
 from exactly_once.wording import listed as named
 
 __all__ = ["Chosen", "Requeued", "count", "discard", "listed", "rename", "requeue", "shown"]
@@ -49,17 +50,18 @@ class Chosen:
                     f"{named((*OPEN, *CLOSED))}."
                 )
 
-    def where(self, t: Table) -> ColumnElement[bool]:
-        """Return the condition."""
+    def where(self, connection: Connection, t: Table) -> ColumnElement[bool]:
+        """Return the condition, in the characters of that database: there a key stands as it was recorded."""
+        characters = characters_of(connection)
         narrow: list[ColumnElement[bool]] = [t.c.consumer_group == self.group, t.c.state.in_(self.states)]
         if self.ids:
             narrow.append(t.c.id.in_(self.ids))
         if self.handler is not None:
             narrow.append(t.c.handler == self.handler)
         if self.error_class is not None:
-            narrow.append(t.c.error_class == self.error_class)
+            narrow.append(t.c.error_class == storable(self.error_class, None, characters, limit=255))
         if self.key is not None:
-            narrow.append(t.c.business_key == self.key)
+            narrow.append(t.c.business_key == storable(self.key, KEY_BYTES, characters))
         return and_(*narrow)
 
 
@@ -67,13 +69,15 @@ def listed(connection: Connection, tables: Tables, chosen: Chosen, *, limit: int
     """Return failures, newest first, without their bodies."""
     t = tables.failure
     columns = [column for column in t.c if column.name not in ("body", "properties", "fingerprint")]
-    return connection.execute(select(*columns).where(chosen.where(t)).order_by(t.c.id.desc()).limit(limit)).all()
+    return connection.execute(
+        select(*columns).where(chosen.where(connection, t)).order_by(t.c.id.desc()).limit(limit)
+    ).all()
 
 
 def count(connection: Connection, tables: Tables, chosen: Chosen) -> int:
     """Return how many there are."""
     t = tables.failure
-    return connection.execute(select(func.count()).select_from(t).where(chosen.where(t))).scalar_one()
+    return connection.execute(select(func.count()).select_from(t).where(chosen.where(connection, t))).scalar_one()
 
 
 def shown(connection: Connection, tables: Tables, group: str, id_: int) -> Row[Any] | None:
@@ -120,7 +124,7 @@ def requeue(
     t = tables.failure
     broken_too = bool(chosen.ids) or tuple(chosen.states) != OPEN
     rows = connection.execute(
-        select(*(t.c[name] for name in _IDENTITY)).where(chosen.where(t)).order_by(t.c.id).with_for_update()
+        select(*(t.c[name] for name in _IDENTITY)).where(chosen.where(connection, t)).order_by(t.c.id).with_for_update()
     ).all()
     wanted = [row for row in rows if broken_too or row.state != "broken"]
     broken = [row for row in wanted if row.state == "broken"]
@@ -132,7 +136,9 @@ def requeue(
     for number, row in enumerate(wanted):
         due = utcnow(number / per_second) if per_second else utcnow()
         connection.execute(
-            update(t).where(t.c.id == row.id).values(state="requeued", next_attempt_at=due, **_decided(by, why))
+            update(t)
+            .where(t.c.id == row.id)
+            .values(state="requeued", next_attempt_at=due, **_decided(connection, by, why))
         )
     return Requeued(count=len(wanted), broken=len(broken), left_out=len(rows) - len(wanted))
 
@@ -140,12 +146,14 @@ def requeue(
 def discard(connection: Connection, tables: Tables, chosen: Chosen, *, by: str, why: str | None) -> int:
     """Settle these for good, and return how many: they do not run again, and neither does another copy of them."""
     t = tables.failure
-    rows = connection.execute(select(t).where(chosen.where(t)).order_by(t.c.id).with_for_update()).all()
+    rows = connection.execute(select(t).where(chosen.where(connection, t)).order_by(t.c.id).with_for_update()).all()
     for row in rows:
         if row.business_key is not None:
             _claim(connection, tables.idempotent, row)
         connection.execute(
-            update(t).where(t.c.id == row.id).values(state="discarded", next_attempt_at=None, **_decided(by, why))
+            update(t)
+            .where(t.c.id == row.id)
+            .values(state="discarded", next_attempt_at=None, **_decided(connection, by, why))
         )
     return len(rows)
 
@@ -199,5 +207,10 @@ def rename(connection: Connection, tables: Tables, group: str, old: str, new: st
     return moved
 
 
-def _decided(by: str, why: str | None) -> dict[str, Any]:
-    return {"decided_by": by[:255], "decided_at": utcnow(), "decided_why": why}
+def _decided(connection: Connection, by: str, why: str | None) -> dict[str, Any]:
+    characters = characters_of(connection)
+    return {
+        "decided_by": storable(by, None, characters, limit=255),
+        "decided_at": utcnow(),
+        "decided_why": storable(why, None, characters),
+    }

@@ -85,7 +85,8 @@ class Claimer:
                 _told(row, "is being worked on by another transaction, which may still fail")
             ) from busy
         except Exception as error:
-            if dialect.trouble(error) is Trouble.UNAVAILABLE:
+            if dialect.trouble(error) is Trouble.UNAVAILABLE or dialect.unstorable(error):
+                # the caller's transaction is lost or aborted, and PostgreSQL would answer its COMMIT without an error
                 connection.invalidate(error)
             raise_for_the_store(dialect, error)
             raise

@@ -19,8 +19,10 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import IntegrityError, OperationalError
 
+from exactly_once.characters import characters_of
 from exactly_once.redaction import redacted
 from exactly_once.transports.sql.statements import NO_GROUP, Statements, statements
+from exactly_once.wording import storable
 
 __all__ = ["Bell", "Database"]
 
@@ -59,6 +61,7 @@ class Database:
     def __init__(self, engine: Callable[[], Engine], schema: str | None) -> None:
         self._engine_of, self._schema = engine, schema
         self._engine: Engine | None = None
+        self._characters: str | None = None
 
     @property
     def engine(self) -> Engine:
@@ -80,6 +83,15 @@ class Database:
     def reads(self) -> AbstractContextManager[Connection]:
         """A connection to look with."""
         return self.engine.connect()
+
+    def lacks(self, text: str) -> bool:
+        """Say whether the database's character set lacks a character of this text; asked once, of texts not in ASCII."""
+        if text.isascii():
+            return False
+        if self._characters is None:
+            with self.reads() as connection:
+                self._characters = characters_of(connection)
+        return storable(text, characters=self._characters) != text
 
     def bell(self, topic: str) -> Bell:
         """Return the bell of a topic in this database, the same for all of this process."""

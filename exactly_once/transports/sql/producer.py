@@ -40,7 +40,7 @@ class SqlProducer:
         broken: set[tuple[str, str]] = set()
         for message in messages:
             key = (message.topic, message.ordering_key) if message.ordering_key is not None else None
-            if error := _refused_message(message):
+            if error := _refused_message(message) or self._lacked(message):
                 answers.append(error)
                 if key:
                     broken.add(key)
@@ -52,6 +52,15 @@ class SqlProducer:
                 answers.append(Receipt(message.topic, row["message_id"]))
         failure = self._stored(rows, delay or timedelta(0)) if rows else None
         return [failure if failure and isinstance(answer, Receipt) else answer for answer in answers]
+
+    def _lacked(self, message: Message) -> ValueError | None:
+        """Refuse a text that would be another one when it comes back; the rows beside it would not be stored either."""
+        texts = {"topic": message.topic, "tag": message.tag, "key": message.key, "ordering key": message.ordering_key}
+        try:
+            lacked = [name for name, text in texts.items() if text is not None and self._database.lacks(text)]
+        except (SQLAlchemyError, LookupError):
+            return None  # it is away: storing says so
+        return ValueError(f"the database's character set lacks a character of the {lacked[0]}") if lacked else None
 
     def _stored(self, rows: Sequence[Mapping[str, Any]], delay: timedelta) -> TransportError | None:
         if self._closed:
