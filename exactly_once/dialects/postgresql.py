@@ -28,6 +28,7 @@ from sqlalchemy.util import await_only
 from exactly_once.dialects import ClaimBusy, ClaimRow, Known, State, Trouble
 from exactly_once.dialects.keywords import refused
 from exactly_once.errors import ConfigurationError
+from exactly_once.pooler import LINK
 
 __all__ = [
     "BOUND",
@@ -98,6 +99,8 @@ class Seen:
     synchronous: bytes
     own_wait: bytes
     prepared: bool
+    settings: bytes
+    """What goes with BEGIN behind a pooler, see `Link.settings`."""
 
 
 class PostgreSQL:
@@ -119,8 +122,12 @@ class PostgreSQL:
         self._known = template(KNOWN.replace("{table}", table), ("group", "handler", "key"))
 
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
+        from exactly_once.dialects.postgresql_pooler import look
+
         driver = driver_of(dbapi)
         _refuse_autocommit(driver)
+        # a connection that was made before we saw its engine; psycopg prepares nothing on it from here on, nor do we
+        link = info.get(LINK) or look(dbapi, info)
         encoding = driver.pgconn.parameter_status(b"client_encoding")
         if encoding not in (b"UTF8", b"SQL_ASCII"):
             raise ConfigurationError(
@@ -134,8 +141,9 @@ class PostgreSQL:
             # a commit that was acknowledged and is lost in a crash loses its message: raise it for our transactions alone
             synchronous=b"SET LOCAL synchronous_commit = on;" if synchronous == b"off" else b"",
             # by default, so that it follows the server's configuration
-            own_wait=b"DEFAULT" if waits == waits_by_default else b"%s" % waits,
+            own_wait=b"DEFAULT" if link.pooled or waits == waits_by_default else b"%s" % waits,
             prepared=begin and driver.prepare_threshold is not None and self._is_prepared(driver),
+            settings=link.settings,
         )
 
     def _is_prepared(self, driver: Any) -> bool:
@@ -256,7 +264,7 @@ class PostgreSQL:
 def opening(driver: Any, seen: Seen) -> bytes:
     """Return how a transaction of ours begins on this connection; of durable commits, whatever the session says."""
     _refuse_autocommit(driver)
-    return _begin(driver) + seen.synchronous
+    return _begin(driver) + seen.synchronous + seen.settings
 
 
 def bounded(text: bytes, seen: Seen, wait_ms: int) -> bytes:

@@ -86,7 +86,7 @@ class Claims:
         )
         seen: Seen = info[self._dialect]
         read = self._look % identity + (self._steps % identity if steps else b"")
-        text = _BEGIN % wait_ms + seen.synchronous + claim + read + b"COMMIT"
+        text = _BEGIN % wait_ms + seen.synchronous + seen.settings + claim + read + b"COMMIT"
         try:
             results = send(driver, text)
         except errors.Error as error:

@@ -19,6 +19,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import IntegrityError, OperationalError
 
+from exactly_once.pooler import begin_bounded
 from exactly_once.redaction import redacted
 from exactly_once.transports.sql.statements import NO_GROUP, Statements, statements
 
@@ -101,6 +102,8 @@ class Database:
                 elif self.dialect == "sqlite" and not _in_transaction(connection):
                     # as a writer from the start: a reader that becomes one fails where it should wait
                     connection.exec_driver_sql("BEGIN IMMEDIATE")
+                elif self.dialect == "postgresql":
+                    begin_bounded(connection)
                 yield connection
 
     def join(self, topic: str, group: str) -> None:
