@@ -17,8 +17,10 @@ from sqlalchemy.exc import OperationalError
 from exactly_once.errors import ConfigurationError
 from exactly_once.wording import escaped
 
-__all__ = ["LINK", "SAID", "Link", "begin_bounded", "prepare_threshold"]
+__all__ = ["IDLE_MS", "LINK", "SAID", "Link", "begin_bounded", "prepare_threshold"]
 
+IDLE_MS: Final = 600_000
+"""The server ends a transaction in which nothing was said for so long: a program that vanished holds its locks no longer."""
 LINK: Final = "exactly_once.link"
 """A connection's `info` keeps its `Link` under this key, once it is known."""
 SAID: Final = "exactly_once.pooler"

@@ -14,16 +14,16 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Engine, event
 
 from exactly_once.dialects.postgresql import Seen, driver_of, opening, send
-from exactly_once.pooler import LINK, SAID, Link
+from exactly_once.pooler import IDLE_MS, LINK, SAID, Link
 
 __all__ = ["look", "look_at_each"]
 
-IDLE_MS: Final = 600_000  # a program that vanished keeps its keys locked no longer than this
 # what the session would have if nobody had set anything in it: behind a pooler strangers did
 _OWN: Final = (
     b"SELECT max(reset_val) FILTER (WHERE name = 'idle_in_transaction_session_timeout'),"
     b" max(reset_val) FILTER (WHERE name = 'synchronous_commit') FROM pg_settings"
 )
+_CHOSEN: Final = (b"local", b"remote_write", b"remote_apply")  # durable, and not what a server says by itself
 _seen: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()  # by the engine's dialect: whether a pooler was said
 
 
@@ -71,8 +71,8 @@ def look(dbapi: Any, info: MutableMapping[Any, Any], *, ours: bool = False, said
         (own,) = send(driver, _OWN)
         idle = b"idle_in_transaction_session_timeout = %d;" % _stricter(int(own.get_value(0, 0)))
         if pooled:
-            # a stranger may have switched durable commits off on the connection that this transaction gets
-            durable = b"on" if own.get_value(0, 1) == b"off" else b"DEFAULT"
+            # a stranger may have switched durable commits off on the connection that a transaction of ours gets
+            durable = b"DEFAULT" if own.get_value(0, 1) in _CHOSEN else b"on"
             settings = b"SET LOCAL synchronous_commit = %s;" % durable + (b"SET LOCAL " + idle if ours else b"")
         else:
             send(driver, b"SET " + idle)
