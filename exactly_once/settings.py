@@ -61,7 +61,11 @@ def _count(value: object) -> int:
 
 
 def _yes(value: object) -> bool:
-    told = value if isinstance(value, bool) else {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+    told = (
+        value
+        if isinstance(value, bool)
+        else {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+    )
     if told is None:
         raise ValueError("give true or false")
     return told

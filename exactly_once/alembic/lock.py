@@ -3,8 +3,9 @@
 It never decides what the work is. `exactly_once.alembic` and `migrations/env.py` call it.
 
 Two programs that upgrade one empty database at the same moment must both end well. Each waits here before it looks at
-the version, so the second finds the work done. PostgreSQL: an advisory lock of the transaction (also right behind a
-pooler, where nothing is prepared by name, and nothing set for longer than the transaction). MySQL and MariaDB: GET_LOCK, because every CREATE there ends the transaction. SQLite: BEGIN IMMEDIATE.
+the version, so the second finds the work done. PostgreSQL: an advisory lock of the transaction; it is right behind a pooler,
+too, where nothing is prepared by name and nothing is set for longer than the transaction. MySQL and MariaDB: GET_LOCK,
+because every CREATE there ends the transaction. SQLite: BEGIN IMMEDIATE.
 """
 
 import asyncio
@@ -13,9 +14,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, create_engine, make_url, pool, text
+from sqlalchemy import URL, Connection, Dialect, Engine, create_engine, make_url, pool, text
 
 from exactly_once.errors import ConfigurationError, SchemaError
 from exactly_once.pooler import IDLE_MS, LINK
@@ -31,7 +32,7 @@ WAIT_SECONDS: Final = 120
 MYSQL_WAIT_SECONDS: Final = 2
 # of the transaction alone, and never looser than the server's own; 0 there is no bound
 _BOUND: Final = (
-    f"SELECT set_config(name, least(nullif(setting::bigint, 0), nullif(reset_val::bigint, 0), {IDLE_MS})::text, true)"
+    "SELECT set_config(name, least(nullif(setting::bigint, 0), nullif(reset_val::bigint, 0), :idle_ms)::text, true)"
     " FROM pg_settings WHERE name = 'idle_in_transaction_session_timeout'"
 )
 
@@ -92,8 +93,8 @@ def _ask_for_a_pooler(connection: Connection) -> None:
         look(connection.connection.dbapi_connection, connection.info)
 
 
-def _is_psycopg(dialect: Any) -> bool:
-    return dialect.name == "postgresql" and dialect.driver.removesuffix("_async") == "psycopg"
+def _is_psycopg(dialect: Dialect | type[Dialect]) -> bool:
+    return (dialect.name, dialect.driver.removesuffix("_async")) == ("postgresql", "psycopg")
 
 
 def _plain(engine: Engine) -> Engine:
@@ -129,7 +130,7 @@ def schema_lock(connection: Connection, schema: str | None) -> Iterator[None]:
         return
     with connection.begin():
         if connection.dialect.name == "postgresql":
-            connection.exec_driver_sql(_BOUND)
+            connection.execute(text(_BOUND), {"idle_ms": IDLE_MS})
         with _locked(connection, schema):
             yield
 

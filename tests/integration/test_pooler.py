@@ -164,9 +164,7 @@ def left_behind(pooler: PgBouncer, connections: int = SERVER_CONNECTIONS) -> lis
     found: dict[int, list[str]] = {}
     with ExitStack() as stack:
         for _ in range(connections):
-            stranger = stack.enter_context(
-                psycopg.connect(pooler.url.replace("+psycopg", ""), prepare_threshold=None)
-            )
+            stranger = stack.enter_context(psycopg.connect(pooler.url.replace("+psycopg", ""), prepare_threshold=None))
             row = stranger.execute("SELECT pg_backend_pid()").fetchone()
             assert row is not None
             found[row[0]] = [each for (each,) in stranger.execute(LEFT).fetchall()]
@@ -415,6 +413,16 @@ def claimed(eo: ExactlyOnce) -> ExactlyOnce:
 
 def lambda_handler(session: Session, order: dict[str, Any]) -> None:
     session.execute(text("SELECT 1"))
+
+
+def test_a_pooler_of_sessions_is_seen_like_any_other(postgres_url: str) -> None:
+    with PgBouncer(postgres_url, server_connections=8, mode="session") as pooler:
+        eo = claimed(ExactlyOnce(pooler.url, group="sessions"))
+        engine = eo.stores["default"].engine
+        with engine.connect() as connection:
+            assert connection.info[LINK].pooled
+        assert names_on(engine) == 0
+        eo.stores["default"].close()
 
 
 def test_without_a_pooler_statements_are_prepared_as_ever(postgres_url: str) -> None:
