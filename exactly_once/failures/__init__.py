@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 from exactly_once.errors import Reject
 from exactly_once.message import Message
 from exactly_once.policy import ByBroker, ByPump, Decision, Park
+from exactly_once.pooler import begin_bounded
 from exactly_once.schema import Tables, utcnow
 from exactly_once.wording import storable
 
@@ -81,6 +82,7 @@ class FailureStore:
         for last in (False, True):
             try:
                 with session.begin():
+                    begin_bounded(session.connection())
                     return self._record(session, failure, decide)
             except IntegrityError:
                 # two deliveries of one message failed at the same moment; now the row is there to be updated

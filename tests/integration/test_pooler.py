@@ -19,7 +19,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import Connection, Engine, NullPool, create_engine, make_url, text
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
@@ -27,8 +27,12 @@ from sqlalchemy.orm import Session
 from exactly_once import ExactlyOnce, Lease, Message, Outcome, Retry, Steps, alembic
 from exactly_once.alembic.lock import schema_lock
 from exactly_once.cli import main
+from exactly_once.dialects import ClaimRow
 from exactly_once.doctor import Finding, Mark, examine
 from exactly_once.errors import ConfigurationError
+from exactly_once.failures import Failure
+from exactly_once.lease_stores import sql_leases
+from exactly_once.policy import Decision, Park
 from exactly_once.pooler import LINK
 from exactly_once.store import Store
 from exactly_once.testing.databases import DatabaseServer
@@ -277,6 +281,22 @@ def told_in_transactions(eo: ExactlyOnce, url: str) -> dict[str, tuple[str, str]
         queue = QueueDatabase(lambda: eo.stores["default"].engine, None)
         with queue.begin() as connection:
             asked(connection, "queue")
+        store = eo.stores["default"]
+        session, _ = store.open()
+
+        def decide(attempts: int) -> Decision:
+            asked(session, "failure")
+            return Park("dead", "for a person")
+
+        store.failures.record(session, Failure("pooled", "alone", "A-1", b"", Message("alone", b""), ValueError()), decide)
+        session.close()
+
+        def look(connection: Connection, *_: Any) -> None:
+            told["lease"] = connection.connection.driver_connection.execute(ASKED).fetchone()  # type: ignore[union-attr]
+
+        event.listen(store.engine, "before_cursor_execute", look)
+        assert not sql_leases(store).resolve(ClaimRow("pooled", "leased", "A-1", b""), "step", b"1")
+        event.remove(store.engine, "before_cursor_execute", look)
     with schema_lock_on(url) as connection:
         asked(connection, "migration")
     return told
@@ -289,7 +309,7 @@ def schema_lock_on(url: str) -> Iterator[Connection]:
         yield connection
 
 
-KINDS_OF_TRANSACTIONS = ("alone", "leased", "grouped", "awaited", "queue", "migration")
+KINDS_OF_TRANSACTIONS = ("alone", "leased", "grouped", "awaited", "queue", "failure", "lease", "migration")
 
 
 @pytest.mark.parametrize(("own", "held"), [("0", "10min"), ("20min", "10min"), ("5s", "5s")])
