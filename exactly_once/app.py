@@ -70,6 +70,8 @@ class ExactlyOnce(Registrations):
         group: The consumer group: one part of every claim's identity. None: from EXACTLY_ONCE_GROUP or the settings file.
         imports: Modules that register handlers, imported before the first message.
         schema: The database schema that holds our tables.
+        pooler: True: a pooler of transactions stands before PostgreSQL, also where none is seen. PgBouncer is seen. None: from
+            EXACTLY_ONCE_POOLER or the settings file.
         route: With several databases, names the one a message belongs to. All rows of one business key belong in one.
         enforce: False writes claims and counts duplicates but runs them all the same: to look before you trust.
         alert: Called with an `Alert` when a message is kept for a person, or a run goes on for longer than its `max_run`;
@@ -91,6 +93,7 @@ class ExactlyOnce(Registrations):
         group: str | None = None,
         imports: Sequence[str] = (),
         schema: str | None = None,
+        pooler: bool | None = None,
         route: "Route | None" = None,
         enforce: bool = True,
         alert: "Hook | None" = None,
@@ -104,6 +107,7 @@ class ExactlyOnce(Registrations):
             "group": group,
             "imports": tuple(imports) or None,
             "schema": schema,
+            "pooler": pooler,
         }
         self._said = {name: value for name, value in said.items() if value is not None}
         self._route, self._enforce, self._alert = route, enforce, alert
@@ -343,7 +347,7 @@ class ExactlyOnce(Registrations):
     def _claimer(self) -> "Claimer":
         from exactly_once.guards.claiming import Claimer
 
-        return Claimer()
+        return Claimer(pooler=self.config.pooler.value)
 
     @cached_property
     def config(self) -> "Config":
@@ -394,8 +398,14 @@ class ExactlyOnce(Registrations):
         if binding.leases is None:
             from exactly_once.lease_stores import LeaseStores
 
-            redis, schema = self.config.redis.value, self.config.schema.value
-            binding.leases = LeaseStores(self._redis_connections, redis, schema, self._alert)
+            config = self.config
+            binding.leases = LeaseStores(
+                self._redis_connections,
+                config.redis.value,
+                config.schema.value,
+                self._alert,
+                pooler=config.pooler.value,
+            )
         return binding.leases
 
     def _stores(self, binding: _Binding) -> "dict[str, Store]":
@@ -415,9 +425,17 @@ class ExactlyOnce(Registrations):
                 raise ConfigurationError("Several databases need route=: a function that names the one of a message.")
             others = async_database if isinstance(async_database, Mapping) else {_DEFAULT: async_database}
             # a handler holds one connection, recording a failure and the pump another for a moment
-            size = self.config.concurrency.value + 4
+            config = self.config
+            size = config.concurrency.value + 4
             binding.stores = {
-                name: Store(name, each, others.get(name), schema=self.config.schema.value, pool_size=size)
+                name: Store(
+                    name,
+                    each,
+                    others.get(name),
+                    schema=config.schema.value,
+                    pool_size=size,
+                    pooler=config.pooler.value,
+                )
                 for name, each in several.items()
             }
         return binding.stores

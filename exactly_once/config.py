@@ -87,6 +87,8 @@ class Config:
     redis: Setting[str | None]
     group: Setting[str | None]
     schema: Setting[str | None]
+    pooler: Setting[bool]
+    """A pooler stands before PostgreSQL, also where none is seen."""
     imports: Setting[tuple[str, ...]]
     concurrency: Setting[int]
     """Messages at once in one process."""

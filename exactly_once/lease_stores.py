@@ -73,12 +73,20 @@ class LeaseStores:
         redis: The URL that the setting `redis` names.
         schema: The database schema of our tables.
         alert: The application's hook.
+        pooler: A pooler stands before PostgreSQL, also where none is seen.
     """
 
     def __init__(
-        self, connections: "RedisConnections", redis: str | None, schema: str | None, alert: Hook | None = None
+        self,
+        connections: "RedisConnections",
+        redis: str | None,
+        schema: str | None,
+        alert: Hook | None = None,
+        *,
+        pooler: bool = False,
     ) -> None:
         self._connections, self._redis, self._schema, self._alert = connections, redis, schema, alert
+        self._pooler = pooler
         self._renewals: dict[tuple[str, object], Renewal] = {}
         self._databases: dict[str, Store] = {}
         self._used: dict[str, RedisConnection] = {}
@@ -101,7 +109,9 @@ class LeaseStores:
         other = self._databases.get(url)
         if other is None:
             # a lease takes one connection for a moment, not one for each handler that runs
-            other = self._databases[url] = Store(redacted(url), url, schema=self._schema, pool_size=store.pool_size)
+            other = self._databases[url] = Store(
+                redacted(url), url, schema=self._schema, pool_size=store.pool_size, pooler=self._pooler
+            )
         renewal = self._renewal(other.name, None, lambda: _renewed_in(other))
         return Placed(sql_leases(other, is_async=plan.is_async), local, False, renewal, pause)
 

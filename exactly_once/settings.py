@@ -60,6 +60,17 @@ def _count(value: object) -> int:
     return value
 
 
+def _yes(value: object) -> bool:
+    told = (
+        value
+        if isinstance(value, bool)
+        else {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+    )
+    if told is None:
+        raise ValueError("give true or false")
+    return told
+
+
 def _seconds(value: object) -> timedelta:
     if isinstance(value, timedelta):
         return value
@@ -79,6 +90,7 @@ SETTINGS: Final[Mapping[str, tuple[Callable[[Any], Any], Any]]] = {
     "redis": (_redis, None),
     "group": (_group, None),
     "schema": (_text, None),
+    "pooler": (_yes, False),
     "imports": (_names, ()),
     "concurrency": (_count, 16),
     "processes": (_count, 1),

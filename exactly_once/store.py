@@ -12,7 +12,7 @@ from time import time
 from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
-from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, insert, make_url
+from sqlalchemy import URL, Connection, Engine, Table, create_engine, insert, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
@@ -24,6 +24,7 @@ from exactly_once.errors import ConfigurationError, MissingExtra, SchemaError, S
 from exactly_once.failures import FailureStore
 from exactly_once.guards.listening import install, install_session
 from exactly_once.owner import new_owner
+from exactly_once.pooler import prepare_threshold
 from exactly_once.redaction import redacted
 from exactly_once.schema import CONSUMING, Tables, tables
 from exactly_once.wording import escaped
@@ -56,7 +57,6 @@ _SYNC: Final = {
 _EXTRA: Final = {"mysql": "mysql", "mariadb": "mysql", "sqlite": "sqlite"}
 
 _CONNECT_S: Final = 5  # a server that does not accept within this is away
-_IDLE_IN_TRANSACTION: Final = "10min"  # a worker that vanished holds its keys locked no longer than this
 # 6 MiB in InnoDB's pages: more than the 4 by which it lets a table grow, so that writing it takes room from the disk. In
 # rows that fit into a page: it ends the server where a larger value found no room and is to be rolled back
 _ROOM_ROWS: Final = 800
@@ -73,14 +73,23 @@ class Store:
         async_database: The same for asyncio, where it is not to be derived.
         schema: The database schema our tables live in.
         pool_size: Connections for each kind of engine that we make.
+        pooler: A pooler stands before PostgreSQL, also where none is seen.
     """
 
     def __init__(
-        self, name: str, database: Any, async_database: Any = None, *, schema: str | None = None, pool_size: int = 16
+        self,
+        name: str,
+        database: Any,
+        async_database: Any = None,
+        *,
+        schema: str | None = None,
+        pool_size: int = 16,
+        pooler: bool = False,
     ) -> None:
         self.name = name
         self.schema = schema
         self.pool_size = pool_size
+        self.pooler = pooler
         self._given, self._given_async = _sides(database, async_database)
         self._ours: list[Engine] = []
         self.failures = FailureStore(lambda: self.tables)
@@ -140,7 +149,6 @@ class Store:
             engine = self._import(
                 create_async_engine, url.set(drivername=self._driver(url, _ASYNC)), self._options(url)
             )
-            self._bound_waits(engine.sync_engine)
             self._ours.append(engine.sync_engine)
         self._watched(engine.sync_engine)
         found: AsyncEngine = engine
@@ -310,6 +318,10 @@ class Store:
 
     def _watched(self, engine: Engine) -> Engine:
         install(engine)
+        if (engine.dialect.name, engine.dialect.driver.removesuffix("_async")) == ("postgresql", "psycopg"):
+            from exactly_once.dialects.postgresql_pooler import look_at_each
+
+            look_at_each(engine, ours=engine in self._ours, said=self.pooler)
         return engine
 
     def _url(self, given: Any) -> URL:
@@ -330,7 +342,6 @@ class Store:
 
     def _make(self, url: URL, table: dict[str, str]) -> Engine:
         engine: Engine = self._import(create_engine, url.set(drivername=self._driver(url, table)), self._options(url))
-        self._bound_waits(engine)
         self._ours.append(engine)
         return engine
 
@@ -377,20 +388,10 @@ class Store:
                     if k in ("connect_timeout", "keepalives_idle", "tcp_user_timeout")
                 }
             )
+            options["connect_args"] |= prepare_threshold(url)
         else:
             options["connect_args"] = {"connect_timeout": _CONNECT_S}
         return options
-
-    def _bound_waits(self, engine: Engine) -> None:
-        if engine.dialect.name != "postgresql":
-            return
-
-        @event.listens_for(engine, "connect")
-        def bound(dbapi: Any, _record: Any) -> None:
-            cursor = dbapi.cursor()
-            cursor.execute(f"SET idle_in_transaction_session_timeout = '{_IDLE_IN_TRANSACTION}'")
-            cursor.close()
-            dbapi.commit()
 
 
 def _sides(database: Any, async_database: Any) -> tuple[Any, Any]:

@@ -3,8 +3,9 @@
 It never decides what the work is. `exactly_once.alembic` and `migrations/env.py` call it.
 
 Two programs that upgrade one empty database at the same moment must both end well. Each waits here before it looks at
-the version, so the second finds the work done. PostgreSQL: an advisory lock of the transaction (also right behind a
-pooler). MySQL and MariaDB: GET_LOCK, because every CREATE there ends the transaction. SQLite: BEGIN IMMEDIATE.
+the version, so the second finds the work done. PostgreSQL: an advisory lock of the transaction; it is right behind a pooler,
+too, where nothing is prepared by name and nothing is set for longer than the transaction. MySQL and MariaDB: GET_LOCK,
+because every CREATE there ends the transaction. SQLite: BEGIN IMMEDIATE.
 """
 
 import asyncio
@@ -15,10 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Final, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, create_engine, make_url, pool, text
+from sqlalchemy import URL, Connection, Dialect, Engine, create_engine, make_url, pool, text
 
 from exactly_once.characters import utf8_args
 from exactly_once.errors import ConfigurationError, SchemaError
+from exactly_once.pooler import IDLE_MS, LINK
 
 __all__ = ["Database", "schema_lock", "with_connection"]
 
@@ -29,6 +31,11 @@ T = TypeVar("T")
 WAIT_SECONDS: Final = 120
 # One wait on GET_LOCK: short, or a read_timeout in the caller's URL would end it with an error
 MYSQL_WAIT_SECONDS: Final = 2
+# of the transaction alone, and never looser than the server's own; 0 there is no bound
+_BOUND: Final = (
+    "SELECT set_config(name, least(nullif(setting::bigint, 0), nullif(reset_val::bigint, 0), :idle_ms)::text, true)"
+    " FROM pg_settings WHERE name = 'idle_in_transaction_session_timeout'"
+)
 
 
 def with_connection(database: Database, work: Callable[[Connection], T]) -> T:
@@ -43,9 +50,11 @@ def with_connection(database: Database, work: Callable[[Connection], T]) -> T:
         ConfigurationError: An async engine or connection was given.
     """
     if isinstance(database, Connection):
+        _ask_for_a_pooler(database)
         return work(database)
     if isinstance(database, Engine):
         with _plain(database).connect() as connection:
+            _ask_for_a_pooler(connection)
             return work(connection)
     if not isinstance(database, (str, URL)):
         raise ConfigurationError(
@@ -57,7 +66,7 @@ def with_connection(database: Database, work: Callable[[Connection], T]) -> T:
         # in a thread of its own: the caller's thread may be running a loop, and asyncio allows one a thread
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(lambda: asyncio.run(_on_async(url, work))).result()
-    engine = create_engine(url, poolclass=pool.NullPool, connect_args=utf8_args(url))
+    engine = create_engine(url, poolclass=pool.NullPool, connect_args=utf8_args(url) | _unprepared(url))
     with _plain(engine).connect() as connection:
         return work(connection)
 
@@ -65,11 +74,28 @@ def with_connection(database: Database, work: Callable[[Connection], T]) -> T:
 async def _on_async(url: URL, work: Callable[[Connection], T]) -> T:
     from sqlalchemy.ext.asyncio import create_async_engine
 
-    engine = create_async_engine(url, poolclass=pool.NullPool, connect_args=utf8_args(url))
+    engine = create_async_engine(url, poolclass=pool.NullPool, connect_args=utf8_args(url) | _unprepared(url))
     if engine.dialect.name != "sqlite":
         engine = engine.execution_options(isolation_level="READ COMMITTED")
     async with engine.connect() as connection:
         return await connection.run_sync(work)
+
+
+def _unprepared(url: URL) -> dict[str, None]:
+    # a connection for one use gains nothing by it, and behind a pooler, seen or not, a name may be a stranger's statement
+    return {"prepare_threshold": None} if _is_psycopg(url.get_dialect()) else {}
+
+
+def _ask_for_a_pooler(connection: Connection) -> None:
+    """Behind a pooler, have psycopg prepare nothing on a connection that is the caller's."""
+    if _is_psycopg(connection.dialect) and LINK not in connection.info:
+        from exactly_once.dialects.postgresql_pooler import look
+
+        look(connection.connection.dbapi_connection, connection.info)
+
+
+def _is_psycopg(dialect: Dialect | type[Dialect]) -> bool:
+    return (dialect.name, dialect.driver.removesuffix("_async")) == ("postgresql", "psycopg")
 
 
 def _plain(engine: Engine) -> Engine:
@@ -90,6 +116,7 @@ def schema_lock(connection: Connection, schema: str | None) -> Iterator[None]:
     Raises:
         SchemaError: Another program held the lock for two minutes.
     """
+    _ask_for_a_pooler(connection)
     if connection.in_transaction():
         with _locked(connection, schema):
             yield
@@ -102,8 +129,11 @@ def schema_lock(connection: Connection, schema: str | None) -> Iterator[None]:
                 yield
         connection.commit()
         return
-    with connection.begin(), _locked(connection, schema):
-        yield
+    with connection.begin():
+        if connection.dialect.name == "postgresql":
+            connection.execute(text(_BOUND), {"idle_ms": IDLE_MS})
+        with _locked(connection, schema):
+            yield
 
 
 @contextmanager

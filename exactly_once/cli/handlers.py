@@ -44,6 +44,7 @@ def show(context: typer.Context, reference: AppOption = None) -> None:
         "redis",
         "group",
         "schema",
+        "pooler",
         "imports",
         "concurrency",
         "processes",

@@ -37,6 +37,7 @@ from exactly_once.dialects.keywords import Read, reader
 from exactly_once.dialects.statements import POSTGRESQL
 from exactly_once.errors import ConfigurationError
 from exactly_once.owner import savepoint_of
+from exactly_once.pooler import LINK
 
 __all__ = [
     "BOUND",
@@ -143,6 +144,8 @@ class Seen:
     own_wait: bytes
     role: bytes
     prepared: bool
+    settings: bytes
+    """What goes with BEGIN behind a pooler, see `Link.settings`."""
 
 
 class PostgreSQL:
@@ -179,8 +182,12 @@ class PostgreSQL:
         return f"PREPARE {name}({TYPES}) AS {text}".encode(), template(EXECUTE.replace("{name}", name), _VALUES)
 
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
+        from exactly_once.dialects.postgresql_pooler import look
+
         driver = driver_of(dbapi)
         _refuse_autocommit(driver)
+        # a connection that was made before we saw its engine; psycopg prepares nothing on it from here on, nor do we
+        link = info.get(LINK) or look(dbapi, info)
         if self.strange(dbapi):
             encoding = driver.pgconn.parameter_status(b"client_encoding")
             raise ConfigurationError(
@@ -192,9 +199,10 @@ class PostgreSQL:
         waits, waits_by_default, role = (results[1 if begin else 0].get_value(0, column) for column in range(3))
         info[self] = Seen(
             # by default, so that it follows the server's configuration
-            own_wait=b"DEFAULT" if waits == waits_by_default else b"%s" % waits,
-            role=Escaping(driver.pgconn).escape_literal(role or b"none"),
+            own_wait=b"DEFAULT" if link.pooled or waits == waits_by_default else b"%s" % waits,
+            role=Escaping(driver.pgconn).escape_literal(b"none" if link.pooled or not role else role),
             prepared=begin and driver.prepare_threshold is not None and self._is_prepared(driver),
+            settings=link.settings,
         )
 
     def strange(self, dbapi: Any) -> bool:
@@ -238,7 +246,7 @@ class PostgreSQL:
             save, release = b"SAVEPOINT %s;" % name, b";RELEASE SAVEPOINT %s" % name
         durable = self.durable if savepoint else b""
         if begin:
-            first = opening(driver) + durable + save + _BOUND % wait_ms
+            first = opening(driver, seen) + durable + save + _BOUND % wait_ms
             last = _UNBOUND % seen.own_wait + release
         else:
             first, last = durable + save + _BOUND_IN_OPEN % wait_ms, _UNBOUND_IN_OPEN + release
@@ -263,7 +271,7 @@ class PostgreSQL:
 
     def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> None:
         driver = driver_of(dbapi)
-        send(driver, opening(driver))
+        send(driver, opening(driver, info[self]))
 
     def commit(
         self,
@@ -382,10 +390,10 @@ def _sqlstate(error: BaseException) -> str | None:
     return state
 
 
-def opening(driver: Any) -> bytes:
+def opening(driver: Any, seen: Seen) -> bytes:
     """Return how a transaction of ours begins on this connection."""
     _refuse_autocommit(driver)
-    return _begin(driver)
+    return _begin(driver) + seen.settings
 
 
 def bounded(text: bytes, seen: Seen, wait_ms: int) -> bytes:

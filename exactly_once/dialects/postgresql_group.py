@@ -75,7 +75,7 @@ class Claims:
         )
         try:
             bound_ms = max(1, wait_ms)  # 0 would be for ever
-            results = send(driver, opening(driver) + bounded(self._claim % values, seen, bound_ms), meanwhile)
+            results = send(driver, opening(driver, seen) + bounded(self._claim % values, seen, bound_ms), meanwhile)
         except errors.Error as error:
             if error.sqlstate not in BUSY:
                 raise

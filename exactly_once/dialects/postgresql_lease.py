@@ -13,7 +13,7 @@ from psycopg import errors
 from psycopg.pq import Escaping
 
 from exactly_once.dialects import ClaimBusy, ClaimRow, Leased, StepRow
-from exactly_once.dialects.postgresql import BUSY, PostgreSQL, driver_of, send, template
+from exactly_once.dialects.postgresql import BUSY, PostgreSQL, Seen, driver_of, send, template
 from exactly_once.schema import UNFINISHED
 
 __all__ = ["CLAIM", "LOOK", "STEPS", "Claims"]
@@ -85,8 +85,9 @@ class Claims:
             span,
             _bytea(also),
         )
+        seen: Seen = info[self._dialect]
         read = self._look % identity + (self._steps % identity if steps else b"")
-        text = _BEGIN % wait_ms + self._dialect.durable + claim + read + b"COMMIT"
+        text = _BEGIN % wait_ms + self._dialect.durable + seen.settings + claim + read + b"COMMIT"
         try:
             results = send(driver, text)
         except errors.Error as error:

@@ -13,6 +13,7 @@ from exactly_once.doctor.finding import Finding, Mark
 from exactly_once.error_words import words_of
 from exactly_once.errors import ExactlyOnceError
 from exactly_once.handler import Lease, Plan
+from exactly_once.pooler import LINK, Link, begin_bounded
 from exactly_once.redaction import redacted
 from exactly_once.schema import utcnow
 from exactly_once.store import Store, claims_twice, lacking_characters
@@ -53,6 +54,8 @@ def findings_for_database(store: Store, group: str, plans: tuple[Plan, ...], con
     if any(plan.is_async for plan in plans):
         yield _self_check(where, lambda: _claims_twice_async(store, group), "async")
     with store.engine.connect() as connection:
+        if store.dialect.name == "postgresql":
+            yield _pooler(where, connection, said=store.pooler)
         yield from {"postgresql": _postgresql, "sqlite": _sqlite}.get(store.dialect.name, _mysql)(where, connection)
         skew = abs((connection.execute(select(utcnow())).scalar_one() - _now()).total_seconds())
         if skew > _SKEW_S:
@@ -104,6 +107,9 @@ def _postgresql(where: str, connection: Any) -> Iterator[Finding]:
         value = connection.execute(text(f"SHOW {name}")).scalar_one()
         mark = Mark.WARN if value == "off" else Mark.OK
         yield Finding(mark, f"{where}: {name} is {value}" + (f": {mend}" if value == "off" else ""))
+    # as it is in a transaction of ours: behind a pooler it goes with BEGIN
+    connection.rollback()
+    begin_bounded(connection)
     idle = connection.execute(text("SHOW idle_in_transaction_session_timeout")).scalar_one()
     if idle == "0":
         yield Finding(
@@ -120,6 +126,19 @@ def _postgresql(where: str, connection: Any) -> Iterator[Finding]:
             " long. create_engine(..., connect_args={'keepalives_idle': 30, 'tcp_user_timeout': 60000}), or give a URL in"
             " place of an engine",
         )
+
+
+def _pooler(where: str, connection: Any, *, said: bool) -> Finding:
+    link: Link = connection.info[LINK]
+    if link.pooled:
+        why = "EXACTLY_ONCE_POOLER says that a pooler is" if said else "a pooler is"
+        return Finding(
+            Mark.OK,
+            f"{where}: {why} before the server: no statement is prepared, and settings go with each transaction",
+        )
+    return Finding(
+        Mark.OK, f"{where}: no pooler is seen before the server. Is there one? export EXACTLY_ONCE_POOLER=true"
+    )
 
 
 def _mysql(where: str, connection: Any) -> Iterator[Finding]:

@@ -26,6 +26,7 @@ from exactly_once.dialects import ClaimRow, Dialect
 from exactly_once.error_words import place_of, words_of
 from exactly_once.message import Message
 from exactly_once.policy import ByBroker, ByPump, Decision, Park
+from exactly_once.pooler import begin_bounded
 from exactly_once.schema import CONSUMED, KEY_BYTES, UNFINISHED, Tables, utcnow
 from exactly_once.wording import EVERY, said, storable
 
@@ -122,6 +123,7 @@ class FailureStore:
         for last in (False, True):
             try:
                 with session.begin():
+                    begin_bounded(session.connection())
                     return self._record(session, failure, decide, form)
             except IntegrityError:
                 # two deliveries of one message failed at the same moment; now the row is there to be updated

@@ -16,6 +16,7 @@ from typing import Final
 from sqlalchemy import Connection, Engine
 
 from exactly_once.failures.due import DueFailures, Taken, message_of
+from exactly_once.pooler import begin_bounded
 from exactly_once.transport import Delivery, Features
 from exactly_once.verdict import Redeliver, Verdict
 
@@ -92,6 +93,7 @@ class Pump:
 
     def _take(self, limit: int) -> list[Delivery]:
         with self._engine.begin() as connection:
+            begin_bounded(connection)
             if monotonic() - self._swept > _SWEEP_S:
                 self._swept = monotonic()
                 if closed := self._failures.sweep(connection, self._group):
@@ -131,6 +133,7 @@ class Pump:
     def _change(self, rows: int, change: Callable[[Connection], None]) -> None:
         try:
             with self._engine.begin() as connection:
+                begin_bounded(connection)
                 change(connection)
         except Exception as error:  # the lease runs out by itself, and the row is due again
             _log.warning("pump_settle_failed rows=%d error=%s", rows, type(error).__name__)

@@ -20,6 +20,7 @@ from exactly_once.guards.transaction import standing
 from exactly_once.keys import canonical, check_name
 from exactly_once.message import Message
 from exactly_once.owner import new_owner
+from exactly_once.pooler import SAID
 from exactly_once.schema import HANDLER_BYTES
 from exactly_once.wording import escaped
 
@@ -29,9 +30,14 @@ _BODY: Final = maker("body")
 
 
 class Claimer:
-    """Claims on whatever engine a session is bound to; remembers how each is spoken to."""
+    """Claims on whatever engine a session is bound to; remembers how each is spoken to.
 
-    def __init__(self) -> None:
+    Args:
+        pooler: A pooler stands before PostgreSQL, also where none is seen.
+    """
+
+    def __init__(self, *, pooler: bool = False) -> None:
+        self._pooler = pooler
         self._dialects: WeakKeyDictionary[Engine, Dialect] = WeakKeyDictionary()
 
     def claim(
@@ -73,6 +79,8 @@ class Claimer:
         dbapi, info = connection.connection.dbapi_connection, connection.info
         try:
             if dialect not in info or dialect.strange(dbapi):
+                if self._pooler:
+                    info[SAID] = True
                 dialect.prepare(dbapi, info, wait_ms=wait_ms)
             if dialect.claim(dbapi, info, row, wait_ms=wait_ms, savepoint=True):
                 return True

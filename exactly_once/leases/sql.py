@@ -33,6 +33,7 @@ from exactly_once import claim_rows
 from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, LeaseClaims, Leased, StepRow, Trouble, lease_claims_for
 from exactly_once.dialects import raise_for_the_store as raise_for
 from exactly_once.leases import WAIT_MS, Held, Recorded, clock
+from exactly_once.pooler import begin_bounded
 from exactly_once.schema import CONSUMED, CONSUMING, STEP_BEGUN, STEP_FINISHED, UNFINISHED, Tables, utcnow
 
 __all__ = ["SqlLeases"]
@@ -153,6 +154,7 @@ class SqlLeases:
         until = {"lease_until": utcnow(lease.total_seconds())}
         asked = clock()  # not when it is answered: a process that stands still in between would take it for fresh
         with self._speaking(self._engine) as connection, connection.begin():
+            begin_bounded(connection)
             match self._dialect.name:
                 case "postgresql":
                     bound = round(lease.total_seconds() * 1000 / 3 / _BEATS)
@@ -289,6 +291,7 @@ class SqlLeases:
         """See `LeaseStore.resolve`."""
         t, s = self._t, self._steps
         with self._speaking(self._engine) as connection, connection.begin():
+            begin_bounded(connection)
             if connection.execute(select(t.c.status).where(self._free(row)).with_for_update()).one_or_none() is None:
                 return False
             mine = and_(self._of(s, row), s.c.step == step)

@@ -30,14 +30,15 @@ def missing() -> str | None:
 
 
 class PgBouncer:
-    """Transaction pooling in front of one database.
+    """Pooling in front of one database.
 
     Args:
         url: SQLAlchemy URL of the database, on TCP.
         server_connections: How many connections to the server all clients share.
+        mode: For how long a client keeps one: "transaction" or "session".
     """
 
-    def __init__(self, url: str, *, server_connections: int) -> None:
+    def __init__(self, url: str, *, server_connections: int, mode: str = "transaction") -> None:
         if reason := missing():
             raise ServerFailed(f"PgBouncer cannot run: {reason}.")
         behind = make_url(url)
@@ -51,7 +52,7 @@ class PgBouncer:
             f" user={behind.username} {f'password={behind.password}' if behind.password else ''}\n"
             "[pgbouncer]\n"
             f"listen_addr = 127.0.0.1\nlisten_port = {self.port}\nunix_socket_dir =\nauth_type = any\n"
-            f"pool_mode = transaction\ndefault_pool_size = {server_connections}\nmax_client_conn = 200\n"
+            f"pool_mode = {mode}\ndefault_pool_size = {server_connections}\nmax_client_conn = 200\n"
         )
         if account:
             for path in (self._directory, file):

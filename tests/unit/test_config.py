@@ -145,6 +145,7 @@ def test_an_unknown_name_is_an_error_that_names_what_is_close(
         ("group", " "),
         ("imports", "a,,b"),
         ("database", "{broken"),
+        ("pooler", "pgbouncer"),
         ("database", "{}"),
     ],
 )
@@ -153,7 +154,16 @@ def test_a_wrong_value_is_an_error_that_names_its_source(tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize(
-    "toml", ["concurrency = true", "concurrency = 1.5", "group = 5", "imports = 5", "database = 5", "handlers = 5"]
+    "toml",
+    [
+        "concurrency = true",
+        "concurrency = 1.5",
+        "group = 5",
+        "imports = 5",
+        "pooler = 5",
+        "database = 5",
+        "handlers = 5",
+    ],
 )
 def test_a_wrong_value_in_the_file_is_an_error(tmp_path: Path, toml: str) -> None:
     path = project(tmp_path, f"[tool.exactly_once]\n{toml}\n")

@@ -20,6 +20,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from exactly_once.characters import characters_of
+from exactly_once.pooler import begin_bounded
 from exactly_once.redaction import redacted
 from exactly_once.transports.sql.statements import NO_GROUP, Statements, statements
 from exactly_once.wording import storable
@@ -113,6 +114,8 @@ class Database:
                 elif self.dialect == "sqlite" and not _in_transaction(connection):
                     # as a writer from the start: a reader that becomes one fails where it should wait
                     connection.exec_driver_sql("BEGIN IMMEDIATE")
+                elif self.dialect == "postgresql":
+                    begin_bounded(connection)
                 yield connection
 
     def join(self, topic: str, group: str) -> None:

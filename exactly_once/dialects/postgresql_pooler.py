@@ -1,0 +1,98 @@
+"""Finds out, once a connection, whether a pooler stands before the server, and lets psycopg prepare nothing there.
+
+A pooler answers the start of a connection with a process id of its own making, so `pg_backend_pid()` says another one:
+PgBouncer does so in every mode. Equal ids prove nothing of other poolers; then the program's setting `pooler` says it. The
+bound on transactions that a vanished program left open is a session's setting on a connection of ours; behind a pooler it
+goes with each BEGIN. It is never looser than the server's own. Called by the store for its engines, and by the dialect for a
+connection that was made before we saw its engine.
+"""
+
+from collections.abc import MutableMapping
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Engine, event
+
+from exactly_once.dialects.postgresql import Seen, driver_of, opening, send
+from exactly_once.pooler import IDLE_MS, LINK, SAID, Link
+
+__all__ = ["look", "look_at_each"]
+
+# what the session would have if nobody had set anything in it: behind a pooler strangers did
+_OWN: Final = (
+    b"SELECT max(reset_val) FILTER (WHERE name = 'idle_in_transaction_session_timeout'),"
+    b" max(reset_val) FILTER (WHERE name = 'synchronous_commit') FROM pg_settings"
+)
+_CHOSEN: Final = (b"local", b"remote_write", b"remote_apply")  # durable, and not what a server says by itself
+_seen: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()  # by the engine's dialect: whether a pooler was said
+
+
+def look_at_each(engine: Engine, *, ours: bool, said: bool) -> None:
+    """Have each connection of an engine looked at when it is made; those it has already, when they are next used.
+
+    Args:
+        engine: Of psycopg; for asyncio the sync one inside.
+        ours: We made it, so its transactions are bounded.
+        said: There is a pooler, whatever is seen of it.
+    """
+    known = _seen.get(engine.dialect)
+    if known is not None and known >= said:
+        return
+    _seen[engine.dialect] = said
+
+    def seen(dbapi: Any, record: Any, *_: Any) -> None:
+        link: Link | None = record.info.get(LINK)
+        if link is None or (said and not link.pooled):
+            look(dbapi, record.info, ours=ours, said=said)
+
+    # first: what SQLAlchemy itself asks a new connection is not to be prepared either
+    event.listen(engine, "connect", seen, insert=True)
+    pool: Any = engine.pool
+    if not ours and hasattr(pool, "checkedin") and pool.checkedin() + pool.checkedout():
+        event.listen(engine, "checkout", seen)
+
+
+def look(dbapi: Any, info: MutableMapping[Any, Any], *, ours: bool = False, said: bool = False) -> Link:
+    """Look at one connection and remember in its `info` what was found; in a transaction or in none.
+
+    Args:
+        dbapi: SQLAlchemy's `dbapi_connection`.
+        info: The connection's.
+        ours: As for `look_at_each`.
+        said: As there.
+    """
+    driver = driver_of(dbapi)
+    (answer,) = send(driver, b"SELECT pg_backend_pid()")
+    pooled = said or SAID in info or int(answer.get_value(0, 0)) != driver.pgconn.backend_pid
+    settings = b""
+    if pooled:
+        driver.prepare_threshold = None
+    if pooled or ours:
+        (own,) = send(driver, _OWN)
+        idle = b"idle_in_transaction_session_timeout = %d;" % _stricter(int(own.get_value(0, 0)))
+        if pooled:
+            # a stranger may have switched durable commits off on the connection that a transaction of ours gets
+            durable = b"DEFAULT" if own.get_value(0, 1) in _CHOSEN else b"on"
+            settings = b"SET LOCAL synchronous_commit = %s;" % durable + (b"SET LOCAL " + idle if ours else b"")
+        else:
+            send(driver, b"SET " + idle)
+    link = info[LINK] = Link(pooled, settings, _Begin(settings))
+    return link
+
+
+def _stricter(own_ms: int) -> int:
+    """The stricter of our bound and the server's, where 0 is none."""
+    return min(own_ms, IDLE_MS) if own_ms else IDLE_MS
+
+
+class _Begin:
+    """See `Link.begin`."""
+
+    __slots__ = ("_seen",)
+
+    def __init__(self, settings: bytes) -> None:
+        self._seen = Seen(b"", b"DEFAULT", prepared=False, settings=settings)
+
+    def __call__(self, dbapi: Any) -> None:
+        driver = driver_of(dbapi)
+        send(driver, opening(driver, self._seen))
