@@ -347,16 +347,18 @@ class PostgreSQL:
         if compiled is None:
             compiled = self._compiled[statement] = statement.compile(dialect=connection.dialect)
         text, given = str(compiled), compiled.construct_params(values)
-        first, last = IN_OUR_NAME
-        seen: Seen = connection.info[self]
+        first = last = b""
+        if not driver.autocommit:  # else it is a statement by itself, in no handler's transaction
+            seen: Seen = connection.info[self]
+            first, last = IN_OUR_NAME[0].replace("{role}", "%s").encode() % seen.role, IN_OUR_NAME[1].encode()
         cursor = (AsyncClientCursor if isinstance(driver, AsyncConnection) else ClientCursor)(driver)
         try:
             # one round trip: values as literals, for several statements in one text have no parameters
             written = cursor.mogrify(text, given).encode()
-            results = send(driver, first.replace("{role}", "%s").encode() % seen.role + written + last.encode())
+            results = send(driver, self.durable + first + written + last)
         except errors.Error as error:
             raise DBAPIError.instance(text, None, error, psycopg.Error, dialect=connection.dialect) from error
-        return int(results[1].command_tuples or 0)
+        return int(results[-2 if last else -1].command_tuples or 0)
 
     def no_room(self, error: BaseException) -> bool:
         return _sqlstate(error) == _DISK_FULL
