@@ -454,10 +454,10 @@ class ExactlyOnce(Registrations):
         from exactly_once.transport import Surroundings
         from exactly_once.transports import transport_from
 
-        def engine() -> Any:
-            return next(iter(self._stores(self._store_binding).values())).engine
+        def store() -> "Store":
+            return next(iter(self._stores(self._store_binding).values()))
 
-        return transport_from(url or self._transport_url(), Surroundings(engine, self.config.schema.value))
+        return transport_from(url or self._transport_url(), Surroundings(lambda: store().engine, lambda: store().place))
 
 
 def _checked(message: Message) -> Message:

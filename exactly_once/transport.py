@@ -172,11 +172,15 @@ def _no_engine() -> Engine:
     raise LookupError("this transport needs a database, and none was given")
 
 
+def _no_schema() -> str | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """What a transport may use of the application it serves; most use nothing."""
 
     engine: Callable[[], Engine] = field(default=_no_engine)
     """The application's first database, for the embedded transport."""
-    schema: str | None = None
-    """The database schema our tables live in."""
+    schema: Callable[[], str | None] = field(default=_no_schema)
+    """Names the database schema our tables live in; asked on first use, and may connect for it."""

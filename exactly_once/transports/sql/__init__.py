@@ -71,7 +71,7 @@ class SqlTransport:
 
     Args:
         engine: Gives the application's database; asked on first use.
-        schema: The database schema of our tables.
+        schema: Names the database schema of our tables; asked on first use.
         invisible: A delivery that is neither settled nor extended comes back after this.
         max_attempts: A message delivered so often without an end is parked, not run.
 
@@ -85,7 +85,7 @@ class SqlTransport:
         self,
         engine: Callable[[], Engine],
         *,
-        schema: str | None = None,
+        schema: Callable[[], str | None] | None = None,
         invisible: timedelta = _INVISIBLE,
         max_attempts: int = _MAX_ATTEMPTS,
     ) -> None:
@@ -138,6 +138,8 @@ class SqlTransport:
                     " Start it, or correct EXACTLY_ONCE_DATABASE."
                 )
             )
+        except ConfigurationError as error:
+            problems.append(str(error))
         except (LookupError, ArgumentError) as error:
             problems.append(f"sql:// needs the application's database: {error}. Set EXACTLY_ONCE_DATABASE.")
         return problems

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
+from functools import cached_property
 from threading import Condition, Lock
 from typing import Any
 
@@ -56,11 +57,11 @@ class Database:
 
     Args:
         engine: Gives the engine; asked on first use.
-        schema: The database schema of our tables.
+        schema: Names the database schema of our tables; asked on first use. None: where the connection looks first.
     """
 
-    def __init__(self, engine: Callable[[], Engine], schema: str | None) -> None:
-        self._engine_of, self._schema = engine, schema
+    def __init__(self, engine: Callable[[], Engine], schema: Callable[[], str | None] | None) -> None:
+        self._engine_of, self._schema_of = engine, schema
         self._engine: Engine | None = None
         self._characters: str | None = None
 
@@ -70,6 +71,10 @@ class Database:
         if self._engine is None:
             self._engine = self._engine_of()
         return self._engine
+
+    @cached_property
+    def _schema(self) -> str | None:
+        return self._schema_of() if self._schema_of is not None else None
 
     @property
     def dialect(self) -> str:
