@@ -36,19 +36,20 @@ class Link:
     settings: bytes
     """The SET LOCAL that go with BEGIN of each transaction of ours, since the session cannot hold them; else empty."""
     begin: Callable[[Any], None]
-    """Sends BEGIN and these settings through the driver's connection, in one round trip."""
+    """Sends BEGIN through the driver's connection, with these settings and for a durable commit, in one round trip."""
 
 
 def begin_bounded(connection: Connection) -> None:
-    """Begin the transaction of a connection that has sent nothing yet, with the settings that its session cannot hold.
+    """Begin the transaction of a connection that has sent nothing yet: durable, with the settings its session cannot hold.
 
-    Where there are none the driver begins by itself. In the other case this takes the place of its BEGIN: no round trip more.
+    It takes the place of the driver's own BEGIN: no round trip more. Where the connection was never looked at, and on other
+    servers than PostgreSQL, the driver begins by itself.
 
     Raises:
         OperationalError: The connection is dead; it is thrown away.
     """
     link: Link | None = connection.info.get(LINK)
-    if link is None or not link.settings:
+    if link is None:
         return
     try:
         link.begin(connection.connection.dbapi_connection)

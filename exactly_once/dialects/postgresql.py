@@ -79,7 +79,10 @@ BOUND_IN_OPEN: Final = (
     ),
     ";SELECT set_config('lock_timeout', current_setting('exactly_once.lock_timeout'), true)",
 )
-LOOK: Final = "SELECT setting, reset_val, current_setting('role') FROM pg_settings WHERE name = 'lock_timeout'"
+LOOK: Final = (
+    "SELECT setting, reset_val, current_setting('role'), current_setting('synchronous_commit')"
+    " FROM pg_settings WHERE name = 'lock_timeout'"
+)
 # a role that the handler took for itself (SET LOCAL ROLE, or a function that sets it) is not ours
 IN_OUR_NAME: Final = (
     (
@@ -196,13 +199,14 @@ class PostgreSQL:
             )
         begin = driver.pgconn.transaction_status == TransactionStatus.IDLE
         results = send(driver, b"BEGIN;" + LOOK.encode() + b";ROLLBACK" if begin else LOOK.encode())
-        waits, waits_by_default, role = (results[1 if begin else 0].get_value(0, column) for column in range(3))
+        waits, waits_by_default, role, durable = (results[1 if begin else 0].get_value(0, n) for n in range(4))
         info[self] = Seen(
             # by default, so that it follows the server's configuration
             own_wait=b"DEFAULT" if link.pooled or waits == waits_by_default else b"%s" % waits,
             role=Escaping(driver.pgconn).escape_literal(b"none" if link.pooled or not role else role),
             prepared=begin and driver.prepare_threshold is not None and self._is_prepared(driver),
-            settings=link.settings,
+            settings=link.settings
+            + (b"SET LOCAL synchronous_commit = on;" if durable == b"off" and self.durable else b""),
         )
 
     def strange(self, dbapi: Any) -> bool:

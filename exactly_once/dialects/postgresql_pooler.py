@@ -13,17 +13,13 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy import Engine, event
 
-from exactly_once.dialects.postgresql import Seen, driver_of, opening, send
+from exactly_once.dialects.postgresql import DURABLE, Seen, driver_of, opening, send
 from exactly_once.pooler import IDLE_MS, LINK, SAID, Link
 
 __all__ = ["look", "look_at_each"]
 
 # what the session would have if nobody had set anything in it: behind a pooler strangers did
-_OWN: Final = (
-    b"SELECT max(reset_val) FILTER (WHERE name = 'idle_in_transaction_session_timeout'),"
-    b" max(reset_val) FILTER (WHERE name = 'synchronous_commit') FROM pg_settings"
-)
-_CHOSEN: Final = (b"local", b"remote_write", b"remote_apply")  # durable, and not what a server says by itself
+_OWN: Final = b"SELECT reset_val FROM pg_settings WHERE name = 'idle_in_transaction_session_timeout'"
 _seen: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()  # by the engine's dialect: whether a pooler was said
 
 
@@ -72,8 +68,7 @@ def look(dbapi: Any, info: MutableMapping[Any, Any], *, ours: bool = False, said
         idle = b"idle_in_transaction_session_timeout = %d;" % _stricter(int(own.get_value(0, 0)))
         if pooled:
             # a stranger may have switched durable commits off on the connection that a transaction of ours gets
-            durable = b"DEFAULT" if own.get_value(0, 1) in _CHOSEN else b"on"
-            settings = b"SET LOCAL synchronous_commit = %s;" % durable + (b"SET LOCAL " + idle if ours else b"")
+            settings = DURABLE.encode() + (b"SET LOCAL " + idle if ours else b"")
         else:
             send(driver, b"SET " + idle)
     link = info[LINK] = Link(pooled, settings, _Begin(settings))
@@ -91,8 +86,8 @@ class _Begin:
     __slots__ = ("_seen",)
 
     def __init__(self, settings: bytes) -> None:
-        self._seen = Seen(b"", b"DEFAULT", prepared=False, settings=settings)
+        self._seen = Seen(b"DEFAULT", b"'none'", prepared=False, settings=settings)
 
     def __call__(self, dbapi: Any) -> None:
         driver = driver_of(dbapi)
-        send(driver, opening(driver, self._seen))
+        send(driver, opening(driver, self._seen) + DURABLE.encode())

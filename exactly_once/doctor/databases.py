@@ -98,6 +98,12 @@ def _claims_twice_async(store: Store, group: str) -> tuple[bool, bool]:
     return asyncio.run(both())
 
 
+_WEAKER: Final = {
+    "local": "it stays so. This server keeps what was acknowledged when it stops; a standby that takes over may lack it",
+    "remote_write": "it stays so. What was acknowledged may be lost if this server and the standby's machine stop at once",
+}
+
+
 def _postgresql(where: str, connection: Any) -> Iterator[Finding]:
     for name, mend in (
         ("synchronous_commit", "it is raised for our transactions; set it on for what else matters"),
@@ -105,8 +111,9 @@ def _postgresql(where: str, connection: Any) -> Iterator[Finding]:
         ("full_page_writes", "a crash of the server may corrupt tables. ALTER SYSTEM SET full_page_writes = on"),
     ):
         value = connection.execute(text(f"SHOW {name}")).scalar_one()
-        mark = Mark.WARN if value == "off" else Mark.OK
-        yield Finding(mark, f"{where}: {name} is {value}" + (f": {mend}" if value == "off" else ""))
+        weak = value in _WEAKER
+        told = f": {_WEAKER[value]}" if weak else f": {mend}" if value == "off" else ""
+        yield Finding(Mark.WARN if weak or value == "off" else Mark.OK, f"{where}: {name} is {value}{told}")
     # as it is in a transaction of ours: behind a pooler it goes with BEGIN
     connection.rollback()
     begin_bounded(connection)
