@@ -72,6 +72,8 @@ class ExactlyOnce(Registrations):
         schema: The database schema that holds our tables.
         pooler: True: a pooler of transactions stands before PostgreSQL, also where none is seen. PgBouncer is seen. None: from
             EXACTLY_ONCE_POOLER or the settings file.
+        may_lose_commits: True leaves `synchronous_commit = off` (PostgreSQL) and `synchronous = OFF` (SQLite) as they are: when
+            that server or machine stops, the last messages that were acknowledged are lost, claims and effects together.
         route: With several databases, names the one a message belongs to. All rows of one business key belong in one.
         enforce: False writes claims and counts duplicates but runs them all the same: to look before you trust.
         alert: Called with an `Alert` when a message is kept for a person, or a run goes on for longer than its `max_run`;
@@ -94,6 +96,7 @@ class ExactlyOnce(Registrations):
         imports: Sequence[str] = (),
         schema: str | None = None,
         pooler: bool | None = None,
+        may_lose_commits: bool = False,
         route: "Route | None" = None,
         enforce: bool = True,
         alert: "Hook | None" = None,
@@ -110,7 +113,7 @@ class ExactlyOnce(Registrations):
             "pooler": pooler,
         }
         self._said = {name: value for name, value in said.items() if value is not None}
-        self._route, self._enforce, self._alert = route, enforce, alert
+        self._route, self._enforce, self._alert, self._durable = route, enforce, alert, not may_lose_commits
         super().__init__()
         self._store_binding = _Binding()
 
@@ -347,7 +350,7 @@ class ExactlyOnce(Registrations):
     def _claimer(self) -> "Claimer":
         from exactly_once.guards.claiming import Claimer
 
-        return Claimer(pooler=self.config.pooler.value)
+        return Claimer(pooler=self.config.pooler.value, durable=self._durable)
 
     @cached_property
     def config(self) -> "Config":
@@ -435,6 +438,7 @@ class ExactlyOnce(Registrations):
                     schema=config.schema.value,
                     pool_size=size,
                     pooler=config.pooler.value,
+                    durable=self._durable,
                 )
                 for name, each in several.items()
             }

@@ -74,6 +74,7 @@ class Store:
         schema: The database schema our tables live in.
         pool_size: Connections for each kind of engine that we make.
         pooler: A pooler stands before PostgreSQL, also where none is seen.
+        durable: Commits of handlers wait for the disk, whatever the session says.
     """
 
     def __init__(
@@ -85,11 +86,12 @@ class Store:
         schema: str | None = None,
         pool_size: int = 16,
         pooler: bool = False,
+        durable: bool = True,
     ) -> None:
         self.name = name
         self.schema = schema
         self.pool_size = pool_size
-        self.pooler = pooler
+        self.pooler, self._durable = pooler, durable
         self._given, self._given_async = _sides(database, async_database)
         self._ours: list[Engine] = []
         self.failures = FailureStore(lambda: self.tables)
@@ -184,7 +186,7 @@ class Store:
     @cached_property
     def dialect(self) -> Dialect:
         """How this database is spoken to."""
-        return dialect_for(self.engine, lambda: self.place)
+        return dialect_for(self.engine, lambda: self.place, durable=self._durable)
 
     @cached_property
     def place(self) -> str | None:

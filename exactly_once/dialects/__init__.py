@@ -348,12 +348,13 @@ _KNOWN: dict[tuple[str, str], str] = {
 }
 
 
-def dialect_for(engine: Engine, schema: Callable[[], str | None]) -> Dialect:
+def dialect_for(engine: Engine, schema: Callable[[], str | None], *, durable: bool = True) -> Dialect:
     """Return the dialect that speaks to `engine`'s server through its driver.
 
     Args:
         engine: Of the application, or ours.
         schema: Names the database schema of our tables; asked at the first claim, and may connect for it.
+        durable: Commits wait for the disk, whatever the session says.
 
     Raises:
         ConfigurationError: The driver was never tried; a claim through it might not be recognised as a duplicate.
@@ -368,14 +369,14 @@ def dialect_for(engine: Engine, schema: Callable[[], str | None]) -> Dialect:
     from importlib import import_module
 
     module, _, attribute = found.partition(":")
-    make: Callable[[Callable[[], str]], Dialect] = getattr(import_module(module), attribute)
+    make: Callable[..., Dialect] = getattr(import_module(module), attribute)
     quote = engine.dialect.identifier_preparer.quote_schema
 
     def table() -> str:
         named = schema()
         return f"{quote(named)}.message_idempotent" if named else "message_idempotent"
 
-    return make(table)
+    return make(table, durable=durable)
 
 
 def lease_claims_for(dialect: Dialect) -> LeaseClaims:

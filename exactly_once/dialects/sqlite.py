@@ -63,7 +63,7 @@ class SQLite:
     asks_around_calls = False
 
     def __init__(self, table: Callable[[], str], *, durable: bool = True) -> None:
-        self._table = table
+        self._table, self._durable = table, durable
 
     @cached_property
     def table(self) -> str:
@@ -92,7 +92,7 @@ class SQLite:
         cursor = dbapi.cursor()
         try:
             if not _driver(dbapi).in_transaction:
-                _begin(cursor)
+                self._begin(cursor)
             born = None if row.born_at is None else row.born_at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
             cursor.execute(
                 self._claim,
@@ -115,7 +115,7 @@ class SQLite:
     def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> None:
         cursor = dbapi.cursor()
         try:
-            _begin(cursor)
+            self._begin(cursor)
         finally:
             cursor.close()
 
@@ -193,14 +193,6 @@ class SQLite:
 
     def read(self, dbapi: Any, info: MutableMapping[Any, Any], statement: str) -> Read:
         return _READ(statement)
-
-
-def _begin(cursor: Any) -> None:
-    """Begin as the writer; of durable commits, which cannot be changed from here to the end of the transaction."""
-    cursor.execute("PRAGMA synchronous")
-    if cursor.fetchone()[0] == 0:
-        cursor.execute("PRAGMA synchronous = FULL")  # OFF loses acknowledged commits when the machine stops
-    cursor.execute(BEGIN)
 
 
 def _refuse_autocommit(dbapi: Any) -> None:

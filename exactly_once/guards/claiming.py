@@ -34,10 +34,11 @@ class Claimer:
 
     Args:
         pooler: A pooler stands before PostgreSQL, also where none is seen.
+        durable: The caller's commit waits for the disk, whatever the session says.
     """
 
-    def __init__(self, *, pooler: bool = False) -> None:
-        self._pooler = pooler
+    def __init__(self, *, pooler: bool = False, durable: bool = True) -> None:
+        self._pooler, self._durable = pooler, durable
         self._dialects: WeakKeyDictionary[Engine, Dialect] = WeakKeyDictionary()
 
     def claim(
@@ -70,7 +71,9 @@ class Claimer:
         engine = session.get_bind().engine
         dialect = self._dialects.get(engine)
         if dialect is None:
-            dialect = self._dialects[engine] = dialect_for(engine, lambda: schema or schema_in(engine))
+            dialect = self._dialects[engine] = dialect_for(
+                engine, lambda: schema or schema_in(engine), durable=self._durable
+            )
         try:
             connection = session.connection()
         except Exception as error:
