@@ -119,6 +119,14 @@ class SQLite:
         finally:
             cursor.close()
 
+    def _begin(self, cursor: Any) -> None:
+        """Begin as the writer; of durable commits, which cannot be changed from here to the end of the transaction."""
+        if self._durable:
+            cursor.execute("PRAGMA synchronous")
+            if cursor.fetchone()[0] == 0:
+                cursor.execute("PRAGMA synchronous = FULL")  # OFF loses acknowledged commits when the machine stops
+        cursor.execute(BEGIN)
+
     def commit(
         self,
         dbapi: Any,
