@@ -34,11 +34,11 @@ Send = Callable[[str], Ended]
 # -- texts -------------------------------------------------------------------------------------------------------------
 
 SOUP = [
-    "'", "''", '"', '""', "\\", "\\\\", "\\'", '\\"', "' '", "E'", "e'", "U&'", "B'", "x'", "N'", "_utf8'", "`", "``", "[", "]",
-    ";", ";", "; COMMIT;", ";COMMIT--", "COMMIT", "SELECT", "SELECT 1", "FROM", "AS", "END", "BEGIN", "case", "TO w",
-    "--", "-- ", "--\t", "#", "/*", "*/", "/*/", "*", "/", "-", "/*!", "/*!50000 ", "/*!999999 ", "/*!80000 ", "/*M!", "/*M!50000",
-    "$$", "$a$", "$b$", "$", "$1", "a$b$", "a", "e", "1", "1.5", "0x1F", "é", "\u00a0", "\n", "\r", "\n'", "\n--\n'", " ", " ", "\t",
-    "\x0b", ",", "=", "@", "@@", ".", ":", "%", "+", "|",
+    "'", "''", '"', '""', "\\", "\\\\", "\\'", '\\"', "' '", "E'", "e'", "U&'", "B'", "x'", "N'", "_utf8'", "`", "``", "[",
+    "]", ";", ";", "; COMMIT;", ";COMMIT--", "COMMIT", "SELECT", "SELECT 1", "FROM", "AS", "END", "BEGIN", "case", "TO w",
+    "--", "-- ", "--\t", "#", "/*", "*/", "/*/", "*", "/", "-", "/*!", "/*!50000 ", "/*!999999 ", "/*!80000 ", "/*M!",
+    "/*M!50000", "$$", "$a$", "$b$", "$", "$1", "a$b$", "a", "e", "1", "1.5", "0x1F", "é", "\u00a0", "\n", "\r", "\n'",
+    "\n--\n'", " ", " ", "\t", "\x0b", ",", "=", "@", "@@", ".", ":", "%", "+", "|",
 ]  # fmt: skip
 ENDS = [
     "COMMIT", "COMMIT", "commit work", "ROLLBACK", "END", "ABORT", "COMMIT;BEGIN", "/**/COMMIT", "COMMIT/*;*/", "--\nCOMMIT",
@@ -166,7 +166,9 @@ def compare(send: Send, grammar: Grammar) -> Counter[str]:
 @pytest.fixture
 def postgres(postgres_url: str) -> Iterator[psycopg.Connection]:
     url = make_url(postgres_url).set(drivername="postgresql")
-    with psycopg.connect(url.render_as_string(hide_password=False), autocommit=True) as connection:
+    with psycopg.connect(
+        url.render_as_string(hide_password=False), autocommit=True, prepare_threshold=None
+    ) as connection:
         yield connection
 
 
@@ -299,7 +301,7 @@ COMMITS = """
     LOCK TABLES other WRITE | OPTIMIZE TABLE other | RENAME TABLE other TO another | RENAME TABLE another TO other
     REPAIR TABLE other | RESET QUERY CACHE | TRUNCATE mine | TRUNCATE TABLE other | INSTALL SONAME 'none'
     UNINSTALL SONAME 'none' | SET autocommit = 1 | SET @@autocommit = ON | SET @@session.`autocommit` = 1
-    SET LOCAL autocommit = 1 | SET @a = (SELECT 1, 2) IS NULL, autocommit = 1 | SET PASSWORD = PASSWORD('')
+    SET LOCAL autocommit = 1 | SET @a = COALESCE(1, 2), autocommit = 1 | SET PASSWORD = PASSWORD('')
     SET DEFAULT ROLE NONE | SET STATEMENT max_statement_time = 1 FOR TRUNCATE other
     SET STATEMENT max_statement_time = 1 + SUBSTRING('1' FROM 1 FOR 1) FOR COMMIT
     SET STATEMENT max_statement_time = 1 FOR SET STATEMENT max_statement_time = 2 FOR SET autocommit = 1
@@ -343,7 +345,8 @@ OUTLIVES_POSTGRES = """
     SET local.path = 'x' | SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY | LISTEN orders | PREPARE p AS SELECT 1
     DECLARE c CURSOR WITH HOLD FOR SELECT 1 | DECLARE c BINARY NO SCROLL BINARY BINARY BINARY BINARY CURSOR WITH HOLD FOR SELECT 1
     CREATE TEMP TABLE x (a int) | CREATE LOCAL TEMPORARY TABLE x (a int) | CREATE OR REPLACE TEMP VIEW x AS SELECT 1
-    CREATE TEMP SEQUENCE x | EXPLAIN ANALYZE CREATE TEMP TABLE x AS SELECT 1 | CREATE TEMP TABLE x ON COMMIT PRESERVE ROWS AS SELECT 1
+    CREATE TEMP SEQUENCE x | EXPLAIN ANALYZE CREATE TEMP TABLE x AS SELECT 1
+    CREATE TEMP TABLE x ON COMMIT PRESERVE ROWS AS SELECT 1
 """
 OUTLIVES_NOT_POSTGRES = """
     SET LOCAL lock_timeout = 77 | SET LOCAL TIME ZONE 'Asia/Tokyo' | SET LOCAL ROLE eo_clerk | SET LOCAL role TO eo_clerk
@@ -356,7 +359,7 @@ KEPT_BY_POSTGRES = """
     SELECT (SELECT array_agg(row(name, setting, reset_val)::text ORDER BY name) FROM pg_settings
         WHERE name NOT IN ('transaction_read_only', 'transaction_isolation', 'transaction_deferrable')),
     (SELECT array_agg(n) FROM pg_listening_channels() n), (SELECT count(*) FROM pg_prepared_statements),
-    (SELECT count(*) FROM pg_cursors WHERE is_holdable), current_setting('local.path', true) = 'x',
+    (SELECT count(*) FROM pg_cursors WHERE is_holdable), current_setting('local.path', true) IS NOT DISTINCT FROM 'x',
     (SELECT count(*) FROM pg_catalog.pg_class WHERE relnamespace = pg_my_temp_schema() AND relname IN ('x', 'mine'))
 """
 WHO_AND_WHERE = "SELECT current_user, session_user, current_schemas(false)"
