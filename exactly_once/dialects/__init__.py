@@ -189,6 +189,12 @@ class Dialect(Protocol):
             Gone: It is another transaction by now; nothing was sent. Else the driver's error.
         """
 
+    def cut(self, dbapi: Any) -> None:
+        """End the connection of somebody who is in the middle of a statement: they get an error, instead of waiting for ever.
+
+        It is to be thrown away after that. Never raises.
+        """
+
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
         """Say whether this is still the transaction that `owner` began; None where nobody can tell. It is to end after that."""
 

@@ -23,7 +23,9 @@ Keys are VARBINARY: compared byte by byte, neither case nor trailing spaces are 
 """
 
 import re
+import socket
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC
 from functools import cached_property
@@ -304,6 +306,12 @@ class MySQL:
         if rows and not whole:
             raise Gone
         send_commit()
+
+    def cut(self, dbapi: Any) -> None:
+        sock = getattr(dbapi, "_sock", None)  # the other driver wakes who waits when it is closed
+        if sock is not None:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
         return _released(dbapi, savepoint_of(owner))

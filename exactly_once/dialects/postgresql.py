@@ -15,6 +15,9 @@ program behind a pooler may have turned it off since anybody looked. So a statem
 with our COMMIT; with a claim in a transaction of the caller's it travels with the claim, for that COMMIT is theirs.
 """
 
+import asyncio
+import os
+import socket
 from collections.abc import Callable, Generator, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -108,6 +111,8 @@ _UTF8: Final = frozenset({b"UTF8", b"SQL_ASCII"})
 # after these nobody knows whether COMMIT happened: the connection ended, or whoever answers is not the server
 _UNSURE: Final = frozenset({"40003"})
 _UNSURE_CLASSES: Final = frozenset({"08", "57", "58"})
+_NOTICED_S: Final = 1.0  # who waits for a connection that is cut sees it at once
+_LOOKS: Final = 50
 _READ: Final = reader(POSTGRESQL)
 _READ_ESCAPED: Final = reader(POSTGRESQL._replace(backslash=True))
 _STATES: Final = {
@@ -287,6 +292,16 @@ class PostgreSQL:
     ) -> None:
         # not the driver's own COMMIT: what makes it durable travels with it. A crash before the answer: the look-up tells
         send(driver_of(dbapi), self.durable + b"COMMIT")
+
+    def cut(self, dbapi: Any) -> None:
+        driver = driver_of(dbapi)
+        # not closed: a descriptor that is closed wakes nobody who waits for it
+        with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(driver.pgconn.socket)) as cut:
+            cut.shutdown(socket.SHUT_RDWR)
+        if isinstance(driver, AsyncConnection):
+            await_only(_until_noticed(driver))
+        elif driver.lock.acquire(timeout=_NOTICED_S):
+            driver.lock.release()
 
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
         return None  # no procedure and no function can end the transaction block it is called in (2D000)
@@ -483,6 +498,14 @@ def send(driver: Any, text: bytes, meanwhile: Iterable[object] = ()) -> list[Any
         if result.status == ExecStatus.FATAL_ERROR:
             raise errors.error_from_result(result, encoding="utf-8")
     return results
+
+
+async def _until_noticed(driver: Any) -> None:
+    """Let whoever waits for this connection see that it is cut."""
+    for _ in range(_LOOKS):
+        if driver.pgconn.transaction_status != TransactionStatus.ACTIVE:
+            return
+        await asyncio.sleep(_NOTICED_S / _LOOKS)
 
 
 async def _wait(driver: Any, talk: Generator[Any, Any, list[Any]]) -> list[Any]:

@@ -11,6 +11,7 @@ driver's flag is read after each one.
 
 import sqlite3
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from datetime import UTC
 from functools import cached_property
 from typing import Any, Final
@@ -136,6 +137,11 @@ class SQLite:
         send_commit: Callable[[], None],
     ) -> None:
         send_commit()
+
+    def cut(self, dbapi: Any) -> None:
+        driver = _driver(dbapi)
+        with suppress(ValueError, sqlite3.Error):  # it is closed already
+            getattr(driver, "_conn", driver).interrupt()
 
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
         return None  # there are no procedures; a rollback inside a statement is an error, or shows in the driver's flag

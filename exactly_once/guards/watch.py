@@ -253,6 +253,8 @@ class Watch:
             if self.left in (Left.GONE, Left.BROKEN) or busy or self.changed is not None:
                 # whatever ended the transaction may have left its mark: autocommit, a procedure's locks, temporary tables;
                 # so did a statement that changed the session; and what is in the middle of a statement cannot be asked
+                if busy:
+                    self.dialect.cut(self.dbapi)
                 connection.invalidate()
                 let_go(session)
                 return
