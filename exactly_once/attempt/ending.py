@@ -70,6 +70,8 @@ class Ended:
     """What the claim stands for may have happened: it is not let go of."""
     owner: str | None = None
     """Whose claim stands under the key, of a duplicate; whose may stand, where it could not be learnt; of a broken one."""
+    block: bool = False
+    """Of a broken one: its claim is to be written where none stands, for a copy would repeat what was committed."""
     stop: BaseException | None = None
     """To be raised on, once what is to be written is written."""
 
@@ -172,7 +174,7 @@ def _said(dialect: Dialect, won: Won, watch: Watch, error: BaseException) -> End
     """From what the watch saw, and then from what was raised."""
     stop = error if stops(error) else None
     if watch.left is Left.BROKEN:
-        return _broken(watch.error or error, watch.owner, stop)
+        return _broken(watch.error or error, watch.owner, stop, block=watch.replaced or not watch.rows)
     if stop is not None:
         return Ended(How.STOPPED, stop)
     if watch.left is Left.GONE:
@@ -190,7 +192,7 @@ def _raised(dialect: Dialect, won: Won, error: BaseException) -> Ended:
     if stops(error):
         return Ended(How.STOPPED, error)
     if isinstance(error, BrokenTransaction):  # of a step
-        return _broken(error, None, None)
+        return _broken(error, None, None, block=True)
     if isinstance(error, RefusedResult):
         return Ended(How.REFUSED, error)
     if isinstance(error, LeaseLost):
@@ -207,9 +209,9 @@ def _raised(dialect: Dialect, won: Won, error: BaseException) -> Ended:
             return Ended(How.FAILED, error)
 
 
-def _broken(error: BaseException, owner: str | None, stop: BaseException | None) -> Ended:
+def _broken(error: BaseException, owner: str | None, stop: BaseException | None, *, block: bool = False) -> Ended:
     told = Misuse(words_of(error)).with_traceback(error.__traceback__)
-    return Ended(How.BROKEN, told, owner=owner, stop=stop)
+    return Ended(How.BROKEN, told, owner=owner, block=block, stop=stop)
 
 
 def _stands(open_session: Open, guard: Guard, watch: Watch, ended: Ended) -> Ended:

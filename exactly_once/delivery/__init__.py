@@ -140,7 +140,7 @@ class Delivering:
                 return self._spent(message, reading, row, features, foreign)
             if self.recording.owes and (owed := self.recording.owed(row.key)) is not None and owed.error is not None:
                 # broken, and not written down: the store went away; run again it would double what was committed
-                return self._broken(owed.error, owed.owner, message, reading)
+                return self._broken(owed.error, owed.owner, message, reading, block=owed.block)
             if self.plan.ordered and message.ordering_key is not None and self._blocked(message, reading):
                 # what was done before needs no place behind others
                 return self._done(row, message, reading) or self.recording.wait(
@@ -255,7 +255,7 @@ class Delivering:
             case How.BROKEN:
                 assert ended.error is not None
                 assert ended.owner is not None
-                told = self._broken(ended.error, ended.owner, message, reading)
+                told = self._broken(ended.error, ended.owner, message, reading, block=ended.block)
                 if ended.stop is not None:
                     raise ended.stop
                 return told
@@ -331,12 +331,14 @@ class Delivering:
             case _:
                 return None
 
-    def _broken(self, error: BaseException, owner: str, message: Message, reading: Reading) -> Told:
+    def _broken(
+        self, error: BaseException, owner: str, message: Message, reading: Reading, *, block: bool = False
+    ) -> Told:
         """Keep it for a person, with the claim that stands for it; remembered until it is written."""
         assert reading.key is not None
-        self.recording.owe(reading.key, Owed(owner, error))
+        self.recording.owe(reading.key, Owed(owner, error, block))
         told = self.recording.record(
-            message, reading, error, lambda attempts: Park("broken", words_of(error)), claim_owner=owner
+            message, reading, error, lambda attempts: Park("broken", words_of(error)), claim_owner=owner, block=block
         )
         if told.verdict == ACK:
             self.recording.paid(reading.key)

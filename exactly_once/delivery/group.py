@@ -321,7 +321,7 @@ class GroupDelivering(Delivering):
         assert ended.owner is not None
         text = f"{ended.error} {self._in_company(member, reached)}"
         error = Misuse(text).with_traceback(ended.error.__traceback__)
-        return self._broken(error, ended.owner, message, reading)
+        return self._broken(error, ended.owner, message, reading, block=ended.block)
 
     def _in_company(self, member: Member, reached: Sequence[Member]) -> str:
         """Say what a message of a group that is parked as a whole has had of it: only one of them did it."""

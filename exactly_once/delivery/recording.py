@@ -63,6 +63,8 @@ class Owed:
     """Whose claim stands for it, or may."""
     error: BaseException | None = None
     """Why it is broken; None where it is not known whether it is."""
+    block: bool = False
+    """Its claim is to be written where none stands."""
 
 
 ACK: Final = Ack()
@@ -221,9 +223,10 @@ class Recording:
         counted: bool = True,
         outcome: Outcome = Outcome.FAILED,
         claim_owner: str | None = None,
+        block: bool = False,
     ) -> Told:
         """Write it down in a new transaction; if that fails, nothing is acknowledged and the message comes again."""
-        failure = replace(self.failure(message, reading, error), counted=counted, claim_owner=claim_owner)
+        failure = replace(self.failure(message, reading, error), counted=counted, claim_owner=claim_owner, block=block)
         form, tries = Form.WHOLE, 1
         while True:
             session, _ = self._open()

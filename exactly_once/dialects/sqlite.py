@@ -40,6 +40,7 @@ KNOWN: Final = (
 )
 
 _READ: Final = reader(SQLITE)
+_UNDER_WAY: Final = "_exactly_once_under_way"
 _PRIMARY: Final = 0xFF  # extended result codes carry the primary one in their low byte
 # what says that the database cannot be worked with now, whichever message asks
 _UNAVAILABLE: Final = frozenset(
@@ -81,6 +82,9 @@ class SQLite:
 
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
         _refuse_autocommit(dbapi)
+        driver = _driver(dbapi)
+        if hasattr(driver, "_tx"):  # aiosqlite: a thread of its own, which says nothing of what it does
+            driver._execute = _counting(driver, driver._execute)  # noqa: SLF001
         info[self] = True
 
     def strange(self, dbapi: Any) -> bool:
@@ -167,7 +171,10 @@ class SQLite:
         return None if found is None else Known(int(found[0]), bytes(found[1]), found[2])
 
     def state(self, dbapi: Any) -> State:
-        return State.OPEN if _driver(dbapi).in_transaction else State.IDLE
+        driver = _driver(dbapi)
+        if not driver.in_transaction:
+            return State.IDLE
+        return State.BUSY if getattr(driver, _UNDER_WAY, 0) else State.OPEN
 
     def trouble(self, error: BaseException) -> Trouble:
         if isinstance(error, PoolTimeout):
@@ -207,6 +214,19 @@ class SQLite:
 
     def read(self, dbapi: Any, info: MutableMapping[Any, Any], statement: str) -> Read:
         return _READ(statement)
+
+
+def _counting(driver: Any, execute: Callable[..., Any]) -> Callable[..., Any]:
+    """Count what is under way on one connection of aiosqlite, whoever asked for it."""
+
+    async def counted(*args: Any, **kwargs: Any) -> Any:
+        setattr(driver, _UNDER_WAY, getattr(driver, _UNDER_WAY, 0) + 1)
+        try:
+            return await execute(*args, **kwargs)
+        finally:
+            setattr(driver, _UNDER_WAY, getattr(driver, _UNDER_WAY) - 1)
+
+    return counted
 
 
 def _refuse_autocommit(dbapi: Any) -> None:

@@ -74,6 +74,8 @@ class Failure:
     counted: bool = True
     claim_owner: str | None = None
     """Of a broken one: the attempt whose claim stands for it, or is to."""
+    block: bool = False
+    """That claim is to be written where none stands."""
 
     @property
     def failure_key(self) -> str:
@@ -178,6 +180,8 @@ class FailureStore:
         stands = claim_rows.of(claims, failure.group, failure.handler, failure.key)
         done = {"status": CONSUMED, "consumed_at": utcnow()}
         connection.execute(update(claims).where(stands, claims.c.status == UNFINISHED).values(done))
+        if not failure.block:
+            return
         message = failure.message
         values = {
             "consumer_group": failure.group,

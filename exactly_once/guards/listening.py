@@ -77,6 +77,8 @@ def _sending(statement: str, context: ExecutionContext, send: Callable[[], None]
     if watch.call is not None:
         watch.called()
     watch.last = statement
+    if context.execution_options.get("stream_results"):
+        watch.streams.add(context)
     read = dialect.read(dbapi, watch.info, statement)
     if read.refused is not None:
         raise watch.leave(

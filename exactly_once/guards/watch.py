@@ -13,8 +13,10 @@ from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
+from weakref import WeakSet
 
 from sqlalchemy import Connection
+from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.orm import Session, SessionTransaction
 
 from exactly_once.dialects import ClaimRow, Dialect, Gone, State
@@ -70,7 +72,8 @@ class Watch:
 
     __slots__ = (
         "begun", "busy", "call", "changed", "committed", "connection", "dbapi", "dialect", "error", "held", "info", "last",
-        "left", "lost", "ours", "owner", "refused", "rolled_back", "root", "rows", "sent", "shut", "whole"
+        "left", "lost", "ours", "owner", "refused", "replaced", "rolled_back", "root", "rows", "sent", "shut", "streams",
+        "whole"
     )  # fmt: skip
 
     def __init__(
@@ -109,6 +112,10 @@ class Watch:
         """COMMIT was answered with an error that says for certain that nothing was committed."""
         self.committed = False
         """COMMIT was answered."""
+        self.replaced = False
+        """It was lost, and something else was committed in its place."""
+        self.streams: WeakSet[ExecutionContext] = WeakSet()
+        """Statements whose rows are read one by one."""
         self.rolled_back = False
         """ROLLBACK was sent by SQLAlchemy, for the handler or for an error."""
         self.whole = False
@@ -135,6 +142,7 @@ class Watch:
         named = self._shown(" It was this statement: ") if self.call is not None else ""
         since = self.dialect.committed_since(self.dbapi, self.info, self.call) if self.call is not None else False
         # else no statement that can commit was seen to end it: then it was a deadlock that a function swallowed
+        self.replaced = since is not False
         return self.leave(Left.GONE if since is False else Left.BROKEN, _GONE + named)
 
     def _shown(self, words: str) -> str:
@@ -163,7 +171,7 @@ class Watch:
         root = self.connection.get_transaction() if not self.connection.closed else None
         if root is None or root is not self.root or not root.is_active:
             return self.leave(Left.ROLLED_BACK, LEFT)
-        state = State.BUSY if self.busy else self.dialect.state(self.dbapi)
+        state = State.BUSY if self.busy or self._reads() else self.dialect.state(self.dbapi)
         if state is State.BUSY:
             return self.leave(Left.REFUSED, _STILL_USED + self._shown(" The last statement: "))
         if state is State.ABORTED:
@@ -173,6 +181,10 @@ class Watch:
         if session.get_transaction() is not self.begun:  # another one, on whatever connection; or none at all
             return self.leave(Left.ROLLED_BACK, LEFT)
         return None
+
+    def _reads(self) -> bool:
+        """Somebody holds rows that are not read to their end; of an async driver, whose cursor forgets its inner one then."""
+        return any(getattr(each.cursor, "_cursor", None) is not None for each in self.streams)
 
     def check(self, session: Session) -> None:
         """Raise what `verify` finds, before more is done in this transaction: that would be taken for what did it.
