@@ -1,4 +1,7 @@
-"""Servers that several acceptance tests share: started once, when first asked for."""
+"""Servers that several acceptance tests share: started once, when first asked for.
+
+Modules that use one are in one `xdist_group`, so that one process of the run has it and no other starts its own.
+"""
 
 from collections.abc import Iterator
 

@@ -22,6 +22,7 @@ from tests.acceptance.conformance import (
 from tests.services.need import need
 from tests.services.rocketmq import RocketMQ
 
+pytestmark = pytest.mark.xdist_group("rocketmq")
 _names = count()
 
 
