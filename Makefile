@@ -12,8 +12,8 @@ RESULTS := build/junit
 TEST_OPTIONS ?=
 BENCH_OPTIONS ?=
 DEMO_OPTIONS ?=
-# Tests wait more than they compute: so many at a time, each process with servers of its own.
-AT_ONCE ?= 4
+# Tests wait more than they compute: so many at a time on two cores, each process with servers of its own.
+AT_ONCE ?= 3
 
 .PHONY: help venvs test unit integration acceptance alone rocketmq4 on-url on-container long nightly tally lint style types contracts format
 .PHONY: demo bench servers clean
@@ -60,7 +60,7 @@ integration: $(VENV)/.made
 
 # side by side: they wait for a condition with a deadline, and hold no time to less than seconds
 acceptance: $(VENV)/.made
-	$(call TIER,$(PY),tests/acceptance,--ignore-glob='*/test_rocketmq4*' -m 'not alone' -n $(AT_ONCE) --dist loadgroup)
+	$(call TIER,$(PY),tests/acceptance,--ignore-glob='*/test_rocketmq4*' -m 'not alone' -n $(AT_ONCE) --dist loadfile)
 
 alone: $(VENV)/.made
 	$(call TIER,$(PY),tests/acceptance,--ignore-glob='*/test_rocketmq4*' -m alone)

@@ -1,7 +1,4 @@
-"""Servers that several acceptance tests share: started once, when first asked for.
-
-Modules that use one are in one `xdist_group`, so that one process of the run has it and no other starts its own.
-"""
+"""Servers that several acceptance tests share: started once, when first asked for."""
 
 from collections.abc import Iterator
 

@@ -22,7 +22,6 @@ from tests.acceptance.conformance import (
 from tests.services.need import need
 from tests.services.rocketmq import RocketMQ
 
-pytestmark = pytest.mark.xdist_group("rocketmq")
 _names = count()
 
 

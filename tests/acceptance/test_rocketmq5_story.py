@@ -1,13 +1,9 @@
 """The broker's story over `rocketmq://`, the gRPC client of RocketMQ 5."""
 
-import pytest
-
 from exactly_once.transports.rocketmq5 import wall
 from tests.acceptance.broker_story import BrokerStory
 from tests.services.need import need
 from tests.services.rocketmq import RocketMQ
-
-pytestmark = pytest.mark.xdist_group("rocketmq")
 
 
 class TestRocketMQ5Story(BrokerStory):

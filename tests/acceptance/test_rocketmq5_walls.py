@@ -30,7 +30,6 @@ from exactly_once.verdict import Ack, Redeliver
 from tests.services.need import need
 from tests.services.rocketmq import RocketMQ
 
-pytestmark = pytest.mark.xdist_group("rocketmq")
 ROOT = Path(__file__).parents[2]
 SECOND = timedelta(seconds=1)
 _names = count()
