@@ -108,7 +108,7 @@ def broker(rocketmq: RocketMQ) -> Broker:
     return Broker(rocketmq)
 
 
-def until(what: str, found: Callable[[], Any], *, patience_s: float = 20) -> Any:
+def until(what: str, found: Callable[[], Any], *, patience_s: float = 90) -> Any:
     deadline = time.monotonic() + patience_s
     while not (answer := found()):
         assert time.monotonic() < deadline, f"{what}: not within {patience_s} s"
