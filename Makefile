@@ -11,13 +11,18 @@ INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 RESULTS := build/junit
 TEST_OPTIONS ?=
 BENCH_OPTIONS ?=
+DEMO_OPTIONS ?=
+# Tests wait more than they compute: so many at a time on two cores, each process with servers of its own.
+AT_ONCE ?= 3
 
-.PHONY: help venvs test unit integration acceptance rocketmq4 tally lint style types contracts format demo bench servers clean
+.PHONY: help venvs test unit integration acceptance alone rocketmq4 on-url on-container long nightly tally lint style types contracts format
+.PHONY: demo bench servers clean
 
 help:
 	@echo 'make demo [TRANSPORT=sql|memory|rocketmq|rocketmq4]   see it: duplicates, SIGKILLs, and the ledger is right'
-	@echo 'make test         all tests this machine can carry; or one tier: unit, integration, acceptance, rocketmq4'
-	@echo 'make lint         ruff, mypy --strict, import contracts; make format mends what ruff can'
+	@echo 'make test         all tests this machine can carry; or one tier: unit, integration, acceptance, alone, rocketmq4'
+	@echo 'make nightly      the long versions of tests, by hand, with their figures (an hour)'
+	@echo 'make lint         ruff, mypy --strict, what users type, import contracts; make format mends what ruff can'
 	@echo 'make bench        the figures, against dedupe written by hand'
 	@echo 'make servers      fetch the RocketMQ server (Maven); make clean removes all that make has made'
 
@@ -42,28 +47,60 @@ $(VENV4)/.made: pyproject.toml constraints.txt
 venvs: $(VENV)/.made $(VENV4)/.made
 
 # Each tier is one run of pytest that leaves its results; `tally` says them all once more, and fails if any of them did.
-# A tier that fails does not keep the next from running.
+# With KEEP_GOING a tier that fails (1), or in which TEST_OPTIONS chose no test (5), does not keep the next from running.
 TIER = @mkdir -p $(RESULTS); echo; echo "== $@"; rm -f $(RESULTS)/$@.xml; \
 	$(1) -m pytest --junit-xml=$(RESULTS)/$@.xml -o junit_suite_name=$@ $(TEST_OPTIONS) $(2) $(3); \
-	code=$$?; [ $$code -le 1 ] || exit $$code; [ $$code = 0 ] || [ -n "$(KEEP_GOING)" ]
+	code=$$?; case $$code in 1|5) [ -n "$(KEEP_GOING)" ] || exit $$code;; *) exit $$code;; esac
 
 unit: $(VENV)/.made
-	$(call TIER,$(PY),tests/unit)
+	$(call TIER,$(PY),tests/unit,-n $(AT_ONCE))
 
-# several at a time, each with servers of its own; the tiers that kill processes and watch the clock run alone
 integration: $(VENV)/.made
-	$(call TIER,$(PY),tests/integration,-n auto --maxprocesses 4 --dist loadfile)
+	$(call TIER,$(PY),tests/integration,-n $(AT_ONCE) --dist loadfile)
 
+# side by side: they wait for a condition with a deadline, and hold no time to less than seconds
 acceptance: $(VENV)/.made
-	$(call TIER,$(PY),tests/acceptance,--ignore-glob='*/test_rocketmq4*')
+	$(call TIER,$(PY),tests/acceptance,--ignore-glob='*/test_rocketmq4*' -m 'not alone' -n $(AT_ONCE) --dist loadfile)
 
+alone: $(VENV)/.made
+	$(call TIER,$(PY),tests/acceptance,--ignore-glob='*/test_rocketmq4*' -m alone)
+
+# two at a time, for each starts a broker
 rocketmq4: $(VENV4)/.made
-	$(call TIER,$(PY4),$(shell find tests -name 'test_rocketmq4*.py' | sort))
+	$(call TIER,$(PY4),$(shell find tests -name 'test_rocketmq4*.py' | sort),-n 2 --dist loadfile)
+
+TIERS := unit integration acceptance alone rocketmq4
 
 test: venvs
 	@rm -rf $(RESULTS)
-	@for tier in unit integration acceptance rocketmq4; do $(MAKE) --no-print-directory KEEP_GOING=1 $$tier || exit 1; done
+	@for tier in $(TIERS); do $(MAKE) --no-print-directory KEEP_GOING=1 $$tier || exit 1; done
 	@$(MAKE) --no-print-directory tally
+
+# What is done differently where test databases come from elsewhere: the doors, and the fixtures that make them.
+SOURCED := test_testing_fixtures test_process_door
+on-url on-container: TESTS = $(SOURCED:%=tests/integration/%.py) -k 'not mariadb and not sqlite' -n 2 --dist loadfile
+
+on-url: $(VENV)/.made
+	$(call TIER,$(PY) -m tests.services.postgres_debian $(PY),$(TESTS))
+
+on-container: $(VENV)/.made
+	$(call TIER,$(PY) -m tests.services.docker_engine $(PY),$(TESTS))
+
+# CI never runs it; it is run by hand before an issue ends. The demonstration at full size over each broker, more of the
+# tests on the other sources of test databases, and what is marked `nightly`, at full length.
+long: $(VENV)/.made
+	$(call TIER,$(PY),tests,--ignore-glob='*/test_rocketmq4*' -m nightly)
+
+nightly: export EXACTLY_ONCE_TEST_FULL := 1
+nightly: venvs
+	@rm -rf build/nightly; code=0; \
+	for transport in rocketmq rocketmq4; do $(NIGHTLY) demo TRANSPORT=$$transport || code=1; done; \
+	for source in on-url on-container; do $(NIGHTLY) $$source SOURCED='$(SOURCED) test_claims test_claim_door test_sql_queue' || code=1; done; \
+	$(NIGHTLY) long || code=1; \
+	$(NIGHTLY) rocketmq4 TEST_OPTIONS='-m nightly' || code=1; \
+	$(NIGHTLY) tally || code=1; exit $$code
+
+NIGHTLY = $(MAKE) --no-print-directory KEEP_GOING=1 RESULTS=build/nightly
 
 tally: $(VENV)/.made
 	@echo; echo '== all tiers'; $(PY) -m pytest -q --no-header --tb=short -p tests.tally -p no:cacheprovider $(RESULTS)/*.xml
@@ -76,6 +113,7 @@ style: $(VENV)/.made
 
 types: $(VENV)/.made
 	$(PY) -m mypy
+	$(call TIER,$(PY),tests/types)
 
 contracts: $(VENV)/.made
 	$(VENV)/bin/lint-imports
@@ -85,7 +123,7 @@ format: $(VENV)/.made
 	$(PY) -m ruff format .
 
 demo: $(if $(filter rocketmq4,$(TRANSPORT)),$(VENV4)/.made,$(VENV)/.made)
-	$(if $(filter rocketmq4,$(TRANSPORT)),$(PY4),$(PY)) -m examples.demo --transport $(TRANSPORT)
+	$(if $(filter rocketmq4,$(TRANSPORT)),$(PY4),$(PY)) -m examples.demo --transport $(TRANSPORT) $(DEMO_OPTIONS)
 
 bench: venvs
 	@$(PY) $(INSTALL) -e '.[bench]' || echo 'DBOS cannot be installed here: what is measured against it is skipped.'

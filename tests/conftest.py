@@ -4,21 +4,42 @@ Servers: `eo_server` (PostgreSQL, as `exactly_once.testing` chooses it), `mariad
 `redis_server`; and `own_postgres`, `own_mariadb`, `own_redis`, which are the test's own, to kill and restart. A fresh
 database with our tables in it: `postgres_url`, `mariadb_url`, `sqlite_url`, `german_postgres_url`; `database` is an
 Engine on one, on each dialect in turn. `redis_url` is an empty Redis.
+
+`figure` takes what a test measured, for the summary over all tiers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from sqlalchemy import Engine, create_engine
 
 from exactly_once.testing.databases import DatabaseServer
 from exactly_once.testing.postgres import EmbeddedPostgres
+from tests import length
 from tests.services import mariadb as mariadb_service
 from tests.services import postgres_debian
 from tests.services import redis as redis_service
 from tests.services.need import need, require
 
 pytest_plugins = ["exactly_once.testing.fixtures"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave to `make nightly` what only it runs."""
+    left = [] if length.WHOLE else [item for item in items if _nightly_only(item)]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
+
+
+def _nightly_only(item: pytest.Item) -> bool:
+    return any(mark.kwargs.get("only") for mark in item.iter_markers("nightly"))
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Takes what was measured, in words; it is said in the summary over all tiers."""
+    return lambda told: request.node.user_properties.append(("figure", told))
 
 
 @pytest.fixture(scope="session")

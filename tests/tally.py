@@ -1,6 +1,7 @@
 """A pytest plugin that says again what earlier runs of pytest found, from their JUnit files: one summary over all tiers.
 
-It runs no test. `make test` ends with it: pytest -p tests.tally build/junit/*.xml
+It runs no test. Before the summary it says how long each run took, what took longest in it, and what tests measured (the
+fixture `figure`). `make test` ends with it: pytest -p tests.tally build/junit/*.xml
 """
 
 from collections.abc import Iterator
@@ -10,10 +11,26 @@ from xml.etree import ElementTree
 
 import pytest
 
+LONGEST = 3  # results of each run that are named with their seconds
+_tiers = pytest.StashKey[list["Tier"]]()
+
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
     """Take the files that end in .xml."""
     return Tier.from_parent(parent, path=file_path) if file_path.suffix == ".xml" else None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what the earlier runs took and measured."""
+    tiers = terminalreporter.config.stash.get(_tiers, [])
+    terminalreporter.section("seconds")
+    for tier in tiers:
+        terminalreporter.write_line(f"{tier.took_s:7.0f}  {tier.path.stem}: {tier.longest()}")
+    figures = [told for tier in tiers for told in tier.figures()]
+    if figures:
+        terminalreporter.section("figures")
+        for told in figures:
+            terminalreporter.write_line(told)
 
 
 class Tier(pytest.File):
@@ -21,9 +38,27 @@ class Tier(pytest.File):
 
     def collect(self) -> Iterator[pytest.Item]:
         """Give its results, one by one."""
-        for case in ElementTree.parse(self.path).getroot().iter("testcase"):
-            name = f"{case.get('classname', '')}::{case.get('name', '')}".removeprefix("::")
-            yield Result.from_parent(self, name=name, case=case)
+        root = ElementTree.parse(self.path).getroot()
+        self.cases = list(root.iter("testcase"))
+        # a run says how long it took; sections, which are no run, have only their own times
+        took_s = [float(suite.get("time") or 0) for suite in root.iter("testsuite")]
+        self.took_s = sum(took_s) or sum(map(_seconds, self.cases))
+        self.config.stash.setdefault(_tiers, []).append(self)
+        for case in self.cases:
+            yield Result.from_parent(self, name=_name(case), case=case)
+
+    def longest(self) -> str:
+        """Name what took longest in it, with the seconds."""
+        cases = sorted(self.cases, key=_seconds, reverse=True)[:LONGEST]
+        named = (f"{_name(each).rpartition('::')[2]} {_seconds(each):.0f}" for each in cases)
+        return f"{len(self.cases)} results" + "".join(f"\n{'':9}{each}" for each in named)
+
+    def figures(self) -> Iterator[str]:
+        """Give what its tests measured, each with the test's name."""
+        for case in self.cases:
+            for told in case.iterfind("properties/property[@name='figure']"):
+                lines = (told.get("value") or "").splitlines()
+                yield f"{_name(case)}, {_seconds(case):.0f} s" + "".join(f"\n    {line}" for line in lines)
 
 
 class Result(pytest.Item):
@@ -54,3 +89,11 @@ class Result(pytest.Item):
 
 class Again(Exception):
     """It failed then, so it fails now."""
+
+
+def _name(case: ElementTree.Element) -> str:
+    return f"{case.get('classname', '')}::{case.get('name', '')}".removeprefix("::")
+
+
+def _seconds(case: ElementTree.Element) -> float:
+    return float(case.get("time") or 0)

@@ -22,6 +22,7 @@ from tests.acceptance import crash_shop
 from tests.acceptance.crash_shop import BETWEEN, FAILING, POINTS, PUMP_POINTS, VICTIM, Reservation, Stock
 
 ORDERS = 12
+PATIENCE_S = 120  # for a process to start and to do its work, with neighbours
 ROOT = Path(__file__).parents[2]
 
 
@@ -84,15 +85,15 @@ def test_killed_at_this_step_nothing_is_lost_and_nothing_doubled(
         producer.send_all([Message("crash-orders", json.dumps({"order_no": no}).encode(), key=no) for no in wanted * 2])
     first = _worker(database, url, point, marker, mode)
     try:
-        assert first.wait(30) == -signal.SIGKILL, "the process was to die at this step"
+        assert first.wait(PATIENCE_S) == -signal.SIGKILL, "the process was to die at this step"
     finally:
         first.kill()
     assert marker.exists()
     second = _worker(database, url, point, marker, mode)
     try:
-        _until(lambda: _left(database) == 0, 40, lambda: (_ledger(database), _left(database)))
+        _until(lambda: _left(database) == 0, PATIENCE_S, lambda: (_ledger(database), _left(database)))
         second.send_signal(signal.SIGTERM)
-        assert second.wait(30) == 0
+        assert second.wait(PATIENCE_S) == 0
     finally:
         second.kill()
     orders, taken = _ledger(database)
@@ -120,7 +121,7 @@ def test_killed_while_the_pump_brings_it_back_it_runs_once_all_the_same(
         assert requeue(connection, tables(), Chosen(group="crash"), by="a test", why=None, per_second=None).count == 1
     first = _worker(database, url, point, marker)
     try:
-        assert first.wait(30) == -signal.SIGKILL, "the process was to die at this step"
+        assert first.wait(PATIENCE_S) == -signal.SIGKILL, "the process was to die at this step"
     finally:
         first.kill()
     with database.begin() as connection:
@@ -128,9 +129,9 @@ def test_killed_while_the_pump_brings_it_back_it_runs_once_all_the_same(
         connection.execute(text("UPDATE message_failure SET next_attempt_at = now() WHERE next_attempt_at IS NOT NULL"))
     second = _worker(database, url, point, marker)
     try:
-        _until(lambda: _states(database) == ["resolved"], 40, lambda: (_ledger(database), _states(database)))
+        _until(lambda: _states(database) == ["resolved"], PATIENCE_S, lambda: (_ledger(database), _states(database)))
         second.send_signal(signal.SIGTERM)
-        assert second.wait(30) == 0
+        assert second.wait(PATIENCE_S) == 0
     finally:
         second.kill()
     assert _ledger(database) == ([FAILING], 1)
@@ -146,7 +147,7 @@ def test_a_message_that_kills_its_process_every_time_ends_parked(database: Engin
     with bound(crash_shop.eo, database) as eo, eo.producer(url) as producer:
         producer.send(Message("crash-orders", json.dumps({"order_no": VICTIM}).encode(), key=VICTIM))
     deaths = 0
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while _states(database) != ["dead"]:
         assert time.monotonic() < deadline, _states(database)
         # a marker of its own each time: the poison kills every process that runs it

@@ -18,7 +18,7 @@ from exactly_once.testing.databases import DatabaseServer
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-PATIENCE_S = 60
+PATIENCE_S = 180
 
 
 @pytest.fixture

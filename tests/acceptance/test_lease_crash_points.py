@@ -44,7 +44,10 @@ from tests.acceptance.lease_workers import PATIENCE_S, Worker, until
 from tests.services import redis as redis_service
 from tests.services.need import require
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG and /proc are Linux's")
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG and /proc are Linux's"),
+    pytest.mark.alone,  # six stories at a time take the whole machine, and their leases are of two seconds
+]
 
 STORES = ("sql", "redis")
 RESTED = "the transaction step recorded"  # between two steps, the next of which is a call

@@ -20,7 +20,10 @@ HERE = Path(__file__).parent
 CHILD, PARENT = str(HERE / "processes_child.py"), str(HERE / "processes_parent.py")
 Begin = Callable[..., "subprocess.Popen[bytes]"]
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG and /proc are Linux's")
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG and /proc are Linux's"),
+    pytest.mark.alone,  # "at once" is less than two seconds, with the end of a process in it
+]
 
 
 @pytest.fixture

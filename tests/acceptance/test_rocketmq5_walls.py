@@ -108,7 +108,7 @@ def broker(rocketmq: RocketMQ) -> Broker:
     return Broker(rocketmq)
 
 
-def until(what: str, found: Callable[[], Any], *, patience_s: float = 20) -> Any:
+def until(what: str, found: Callable[[], Any], *, patience_s: float = 90) -> Any:
     deadline = time.monotonic() + patience_s
     while not (answer := found()):
         assert time.monotonic() < deadline, f"{what}: not within {patience_s} s"
@@ -323,6 +323,7 @@ def test_a_group_gives_one_delivery_more_than_its_retries_and_check_keeps_that_o
 # -- outages ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone  # each receive of half a second is held to a second and a half
 def test_a_restarted_proxy_is_joined_again_within_seconds_and_the_log_stays_readable(broker: Broker) -> None:
     topic, group = broker.names()
     _, other = broker.names()

@@ -16,7 +16,7 @@ from sqlalchemy import create_engine, text
 from exactly_once.testing.databases import DatabaseServer
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 60
+PATIENCE_S = 180
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 

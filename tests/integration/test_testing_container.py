@@ -1,6 +1,6 @@
 """The test database in a container, for real: on the machine's engine, or one of our own where there is none."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,13 +11,20 @@ from tests.services import docker_engine
 from tests.services.need import require
 
 
-@pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+@pytest.fixture(scope="module")
+def container_tests() -> Iterator[Mapping[str, str]]:
+    """What to set where test databases are to be in containers."""
     require(docker_engine)
     with docker_engine.container_tests() as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        yield monkeypatch
+        yield environment
+
+
+@pytest.fixture
+def engine(container_tests: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An engine that answers."""
+    for name, value in container_tests.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
 
 
 def test_where_an_engine_answers_the_test_database_is_in_a_container(engine: pytest.MonkeyPatch) -> None:

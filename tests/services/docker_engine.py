@@ -1,8 +1,8 @@
 """Starts a container engine of our own, and gives it a PostgreSQL image, so that testcontainers really runs.
 
 Where the machine has an engine that answers, it only asks that one for the image. Any dockerd adds a bridge and firewall
-chains, which stay. Called by tests and by the CI: `python -m tests.services.docker_engine` prints the environment to test
-with, and serves until it is ended. An engine of our own needs root.
+chains, which stay. Called by tests. `python -m tests.services.docker_engine COMMAND ...` runs a command whose test databases
+are in containers: `make on-container`. An engine of our own needs root.
 
 The image is the official one where a registry answers; elsewhere one made here in two seconds, of the embedded
 PostgreSQL's programs, BusyBox, and the libraries they need. It starts as the official one does, as far as tests ask:
@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -241,9 +240,7 @@ def _machine_libraries(binaries: list[Path]) -> set[Path]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # or the engine would stay
     with container_tests() as environment:
-        for name, value in environment.items():
-            print(f"export {name}={value}", flush=True)
-        print("# ready", flush=True)
-        threading.Event().wait()
+        given = {"EXACTLY_ONCE_TEST_SOURCE": "container", **environment}
+        sys.exit(subprocess.run(sys.argv[1:], env=os.environ | given).returncode)

@@ -1,14 +1,15 @@
 """Starts the PostgreSQL that Debian's package brings, as our own child, and in another language if asked.
 
-It never touches the system's cluster. Called by tests, and by the CI as a server that is given by its URL:
-`python -m tests.services.postgres_debian` prints the URL and serves until it is ended. The embedded PostgreSQL has no
+It never touches the system's cluster. Called by tests. `python -m tests.services.postgres_debian COMMAND ...` runs a command
+whose test databases are on it, given by its URL: `make on-url`. The embedded PostgreSQL has no
 translations; Debian's has, but its messages are translated only in a locale that exists, and most machines have none but
 C. So the locale is compiled into a folder of ours, which the server alone is told of: nothing is changed on the machine.
 """
 
+import os
 import shutil
 import subprocess
-import threading
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,5 +77,5 @@ def _version() -> str:
 
 if __name__ == "__main__":
     with DebianPostgres() as started:
-        print(started.url, flush=True)
-        threading.Event().wait()
+        given = {"EXACTLY_ONCE_TEST_SOURCE": "url", "EXACTLY_ONCE_TEST_DATABASE": started.url}
+        sys.exit(subprocess.run(sys.argv[1:], env=os.environ | given).returncode)

@@ -28,6 +28,7 @@ MAVEN_DEPENDENCY_PLUGIN = "org.apache.maven.plugins:maven-dependency-plugin:3.8.
 BROKER_NAME = "broker-a"  # every broker also registers a topic of its own name
 NAME_SERVER_READY = "The Name Server boot success"
 PROXY_READY = "rocketmq-proxy startup successfully"
+START_PATIENCE_S = 240  # 5 to 10 on a quiet machine
 
 # the broker's own guess at free memory and store sizes is made for whole machines; these fit a test
 SMALL_STORE = {
@@ -261,7 +262,7 @@ class RocketMQ:
 
     @staticmethod
     def _ready(child: Child, line: str) -> None:
-        child.wait_until(lambda: line in child.printed(), what=f"saying {line!r}", patience_s=90)
+        child.wait_until(lambda: line in child.printed(), what=f"saying {line!r}", patience_s=START_PATIENCE_S)
 
     @property
     def _conf(self) -> Path:

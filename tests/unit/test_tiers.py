@@ -1,0 +1,66 @@
+"""How the tests are told apart and summed up: what only `make nightly` runs, and the summary over all tiers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+TESTS = """
+import pytest
+
+def test_usual(figure): figure("7 messages")
+
+@pytest.mark.nightly
+def test_short_or_long(): pass
+
+@pytest.mark.nightly(only=True)
+def test_long(): pass
+
+@pytest.mark.parametrize("kills", [1, pytest.param(100, marks=pytest.mark.nightly(only=True))])
+def test_matrix(kills): assert kills == 1, "one too many"
+"""
+
+
+def run(*arguments: object, whole: str = "") -> tuple[int, str]:
+    environment = os.environ | {"EXACTLY_ONCE_TEST_FULL": whole, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout
+
+
+def marked(folder: Path) -> tuple[object, ...]:
+    file = folder / "test_marked.py"
+    file.write_text(TESTS)
+    return "-p", "tests.conftest", file
+
+
+def test_what_is_only_for_the_night_is_left_out_by_day(tmp_path: Path) -> None:
+    chosen = marked(tmp_path)
+    code, told = run(*chosen)
+    assert code == 0, told
+    assert "3 passed, 2 deselected" in told
+    code, told = run(*chosen, "-m", "nightly", whole="1")
+    assert code == 1, told
+    assert "1 failed, 2 passed, 2 deselected" in told
+
+
+def test_the_summary_over_all_tiers_says_failures_and_figures_again(tmp_path: Path) -> None:
+    results = tmp_path / "some.xml"
+    run(*marked(tmp_path), f"--junit-xml={results}", whole="1")
+    code, told = run("-p", "tests.tally", results)
+    assert code == 1
+    assert "one too many" in told
+    assert "some: 5 results" in told
+    assert "7 messages" in told
+    assert "1 failed, 4 passed" in told.splitlines()[-1]
+
+
+def test_a_tier_in_which_nothing_was_chosen_is_no_failure_of_the_summary(tmp_path: Path) -> None:
+    none, some = tmp_path / "none.xml", tmp_path / "some.xml"
+    run(*marked(tmp_path), f"--junit-xml={none}", "-k", "no_such_test")
+    run(*marked(tmp_path), f"--junit-xml={some}")
+    code, told = run("-p", "tests.tally", none, some)
+    assert code == 0, told
+    assert "none: 0 results" in told
