@@ -56,7 +56,7 @@ class Late:
         if self.held is not None:
             self.held.check()
         dialect, dbapi, info = self._dialect, connection.connection.dbapi_connection, connection.info
-        owner = new_owner()
+        owner = (self.held.row.owner if self.held is not None else "") or new_owner()
         try:
             if dialect not in info:
                 dialect.prepare(dbapi, info, wait_ms=WAIT_MS)
