@@ -1,0 +1,288 @@
+"""`eo.claim` where the caller's transaction is none, or is thrown away by the server in the midst of the claim.
+
+The kind: what stands around the claim is not what was seen once. A connection that was fine is in AUTOCOMMIT now, so the claim
+would stand although its work failed; or the server undoes the whole transaction, the caller's earlier work included, where it
+mostly undoes one statement: then nothing but a rollback may follow, or the later half is committed alone.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import insert, select, text, update
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
+
+from exactly_once import ConfigurationError, ExactlyOnce, InProgress, Outcome
+from exactly_once.testing.databases import DatabaseServer
+from tests.integration.shop import COLOURS, EFFECT, GROUP, STOCK, Shop, order, put
+from tests.integration.test_claim_door import in_session
+from tests.integration.threads import Turn, in_thread
+from tests.services import mariadb as mariadb_service
+from tests.services.need import require
+
+SECOND = timedelta(seconds=1)
+
+
+@pytest.fixture
+def eo() -> ExactlyOnce:
+    """It needs a group and nothing else: the claim goes where the session goes."""
+    return ExactlyOnce(group=GROUP)
+
+
+# -- AUTOCOMMIT, on a connection that was used before ------------------------------------------------------------------
+
+
+def claims_in_autocommit(shop: Shop, eo: ExactlyOnce, how: str) -> Any:
+    """Claim a key, and fail with the work, in a session whose connection commits each statement by itself."""
+    options = {"isolation_level": "AUTOCOMMIT"}
+
+    def do(session: Session) -> None:
+        if how == "session.connection":
+            session.connection(execution_options=options)
+        eo.claim(session, "handler", "A-1")
+        raise ZeroDivisionError
+
+    async def awaited() -> None:
+        engine = shop.async_engine
+        bind = engine.execution_options(**options) if how == "engine" else engine
+        async with AsyncSession(bind) as session, session.begin():
+            await session.run_sync(do)
+
+    if shop.is_async:
+        return shop.await_(awaited())
+    bind = shop.engine.execution_options(**options) if how == "engine" else shop.engine
+    with Session(bind) as session, session.begin():
+        do(session)
+    return None
+
+
+def first_claims(shop: Shop, eo: ExactlyOnce) -> None:
+    """The connection, of which there is one, is known from here on."""
+    assert in_session(shop, lambda session: eo.claim(session, "handler", "A-0"))
+
+
+@pytest.mark.parametrize("how", ["session.connection", "engine"])
+@pytest.mark.parametrize("used_before", [False, True])
+def test_a_claim_on_a_connection_in_autocommit_is_refused(
+    shop: Shop, eo: ExactlyOnce, how: str, used_before: bool
+) -> None:
+    if used_before:
+        first_claims(shop, eo)
+    with pytest.raises(ConfigurationError, match="AUTOCOMMIT|isolation_level="):
+        claims_in_autocommit(shop, eo, how)
+    assert "A-1" not in shop.claims()
+    assert in_session(shop, lambda session: eo.claim(session, "handler", "A-1"))
+
+
+@pytest.mark.parametrize("batch", [None, 100])
+def test_a_handlers_engine_in_autocommit_is_refused_although_its_connection_was_seen_without(
+    shop: Shop, batch: int | None
+) -> None:
+    """Two engines share a pool: one in AUTOCOMMIT for maintenance, say."""
+    more: dict[str, Any] = {} if batch is None else {"batch": batch}
+    shop.handles(lambda session: put(session, "done"), **more)
+    assert shop.process(order("A-0")) is Outcome.PROCESSED
+    options = {"isolation_level": "AUTOCOMMIT"}
+    shop.fresh_eo(
+        sessionmaker(shop.engine.execution_options(**options)),
+        async_sessionmaker(shop.async_engine.execution_options(**options)),
+    )
+
+    def fails(session: Session) -> None:
+        put(session, "failed")
+        raise ZeroDivisionError
+
+    shop.handles(fails, **more)
+    with pytest.raises(ConfigurationError, match="AUTOCOMMIT|isolation_level="):
+        shop.process(order("A-1"))
+    assert (shop.claims(), shop.effects()) == (["A-0"], ["done"])
+
+
+# -- a claim that costs the caller their transaction -------------------------------------------------------------------
+
+
+SETTINGS = {"innodb-rollback-on-timeout": "ON", "innodb-snapshot-isolation": "ON"}
+
+
+@pytest.fixture(scope="module")
+def strict_server() -> Iterator[DatabaseServer]:
+    """A MariaDB that undoes the whole transaction where others undo a statement."""
+    require(mariadb_service)
+    with mariadb_service.MariaDB(settings=SETTINGS) as server:
+        yield DatabaseServer(server.url, source="url")
+
+
+@pytest.fixture(scope="module", params=COLOURS)
+def strict_ground(request: pytest.FixtureRequest, strict_server: DatabaseServer) -> Iterator[Shop]:
+    url = strict_server.create()
+    with Shop("mariadb", request.param, url.render_as_string(hide_password=False)) as shop:
+        yield shop
+    strict_server.drop(url)
+
+
+@pytest.fixture
+def strict(strict_ground: Shop) -> Shop:
+    strict_ground.clear()
+    return strict_ground
+
+
+def nothing_but_a_rollback(shop: Shop, claims: Callable[[Session], object], *, may_be_done: bool = False) -> None:
+    """Earlier work, a claim that costs the transaction, and a caller who goes on as if nothing had happened."""
+    told: list[object] = []
+
+    def do(session: Session) -> None:
+        put(session, "earlier")
+        try:
+            told.append(claims(session))
+        except InProgress:
+            told.append(InProgress)
+        refused = 0
+        try:
+            put(session, "later")
+        except Exception:
+            refused += 1
+        assert refused, "a statement behind the loss was sent, in another transaction"
+        session.commit()
+
+    with pytest.raises(Exception) as raised:  # noqa: PT011  (SQLAlchemy's own word on a lost connection or transaction)
+        in_session(shop, do)
+    assert not isinstance(raised.value, AssertionError), raised.value
+    assert told in ([[InProgress], [False]] if may_be_done else [[InProgress]]), raised.value
+    assert [effect for effect in shop.effects() if effect in ("earlier", "later")] == []
+    shop.borrow()
+
+
+def test_a_wait_that_ends_costs_the_whole_transaction_and_only_a_rollback_is_possible(
+    strict: Shop, eo: ExactlyOnce
+) -> None:
+    with Session(strict.outside) as other:
+        assert eo.claim(other, "handler", "A-1")
+        nothing_but_a_rollback(strict, lambda session: eo.claim(session, "handler", "A-1", claim_wait=SECOND))
+    assert strict.claims() == []
+
+
+def test_after_such_a_rollback_the_key_can_be_claimed(strict: Shop, eo: ExactlyOnce) -> None:
+    def claims(session: Session) -> bool:
+        put(session, "earlier")
+        try:
+            return eo.claim(session, "handler", "A-1", claim_wait=SECOND)
+        except InProgress:
+            session.rollback()
+            return False
+
+    async def awaited() -> bool:
+        async with AsyncSession(strict.async_engine) as session:
+            claimed: bool = await session.run_sync(claims)
+            if claimed:
+                await session.commit()
+            return claimed
+
+    def once() -> bool:
+        if strict.is_async:
+            claimed: bool = strict.await_(awaited())
+            return claimed
+        with Session(strict.engine) as session:
+            claimed = claims(session)
+            if claimed:
+                session.commit()
+            return claimed
+
+    with Session(strict.outside) as other:
+        assert eo.claim(other, "handler", "A-1")
+        assert not once()
+    assert once()
+    assert (strict.effects(), strict.claims()) == (["earlier"], ["A-1"])
+
+
+def test_a_key_that_was_consumed_after_the_callers_snapshot_is_done_or_in_progress(
+    strict: Shop, eo: ExactlyOnce
+) -> None:
+    """1020: under snapshot isolation the server refuses to see what was committed since, and throws the transaction away."""
+
+    def claims(session: Session) -> bool:
+        session.execute(select(EFFECT)).all()  # the snapshot
+        with Session(strict.outside) as other, other.begin():
+            assert eo.claim(other, "handler", "A-1")
+        return eo.claim(session, "handler", "A-1", claim_wait=SECOND)
+
+    told: list[object] = []
+
+    def do(session: Session) -> None:
+        session.execute(select(EFFECT)).all()
+        put(session, "earlier")
+        try:
+            told.append(claims(session))
+        except InProgress:
+            told.append(InProgress)
+        with suppress(Exception):
+            put(session, "later")
+
+    error: BaseException | None = None
+    try:
+        in_session(strict, do)
+    except Exception as raised:
+        error = raised
+    assert told in ([InProgress], [False]), error
+    there = [effect for effect in strict.effects() if effect in ("earlier", "later")]
+    # all of the caller's transaction, or nothing of it: never the later half alone
+    assert there in ([], ["earlier", "later"]), there
+    assert strict.claims() == ["A-1"]
+    strict.borrow()
+
+
+def test_a_claim_that_is_the_victim_of_a_deadlock_allows_a_rollback_and_no_more(shop: Shop, eo: ExactlyOnce) -> None:
+    if shop.dialect == "sqlite":
+        pytest.skip("SQLite has one writer")
+    _is_the_victim(shop, eo)
+
+
+def test_the_same_where_the_server_undoes_more_than_a_statement(strict: Shop, eo: ExactlyOnce) -> None:
+    _is_the_victim(strict, eo)
+
+
+def _is_the_victim(shop: Shop, eo: ExactlyOnce) -> None:
+    with shop.outside.begin() as connection:
+        connection.execute(insert(STOCK), [{"item": 1, "amount": 0}])
+    ours, theirs = Turn(), Turn()
+
+    def take(session: Any) -> None:
+        session.execute(update(STOCK).where(STOCK.c.item == 1).values(amount=STOCK.c.amount + 1))
+
+    def other() -> None:
+        with Session(shop.outside) as session, session.begin():
+            if shop.dialect == "postgres":
+                session.execute(text("SET LOCAL deadlock_timeout = '60s'"))  # the claim is to notice it, and die
+            session.execute(insert(STOCK), [{"item": item, "amount": 0} for item in range(100, 400)])
+            assert eo.claim(session, "handler", "A-1")
+            theirs.come()
+            ours.wait()
+            take(session)
+            threading.Event().wait(0.2)
+
+    def claims(session: Session) -> bool:
+        theirs.wait()
+        take(session)
+        ours.come()
+        threading.Event().wait(0.3)  # until the other waits for us; too early, and it proves less
+        return eo.claim(session, "handler", "A-1", claim_wait=timedelta(seconds=10))
+
+    with in_thread(other):
+        if shop.dialect == "postgres":
+            # inside a savepoint: the claim alone is undone, and the lock it waited for is freed only with our own work
+            told: list[object] = []
+
+            def do(session: Session) -> None:
+                put(session, "earlier")
+                with pytest.raises(InProgress):
+                    claims(session)
+                told.append(InProgress)
+
+            in_session(shop, do)
+            assert told == [InProgress]
+            assert shop.effects() == ["earlier"]
+        else:
+            nothing_but_a_rollback(shop, claims, may_be_done=True)
