@@ -1,0 +1,517 @@
+"""What a handler sets on its connection reaches neither our statements nor another message.
+
+The kind: something was learnt about a connection, or is taken for granted of it, and a handler has had it since: how durable its
+COMMIT is, which schema or database a name means, which characters it speaks, whose rights it has. Our own rows go where they
+always go, a COMMIT that is answered is on disk, and the next handler finds the connection as if it were new.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, MetaData, Table, create_engine, event, inspect, select, text
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session, sessionmaker
+
+from exactly_once import ConfigurationError, ExactlyOnce, Outcome
+from exactly_once.schema import tables
+from exactly_once.testing.databases import DatabaseServer
+from exactly_once.testing.postgres import EmbeddedPostgres
+from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
+from tests.integration.threads import until
+from tests.integration.ways import ALONE, IN_A_GROUP, UNDER_A_LEASE, WAYS, Way
+
+P, D, F = Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.FAILED
+each_way = pytest.mark.parametrize("way", WAYS, ids=str)
+some_ways = pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, UNDER_A_LEASE], ids=str)
+
+AT_COMMIT = (
+    "CREATE TABLE at_commit (id serial PRIMARY KEY, durable text, role text, path text)",
+    (
+        "CREATE FUNCTION public.note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " INSERT INTO public.at_commit (durable, role, path) VALUES"
+        " (current_setting('synchronous_commit'), current_user, current_setting('search_path')); RETURN NULL; END $$"
+    ),
+    (
+        "CREATE CONSTRAINT TRIGGER note AFTER INSERT ON effect DEFERRABLE INITIALLY DEFERRED"
+        " FOR EACH ROW EXECUTE FUNCTION public.note()"
+    ),
+    "GRANT INSERT ON at_commit TO PUBLIC",
+    "GRANT USAGE ON SEQUENCE at_commit_id_seq TO PUBLIC",
+)
+
+
+def ground_on(request: pytest.FixtureRequest, dialect: str, colour: str) -> Iterator[Shop]:
+    """A shop of one dialect; its first connection is the next one's, too."""
+    yield from shops(request, dialect, colour, pool_size=3, options={"pool_use_lifo": True})
+
+
+@pytest.fixture(params=COLOURS)
+def postgres(request: pytest.FixtureRequest) -> Iterator[Shop]:
+    """A shop whose effects note, when they are committed, what was in force then."""
+    for shop in ground_on(request, "postgres", request.param):
+        run(shop, *AT_COMMIT)
+        yield shop
+
+
+@pytest.fixture(params=COLOURS)
+def mariadb(request: pytest.FixtureRequest) -> Iterator[Shop]:
+    yield from ground_on(request, "mariadb", request.param)
+
+
+def run(shop: Shop, *statements: str) -> None:
+    with shop.outside.begin() as connection:
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+
+
+def column(shop: Shop, statement: str) -> list[Any]:
+    with shop.outside.connect() as connection:
+        return list(connection.exec_driver_sql(statement).scalars())
+
+
+def durable(shop: Shop) -> list[str]:
+    """What `synchronous_commit` was when each effect was committed."""
+    return column(shop, "SELECT durable FROM public.at_commit ORDER BY id")
+
+
+def sends(*statements: str) -> Callable[[Session], None]:
+    def do(session: Session) -> None:
+        for statement in statements:
+            session.execute(text(statement))
+
+    return do
+
+
+def first_then(first: Callable[[Session], object], then: Callable[[Session], object] | None = None) -> Any:
+    """A handler that does something with message 1, before its effect, and maybe something else with the others."""
+
+    def do(session: Session, no: Any) -> None:
+        if no == 1:
+            first(session)
+        elif then is not None:
+            then(session)
+        put(session, str(no))
+
+    return do
+
+
+def one_by_one(shop: Shop, way: Way, numbers: list[Any]) -> list[Outcome]:
+    """Each in a transaction of its own; in a group where that is another code, with one more of its kind."""
+    return [outcome for no in numbers for outcome in way.deliver(shop, [order(no)])]
+
+
+# -- durability --------------------------------------------------------------------------------------------------------
+
+OFF = {
+    "SET": "SET synchronous_commit = off",
+    "SET SESSION": "SET SESSION synchronous_commit TO 'off'",
+    "SET LOCAL": "SET LOCAL synchronous_commit = off",
+    "set_config": "SELECT set_config('synchronous_commit', 'off', false)",
+    "set_config, local": "SELECT set_config('synchronous_commit', 'off', true)",
+}
+
+
+@each_way
+@pytest.mark.parametrize("off", OFF)
+def test_no_commit_of_a_message_is_asynchronous_whatever_its_handler_or_an_earlier_one_set(
+    postgres: Shop, way: Way, off: str
+) -> None:
+    way.handles(postgres, first_then(sends(OFF[off])))
+    assert one_by_one(postgres, way, [1, 2]) == [P, P]
+    assert way.deliver(postgres, [order(no) for no in (3, 4)]) == [P, P]
+    assert durable(postgres) == ["on"] * 4
+
+
+def test_one_of_a_group_sets_it_and_the_groups_commit_is_durable(postgres: Shop) -> None:
+    IN_A_GROUP.handles(postgres, first_then(sends(OFF["SET LOCAL"])))
+    assert IN_A_GROUP.deliver(postgres, [order(no) for no in (1, 2, 3)]) == [P] * 3
+    assert durable(postgres) == ["on"] * 3
+
+
+@some_ways
+@pytest.mark.parametrize("stays", ["remote_apply", "remote_write", "local", "on"])
+def test_what_is_stronger_or_was_chosen_with_care_stays(postgres: Shop, way: Way, stays: str) -> None:
+    way.handles(postgres, first_then(sends(f"SET LOCAL synchronous_commit = '{stays}'")))
+    assert one_by_one(postgres, way, [1, 2]) == [P, P]
+    assert durable(postgres) == [stays, "on"]
+
+
+@pytest.mark.parametrize("way", [ALONE, UNDER_A_LEASE], ids=str)
+@pytest.mark.parametrize("colour", COLOURS)
+def test_the_server_turns_it_off_while_connections_are_open(
+    own_postgres: EmbeddedPostgres, way: Way, colour: str
+) -> None:
+    server = DatabaseServer(own_postgres.url, source="url")
+    url = server.create().render_as_string(hide_password=False)
+    with Shop("postgres", colour, url, pool_size=3, options={"pool_use_lifo": True}) as shop:
+        run(shop, *AT_COMMIT)
+        way.handles(shop, first_then(lambda session: None))
+        assert one_by_one(shop, way, [1]) == [P]
+        admin = create_engine(own_postgres.url, isolation_level="AUTOCOMMIT")
+        with admin.connect() as connection:
+            connection.exec_driver_sql("ALTER SYSTEM SET synchronous_commit = off")
+            connection.exec_driver_sql("SELECT pg_reload_conf()")
+            until(lambda: column(shop, "SHOW synchronous_commit") == ["off"], "the server has read its settings")
+        assert one_by_one(shop, way, [2, 3]) == [P, P]
+        assert way.deliver(shop, [order(no) for no in (4, 5)]) == [P, P]
+        assert durable(shop) == ["on"] * 5
+        admin.dispose()
+    server.close()
+
+
+# -- which tables are ours ---------------------------------------------------------------------------------------------
+
+
+def with_another_schema(shop: Shop, *, ours: bool) -> None:
+    """A schema of a tenant's, with effects, and with tables of our names if so."""
+    run(shop, "CREATE SCHEMA other", "CREATE TABLE other.effect (id serial PRIMARY KEY, text varchar(300) NOT NULL)")
+    if ours:
+        tables("other").metadata.create_all(shop.outside)
+
+
+def rows_of(shop: Shop, table: Table) -> int:
+    with shop.outside.connect() as connection:
+        return len(connection.execute(select(table)).all())
+
+
+def nothing_of_ours_in(shop: Shop, place: str) -> None:
+    other = MetaData()
+    with shop.outside.connect() as connection:
+        for name in inspect(connection).get_table_names(schema=place):
+            if name.startswith("message_"):
+                there = connection.execute(select(Table(name, other, schema=place, autoload_with=connection))).all()
+                assert not there, f"a row of ours is in {place}.{name}"
+
+
+@each_way
+@pytest.mark.parametrize("ours", [True, False], ids=["our tables there too", "no such tables there"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "SET search_path TO other",
+        "SET search_path = other, public",
+        "SELECT set_config('search_path', 'other', false)",
+        "SET SCHEMA 'other'",
+    ],
+)
+def test_a_search_path_that_a_handler_set_moves_no_claim(postgres: Shop, way: Way, ours: bool, path: str) -> None:
+    if way not in (ALONE, UNDER_A_LEASE) and path != "SET search_path TO other":
+        pytest.skip("one spelling is enough there")
+    with_another_schema(postgres, ours=ours)
+    seen: list[Any] = []
+    way.handles(
+        postgres,
+        first_then(sends(path), lambda session: seen.append(session.execute(text("SHOW search_path")).scalar_one())),
+    )
+    assert one_by_one(postgres, way, [1, 2]) == [P, P]
+    assert one_by_one(postgres, way, [1, 2]) == [D, D]
+    assert way.deliver(postgres, [order(no) for no in (3, 4, 1)]) == [P, P, D]
+    assert postgres.claims() == ["1", "2", "3", "4"]
+    nothing_of_ours_in(postgres, "other")
+    assert set(seen) == {'"$user", public'}, "the next handler found the path of the first"
+
+
+@pytest.mark.parametrize("way", [ALONE, UNDER_A_LEASE], ids=str)
+def test_a_failure_is_kept_in_the_same_schema(postgres: Shop, way: Way) -> None:
+    with_another_schema(postgres, ours=True)
+
+    def fails(session: Session) -> None:
+        session.execute(text("SET search_path TO other"))
+        raise ZeroDivisionError
+
+    failing = [True]
+    way.handles(postgres, first_then(lambda session: fails(session) if failing else None))
+    assert one_by_one(postgres, way, [1]) == [F]
+    assert postgres.failure().state == "retrying"
+    failing.clear()
+    assert way.deliver(postgres, [order(1, attempt=2)]) == [P]
+    assert postgres.failure().state == "resolved"
+    nothing_of_ours_in(postgres, "other")
+
+
+@each_way
+@pytest.mark.parametrize("ours", [True, False], ids=["our tables there too", "no such tables there"])
+def test_another_database_that_a_handler_uses_moves_no_claim(
+    request: pytest.FixtureRequest, mariadb: Shop, way: Way, ours: bool
+) -> None:
+    server: DatabaseServer = request.getfixturevalue("mariadb_server")
+    other = server.create(upgraded=ours)
+    name = str(other.database)
+    seen: list[Any] = []
+    try:
+        run(mariadb, f"CREATE TABLE {name}.effect (id INT AUTO_INCREMENT PRIMARY KEY, text VARCHAR(300)) ENGINE=InnoDB")
+        way.handles(
+            mariadb,
+            first_then(
+                sends(f"USE {name}"),
+                lambda session: seen.append(session.execute(text("SELECT DATABASE()")).scalar_one()),
+            ),
+        )
+        assert one_by_one(mariadb, way, [1, 2]) == [P, P]
+        assert one_by_one(mariadb, way, [1, 2]) == [D, D]
+        assert way.deliver(mariadb, [order(no) for no in (3, 4, 1)]) == [P, P, D]
+        assert mariadb.claims() == ["1", "2", "3", "4"]
+        if ours:
+            nothing_of_ours_in(mariadb, name)
+        assert set(seen) == {mariadb.engine.url.database}, "the next handler found the database of the first"
+    finally:
+        mariadb.await_(mariadb.async_engine.dispose())
+        mariadb.engine.dispose()
+        server.drop(other)
+
+
+def with_path(shop: Shop, path: str) -> tuple[Engine, Any]:
+    more: dict[str, Any] = {"connect_args": {"options": f"-c search_path={path}"}}
+    return create_engine(shop.url, **more), create_async_engine(shop.async_engine.url, **more)
+
+
+@pytest.mark.parametrize("door", ["process", "claim"])
+def test_two_schemas_of_the_path_that_hold_claims_are_refused_until_one_is_named(postgres: Shop, door: str) -> None:
+    with_another_schema(postgres, ours=True)
+    engines = with_path(postgres, "other,public")
+    for schema in ("other", "public"):
+        eo = ExactlyOnce(postgres.outside, group=GROUP, schema=schema)
+        with Session(postgres.outside) as session, session.begin():
+            assert eo.claim(session, "handler", f"old {schema}")
+    postgres.fresh_eo(*engines)
+    ALONE.handles(postgres, first_then(lambda session: None))
+
+    def begin() -> object:
+        if door == "process":
+            return postgres.process(order(1))
+        with Session(engines[0]) as session, session.begin():
+            return postgres.eo.claim(session, "handler", "new")
+
+    with pytest.raises(ConfigurationError, match="schema="):
+        begin()
+    postgres.fresh_eo(*engines, schema="public")
+    ALONE.handles(postgres, first_then(lambda session: None))
+    assert begin() in (P, True)
+    assert len(postgres.claims()) == 2
+    postgres.await_(engines[1].dispose())
+    engines[0].dispose()
+
+
+@each_way
+@pytest.mark.parametrize("where", ["engine", "session"])
+def test_a_schema_translate_map_of_the_users_does_not_move_our_statements(postgres: Shop, way: Way, where: str) -> None:
+    with_another_schema(postgres, ours=True)
+    moved = {"schema_translate_map": {None: "other"}}
+    if where == "engine":
+        postgres.fresh_eo(
+            sessionmaker(postgres.engine.execution_options(**moved)),
+            async_sessionmaker(postgres.async_engine.execution_options(**moved)),
+        )
+    failing = [True]
+
+    def do(session: Session, no: Any) -> None:
+        if where == "session":
+            session.connection(execution_options=moved)
+        put(session, str(no))
+        if failing and no == 1:
+            raise ZeroDivisionError
+
+    way.handles(postgres, do)
+    assert way.deliver(postgres, [order(no) for no in (1, 2)]) == [F, P]
+    failing.clear()
+    assert way.deliver(postgres, [order(1, attempt=2)]) == [P]
+    assert postgres.failure().state == "resolved"
+    assert postgres.claims() == ["1", "2"]
+    nothing_of_ours_in(postgres, "other")
+    assert sorted(column(postgres, "SELECT text FROM other.effect")) == ["1", "2"], "the user's own tables are moved"
+
+
+# -- characters --------------------------------------------------------------------------------------------------------
+
+
+@each_way
+@pytest.mark.parametrize("encoding", ["SET client_encoding = 'LATIN1'", "SET NAMES 'LATIN1'"])
+def test_another_client_encoding_stores_no_key_otherwise(postgres: Shop, way: Way, encoding: str) -> None:
+    way.handles(postgres, first_then(sends(encoding)))
+    assert one_by_one(postgres, way, [1, "ä-1", "ö-2"]) == [P, P, P]
+    assert postgres.claims() == sorted(["1", "ä-1", "ö-2"])
+    elsewhere(postgres, way, ["ä-1", "ö-2"])
+    assert postgres.effects() == ["1", "ä-1", "ö-2"]
+
+
+@each_way
+def test_set_names_on_mariadb_stores_no_key_otherwise(mariadb: Shop, way: Way) -> None:
+    way.handles(mariadb, first_then(sends("SET NAMES latin1")))
+    assert one_by_one(mariadb, way, [1, "ä-1", "ö-2"]) == [P, P, P]
+    assert mariadb.claims() == sorted(["1", "ä-1", "ö-2"])
+    elsewhere(mariadb, way, ["ä-1", "ö-2"])
+    assert mariadb.effects() == ["1", "ä-1", "ö-2"]
+
+
+def elsewhere(shop: Shop, way: Way, keys: list[str]) -> None:
+    """Copies over connections that no handler had."""
+    fresh = create_engine(shop.url)
+    fresh_async = create_async_engine(shop.async_engine.url)
+    shop.fresh_eo(fresh, fresh_async)
+    way.handles(shop, first_then(lambda session: None))
+    assert one_by_one(shop, way, keys) == [D] * len(keys)
+    shop.await_(fresh_async.dispose())
+    fresh.dispose()
+
+
+# -- roles and paths of one transaction --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tenants(postgres: Shop) -> Iterator[Shop]:
+    """A role that may write effects, and nothing of ours; a schema of its own."""
+    with_another_schema(postgres, ours=True)
+    run(
+        postgres,
+        "CREATE ROLE tenant NOLOGIN",
+        "GRANT INSERT, SELECT ON effect TO tenant",
+        "GRANT USAGE ON SEQUENCE effect_id_seq TO tenant",
+        "GRANT USAGE ON SCHEMA other TO tenant",
+    )
+    yield postgres
+    run(postgres, "DROP OWNED BY tenant", "DROP ROLE tenant")
+
+
+AS_TENANT = {
+    "role": "SET LOCAL ROLE tenant",
+    "role by set_config": "SELECT set_config('role', 'tenant', true)",
+    "path": "SET LOCAL search_path TO other, public",
+    "path without our tables": "SET LOCAL search_path TO pg_catalog",
+}
+
+
+@each_way
+@pytest.mark.parametrize("tenant", AS_TENANT)
+def test_a_message_that_failed_under_a_tenants_role_or_path_succeeds_at_its_next_try(
+    tenants: Shop, way: Way, tenant: str
+) -> None:
+    failing = [True]
+
+    def do(session: Session, no: Any) -> None:
+        session.execute(text(AS_TENANT[tenant]))
+        session.execute(text("INSERT INTO public.effect (text) VALUES (:text)"), {"text": str(no)})
+        if failing and no == 1:
+            raise ZeroDivisionError
+
+    way.handles(tenants, do)
+    assert way.deliver(tenants, [order(no) for no in (1, 2)]) == [F, P]
+    failing.clear()
+    assert way.deliver(tenants, [order(1, attempt=2)]) == [P]
+    assert tenants.failure().state == "resolved"
+    assert way.deliver(tenants, [order(no, attempt=3) for no in (1, 2)]) == [D, D]
+    nothing_of_ours_in(tenants, "other")
+    # what the handler set is in force when its deferred triggers run, at COMMIT
+    roles = set(column(tenants, "SELECT role FROM public.at_commit"))
+    paths = set(column(tenants, "SELECT path FROM public.at_commit"))
+    if tenant.startswith("role"):
+        assert roles == {"tenant"}
+    else:
+        assert paths == {AS_TENANT[tenant].partition(" TO ")[2]}
+
+
+@pytest.mark.parametrize("way", [ALONE, UNDER_A_LEASE], ids=str)
+def test_a_role_that_a_handler_set_for_the_session_is_not_the_next_ones(tenants: Shop, way: Way) -> None:
+    seen: list[Any] = []
+    way.handles(
+        tenants,
+        first_then(
+            sends("SET ROLE tenant"),
+            lambda session: seen.append(session.execute(text("SELECT current_user")).scalar_one()),
+        ),
+    )
+    assert one_by_one(tenants, way, [1, 2]) == [P, P]
+    assert seen == [tenants.engine.url.username]
+
+
+# -- what else a session keeps -----------------------------------------------------------------------------------------
+
+KEPT_POSTGRES: dict[str, tuple[str, str, Any]] = {
+    "SET": ("SET timezone = 'Asia/Tokyo'", "SELECT current_setting('timezone') = 'Asia/Tokyo'", False),
+    "SET, in a comment": ("/* here */ sEt TIME ZONE 'Asia/Tokyo'", "SELECT current_setting('timezone') = 'Asia/Tokyo'", False),
+    "SET SESSION CHARACTERISTICS": (
+        "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL SERIALIZABLE",
+        "SELECT current_setting('transaction_isolation')",
+        "read committed",
+    ),
+    "PREPARE": ("PREPARE mine AS SELECT 1", "SELECT count(*) FROM pg_prepared_statements WHERE name = 'mine'", 0),
+    "LISTEN": ("LISTEN orders", "SELECT count(*) FROM pg_listening_channels()", 0),
+    "as the second statement": (
+        "SELECT 1; SET timezone = 'Asia/Tokyo'", "SELECT current_setting('timezone') = 'Asia/Tokyo'", False
+    ),
+}  # fmt: skip
+KEPT_MARIADB: dict[str, tuple[str, str, Any]] = {
+    "SET": ("SET sql_mode = ''", "SELECT @@sql_mode = ''", 0),
+    "SET SESSION": ("SET SESSION time_zone = '+09:00'", "SELECT @@time_zone = '+09:00'", 0),
+    "SET @@": ("SET @@foreign_key_checks = 0", "SELECT @@foreign_key_checks", 1),
+    "SET @variable": ("SET @tenant = 7", "SELECT @tenant", None),
+    "PREPARE": ("PREPARE mine FROM 'SELECT 1'", "SELECT @@prepared_stmt_count IS NOT NULL", 1),
+    "SET TRANSACTION": (
+        "SET SESSION TRANSACTION ISOLATION LEVEL SERIALIZABLE", "SELECT @@tx_isolation", "REPEATABLE-READ"
+    ),
+}  # fmt: skip
+
+
+@some_ways
+@pytest.mark.parametrize("kept", KEPT_POSTGRES)
+def test_the_next_handler_on_postgresql_finds_nothing_that_the_first_left(postgres: Shop, way: Way, kept: str) -> None:
+    _finds_nothing(postgres, way, *KEPT_POSTGRES[kept])
+
+
+@some_ways
+@pytest.mark.parametrize("kept", KEPT_MARIADB)
+def test_the_next_handler_on_mariadb_finds_nothing_that_the_first_left(mariadb: Shop, way: Way, kept: str) -> None:
+    _finds_nothing(mariadb, way, *KEPT_MARIADB[kept])
+    if kept == "PREPARE":
+        with Session(mariadb.engine) as session, pytest.raises(Exception, match="mine"):
+            session.execute(text("EXECUTE mine"))
+
+
+def _finds_nothing(shop: Shop, way: Way, statement: str, look: str, expected: Any) -> None:
+    seen: list[Any] = []
+    way.handles(
+        shop,
+        first_then(
+            lambda session: session.connection().exec_driver_sql(statement),
+            lambda session: seen.append(session.execute(text(look)).scalar_one()),
+        ),
+    )
+    assert one_by_one(shop, way, [1, 2, 3]) == [P, P, P]
+    assert seen == [expected] * 2
+    assert shop.claims() == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("way", [ALONE, UNDER_A_LEASE], ids=str)
+def test_a_handler_that_fails_leaves_nothing_either(postgres: Shop, way: Way) -> None:
+    """A SET is undone with its transaction, LISTEN too; a prepared statement is not."""
+    seen: list[Any] = []
+
+    def fails(session: Session) -> None:
+        session.execute(text("PREPARE mine AS SELECT 1"))
+        raise ZeroDivisionError
+
+    look = "SELECT count(*) FROM pg_prepared_statements WHERE name = 'mine'"
+    way.handles(postgres, first_then(fails, lambda session: seen.append(session.execute(text(look)).scalar_one())))
+    assert one_by_one(postgres, way, [1, 2]) == [F, P]
+    assert seen == [0]
+
+
+@some_ways
+@pytest.mark.parametrize(
+    "sets", ["SET timezone = 'Asia/Tokyo'", "RESET timezone", "RESET ALL", "SET timezone TO DEFAULT"]
+)
+def test_what_the_program_sets_on_its_new_connections_is_there_for_the_next_handler(
+    postgres: Shop, way: Way, sets: str
+) -> None:
+    """A connection is as the program made it, not as the server makes it."""
+    for engine in (postgres.engine, postgres.async_engine.sync_engine):
+
+        @event.listens_for(engine, "connect")
+        def connected(dbapi: Any, record: Any) -> None:
+            cursor = dbapi.cursor()
+            cursor.execute("SET timezone = 'Europe/Berlin'")
+            cursor.close()
+            dbapi.commit()
+
+    look = "SELECT current_setting('timezone')"
+    _finds_nothing(postgres, way, sets, look, "Europe/Berlin")
