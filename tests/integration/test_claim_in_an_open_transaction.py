@@ -72,7 +72,7 @@ def test_a_claim_on_a_connection_in_autocommit_is_refused(
 ) -> None:
     if used_before:
         first_claims(shop, eo)
-    with pytest.raises(ConfigurationError, match="AUTOCOMMIT|isolation_level="):
+    with pytest.raises(ConfigurationError, match=r"AUTOCOMMIT|isolation_level="):
         claims_in_autocommit(shop, eo, how)
     assert "A-1" not in shop.claims()
     assert in_session(shop, lambda session: eo.claim(session, "handler", "A-1"))
@@ -97,7 +97,7 @@ def test_a_handlers_engine_in_autocommit_is_refused_although_its_connection_was_
         raise ZeroDivisionError
 
     shop.handles(fails, **more)
-    with pytest.raises(ConfigurationError, match="AUTOCOMMIT|isolation_level="):
+    with pytest.raises(ConfigurationError, match=r"AUTOCOMMIT|isolation_level="):
         shop.process(order("A-1"))
     assert (shop.claims(), shop.effects()) == (["A-0"], ["done"])
 
@@ -148,7 +148,7 @@ def nothing_but_a_rollback(shop: Shop, claims: Callable[[Session], object], *, m
         assert refused, "a statement behind the loss was sent, in another transaction"
         session.commit()
 
-    with pytest.raises(Exception) as raised:  # noqa: PT011  (SQLAlchemy's own word on a lost connection or transaction)
+    with pytest.raises(Exception) as raised:
         in_session(shop, do)
     assert not isinstance(raised.value, AssertionError), raised.value
     assert told in ([[InProgress], [False]] if may_be_done else [[InProgress]]), raised.value
