@@ -209,7 +209,8 @@ def test_a_search_path_that_a_handler_set_moves_no_claim(postgres: Shop, way: Wa
     assert way.deliver(postgres, [order(no) for no in (3, 4, 1)]) == [P, P, D]
     assert postgres.claims() == ["1", "2", "3", "4"]
     nothing_of_ours_in(postgres, "other")
-    assert set(seen) == {'"$user", public'}, "the next handler found the path of the first"
+    if path.startswith("SET"):  # a function's doing is seen by nobody; it moves nothing of ours all the same
+        assert set(seen) == {'"$user", public'}, "the next handler found the path of the first"
 
 
 @pytest.mark.parametrize("way", [ALONE, UNDER_A_LEASE], ids=str)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from itertools import count
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -21,7 +22,6 @@ from sqlalchemy.orm import Session
 from exactly_once import ExactlyOnce, Lease, Message, Outcome, Retry
 from exactly_once.schema import utcnow
 from tests.integration.shop import COLOURS, DIALECTS, GROUP, Shop, order, put, shops
-from tests.integration.threads import until
 from tests.integration.ways import (
     ALONE,
     IN_A_GROUP,
@@ -45,12 +45,21 @@ THREE = Retry(immediate=0, delays=[0.01], max_attempts=3)
 each_way = pytest.mark.parametrize("way", WAYS, ids=str)
 by_itself = pytest.mark.parametrize("way", [ALONE, UNDER_A_LEASE, IN_A_STEP], ids=str)
 _names = count(1)
+PATIENCE_S = 10
 
 
 @pytest.fixture(scope="module", params=GROUNDS, ids=[f"{dialect}-{colour}" for dialect, colour in GROUNDS])
 def ground(request: pytest.FixtureRequest) -> Iterator[Shop]:
     """A shop with room for a step's connection beside its handler's own."""
     yield from shops(request, *request.param, pool_size=3, options={"pool_use_lifo": True})
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    """Wait for what a worker brings about; a short while, for here it mostly comes about at once or never."""
+    deadline = monotonic() + PATIENCE_S
+    while not condition():
+        assert monotonic() < deadline, f"not within {PATIENCE_S} s: {what}"
+        threading.Event().wait(0.02)
 
 
 def thrice(shop: Shop, way: Way, no: Any = 1) -> list[Outcome | BaseException]:

@@ -91,18 +91,18 @@ def _execute(statement: str) -> Callable[[Session], object]:
 
 def _second(session: Session) -> None:
     session.execute(text("CALL harmless()"))
-    session.execute(text("CALL truncates()"))
+    session.execute(text("CALL begins()"))
 
 
 def _nested(session: Session) -> None:
     with session.begin_nested():
-        session.execute(text("CALL truncates()"))
+        session.execute(text("CALL begins()"))
 
 
 def _between_savepoints(session: Session) -> None:
     with session.begin_nested():
         session.execute(text("SELECT 1"))
-    session.execute(text("CALL truncates()"))
+    session.execute(text("CALL begins()"))
     with session.begin_nested():
         session.execute(text("SELECT 1"))
 
@@ -110,13 +110,13 @@ def _between_savepoints(session: Session) -> None:
 def _undone(session: Session) -> None:
     """What the handler believes to have undone is committed."""
     nested = session.begin_nested()
-    session.execute(text("CALL truncates()"))
+    session.execute(text("CALL begins()"))
     nested.rollback()
 
 
 def _by_the_driver(session: Session) -> None:
     cursor = driver_of(session).cursor()
-    cursor.execute("CALL truncates()")
+    cursor.execute("CALL begins()")
     cursor.close()
 
 
@@ -128,11 +128,11 @@ CALLS: dict[str, Callable[[Session], object]] = {
     "DDL by EXECUTE IMMEDIATE": _execute("CALL defines()"),
     "with results": lambda session: session.execute(text("CALL answers_and_commits()")).all(),
     "as the second statement": _second,
-    "in another case": _execute("/* empty it */ cAlL `TRUNCATES` ()"),
+    "in another case": _execute("/* start it */ cAlL `BEGINS` ()"),
     "in a savepoint": _nested,
     "between savepoints": _between_savepoints,
     "in a savepoint that is rolled back": _undone,
-    "a prepared CALL": _execute("EXECUTE IMMEDIATE 'CALL truncates()'"),
+    "a prepared CALL": _execute("EXECUTE IMMEDIATE 'CALL begins()'"),
 }
 
 
@@ -140,7 +140,7 @@ CALLS: dict[str, Callable[[Session], object]] = {
 each_call = pytest.mark.parametrize(
     ("way", "call"),
     [(way, call) for way in (ALONE, IN_A_GROUP) for call in CALLS]
-    + [(way, call) for way in (IN_A_LIST, UNDER_A_LEASE, IN_A_STEP) for call in ("TRUNCATE", "COMMIT and no more")],
+    + [(way, call) for way in (IN_A_LIST, UNDER_A_LEASE, IN_A_STEP) for call in ("START TRANSACTION", "COMMIT and no more")],
     ids=str,
 )
 
@@ -255,13 +255,13 @@ def test_a_procedure_that_ends_the_transaction_before_the_handler_returns(mariad
 @pytest.mark.parametrize("end", ["exits", "is cancelled"])
 def test_a_procedure_that_ends_the_transaction_before_the_handler_is_stopped(mariadb: Shop, way: Way, end: str) -> None:
     skip_what_threads_cannot(mariadb, end)
-    hiding = Hiding(CALLS["TRUNCATE"], ENDS[end])
+    hiding = Hiding(CALLS["START TRANSACTION"], ENDS[end])
     way.handles(mariadb, hiding)
     tell_the_story(mariadb, way, hiding, numbers_of(way))
 
 
 @each_way
-@pytest.mark.parametrize("call", ["TRUNCATE", "in a savepoint"])
+@pytest.mark.parametrize("call", ["START TRANSACTION", "in a savepoint"])
 def test_a_procedure_that_ends_the_transaction_and_what_followed_is_swallowed(
     mariadb: Shop, way: Way, call: str
 ) -> None:
@@ -273,23 +273,23 @@ def test_a_procedure_that_ends_the_transaction_and_what_followed_is_swallowed(
 @each_way
 @pytest.mark.parametrize("end", ["goes on", "raises"])
 def test_a_procedure_that_ends_the_transaction_as_the_last_thing(mariadb: Shop, way: Way, end: str) -> None:
-    hiding = Hiding(CALLS["TRUNCATE"], ENDS[end], at_once=True)
+    hiding = Hiding(CALLS["START TRANSACTION"], ENDS[end], at_once=True)
     way.handles(mariadb, hiding)
-    tell_the_story(mariadb, way, hiding, numbers_of(way), says="CALL truncates")
+    tell_the_story(mariadb, way, hiding, numbers_of(way), says="CALL begins")
 
 
 @by_itself
 def test_a_handler_that_always_raises_behind_such_a_procedure_runs_once(mariadb: Shop, way: Way) -> None:
-    hiding = Hiding(CALLS["TRUNCATE"], _raise)
+    hiding = Hiding(CALLS["START TRANSACTION"], _raise)
     way.handles(mariadb, hiding, retry=Retry(immediate=2, max_attempts=3))
-    tell_the_story(mariadb, way, hiding, [3], says="CALL truncates")
+    tell_the_story(mariadb, way, hiding, [3], says="CALL begins")
     assert hiding.runs[3] == 2  # and once when a person said so
 
 
 @pytest.mark.parametrize("way", [IN_A_GROUP, IN_A_LIST], ids=str)
 @pytest.mark.parametrize("bad", [1, 11, 20])
 def test_one_of_a_large_group_hides_a_commit_and_raises(mariadb: Shop, way: Way, bad: int) -> None:
-    hiding = Hiding(CALLS["TRUNCATE"], _raise, bad=bad)
+    hiding = Hiding(CALLS["START TRANSACTION"], _raise, bad=bad)
     way.handles(mariadb, hiding)
     tell_the_story(mariadb, way, hiding, list(range(1, 21)), says="CALL")
 
@@ -335,7 +335,7 @@ def test_the_second_statement_of_one_text_hides_it(request: pytest.FixtureReques
             mariadb_procedures(shop, **PROCEDURES)
             for end in (_raise, ENDS["goes on"]):
                 shop.clear()
-                hiding = Hiding(lambda session: session.connection().exec_driver_sql("SELECT 1; CALL truncates()"), end)
+                hiding = Hiding(lambda session: session.connection().exec_driver_sql("SELECT 1; CALL begins()"), end)
                 ALONE.handles(shop, hiding)
                 tell_the_story(shop, ALONE, hiding, [3])
 
@@ -516,7 +516,7 @@ eo.process(order(3))
 
 
 @pytest.mark.parametrize("way", [ALONE, UNDER_A_LEASE], ids=str)
-@pytest.mark.parametrize("hidden", ["driver", "CALL truncates()", "CALL begins()"])
+@pytest.mark.parametrize("hidden", ["driver", "CALL begins()"])
 def test_a_process_killed_between_the_hidden_commit_and_our_record_leaves_no_duplicate(
     shop: Shop, way: Way, hidden: str
 ) -> None:

@@ -60,7 +60,8 @@ class Way:
         """The same where what the handler raises may come out: it is a message's end, too."""
         if self.together:
             try:
-                return [each.outcome for each in told(shop, messages).told]
+                found = told(shop, messages).told
+                return [each if isinstance(each, BaseException) else each.outcome for each in found]
             except BaseException as error:
                 return [error] * len(messages)
         ends: list[Outcome | BaseException] = []
