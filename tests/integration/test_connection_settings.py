@@ -308,7 +308,7 @@ def test_a_schema_translate_map_of_the_users_does_not_move_our_statements(postgr
 
     def do(session: Session, no: Any) -> None:
         if where == "session":
-            session.connection(execution_options=moved)
+            session.connection().execution_options(**moved)
         put(session, str(no))
         if failing and no == 1:
             raise ZeroDivisionError

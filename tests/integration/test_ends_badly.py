@@ -113,12 +113,14 @@ def test_what_is_no_exception_is_counted_and_kept_all_the_same(shop: Shop, way: 
     shop.borrow()
 
 
-@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST, UNDER_A_LEASE], ids=str)
-@pytest.mark.parametrize("kind", RAISED)
-@pytest.mark.parametrize("scheme", ["memory://panics-{n}", "sql://"])
+@pytest.mark.parametrize(
+    ("scheme", "way", "kind"),
+    [("memory://panics-{n}", ALONE, kind) for kind in RAISED]
+    + [("memory://panics-{n}", way, "Panic") for way in (IN_A_GROUP, IN_A_LIST, UNDER_A_LEASE)]
+    + [("sql://", ALONE, "Panic")],
+    ids=str,
+)
 def test_a_worker_counts_it_and_goes_on(shop: Shop, way: Way, kind: str, scheme: str) -> None:
-    if scheme == "sql://" and (kind != "Panic" or way is IN_A_LIST):
-        pytest.skip("one of each kind is enough there")
     runs: Counter[Any] = Counter()
 
     def do(session: Session, no: Any) -> None:
@@ -139,8 +141,9 @@ def test_a_worker_counts_it_and_goes_on(shop: Shop, way: Way, kind: str, scheme:
     assert sorted(shop.effects()) == ["1", "3"]
 
 
-@by_itself
-@pytest.mark.parametrize("kind", RAISED)
+@pytest.mark.parametrize(
+    ("way", "kind"), [*((ALONE, kind) for kind in RAISED), (UNDER_A_LEASE, "Panic"), (IN_A_STEP, "Panic")], ids=str
+)
 def test_the_pump_counts_it_too(shop: Shop, way: Way, kind: str) -> None:
     ends: list[Callable[[], BaseException]] = [lambda: ValueError("the first time")]
     runs: list[int] = []
@@ -215,10 +218,7 @@ def _refuses(*_: object) -> None:
 
 
 @each_way
-@pytest.mark.parametrize("when", ["before_commit", "before_flush"])
-def test_a_hook_that_raises_before_commit_is_a_failure_that_counts(shop: Shop, way: Way, when: str) -> None:
-    if when == "before_flush":
-        pytest.skip("nothing of these handlers waits to be flushed") if way is not ALONE else None
+def test_a_hook_that_raises_before_commit_is_a_failure_that_counts(shop: Shop, way: Way) -> None:
     way.handles(shop, hooked("before_commit", _refuses), retry=THREE)
     assert thrice(shop, way) == [F, F, DEAD]
     row = shop.failure()
@@ -236,13 +236,22 @@ def test_such_a_hook_of_one_message_costs_its_group_nothing(shop: Shop, way: Way
     shop.borrow()
 
 
-@each_way
+@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST, UNDER_A_LEASE], ids=str)
 def test_a_hook_that_raises_after_commit_changes_nothing(shop: Shop, way: Way) -> None:
     way.handles(shop, hooked("after_commit", _refuses))
     assert way.deliver(shop, [order(1)]) == [P]
     assert way.deliver(shop, [order(1, attempt=2)]) == [D]
     assert shop.effects() == ["1"]
     assert shop.failures() == []
+    shop.borrow()
+
+
+def test_a_hook_that_raises_after_a_steps_commit_repeats_no_effect(shop: Shop) -> None:
+    """The handler is told of it by the step, and may fail of it; the step is done all the same."""
+    IN_A_STEP.handles(shop, hooked("after_commit", _refuses))
+    outcomes = IN_A_STEP.deliver(shop, [order(1, attempt=attempt) for attempt in (1, 2, 3)])
+    assert outcomes in ([P, D, D], [F, P, D])
+    assert shop.effects() == ["1"]
     shop.borrow()
 
 
