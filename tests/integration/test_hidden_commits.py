@@ -392,8 +392,8 @@ class Deadlock:
 
     def other(self) -> None:
         with self.shop.outside.begin() as connection:
-            for item in range(100, 400):  # the heavier of two is not the victim
-                connection.execute(insert(STOCK).values(item=item, amount=0))
+            # the heavier of two is not the victim
+            connection.execute(insert(STOCK), [{"item": item, "amount": 0} for item in range(100, 400)])
             _take(connection, 2)
             self.other_has_two.come()
             self.handler_has_one.wait()
