@@ -381,7 +381,8 @@ def test_a_connection_that_the_server_ends_before_each_commit_is_bounded_and_the
         while not shop.failures():
             deliveries += 1
             assert deliveries <= 10, "unknown, ten times, and nobody is told"
-            way.attempted(shop, [order(1, attempt=deliveries)])
+            # a loop that counts no deliveries: else closing an earlier failure's row would meet the dead connection first
+            way.attempted(shop, [order(1)])
         row = shop.failure()
         assert row.state == "waiting"
         assert row.error_text
