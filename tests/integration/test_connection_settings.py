@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, MetaData, Table, create_engine, event, inspect, select, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -209,7 +210,8 @@ def test_a_search_path_that_a_handler_set_moves_no_claim(postgres: Shop, way: Wa
     assert way.deliver(postgres, [order(no) for no in (3, 4, 1)]) == [P, P, D]
     assert postgres.claims() == ["1", "2", "3", "4"]
     nothing_of_ours_in(postgres, "other")
-    assert set(seen) == {'"$user", public'}, "the next handler found the path of the first"
+    if path.startswith("SET"):  # a function's doing is seen by nobody; it moves nothing of ours all the same
+        assert set(seen) == {'"$user", public'}, "the next handler found the path of the first"
 
 
 @pytest.mark.parametrize("way", [ALONE, UNDER_A_LEASE], ids=str)
@@ -307,7 +309,7 @@ def test_a_schema_translate_map_of_the_users_does_not_move_our_statements(postgr
 
     def do(session: Session, no: Any) -> None:
         if where == "session":
-            session.connection(execution_options=moved)
+            session.connection().execution_options(**moved)
         put(session, str(no))
         if failing and no == 1:
             raise ZeroDivisionError
@@ -445,7 +447,7 @@ KEPT_MARIADB: dict[str, tuple[str, str, Any]] = {
     "SET SESSION": ("SET SESSION time_zone = '+09:00'", "SELECT @@time_zone = '+09:00'", 0),
     "SET @@": ("SET @@foreign_key_checks = 0", "SELECT @@foreign_key_checks", 1),
     "SET @variable": ("SET @tenant = 7", "SELECT @tenant", None),
-    "PREPARE": ("PREPARE mine FROM 'SELECT 1'", "SELECT @@prepared_stmt_count IS NOT NULL", 1),
+    "PREPARE": ("PREPARE mine FROM 'SELECT 1'", "EXECUTE mine", "refused"),
     "SET TRANSACTION": (
         "SET SESSION TRANSACTION ISOLATION LEVEL SERIALIZABLE", "SELECT @@tx_isolation", "REPEATABLE-READ"
     ),
@@ -462,20 +464,18 @@ def test_the_next_handler_on_postgresql_finds_nothing_that_the_first_left(postgr
 @pytest.mark.parametrize("kept", KEPT_MARIADB)
 def test_the_next_handler_on_mariadb_finds_nothing_that_the_first_left(mariadb: Shop, way: Way, kept: str) -> None:
     _finds_nothing(mariadb, way, *KEPT_MARIADB[kept])
-    if kept == "PREPARE":
-        with Session(mariadb.engine) as session, pytest.raises(Exception, match="mine"):
-            session.execute(text("EXECUTE mine"))
 
 
 def _finds_nothing(shop: Shop, way: Way, statement: str, look: str, expected: Any) -> None:
     seen: list[Any] = []
-    way.handles(
-        shop,
-        first_then(
-            lambda session: session.connection().exec_driver_sql(statement),
-            lambda session: seen.append(session.execute(text(look)).scalar_one()),
-        ),
-    )
+
+    def looks(session: Session) -> None:
+        try:
+            seen.append(session.execute(text(look)).scalar_one())
+        except DBAPIError:
+            seen.append("refused")
+
+    way.handles(shop, first_then(lambda session: session.connection().exec_driver_sql(statement), looks))
     assert one_by_one(shop, way, [1, 2, 3]) == [P, P, P]
     assert seen == [expected] * 2
     assert shop.claims() == ["1", "2", "3"]
