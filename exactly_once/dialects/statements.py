@@ -1,4 +1,4 @@
-"""Splits a text into its statements, as the server that gets it does; `keywords` judges what they are.
+"""Splits a text into its statements, as the server that gets it does; `verbs` tells what each of them is.
 
 It knows what may hold a semicolon or a word that is none: quotes, comments and nothing else. Where a server would find an
 error (a quote that nobody closes) it reads to the end: of such a text nothing from there on runs.
@@ -23,7 +23,7 @@ class Grammar(NamedTuple):
         ansi_quotes: "..." is a name on MySQL and MariaDB, not a string.
         mariadb: It is MariaDB, and not MySQL.
         version: As MySQL and MariaDB count in executable comments: 80036 is 8.0.36, 101106 is 10.11.6.
-            0 is unknown: then every executable comment is taken to be executed.
+            0 is unknown: then a text is read twice, with all of them executed and with none that has a version.
     """
 
     dialect: Literal["postgresql", "mysql", "sqlite"]

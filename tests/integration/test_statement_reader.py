@@ -190,7 +190,7 @@ def on_postgres(connection: psycopg.Connection) -> Send:
 
 
 @pytest.fixture
-def mariadb(mariadb_url: str) -> Iterator[pymysql.Connection]:  # type: ignore[type-arg]
+def mariadb(mariadb_url: str) -> Iterator[pymysql.Connection]:
     url = make_url(mariadb_url)
     connection = pymysql.connect(
         host=url.host or "",
@@ -209,7 +209,7 @@ def mariadb(mariadb_url: str) -> Iterator[pymysql.Connection]:  # type: ignore[t
         yield connection
 
 
-def on_mariadb(connection: pymysql.Connection) -> Send:  # type: ignore[type-arg]
+def on_mariadb(connection: pymysql.Connection) -> Send:
     def send(text: str) -> Ended:
         error = False
         connection.query("SET autocommit = 0")
@@ -234,7 +234,7 @@ def on_mariadb(connection: pymysql.Connection) -> Send:  # type: ignore[type-arg
     return send
 
 
-def version_of(connection: pymysql.Connection) -> int:  # type: ignore[type-arg]
+def version_of(connection: pymysql.Connection) -> int:
     found = re.search(r"(\d+)\.(\d+)\.(\d+)-MariaDB", connection.get_server_info())
     assert found is not None
     major, minor, patch = map(int, found.groups())
@@ -275,7 +275,7 @@ def test_what_postgresql_takes_for_the_end_of_the_transaction_is_refused(
 
 @pytest.mark.parametrize("mode", ["", "NO_BACKSLASH_ESCAPES", "ANSI_QUOTES", "NO_BACKSLASH_ESCAPES,ANSI_QUOTES"])
 def test_what_mariadb_takes_for_the_end_of_the_transaction_is_refused(
-    mariadb: pymysql.Connection,  # type: ignore[type-arg]
+    mariadb: pymysql.Connection,
     mode: str,
 ) -> None:
     mariadb.query(f"SET sql_mode = '{mode}'")
@@ -327,7 +327,7 @@ def listed(statements: str) -> list[str]:
 
 
 def test_what_commits_by_itself_on_mariadb_is_refused_and_nothing_that_looks_like_it(
-    mariadb: pymysql.Connection,  # type: ignore[type-arg]
+    mariadb: pymysql.Connection,
 ) -> None:
     send = on_mariadb(mariadb)
     for text in listed(COMMITS):
@@ -404,7 +404,7 @@ KEPT_BY_MARIADB = "SELECT DATABASE(), CURRENT_ROLE(), @@sql_mode, @@character_se
 
 
 @pytest.mark.parametrize("outlives", [True, False], ids=["outlives it", "ends with it"])
-def test_what_outlives_a_transaction_on_mariadb_is_told(mariadb: pymysql.Connection, outlives: bool) -> None:  # type: ignore[type-arg]
+def test_what_outlives_a_transaction_on_mariadb_is_told(mariadb: pymysql.Connection, outlives: bool) -> None:
     def ask(question: str) -> object:
         with mariadb.cursor() as cursor:
             try:
@@ -413,7 +413,7 @@ def test_what_outlives_a_transaction_on_mariadb_is_told(mariadb: pymysql.Connect
                 return error.args[0]
             return cursor.fetchall()
 
-    ours = (mariadb.db or b"").decode()
+    ours = str(mariadb.db, "ascii") if isinstance(mariadb.db, bytes) else mariadb.db
     for text in listed(OUTLIVES_MARIADB if outlives else OUTLIVES_NOT_MARIADB):
         for reset in ("SET sql_mode = DEFAULT", "SET NAMES utf8mb4", "SET ROLE NONE", "SET tx_isolation = DEFAULT"):
             mariadb.query(reset)

@@ -73,6 +73,8 @@ ENDS: list[tuple[Grammar, str, str | None]] = [
     (MYSQL_8, "/*!80000 COMMIT */", "COMMIT"),
     (MYSQL_8, "/*!90000 ' */ COMMIT -- '", "COMMIT"),
     (MYSQL_8, "/*M! ' */ COMMIT -- '", "COMMIT"),
+    (MARIADB, "ROLLBACK /*!999999 TO SAVEPOINT x */", "ROLLBACK"),
+    (MARIADB, "/*!999999 ' */ SELECT 1; COMMIT; -- '", "COMMIT"),
     # bodies of what is made now and runs later
     (POSTGRESQL, "CREATE FUNCTION f() RETURNS int BEGIN ATOMIC SELECT 1; SELECT 2; END", None),
     (POSTGRESQL, "CREATE FUNCTION f() RETURNS int BEGIN ATOMIC SELECT 1; END; COMMIT", "COMMIT"),
@@ -82,10 +84,17 @@ ENDS: list[tuple[Grammar, str, str | None]] = [
     (POSTGRESQL, "CREATE RULE r AS ON INSERT TO t DO ALSO (SELECT 1; SELECT 2)", None),
     (SQLITE, "CREATE TRIGGER g AFTER INSERT ON t BEGIN SELECT 1; END", None),
     (SQLITE, "CREATE TEMP TRIGGER g AFTER INSERT ON t BEGIN SELECT 1; END; END", "END"),
+    (POSTGRESQL, "CREATE VIEW v AS SELECT * FROM begin atomic; END", "END"),
+    (SQLITE, "CREATE TABLE trigger (a); END", "END"),
+    (SQLITE, "EXPLAIN QUERY PLAN", None),
+    (SQLITE, "EXPLAIN; END", "END"),
     # savepoints are the handler's own
     (POSTGRESQL, "ROLLBACK TRANSACTION TO SAVEPOINT x", None),
     (POSTGRESQL, "ROLLBACK; SAVEPOINT to_x", "ROLLBACK"),
     (SQLITE, "ROLLBACK TRANSACTION mine TO x", None),
+    (POSTGRESQL, "PREPARE TRANSACTION E'x'", "PREPARE TRANSACTION"),
+    (POSTGRESQL, "PREPARE transaction (int) AS SELECT $1", None),
+    (MARIADB, "PREPARE transaction FROM 'SELECT 1'", None),
     # MySQL and MariaDB: what commits by itself, and what only begins like it
     (MARIADB, "CREATE OR REPLACE TEMPORARY TABLE x (a int)", None),
     (MARIADB, "CREATE TEMPORARY SEQUENCE x", "CREATE"),
