@@ -364,8 +364,8 @@ class MySQL:
         driver = _driver(dbapi)
         if not driver.server_status & _IN_TRANSACTION:
             return State.IDLE
-        # both drivers forget the last result as they send, and have one again when all of the answer is there
-        if driver._result is None or driver._result.unbuffered_active:  # noqa: SLF001
+        waits = getattr(getattr(driver, "_proto", None), "_read_waiter", None)  # of asyncmy: somebody awaits an answer
+        if waits is not None or (driver._result is not None and driver._result.unbuffered_active):  # noqa: SLF001
             return State.BUSY
         # asyncmy takes over a new status only where it is not 0, and 0 is what COMMIT and ROLLBACK sent as text answer;
         # the last result has it. Without the newer end of a result, rows come without a status, and 0 says nothing
