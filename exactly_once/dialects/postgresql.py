@@ -109,8 +109,7 @@ _VALUES: Final = (
 )  # fmt: skip
 _UTF8: Final = frozenset({b"UTF8", b"SQL_ASCII"})
 # after these nobody knows whether COMMIT happened: the connection ended, or whoever answers is not the server
-_UNSURE: Final = frozenset({"40003"})
-_UNSURE_CLASSES: Final = frozenset({"08", "57", "58"})
+_UNSURE: Final = ("08", "40003", "57P", "58")
 _NOTICED_S: Final = 1.0  # who waits for a connection that is cut sees it at once
 _LOOKS: Final = 50
 _READ: Final = reader(POSTGRESQL)
@@ -353,10 +352,8 @@ class PostgreSQL:
 
     def refused(self, dbapi: Any, error: BaseException) -> bool:
         origin = error.orig if isinstance(error, DBAPIError) else error
-        if not isinstance(origin, psycopg.Error) or origin.sqlstate is None or origin.sqlstate in _UNSURE:
-            return False
-        if origin.sqlstate[:2] in _UNSURE_CLASSES:  # a pooler answers 08P01 while its server may have committed
-            return False
+        if not isinstance(origin, psycopg.Error) or origin.sqlstate is None or origin.sqlstate.startswith(_UNSURE):
+            return False  # a pooler answers 08P01 while its server may have committed
         idle = driver_of(dbapi).pgconn.transaction_status == TransactionStatus.IDLE
         return idle and origin.diag.severity_nonlocalized == "ERROR"
 

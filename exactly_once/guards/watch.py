@@ -140,8 +140,11 @@ class Watch:
     def gone(self) -> Misuse:
         """A witness says that the claim's transaction is not there any more, though one is open."""
         named = self._shown(" It was this statement: ") if self.call is not None else ""
-        since = self.dialect.committed_since(self.dbapi, self.info, self.call) if self.call is not None else False
-        # else no statement that can commit was seen to end it: then it was a deadlock that a function swallowed
+        if self.call is not None:
+            since = self.dialect.committed_since(self.dbapi, self.info, self.call)
+        else:
+            # no statement that can commit was seen to end it: a deadlock that a function swallowed; else the claim's row tells
+            since = False if self.rows else None
         self.replaced = since is not False
         return self.leave(Left.GONE if since is False else Left.BROKEN, _GONE + named)
 
