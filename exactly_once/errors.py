@@ -3,7 +3,8 @@
 ExactlyOnceError
 |- ConfigurationError         the program or its settings are wrong; nothing was started
 |  |- SchemaError             our tables are missing or old
-|  `- MissingExtra            an optional package is not installed
+|  |- MissingExtra            an optional package is not installed
+|  `- ForkedProcess           what is used belongs to the process that this one was forked off
 |- InProgress                 another run holds the key
 |- PayloadConflict            the key is known with another payload
 |- BadKey                     the message has no usable business key
@@ -29,6 +30,7 @@ __all__ = [
     "BadKey",
     "ConfigurationError",
     "ExactlyOnceError",
+    "ForkedProcess",
     "InProgress",
     "LeaseLost",
     "MissingExtra",
@@ -62,6 +64,10 @@ class MissingExtra(ConfigurationError):
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} needs a package that is not installed. Type: pip install 'exactly-once[{extra}]'")
         self.extra = extra
+
+
+class ForkedProcess(ConfigurationError):
+    """This process was forked, and what is used belongs to the process that it was forked off; nothing was done to it."""
 
 
 class InProgress(ExactlyOnceError):

@@ -14,15 +14,19 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
 
+from exactly_once import loops
 from exactly_once.dialects import ClaimRow, Dialect, Trouble, dialect_for
 from exactly_once.errors import ConfigurationError, MissingExtra, SchemaError
 from exactly_once.failures import FailureStore
+from exactly_once.fork import engines as forked_engines
 from exactly_once.guards.watch import install, install_session
 from exactly_once.redaction import redacted
 from exactly_once.schema import Tables, tables
 from exactly_once.wording import escaped
 
 if TYPE_CHECKING:
+    import asyncio
+
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 __all__ = ["Store", "claims_twice"]
@@ -73,6 +77,7 @@ class Store:
         self.pool_size = pool_size
         self._given, self._given_async = _sides(database, async_database)
         self._ours: list[Engine] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.tables: Tables = tables(schema)
         self.failures = FailureStore(self.tables)
 
@@ -88,6 +93,7 @@ class Store:
         """The same database through a pool of its own: handlers that hold all connections keep nothing of it from going on."""
         engine = self.engine
         apart = Engine(engine.pool.recreate(), engine.dialect, engine.url)
+        forked_engines.seen(apart)
         self._ours.append(apart)
         return apart
 
@@ -131,6 +137,7 @@ class Store:
             self._bound_waits(engine.sync_engine)
             self._ours.append(engine.sync_engine)
         self._watched(engine.sync_engine)
+        loops.keep_apart(engine.sync_engine)
         found: AsyncEngine = engine
         return found
 
@@ -156,8 +163,17 @@ class Store:
 
     def open_async(self) -> tuple[Session, Any]:
         """Make a session for asyncio: the sync one inside, for us, and the AsyncSession, for the handler."""
+        from asyncio import get_running_loop
+
+        if self._loop is not (loop := get_running_loop()):
+            self._moved(loop)
         session = self._async_maker()
         return session.sync_session, session
+
+    def _moved(self, loop: "asyncio.AbstractEventLoop") -> None:
+        before, self._loop = self._loop, loop
+        if before is not None and before.is_closed():
+            loops.leave(self.async_engine.sync_engine)
 
     # -- both --------------------------------------------------------------------------------------------------------
 
@@ -216,6 +232,7 @@ class Store:
 
     def _watched(self, engine: Engine) -> Engine:
         install(engine)
+        forked_engines.seen(engine)
         return engine
 
     def _url(self, given: Any) -> URL:

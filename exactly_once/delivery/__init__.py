@@ -13,6 +13,7 @@ from typing import Any, Final
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
+from exactly_once import fork
 from exactly_once.alert import Hook
 from exactly_once.attempt import Ended, How, attempt
 from exactly_once.delivery.recording import DUPLICATE, PROCESSED, UNRECORDED, Recording, Told
@@ -52,8 +53,21 @@ EXITED: Final = (
     "The handler called sys.exit({code!r}), which would end the worker for every message; it was rolled back. Raise an"
     " exception to have it retried, Reject to park it."
 )
-_OWNER: Final = f"{socket.gethostname()[:40]}:{os.getpid()}"
 
+
+class _Owner:
+    """Who claims, as the rows have it."""
+
+    def __init__(self) -> None:
+        self.forked()
+        fork.tell(self)
+
+    def forked(self) -> None:
+        """In this process, and anew in each that is forked off it."""
+        self.name = f"{socket.gethostname()[:40]}:{os.getpid()}"
+
+
+_OWNER: Final = _Owner()
 _log = logging.getLogger("exactly_once.failures")
 
 
@@ -154,7 +168,7 @@ class Delivering:
             reading.fingerprint,
             storable(message.message_id, MESSAGE_ID_BYTES),
             message.attempt,
-            _OWNER,
+            _OWNER.name,
             message.born_at,
         )
 

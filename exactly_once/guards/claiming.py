@@ -14,6 +14,7 @@ from exactly_once.body import parse_json
 from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Trouble, dialect_for, raise_for_the_store
 from exactly_once.errors import ConfigurationError, PayloadConflict
 from exactly_once.fingerprint import differing_paths, maker
+from exactly_once.fork import engines as forked_engines
 from exactly_once.guards import Conflict, Consumed
 from exactly_once.guards.transaction import standing
 from exactly_once.keys import canonical, check_name
@@ -70,6 +71,7 @@ class Claimer:
         dbapi, info = connection.connection.dbapi_connection, connection.info
         try:
             if dialect not in info:
+                forked_engines.used(engine, connection.connection)
                 dialect.prepare(dbapi, info, wait_ms=wait_ms)
             if dialect.claim(dbapi, info, row, wait_ms=wait_ms, savepoint=True):
                 return True

@@ -24,6 +24,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from exactly_once.dialects import Dialect, State, Trouble, raise_for_the_store
 from exactly_once.errors import Misuse
+from exactly_once.fork import engines as forked_engines
 from exactly_once.leases import WAIT_MS, Held
 from exactly_once.wording import escaped
 
@@ -105,6 +106,10 @@ class Watch:
         misuse = self.verify(session)
         if misuse is not None:
             raise misuse
+
+    def parted(self, instead: Any) -> None:
+        """In a process just forked: the connection is the parent's, and what stands in its place refuses all use of it."""
+        self.dbapi = instead
 
     def committing(self) -> None:
         """From here on COMMIT is ours."""
@@ -294,6 +299,7 @@ class Late:
         dialect, dbapi, info = self._dialect, connection.connection.dbapi_connection, connection.info
         try:
             if dialect not in info:
+                forked_engines.used(connection.engine, connection.connection)
                 dialect.prepare(dbapi, info, wait_ms=WAIT_MS)
             dialect.begin(dbapi, info)
         except Exception as error:

@@ -28,11 +28,12 @@ from threading import Lock
 from types import ModuleType
 from typing import Any, Final
 
-from exactly_once.errors import ConfigurationError, MissingExtra
+from exactly_once import fork
+from exactly_once.errors import ConfigurationError, ForkedProcess, MissingExtra
 from exactly_once.rocketmq4_body import BodyOf, body_reader
 from exactly_once.transports.inflight import default_directory
 
-__all__ = ["LIBRARY_VARIABLE", "LOG_ERROR", "CallFailed", "Library", "leave_without_it", "load"]
+__all__ = ["LIBRARY_VARIABLE", "LOG_ERROR", "CallFailed", "Library", "enter", "leave_without_it", "load"]
 
 LIBRARY_VARIABLE: Final = "EXACTLY_ONCE_LIBROCKETMQ"
 """The environment variable that may name librocketmq's file."""
@@ -263,6 +264,27 @@ def _library_file() -> str | None:
         return named
     beside = _package() / ("librocketmq.dylib" if sys.platform == "darwin" else "librocketmq.so")
     return str(beside) if beside.exists() else ctypes.util.find_library("rocketmq")
+
+
+_users: list[
+    object
+] = []  # the process that started a native client first, of those this one is forked off, and this one
+
+
+def enter() -> None:
+    """Start native clients in this process, from now on.
+
+    Raises:
+        ForkedProcess: It was forked off one that did: the client's threads are not here, and a call may never return.
+    """
+    if _users and _users[0] is not fork.here:
+        raise ForkedProcess(
+            "This process was forked off one that had used rocketmq4:// before, and its client (librocketmq) does not work"
+            " on this side of a fork: nothing was sent or received. Let the parent use it only after it has forked, or"
+            " never, or start processes by subprocess or by multiprocessing's 'spawn'."
+        )
+    if not _users:
+        _users.append(fork.here)
 
 
 @lru_cache(maxsize=1)
