@@ -22,6 +22,8 @@ ExactlyOnceError
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from sqlalchemy.exc import DontWrapMixin
+
 if TYPE_CHECKING:
     from exactly_once.message import Message
 
@@ -66,7 +68,7 @@ class MissingExtra(ConfigurationError):
         self.extra = extra
 
 
-class ForkedProcess(ConfigurationError):
+class ForkedProcess(ConfigurationError, DontWrapMixin):  # out of a statement it comes as it is
     """This process was forked, and what is used belongs to the process that it was forked off; nothing was done to it."""
 
 

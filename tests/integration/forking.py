@@ -22,9 +22,11 @@ class Forked:
                 said: Any = ("returned", do())
             except BaseException as error:
                 said = ("raised", type(error).__name__, str(error), traceback.format_exc())
-            with os.fdopen(into, "wb") as pipe:
-                pickle.dump(said, pipe)
-            os._exit(0)
+            try:
+                with os.fdopen(into, "wb") as pipe:
+                    pickle.dump(said, pipe)
+            finally:
+                os._exit(0)
         os.close(into)
 
     def result(self, seconds: float = 30.0) -> Any:
