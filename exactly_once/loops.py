@@ -30,7 +30,9 @@ def leave(engine: Engine) -> None:
     """Begin with a new pool after a loop has ended, where somebody may have waited in the old one."""
     pool = engine.pool
     if isinstance(pool, QueuePool) and pool.overflow() >= 0:  # it was full
-        engine.dispose(close=engine.dialect.driver not in _BOUND)
+        engine.dispose(close=False)  # at once: closing takes its time, and others come meanwhile
+        if engine.dialect.driver not in _BOUND:
+            pool.dispose()
 
 
 def _of_this_loop(dbapi: Any, record: Any, fairy: Any) -> None:

@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from exactly_once import ExactlyOnce, ForkedProcess, Lease, Lock, Message, Outcome, SendFailed
+from exactly_once import ExactlyOnce, Lease, Lock, Message, Outcome, SendFailed
 from exactly_once.transports.memory import forget
 from tests.integration.forking import Forked, forked
 from tests.integration.shop import GROUP, ONE_TRY, Shop, order, put
@@ -39,9 +39,7 @@ def messages(who: object) -> list[Message]:
 def each_once(shop: Shop) -> None:
     """The parent has processed a message; then it and its children process side by side."""
     assert shop.process(order("first")) is Outcome.PROCESSED
-    children = [
-        Forked(lambda n=n: [in_child(shop, message).value for message in messages(n)]) for n in range(CHILDREN)
-    ]
+    children = [Forked(lambda n=n: [in_child(shop, message).value for message in messages(n)]) for n in range(CHILDREN)]
     mine = [shop.process(message) for message in messages("parent")]
     told = [child.result() for child in children]
     assert mine == [Outcome.PROCESSED] * EACH
@@ -408,6 +406,7 @@ def test_loops_in_several_threads_do_not_hand_each_other_connections(shop: Shop)
         pytest.skip("loops are the async door's")
     shop.eo = ExactlyOnce(shop.url, group=GROUP)
     handles_orders(shop)
+    assert asyncio.run(shop.eo.aprocess(order("first"))) is Outcome.PROCESSED
     told: list[Outcome] = []
 
     async def several(who: int) -> None:
