@@ -410,8 +410,7 @@ def test_loops_in_several_threads_do_not_hand_each_other_connections(shop: Shop)
     told: list[Outcome] = []
 
     async def several(who: int) -> None:
-        for n in range(6):
-            told.append(await shop.eo.aprocess(order(f"{who}-{n}")))
+        told.extend([await shop.eo.aprocess(order(f"{who}-{n}")) for n in range(6)])
 
     threads = [Thread(target=lambda n=n: asyncio.run(several(n))) for n in range(4)]
     for thread in threads:
