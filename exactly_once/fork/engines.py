@@ -68,13 +68,13 @@ class _Seen:
         engine = self._engine()
         if self._file is None or engine is None:
             return
-        if not engine.dialect.is_async:
-            engine.dispose()
-            return
-        engine.dispose(close=False)  # first, so that nobody gets one of these any more
+        pool, is_async = engine.pool, engine.dialect.is_async
+        engine.dispose(close=not is_async)  # closing takes a loop, which may not run
+        # in a pool of before an earlier fork lies what was in use then; in this one, what is just being taken from it
+        in_use = (engine.pool,) if is_async else (engine.pool, pool)
         for record in self._open():
-            if record.fairy_ref is None:
-                _stop(record)
+            if record.fairy_ref is None and _pool_of(record) not in in_use:
+                (_stop if is_async else type(record).close)(record)
 
     def forked(self) -> None:
         """In the child."""
@@ -139,6 +139,10 @@ def _cut(descriptor: int) -> None:
     other.close()
     os.dup2(ours.fileno(), descriptor, inheritable=False)
     ours.close()
+
+
+def _pool_of(record: Any) -> Any:
+    return getattr(record, "_ConnectionRecord__pool", None)  # no public name for it
 
 
 def _stop(record: Any) -> None:

@@ -232,7 +232,9 @@ def test_a_child_forked_inside_a_transaction_of_sqlite_is_refused_the_file(sqlit
         ((kind, name, words, _),) = said
         assert (kind, name) == ("raised", "ForkedProcess")
         assert "SQLite" in words
-        assert shop.effects() == ["before", "after"]
+        # that connection is idle now, and keeps no later child from the file
+        assert forked(lambda: shop.eo.process(Message("others", b'{"no": 2}')).value) == "processed"
+        assert shop.effects() == ["before", "after", "other"]
 
 
 @pytest.mark.parametrize("journal", ["delete", "wal"])
