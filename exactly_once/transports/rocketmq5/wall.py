@@ -10,12 +10,14 @@ The client (5.1.2) does two things to a program that merely imports it, and one 
 * Its heartbeat raises inside a future's callback, so `concurrent.futures` prints a traceback every 10 s while the
   proxy is away: a filter drops exactly the records whose traceback ends inside the client.
 * gRPC cannot be used in a process that was forked off one that used it: its threads are not there, and a call never
-  returns. Such a child is told so in a sentence: `enter`.
+  returns. Such a child is told so in a sentence: `enter`. gRPC's own handlers of a fork, which crashed half of such children
+  before they ran a line (1.85), are off, unless the environment says otherwise.
 * `rocketmq-client-python`, the older client, has the same top-level package: which one is here is read from the disk,
   for importing the wrong one loads a C++ library.
 """
 
 import logging
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -71,6 +73,8 @@ def missing() -> str | None:
 def build() -> None:
     """Put the wall up; must come before the first import of the client, and does nothing the second time."""
     with _LOCK:
+        if "grpc" not in sys.modules:  # it is read once
+            os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         # somebody who imported the client before us has its log folder already; replacing its logger helps nobody
         if _LOG_MODULE not in sys.modules and "rocketmq" not in sys.modules:
             logger = logging.getLogger(CLIENT_LOGGER)
