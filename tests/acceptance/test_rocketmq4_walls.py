@@ -660,7 +660,7 @@ def test_a_child_of_a_process_that_used_librocketmq_is_refused_in_a_sentence_and
     program = Path(__file__).parent / "forking_producer.py"
     command = [sys.executable, str(program), f"rocketmq4://{place.server.name_server}", place.topic]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=90, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        command, capture_output=True, text=True, timeout=120, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     told = ["before: sent", "after: refused", "its own: refused", "a consumer: refused", "closed: sent", "parent: True"]
     assert done.stdout.splitlines() == told, done.stderr

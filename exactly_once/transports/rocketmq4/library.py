@@ -12,6 +12,8 @@ What is walled off here:
 * A body's length: see `exactly_once.rocketmq4_body`.
 * Its log files go to `$HOME/logs/rocketmq-cpp`, where a home may not exist or not be writable, and librocketmq 1.0.1
   ignores the path it is told: `_send_logs_to` sends them to a directory of ours.
+* A process that was forked off one that had loaded the library waits at its exit for threads that are not there: it ends
+  without that exit code. Where the library was also used before the fork, every use in the child is refused: `enter`.
 * At interpreter exit librocketmq's static objects are torn down while its threads still use them: `leave_without_it`.
 """
 
@@ -105,7 +107,7 @@ class CallFailed(Exception):
         self.said = said
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Library:
     """librocketmq, loaded and tried.
 
@@ -122,6 +124,10 @@ class Library:
     call: Any
     body: BodyOf
     logs: str
+
+    def forked(self) -> None:
+        """In a process just forked: see this module's first lines."""
+        leave_without_it()
 
     def check(self, function: str, status: int) -> None:
         """Raise `CallFailed` unless the status says that all went well."""
@@ -213,7 +219,9 @@ def load() -> Library:
         raise ConfigurationError(f"The librocketmq at {path} is too old: {error}. {_INSTALL}") from error
     logs = default_directory("librocketmq").parent / "librocketmq"
     _send_logs_to(logs, functions)
-    return Library(path, client, functions, body_reader(path), str(logs))
+    library = Library(path, client, functions, body_reader(path), str(logs))
+    fork.tell(library)
+    return library
 
 
 def _imported() -> ModuleType:
