@@ -4,7 +4,8 @@ ExactlyOnceError
 |- ConfigurationError         the program or its settings are wrong; nothing was started
 |  |- SchemaError             our tables are missing or old
 |  |- MissingExtra            an optional package is not installed
-|  `- RefusedResult           a handler returned an answer, which nobody reads
+|  |- RefusedResult           a handler returned an answer, which nobody reads
+|  `- ForkedProcess           what is used belongs to the process that this one was forked off
 |- InProgress                 another run holds the key
 |- PayloadConflict            the key is known with another payload
 |- BadKey                     the message has no usable business key
@@ -23,6 +24,8 @@ ExactlyOnceError
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from sqlalchemy.exc import DontWrapMixin
+
 if TYPE_CHECKING:
     from exactly_once.message import Message
 
@@ -32,6 +35,7 @@ __all__ = [
     "BrokenTransaction",
     "ConfigurationError",
     "ExactlyOnceError",
+    "ForkedProcess",
     "InProgress",
     "LeaseLost",
     "MissingExtra",
@@ -73,6 +77,10 @@ class RefusedResult(ConfigurationError):
 
     The handler is wrong and not the message: nothing was committed, counted, kept or acknowledged.
     """
+
+
+class ForkedProcess(ConfigurationError, DontWrapMixin):  # out of a statement it comes as it is
+    """This process was forked, and what is used belongs to the process that it was forked off; nothing was done to it."""
 
 
 class InProgress(ExactlyOnceError):

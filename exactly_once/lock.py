@@ -21,6 +21,7 @@ from uuid import uuid4
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
+from exactly_once import fork
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, InProgress
 from exactly_once.keys import canonical
 from exactly_once.redis_connection import RedisConnection
@@ -87,6 +88,7 @@ class RedisLock:
         self._token: str | None = None
         self._since = 0.0
         self._awaiting = False
+        self._process = fork.here
 
     def acquire(self, *, awaiting: bool = False) -> None:
         """Take the lock, waiting for it up to `wait`.
@@ -117,7 +119,7 @@ class RedisLock:
                         self._free(token, awaiting)
                 raise
             if won:
-                self._token, self._since, self._awaiting = token, asked, awaiting
+                self._token, self._since, self._awaiting, self._process = token, asked, awaiting, fork.here
                 return
             rest_s = deadline - monotonic()
             if rest_s <= 0:
@@ -140,7 +142,7 @@ class RedisLock:
             StoreUnavailable: Redis does not answer; the lock is free after `expires`.
         """
         token, self._token = self._token, None
-        if token is None:
+        if token is None or self._process is not fork.here:  # a child's copy: it is the parent's to let go of
             return False
         if self._free(token, self._awaiting):
             return True

@@ -11,21 +11,27 @@ import socket
 from itertools import count
 from typing import Final
 
+from exactly_once import fork
+
 __all__ = ["new_owner", "savepoint_of"]
 
 _HOST: Final = socket.gethostname()[:30]
 _NUMBER: Final = count(1)
-_prefix = ""
 
 
-def _named_anew() -> None:
-    """A forked child is another process: with its parent's names the two would share owners."""
-    global _prefix  # noqa: PLW0603  (read for each message: a name of the module costs least)
-    _prefix = f"{_HOST}:{os.getpid()}:{secrets.token_hex(4)}:"
+class _Process:
+    """What the owners of one process begin with."""
+
+    def __init__(self) -> None:
+        self.forked()
+        fork.tell(self)
+
+    def forked(self) -> None:
+        """A child is another process: with its parent's name the two would share owners."""
+        self.name = f"{_HOST}:{os.getpid()}:{secrets.token_hex(4)}:"
 
 
-_named_anew()
-os.register_at_fork(after_in_child=_named_anew)
+_PROCESS: Final = _Process()
 
 
 def new_owner() -> str:
@@ -35,7 +41,7 @@ def new_owner() -> str:
         >>> new_owner() == new_owner()
         False
     """
-    return f"{_prefix}{next(_NUMBER):x}"
+    return f"{_PROCESS.name}{next(_NUMBER):x}"
 
 
 def savepoint_of(owner: str) -> str:

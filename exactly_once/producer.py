@@ -14,7 +14,8 @@ from threading import Event
 from types import TracebackType
 from typing import Final, Self
 
-from exactly_once.errors import SendFailed, TransportError
+from exactly_once import fork
+from exactly_once.errors import ForkedProcess, SendFailed, TransportError
 from exactly_once.message import Message
 from exactly_once.transport import BrokerProducer, Receipt
 
@@ -41,6 +42,13 @@ class Producer:
     def __init__(self, broker_producer: BrokerProducer, describe: str) -> None:
         self._broker, self._describe = broker_producer, describe
         self._closed = Event()
+        fork.tell(self)
+
+    def forked(self) -> None:
+        """In a process just forked: a thread of the parent's may have held the event's lock."""
+        closed, self._closed = self._closed.is_set(), Event()
+        if closed:
+            self._closed.set()
 
     def __enter__(self) -> Self:
         return self
@@ -85,7 +93,7 @@ class Producer:
         for pause_s in _PAUSES_S:
             failed = [n for n, answer in enumerate(answers) if not isinstance(answer, Receipt)]
             # one refused as it is: its followers of the same key would wait for it in vain
-            if not failed or any(isinstance(answer, ValueError) for answer in answers):
+            if not failed or any(isinstance(answer, (ValueError, ForkedProcess)) for answer in answers):
                 break
             if self._closed.wait(pause_s):
                 break
@@ -108,7 +116,8 @@ class Producer:
         # a refused message explains why others of its key were not sent, so it comes first
         message, reason = next(((m, a) for m, a in failed if isinstance(a, ValueError)), failed[0])
         named = f" with key {message.key!r}" if message.key is not None else " without a key"
-        how = "was refused" if isinstance(reason, ValueError) else f"could not be sent in {TRIES} tries"
+        refused = isinstance(reason, (ValueError, ForkedProcess))
+        how = "was refused" if refused else f"could not be sent in {TRIES} tries"
         text = f"The message{named} to topic {message.topic!r} {how} by {self._describe}: {reason}"
         text += "" if text.endswith((".", "!")) else "."
         if len(messages) > 1:

@@ -14,9 +14,11 @@ from time import monotonic
 from types import TracebackType
 from typing import Final
 
+from exactly_once import fork
 from exactly_once.errors import (
     ConfigurationError,
     ExactlyOnceError,
+    ForkedProcess,
     SchemaError,
     StoreUnavailable,
     TransportError,
@@ -66,6 +68,12 @@ class Serving:
         self._asked = Event()
         self._worker: Worker | None = None
         self._runner: Runner | None = None
+        self._process = fork.here
+        fork.tell(self)
+
+    def forked(self) -> None:
+        """In a process just forked: the worker is the parent's, and stopping it here is nothing."""
+        self._asked, self._worker, self._runner = Event(), None, None
 
     # -- starting and stopping ---------------------------------------------------------------------------------------
 
@@ -76,6 +84,7 @@ class Serving:
             ConfigurationError: Something is wrong that waiting does not mend, or a server stayed away too long.
         """
         router = self._router
+        self._process = fork.here
         for plan in router.plans:
             for warning in plan.warnings:
                 _log.warning("%s", warning)
@@ -163,6 +172,11 @@ class Serving:
     def worker(self) -> Worker:
         """The worker inside, once started: for health and progress."""
         if self._worker is None:
+            if self._process is not fork.here:
+                raise ForkedProcess(
+                    "This worker is that of the process that this one was forked off: its threads are not here. Start"
+                    " another one here: eo.worker(...)."
+                )
             raise RuntimeError("The worker is not started: use it with `with`, or call start().")
         return self._worker
 
@@ -225,7 +239,7 @@ def _until(
             refused_until = max(refused_until, monotonic() + _RETURNING_S)
         except TransportError as error:
             problem = str(error)
-        except SchemaError:
+        except (SchemaError, ForkedProcess):
             raise
         except ConfigurationError as error:
             if monotonic() >= refused_until:

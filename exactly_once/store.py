@@ -17,11 +17,13 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
 
+from exactly_once import loops
 from exactly_once.characters import narrow, utf8_args
 from exactly_once.dialects import ClaimRow, Dialect, Trouble, dialect_for
 from exactly_once.dialects.place import schema_in
 from exactly_once.errors import ConfigurationError, MissingExtra, SchemaError, StoreUnavailable
 from exactly_once.failures import FailureStore
+from exactly_once.fork import engines as forked_engines
 from exactly_once.guards.listening import install, install_session
 from exactly_once.owner import new_owner
 from exactly_once.pooler import prepare_threshold
@@ -30,6 +32,8 @@ from exactly_once.schema import CONSUMING, Tables, tables
 from exactly_once.wording import escaped
 
 if TYPE_CHECKING:
+    import asyncio
+
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 __all__ = ["Store", "claims_twice", "lacking_characters"]
@@ -94,6 +98,7 @@ class Store:
         self.pooler, self._durable = pooler, durable
         self._given, self._given_async = _sides(database, async_database)
         self._ours: list[Engine] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.failures = FailureStore(lambda: self.tables)
         self._wants_room = False
         self.lacking: str | None = None
@@ -111,6 +116,7 @@ class Store:
         """The same database through a pool of its own: handlers that hold all connections keep nothing of it from going on."""
         engine = self.engine
         apart = Engine(engine.pool.recreate(), engine.dialect, engine.url)
+        forked_engines.seen(apart)
         self._ours.append(apart)
         return apart
 
@@ -153,6 +159,7 @@ class Store:
             )
             self._ours.append(engine.sync_engine)
         self._watched(engine.sync_engine)
+        loops.keep_apart(engine.sync_engine)
         found: AsyncEngine = engine
         return found
 
@@ -178,8 +185,17 @@ class Store:
 
     def open_async(self) -> tuple[Session, Any]:
         """Make a session for asyncio: the sync one inside, for us, and the AsyncSession, for the handler."""
+        from asyncio import get_running_loop
+
+        if self._loop is not (loop := get_running_loop()):
+            self._moved(loop)
         session = self._async_maker()
         return session.sync_session, session
+
+    def _moved(self, loop: "asyncio.AbstractEventLoop") -> None:
+        before, self._loop = self._loop, loop
+        if before is not None and before.is_closed():
+            loops.leave(self.async_engine.sync_engine)
 
     # -- both --------------------------------------------------------------------------------------------------------
 
@@ -324,6 +340,7 @@ class Store:
             from exactly_once.dialects.postgresql_pooler import look_at_each
 
             look_at_each(engine, ours=engine in self._ours, said=self.pooler)
+        forked_engines.seen(engine)
         return engine
 
     def _url(self, given: Any) -> URL:

@@ -13,6 +13,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from exactly_once import fork
 from exactly_once.attempt.ending import Ended, How, Open, run
 from exactly_once.dialects import ClaimRow, Dialect, Trouble
 from exactly_once.errors import ConfigurationError, Misuse, StoreUnavailable
@@ -51,8 +52,10 @@ def attempt(
 
     Raises:
         ConfigurationError: The database is set up so that no claim can be trusted.
+        ForkedProcess: We are in a child that the handler forked, and that came back from it.
     """
     row = row._replace(owner=new_owner())  # this attempt's alone, or a copy's claim would pass for ours
+    process = fork.here
     session, handed = open_session()
     won: Won | None = None
     ended: Ended | None = None
@@ -81,6 +84,8 @@ def attempt(
         assert won is not None
         ended = run(open_session, session, guard, dialect, (row,), won, lambda: handle(handed, won), also)
     finally:
+        if process is not fork.here:
+            raise fork.inside()  # before anything else: session, claim and lease are the parent's to end
         if won is not None:
             guard.end(won)  # first, and it waits for nothing: what follows may be cancelled again
         watch = None if won is None else won.watch

@@ -18,6 +18,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from exactly_once import fork
 from exactly_once.dialects import ClaimRow, Dialect, Trouble
 from exactly_once.error_words import words_of
 from exactly_once.errors import BrokenTransaction, LeaseLost, Misuse, RefusedResult, StoreUnavailable
@@ -110,7 +111,7 @@ def run(
     also: Callable[[Session, int], object] | None,
 ) -> Ended:
     """From the claim to the end of the COMMIT, and what follows it."""
-    committing = False
+    process, committing = fork.here, False
     try:
         handle()
         if also is not None:
@@ -126,6 +127,8 @@ def run(
             committing = True
             session.commit()
     except BaseException as error:
+        if process is not fork.here:
+            raise fork.inside() from error  # a child that the handler forked: all of it is the parent's to end
         ended = _left(open_session, session, guard, dialect, rows, won, error, committing=committing)
         if ended is not PROCESSED:
             return ended

@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from exactly_once import fork
 from exactly_once.attempt.ending import Ended, How, Open, run
 from exactly_once.dialects import ClaimRow, Dialect
 from exactly_once.errors import ConfigurationError, StoreUnavailable
@@ -62,7 +63,9 @@ def attempt_group(
 
     Raises:
         ConfigurationError: The database is set up so that no claim can be trusted.
+        ForkedProcess: We are in a child that the handler forked, and that came back from it.
     """
+    process = fork.here
     session, handed = open_session()
     watch = None
     try:
@@ -88,6 +91,8 @@ def attempt_group(
             raise ended.error
         return GroupEnded(ended, others)
     finally:
+        if process is not fork.here:
+            raise fork.inside()
         if watch is not None:
             watch.end(session)
         else:

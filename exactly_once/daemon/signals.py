@@ -14,8 +14,9 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from threading import Thread, current_thread, main_thread
 from types import FrameType
-from typing import Final, Generic, NoReturn, Protocol, TypeVar
+from typing import Any, Final, Generic, NoReturn, Protocol, TypeVar
 
+from exactly_once import fork
 from exactly_once.daemon.heartbeat import HeartbeatSender
 from exactly_once.errors import ConfigurationError
 
@@ -135,6 +136,21 @@ def leave(code: int = KILLED) -> NoReturn:
     os._exit(code)
 
 
+class _Inherited:
+    """What a child that is forked meanwhile does at a signal: what was done before. It has no worker to stop, and whoever
+    started it, as `multiprocessing` does, counts on SIGTERM to end it."""
+
+    def __init__(self, before: Mapping[signal.Signals, Any]) -> None:
+        self._before = before
+        fork.tell(self)
+
+    def forked(self) -> None:
+        """In the child."""
+        signal.set_wakeup_fd(-1)
+        for number, old in self._before.items():
+            signal.signal(number, signal.SIG_DFL if old is None else old)
+
+
 Handler = Callable[[int, int], None]
 Wait = Callable[[float], "signal.Signals | None"]
 
@@ -168,6 +184,7 @@ def signals_wake(handlers: Mapping[signal.Signals, Handler]) -> Iterator[Wait]:
     woken = signal.set_wakeup_fd(into, warn_on_full_buffer=False)
     selector = selectors.DefaultSelector()
     selector.register(out, selectors.EVENT_READ)
+    inherited = _Inherited(before)
 
     def wait(seconds: float) -> signal.Signals | None:
         if selector.select(seconds):
@@ -177,6 +194,7 @@ def signals_wake(handlers: Mapping[signal.Signals, Handler]) -> Iterator[Wait]:
     try:
         yield wait
     finally:
+        fork.forget(inherited)
         signal.set_wakeup_fd(woken)
         for number, old in before.items():
             signal.signal(number, signal.SIG_DFL if old is None else old)

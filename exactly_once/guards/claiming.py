@@ -15,6 +15,7 @@ from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Trouble, dialect
 from exactly_once.dialects.place import schema_in
 from exactly_once.errors import ConfigurationError, PayloadConflict
 from exactly_once.fingerprint import differing_paths, maker
+from exactly_once.fork import engines as forked_engines
 from exactly_once.guards import Conflict, Consumed, Unfinished
 from exactly_once.guards.transaction import standing
 from exactly_once.keys import canonical, check_name
@@ -82,6 +83,7 @@ class Claimer:
         dbapi, info = connection.connection.dbapi_connection, connection.info
         try:
             if dialect not in info or dialect.strange(dbapi):
+                forked_engines.used(engine, connection.connection)
                 if self._pooler:
                     info[SAID] = True
                 dialect.prepare(dbapi, info, wait_ms=wait_ms)

@@ -8,6 +8,7 @@ from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
 from exactly_once.dialects import Dialect, Trouble, raise_for_the_store
+from exactly_once.fork import engines as forked_engines
 from exactly_once.guards.watch import WATCHED, Shut, Watch, begin, let_go
 from exactly_once.leases import WAIT_MS, Held
 from exactly_once.owner import new_owner
@@ -59,6 +60,7 @@ class Late:
         owner = (self.held.row.owner if self.held is not None else "") or new_owner()
         try:
             if dialect not in info:
+                forked_engines.used(connection.engine, connection.connection)
                 dialect.prepare(dbapi, info, wait_ms=WAIT_MS)
             dialect.begin(dbapi, info, owner)
         except Exception as error:

@@ -24,6 +24,7 @@ from exactly_once.dialects import (
     raise_for_the_store,
 )
 from exactly_once.fingerprint import Differs, compare
+from exactly_once.fork import engines as forked_engines
 from exactly_once.guards import Claim, Conflict, Consumed, InProgress, Unfinished, Won
 from exactly_once.guards.watch import Watch, begin
 from exactly_once.leases.sql import SqlLeases
@@ -144,6 +145,7 @@ class TransactionGuard:
                 connection = session.connection()
                 dbapi, info = connection.connection.dbapi_connection, connection.info
             if dialect not in info or dialect.strange(dbapi):
+                forked_engines.used(connection.engine, connection.connection)
                 dialect.prepare(dbapi, info, wait_ms=self._wait_ms)
         except Exception as error:
             raise_for_the_store(dialect, error)

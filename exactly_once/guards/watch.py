@@ -199,6 +199,10 @@ class Watch:
         if misuse is not None:
             raise misuse
 
+    def parted(self, instead: Any) -> None:
+        """In a process just forked: the connection is the parent's, and what stands in its place refuses all use of it."""
+        self.dbapi = instead
+
     def ask(self) -> None:
         """On a way out that is not our COMMIT: learn how the transaction was left, before it is rolled back.
 

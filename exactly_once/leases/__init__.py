@@ -18,6 +18,7 @@ from datetime import timedelta
 from enum import Enum
 from typing import Final, Protocol
 
+from exactly_once import fork
 from exactly_once.dialects import ClaimRow, Leased, StepRow
 from exactly_once.errors import LeaseLost
 from exactly_once.fingerprint import Differs, NotCompared, compare
@@ -54,6 +55,8 @@ class Held:
     lost: bool = False
     ending: bool = False
     """It is being completed or let go of: that its token is gone proves nothing."""
+    process: object = field(default_factory=lambda: fork.here)
+    """Whose it is: a child that is forked meanwhile has a copy, and may do nothing with it."""
 
     def error(self) -> LeaseLost:
         """Say that it is lost."""
@@ -64,7 +67,9 @@ class Held:
         )
 
     def check(self) -> None:
-        """Raise `LeaseLost` if it is lost."""
+        """Raise `LeaseLost` if it is lost, and `ForkedProcess` in a child that was forked under it."""
+        if self.process is not fork.here:
+            raise fork.inside()
         if self.lost:
             raise self.error()
 

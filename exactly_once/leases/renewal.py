@@ -6,14 +6,13 @@ not renewed any more: it runs out, another run may take the message over, and a 
 """
 
 import logging
-import os
 from collections.abc import Iterable
 from datetime import timedelta
 from threading import Condition, Thread
 from time import monotonic
 from typing import Final
-from weakref import WeakSet
 
+from exactly_once import fork
 from exactly_once.alert import Alert, Hook, sound
 from exactly_once.error_words import trace_of
 from exactly_once.errors import StoreUnavailable
@@ -25,8 +24,6 @@ __all__ = ["Renewal"]
 _IDLE_S: Final = 60.0
 _AGAIN_S: Final = 1.0  # a store that did not answer is asked again after this, or sooner where the lease is short
 _TOGETHER: Final = 4  # what is due within a quarter of a third is renewed along
-
-_EVERY: "WeakSet[Renewal]" = WeakSet()
 
 _log = logging.getLogger("exactly_once.leases")
 
@@ -46,9 +43,9 @@ class Renewal:
         self._due: dict[Held, float] = {}
         self._thread: Thread | None = None
         self._wakes = 0.0
-        _EVERY.add(self)
+        fork.tell(self)
 
-    def forget(self) -> None:
+    def forked(self) -> None:
         """In a process just forked: the thread and the leases are the parent's."""
         self._changed = Condition()
         self._due, self._thread = {}, None
@@ -143,14 +140,6 @@ class Renewal:
             f" {held.lease}, then another run may take it over. Look at what hangs, and restart this process."
         )
         sound(self._alert, Alert("overrun", held.row.group, held.row.handler, held.row.key, text))
-
-
-def _forked() -> None:
-    for renewal in tuple(_EVERY):
-        renewal.forget()
-
-
-os.register_at_fork(after_in_child=_forked)
 
 
 def _end(held: Held) -> float:

@@ -16,6 +16,7 @@ from hashlib import sha1
 from threading import Lock
 from typing import Any, Final
 
+from exactly_once import fork
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, StoreUnavailable
 from exactly_once.redaction import redacted
 from exactly_once.redis_connection.pools import Pools, Side
@@ -199,6 +200,11 @@ class RedisConnections:
     def __init__(self) -> None:
         self._lock = Lock()
         self._by_url: dict[str, RedisConnection] = {}
+        fork.tell(self)
+
+    def forked(self) -> None:
+        """In a process just forked: a thread of the parent's may have held the lock."""
+        self._lock = Lock()
 
     def at(self, url: str) -> RedisConnection:
         """Return the connection to this URL; nothing is opened yet."""

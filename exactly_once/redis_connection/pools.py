@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from sqlalchemy.util import await_only
 
+from exactly_once import fork
 from exactly_once.errors import MissingExtra
 from exactly_once.redaction import redacted
 
@@ -61,6 +62,13 @@ class Pools:
         self._lock = Lock()
         self._threads: Side | None = None
         self._loops: dict[asyncio.AbstractEventLoop, Side] = {}
+        fork.tell(self)
+
+    def forked(self) -> None:
+        """In a process just forked: begin with new pools. The end of a stream of the parent's would take it out of the
+        selector that both processes share."""
+        fork.pin((self._threads, self._loops))
+        self._lock, self._threads, self._loops = Lock(), None, {}
 
     def of_threads(self) -> Side:
         """The pool that all threads share.

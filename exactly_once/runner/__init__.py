@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy.util import greenlet_spawn
 
+from exactly_once import fork
 from exactly_once.delivery import Delivering, Told
 from exactly_once.delivery.group import GroupDelivering, stay
 from exactly_once.message import Message
@@ -74,8 +75,18 @@ async def arun_all(
         if each.plan.is_async:
             told.append(await greenlet_spawn(each.run, message, features, pumped=pumped, foreign=foreign))
         else:
-            told.append(await asyncio.to_thread(each.run, message, features, pumped=pumped, foreign=foreign))
+            told.append(await asyncio.to_thread(_beside, each, message, features, pumped, foreign))
     return together(told)
+
+
+def _beside(each: Delivering, message: Message, features: Features, pumped: bool, foreign: bool) -> Told:
+    """Run it in a thread beside the loop."""
+    process = fork.here
+    try:
+        return each.run(message, features, pumped=pumped, foreign=foreign)
+    finally:
+        if process is not fork.here:
+            fork.end(fork.inside())  # this copy of the thread would wait for work that nobody brings
 
 
 class Runner:
@@ -96,6 +107,7 @@ class Runner:
         self._counts: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
         self._counting = Lock()
         self._stopping = False
+        self._process = fork.here
         self._threads = [Thread(target=self._turn, name=f"handler {n}", daemon=True) for n in range(1, threads + 1)]
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread: Thread | None = None
@@ -103,6 +115,13 @@ class Runner:
             self._start_loop(threads, limits)
         for thread in self._threads:
             thread.start()
+        fork.tell(self)
+
+    def forked(self) -> None:
+        """In a process just forked, perhaps inside a handler: there are no threads, and the loop's wake-ups are the parent's."""
+        self._stopping, self._threads, self._counting = True, [], Lock()
+        if self._loop is not None:
+            self._loop.stop()  # a copy of it, if it is the one that forked, turns no further
 
     def run(self, delivery: Delivery, features: Features) -> Ending:
         """Begin a delivery and return at once; the result of what is returned is the verdict."""
@@ -153,6 +172,7 @@ class Runner:
             try:
                 told = self._limited(delivery, features, found)
             except BaseException as error:  # the worker takes it for "bring it again"; a thread never dies
+                self._same_process()
                 future.set_exception(error)
             else:
                 self._end(future, told)
@@ -249,11 +269,17 @@ class Runner:
                 else:
                     self._end(one.future, told)
         except BaseException as error:  # the worker takes it for "bring it again"; neither thread nor loop ends of it
+            self._same_process()
             for one in group:
                 if not one.future.done():
                     one.future.set_exception(error)
             if self._stopping and not isinstance(error, Exception):
                 raise  # cancelled with the loop
+
+    def _same_process(self) -> None:
+        """End the copy of this thread in a child that a handler forked: it would wait for work that nobody brings."""
+        if self._process is not fork.here:
+            fork.end(fork.inside())
 
     def _leave(self, error: BaseException) -> None:
         """Raise on what ends the loop; but a handler that cancels itself, or awaits what was cancelled, goes no further."""
@@ -283,6 +309,7 @@ class Runner:
         try:
             loop.run_forever()
         finally:
+            self._same_process()
             tasks = asyncio.all_tasks(loop)
             for task in tasks:
                 task.cancel()
@@ -308,9 +335,12 @@ class Runner:
         async with self._places:
             for each in found:
                 limit = self._async_limits.get(each.plan.name)
-                if limit is None:
-                    told.append(await arun_all((each,), delivery.message, features, pumped=pumped))
-                else:
-                    async with limit:
+                try:
+                    if limit is None:
                         told.append(await arun_all((each,), delivery.message, features, pumped=pumped))
+                    else:
+                        async with limit:
+                            told.append(await arun_all((each,), delivery.message, features, pumped=pumped))
+                finally:
+                    self._same_process()
         return together(told)

@@ -26,6 +26,7 @@ from pathlib import Path
 from time import monotonic, time
 from typing import Final
 
+from exactly_once import fork
 from exactly_once.errors import ConfigurationError
 
 __all__ = ["InFlight", "default_directory", "private_directory"]
@@ -68,7 +69,13 @@ class InFlight:
             self._memory = mmap.mmap(self._file, places * PLACE_BYTES)
         except OSError as error:
             raise ConfigurationError(f"The state directory {directory} cannot be written: {error}.") from error
+        fork.tell(self)
         self.look()
+
+    def forked(self) -> None:
+        """In a process just forked: let go of the journal, or we would hold its lock after the death of whom it is about."""
+        self._memory.close()
+        os.close(self._file)
 
     def take(self, name: str) -> int:
         """Note that a message is in hand, and return its place; a process that dies from now on accuses it."""

@@ -14,12 +14,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from threading import Condition, Lock
+from threading import Condition
 from time import monotonic
 from typing import Final
 from uuid import uuid4
 
-from exactly_once.errors import ConfigurationError, TransportError
+from exactly_once import fork
+from exactly_once.errors import ConfigurationError, ForkedProcess, TransportError
 from exactly_once.message import Message
 from exactly_once.transport import BrokerProducer, Consumer, Delivery, Features, Receipt, Subscription, Surroundings
 from exactly_once.transports.urls import parse
@@ -58,10 +59,25 @@ _Queue = OrderedDict[_Entry, None]
 class _Broker:
     """Topics, and what each group has still to finish; `changed` guards all of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         self.changed = Condition()
+        self._name, self._process = name, fork.here
         self._queues: dict[str, dict[str, _Queue]] = {}
         self._unclaimed: dict[str, _Queue] = {}
+        fork.tell(self)
+
+    def forked(self) -> None:
+        """In a process just forked: this is a copy, and a thread of the parent's may have held the lock."""
+        self.changed = Condition()
+
+    def foreign(self) -> ForkedProcess | None:
+        """Say that the broker is another process', if it is: what is put into a copy reaches nobody there."""
+        if self._process is fork.here:
+            return None
+        return ForkedProcess(
+            f"The broker memory://{self._name} is in the memory of the process that this one was forked off, and cannot be"
+            " reached from here; nothing was sent or received. Name another one here, or use sql://."
+        )
 
     def join(self, topic: str, group: str) -> None:
         with self.changed:
@@ -80,12 +96,10 @@ class _Broker:
 
 
 _brokers: dict[str, _Broker] = {}
-_brokers_lock = Lock()
 
 
 def _broker(name: str) -> _Broker:
-    with _brokers_lock:
-        return _brokers.setdefault(name, _Broker())
+    return _brokers.get(name) or _brokers.setdefault(name, _Broker(name))  # one step for all threads, without a lock
 
 
 def forget(name: str) -> None:
@@ -94,8 +108,7 @@ def forget(name: str) -> None:
     Example:
         >>> forget("doc")
     """
-    with _brokers_lock:
-        _brokers.pop(name, None)
+    _brokers.pop(name, None)
 
 
 class MemoryTransport:
@@ -133,11 +146,14 @@ class MemoryTransport:
         return _FEATURES
 
     def check(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
-        """Return nothing: a topic and a group come into being when they are named."""
-        return ()
+        """Return nothing, but of a parent's broker: a topic and a group come into being when they are named."""
+        foreign = self._broker.foreign()
+        return () if foreign is None else (str(foreign),)
 
     def subscribe(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[Consumer]:
         """Join the group; one consumer for all topics."""
+        if (foreign := self._broker.foreign()) is not None:
+            raise foreign
         for subscription in subscriptions:
             self._broker.join(subscription.topic, group)
         return [_MemoryConsumer(self._broker, group, tuple(subscriptions), self._invisible)]
@@ -163,6 +179,8 @@ class _MemoryConsumer:
 
     def receive(self, limit: int, wait: timedelta) -> Sequence[Delivery]:
         deadline = monotonic() + wait.total_seconds()
+        if (foreign := self._broker.foreign()) is not None:
+            raise foreign
         with self._broker.changed:
             while limit > 0 and not self._stopped:
                 found, next_due = self._take(limit)
@@ -241,6 +259,8 @@ class _MemoryProducer:
     def send(self, messages: Sequence[Message], *, delay: timedelta | None = None) -> Sequence[Receipt | Exception]:
         if self._closed:
             return [TransportError("this producer is closed; make another one") for _ in messages]
+        if (foreign := self._broker.foreign()) is not None:
+            return [foreign for _ in messages]
         due = monotonic() + (delay.total_seconds() if delay else 0.0)
         receipts = []
         with self._broker.changed:

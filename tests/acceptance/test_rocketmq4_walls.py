@@ -3,6 +3,7 @@
 What would end or hang a process is shown in one of its own. The broker and the library are real.
 """
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -96,8 +97,6 @@ def leave(consumers: Sequence[Consumer]) -> None:
 
 def python(program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a program in a process of its own."""
-    import os
-
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program), *arguments],
         cwd=ROOT,
@@ -684,3 +683,14 @@ def test_a_foreign_producer_s_properties_are_read_by_name(place: Place) -> None:
     producer.shutdown()
     leave(consumers)
     assert dict(delivery.message.properties) == {"trace": "t-1"}
+
+
+def test_a_child_of_a_process_that_used_librocketmq_is_refused_in_a_sentence_and_does_not_hang(place: Place) -> None:
+    program = Path(__file__).parent / "forking_producer.py"
+    command = [sys.executable, str(program), f"rocketmq4://{place.server.name_server}", place.topic]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    told = ["before: sent", "after: refused", "its own: refused", "a consumer: refused", "closed: sent", "parent: True"]
+    assert done.stdout.splitlines() == told, done.stderr
+    assert done.returncode == 0, done.stderr

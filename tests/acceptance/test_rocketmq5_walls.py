@@ -710,3 +710,15 @@ def test_access_keys_namespaces_and_the_default_polling_time(rocketmq: RocketMQ,
         for consumer in (plain, red):
             consumer.stop()
             consumer.close()
+
+
+def test_a_child_of_a_process_that_used_grpc_is_refused_in_a_sentence_and_does_not_hang(broker: Broker) -> None:
+    topic, _ = broker.names()
+    program = Path(__file__).parent / "forking_producer.py"
+    command = [sys.executable, str(program), f"rocketmq://{broker.server.grpc}", topic]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=90, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    told = ["before: sent", "after: refused", "its own: refused", "a consumer: refused", "closed: sent", "parent: True"]
+    assert done.stdout.splitlines() == told, done.stderr
+    assert done.returncode == 0, done.stderr

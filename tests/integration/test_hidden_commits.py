@@ -531,7 +531,9 @@ def test_a_process_killed_between_the_hidden_commit_and_our_record_leaves_no_dup
     shop: Shop, way: Way, hidden: str
 ) -> None:
     if shop.dialect != "mariadb":
-        pytest.skip("only MySQL's and MariaDB's procedures end the transaction they are called in; there a claim is finished")
+        pytest.skip(
+            "only MySQL's and MariaDB's procedures end the transaction they are called in; there a claim is finished"
+        )
     command = [sys.executable, "-c", CHILD, shop.dialect, shop.colour, shop.url, way.name, hidden]
     ended = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120, check=False)
     assert ended.returncode == -signal.SIGKILL

@@ -288,7 +288,9 @@ def told_in_transactions(eo: ExactlyOnce, url: str) -> dict[str, tuple[str, str]
             asked(session, "failure")
             return Park("dead", "for a person")
 
-        store.failures.record(session, Failure("pooled", "alone", "A-1", b"", Message("alone", b""), ValueError()), decide)
+        store.failures.record(
+            session, Failure("pooled", "alone", "A-1", b"", Message("alone", b""), ValueError()), decide
+        )
         session.close()
 
         def look(connection: Connection, *_: Any) -> None:

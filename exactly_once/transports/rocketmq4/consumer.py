@@ -30,6 +30,7 @@ from threading import Event, Lock, Thread
 from time import monotonic, sleep
 from typing import Any, Final
 
+from exactly_once import fork
 from exactly_once.error_words import trace_of
 from exactly_once.errors import TransportError
 from exactly_once.message import Message
@@ -37,7 +38,7 @@ from exactly_once.transport import Delivery, Features, Subscription
 from exactly_once.transports.handoff import Handoff
 from exactly_once.transports.inflight import InFlight
 from exactly_once.transports.rocketmq4.connection import Connection
-from exactly_once.transports.rocketmq4.library import CallFailed, leave_without_it
+from exactly_once.transports.rocketmq4.library import CallFailed, enter, leave_without_it
 from exactly_once.transports.rocketmq4.messages import message_reader
 from exactly_once.verdict import Verdict
 
@@ -64,6 +65,7 @@ class RocketMQ4Consumer:
 
     Raises:
         TransportError: librocketmq refused to start; nothing is left behind.
+        ForkedProcess: No client can work in this process.
     """
 
     invisible: timedelta | None = None  # the broker waits for as long as we are connected
@@ -80,6 +82,7 @@ class RocketMQ4Consumer:
         properties: Sequence[str],
         before_leaving: Callable[[str], Callable[[], None]],
     ) -> None:
+        enter()
         self.features = features
         self._library = library = connection.library
         self._ordered = any(subscription.ordered for subscription in subscriptions)
@@ -108,6 +111,12 @@ class RocketMQ4Consumer:
         self._go, self._left = Event(), Event()
         Thread(target=self._leave, name="rocketmq4-leave", daemon=True).start()
         atexit.register(self.close)
+        fork.tell(self)
+
+    def forked(self) -> None:
+        """In a process just forked: the member is the parent, and leaving is its business."""
+        atexit.unregister(self.close)
+        self._closing, self._closed = Lock(), True
 
     def _start(self, connection: Connection, subscriptions: Sequence[Subscription], threads: int) -> None:
         call, check, handle = self._library.call, self._library.check, self._handle

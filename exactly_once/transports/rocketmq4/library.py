@@ -12,6 +12,8 @@ What is walled off here:
 * A body's length: see `exactly_once.rocketmq4_body`.
 * Its log files go to `$HOME/logs/rocketmq-cpp`, where a home may not exist or not be writable, and librocketmq 1.0.1
   ignores the path it is told: `_send_logs_to` sends them to a directory of ours.
+* A process that was forked off one that had loaded the library waits at its exit for threads that are not there: it ends
+  without that exit code. Where the library was also used before the fork, every use in the child is refused: `enter`.
 * At interpreter exit librocketmq's static objects are torn down while its threads still use them: `leave_without_it`.
 """
 
@@ -28,11 +30,12 @@ from threading import Lock
 from types import ModuleType
 from typing import Any, Final
 
-from exactly_once.errors import ConfigurationError, MissingExtra
+from exactly_once import fork
+from exactly_once.errors import ConfigurationError, ForkedProcess, MissingExtra
 from exactly_once.rocketmq4_body import BodyOf, body_reader
 from exactly_once.transports.inflight import default_directory
 
-__all__ = ["LIBRARY_VARIABLE", "LOG_ERROR", "CallFailed", "Library", "leave_without_it", "load"]
+__all__ = ["LIBRARY_VARIABLE", "LOG_ERROR", "CallFailed", "Library", "enter", "leave_without_it", "load"]
 
 LIBRARY_VARIABLE: Final = "EXACTLY_ONCE_LIBROCKETMQ"
 """The environment variable that may name librocketmq's file."""
@@ -104,7 +107,7 @@ class CallFailed(Exception):
         self.said = said
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Library:
     """librocketmq, loaded and tried.
 
@@ -121,6 +124,10 @@ class Library:
     call: Any
     body: BodyOf
     logs: str
+
+    def forked(self) -> None:
+        """In a process just forked: see this module's first lines."""
+        leave_without_it()
 
     def check(self, function: str, status: int) -> None:
         """Raise `CallFailed` unless the status says that all went well."""
@@ -212,7 +219,9 @@ def load() -> Library:
         raise ConfigurationError(f"The librocketmq at {path} is too old: {error}. {_INSTALL}") from error
     logs = default_directory("librocketmq").parent / "librocketmq"
     _send_logs_to(logs, functions)
-    return Library(path, client, functions, body_reader(path), str(logs))
+    library = Library(path, client, functions, body_reader(path), str(logs))
+    fork.tell(library)
+    return library
 
 
 def _imported() -> ModuleType:
@@ -263,6 +272,27 @@ def _library_file() -> str | None:
         return named
     beside = _package() / ("librocketmq.dylib" if sys.platform == "darwin" else "librocketmq.so")
     return str(beside) if beside.exists() else ctypes.util.find_library("rocketmq")
+
+
+_users: list[
+    object
+] = []  # the process that started a native client first, of those this one is forked off, and this one
+
+
+def enter() -> None:
+    """Start native clients in this process, from now on.
+
+    Raises:
+        ForkedProcess: It was forked off one that did: the client's threads are not here, and a call may never return.
+    """
+    if _users and _users[0] is not fork.here:
+        raise ForkedProcess(
+            "This process was forked off one that had used rocketmq4:// before, and its client (librocketmq) does not work"
+            " on this side of a fork: nothing was sent or received. Let the parent use it only after it has forked, or"
+            " never, or start processes by subprocess or by multiprocessing's 'spawn'."
+        )
+    if not _users:
+        _users.append(fork.here)
 
 
 @lru_cache(maxsize=1)

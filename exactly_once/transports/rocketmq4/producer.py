@@ -25,11 +25,12 @@ from threading import Lock
 from time import monotonic, sleep
 from typing import Any, Final
 
-from exactly_once.errors import TransportError
+from exactly_once import fork
+from exactly_once.errors import ForkedProcess, TransportError
 from exactly_once.message import Message
 from exactly_once.transport import Receipt
 from exactly_once.transports.rocketmq4.connection import Connection
-from exactly_once.transports.rocketmq4.library import CallFailed
+from exactly_once.transports.rocketmq4.library import CallFailed, enter
 from exactly_once.transports.rocketmq4.messages import (
     DELAY_LEVELS,
     MAX_BODY_BYTES,
@@ -84,6 +85,12 @@ class RocketMQ4Producer:
         self._started: int | None = None
         self._closed = False
         self._argument = ctypes.c_int(0)  # anything with an address
+        fork.tell(self)
+
+    def forked(self) -> None:
+        """In a process just forked: the client is the parent's, and shutting it down would be heard by the broker."""
+        self._lock, self._started = Lock(), None
+        atexit.unregister(self.close)
 
     def send(self, messages: Sequence[Message], *, delay: timedelta | None = None) -> Sequence[Receipt | Exception]:
         """Return a receipt for each message once the broker has stored it, else why not.
@@ -116,10 +123,11 @@ class RocketMQ4Producer:
 
     def _send(self, message: Message, delay: timedelta | None) -> Receipt | Exception:
         try:
+            enter()  # before any call: one may never return in a child
             native = native_message(
                 self._library, self._connection.names, message, delay_level(delay, self._delay_levels)
             )
-        except (ValueError, CallFailed) as error:
+        except (ValueError, CallFailed, ForkedProcess) as error:
             return error
         try:
             return self._try(self._producer(), native, message)

@@ -13,6 +13,7 @@ from threading import Event, Lock
 from time import monotonic
 from typing import Final
 
+from exactly_once import fork
 from exactly_once.transport import Subscription
 from exactly_once.transports.rocketmq5.endpoints import Endpoints, reachable
 from exactly_once.transports.rocketmq5.session import Session, describe
@@ -42,7 +43,14 @@ class Membership:
         self._stopping = Event()
         self._closed = False
         self._pause_s, self._not_before, self._complained = 0.0, 0.0, ""
+        fork.tell(self)
         self._try()  # join now if the proxy is there; if not, `rejoin` goes on trying
+
+    def forked(self) -> None:
+        """In a process just forked: the member is the parent, and leaving is its business."""
+        fork.pin(self._session)
+        self._lock, self._session, self._stopping, self._closed = Lock(), None, Event(), True
+        self._stopping.set()
 
     @property
     def session(self) -> Session | None:
@@ -113,7 +121,7 @@ class Membership:
         if reason is not None:
             self.rest(reason)
             return None
-        session = Session(self._proxies, self._group, self._subscriptions)
+        session = Session(self._proxies, self._group, self._subscriptions)  # raises in a child that cannot have one
         try:
             session.open()
             session.queues(self._topic)

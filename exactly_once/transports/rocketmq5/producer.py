@@ -20,7 +20,8 @@ from rocketmq import Producer
 from rocketmq.grpc_protocol import Code, Encoding, MessageType, QueryRouteRequest, SendMessageRequest
 from rocketmq.v5.util import MessageIdCodec, Misc
 
-from exactly_once.errors import TransportError
+from exactly_once import fork
+from exactly_once.errors import ForkedProcess, TransportError
 from exactly_once.message import Message
 from exactly_once.transport import Features, Receipt
 from exactly_once.transports.rocketmq5.advice import about_send, about_topic
@@ -48,6 +49,12 @@ class RocketMQ5Producer:
         self._lock = Lock()
         self._client: Any = None
         self._closed = False
+        fork.tell(self)
+
+    def forked(self) -> None:
+        """In a process just forked: the client is the parent's, and so are its threads."""
+        fork.pin(self._client)
+        self._lock, self._client = Lock(), None
 
     def send(self, messages: Sequence[Message], *, delay: timedelta | None = None) -> Sequence[Receipt | Exception]:
         """Return, per message and in order, a receipt once the broker has stored it, else why not."""
@@ -110,7 +117,10 @@ class RocketMQ5Producer:
                     return TransportError(
                         f"RocketMQ's proxy at {self._proxies} does not answer ({reason}). Nothing was sent."
                     )
-                client = Producer(configuration(self._proxies))
+                try:
+                    client = Producer(configuration(self._proxies))
+                except ForkedProcess as error:
+                    return error
                 try:
                     client.startup()
                 except Exception as error:  # returned per message, as the contract says

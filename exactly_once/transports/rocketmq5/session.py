@@ -31,6 +31,7 @@ from rocketmq.grpc_protocol import (
 
 from exactly_once.errors import TransportError
 from exactly_once.transport import Subscription
+from exactly_once.transports.rocketmq5 import wall
 from exactly_once.transports.rocketmq5.endpoints import Endpoints
 
 __all__ = ["Grip", "Poll", "Session", "configuration", "describe"]
@@ -46,7 +47,12 @@ MOST_PER_POLL: Final = 32  # the broker's own limit
 
 
 def configuration(proxies: Endpoints) -> Any:
-    """Return the client's own description of where it goes."""
+    """Return the client's own description of where it goes; every client begins with this.
+
+    Raises:
+        ForkedProcess: No client can work in this process.
+    """
+    wall.enter()
     return ClientConfiguration(
         ";".join(proxies.addresses),  # what the client splits at
         Credentials(proxies.access_key, proxies.secret_key),

@@ -9,20 +9,25 @@ The client (5.1.2) does two things to a program that merely imports it, and one 
   log handler of the program: a stand-in module takes its place.
 * Its heartbeat raises inside a future's callback, so `concurrent.futures` prints a traceback every 10 s while the
   proxy is away: a filter drops exactly the records whose traceback ends inside the client.
+* gRPC cannot be used in a process that was forked off one that used it: its threads are not there, and a call never
+  returns. Such a child is told so in a sentence: `enter`. gRPC's own handlers of a fork, which crashed half of such children
+  before they ran a line (1.85), are off, unless the environment says otherwise.
 * `rocketmq-client-python`, the older client, has the same top-level package: which one is here is read from the disk,
   for importing the wrong one loads a C++ library.
 """
 
 import logging
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from types import ModuleType
 
-from exactly_once.errors import ConfigurationError, MissingExtra
+from exactly_once import fork
+from exactly_once.errors import ConfigurationError, ForkedProcess, MissingExtra
 
-__all__ = ["CLIENT_LOGGER", "build", "missing", "require"]
+__all__ = ["CLIENT_LOGGER", "build", "enter", "forked", "missing", "require"]
 
 CLIENT_LOGGER = "rocketmq-python-client"
 """The client's own logger keeps its name, and is silent until somebody sets its level: we say once what it repeats."""
@@ -68,6 +73,8 @@ def missing() -> str | None:
 def build() -> None:
     """Put the wall up; must come before the first import of the client, and does nothing the second time."""
     with _LOCK:
+        if "grpc" not in sys.modules:  # it is read once
+            os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         # somebody who imported the client before us has its log folder already; replacing its logger helps nobody
         if _LOG_MODULE not in sys.modules and "rocketmq" not in sys.modules:
             logger = logging.getLogger(CLIENT_LOGGER)
@@ -81,6 +88,30 @@ def build() -> None:
         futures = logging.getLogger("concurrent.futures")
         if not any(isinstance(one, _NotFromTheClient) for one in futures.filters):
             futures.addFilter(_NotFromTheClient())
+
+
+_users: list[object] = []  # the process that used gRPC first, of those this one is forked off, and this one
+
+
+def enter() -> None:
+    """Use gRPC in this process, from now on.
+
+    Raises:
+        ForkedProcess: It was forked off one that did.
+    """
+    if _users and _users[0] is not fork.here:
+        raise forked()
+    if not _users:
+        _users.append(fork.here)
+
+
+def forked() -> ForkedProcess:
+    """Return the error of a child whose parent used gRPC."""
+    return ForkedProcess(
+        "This process was forked off one that had used rocketmq:// before, and its client (gRPC) does not work on this side"
+        " of a fork: nothing was sent or received. Let the parent use it only after it has forked, or never, or start"
+        " processes by subprocess or by multiprocessing's 'spawn'."
+    )
 
 
 class _NotFromTheClient(logging.Filter):

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from functools import cached_property
-from threading import Condition, Lock
+from threading import Condition
 from typing import Any
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import IntegrityError, OperationalError
 
+from exactly_once import fork
 from exactly_once.characters import characters_of
 from exactly_once.pooler import begin_bounded
 from exactly_once.redaction import redacted
@@ -35,6 +36,11 @@ class Bell:
     def __init__(self) -> None:
         self._changed = Condition()
         self.count = 0
+        fork.tell(self)
+
+    def forked(self) -> None:
+        """In a process just forked: a thread of the parent's may have held the lock."""
+        self._changed = Condition()
 
     def ring(self) -> None:
         """Wake all who wait."""
@@ -49,7 +55,6 @@ class Bell:
 
 
 _bells: dict[tuple[str, str | None, str], Bell] = {}
-_bells_lock = Lock()
 
 
 class Database:
@@ -102,8 +107,7 @@ class Database:
     def bell(self, topic: str) -> Bell:
         """Return the bell of a topic in this database, the same for all of this process."""
         where = (redacted(self.engine.url), self._schema, topic)
-        with _bells_lock:
-            return _bells.setdefault(where, Bell())
+        return _bells.get(where) or _bells.setdefault(where, Bell())  # one step for all threads, without a lock
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:
