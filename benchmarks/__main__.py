@@ -15,6 +15,7 @@ from benchmarks import (
     groups,
     imports,
     leases,
+    mariadb,
     memory,
     one_message,
     peers,
@@ -39,6 +40,7 @@ MEASUREMENTS: Final[dict[str, Callable[..., Iterator[Figure]]]] = {
     "table_size": table_size.measure,
     "peers": peers.measure,
     "leases": leases.measure,
+    "mariadb": mariadb.measure,
     "rocketmq": rocketmq.measure,
     "memory": memory.measure,
 }

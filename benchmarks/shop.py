@@ -17,7 +17,7 @@ from datetime import datetime
 from time import perf_counter
 from typing import Any, Final
 
-from sqlalchemy import Engine, delete, func, insert, select, text, update
+from sqlalchemy import Engine, String, delete, func, insert, select, text, update
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
@@ -51,7 +51,7 @@ class Stock(Base):
     """How many units are left."""
 
     __tablename__ = "stock"
-    sku: Mapped[str] = mapped_column(primary_key=True)
+    sku: Mapped[str] = mapped_column(String(64), primary_key=True)
     left: Mapped[int]
 
 
@@ -60,7 +60,7 @@ class Reservation(Base):
 
     __tablename__ = "reservation"
     id: Mapped[int] = mapped_column(primary_key=True)
-    order_no: Mapped[str]
+    order_no: Mapped[str] = mapped_column(String(64))
     quantity: Mapped[int]
 
 
@@ -68,7 +68,7 @@ class Seen(Base):
     """The hand-written memory of what was handled."""
 
     __tablename__ = "seen"
-    order_no: Mapped[str] = mapped_column(primary_key=True)
+    order_no: Mapped[str] = mapped_column(String(64), primary_key=True)
     seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
