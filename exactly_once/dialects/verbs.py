@@ -168,7 +168,8 @@ def _set_mysql(tokens: list[str]) -> Read:
     session = context = None
     for target in _assigned(tokens[1:]):
         if target[0] == "@" and target[1:2] != ["@"]:
-            continue  # a variable of the user's: it stays, and nothing depends on it
+            session = "SET"  # a variable of the user's: the next handler would find it
+            continue
         words = [word.removeprefix('"').upper() for word in target if word not in ("@", ".")]
         if not words or words[0] in ("GLOBAL", "PERSIST", "PERSIST_ONLY"):
             continue

@@ -165,7 +165,7 @@ KEEPS = [
     (POSTGRESQL, "CREATE TEMP TABLE x (a int) ON COMMIT DROP", None, None),
     (POSTGRESQL, "CREATE TABLE temp (a int)", None, None),
     (POSTGRESQL, "EXPLAIN ANALYZE CREATE TEMP TABLE x AS SELECT 1", "CREATE TEMPORARY", None),
-    (MARIADB, "SET @a = 1, @b := 2", None, None),
+    (MARIADB, "SET @a = 1, @b := 2", "SET", None),
     (MARIADB, "SET @a = 1, sql_mode = ''", "SET", None),
     (MARIADB, "SET @@sql_mode = ''", "SET", None),
     (MARIADB, "SET NAMES utf8mb4", "SET", None),
