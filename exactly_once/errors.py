@@ -11,7 +11,6 @@ ExactlyOnceError
 |- BadKey                     the message has no usable business key
 |- BadBody                    the body cannot be decoded
 |- Misuse                     the handler touched its transaction
-|  `- BrokenTransaction       it ended behind our back, and may be committed in part
 |- LeaseLost                  another run has taken this message over
 |- StepError                  a step cannot go on by itself; a person decides
 |- StoreUnavailable           the database, or Redis, does not answer
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 __all__ = [
     "BadBody",
     "BadKey",
-    "BrokenTransaction",
     "ConfigurationError",
     "ExactlyOnceError",
     "ForkedProcess",
@@ -101,10 +99,6 @@ class BadBody(ExactlyOnceError):
 
 class Misuse(ExactlyOnceError):
     """A handler committed, rolled back or left the transaction it was given."""
-
-
-class BrokenTransaction(Misuse):
-    """A handler's transaction ended behind our back, and what came before may be committed; the message is for a person."""
 
 
 class LeaseLost(ExactlyOnceError):

@@ -11,6 +11,7 @@ Engine on one, on each dialect in turn. `redis_url` is an empty Redis.
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 from sqlalchemy import Engine, create_engine
 
 from exactly_once.testing.databases import DatabaseServer
@@ -20,6 +21,10 @@ from tests.services import mariadb as mariadb_service
 from tests.services import postgres_debian
 from tests.services import redis as redis_service
 from tests.services.need import need, require
+
+# a machine that does other things too is slow, and no input is to blame for it
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
 
 pytest_plugins = ["exactly_once.testing.fixtures"]
 

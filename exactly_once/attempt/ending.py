@@ -21,9 +21,9 @@ from sqlalchemy.orm import Session
 from exactly_once import fork
 from exactly_once.dialects import ClaimRow, Dialect, Trouble
 from exactly_once.error_words import words_of
-from exactly_once.errors import BrokenTransaction, LeaseLost, Misuse, RefusedResult, StoreUnavailable
+from exactly_once.errors import LeaseLost, Misuse, RefusedResult, StoreUnavailable
 from exactly_once.guards import Consumed, Guard, Unfinished, Won
-from exactly_once.guards.watch import Left, Watch, let_go
+from exactly_once.guards.watch import BrokenTransaction, Left, Watch, let_go
 
 __all__ = ["PROCESSED", "Ended", "How", "Open", "run", "stops"]
 

@@ -13,11 +13,11 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
 from exactly_once.dialects import Dialect, StepRow
-from exactly_once.errors import BrokenTransaction, ConfigurationError, LeaseLost, Misuse, StepError
+from exactly_once.errors import ConfigurationError, LeaseLost, Misuse, StepError
 from exactly_once.guards.late import Late
 from exactly_once.guards.lease import insisting, still_ours
 from exactly_once.guards.step_order import StepOrder
-from exactly_once.guards.watch import Left, Watch
+from exactly_once.guards.watch import BrokenTransaction, Left, Watch
 from exactly_once.keys import check_name
 from exactly_once.leases import Held, LeaseStore, Recorded
 from exactly_once.leases.sql import SqlLeases

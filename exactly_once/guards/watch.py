@@ -24,7 +24,7 @@ from exactly_once.errors import Misuse
 from exactly_once.leases import Held
 from exactly_once.wording import escaped
 
-__all__ = ["LEFT", "SWALLOWED", "WATCHED", "Left", "Shut", "Watch", "begin", "let_go"]
+__all__ = ["LEFT", "SWALLOWED", "WATCHED", "BrokenTransaction", "Left", "Shut", "Watch", "begin", "let_go"]
 
 WATCHED: Final = "exactly_once.watch"
 """Where a watch stands in the `info` of its connection and of its session."""
@@ -42,6 +42,10 @@ class Left(Enum):
 
 
 _WORSE: Final = tuple(Left)
+
+
+class BrokenTransaction(Misuse):
+    """Of a step: its transaction ended behind our back, and what came before may be committed; the message is for a person."""
 
 
 @dataclass(slots=True)

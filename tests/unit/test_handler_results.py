@@ -82,7 +82,7 @@ ANSWERS = [
 ]
 
 
-@pytest.mark.parametrize("answer", ANSWERS, ids=repr)
+@pytest.mark.parametrize("answer", ANSWERS, ids=lambda value: repr(value).partition(" at 0x")[0])
 @pytest.mark.parametrize("in_lists", [False, True])
 def test_an_answer_is_refused_as_a_mistake_of_the_handler(answer: object, in_lists: bool) -> None:
     with pytest.raises(RefusedResult, match="nobody reads what a handler returns") as error:
