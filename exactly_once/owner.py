@@ -51,5 +51,4 @@ def savepoint_of(owner: str) -> str:
         >>> savepoint_of("host:17:0badcafe:2a")
         'eo_0badcafe_2a'
     """
-    _, random, number = owner.rsplit(":", 2)
-    return f"eo_{random}_{number}"
+    return "eo_" + "_".join(owner.rsplit(":", 2)[-2:])

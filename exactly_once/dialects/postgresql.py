@@ -365,6 +365,8 @@ class PostgreSQL:
         text, given = str(compiled), compiled.construct_params(values)
         first = last = b""
         if not driver.autocommit:  # else it is a statement by itself, in no handler's transaction
+            if self not in connection.info:  # of a duplicate: nothing was claimed on it
+                self.prepare(connection.connection.dbapi_connection, connection.info, wait_ms=0)
             seen: Seen = connection.info[self]
             first, last = IN_OUR_NAME[0].replace("{role}", "%s").encode() % seen.role, IN_OUR_NAME[1].encode()
         cursor = (AsyncClientCursor if isinstance(driver, AsyncConnection) else ClientCursor)(driver)

@@ -28,6 +28,7 @@ __all__ = ["LEFT", "SWALLOWED", "WATCHED", "BrokenTransaction", "Left", "Shut", 
 
 WATCHED: Final = "exactly_once.watch"
 """Where a watch stands in the `info` of its connection and of its session."""
+_LAST: Final = " The last statement through SQLAlchemy: "
 _SHOWN: Final = 120  # characters of a statement in an error
 
 
@@ -139,11 +140,11 @@ class Watch:
 
     def ended(self) -> Misuse:
         """The driver says that no transaction is open: something committed or rolled back where nobody could refuse it."""
-        return self.leave(Left.BROKEN, _ENDED + self._shown(" The last statement through SQLAlchemy: "))
+        return self.leave(Left.BROKEN, _ENDED + self._shown(_LAST))
 
     def gone(self) -> Misuse:
         """A witness says that the claim's transaction is not there any more, though one is open."""
-        named = self._shown(" It was this statement: ") if self.call is not None else ""
+        named = self._shown(_LAST)
         if self.call is not None:
             since = self.dialect.committed_since(self.dbapi, self.info, self.call)
         else:
