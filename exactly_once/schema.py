@@ -32,6 +32,7 @@ from sqlalchemy.types import TypeEngine
 __all__ = [
     "CONSUMED",
     "CONSUMING",
+    "DISCARDED",
     "GROUP_BYTES",
     "HANDLER_BYTES",
     "KEY_BYTES",
@@ -47,6 +48,8 @@ __all__ = [
 CONSUMING: Final = 0
 """Under a lease, or free again after one."""
 CONSUMED: Final = 1
+DISCARDED: Final = "discarded"
+"""The owner of a claim that a person wrote."""
 UNFINISHED: Final = 2
 """Written first in a transaction on MySQL and MariaDB, and made CONSUMED by the statement that travels with COMMIT. Others
 see it only where something committed the transaction in between."""

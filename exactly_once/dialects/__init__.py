@@ -91,6 +91,8 @@ class Leased:
     steps: tuple[StepRow, ...] = ()
     unfinished: str | None = None
     """The owner of a claim that was written in a transaction, and committed by something else than its attempt."""
+    settled: bool = False
+    """Consumed by a run that finished, or by a person; not kept for one."""
 
 
 class State(Enum):

@@ -435,7 +435,7 @@ def together(cursor: Any, seen: Seen, *statements: str, values: Sequence[Any] = 
     The rows of the last are the cursor's.
     """
     if seen.compound:
-        cursor.execute(f"BEGIN NOT ATOMIC {'; '.join(statements)}; END", values or None)
+        cursor.execute(f"BEGIN NOT ATOMIC {'; '.join(statements)}; /* exactly_once */ END", values or None)
         return
     for statement in statements:
         cursor.execute(statement, values if "%s" in statement else None)

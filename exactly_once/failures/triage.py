@@ -18,7 +18,7 @@ from exactly_once import claim_rows
 from exactly_once.characters import characters_of
 from exactly_once.errors import ConfigurationError
 from exactly_once.failures import CLOSED, OPEN
-from exactly_once.schema import CONSUMED, CONSUMING, KEY_BYTES, UNFINISHED, Tables, utcnow
+from exactly_once.schema import CONSUMED, CONSUMING, DISCARDED, KEY_BYTES, UNFINISHED, Tables, utcnow
 from exactly_once.wording import escaped, probably, storable
 from exactly_once.wording import listed as named
 
@@ -163,7 +163,7 @@ def _claim(connection: Connection, claims: Table, row: Row[Any]) -> None:
 
     A lease that was begun is finished so, and taken from whoever still runs under it.
     """
-    settled = {"status": CONSUMED, "owner": "discarded", "token": None, "lease_until": None, "consumed_at": utcnow()}
+    settled = {"status": CONSUMED, "owner": DISCARDED, "token": None, "lease_until": None, "consumed_at": utcnow()}
     begun = and_(
         claim_rows.of(claims, row.consumer_group, row.handler, row.business_key),
         claims.c.status.in_((CONSUMING, UNFINISHED)),
@@ -177,7 +177,7 @@ def _claim(connection: Connection, claims: Table, row: Row[Any]) -> None:
         "message_id": row.message_id,
         "fingerprint": row.fingerprint,
         "retry_times": row.attempts,
-        "owner": "discarded",
+        "owner": DISCARDED,
         "born_at": row.born_at,
     }
     claim_rows.write(connection, claims, values)

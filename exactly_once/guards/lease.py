@@ -100,7 +100,7 @@ class LeaseGuard:
         """Ask the handler's own database whether the message is settled there.
 
         A run has left its mark beside what it committed, and the store of leases was never told; or a person discarded the
-        message. The lease is let go of, not completed: `requeue` of a broken message takes back the mark alone.
+        message. Of a broken message the lease is let go of, not completed: `requeue` takes back the mark alone.
         """
         row = held.row
         try:
@@ -111,7 +111,10 @@ class LeaseGuard:
             raise
         if known is None or not known.consumed:
             return None
-        self._store.release(held)
+        if known.settled:
+            self._store.complete(held)
+        else:
+            self._store.release(held)
         match judge(known, row.fingerprint):
             case Standing.CONFLICT:
                 return Conflict(known.fingerprint)

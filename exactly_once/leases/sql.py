@@ -34,7 +34,7 @@ from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, LeaseClaims, Lea
 from exactly_once.dialects import raise_for_the_store as raise_for
 from exactly_once.leases import WAIT_MS, Held, Recorded, clock
 from exactly_once.pooler import begin_bounded
-from exactly_once.schema import CONSUMED, CONSUMING, STEP_BEGUN, STEP_FINISHED, UNFINISHED, Tables, utcnow
+from exactly_once.schema import CONSUMED, CONSUMING, DISCARDED, STEP_BEGUN, STEP_FINISHED, UNFINISHED, Tables, utcnow
 
 __all__ = ["SqlLeases"]
 
@@ -128,6 +128,7 @@ class SqlLeases:
             "fingerprint": row.fingerprint,
             "retry_times": held.attempt - 1,
             "owner": row.owner,
+            "token": held.token,
             "born_at": row.born_at,
         }
         return claim_rows.write(connection, self._t, values)
@@ -266,6 +267,7 @@ class SqlLeases:
                 won=False,
                 consumed=found.status != CONSUMING,
                 unfinished=found.owner or "" if found.status == UNFINISHED else None,
+                settled=found.status == CONSUMED and (found.token is not None or found.owner == DISCARDED),
                 fingerprint=found.fingerprint,
                 attempt=found.retry_times + 1,
                 remaining=found.lease_until - found.now if running else None,
