@@ -46,7 +46,8 @@ class Message:
         ordering_key: Messages of one ordering key are handled in order, where the handler asks for it.
         properties: The user's own string properties (Kafka: headers).
         message_id: The broker's id; new on each resend, so never an identity.
-        born_at: When the producer made it, by the producer's clock, timezone-aware.
+        born_at: When the producer made it, by the producer's clock, timezone-aware; one that no database stores (before the year
+            1000, after 9998) is None.
         attempt: The delivery count as the broker tells it, from 1.
 
     The fields are checked here, where the line to mend is: a message of other types could later be neither stored nor
@@ -54,8 +55,7 @@ class Message:
 
     Raises:
         TypeError: A field is of another type; the sentence names it and says what to write.
-        ValueError: `born_at` has no time zone or is before the year 1000 or after 9998 (a server cannot store it);
-            `attempt` is below 1.
+        ValueError: `born_at` has no time zone; `attempt` is below 1.
 
     Example:
         >>> Message("orders", b'{"order_no": "A-1"}', tag="created").tag
@@ -92,10 +92,9 @@ class Message:
             object.__setattr__(self, "attempt", _attempt(attempt))
         if type(properties) is not _Properties:
             object.__setattr__(self, "properties", _fixed_properties(properties))
-        if born_at is not None and not (
-            type(born_at) is datetime and born_at.tzinfo is UTC and 1970 <= born_at.year < 9999
-        ):
-            _check_born_at(born_at)
+        usual = type(born_at) is datetime and born_at.tzinfo is UTC and 1970 <= born_at.year < 9999
+        if born_at is not None and not usual and not _stored_anywhere(born_at):
+            object.__setattr__(self, "born_at", None)
 
     @classmethod
     def from_rocketmq(cls, received: Any) -> "Message":
@@ -236,7 +235,8 @@ def _property(name: object, text: object) -> tuple[str, str]:
     return str.__str__(name), str.__str__(text)
 
 
-def _check_born_at(value: object) -> None:
+def _stored_anywhere(value: object) -> bool:
+    """Say whether it is a time that every database can store."""
     if not isinstance(value, datetime):
         raise TypeError(
             f"born_at of a message is a datetime with a time zone or None, not {_kind(value)}. Of milliseconds since 1970:"
@@ -244,8 +244,7 @@ def _check_born_at(value: object) -> None:
         )
     if value.utcoffset() is None:
         raise ValueError(f"born_at={value!r} has no time zone; write datetime(..., tzinfo=UTC)")
-    if not 1000 <= value.year <= 9998:
-        raise ValueError(f"born_at={value!r} is no time that every database can store; write None if it is not known")
+    return 1000 <= value.year <= 9998
 
 
 def _kind(value: object) -> str:

@@ -20,7 +20,7 @@ from exactly_once.alert import Alert, Hook, sound
 from exactly_once.dialects import Trouble
 from exactly_once.error_words import words_of
 from exactly_once.errors import Reject
-from exactly_once.failures import Failure, Form, text_of
+from exactly_once.failures import Failure, text_of
 from exactly_once.guards.watch import let_go
 from exactly_once.handler import Plan, Reading
 from exactly_once.message import Message
@@ -227,11 +227,11 @@ class Recording:
     ) -> Told:
         """Write it down in a new transaction; if that fails, nothing is acknowledged and the message comes again."""
         failure = replace(self.failure(message, reading, error), counted=counted, claim_owner=claim_owner, block=block)
-        form, tries = Form.WHOLE, 1
+        tries = 1
         while True:
             session, _ = self._open()
             try:
-                decision, attempts = self._store.failures.record(session, failure, decision_of, form)
+                decision, attempts = self._store.failures.record(session, failure, decision_of)
                 break
             except Exception as problem:
                 if self.works(problem) is False:
@@ -239,8 +239,8 @@ class Recording:
                 transient = self._store.dialect.trouble(problem) in (Trouble.TRANSIENT, Trouble.UNAVAILABLE)
                 if transient and tries < _RECORD_TRIES:
                     tries += 1
-                elif (shorter := form.shorter) is not None:
-                    form, tries = shorter, 1
+                elif (shorter := failure.form.shorter) is not None:
+                    failure, tries = replace(failure, form=shorter), 1
                 else:
                     self._unrecorded(failure, problem)
                     return Told(outcome, Redeliver(UNRECORDED))

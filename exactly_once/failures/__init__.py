@@ -76,6 +76,8 @@ class Failure:
     """Of a broken one: the attempt whose claim stands for it, or is to."""
     block: bool = False
     """That claim is to be written where none stands."""
+    form: Form = Form.WHOLE
+    """How much is written; the shorter ones are for what was refused whole."""
 
     @property
     def failure_key(self) -> str:
@@ -108,16 +110,13 @@ class FailureStore:
     def _t(self) -> Table:
         return self._tables().failure
 
-    def record(
-        self, session: Session, failure: Failure, decide: Callable[[int], Decision], form: Form = Form.WHOLE
-    ) -> tuple[Decision, int]:
+    def record(self, session: Session, failure: Failure, decide: Callable[[int], Decision]) -> tuple[Decision, int]:
         """Write one failure down, counting it, with what is to happen next; commits.
 
         Args:
             session: A fresh session in no transaction.
             failure: What failed.
             decide: From the number of failures, this one included, what is to happen.
-            form: How much is written; the shorter ones are for what was refused whole.
 
         Returns:
             The decision that was stored, and the number of failures. A row a person discarded stays discarded.
@@ -126,17 +125,15 @@ class FailureStore:
             try:
                 with session.begin():
                     begin_bounded(session.connection())
-                    return self._record(session, failure, decide, form)
+                    return self._record(session, failure, decide)
             except IntegrityError:
                 # two deliveries of one message failed at the same moment; now the row is there to be updated
                 if last:
                     raise
         raise AssertionError
 
-    def _record(
-        self, session: Session, failure: Failure, decide: Callable[[int], Decision], form: Form
-    ) -> tuple[Decision, int]:
-        t = self._t
+    def _record(self, session: Session, failure: Failure, decide: Callable[[int], Decision]) -> tuple[Decision, int]:
+        t, form = self._t, failure.form
         characters = characters_of(session.connection())
         key = failure.failure_key_in(_ASCII if form is Form.ASCII else characters)
         identity = self._identity(failure, key)

@@ -171,13 +171,13 @@ def install() -> None:
         "claim_group",
         "before the claim",
         "claimed",
-        lambda self, session, rows: one(r.key for r in rows),
+        lambda self, session, rows, **_: one(r.key for r in rows),
     )
     real_attempt = GroupDelivering._attempt
 
-    def attempt(self: GroupDelivering, members: Any) -> Any:
+    def attempt(self: GroupDelivering, members: Any, run: Any) -> Any:
         found = current[threading.get_ident()] = one(number(member.message) for member in members)
-        ended = real_attempt(self, members)
+        ended = real_attempt(self, members, run)
         _die("after COMMIT", found)
         return ended
 

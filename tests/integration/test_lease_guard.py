@@ -237,7 +237,9 @@ def taken_over(shop: Shop) -> Outcome:
     def second(session: Session) -> None:
         put(session, "second")
 
-    assert other.process(order("another")) is Outcome.PROCESSED  # connected: the first one's renewal is not to be in time
+    assert (
+        other.process(order("another")) is Outcome.PROCESSED
+    )  # connected: the first one's renewal is not to be in time
     with shop.outside.begin() as connection:
         connection.execute(EFFECT.delete().where(EFFECT.c.text == "second"))
     end_lease(shop)
