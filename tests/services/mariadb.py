@@ -140,6 +140,8 @@ class MariaDB:
     def _initialise(self) -> None:
         self._data.mkdir(parents=True)
         command = [shutil.which("mariadb-install-db", path=PLACES) or "", "--no-defaults", f"--datadir={self._data}"]
+        # a server that starts deletes the temporary tables it finds there, also those of another that is being made
+        command.append(f"--tmpdir={self.directory}")
         command += ["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-log-bin"]
         if self._account:
             for path in (self.directory, self._data):
