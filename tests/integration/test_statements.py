@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from exactly_once import Message
 from exactly_once.dialects import ClaimRow, StepRow, mysql, mysql_group, sqlite
+from exactly_once.dialects.postgresql import PostgreSQL
 from exactly_once.errors import Reject
 from exactly_once.failures import Failure, FailureStore
 from exactly_once.failures.due import DueFailures
@@ -50,6 +51,8 @@ def claim_texts(dialect: str) -> dict[str, list[str]]:
             "claim": [postgresql.CLAIM],
             "claim, prepared": [postgresql.EXECUTE],
             "known": [postgresql.KNOWN],
+            "with COMMIT": [postgresql.DURABLE],
+            "around a statement of ours in a handler's transaction": list(postgresql.IN_OUR_NAME),
             "claim of a group": [postgresql_group.CLAIM],
             "known of a group": [postgresql_group.KNOWN],
         }
@@ -59,7 +62,8 @@ def claim_texts(dialect: str) -> dict[str, list[str]]:
             "known of a group": [mysql_group.KNOWN, mysql_group.KEY],
         }
         single = {"prepare": [mysql.PREPARE], "bound": [mysql.BOUND], "claim": [mysql.CLAIM], "known": [mysql.KNOWN]}
-        return single | of_group
+        ends = {"with COMMIT": [mysql.FINISH], "what each commit changes": list(mysql.COMMITS.values())}
+        return single | ends | of_group
     return {"begin": [sqlite.BEGIN], "claim": [sqlite.CLAIM], "known": [sqlite.KNOWN]}
 
 
@@ -67,15 +71,28 @@ def recorded(engine: Engine, do: Callable[[], object]) -> list[str]:
     """What is sent through SQLAlchemy meanwhile, each text once, in order."""
     sent: list[str] = []
 
-    def seen(connection: Connection, cursor: Any, statement: str, *_: Any) -> None:
-        if statement not in sent:
-            sent.append(statement)
+    def keep(connection: Connection, statement: str) -> None:
+        # tables are named with their database there, which has another name in each run
+        text = statement.replace(f"{connection.engine.url.database}.", "shop.")
+        if text not in sent:
+            sent.append(text)
 
+    def seen(connection: Connection, cursor: Any, statement: str, *_: Any) -> None:
+        keep(connection, statement)
+
+    real = PostgreSQL.in_our_name
+
+    def in_our_name(self: PostgreSQL, connection: Connection, statement: Any, values: Any) -> int:
+        keep(connection, str(statement.compile(dialect=connection.dialect)))
+        return real(self, connection, statement, values)
+
+    PostgreSQL.in_our_name = in_our_name  # type: ignore[method-assign]
     event.listen(engine, "before_cursor_execute", seen)
     try:
         do()
     finally:
         event.remove(engine, "before_cursor_execute", seen)
+        PostgreSQL.in_our_name = real  # type: ignore[method-assign]
     return sent
 
 
@@ -135,7 +152,9 @@ def lease_statements(shop: Shop) -> dict[str, list[str]]:
 
 
 def failure_statements(shop: Shop) -> dict[str, list[str]]:
-    store, pumped = FailureStore(tables), DueFailures(tables)
+    opened = Store("default", shop.url)
+    store, pumped = FailureStore(lambda: opened.tables), DueFailures(lambda: opened.tables)
+    done = ClaimRow(GROUP, "handler", "A-1", b"\x01", "id-A-1")
     failure = Failure(GROUP, "handler", "A-1", b"\x01", order(ordering_key="a"), Reject("no"))
     engine = create_engine(shop.url)
 
@@ -165,7 +184,7 @@ def failure_statements(shop: Shop) -> dict[str, list[str]]:
             lambda s: store.record(s, failure, lambda n: ByBroker(timedelta(0)))
         ),
         "record the last": in_session(lambda s: store.record(s, failure, lambda n: Park("dead", "no"))),
-        "resolve": in_session(lambda s: store.resolve(s, GROUP, "handler", "A-1", b"\x01", "id-A-1")),
+        "resolve": in_session(lambda s: store.resolve(s, opened.dialect, done, "id-A-1")),
         "blocked": in_session(lambda s: store.blocked(s, failure, after_dead_wait=True)),
         "make one due": in_session(lambda s: store.record(s, _due(), lambda n: ByPump(timedelta(0)))),
         "take": in_connection(take),
@@ -180,6 +199,7 @@ def failure_statements(shop: Shop) -> dict[str, list[str]]:
         )
     made = {title: recorded(engine, do) for title, do in sections.items()}
     engine.dispose()
+    opened.close()
     return made
 
 
