@@ -107,7 +107,7 @@ KNOWN: Final = (
 _VALUES: Final = (
     "group", "handler", "key", "message_id", "content", "fingerprint", "retry_times", "owner", "born_at"
 )  # fmt: skip
-_UTF8: Final = frozenset({b"UTF8", b"SQL_ASCII"})
+_UTF8: Final = frozenset({b"UTF8", b"SQL_ASCII", b"UNICODE"})
 # after these nobody knows whether COMMIT happened: the connection ended, or whoever answers is not the server
 _UNSURE: Final = ("08", "40003", "57P", "58")
 _NOTICED_S: Final = 1.0  # who waits for a connection that is cut sees it at once
@@ -215,7 +215,9 @@ class PostgreSQL:
 
     def strange(self, dbapi: Any) -> bool:
         # the server reports it by itself whenever it changes, so this is no question to it
-        return driver_of(dbapi).pgconn.parameter_status(b"client_encoding") not in _UTF8
+        told = driver_of(dbapi).pgconn.parameter_status(b"client_encoding")
+        # a pooler repeats what the client wrote
+        return told not in _UTF8 and (told or b"").upper().replace(b"-", b"") not in _UTF8
 
     def _is_prepared(self, driver: Any) -> bool:
         try:

@@ -218,8 +218,8 @@ def test_a_program_may_change_from_the_second_way_to_the_third(project: UserProj
 def test_what_follows_our_call_in_a_users_migration_still_has_its_operations(project: UserProject) -> None:
     path = write_ours(project)
     source = path.read_text().replace(
-        "    exactly_once.alembic.upgrade(version=1)\n",
-        "    exactly_once.alembic.upgrade(version=1)\n"
+        "    exactly_once.alembic.upgrade(version=2)\n",
+        "    exactly_once.alembic.upgrade(version=2)\n"
         "    from alembic import op\n"
         "    import sqlalchemy as sa\n"
         "    op.add_column('shop_stock', sa.Column('pieces', sa.Integer()))\n",
@@ -280,7 +280,7 @@ def test_a_named_schema_is_in_the_file(tmp_path: Path, empty_postgres_url: str) 
 
 def test_without_a_database_outside_a_migration_the_error_says_how() -> None:
     with pytest.raises(ConfigurationError, match="inside a migration"):
-        exactly_once.alembic.upgrade(version=1)
+        exactly_once.alembic.upgrade(version=2)
 
 
 @pytest.mark.parametrize("version", [-1, 99])
@@ -305,11 +305,11 @@ def test_check_tells_missing_old_and_too_new_apart(empty_url: str) -> None:
     assert ready(empty_url) is None
     engine = create_engine(empty_url)
     said = {}
-    for version in ("0000", "0002", "0003"):
+    for version in ("0000", "0003", "0004"):
         with engine.begin() as connection:
             connection.execute(text(f"UPDATE exactly_once_version SET version_num = '{version}'"))
         said[version] = ready(empty_url)
     engine.dispose()
     assert "exactly-once db upgrade" in str(said["0000"])
-    assert said["0002"] is None, "a migration stays usable by the release before it"
-    assert "Install a newer release" in str(said["0003"])
+    assert said["0003"] is None, "a migration stays usable by the release before it"
+    assert "Install a newer release" in str(said["0004"])
