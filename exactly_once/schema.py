@@ -301,9 +301,9 @@ class Tables:
             Column("decided_by", String(255)),
             Column("decided_at", Moment),
             Column("decided_why", LongText()),
+            Column("side", String(64)),
             # of a broken one: the owner of the claim that stands for it, which a requeue takes back
             Column("claim_owner", String(64)),
-            Column("side", String(64)),
             UniqueConstraint(
                 "consumer_group", "handler", "failure_key", "fingerprint", name="uq_message_failure_identity"
             ),

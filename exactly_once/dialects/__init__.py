@@ -212,8 +212,16 @@ class Dialect(Protocol):
     def committed_since(self, dbapi: Any, info: MutableMapping[Any, Any], before: Any) -> bool | None:
         """Say whether this connection committed anything since `before_call` gave `before`; None where nobody can tell."""
 
-    def known(self, dbapi: Any, row: ClaimRow, *, end: bool) -> Known | None:
-        """Read what stands under the key; `end` rolls the transaction back in the same breath."""
+    def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> Known | None:
+        """Read what stands under the key.
+
+        Args:
+            dbapi: The driver's connection.
+            row: Whose key.
+            end: Roll the transaction back in the same breath.
+            wait: In a transaction that may be older than what is asked for: wait for who is just writing it, where the
+                server needs that to show it. Else this begins a transaction, and what is committed is enough.
+        """
 
     def state(self, dbapi: Any) -> State:
         """Read the driver's own transaction state: free, no round trip."""

@@ -48,6 +48,8 @@ __all__ = [
     "COMMITS",
     "DUPLICATE",
     "FINISH",
+    "FINISH_MANY",
+    "KEY",
     "KNOWN",
     "LOCK_WAIT",
     "PREPARE",
@@ -65,14 +67,22 @@ CLAIM: Final = (
 )
 FINISH: Final = (
     "UPDATE {table} SET status = 1"
-    " WHERE consumer_group = %s AND handler = %s AND business_key IN ({keys}) AND owner = %s AND status = 2"
+    " WHERE consumer_group = %s AND handler = %s AND business_key = %s AND owner = %s AND status = 2"
 )
+# each key looked up on the whole primary key: with IN the server may read, and wait for, all rows of the handler
+FINISH_MANY: Final = (
+    "UPDATE ({keys}) AS wanted STRAIGHT_JOIN {table} AS ours FORCE INDEX (PRIMARY)"
+    " ON ours.consumer_group = %s AND ours.handler = %s AND ours.business_key = wanted.business_key"
+    " SET ours.status = 1 WHERE ours.owner = %s AND ours.status = 2"
+)
+KEY: Final = "SELECT CAST(%s AS BINARY) AS business_key"
 _FINISHED: Final = "IF ROW_COUNT() <> {count} THEN SIGNAL SQLSTATE '45000'; END IF"
 BOUND: Final = "SET STATEMENT innodb_lock_wait_timeout = {seconds} FOR "
-# locking, so that it sees what is committed now and not an older snapshot of the caller's transaction
+# so that it sees what is committed now and not an older snapshot of the caller's transaction
+_LOCKING: Final = " LOCK IN SHARE MODE"
 KNOWN: Final = (
-    "SELECT status, fingerprint, owner FROM {table}"
-    " WHERE consumer_group = %s AND handler = %s AND business_key = %s LOCK IN SHARE MODE"
+    f"SELECT status, fingerprint, owner FROM {{table}}"
+    f" WHERE consumer_group = %s AND handler = %s AND business_key = %s{_LOCKING}"
 )
 BEGIN: Final = "START TRANSACTION"
 PREPARE: Final = "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode, @@log_bin"
@@ -196,9 +206,16 @@ class MySQL:
     def _known(self) -> str:
         return KNOWN.replace("{table}", self.table)
 
-    @cached_property
-    def _finish(self) -> str:
-        return FINISH.replace("{table}", self.table)
+    def _finishing(self, owner: str, rows: Sequence[ClaimRow]) -> tuple[str, list[Any]]:
+        """Return what makes this attempt's claims consumed, and its values; empty where there are none."""
+        if not rows:
+            return "", []
+        group, handler = rows[0].group.encode(), rows[0].handler.encode()
+        keys = [row.key.encode() for row in rows]
+        if len(rows) == 1:
+            return FINISH.replace("{table}", self.table), [group, handler, *keys, owner]
+        text = FINISH_MANY.replace("{table}", self.table).replace("{keys}", " UNION ALL ".join([KEY] * len(keys)))
+        return text, [*keys, group, handler, owner]
 
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
         _refuse_autocommit(dbapi)
@@ -280,12 +297,7 @@ class MySQL:
     ) -> None:
         seen: Seen = info[self]
         release = f"RELEASE SAVEPOINT {savepoint_of(owner)}"
-        finish, values = "", list[Any]()
-        if rows:
-            first = rows[0]
-            finish = self._finish.replace("{keys}", ",".join(["%s"] * len(rows)))
-            keys = [row.key.encode() for row in rows]
-            values = [first.group.encode(), first.handler.encode(), *keys, owner]
+        finish, values = self._finishing(owner, rows)
         cursor = dbapi.cursor()
         try:
             if seen.compound:
@@ -346,10 +358,11 @@ class MySQL:
         finally:
             cursor.close()
 
-    def known(self, dbapi: Any, row: ClaimRow, *, end: bool) -> Known | None:
+    def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> Known | None:
         cursor = dbapi.cursor()
         try:
-            cursor.execute(self._known, (row.group.encode(), row.handler.encode(), row.key.encode()))
+            text = self._known if wait else self._known.removesuffix(_LOCKING)
+            cursor.execute(text, (row.group.encode(), row.handler.encode(), row.key.encode()))
             found = cursor.fetchone()
         finally:
             cursor.close()

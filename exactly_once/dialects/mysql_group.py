@@ -11,10 +11,10 @@ from datetime import UTC
 from typing import Any, Final
 
 from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Known
-from exactly_once.dialects.mysql import BOUND, LOCK_WAIT, TRANSIENT, Seen, errno, together
+from exactly_once.dialects.mysql import BOUND, KEY, LOCK_WAIT, TRANSIENT, Seen, errno, together
 from exactly_once.owner import savepoint_of
 
-__all__ = ["CLAIM", "KEY", "KNOWN", "ROW", "Claims"]
+__all__ = ["CLAIM", "KNOWN", "ROW", "Claims"]
 
 CLAIM: Final = (
     "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, fingerprint, retry_times, owner,"
@@ -27,7 +27,6 @@ KNOWN: Final = (
     " STRAIGHT_JOIN {table} AS known FORCE INDEX (PRIMARY) ON known.consumer_group = %s AND known.handler = %s"
     " AND known.business_key = wanted.business_key LOCK IN SHARE MODE"
 )
-KEY: Final = "SELECT CAST(%s AS BINARY) AS business_key"
 
 
 class Claims:

@@ -316,7 +316,7 @@ class PostgreSQL:
     def committed_since(self, dbapi: Any, info: MutableMapping[Any, Any], before: Any) -> bool | None:
         return None
 
-    def known(self, dbapi: Any, row: ClaimRow, *, end: bool) -> Known | None:
+    def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> Known | None:
         driver = driver_of(dbapi)
         quote = Escaping(driver.pgconn).escape_literal
         text = self._known % (quote(row.group.encode()), quote(row.handler.encode()), quote(row.key.encode()))

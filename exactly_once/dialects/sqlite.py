@@ -159,7 +159,7 @@ class SQLite:
     def committed_since(self, dbapi: Any, info: MutableMapping[Any, Any], before: Any) -> bool | None:
         return None
 
-    def known(self, dbapi: Any, row: ClaimRow, *, end: bool) -> Known | None:
+    def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> Known | None:
         cursor = dbapi.cursor()
         try:
             cursor.execute(self._known, (row.group, row.handler, row.key))

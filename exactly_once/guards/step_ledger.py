@@ -159,8 +159,9 @@ class StepLedger:
 
     def failed(self, begun: Begun) -> None:
         """See `Ledger.failed`."""
-        self._late.reopen()
         self._running = None
+        if self._late.reopen():  # it was called, so trying again would call it again, for the same end
+            self._refuse(begun.name, f"{_USED}. {_SHUT}")
 
     def transact(self, name: str, returns: Any, work: Callable[[Any], Any]) -> Any:
         """See `Ledger.transact`. A COMMIT whose answer is lost is found by the next attempt: its row stands, or does not."""

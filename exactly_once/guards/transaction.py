@@ -183,7 +183,7 @@ class TransactionGuard:
         """See `Guard.look`."""
         try:
             connection = session.connection()
-            known = self._dialect.known(connection.connection.dbapi_connection, row, end=True)
+            known = self._dialect.known(connection.connection.dbapi_connection, row, end=True, wait=False)
         except Exception as error:
             raise_for_the_store(self._dialect, error)
             raise

@@ -70,7 +70,10 @@ def test_what_is_no_exception_costs_the_others_nothing(
     for shop in shops(request, "postgres", "sync"):
         handles(shop, do)
         ran = told(shop, orders(*range(5)), LIMITED)
-        assert isinstance(ran.told[0], raised), "the worker brings it again, and says so"
+        if raised is asyncio.CancelledError:  # nobody asked for it: it is a failure like any other
+            assert ran.told[0].outcome is Outcome.FAILED  # type: ignore[union-attr]
+        else:
+            assert isinstance(ran.told[0], raised), "the worker brings it again, and says so"
         assert [each.outcome for each in ran.told[1:]] == [Outcome.PROCESSED] * 4
         assert sorted(shop.effects()) == ["1", "2", "3", "4"]
 

@@ -59,10 +59,13 @@ def claim_texts(dialect: str) -> dict[str, list[str]]:
     if dialect == "mariadb":
         of_group = {
             "claim of a group": [mysql_group.CLAIM, mysql_group.ROW],
-            "known of a group": [mysql_group.KNOWN, mysql_group.KEY],
+            "known of a group": [mysql_group.KNOWN, mysql.KEY],
         }
         single = {"prepare": [mysql.PREPARE], "bound": [mysql.BOUND], "claim": [mysql.CLAIM], "known": [mysql.KNOWN]}
-        ends = {"with COMMIT": [mysql.FINISH], "what each commit changes": list(mysql.COMMITS.values())}
+        ends = {
+            "with COMMIT": [mysql.FINISH, mysql.FINISH_MANY],
+            "what each commit changes": list(mysql.COMMITS.values()),
+        }
         return single | ends | of_group
     return {"begin": [sqlite.BEGIN], "claim": [sqlite.CLAIM], "known": [sqlite.KNOWN]}
 
