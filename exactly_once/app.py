@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy.orm import Session
 
 from exactly_once.errors import ConfigurationError
+from exactly_once.fork import engines as forked_engines
 from exactly_once.handler import Plan
 from exactly_once.keys import check_name
 from exactly_once.message import Message
@@ -116,6 +117,8 @@ class ExactlyOnce(Registrations):
         self._route, self._enforce, self._alert, self._durable = route, enforce, alert, not may_lose_commits
         super().__init__()
         self._store_binding = _Binding()
+        for each in (database, async_database):
+            forked_engines.given(each)
 
     def _registered(self) -> None:
         self._store_binding.router = None  # made anew with the new handler
@@ -136,6 +139,8 @@ class ExactlyOnce(Registrations):
                 " in a test use exactly_once.testing.bound(eo, engine)."
             )
         self._store_binding = _Binding(database, async_database)
+        for each in (database, async_database):
+            forked_engines.given(each)
 
     # -- door 1: a claim in a transaction of the caller's --------------------------------------------------------------
 

@@ -44,12 +44,16 @@ def write(connection: Connection, claims: Table, values: Mapping[str, Any]) -> b
     return made.rowcount == 1
 
 
-def take_back(connection: Connection, claims: Table, group: str, handler: str, key: str, owner: str) -> None:
+def take_back(
+    connection: Connection, claims: Table, group: str, handler: str, key: str, owner: str | None, *, until: Any
+) -> None:
     """Take back the claim of a broken attempt; one of any other owner is another copy's, and that was processed whole.
 
-    A lease is let go of and keeps the number of its attempt, which services compare; another claim is deleted.
+    Where nobody wrote down the owner, in a row of an earlier release, a claim that was made before the failure is meant
+    (`until`). A lease is let go of and keeps the number of its attempt, which services compare; another claim is deleted.
     """
-    broken = and_(of(claims, group, handler, key), claims.c.owner == owner, claims.c.status.in_((CONSUMED, UNFINISHED)))
+    meant = claims.c.owner == owner if owner is not None else claims.c.consumed_at <= until
+    broken = and_(of(claims, group, handler, key), meant, claims.c.status.in_((CONSUMED, UNFINISHED)))
     free = {"status": CONSUMING, "token": None, "lease_until": None, "consumed_at": None}
     connection.execute(update(claims).where(broken, claims.c.token.is_not(None)).values(free))
     connection.execute(delete(claims).where(broken, claims.c.token.is_(None)))

@@ -425,6 +425,10 @@ def _sides(database: Any, async_database: Any) -> tuple[Any, Any]:
             raise ConfigurationError(
                 "A sessionmaker with twophase=True cannot be used: claims commit in one phase. Take it out."
             )
+        if kw.get("autobegin") is False:
+            raise ConfigurationError(
+                "A sessionmaker with autobegin=False waits for a begin() that nobody calls here. Take autobegin out."
+            )
         if kw.get("binds"):
             raise ConfigurationError(
                 "A sessionmaker with binds= writes to several databases, which cannot be one commit. Give one engine;"

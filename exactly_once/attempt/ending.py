@@ -158,16 +158,19 @@ def _left(
     watch = won.watch
     if watch is None:
         return _raised(dialect, won, error)
-    if watch.committed:
+    if watch.committed and watch.left is not Left.BROKEN:
         # a hook of the user's, behind the server's answer: it is done
         return Ended(How.STOPPED, error, kept=True) if stops(error) else PROCESSED
-    unsure = watch.sent and not watch.refused
+    unsure = watch.sent and not watch.refused and not watch.committed
     if not watch.sent:
         watch.ask()
     watch.end(session)
     if unsure:
         return _look_up(open_session, guard, rows, Ended(How.UNKNOWN, error, kept=True))
     ended = _said(dialect, won, watch, error)
+    if not watch.rows and watch.doubtful:
+        # no claim stands in this transaction that could tell; a copy would repeat what was committed
+        return _broken(Misuse(_DOUBTFUL), watch.owner, _stop_of(ended), block=True)
     if ended.how is How.BROKEN or watch.whole or not watch.rows:
         return ended
     return _stands(open_session, guard, watch, ended)
@@ -266,6 +269,11 @@ def _look_up(open_session: Open, guard: Guard, rows: Sequence[ClaimRow], ended: 
     return ended
 
 
+_DOUBTFUL = (
+    "A procedure was called, and then its transaction was lost before anybody could ask whether the procedure had committed it"
+    " (the connection ended, or was rolled back). Look what is there of its work. Take COMMIT, START TRANSACTION and DDL out of"
+    " the procedure."
+)
 _COMMITTED = (
     "Something committed this attempt's transaction before it ended: a procedure, or a call on the driver. Its claim stands,"
     " with what the handler had written until then, and the rest is missing."

@@ -81,25 +81,25 @@ BOUND: Final = "SET STATEMENT innodb_lock_wait_timeout = {seconds} FOR "
 # so that it sees what is committed now and not an older snapshot of the caller's transaction
 _LOCKING: Final = " LOCK IN SHARE MODE"
 KNOWN: Final = (
-    f"SELECT status, fingerprint, owner FROM {{table}}"
-    f" WHERE consumer_group = %s AND handler = %s AND business_key = %s{_LOCKING}"
+    "SELECT status, fingerprint, owner FROM {table} WHERE consumer_group = %s AND handler = %s AND business_key = %s" + _LOCKING
 )
 BEGIN: Final = "START TRANSACTION"
-PREPARE: Final = "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode, @@log_bin"
-# what changes with each commit of this session: the last entry of the binary log, or else how often it sent what commits
-COMMITS: Final = {
-    "gtid": "SELECT @@last_gtid",
-    "counted": (
-        "SELECT SUM(VARIABLE_VALUE) FROM {source} WHERE VARIABLE_NAME IN ('Com_commit', 'Com_begin', 'Com_set_option',"
-        " 'Com_truncate', 'Com_load', 'Com_flush', 'Com_grant', 'Com_lock_tables', 'Com_unlock_tables', 'Com_analyze',"
-        " 'Com_optimize', 'Com_repair', 'Com_check', 'Com_xa_commit', 'Com_rename_table', 'Com_rename_user')"
-        " OR VARIABLE_NAME LIKE 'Com\\_create\\_%' OR VARIABLE_NAME LIKE 'Com\\_alter\\_%'"
-        " OR VARIABLE_NAME LIKE 'Com\\_drop\\_%' OR VARIABLE_NAME LIKE 'Com\\_revoke%'"
-    ),
-}
+PREPARE: Final = "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode"
+# what changes with each commit of this session: how often it sent what is not known to commit nothing. The binary log would
+# tell for less, but not of what is kept out of it
+COMMITS: Final = (
+    "SELECT SUM(VARIABLE_VALUE) FROM {source} WHERE VARIABLE_NAME LIKE 'Com\\_%' AND VARIABLE_NAME NOT LIKE 'Com\\_show\\_%'"
+    " AND VARIABLE_NAME NOT LIKE 'Com\\_stmt\\_%' AND VARIABLE_NAME NOT IN ('Com_select', 'Com_insert', 'Com_insert_select',"
+    " 'Com_update', 'Com_update_multi', 'Com_delete', 'Com_delete_multi', 'Com_replace', 'Com_replace_select',"
+    " 'Com_call_procedure', 'Com_savepoint', 'Com_release_savepoint', 'Com_rollback_to_savepoint', 'Com_rollback',"
+    " 'Com_signal', 'Com_resignal', 'Com_get_diagnostics', 'Com_compound_sql', 'Com_do', 'Com_execute_sql',"
+    " 'Com_execute_immediate', 'Com_prepare_sql', 'Com_dealloc_sql', 'Com_empty_query')"
+)
 _SOURCES: Final = {True: "information_schema.SESSION_STATUS", False: "performance_schema.session_status"}
 
 # of the protocol's OK packet
+# as it is meant, whatever completion_type says
+_COMMIT: Final = "COMMIT AND NO CHAIN NO RELEASE"
 _IN_TRANSACTION: Final = 1  # SERVER_STATUS_IN_TRANS
 _AUTOCOMMIT: Final = 2  # SERVER_STATUS_AUTOCOMMIT
 _NO_BACKSLASH_ESCAPES: Final = 512  # SERVER_STATUS_NO_BACKSLASH_ESCAPES
@@ -223,11 +223,16 @@ class MySQL:
         cursor = dbapi.cursor()
         try:
             cursor.execute(PREPARE)
-            version, rollback_on_timeout, modes, logs = cursor.fetchone()
+            version, rollback_on_timeout, modes = cursor.fetchone()
             if "STRICT" not in str(modes):
                 raise ConfigurationError(
                     "sql_mode has no STRICT_TRANS_TABLES: the server would cut long values in silence."
                     " Type: SET GLOBAL sql_mode = CONCAT(@@sql_mode, ',STRICT_TRANS_TABLES')"
+                )
+            if "NO_BACKSLASH_ESCAPES" in str(modes) and hasattr(_driver(dbapi), "_proto"):
+                raise ConfigurationError(
+                    "sql_mode has NO_BACKSLASH_ESCAPES, and asyncmy escapes with backslashes all the same: texts and bodies"
+                    " would be stored otherwise. Take it out of sql_mode for this connection."
                 )
             is_mariadb = "MariaDB" in str(version)
             if not is_mariadb:
@@ -237,12 +242,11 @@ class MySQL:
         grammar = (MARIADB if is_mariadb else MYSQL)._replace(
             ansi_quotes="ANSI" in str(modes), version=_version(str(version))
         )
-        counted = COMMITS["counted"].replace("{source}", _SOURCES[is_mariadb])
         info[self] = Seen(
             bound=BOUND.replace("{seconds}", f"{seconds:d}") if is_mariadb else "",
             rollback_on_timeout=bool(rollback_on_timeout),
             compound=is_mariadb and "ORACLE" not in str(modes),  # which has another grammar
-            commits=COMMITS["gtid"] if is_mariadb and logs else counted,
+            commits=COMMITS.replace("{source}", _SOURCES[is_mariadb]),
             readers=(reader(grammar._replace(backslash=False)), reader(grammar._replace(backslash=True))),
         )
 
@@ -303,7 +307,7 @@ class MySQL:
             if seen.compound:
                 # a crash before the server has read it: all is rolled back; after it: all is done
                 finished = (finish, _FINISHED.replace("{count}", str(len(rows)))) if rows else ()
-                together(cursor, seen, release, *finished, "COMMIT", values=values)
+                together(cursor, seen, release, *finished, _COMMIT, values=values)
                 return
             cursor.execute(release)
             if rows:

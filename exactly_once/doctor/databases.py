@@ -114,6 +114,13 @@ def _postgresql(where: str, connection: Any) -> Iterator[Finding]:
         weak = value in _WEAKER
         told = f": {_WEAKER[value]}" if weak else f": {mend}" if value == "off" else ""
         yield Finding(Mark.WARN if weak or value == "off" else Mark.OK, f"{where}: {name} is {value}{told}")
+    unlogged = text("SELECT relname FROM pg_class WHERE relname LIKE 'message\\_%' AND relpersistence = 'u' ORDER BY 1")
+    for table in connection.execute(unlogged).scalars():
+        yield Finding(
+            Mark.FAIL,
+            f"{where}: {table} is UNLOGGED: PostgreSQL empties it after a crash, with all that is in it. ALTER TABLE {table}"
+            " SET LOGGED",
+        )
     # as it is in a transaction of ours: behind a pooler it goes with BEGIN
     connection.rollback()
     begin_bounded(connection)

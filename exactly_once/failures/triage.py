@@ -24,7 +24,7 @@ from exactly_once.wording import listed as named
 
 __all__ = ["Chosen", "Requeued", "count", "discard", "listed", "rename", "requeue", "shown"]
 
-_IDENTITY: Final = ("id", "state", "consumer_group", "handler", "business_key", "claim_owner")
+_IDENTITY: Final = ("id", "state", "consumer_group", "handler", "business_key", "claim_owner", "last_failed_at")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,9 +129,15 @@ def requeue(
     wanted = [row for row in rows if broken_too or row.state != "broken"]
     broken = [row for row in wanted if row.state == "broken"]
     for row in broken:
-        if row.business_key is not None and row.claim_owner is not None:
+        if row.business_key is not None:
             claim_rows.take_back(
-                connection, tables.idempotent, row.consumer_group, row.handler, row.business_key, row.claim_owner
+                connection,
+                tables.idempotent,
+                row.consumer_group,
+                row.handler,
+                row.business_key,
+                row.claim_owner,
+                until=row.last_failed_at,
             )
     for number, row in enumerate(wanted):
         due = utcnow(number / per_second) if per_second else utcnow()

@@ -12,7 +12,7 @@ believe that it has that transaction's locks, so it is refused the database.
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final
 from weakref import WeakKeyDictionary, ref
@@ -23,7 +23,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from exactly_once import fork
 from exactly_once.errors import ForkedProcess
 
-__all__ = ["seen", "used"]
+__all__ = ["given", "seen", "used"]
 
 _STOP_S: Final = 1.0  # an idle connection's thread has nothing to do but to close it
 
@@ -36,6 +36,19 @@ def seen(engine: Engine) -> None:
     """Have children begin with a new pool; once an engine. Connections it opened before are known when they are `used`."""
     if engine not in _SEEN and not _in_memory(engine):
         _SEEN[engine] = _Seen(engine)
+
+
+def given(database: Any) -> None:
+    """Know of the engines that an application names, before it is first used: the program may fork until then.
+
+    Args:
+        database: An engine of either kind, a sessionmaker of one, a mapping of these, or anything else.
+    """
+    for each in database.values() if isinstance(database, Mapping) else (database,):
+        bind = getattr(each, "kw", {}).get("bind", each)
+        engine = getattr(bind, "sync_engine", bind)
+        if isinstance(engine, Engine):
+            seen(engine)
 
 
 def used(engine: Engine, connection: PoolProxiedConnection) -> None:

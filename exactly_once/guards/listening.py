@@ -19,7 +19,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from exactly_once.dialects import State
 from exactly_once.guards.late import Late
-from exactly_once.guards.watch import LEFT, SWALLOWED, WATCHED, Left, Watch
+from exactly_once.guards.watch import AFTER, LEFT, SWALLOWED, WATCHED, Left, Watch
 
 __all__ = ["install", "install_session"]
 
@@ -60,6 +60,8 @@ def _sending(statement: str, context: ExecutionContext, send: Callable[[], None]
     watch = _watch_of(context.root_connection.connection)
     if watch is None or watch.connection is not context.root_connection:
         return None
+    if watch.committed:
+        raise watch.leave(Left.BROKEN, AFTER)
     if watch.error is not None:
         raise watch.error  # it has left already: what it sends now would be outside, or undone
     if watch.shut is not None:
@@ -135,11 +137,13 @@ def _watch_of(pooled: PoolProxiedConnection) -> Watch | None:
 def _refusing_commit(send: _Send) -> _Send:
     def do_commit(dbapi_connection: PoolProxiedConnection) -> None:
         watch = _watch_of(dbapi_connection)
-        if watch is None:
+        if watch is None or watch.committed:  # whoever has the connection now is not ours to watch
             send(dbapi_connection)
             return
         if not watch.ours:
             raise watch.leave(Left.REFUSED, _COMMITTED)
+        if watch.error is not None:
+            raise watch.error  # of a hook that swallowed it
         # the last look, after every hook of the user's has run: COMMIT of an aborted transaction succeeds and keeps nothing
         state = watch.dialect.state(watch.dbapi)
         if state is not State.OPEN:
@@ -152,7 +156,7 @@ def _refusing_commit(send: _Send) -> _Send:
 def _marking_rollback(send: _Send) -> _Send:
     def do_rollback(dbapi_connection: PoolProxiedConnection) -> None:
         watch = _watch_of(dbapi_connection)
-        if watch is not None:
+        if watch is not None and not watch.committed:
             watch.rolled_back = True
             if not watch.ours:
                 watch.leave(Left.ROLLED_BACK, LEFT)

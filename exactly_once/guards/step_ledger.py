@@ -227,8 +227,8 @@ class StepLedger:
             return isinstance(error, Exception)
         if not watch.sent:
             watch.ask()
-        if watch.left is Left.BROKEN:
-            self.error = BrokenTransaction(f"In a steps.transaction: {watch.error}")
+        if watch.left is Left.BROKEN or watch.doubtful:
+            self.error = BrokenTransaction(f"In a steps.transaction: {watch.error or error}")
             raise self.error from error
         return False
 

@@ -24,7 +24,7 @@ from exactly_once.errors import Misuse
 from exactly_once.leases import Held
 from exactly_once.wording import escaped
 
-__all__ = ["LEFT", "SWALLOWED", "WATCHED", "BrokenTransaction", "Left", "Shut", "Watch", "begin", "let_go"]
+__all__ = ["AFTER", "LEFT", "SWALLOWED", "WATCHED", "BrokenTransaction", "Left", "Shut", "Watch", "begin", "let_go"]
 
 WATCHED: Final = "exactly_once.watch"
 """Where a watch stands in the `info` of its connection and of its session."""
@@ -231,6 +231,11 @@ class Watch:
         except Exception:  # the connection is lost: the row tells
             return
 
+    @property
+    def doubtful(self) -> bool:
+        """A statement that can commit unseen was sent, and nothing has shown what became of the transaction."""
+        return self.call is not None and not self.whole and self.left is not Left.GONE
+
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def committing(self) -> None:
@@ -254,8 +259,6 @@ class Watch:
             self.refused = self.dialect.refused(self.dbapi, error)
             raise
         finally:
-            # the session gives the connection back on its own now, and whoever gets it next is not ours to watch
-            self._forget()
             if self.changed is not None:
                 self.connection.connection.invalidate(soft=True)  # closed when somebody would get it
         self.committed = True
@@ -330,6 +333,10 @@ _GONE: Final = (
     "The transaction that the claim was written in ended behind SQLAlchemy's back, and another one is open in its place: a"
     " procedure committed, began a transaction of its own, or swallowed the deadlock that threw it away. Take that out of"
     " the procedure: an error must leave it, and COMMIT, START TRANSACTION and DDL do not belong in it."
+)
+AFTER: Final = (
+    "A hook committed the handler's transaction itself (connection().commit() in before_commit), and then something more was"
+    " sent: what came before is committed, and this is not. Take the commit out of the hook."
 )
 _STILL_USED: Final = (
     "The handler has returned, and something still uses its session: a task, a thread, or rows that are still read. What it"

@@ -64,7 +64,7 @@ def claim_texts(dialect: str) -> dict[str, list[str]]:
         single = {"prepare": [mysql.PREPARE], "bound": [mysql.BOUND], "claim": [mysql.CLAIM], "known": [mysql.KNOWN]}
         ends = {
             "with COMMIT": [mysql.FINISH, mysql.FINISH_MANY],
-            "what each commit changes": list(mysql.COMMITS.values()),
+            "what each commit changes": [mysql.COMMITS],
         }
         return single | ends | of_group
     return {"begin": [sqlite.BEGIN], "claim": [sqlite.CLAIM], "known": [sqlite.KNOWN]}
