@@ -307,7 +307,7 @@ class Recording:
             return False
         if self._store.dialect.trouble(problem) is not Trouble.UNAVAILABLE:
             return None
-        if isinstance(problem, DBAPIError) and problem.statement is None:
+        if isinstance(problem, DBAPIError) and not _spoke(problem):
             return False
         if monotonic() < self._cannot_until:
             return False  # another message has just looked
@@ -328,6 +328,15 @@ class Recording:
             words = "" if error is None else words_of(error)
             _log.warning("store_away store=%s error=%s", store, escaped(words, 300))
         return Told(Outcome.WAITING, Hold(store))
+
+
+def _spoke(problem: BaseException | None) -> bool:
+    """Say whether a statement was sent: of the ROLLBACK that fails behind it, the error names none."""
+    while problem is not None:
+        if isinstance(problem, DBAPIError) and problem.statement is not None:
+            return True
+        problem = problem.__context__
+    return False
 
 
 def _told(decision: Decision) -> str:

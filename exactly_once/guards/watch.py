@@ -234,7 +234,7 @@ class Watch:
     @property
     def doubtful(self) -> bool:
         """A statement that can commit unseen was sent, and nothing has shown what became of the transaction."""
-        return self.call is not None and not self.whole and self.left is not Left.GONE
+        return self.call is not None and not self.whole and self.left not in (Left.GONE, Left.BROKEN)
 
     # -- the end -----------------------------------------------------------------------------------------------------
 

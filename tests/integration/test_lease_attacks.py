@@ -401,7 +401,7 @@ def test_on_sqlite_the_session_used_inside_a_step_parks_and_does_not_hang(reques
             steps.run("a", lambda key: put(session, "x"))
 
         assert shop.process(order()) is Outcome.DEAD
-        assert "one writer" in shop.failure().error_text
+        assert "handler's session" in shop.failure().error_text
         assert shop.effects() == []
 
 

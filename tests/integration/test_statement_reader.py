@@ -395,12 +395,13 @@ OUTLIVES_MARIADB = """
     SET NAMES latin1 | SET CHARACTER SET latin1 | SET CHARSET latin1 | SET SESSION TRANSACTION ISOLATION LEVEL SERIALIZABLE
     SET ROLE eo_clerk | USE eo_elsewhere | /*! USE eo_elsewhere */ | SET STATEMENT max_statement_time = 1 FOR USE eo_elsewhere
     CREATE TEMPORARY TABLE x (a INT) | CREATE OR REPLACE TEMPORARY TABLE x (a INT)
+    SET @a = 1 | SET @a := 1, @b = 2 | SET @sql_mode = 1
 """
 OUTLIVES_NOT_MARIADB = """
-    SET @a = 1 | SET @a := 1, @b = 2 | SET @sql_mode = 1 | SET GLOBAL max_connections = 300
+    SET GLOBAL max_connections = 300
     SET @@global.max_connections = 300 | SET STATEMENT sql_mode = 'ANSI_QUOTES' FOR SELECT 1 | SELECT 1 AS `use`
 """
-KEPT_BY_MARIADB = "SELECT DATABASE(), CURRENT_ROLE(), @@sql_mode, @@character_set_client, @@tx_isolation"
+KEPT_BY_MARIADB = "SELECT DATABASE(), CURRENT_ROLE(), @@sql_mode, @@character_set_client, @@tx_isolation, @a, @sql_mode"
 
 
 @pytest.mark.parametrize("outlives", [True, False], ids=["outlives it", "ends with it"])
@@ -415,7 +416,13 @@ def test_what_outlives_a_transaction_on_mariadb_is_told(mariadb: pymysql.Connect
 
     ours = str(mariadb.db, "ascii") if isinstance(mariadb.db, bytes) else mariadb.db
     for text in listed(OUTLIVES_MARIADB if outlives else OUTLIVES_NOT_MARIADB):
-        for reset in ("SET sql_mode = DEFAULT", "SET NAMES utf8mb4", "SET ROLE NONE", "SET tx_isolation = DEFAULT"):
+        for reset in (
+            "SET sql_mode = DEFAULT",
+            "SET NAMES utf8mb4",
+            "SET ROLE NONE",
+            "SET tx_isolation = DEFAULT",
+            "SET @a = NULL, @sql_mode = NULL",
+        ):
             mariadb.query(reset)
         mariadb.select_db(ours)
         mariadb.query("DROP TEMPORARY TABLE IF EXISTS x")
