@@ -223,7 +223,7 @@ class StepLedger:
         Raises:
             BrokenTransaction: It was committed behind our back: the step is done in part, and the message is for a person.
         """
-        if watch.committed:
+        if watch.committed and watch.left is not Left.BROKEN:
             return isinstance(error, Exception)
         if not watch.sent:
             watch.ask()
