@@ -241,7 +241,9 @@ def taken_over(shop: Shop) -> Outcome:
         other.process(order("another")) is Outcome.PROCESSED
     )  # connected: the first one's renewal is not to be in time
     with shop.outside.begin() as connection:
-        connection.execute(EFFECT.delete().where(EFFECT.c.text == "second"))
+        # by its id: a delete that reads all rows would wait for those of the first one's open transaction
+        (made,) = connection.execute(select(EFFECT.c.id).where(EFFECT.c.text == "second")).scalars()
+        connection.execute(EFFECT.delete().where(EFFECT.c.id == made))
     end_lease(shop)
     return other.process(order())
 
