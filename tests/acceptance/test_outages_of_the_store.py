@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from tempfile import mkdtemp
+from threading import Event
 from typing import Any
 
 import pytest
@@ -34,8 +35,8 @@ GUARDS: dict[str, dict[str, Any]] = {
 }
 
 
-def application(url: str, colour: str, **more: Any) -> ExactlyOnce:
-    """One handler that writes much, of no pattern, and fails for good at its first failure."""
+def application(url: str, colour: str, goes_on: Event | None = None, **more: Any) -> ExactlyOnce:
+    """One handler that writes much, of no pattern, and fails for good at its first failure; `plain` waits for `goes_on`."""
     eo = ExactlyOnce(url, group="store")
 
     def effect(no: str) -> list[dict[str, Any]]:
@@ -52,6 +53,7 @@ def application(url: str, colour: str, **more: Any) -> ExactlyOnce:
 
         @eo.handler("orders", name="handler", key="no", retry=ONE, **more)
         def plain(session: Session, body: dict[str, str]) -> None:
+            assert goes_on is None or goes_on.wait(PATIENCE_S)
             session.execute(put, effect(body["no"]))
 
     return eo
@@ -90,14 +92,18 @@ def story(
     url: str, name: str, colour: str, guard: str, begin: Callable[[], None], end: Callable[[], None], *, transport: str
 ) -> None:
     """Ten messages before, fifty while the store cannot work; all are done after it, and none was counted."""
-    eo = application(url, colour, **GUARDS[guard])
+    goes_on = Event()
+    goes_on.set()
+    eo = application(url, colour, goes_on, **GUARDS[guard])
     where = f"memory://{name}-{colour}-{guard}" if transport == "memory" else "sql://?invisible_s=5"
     with eo.worker(where, concurrency=3) as worker, eo.producer(where) as producer:
         producer.send_all(messages(0, 10))
         worker.drain()
         if transport == "sql":
+            goes_on.clear()  # sent while there is room, and handled when there is none
             producer.send_all(messages(10, 60))
             begin()
+            goes_on.set()
         else:
             begin()
             producer.send_all(messages(10, 60))
