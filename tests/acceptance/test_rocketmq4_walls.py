@@ -296,35 +296,6 @@ def test_every_field_is_read_alike_in_a_user_s_own_callback_and_in_the_transport
     assert {name: getattr(heard[0], name) for name in fields} == fields
 
 
-def test_keys_and_tags_that_are_no_text_stay_two(place: Place) -> None:
-    client = the_client()
-    producer = client.Producer(f"{place.group}-producer")
-    producer.set_name_server_address(place.server.name_server)
-    producer.start()
-    raws = {b"\x8a\x91", b"\x8b\x92", "\ufdd08a91".encode()}
-    for raw in raws:
-        message = client.Message(place.topic)
-        message.set_body(b"{}")
-        message.set_keys(raw)
-        message.set_tags(raw)
-        message.set_property("h", raw)
-        producer.send_sync(message)
-    producer.shutdown()
-    heard: list[Message] = []
-
-    def callback(received: Any) -> object:
-        heard.append(Message.from_rocketmq4(received, properties=["h"]))
-        return client.ConsumeStatus.CONSUME_SUCCESS
-
-    consumer = place.bare(callback)
-    wait_until(lambda: len(heard) == 3, what="three heard", patience_s=30)
-    consumer.shutdown()
-    wanted = {"\ufdd08a91", "\ufdd08b92", "\ufdd0efb79038613931"}
-    assert {message.key for message in heard} == wanted
-    for message in heard:
-        assert message.key == message.tag == message.properties["h"]
-
-
 def test_sent_messages_are_freed(place: Place) -> None:
     program = """
         import os, sys
