@@ -81,8 +81,8 @@ BOUND: Final = "SET STATEMENT innodb_lock_wait_timeout = {seconds} FOR "
 # so that it sees what is committed now and not an older snapshot of the caller's transaction
 _LOCKING: Final = " LOCK IN SHARE MODE"
 KNOWN: Final = (
-    "SELECT status, fingerprint, owner FROM {table}"
-    " WHERE consumer_group = %s AND handler = %s AND business_key = %s LOCK IN SHARE MODE"
+    "SELECT status, fingerprint, owner FROM {table}"  # noqa: S608  (constants alone)
+    " WHERE consumer_group = %s AND handler = %s AND business_key = %s" + _LOCKING
 )
 BEGIN: Final = "START TRANSACTION"
 PREPARE: Final = "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode"
