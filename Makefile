@@ -15,7 +15,7 @@ DEMO_OPTIONS ?=
 # Tests wait more than they compute: so many at a time on two cores, each process with servers of its own.
 AT_ONCE ?= 3
 
-.PHONY: help venvs test unit integration acceptance alone rocketmq4 on-url on-container long nightly tally lint style types contracts format
+.PHONY: help venvs test unit integration acceptance alone rocketmq4 on-url on-container on-mysql long nightly tally lint style types contracts format
 .PHONY: demo bench servers clean
 
 help:
@@ -83,6 +83,11 @@ on-url on-container: TESTS = $(SOURCED:%=tests/integration/%.py) -k 'not mariadb
 on-url: $(VENV)/.made
 	$(call TIER,$(PY) -m tests.services.postgres_debian $(PY),$(TESTS))
 
+# MySQL in MariaDB's place, fetched from Debian's unstable: what is worded for the server, and what ends transactions
+on-mysql: TESTS = $(ON_MYSQL:%=tests/integration/%.py) -k mariadb -n 2 --dist loadfile
+on-mysql: $(VENV)/.made
+	$(call TIER,$(PY) -m tests.services.mysql_debian $(PY),$(TESTS))
+
 on-container: $(VENV)/.made
 	$(call TIER,$(PY) -m tests.services.docker_engine $(PY),$(TESTS))
 
@@ -96,6 +101,7 @@ nightly: venvs
 	@rm -rf build/nightly; code=0; \
 	for transport in rocketmq rocketmq4; do $(NIGHTLY) demo TRANSPORT=$$transport || code=1; done; \
 	for source in on-url on-container; do $(NIGHTLY) $$source SOURCED='$(SOURCED) test_claims test_claim_door test_sql_queue' || code=1; done; \
+	$(NIGHTLY) on-mysql || code=1; \
 	$(NIGHTLY) long || code=1; \
 	$(NIGHTLY) rocketmq4 TEST_OPTIONS='-m nightly' || code=1; \
 	$(NIGHTLY) tally || code=1; exit $$code

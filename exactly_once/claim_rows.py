@@ -11,16 +11,16 @@ from sqlalchemy import Connection, Table, and_, delete, insert, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
-from exactly_once.schema import CONSUMED, CONSUMING, UNFINISHED, utcnow
+from exactly_once.schema import CONSUMED, CONSUMING, STEP_TRACE, UNFINISHED, Tables, utcnow
 
 __all__ = ["of", "take_back", "write"]
 
 _DUPLICATE_ENTRY: Final = 1062  # MySQL's and MariaDB's errno
 
 
-def of(claims: Table, group: str, handler: str, key: str) -> Any:
-    """Return the condition that names one claim."""
-    return and_(claims.c.consumer_group == group, claims.c.handler == handler, claims.c.business_key == key)
+def of(table: Table, group: str, handler: str, key: str) -> Any:
+    """Return the condition that names one claim, or its steps."""
+    return and_(table.c.consumer_group == group, table.c.handler == handler, table.c.business_key == key)
 
 
 def write(connection: Connection, claims: Table, values: Mapping[str, Any]) -> bool:
@@ -45,15 +45,18 @@ def write(connection: Connection, claims: Table, values: Mapping[str, Any]) -> b
 
 
 def take_back(
-    connection: Connection, claims: Table, group: str, handler: str, key: str, owner: str | None, *, until: Any
+    connection: Connection, tables: Tables, group: str, handler: str, key: str, owner: str | None, *, until: Any
 ) -> None:
     """Take back the claim of a broken attempt; one of any other owner is another copy's, and that was processed whole.
 
     Where nobody wrote down the owner, in a row of an earlier release, a claim that was made before the failure is meant
     (`until`). A lease is let go of and keeps the number of its attempt, which services compare; another claim is deleted.
+    What says that a transaction under a lease was committed behind our back is deleted with it.
     """
+    claims, steps = tables.idempotent, tables.step
     meant = claims.c.owner == owner if owner is not None else claims.c.consumed_at <= until
     broken = and_(of(claims, group, handler, key), meant, claims.c.status.in_((CONSUMED, UNFINISHED)))
     free = {"status": CONSUMING, "token": None, "lease_until": None, "consumed_at": None}
     connection.execute(update(claims).where(broken, claims.c.token.is_not(None)).values(free))
     connection.execute(delete(claims).where(broken, claims.c.token.is_(None)))
+    connection.execute(delete(steps).where(of(steps, group, handler, key), steps.c.status == STEP_TRACE))

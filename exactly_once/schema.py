@@ -39,6 +39,7 @@ __all__ = [
     "STEP_BEGUN",
     "STEP_BYTES",
     "STEP_FINISHED",
+    "STEP_TRACE",
     "UNFINISHED",
     "Tables",
     "tables",
@@ -55,6 +56,8 @@ UNFINISHED: Final = 2
 see it only where something committed the transaction in between."""
 STEP_BEGUN: Final = 0
 STEP_FINISHED: Final = 1
+STEP_TRACE: Final = 2
+"""Of no step: a transaction under a lease that is not committed; seen from outside only where something else committed it."""
 
 # Limits in bytes of UTF-8: the widest index (group, handler, key, step) stays far below PostgreSQL's 2,704 bytes a row
 # and InnoDB's 3,072.

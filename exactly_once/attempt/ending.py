@@ -11,7 +11,7 @@ does, something else than our COMMIT has committed it, and the attempt is *broke
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import Enum
 from typing import Any
@@ -75,6 +75,8 @@ class Ended:
     """Of a broken one: its claim is to be written where none stands, for a copy would repeat what was committed."""
     stop: BaseException | None = None
     """To be raised on, once what is to be written is written."""
+    answered: bool = False
+    """The server refused our COMMIT and still answers: what the error says of the server is not believed without a look."""
 
 
 PROCESSED = Ended(How.PROCESSED)
@@ -190,7 +192,7 @@ def _said(dialect: Dialect, won: Won, watch: Watch, error: BaseException) -> End
         return Ended(How.TRANSIENT, watch.lost)
     if watch.left is Left.REFUSED:
         return Ended(How.FAILED, watch.error)  # also when the handler swallowed it, or wrapped it in its own
-    return _raised(dialect, won, error)
+    return replace(_raised(dialect, won, error), answered=watch.refused)
 
 
 def _raised(dialect: Dialect, won: Won, error: BaseException) -> Ended:

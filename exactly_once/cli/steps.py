@@ -126,6 +126,8 @@ def _nothing(key: str, reference: str | None) -> None:
 
 
 def _state(seen: Leased) -> str:
+    if seen.unfinished is not None:
+        return f"committed by something else than its own end, attempt {seen.attempt}: for a person (failures list)"
     if seen.consumed:
         return f"consumed, attempt {seen.attempt}"
     if seen.remaining is not None and seen.remaining > timedelta(0):

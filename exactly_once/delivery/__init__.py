@@ -177,7 +177,10 @@ class Delivering:
     def _try(
         self, message: Message, reading: Reading, row: ClaimRow, features: Features, pumped: bool, foreign: bool
     ) -> Told:
+        sent = False  # COMMIT of a step
+
         def handle(handed: Any, won: Won) -> None:
+            nonlocal sent
             ledger = self._ledger(won)
             try:
                 self._call(handed, reading, message, ledger)
@@ -186,6 +189,7 @@ class Delivering:
                     raise  # the thread is the caller's, and a signal may have asked it to end
                 raise Misuse(EXITED.format(code=error.code)) from error
             except Exception as error:
+                sent = ledger is not None and ledger.sent
                 if ledger is not None and ledger.error is not None:
                     raise ledger.error from error  # what stopped a step; the handler's own may be made of it
                 raise
@@ -225,7 +229,7 @@ class Delivering:
                     transient += 1
                 case How.TRANSIENT if transient < _TRANSIENT_TRIES:
                     transient += 1
-                case How.TRANSIENT if (works := self._works(ended)) is False:
+                case How.TRANSIENT if (works := self._works(ended, sent)) is False:
                     return self.recording.away(ended.error)
                 case How.TRANSIENT if works and not looked:
                     # it can by now: what was said of the store may have been true a moment ago. Said once more, it is a
@@ -263,8 +267,8 @@ class Delivering:
                 assert ended.error is not None
                 return self.recording.failed(message, reading, ended.error, features, foreign)
 
-    def _works(self, ended: Ended) -> bool | None:
-        return None if ended.error is None else self.recording.works(ended.error)
+    def _works(self, ended: Ended, sent: bool) -> bool | None:
+        return None if ended.error is None else self.recording.works(ended.error, spoken=ended.answered or sent)
 
     def _immediate(self, error: BaseException | None) -> int:
         if error is None or isinstance(error, (Reject, RetryLater, StepError)):

@@ -234,6 +234,7 @@ class Recording:
                 decision, attempts = self._store.failures.record(session, failure, decision_of)
                 break
             except Exception as problem:
+                session.invalidate()  # the next try is on another: whoever had this connection may have left it changed
                 if self.works(problem) is False:
                     return self.away(problem)
                 transient = self._store.dialect.trouble(problem) in (Trouble.TRANSIENT, Trouble.UNAVAILABLE)
@@ -296,18 +297,22 @@ class Recording:
             escaped(text_of(problem), 400),
         )
 
-    def works(self, problem: BaseException) -> bool | None:
+    def works(self, problem: BaseException, *, spoken: bool = False) -> bool | None:
         """Say whether the store can work, after an error that says it cannot; None where the error says nothing of that.
 
         A server cuts the connection of a body that is too large for it, and a full MEMORY table of the handler's own says
         what a full disk says. Taken for outages, such messages would stop the whole worker again and again, for ever. So
         the store is looked at, unless no connection was had at all.
+
+        Args:
+            problem: The error.
+            spoken: It is of a COMMIT, so there was a connection.
         """
         if isinstance(problem, PoolTimeout):
             return False
         if self._store.dialect.trouble(problem) is not Trouble.UNAVAILABLE:
             return None
-        if isinstance(problem, DBAPIError) and not _spoke(problem):
+        if isinstance(problem, DBAPIError) and not spoken and not _spoke(problem):
             return False
         if monotonic() < self._cannot_until:
             return False  # another message has just looked

@@ -29,11 +29,13 @@ __all__ = [
     "Leased",
     "State",
     "StepRow",
+    "Trace",
     "Trouble",
     "dialect_for",
     "group_claims_for",
     "lease_claims_for",
     "raise_for_the_store",
+    "steps_of",
 ]
 
 
@@ -73,6 +75,19 @@ class StepRow:
     """JSON, once it is finished."""
     attempt: int = 1
     """The claim under which it ran."""
+
+
+class Trace(NamedTuple):
+    """A row written first in a transaction under a lease, and deleted with our COMMIT.
+
+    Where it stands afterwards, something else has committed that transaction, and the message must not run again.
+    """
+
+    row: ClaimRow
+    name: str
+    """In place of a step's; no other transaction's."""
+    attempt: int
+    token: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +182,15 @@ class Dialect(Protocol):
             ClaimBusy: Another transaction holds the key. Else the driver's error.
         """
 
-    def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> None:
-        """Begin a transaction without a claim, so that the driver says that it is open; it ends by `commit`."""
+    def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
+        """Begin a transaction without a claim, so that the driver says that it is open; it ends by `commit`.
+
+        Args:
+            dbapi: The driver's connection.
+            info: What `prepare` remembered of it.
+            owner: Whose transaction it is.
+            trace: To be written where something else than the attempt can commit it unseen.
+        """
 
     def commit(
         self,
@@ -176,6 +198,7 @@ class Dialect(Protocol):
         info: MutableMapping[Any, Any],
         owner: str,
         rows: Sequence[ClaimRow],
+        trace: Trace | None,
         send_commit: Callable[[], None],
     ) -> None:
         """Commit durably the transaction in which `owner` claimed `rows`, by `claim`, a group's claim or `begin`.
@@ -185,6 +208,7 @@ class Dialect(Protocol):
             info: What `prepare` remembered of it.
             owner: Whose transaction it is to be.
             rows: What was claimed in it; none by `begin`.
+            trace: What `begin` was given.
             send_commit: Sends the driver's own COMMIT.
 
         Raises:
@@ -362,6 +386,16 @@ _KNOWN: dict[tuple[str, str], str] = {
     ("sqlite", "pysqlite"): "exactly_once.dialects.sqlite:SQLite",
     ("sqlite", "aiosqlite"): "exactly_once.dialects.sqlite:SQLite",
 }
+
+
+def steps_of(table: str) -> str:
+    """Return where steps are recorded, beside these claims.
+
+    Example:
+        >>> steps_of("`shop`.message_idempotent")
+        '`shop`.message_step'
+    """
+    return table.removesuffix("message_idempotent") + "message_step"
 
 
 def dialect_for(engine: Engine, schema: Callable[[], str | None], *, durable: bool = True) -> Dialect:

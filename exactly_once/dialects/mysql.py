@@ -13,8 +13,9 @@ The driver's flag says that a transaction is open, not that it is ours: a stored
 swallow the deadlock that threw ours away. Two witnesses tell. A savepoint set with the claim is gone exactly when the claim's
 transaction is gone; it is released with COMMIT, for releasing it earlier would take the handler's own savepoints along. And
 the claim is written *unfinished* and made *consumed* by its own attempt with COMMIT, so that a process killed behind a hidden
-commit leaves a row that says so. Around a CALL stands a savepoint more, so that the error can name that CALL. On MariaDB each
-of these travels with a statement that is sent anyway, in one compound statement; MySQL has none, and pays a round trip each.
+commit leaves a row that says so; under a lease, whose claim was committed before, a row beside it does (`Trace`). Around a
+CALL stands a savepoint more, so that the error can name that CALL. On MariaDB each of these travels with a statement that is
+sent anyway, in one compound statement; MySQL has none, and pays a round trip each.
 
 asyncmy sends several statements in one text. A procedure that commits, called behind the first of them, is seen only once
 that first one's result was closed.
@@ -35,7 +36,7 @@ from sqlalchemy import Connection, Insert, Update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from exactly_once.dialects import ClaimBusy, ClaimRow, Gone, Known, State, Trouble
+from exactly_once.dialects import ClaimBusy, ClaimRow, Gone, Known, State, Trace, Trouble, steps_of
 from exactly_once.dialects.keywords import Read, reader
 from exactly_once.dialects.statements import MARIADB, MYSQL
 from exactly_once.errors import ConfigurationError
@@ -53,10 +54,13 @@ __all__ = [
     "KNOWN",
     "LOCK_WAIT",
     "PREPARE",
+    "TRACE",
     "TRANSIENT",
+    "UNTRACE",
     "MySQL",
     "Seen",
     "errno",
+    "identity",
     "together",
 ]
 
@@ -76,6 +80,12 @@ FINISH_MANY: Final = (
     " SET ours.status = 1 WHERE ours.owner = %s AND ours.status = 2"
 )
 KEY: Final = "SELECT CAST(%s AS BINARY) AS business_key"
+# under a lease no claim stands in the handler's transaction: this row does
+TRACE: Final = (
+    "INSERT INTO {steps} (consumer_group, handler, business_key, step, ordinal, status, attempt, token, created_at)"
+    " VALUES (%s, %s, %s, %s, -1, 2, %s, %s, UTC_TIMESTAMP(6))"
+)
+UNTRACE: Final = "DELETE FROM {steps} WHERE consumer_group = %s AND handler = %s AND business_key = %s AND step = %s"
 _FINISHED: Final = "IF ROW_COUNT() <> {count} THEN SIGNAL SQLSTATE '45000'; END IF"
 BOUND: Final = "SET STATEMENT innodb_lock_wait_timeout = {seconds} FOR "
 # so that it sees what is committed now and not an older snapshot of the caller's transaction
@@ -207,14 +217,21 @@ class MySQL:
     def _known(self) -> str:
         return KNOWN.replace("{table}", self.table)
 
-    def _finishing(self, owner: str, rows: Sequence[ClaimRow]) -> tuple[str, list[Any]]:
-        """Return what makes this attempt's claims consumed, and its values; empty where there are none."""
+    @cached_property
+    def _tracing(self) -> tuple[str, str]:
+        steps = steps_of(self.table)
+        return TRACE.replace("{steps}", steps), UNTRACE.replace("{steps}", steps)
+
+    def _finishing(self, owner: str, rows: Sequence[ClaimRow], trace: Trace | None) -> tuple[str, list[Any]]:
+        """Return what makes this attempt's claims consumed, or takes its trace away, and its values; empty for neither."""
+        if trace is not None:
+            return self._tracing[1], [*identity(trace.row), trace.name.encode()]
         if not rows:
             return "", []
+        if len(rows) == 1:
+            return FINISH.replace("{table}", self.table), [*identity(rows[0]), owner]
         group, handler = rows[0].group.encode(), rows[0].handler.encode()
         keys = [row.key.encode() for row in rows]
-        if len(rows) == 1:
-            return FINISH.replace("{table}", self.table), [group, handler, *keys, owner]
         text = FINISH_MANY.replace("{table}", self.table).replace("{keys}", " UNION ALL ".join([KEY] * len(keys)))
         return text, [*keys, group, handler, owner]
 
@@ -262,8 +279,8 @@ class MySQL:
         # the caller commits by themselves, and could finish nothing
         insert = seen.bound + self._claim.replace("{status}", "1" if savepoint else "2")
         values = (
-            row.group.encode(), row.handler.encode(), row.key.encode(), row.message_id, row.content, row.fingerprint,
-            row.attempt - 1, row.owner, None if row.born_at is None else row.born_at.astimezone(UTC).replace(tzinfo=None),
+            *identity(row), row.message_id, row.content, row.fingerprint, row.attempt - 1, row.owner,
+            None if row.born_at is None else row.born_at.astimezone(UTC).replace(tzinfo=None),
         )  # fmt: skip
         name = savepoint_of(row.owner)
         cursor = dbapi.cursor()
@@ -285,10 +302,14 @@ class MySQL:
         finally:
             cursor.close()
 
-    def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> None:
+    def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
+        first, values = [BEGIN], []
+        if trace is not None:
+            first.append(self._tracing[0])
+            values = [*identity(trace.row), trace.name.encode(), trace.attempt, trace.token]
         cursor = dbapi.cursor()
         try:
-            together(cursor, info[self], BEGIN, f"SAVEPOINT {savepoint_of(owner)}")
+            together(cursor, info[self], *first, f"SAVEPOINT {savepoint_of(owner)}", values=values)
         finally:
             cursor.close()
 
@@ -298,29 +319,31 @@ class MySQL:
         info: MutableMapping[Any, Any],
         owner: str,
         rows: Sequence[ClaimRow],
+        trace: Trace | None,
         send_commit: Callable[[], None],
     ) -> None:
         seen: Seen = info[self]
         release = f"RELEASE SAVEPOINT {savepoint_of(owner)}"
-        finish, values = self._finishing(owner, rows)
+        finish, values = self._finishing(owner, rows, trace)
+        count = len(rows) + (trace is not None)
         cursor = dbapi.cursor()
         try:
             if seen.compound:
                 # a crash before the server has read it: all is rolled back; after it: all is done
-                finished = (finish, _FINISHED.replace("{count}", str(len(rows)))) if rows else ()
+                finished = (finish, _FINISHED.replace("{count}", str(count))) if finish else ()
                 together(cursor, seen, release, *finished, _COMMIT, values=values)
                 return
             cursor.execute(release)
-            if rows:
+            if finish:
                 cursor.execute(finish, values)
-                whole = cursor.rowcount == len(rows)
+                count -= cursor.rowcount
         except Exception as error:
             if errno(error) in (_NO_SAVEPOINT, _SIGNALLED):
                 raise Gone from error
             raise
         finally:
             cursor.close()
-        if rows and not whole:
+        if count:
             raise Gone
         send_commit()
 
@@ -367,7 +390,7 @@ class MySQL:
         cursor = dbapi.cursor()
         try:
             text = self._known if wait else self._known.removesuffix(_LOCKING)
-            cursor.execute(text, (row.group.encode(), row.handler.encode(), row.key.encode()))
+            cursor.execute(text, identity(row))
             found = cursor.fetchone()
         finally:
             cursor.close()
@@ -457,6 +480,10 @@ def together(cursor: Any, seen: Seen, *statements: str, values: Sequence[Any] = 
         return
     for statement in statements:
         cursor.execute(statement, values if "%s" in statement else None)
+
+
+def identity(row: ClaimRow) -> tuple[bytes, bytes, bytes]:
+    return row.group.encode(), row.handler.encode(), row.key.encode()
 
 
 def _version(text: str) -> int:

@@ -8,11 +8,11 @@ from collections.abc import MutableMapping
 from datetime import UTC, timedelta
 from typing import Any, Final
 
-from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Leased, StepRow
-from exactly_once.dialects.mysql import DUPLICATE, LOCK_WAIT, TRANSIENT, errno
+from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Leased, StepRow, steps_of
+from exactly_once.dialects.mysql import DUPLICATE, LOCK_WAIT, TRANSIENT, errno, identity
 from exactly_once.schema import UNFINISHED
 
-__all__ = ["CLAIM", "LOOK", "STEPS", "TAKE", "Claims"]
+__all__ = ["BREAK", "CLAIM", "LOOK", "STEPS", "TAKE", "Claims"]
 
 CLAIM: Final = (
     "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, fingerprint, retry_times, owner,"
@@ -25,13 +25,20 @@ TAKE: Final = (
     " WHERE consumer_group = %s AND handler = %s AND business_key = %s AND status = 0"
     " AND (token IS NULL OR lease_until <= UTC_TIMESTAMP(6)) AND fingerprint IN (%s, %s)"
 )
+# what is committed, and no lock: a run that stands still in its transaction is not waited for
 LOOK: Final = (
-    "SELECT status, token, fingerprint, retry_times, TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), lease_until),"
-    " owner FROM {table} WHERE consumer_group = %s AND handler = %s AND business_key = %s"
+    "SELECT status, token, fingerprint, retry_times, TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), lease_until), owner,"
+    " EXISTS (SELECT 1 FROM {steps} AS s WHERE s.consumer_group = c.consumer_group AND s.handler = c.handler"
+    " AND s.business_key = c.business_key AND s.status = 2)"
+    " FROM {table} AS c WHERE consumer_group = %s AND handler = %s AND business_key = %s"
+)
+BREAK: Final = (
+    "UPDATE {table} SET status = 2, consumed_at = UTC_TIMESTAMP(6), lease_until = NULL"
+    " WHERE consumer_group = %s AND handler = %s AND business_key = %s AND status = 0 AND token = %s"
 )
 STEPS: Final = (
     "SELECT step, ordinal, status, result, attempt FROM {steps}"
-    " WHERE consumer_group = %s AND handler = %s AND business_key = %s ORDER BY ordinal"
+    " WHERE consumer_group = %s AND handler = %s AND business_key = %s AND status < 2 ORDER BY ordinal"
 )
 
 
@@ -39,10 +46,11 @@ class Claims:
     """See `LeaseClaims`."""
 
     def __init__(self, dialect: Dialect) -> None:
-        table = dialect.table
+        table, steps = dialect.table, steps_of(dialect.table)
         self._dialect = dialect
-        self._claim, self._take, self._look = (text.replace("{table}", table) for text in (CLAIM, TAKE, LOOK))
-        self._steps = STEPS.replace("{steps}", table.removesuffix("message_idempotent") + "message_step")
+        self._claim, self._take, self._break, self._look, self._steps = (
+            text.replace("{table}", table).replace("{steps}", steps) for text in (CLAIM, TAKE, BREAK, LOOK, STEPS)
+        )
 
     def claim(
         self,
@@ -58,15 +66,15 @@ class Claims:
     ) -> Leased:
         """See `LeaseClaims.claim`. A crash before COMMIT leaves nothing; one after it the claim, until its lease ends."""
         bound = info[self._dialect].bound
-        identity = (row.group.encode(), row.handler.encode(), row.key.encode())
+        named = identity(row)
         microseconds = lease // timedelta(microseconds=1)
         born = None if row.born_at is None else row.born_at.astimezone(UTC).replace(tzinfo=None)
-        claimed = (*identity, row.message_id, row.fingerprint, row.owner, token, microseconds, born)
+        claimed = (*named, row.message_id, row.fingerprint, row.owner, token, microseconds, born)
         cursor = dbapi.cursor()
         try:
             try:
                 cursor.execute(bound + self._claim, claimed)
-                recorded = self._recorded(cursor, identity) if steps else ()  # of a claim that was taken away by hand
+                recorded = self._recorded(cursor, named) if steps else ()  # of a claim that was taken away by hand
                 dbapi.commit()
                 return Leased(True, False, row.fingerprint, 1, lease, recorded)
             except Exception as error:
@@ -74,10 +82,14 @@ class Claims:
                     raise
                 dbapi.rollback()
             taken = (row.message_id, row.fingerprint, row.owner, token, microseconds)
-            cursor.execute(bound + self._take, (*taken, *identity, row.fingerprint, also))
-            cursor.execute(self._look, identity)
+            cursor.execute(bound + self._take, (*taken, *named, row.fingerprint, also))
+            cursor.execute(self._look, named)
             found = cursor.fetchone()
-            recorded = self._recorded(cursor, identity) if steps else ()
+            recorded = self._recorded(cursor, named) if steps else ()
+            if found is not None and found[6] and found[1] == token and not found[0]:
+                # something has committed what an earlier run did, and that run never ended; requeue takes this back
+                cursor.execute(self._break, (*named, token))
+                found = (UNFINISHED, *found[1:])
             dbapi.commit()
         except Exception as error:
             code = errno(error)
@@ -91,7 +103,7 @@ class Claims:
             cursor.close()
         if found is None:
             raise ClaimBusy(again=True)  # taken away between the two: the next try may insert it
-        status, standing, fingerprint, retry_times, remaining, owner = found
+        status, standing, fingerprint, retry_times, remaining, owner, _ = found
         return Leased(
             won=standing == token and not status,
             consumed=bool(status),
@@ -102,8 +114,8 @@ class Claims:
             steps=recorded,
         )
 
-    def _recorded(self, cursor: Any, identity: tuple[bytes, ...]) -> tuple[StepRow, ...]:
-        cursor.execute(self._steps, identity)
+    def _recorded(self, cursor: Any, named: tuple[bytes, ...]) -> tuple[StepRow, ...]:
+        cursor.execute(self._steps, named)
         return tuple(
             StepRow(bytes(name).decode(), ordinal, bool(done), None if result is None else bytes(result), attempt)
             for name, ordinal, done, result, attempt in cursor.fetchall()

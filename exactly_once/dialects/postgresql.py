@@ -35,7 +35,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.util import await_only
 
-from exactly_once.dialects import ClaimBusy, ClaimRow, Known, State, Trouble
+from exactly_once.dialects import ClaimBusy, ClaimRow, Known, State, Trace, Trouble
 from exactly_once.dialects.keywords import Read, reader
 from exactly_once.dialects.statements import POSTGRESQL
 from exactly_once.errors import ConfigurationError
@@ -279,7 +279,7 @@ class PostgreSQL:
             raise ClaimBusy(again=error.sqlstate != "55P03") from error
         return bool(results[-3 if savepoint else -2].command_tuples)
 
-    def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> None:
+    def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
         driver = driver_of(dbapi)
         send(driver, opening(driver, info[self]))
 
@@ -289,6 +289,7 @@ class PostgreSQL:
         info: MutableMapping[Any, Any],
         owner: str,
         rows: Sequence[ClaimRow],
+        trace: Trace | None,
         send_commit: Callable[[], None],
     ) -> None:
         # not the driver's own COMMIT: what makes it durable travels with it. A crash before the answer: the look-up tells
@@ -476,25 +477,12 @@ def send(driver: Any, text: bytes, meanwhile: Iterable[object] = ()) -> list[Any
         meanwhile: Work that fits into the server's time: a step for each element, until the answer begins to come.
     """
 
-    def talk() -> Generator[Any, Any, list[Any]]:
-        pgconn = driver.pgconn
-        pgconn.send_query(text)
-        if meanwhile and not pgconn.flush():  # all of it is on its way
-            # no descriptor left to look with: the answer is waited for all the same
-            with suppress(OSError), DefaultSelector() as look:
-                look.register(pgconn.socket, EVENT_READ)
-                for _ in meanwhile:
-                    if look.select(0):
-                        break
-        answers: list[Any] = yield from generators.execute(pgconn)
-        return answers
-
     results: list[Any]
     if isinstance(driver, AsyncConnection):
-        results = await_only(_wait(driver, talk()))
+        results = await_only(_talk(driver, text, meanwhile))
     else:
         with driver.lock:
-            results = list(driver.wait(talk()))
+            results = driver.wait(_sent(driver.pgconn, text, meanwhile))
     for result in results:
         if result.status == ExecStatus.FATAL_ERROR:
             raise errors.error_from_result(result, encoding="utf-8")
@@ -509,7 +497,21 @@ async def _until_noticed(driver: Any) -> None:
         await asyncio.sleep(_NOTICED_S / _LOOKS)
 
 
-async def _wait(driver: Any, talk: Generator[Any, Any, list[Any]]) -> list[Any]:
+def _sent(pgconn: Any, text: bytes, meanwhile: Iterable[object]) -> Generator[Any, Any, list[Any]]:
+    """Put a text on its way; what is returned waits for its answers."""
+    pgconn.send_query(text)
+    if meanwhile and not pgconn.flush():  # all of it is on its way
+        # no descriptor left to look with: the answer is waited for all the same
+        with suppress(OSError), DefaultSelector() as look:
+            look.register(pgconn.socket, EVENT_READ)
+            for _ in meanwhile:
+                if look.select(0):
+                    break
+    answers: Generator[Any, Any, list[Any]] = generators.execute(pgconn)
+    return answers
+
+
+async def _talk(driver: Any, text: bytes, meanwhile: Iterable[object]) -> list[Any]:
     async with driver.lock:
-        results: list[Any] = await driver.wait(talk)
+        results: list[Any] = await driver.wait(_sent(driver.pgconn, text, meanwhile))
     return results

@@ -12,7 +12,7 @@ from typing import Any, Final
 from psycopg import errors
 from psycopg.pq import Escaping
 
-from exactly_once.dialects import ClaimBusy, ClaimRow, Leased, StepRow
+from exactly_once.dialects import ClaimBusy, ClaimRow, Leased, StepRow, steps_of
 from exactly_once.dialects.postgresql import BUSY, PostgreSQL, Seen, driver_of, send, template
 from exactly_once.schema import UNFINISHED
 
@@ -52,7 +52,7 @@ class Claims:
     def __init__(self, dialect: PostgreSQL) -> None:
         table = dialect.table
         self._dialect = dialect
-        steps = table.removesuffix("message_idempotent") + "message_step"
+        steps = steps_of(table)
         self._claim = template(CLAIM.replace("{table}", table), _CLAIMED)
         self._look = template(LOOK.replace("{table}", table), _IDENTITY)
         self._steps = template(STEPS.replace("{steps}", steps), _IDENTITY)

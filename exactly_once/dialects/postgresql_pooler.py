@@ -20,6 +20,8 @@ __all__ = ["look", "look_at_each"]
 
 # what the session would have if nobody had set anything in it: behind a pooler strangers did
 _OWN: Final = b"SELECT reset_val FROM pg_settings WHERE name = 'idle_in_transaction_session_timeout'"
+# set for the database, or left by a handler: psycopg reads times in this style alone
+_ISO: Final = b"SET LOCAL datestyle = ISO;"
 _seen: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()  # by the engine's dialect: whether a pooler was said
 
 
@@ -90,4 +92,7 @@ class _Begin:
 
     def __call__(self, dbapi: Any) -> None:
         driver = driver_of(dbapi)
-        send(driver, opening(driver, self._seen) + DURABLE.encode())
+        text = opening(driver, self._seen) + DURABLE.encode()
+        if not (driver.pgconn.parameter_status(b"DateStyle") or b"ISO").startswith(b"ISO"):
+            text += _ISO
+        send(driver, text)

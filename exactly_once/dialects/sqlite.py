@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Insert, Update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from exactly_once.dialects import ClaimRow, Known, State, Trouble
+from exactly_once.dialects import ClaimRow, Known, State, Trace, Trouble
 from exactly_once.dialects.keywords import Read, reader
 from exactly_once.dialects.statements import SQLITE
 from exactly_once.errors import ConfigurationError
@@ -117,7 +117,7 @@ class SQLite:
         finally:
             cursor.close()
 
-    def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> None:
+    def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
         cursor = dbapi.cursor()
         try:
             self._begin(cursor)
@@ -138,6 +138,7 @@ class SQLite:
         info: MutableMapping[Any, Any],
         owner: str,
         rows: Sequence[ClaimRow],
+        trace: Trace | None,
         send_commit: Callable[[], None],
     ) -> None:
         send_commit()

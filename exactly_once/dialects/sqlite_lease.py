@@ -7,7 +7,7 @@ from collections.abc import MutableMapping
 from datetime import UTC, timedelta
 from typing import Any, Final
 
-from exactly_once.dialects import ClaimRow, Dialect, Leased, StepRow
+from exactly_once.dialects import ClaimRow, Dialect, Leased, StepRow, steps_of
 from exactly_once.dialects.sqlite import BEGIN
 from exactly_once.schema import UNFINISHED
 
@@ -43,7 +43,7 @@ class Claims:
         table = dialect.table
         self._claim = CLAIM.replace("{table}", table).replace("{now}", _NOW).replace("{later}", _LATER)
         self._look = LOOK.replace("{table}", table)
-        self._steps = STEPS.replace("{steps}", table.removesuffix("message_idempotent") + "message_step")
+        self._steps = STEPS.replace("{steps}", steps_of(table))
 
     def claim(
         self,

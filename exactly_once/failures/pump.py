@@ -7,7 +7,8 @@ decides between two runs. The worker is the only caller.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from threading import Condition
 from time import monotonic
@@ -92,8 +93,7 @@ class Pump:
         return []
 
     def _take(self, limit: int) -> list[Delivery]:
-        with self._engine.begin() as connection:
-            begin_bounded(connection)
+        with self._begun() as connection:
             if monotonic() - self._swept > _SWEEP_S:
                 self._swept = monotonic()
                 if closed := self._failures.sweep(connection, self._group):
@@ -102,6 +102,18 @@ class Pump:
                 connection, self._group, self._handlers, self._ordered, self._waits, limit=limit, lease=_LEASE
             )
         return [Delivery(message_of(row), (self._name, row.id, Taken.of(row)), row.handler) for row in rows]
+
+    @contextmanager
+    def _begun(self) -> Iterator[Connection]:
+        """Begin a transaction; a connection on which something fails is closed, for a handler may have left it changed."""
+        with self._engine.connect() as connection:
+            try:
+                with connection.begin():
+                    begin_bounded(connection)
+                    yield connection
+            except Exception:
+                connection.invalidate()
+                raise
 
     def settle(self, verdicts: Sequence[tuple[Delivery, Verdict]]) -> None:
         """Put back what was not decided; a decided row says for itself when it is due.
@@ -132,8 +144,7 @@ class Pump:
 
     def _change(self, rows: int, change: Callable[[Connection], None]) -> None:
         try:
-            with self._engine.begin() as connection:
-                begin_bounded(connection)
+            with self._begun() as connection:
                 change(connection)
         except Exception as error:  # the lease runs out by itself, and the row is due again
             _log.warning("pump_settle_failed rows=%d error=%s", rows, type(error).__name__)

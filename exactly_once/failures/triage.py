@@ -132,7 +132,7 @@ def requeue(
         if row.business_key is not None:
             claim_rows.take_back(
                 connection,
-                tables.idempotent,
+                tables,
                 row.consumer_group,
                 row.handler,
                 row.business_key,

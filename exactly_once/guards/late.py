@@ -7,7 +7,7 @@ from the first moment on whether it is still open. Made by the guards of leases 
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
-from exactly_once.dialects import Dialect, Trouble, raise_for_the_store
+from exactly_once.dialects import Dialect, Trace, Trouble, raise_for_the_store
 from exactly_once.fork import engines as forked_engines
 from exactly_once.guards.watch import WATCHED, Shut, Watch, begin, let_go
 from exactly_once.leases import WAIT_MS, Held
@@ -57,18 +57,22 @@ class Late:
         if self.held is not None:
             self.held.check()
         dialect, dbapi, info = self._dialect, connection.connection.dbapi_connection, connection.info
-        owner = (self.held.row.owner if self.held is not None else "") or new_owner()
+        held, trace = self.held, None
+        if held is not None:
+            # of each transaction its own: a step's may be open beside the handler's
+            trace = Trace(held.row, new_owner(), held.attempt, held.token)
+        owner = (held.row.owner if held is not None else "") or new_owner()
         try:
             if dialect not in info:
                 forked_engines.used(connection.engine, connection.connection)
                 dialect.prepare(dbapi, info, wait_ms=WAIT_MS)
-            dialect.begin(dbapi, info, owner)
+            dialect.begin(dbapi, info, owner, trace)
         except Exception as error:
             if dialect.trouble(error) is Trouble.UNAVAILABLE:
                 connection.invalidate(error)
             raise_for_the_store(dialect, error)
             raise
-        self.watch = Watch(connection, dialect, dbapi, owner, held=self.held)
+        self.watch = Watch(connection, dialect, dbapi, owner, held=held, trace=trace)
         begin(session, self.watch)
 
     def end(self, session: Session) -> None:

@@ -105,10 +105,15 @@ class LeaseGuard:
         row = held.row
         try:
             known = self._local.look(row)
+            # of an earlier run, whose claim says nothing of what it had committed
+            traced = held.attempt > 1 and known is None and self._local.traced(row)
         except BaseException:
             with suppress(Exception):  # it runs out; what was raised first is what happened
                 self._store.release(held)
             raise
+        if traced:
+            self._store.release(held)
+            return Unfinished(row.owner)
         if known is None or not known.consumed:
             return None
         if known.settled:

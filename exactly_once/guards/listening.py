@@ -80,7 +80,7 @@ def _sending(statement: str, context: ExecutionContext, send: Callable[[], None]
         watch.called()
     watch.last = statement
     if context.execution_options.get("stream_results"):
-        watch.streams.add(context)
+        watch.reads(context)
     read = dialect.read(dbapi, watch.info, statement)
     if read.refused is not None:
         raise watch.leave(

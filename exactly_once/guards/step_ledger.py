@@ -69,6 +69,8 @@ class StepLedger:
         self._undecided: set[str] = set()
         self._running: str | None = None
         self.error: LeaseLost | StepError | BrokenTransaction | None = None
+        self.sent = False
+        """COMMIT of a step was sent, and failed: the database was there then."""
 
     @property
     def attempt(self) -> int:
@@ -225,6 +227,7 @@ class StepLedger:
         """
         if watch.committed and watch.left is not Left.BROKEN:
             return isinstance(error, Exception)
+        self.sent = watch.sent
         if not watch.sent:
             watch.ask()
         if watch.left is Left.BROKEN or watch.doubtful:

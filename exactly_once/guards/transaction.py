@@ -60,20 +60,21 @@ class TransactionGuard:
 
     def claim(self, session: Session, row: ClaimRow) -> Claim:
         """See `Guard.claim`."""
-        dialect = self._dialect
-        connection, dbapi, info = self._connected(session)
-        try:
-            won = dialect.claim(dbapi, info, row, wait_ms=self._wait_ms, savepoint=False)
-            if not won:
-                known = dialect.known(dbapi, row, end=True)
-                if known is None or known.status in (CONSUMED, UNFINISHED) or not self._cleared(connection, row):
-                    return standing(known, row)
+        dialect, won = self._dialect, False
+        while not won:
+            connection, dbapi, info, used = self._connected(session)
+            try:
                 won = dialect.claim(dbapi, info, row, wait_ms=self._wait_ms, savepoint=False)
-        except ClaimBusy as busy:
-            return InProgress(again=busy.again)
-        except Exception as error:
-            self._failed(connection, error)
-            raise
+                if not won:
+                    known = dialect.known(dbapi, row, end=True)
+                    if known is None or known.status in (CONSUMED, UNFINISHED) or not self._cleared(connection, row):
+                        return standing(known, row)
+                    won = dialect.claim(dbapi, info, row, wait_ms=self._wait_ms, savepoint=False)
+                    break
+            except ClaimBusy as busy:
+                return InProgress(again=busy.again)
+            except Exception as error:
+                self._failed(session, connection, error, used=used)
         if not won:  # cleared, and claimed by another before us
             session.rollback()
             return InProgress(again=True)
@@ -107,16 +108,19 @@ class TransactionGuard:
         Raises:
             StoreUnavailable: The store does not answer; nothing was claimed, as far as is known.
         """
-        connection, dbapi, info = self._connected(session)
-        try:
-            # a short bound, or one key in progress would hold all the others
-            wait_ms = min(self._wait_ms, _GROUP_WAIT_MS) if patient else 0
-            standing_by_key = self._groups.claim(dbapi, info, rows, owner=owner, wait_ms=wait_ms, meanwhile=meanwhile)
-        except ClaimBusy:
-            return None
-        except Exception as error:
-            self._failed(connection, error)
-            raise
+        # a short bound, or one key in progress would hold all the others
+        wait_ms = min(self._wait_ms, _GROUP_WAIT_MS) if patient else 0
+        standing_by_key: Mapping[str, Known | None] | None = None
+        while standing_by_key is None:
+            connection, dbapi, info, used = self._connected(session)
+            try:
+                standing_by_key = self._groups.claim(
+                    dbapi, info, rows, owner=owner, wait_ms=wait_ms, meanwhile=meanwhile
+                )
+            except ClaimBusy:
+                return None
+            except Exception as error:
+                self._failed(session, connection, error, used=used)
         by_key = {row.key: row for row in rows} if standing_by_key else {}
         others = {key: standing(known, by_key[key]) for key, known in standing_by_key.items()}
         if len(others) == len(rows):
@@ -131,31 +135,46 @@ class TransactionGuard:
     def _groups(self) -> GroupClaims:
         return group_claims_for(self._dialect)
 
-    def _connected(self, session: Session) -> tuple[Connection, Any, MutableMapping[Any, Any]]:
-        """Give the session's connection, prepared."""
+    def _connected(self, session: Session) -> tuple[Connection, Any, MutableMapping[Any, Any], bool]:
+        """Give the session's connection, prepared, and whether it was used before."""
         dialect = self._dialect
         try:
             # first, so that SQLAlchemy knows of the transaction we begin below it; costs no round trip
             connection = session.connection()
             dbapi, info = connection.connection.dbapi_connection, connection.info
-            if dialect in info and dialect.strange(dbapi):
+            while (used := dialect in info) and dialect.strange(dbapi):
                 # whoever had it changed it in a way that would store a key as another one
                 connection.invalidate()
                 session.rollback()
                 connection = session.connection()
                 dbapi, info = connection.connection.dbapi_connection, connection.info
-            if dialect not in info or dialect.strange(dbapi):
+            if not used:
                 forked_engines.used(connection.engine, connection.connection)
                 dialect.prepare(dbapi, info, wait_ms=self._wait_ms)
         except Exception as error:
             raise_for_the_store(dialect, error)
             raise
-        return connection, dbapi, info
+        return connection, dbapi, info, used
 
-    def _failed(self, connection: Connection, error: Exception) -> None:
-        if self._dialect.trouble(error) is Trouble.UNAVAILABLE:
+    def _failed(self, session: Session, connection: Connection, error: Exception, *, used: bool) -> None:
+        """After a claim that failed: come back where it is to be asked for on another connection.
+
+        Whoever used the connection may have left a role, a time limit or AUTOCOMMIT in it; then no message is to be blamed. A
+        connection that nobody used before is believed. What an outage says is not asked again here: `delivery` looks.
+
+        Raises:
+            Exception: What failed, in our words where it is an outage.
+        """
+        dialect = self._dialect
+        away = dialect.trouble(error) is Trouble.UNAVAILABLE
+        if used and not away and not dialect.unstorable(error):
+            connection.invalidate()
+            session.rollback()
+            return
+        if away:
             connection.invalidate(error)  # its raw error passed SQLAlchemy by, which would hand it out again
-        raise_for_the_store(self._dialect, error)
+        raise_for_the_store(dialect, error)
+        raise error
 
     def _cleared(self, connection: Connection, row: ClaimRow) -> bool:
         """Take away, in the handler's transaction, a lease that was begun and is nobody's now: the guard was changed since."""

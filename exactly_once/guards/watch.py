@@ -19,7 +19,7 @@ from sqlalchemy import Connection
 from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.orm import Session, SessionTransaction
 
-from exactly_once.dialects import ClaimRow, Dialect, Gone, State
+from exactly_once.dialects import ClaimRow, Dialect, Gone, State, Trace
 from exactly_once.errors import Misuse
 from exactly_once.leases import Held
 from exactly_once.wording import escaped
@@ -73,12 +73,13 @@ class Watch:
         owner: This attempt.
         rows: What it claimed in this transaction.
         held: The lease it runs under, if it does.
+        trace: What it wrote in this transaction in place of a claim.
     """
 
     __slots__ = (
         "begun", "busy", "call", "changed", "committed", "connection", "dbapi", "dialect", "error", "held", "info", "last",
         "left", "lost", "ours", "owner", "refused", "replaced", "rolled_back", "root", "rows", "sent", "shut", "streams",
-        "whole"
+        "trace", "whole"
     )  # fmt: skip
 
     def __init__(
@@ -89,6 +90,7 @@ class Watch:
         owner: str,
         rows: Sequence[ClaimRow] = (),
         held: Held | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self.connection = connection
         self.dialect = dialect
@@ -96,6 +98,7 @@ class Watch:
         self.owner = owner
         self.rows = rows
         self.held = held
+        self.trace = trace
         self.root = connection.get_transaction()
         self.begun: SessionTransaction | None = None
         self.left = Left.NOT
@@ -119,8 +122,8 @@ class Watch:
         """COMMIT was answered."""
         self.replaced = False
         """It was lost, and something else was committed in its place."""
-        self.streams: WeakSet[ExecutionContext] = WeakSet()
-        """Statements whose rows are read one by one."""
+        self.streams: WeakSet[ExecutionContext] | None = None
+        """Statements whose rows are read one by one; None before the first."""
         self.rolled_back = False
         """ROLLBACK was sent by SQLAlchemy, for the handler or for an error."""
         self.whole = False
@@ -148,10 +151,17 @@ class Watch:
         if self.call is not None:
             since = self.dialect.committed_since(self.dbapi, self.info, self.call)
         else:
-            # no statement that can commit was seen to end it: a deadlock that a function swallowed; else the claim's row tells
-            since = False if self.rows else None
+            # no statement that can commit was seen to end it: a deadlock that a function swallowed. Else the row tells that
+            # was written first
+            since = False if self.rows or self.trace else None
         self.replaced = since is not False
         return self.leave(Left.GONE if since is False else Left.BROKEN, _GONE + named)
+
+    def reads(self, context: ExecutionContext) -> None:
+        """A statement begins whose rows are read one by one."""
+        if self.streams is None:
+            self.streams = WeakSet()
+        self.streams.add(context)
 
     def _shown(self, words: str) -> str:
         return f"{words}{escaped(self.last, _SHOWN)}" if self.last else ""
@@ -192,7 +202,9 @@ class Watch:
 
     def _reads(self) -> bool:
         """Somebody holds rows that are not read to their end; of an async driver, whose cursor forgets its inner one then."""
-        return any(getattr(each.cursor, "_cursor", None) is not None for each in self.streams)
+        return self.streams is not None and any(
+            getattr(each.cursor, "_cursor", None) is not None for each in self.streams
+        )
 
     def check(self, session: Session) -> None:
         """Raise what `verify` finds, before more is done in this transaction: that would be taken for what did it.
@@ -250,7 +262,7 @@ class Watch:
         """
         self.sent = True
         try:
-            self.dialect.commit(self.dbapi, self.info, self.owner, self.rows, send)
+            self.dialect.commit(self.dbapi, self.info, self.owner, self.rows, self.trace, send)
         except Gone as error:
             self.sent = False
             raise self.gone() from error

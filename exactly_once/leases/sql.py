@@ -34,7 +34,17 @@ from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, LeaseClaims, Lea
 from exactly_once.dialects import raise_for_the_store as raise_for
 from exactly_once.leases import WAIT_MS, Held, Recorded, clock
 from exactly_once.pooler import begin_bounded
-from exactly_once.schema import CONSUMED, CONSUMING, DISCARDED, STEP_BEGUN, STEP_FINISHED, UNFINISHED, Tables, utcnow
+from exactly_once.schema import (
+    CONSUMED,
+    CONSUMING,
+    DISCARDED,
+    STEP_BEGUN,
+    STEP_FINISHED,
+    STEP_TRACE,
+    UNFINISHED,
+    Tables,
+    utcnow,
+)
 
 __all__ = ["SqlLeases"]
 
@@ -78,24 +88,27 @@ class SqlLeases:
 
     def claim(self, row: ClaimRow, token: str, lease: timedelta, *, also: bytes, steps: bool) -> Leased:
         """See `LeaseStore.claim`."""
-        with self._speaking(self._engine) as connection:
-            dbapi, info = connection.connection.dbapi_connection, connection.info
-            try:
-                if self._dialect not in info:
-                    self._dialect.prepare(dbapi, info, wait_ms=WAIT_MS)
-                for last in (False, True):
-                    try:
-                        return self._claims.claim(
-                            dbapi, info, row, token, lease=lease, also=also, wait_ms=WAIT_MS, steps=steps
-                        )
-                    except ClaimBusy as busy:
-                        if last or not busy.again:
-                            return Leased(False, False, row.fingerprint, 0, _MOMENT)
-            except Exception as error:
-                if self._dialect.trouble(error) is Trouble.UNAVAILABLE:
-                    connection.invalidate(error)  # its raw error passed SQLAlchemy by, which would hand it out again
-                raise
-        raise AssertionError
+        while True:
+            with self._speaking(self._engine) as connection:
+                dbapi, info = connection.connection.dbapi_connection, connection.info
+                used = self._dialect in info
+                try:
+                    if not used:
+                        self._dialect.prepare(dbapi, info, wait_ms=WAIT_MS)
+                    for last in (False, True):
+                        try:
+                            return self._claims.claim(
+                                dbapi, info, row, token, lease=lease, also=also, wait_ms=WAIT_MS, steps=steps
+                            )
+                        except ClaimBusy as busy:
+                            if last or not busy.again:
+                                return Leased(False, False, row.fingerprint, 0, _MOMENT)
+                except Exception as error:
+                    away = self._dialect.trouble(error) is Trouble.UNAVAILABLE
+                    if not used or away or self._dialect.unstorable(error):
+                        raise
+                    # whoever used the connection may have left a role or a time limit in it: asked again on another
+                    connection.invalidate()
 
     def complete(self, held: Held) -> bool:
         """See `LeaseStore.complete`."""
@@ -261,7 +274,9 @@ class SqlLeases:
             found = connection.execute(select(*columns).where(self._of(t, row))).one_or_none()
             if found is None:
                 return None
-            steps = select(s.c.step, s.c.ordinal, s.c.status, s.c.result, s.c.attempt).where(self._of(s, row))
+            steps = select(s.c.step, s.c.ordinal, s.c.status, s.c.result, s.c.attempt).where(
+                self._of(s, row), s.c.status != STEP_TRACE
+            )
             running = found.token is not None and found.lease_until is not None
             return Leased(
                 won=False,
@@ -278,6 +293,14 @@ class SqlLeases:
             )
 
         return self._by_itself(read)
+
+    def traced(self, row: ClaimRow) -> bool:
+        """Say whether something else than an attempt's own COMMIT has committed a transaction of this message's."""
+        if not self._dialect.asks_around_calls:
+            return False  # none is written there
+        s = self._steps
+        stands = select(literal(1)).where(self._of(s, row), s.c.status == STEP_TRACE).limit(1)
+        return self._by_itself(lambda connection: connection.execute(stands).first() is not None)
 
     def handlers(self, group: str, key: str) -> Sequence[str]:
         """Return the handlers that have a claim on a key."""
@@ -340,7 +363,14 @@ class SqlLeases:
     def _speaking(self, engine: Engine) -> Iterator[Connection]:
         try:
             with engine.connect() as connection:
-                yield connection
+                try:
+                    yield connection
+                except Exception as error:
+                    if not isinstance(error, IntegrityError) and self._dialect.trouble(error) is not Trouble.TRANSIENT:
+                        # a raw error passes SQLAlchemy by, which would hand the connection out again; and whoever had it
+                        # before may have left it changed
+                        connection.invalidate(error)
+                    raise
         except Exception as error:
             raise_for(self._dialect, error, self.name)
             raise

@@ -57,11 +57,10 @@ def waiting(shop: Shop) -> int:
         "postgres": "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
         " AND datname = current_database()",
         # not innodb_trx: it shows what it last found to whoever asks again within 0.1 s, so a waiter may never appear
-        "mariadb": "SELECT variable_value FROM information_schema.global_status"
-        " WHERE variable_name = 'INNODB_ROW_LOCK_CURRENT_WAITS'",
+        "mariadb": "SHOW GLOBAL STATUS LIKE 'Innodb_row_lock_current_waits'",
     }[shop.dialect]
     with shop.outside.connect() as connection:
-        return int(connection.execute(text(look)).scalar_one())
+        return int(connection.execute(text(look)).one()[-1])
 
 
 # -- at the same moment ------------------------------------------------------------------------------------------------

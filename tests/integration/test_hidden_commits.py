@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from sqlalchemy import insert, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from exactly_once import Outcome, Retry
+from exactly_once import Lease, Outcome, Retry
 from tests.integration.shop import COLOURS, DIALECTS, ONE_TRY, STOCK, Shop, order, put, shops
-from tests.integration.threads import Turn, in_thread
+from tests.integration.threads import Turn, in_thread, until
 from tests.integration.ways import (
     ALONE,
     IN_A_GROUP,
@@ -505,9 +506,10 @@ import os, signal, sys
 from sqlalchemy import text
 from tests.integration.shop import Shop, order, put
 from contextlib import suppress
-from exactly_once import Misuse
+from datetime import timedelta
+from exactly_once import Lease, Misuse
 from tests.integration.ways import WAYS, driver_of
-dialect, colour, url, name, hidden = sys.argv[1:]
+dialect, colour, url, name, hidden, handler, redis = sys.argv[1:]
 (way,) = (each for each in WAYS if each.name == name)
 def do(session, no):
     put(session, f"{no} before")
@@ -520,28 +522,40 @@ def do(session, no):
         os.kill(os.getpid(), signal.SIGKILL)
     put(session, f"{no} after")
 shop = Shop(dialect, colour, url)
-way.handles(shop, do)
+short = timedelta(seconds=2)
+guard = Lease(short, store=redis) if redis else Lease(short)
+way.handles(shop, do, name=handler, **({"guard": guard} if way.lease else {}))
 way.deliver(shop, [order(no) for no in ([1, 2, 3, 4, 5, 6, 7, 8] if way.together else [3])])
 """
+SHORT = timedelta(seconds=2)
 
 
-@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST], ids=str)
+@pytest.mark.parametrize(
+    ("way", "store"),
+    [(way, "") for way in WAYS] + [(UNDER_A_LEASE, "redis"), (IN_A_STEP, "redis")],
+    ids=lambda it: str(it) or "own",
+)
 @pytest.mark.parametrize("hidden", ["driver", "CALL begins()"])
 def test_a_process_killed_between_the_hidden_commit_and_our_record_leaves_no_duplicate(
-    shop: Shop, way: Way, hidden: str
+    request: pytest.FixtureRequest, shop: Shop, way: Way, store: str, hidden: str
 ) -> None:
     if shop.dialect != "mariadb":
         pytest.skip(
             "only MySQL's and MariaDB's procedures end the transaction they are called in; there a claim is finished"
         )
-    command = [sys.executable, "-c", CHILD, shop.dialect, shop.colour, shop.url, way.name, hidden]
+    redis = request.getfixturevalue("redis_url") if store else ""
+    handler = f"handler-{os.urandom(4).hex()}"
+    command = [sys.executable, "-c", CHILD, shop.dialect, shop.colour, shop.url, way.name, hidden, handler, redis]
     ended = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120, check=False)
     assert ended.returncode == -signal.SIGKILL
     assert "3 before" in shop.effects()
     assert "3 after" not in shop.effects()
     # told by what the dead process has left: 3 and its company
     hiding = Hiding(lambda session: None, mended=True)
-    way.handles(shop, hiding)
+    guard = Lease(SHORT, store=redis) if redis else Lease(SHORT)
+    way.handles(shop, hiding, name=handler, **({"guard": guard} if way.lease else {}))
+    if way.lease:
+        until(lambda: shop.process(order(3, attempt=2)) is not Outcome.IN_PROGRESS, "the end of the dead run's lease")
     tell_the_story(shop, way, hiding, numbers_of(way), attempt=2)
     assert hiding.runs[3] == 1  # when a person said so
 

@@ -64,6 +64,7 @@ def claim_texts(dialect: str) -> dict[str, list[str]]:
         single = {"prepare": [mysql.PREPARE], "bound": [mysql.BOUND], "claim": [mysql.CLAIM], "known": [mysql.KNOWN]}
         ends = {
             "with COMMIT": [mysql.FINISH, mysql.FINISH_MANY],
+            "a transaction under a lease": [mysql.TRACE, mysql.UNTRACE],
             "what each commit changes": [mysql.COMMITS],
         }
         return single | ends | of_group

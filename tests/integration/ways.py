@@ -42,9 +42,8 @@ class Way:
 
     def handles(self, shop: Shop, do: Do, **more: Any) -> None:
         """Register the handler."""
-        options: dict[str, Any] = {"name": "handler", "key": "no", "retry": ONE_TRY} | more
-        if self.lease:
-            options |= {"guard": LEASE}
+        options: dict[str, Any] = {"name": "handler", "key": "no", "retry": ONE_TRY}
+        options |= ({"guard": LEASE} if self.lease else {}) | more
         if self is IN_A_GROUP:
             options |= {"batch": 100}
         register = _async if shop.is_async else _sync

@@ -1,6 +1,7 @@
 """Starts a MariaDB of our own from the installed programs: its own files, its own port on loopback, our child.
 
-It never touches the system's server. Called by tests and benchmarks.
+It never touches the system's server. Called by tests and benchmarks. Where EXACTLY_ONCE_TEST_MYSQLD names a `mysqld` of MySQL,
+that server stands in MariaDB's place (`mysql_debian` fetches one).
 """
 
 import os
@@ -24,17 +25,22 @@ SETTINGS = {
     "bind-address": "127.0.0.1",
     "skip-name-resolve": "1",
     "innodb-buffer-pool-size": "128M",
-    "innodb-log-file-size": "64M",
     "max-connections": "300",
     # 1, the default and what we ask of production: a commit is in the log when it returns. A killed process loses
     # nothing with 2 either, but `doctor` would rightly complain
     "innodb-flush-log-at-trx-commit": "1",
-    "log-warnings": "1",
+    # of one of the two servers only
+    "loose-innodb-log-file-size": "64M",
+    "loose-log-warnings": "1",
+    "loose-mysqlx": "OFF",
 }
+MYSQLD = os.environ.get("EXACTLY_ONCE_TEST_MYSQLD")
 
 
 def missing() -> str | None:
     """Say why MariaDB cannot run here, or return None."""
+    if MYSQLD:
+        return None if shutil.which(MYSQLD) else f"EXACTLY_ONCE_TEST_MYSQLD names no program: {MYSQLD}"
     for program in ("mariadbd", "mariadb-install-db"):
         if shutil.which(program, path=PLACES) is None:
             return f"there is no `{program}` here (Debian: apt-get install mariadb-server)"
@@ -62,7 +68,7 @@ class MariaDB:
         options = {**SETTINGS, **(settings or {})}
         options |= {"datadir": str(self._data), "port": str(self.port), "socket": str(self.directory / "socket")}
         options |= {"pid-file": str(self.directory / "pid"), "tmpdir": str(self.directory)}
-        program = shutil.which("mariadbd", path=PLACES) or "mariadbd"
+        program = MYSQLD or shutil.which("mariadbd", path=PLACES) or "mariadbd"
         self._child = Child(
             "MariaDB",
             [program, "--no-defaults", *(f"--{name}={value}" for name, value in options.items())],
@@ -139,10 +145,17 @@ class MariaDB:
 
     def _initialise(self) -> None:
         self._data.mkdir(parents=True)
-        command = [shutil.which("mariadb-install-db", path=PLACES) or "", "--no-defaults", f"--datadir={self._data}"]
+        program = MYSQLD or shutil.which("mariadb-install-db", path=PLACES) or ""
         # a server that starts deletes the temporary tables it finds there, also those of another that is being made
-        command.append(f"--tmpdir={self.directory}")
-        command += ["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-log-bin"]
+        command = [program, "--no-defaults", f"--datadir={self._data}", f"--tmpdir={self.directory}"]
+        if MYSQLD:
+            accounts = self.directory / "accounts.sql"  # root is at localhost alone there, which is a name
+            accounts.write_text(
+                "CREATE USER root@'127.0.0.1';\nGRANT ALL ON *.* TO root@'127.0.0.1' WITH GRANT OPTION;\n"
+            )
+            command += ["--initialize-insecure", f"--init-file={accounts}"]
+        else:
+            command += ["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-log-bin"]
         if self._account:
             for path in (self.directory, self._data):
                 os.chown(path, self._account.uid, self._account.gid)

@@ -1,0 +1,198 @@
+"""A connection of the pool is not as it was: whoever had it left a role, a time limit, a date's style or AUTOCOMMIT in it.
+
+The kind: a function of a handler, or other code of the program on the same engine, changed the session where no statement's text
+says so. Then no message is to be blamed for it, no copy may run, what fails is written down, and the pump goes on.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from exactly_once import Outcome, Retry
+from exactly_once.testing.databases import DatabaseServer
+from tests.integration.shop import COLOURS, Shop, order, put
+from tests.integration.test_connection_settings import ground_on, one_by_one, run
+from tests.integration.threads import until
+from tests.integration.ways import ALONE, IN_A_GROUP, UNDER_A_LEASE, Way
+
+P, D, F = Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.FAILED
+some_ways = pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, UNDER_A_LEASE], ids=str)
+
+
+@pytest.fixture(params=COLOURS)
+def postgres(request: pytest.FixtureRequest) -> Iterator[Shop]:
+    """With a role that may write effects, and nothing of ours."""
+    for shop in ground_on(request, "postgres", request.param):
+        run(
+            shop,
+            "CREATE ROLE tenant_of_the_pool NOLOGIN",
+            "GRANT INSERT, SELECT ON effect TO tenant_of_the_pool",
+            "GRANT USAGE ON SEQUENCE effect_id_seq TO tenant_of_the_pool",
+        )
+        yield shop
+        run(shop, "DROP OWNED BY tenant_of_the_pool", "DROP ROLE tenant_of_the_pool")
+
+
+@pytest.fixture(params=COLOURS)
+def mariadb(request: pytest.FixtureRequest) -> Iterator[Shop]:
+    yield from ground_on(request, "mariadb", request.param)
+
+
+def by_other_code(shop: Shop, *statements: str) -> None:
+    """Code of the program that shares the pool with its handlers: in a transaction of its own, committed."""
+    if shop.is_async:
+
+        async def send() -> None:
+            async with shop.async_engine.begin() as connection:
+                for statement in statements:
+                    await connection.exec_driver_sql(statement)
+
+        shop.await_(send())
+        return
+    with shop.engine.begin() as connection:
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+
+
+def in_the_end(shop: Shop, way: Way, no: Any) -> Outcome:
+    """Deliver until it is no longer said to be an outage, which may be of one connection and ends by itself."""
+    for _ in range(4):
+        (outcome,) = one_by_one(shop, way, [no])
+        if outcome is not Outcome.WAITING:
+            return outcome
+    return outcome
+
+
+# -- PostgreSQL --------------------------------------------------------------------------------------------------------
+
+LEFT = {
+    "role": "SELECT set_config('role', 'tenant_of_the_pool', false)",
+    "session authorization": "SELECT set_config('session_authorization', 'tenant_of_the_pool', false)",
+    "read only": "SELECT set_config('default_transaction_read_only', 'on', false)",
+    "statement timeout": "SELECT set_config('statement_timeout', '1', false)",
+    "lock timeout": "SELECT set_config('lock_timeout', '1', false)",
+    "style of dates": "SELECT set_config('datestyle', 'German', false)",
+    "isolation": "SELECT set_config('default_transaction_isolation', 'serializable', false)",
+    "encoding": "SELECT set_config('client_encoding', 'LATIN1', false)",
+    "path": "SELECT set_config('search_path', 'pg_temp', false)",
+}
+
+
+def effect_of(session: Session, no: Any) -> None:
+    session.execute(text("INSERT INTO public.effect (text) VALUES (:text)"), {"text": str(no)})
+    if no == 3:
+        raise ZeroDivisionError
+
+
+@some_ways
+@pytest.mark.parametrize("left", LEFT)
+def test_what_a_function_of_a_handler_left_in_the_session_fails_no_neighbour(
+    postgres: Shop, way: Way, left: str
+) -> None:
+    def do(session: Session, no: Any) -> None:
+        effect_of(session, no)
+        if no == 1:
+            session.execute(text(LEFT[left]))
+
+    way.handles(postgres, do)
+    assert in_the_end(postgres, way, 1) in (P, F)
+    assert [in_the_end(postgres, way, no) for no in (2, 3, 4)] == [P, F, P]
+    assert one_by_one(postgres, way, [2, 4]) == [D, D]
+    assert {row.business_key: row.error_class for row in postgres.failures()}["3"] == "ZeroDivisionError"
+
+
+@some_ways
+@pytest.mark.parametrize("left", LEFT)
+def test_what_other_code_of_the_program_left_in_the_pool_fails_no_message(postgres: Shop, way: Way, left: str) -> None:
+    way.handles(postgres, effect_of)
+    assert one_by_one(postgres, way, [1]) == [P]
+    by_other_code(postgres, LEFT[left])
+    assert [in_the_end(postgres, way, no) for no in (2, 3, 4)] == [P, F, P]
+    assert one_by_one(postgres, way, [1, 2, 4]) == [D, D, D]
+    assert postgres.failure().error_class == "ZeroDivisionError"
+
+
+def test_a_raw_connection_that_was_left_in_autocommit_fails_no_message(postgres: Shop) -> None:
+    """As for LISTEN or VACUUM: `connection.connection.driver_connection.autocommit = True`, and back to the pool."""
+    if postgres.is_async:
+        pytest.skip("psycopg's async connection has no such attribute to set")
+    ALONE.handles(postgres, effect_of)
+    assert one_by_one(postgres, ALONE, [1]) == [P]
+    with postgres.engine.connect() as connection:
+        connection.connection.driver_connection.autocommit = True  # type: ignore[union-attr]
+    assert one_by_one(postgres, ALONE, [2, 4]) == [P, P]
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_the_pump_goes_on_whatever_style_dates_have_in_the_database(eo_server: DatabaseServer, colour: str) -> None:
+    url = eo_server.create()
+    name = f"memory://dates-{colour}"
+    try:
+        with Shop("postgres", colour, url.render_as_string(hide_password=False), pool_size=5) as shop:
+            failing = {"1", "2"}
+
+            def do(session: Session, no: Any) -> None:
+                put(session, str(no))
+                if str(no) in failing:
+                    raise ZeroDivisionError
+
+            ALONE.handles(shop, do, retry=Retry(immediate=0, max_attempts=1))
+            with shop.eo.worker(name, concurrency=2) as worker, shop.eo.producer(name) as producer:
+                for no in ("1", "5"):
+                    producer.send(order(no))
+                worker.drain()
+                run(shop, f"ALTER DATABASE \"{url.database}\" SET datestyle = 'German'")
+                for engine in (shop.engine, shop.async_engine.sync_engine):
+                    engine.dispose(close=False)
+                producer.send(order("2"))
+                worker.drain()
+                assert shop.effects() == ["5"]
+                failing.clear()
+                run(shop, "UPDATE message_failure SET state = 'requeued', next_attempt_at = clock_timestamp()")
+                until(lambda: len(shop.effects()) >= 3, "what failed has run")
+            assert sorted(shop.effects()) == ["1", "2", "5"]
+    finally:
+        eo_server.drop(url)
+
+
+# -- MariaDB -------------------------------------------------------------------------------------------------------------
+
+LEFT_ON_MARIADB = {
+    "autocommit": "SET autocommit = 1",
+    "read only": "SET SESSION TRANSACTION READ ONLY",
+    "mode": "SET sql_mode = ''",
+    "names": "SET NAMES latin1",
+    "a limit of rows": "SET sql_select_limit = 0",
+    "time limit": "SET max_statement_time = 0.0001",
+    "another database": "USE mysql",
+}
+
+
+@some_ways
+@pytest.mark.parametrize("left", LEFT_ON_MARIADB)
+def test_what_other_code_of_the_program_left_in_the_pool_of_mariadb_fails_no_message(
+    mariadb: Shop, way: Way, left: str
+) -> None:
+    fails = [True]
+
+    def do(session: Session, no: Any) -> None:
+        session.execute(
+            text(f"INSERT INTO `{mariadb.engine.url.database}`.effect (text) VALUES (:no)"), {"no": str(no)}
+        )
+        if no == 3 and fails:
+            raise ZeroDivisionError
+
+    way.handles(mariadb, do)
+    assert one_by_one(mariadb, way, [1]) == [P]
+    by_other_code(mariadb, LEFT_ON_MARIADB[left])
+    first = [in_the_end(mariadb, way, no) for no in (2, 3, 4, 5)]
+    assert P in first[2:], first
+    for engine in (mariadb.engine, mariadb.async_engine.sync_engine):  # as a restart would: connections that nobody had
+        engine.dispose(close=False)
+    fails.clear()
+    again = one_by_one(mariadb, way, [1, 2, 3, 4, 5])
+    assert again[0] is D
+    assert sorted(mariadb.effects()) == ["1", "2", "3", "4", "5"], (first, again)
