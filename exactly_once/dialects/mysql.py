@@ -54,6 +54,7 @@ __all__ = [
     "KNOWN",
     "LOCK_WAIT",
     "PREPARE",
+    "READ",
     "TRACE",
     "TRANSIENT",
     "UNTRACE",
@@ -97,16 +98,19 @@ KNOWN: Final = (
 BEGIN: Final = "START TRANSACTION"
 PREPARE: Final = "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode"
 # what changes with each commit of this session: how often it sent what is not known to commit nothing. The binary log would
-# tell for less, but not of what is kept out of it
+# tell for less, but not of what is kept out of it. MySQL has these counters in no table, and SHOW cannot add them up
 COMMITS: Final = (
-    "SELECT SUM(VARIABLE_VALUE) FROM {source} WHERE VARIABLE_NAME LIKE 'Com\\_%' AND VARIABLE_NAME NOT LIKE 'Com\\_show\\_%'"
+    "{read} WHERE VARIABLE_NAME LIKE 'Com\\_%' AND VARIABLE_NAME NOT LIKE 'Com\\_show\\_%'"
     " AND VARIABLE_NAME NOT LIKE 'Com\\_stmt\\_%' AND VARIABLE_NAME NOT IN ('Com_select', 'Com_insert', 'Com_insert_select',"
     " 'Com_update', 'Com_update_multi', 'Com_delete', 'Com_delete_multi', 'Com_replace', 'Com_replace_select',"
     " 'Com_call_procedure', 'Com_savepoint', 'Com_release_savepoint', 'Com_rollback_to_savepoint', 'Com_rollback',"
     " 'Com_signal', 'Com_resignal', 'Com_get_diagnostics', 'Com_compound_sql', 'Com_do', 'Com_execute_sql',"
     " 'Com_execute_immediate', 'Com_prepare_sql', 'Com_dealloc_sql', 'Com_empty_query')"
 )
-_SOURCES: Final = {True: "information_schema.SESSION_STATUS", False: "performance_schema.session_status"}
+READ: Final = {
+    "MariaDB": "SELECT SUM(VARIABLE_VALUE) FROM information_schema.SESSION_STATUS",
+    "MySQL": "SHOW SESSION STATUS",
+}
 
 # of the protocol's OK packet
 # as it is meant, whatever completion_type says
@@ -264,7 +268,7 @@ class MySQL:
             bound=BOUND.replace("{seconds}", f"{seconds:d}") if is_mariadb else "",
             rollback_on_timeout=bool(rollback_on_timeout),
             compound=is_mariadb and "ORACLE" not in str(modes),  # which has another grammar
-            commits=COMMITS.replace("{source}", _SOURCES[is_mariadb]),
+            commits=COMMITS.replace("{read}", READ["MariaDB" if is_mariadb else "MySQL"]),
             readers=(reader(grammar._replace(backslash=False)), reader(grammar._replace(backslash=True))),
         )
 
@@ -361,7 +365,7 @@ class MySQL:
         cursor = dbapi.cursor()
         try:
             together(cursor, seen, f"SAVEPOINT {_inner(owner)}", seen.commits)
-            return cursor.fetchone()
+            return _counted(cursor)
         except Exception as error:
             if errno(error) in (1142, 1143, 1146):  # no right to the server's counters, or there are none
                 return None
@@ -382,7 +386,7 @@ class MySQL:
         cursor = dbapi.cursor()
         try:
             cursor.execute(seen.commits)
-            return bool(cursor.fetchone() != before)
+            return _counted(cursor) != before
         finally:
             cursor.close()
 
@@ -495,6 +499,12 @@ def _version(text: str) -> int:
 def _inner(owner: str) -> str:
     """Name the savepoint around a CALL."""
     return f"{savepoint_of(owner)}_call"
+
+
+def _counted(cursor: Any) -> tuple[Any, ...] | None:
+    """Return the counters to compare; None where there are none, which says nothing of commits."""
+    rows = tuple(cursor.fetchall())
+    return rows if rows and all(None not in row for row in rows) else None
 
 
 def _released(dbapi: Any, name: str) -> bool:

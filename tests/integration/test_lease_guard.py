@@ -244,8 +244,11 @@ def taken_over(shop: Shop) -> Outcome:
         # by its id: a delete that reads all rows would wait for those of the first one's open transaction
         (made,) = connection.execute(select(EFFECT.c.id).where(EFFECT.c.text == "second")).scalars()
         connection.execute(EFFECT.delete().where(EFFECT.c.id == made))
-    end_lease(shop)
-    return other.process(order())
+    for _ in range(20):  # the first one's renewal may come between the two
+        end_lease(shop)
+        if (outcome := other.process(order())) is not Outcome.IN_PROGRESS:
+            break
+    return outcome
 
 
 def test_a_zombies_commit_changes_nothing_after_the_takeover(shop: Shop) -> None:

@@ -20,6 +20,8 @@ from sqlalchemy.orm import Session, sessionmaker
 from exactly_once import Outcome
 from tests.integration.shop import DIALECTS, EFFECT, ONE_TRY, ONLY, STOCK, Do, Shop, order, put
 from tests.integration.threads import Turn, in_thread
+from tests.integration.ways import mariadb_procedures
+from tests.services.mariadb import MYSQLD
 
 pytestmark = pytest.mark.usefixtures("shop")
 
@@ -255,7 +257,7 @@ BEHIND = [
     Misuse("pool's connection.commit", lambda s: s.connection().connection.commit()),
     Misuse("driver's cursor COMMIT", lambda s: _cursor(s, "COMMIT")),
     Misuse("CALL a procedure that commits", lambda s: s.execute(text("CALL commits()")), on=MARIADB),
-    Misuse("EXECUTE IMMEDIATE", lambda s: s.execute(text("EXECUTE IMMEDIATE 'COMMIT'")), on=MARIADB),
+    Misuse("EXECUTE IMMEDIATE", lambda s: s.execute(text("EXECUTE IMMEDIATE 'COMMIT'")), on=() if MYSQLD else MARIADB),
     Misuse("CALL that answers", lambda s: s.execute(text("CALL commits_and_selects()")).all(), on=MARIADB),
 ]
 
@@ -266,9 +268,7 @@ def test_a_commit_that_got_through_is_parked_for_a_person(shop: Shop, misuse: Mi
     if shop.dialect not in misuse.on:
         pytest.skip(f"cannot be said on {shop.dialect}")
     if shop.dialect == "mariadb":
-        with shop.outside.begin() as connection:
-            connection.execute(text("CREATE OR REPLACE PROCEDURE commits() BEGIN COMMIT; END"))
-            connection.execute(text("CREATE OR REPLACE PROCEDURE commits_and_selects() BEGIN COMMIT; SELECT 1; END"))
+        mariadb_procedures(shop, commits="() BEGIN COMMIT; END", commits_and_selects="() BEGIN COMMIT; SELECT 1; END")
     shop.handles(between(misuse.do, swallow=swallow))
     assert shop.process(order()) is Outcome.DEAD
     failure = shop.failure()
@@ -280,6 +280,8 @@ def test_a_commit_that_got_through_is_parked_for_a_person(shop: Shop, misuse: Mi
 def test_the_statement_that_committed_is_named(shop: Shop) -> None:
     if shop.dialect != "mariadb":
         pytest.skip("no statement of PostgreSQL's or SQLite's does it unnoticed")
+    if MYSQLD:
+        pytest.skip("MySQL has no EXECUTE IMMEDIATE")
     (misuse,) = (each for each in BEHIND if each.name == "EXECUTE IMMEDIATE")
     shop.handles(misuse.do)
     assert shop.process(order()) is Outcome.DEAD
@@ -314,6 +316,8 @@ def test_a_rollback_behind_our_back_never_keeps_effects_without_their_claim(
 def test_a_connection_left_in_autocommit_is_not_used_again(shop: Shop) -> None:
     if shop.dialect != "mariadb":
         pytest.skip("MariaDB's SET autocommit commits by itself")
+    if MYSQLD:
+        pytest.skip("MySQL has no EXECUTE IMMEDIATE")
     runs: list[str] = []
 
     def do(session: Session) -> None:
