@@ -4,16 +4,16 @@ A person discards a message; a broken one is written down; a lease that is kept 
 transaction. Called by `failures`, by `failures.triage` and by `leases.sql`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from sqlalchemy import Connection, Table, and_, delete, insert, update
+from sqlalchemy import Connection, Insert, Table, and_, delete, insert, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from exactly_once.schema import CONSUMED, CONSUMING, STEP_TRACE, UNFINISHED, Tables, utcnow
 
-__all__ = ["of", "take_back", "write"]
+__all__ = ["of", "take_back", "write", "writing", "written"]
 
 _DUPLICATE_ENTRY: Final = 1062  # MySQL's and MariaDB's errno
 
@@ -23,25 +23,40 @@ def of(table: Table, group: str, handler: str, key: str) -> Any:
     return and_(table.c.consumer_group == group, table.c.handler == handler, table.c.business_key == key)
 
 
-def write(connection: Connection, claims: Table, values: Mapping[str, Any]) -> bool:
-    """Insert a consumed claim unless the key has one; say whether it was inserted."""
+def writing(server: str, claims: Table, values: Mapping[str, Any]) -> Insert:
+    """Return what inserts a consumed claim unless the key has one.
+
+    Args:
+        server: SQLAlchemy's name of its dialect.
+        claims: Our table.
+        values: Of its columns.
+    """
     row = {"status": CONSUMED, "created_at": utcnow(), "consumed_at": utcnow(), **values}
-    match connection.dialect.name:
+    match server:
         case "postgresql":
-            statement: Any = postgresql.insert(claims).values(row).on_conflict_do_nothing()
+            return postgresql.insert(claims).values(row).on_conflict_do_nothing()
         case "sqlite":
             # not in a savepoint: its driver begins no transaction for one, so its release would commit the claim alone
-            statement = sqlite.insert(claims).values(row).on_conflict_do_nothing()
+            return sqlite.insert(claims).values(row).on_conflict_do_nothing()
         case _:
-            statement = insert(claims).values(row)
+            return insert(claims).values(row)
+
+
+def written(insertion: Callable[[], int]) -> bool:
+    """Carry such a statement out, and say whether it made a row; MySQL and MariaDB raise where the key has one."""
     try:
-        # asked to keep it: of an INSERT the driver forgets how many rows it made
-        made = connection.execute(statement, execution_options={"preserve_rowcount": True})
+        return insertion() == 1
     except IntegrityError as error:  # it undoes that statement alone
         if error.orig is None or error.orig.args[:1] != (_DUPLICATE_ENTRY,):
             raise
         return False
-    return made.rowcount == 1
+
+
+def write(connection: Connection, claims: Table, values: Mapping[str, Any]) -> bool:
+    """Insert a consumed claim unless the key has one; say whether it was inserted."""
+    statement = writing(connection.dialect.name, claims, values)
+    # asked to keep it: of an INSERT the driver forgets how many rows it made
+    return written(lambda: connection.execute(statement, execution_options={"preserve_rowcount": True}).rowcount)
 
 
 def take_back(

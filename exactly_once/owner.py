@@ -2,7 +2,8 @@
 
 An owner made for a whole process would let an attempt take another's row for its own: that of a copy which ran a moment
 before in the same process. So each attempt has a name of its own. It stands in the claim's row, and in the name of the
-savepoint by which MySQL and MariaDB tell whether the claim's transaction is still there. Called by `delivery` and `guards`.
+savepoint by which MySQL and MariaDB tell whether the claim's transaction is still there. Called by
+`attempt`, `guards` and `store`.
 """
 
 import os

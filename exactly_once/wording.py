@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["EVERY", "THREE_BYTES", "escaped", "listed", "probably", "said", "storable"]
+__all__ = ["EVERY", "THREE_BYTES", "escaped", "listed", "probably", "storable"]
 
 EVERY: Final = "utf-8"
 """The character set that has every character."""
@@ -51,21 +51,6 @@ def probably(name: str, known: Iterable[str]) -> str:
     folded = {candidate.replace("_", "").lower(): candidate for candidate in known}
     close = get_close_matches(name.replace("_", "").lower(), folded, n=2, cutoff=0.6)
     return f" Did you mean {' or '.join(repr(folded[match]) for match in close)}?" if close else ""
-
-
-def said(error: BaseException) -> str:
-    """Return what an error says of itself; its own code may fail, and then its class has to do.
-
-    Example:
-        >>> said(ValueError("no stock"))
-        'no stock'
-    """
-    try:
-        return str(error)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as problem:  # noqa: BLE001, RUF100  (code of a stranger's class)
-        return f"({type(error).__name__} does not say what happened: its text raises {type(problem).__name__})"
 
 
 def storable(

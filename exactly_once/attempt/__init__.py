@@ -1,9 +1,7 @@
 """One attempt: claim, handle, complete, commit, consume. Written once: a thread calls it, and under asyncio a greenlet does.
 
-It never decides on a retry, records no failure and settles nothing; `delivery` does, from how the attempt ended. Where
-a process dies on a line of this file, the database rolls back everything the attempt wrote, the claim included (a lease
-runs out), and the broker's redelivery runs it again; after COMMIT was executed the redelivery finds the claim and is a
-duplicate.
+It never decides on a retry, records no failure and settles nothing; `delivery` does, from how the attempt ended. What a crash
+does: see `ending`.
 """
 
 from collections.abc import Callable

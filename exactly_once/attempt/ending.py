@@ -2,7 +2,8 @@
 
 Where a process dies on a line of this file, the database rolls back everything the attempt wrote, the claim included (a
 lease runs out), and the broker's redelivery runs it again; after COMMIT was executed the redelivery finds the claim and is
-a duplicate.
+a duplicate. Where something else had committed the transaction before the crash, the redelivery finds that (MySQL and MariaDB)
+and the message is *broken*.
 
 Whatever ends a handler, an exception, a cancellation, the end of the process being asked for, the same questions follow: was
 its transaction still the one it was given, and if nobody can say so, does this attempt's claim stand in the database? If it
@@ -113,7 +114,7 @@ def run(
     also: Callable[[Session, int], object] | None,
 ) -> Ended:
     """From the claim to the end of the COMMIT, and what follows it."""
-    process, committing = fork.here, False
+    process = fork.here
     try:
         handle()
         if also is not None:
@@ -126,12 +127,11 @@ def run(
         if (watch := won.watch) is not None:
             watch.check(session)
             watch.committing()
-            committing = True
             session.commit()
     except BaseException as error:
         if process is not fork.here:
             raise fork.inside() from error  # a child that the handler forked: all of it is the parent's to end
-        ended = _left(open_session, session, guard, dialect, rows, won, error, committing=committing)
+        ended = _left(open_session, session, guard, dialect, rows, won, error)
         if ended is not PROCESSED:
             return ended
     try:
@@ -153,8 +153,6 @@ def _left(
     rows: Sequence[ClaimRow],
     won: Won,
     error: BaseException,
-    *,
-    committing: bool,
 ) -> Ended:
     """Say how an attempt ended that raised; what was seen of its transaction weighs more than what was raised."""
     watch = won.watch

@@ -181,6 +181,7 @@ class Delivering:
 
         def handle(handed: Any, won: Won) -> None:
             nonlocal sent
+            sent = False
             ledger = self._ledger(won)
             try:
                 self._call(handed, reading, message, ledger)
@@ -208,6 +209,7 @@ class Delivering:
             match ended.how:
                 case How.PROCESSED:
                     self.recording.paid(row.key)
+                    self.recording.known(row.key)
                     if before:
                         self.recording.succeeded(row.key)
                     if ended.again:
@@ -218,6 +220,7 @@ class Delivering:
                         error = Misuse(_LEARNT_LATE)
                         return self._broken(error, ended.owner, message, reading)
                     self.recording.paid(row.key)
+                    self.recording.known(row.key)
                     return DUPLICATE
                 case How.AWAY:
                     if ended.owner is not None:
@@ -243,6 +246,8 @@ class Delivering:
     def _ended(self, ended: Ended, message: Message, reading: Reading, features: Features, foreign: bool) -> Told:
         if ended.how is not How.BROKEN and reading.key is not None:
             self.recording.paid(reading.key)  # it was claimed anew: nothing of an earlier attempt stands
+        if ended.how not in (How.UNKNOWN, How.IN_PROGRESS) and reading.key is not None:
+            self.recording.known(reading.key)
         match ended.how:
             case How.IN_PROGRESS:
                 return self.recording.wait(Outcome.IN_PROGRESS, message, reading, features, foreign, ended.remaining)

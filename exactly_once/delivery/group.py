@@ -194,14 +194,18 @@ class GroupDelivering(Delivering):
                     member.told = self.recording.refuse(ended.error, foreign=False)
             case how:
                 if how is How.AWAY:
-                    run.held = self.recording.away(ended.error)
-                    if ended.owner is not None:  # whether their claims stand could not be learnt
-                        for member in members:
-                            self.recording.owe(member.row.key, Owed(ended.owner))  # type: ignore[union-attr]
-                    self._raise_on(ended, run)
+                    self._away(members, ended, run)
                 run.deadlocked = run.deadlocked or self._thrown_away(ended)
                 for member in members:
                     self._alone(member, run)
+
+    def _away(self, members: Sequence[Member], ended: Ended, run: _Run) -> None:
+        """The store does not answer: none of these is asked for again now, and what could not be learnt is remembered."""
+        run.held = self.recording.away(ended.error)
+        if ended.owner is not None:  # whether their claims stand could not be learnt
+            for member in members:
+                self.recording.owe(member.row.key, Owed(ended.owner))  # type: ignore[union-attr]
+        self._raise_on(ended, run)
 
     def _raise_on(self, ended: Ended, run: _Run) -> None:
         if ended.stop is not None:
@@ -227,6 +231,9 @@ class GroupDelivering(Delivering):
             case How.PROCESSED | How.DUPLICATE | How.BROKEN | How.UNKNOWN:
                 self._settle([member], tried, run)
                 self._raise_on(tried.ended, run)
+            case How.AWAY:
+                self._away([member], tried.ended, run)
+                self._alone(member, run)
             case _:
                 self._alone(member, run)
 

@@ -165,9 +165,9 @@ class Recording:
         )
         if times < _UNKNOWN_TRIES:
             if len(self._unknown) > _REMEMBERED:
-                self._unknown = {key: times}
+                self._unknown.clear()
             return self.wait(Outcome.UNKNOWN, message, reading, features, foreign)
-        del self._unknown[key]
+        self.known(key)
         reason = (
             f"COMMIT was sent {times} times, and each time the connection ended without an answer and nothing of it was"
             f" there afterwards; the last time: {words}. Look for what ends it: a timeout of the server (wait_timeout,"
@@ -177,6 +177,11 @@ class Recording:
         return self.record(
             message, reading, error or Reject(reason), lambda attempts: Park("waiting", reason), counted=False
         )
+
+    def known(self, key: str) -> None:
+        """What became of its COMMIT is known: only those in a row are counted."""
+        if self._unknown:
+            self._unknown.pop(key, None)
 
     def refuse(self, error: BaseException | None = None, *, foreign: bool) -> Told:
         """Hold a handler that is wrong: its messages are neither counted nor kept nor acknowledged until it is mended.

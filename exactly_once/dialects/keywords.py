@@ -1,8 +1,7 @@
 """Reads what a handler sends, by the first words of each statement in a text: may it be sent, and what does it change.
 
-Three answers come from one reading, once for each text. *Refused*: it would end the handler's transaction. *Session*: the
-connection is not what it was for whoever has it next. *Context*: from here on, statements of ours in this transaction
-would run as somebody else, or find tables of another schema.
+Two answers come from one reading, once for each text. *Refused*: it would end the handler's transaction. *Session*: the
+connection is not what it was for whoever has it next.
 
 It reads first words and no SQL. So it cannot see what functions and procedures do: `SELECT set_config(...)`,
 `SELECT pg_advisory_lock(...)`, `SELECT GET_LOCK(...)`, a COMMIT in a procedure, a trigger or a prepared text; nor a
@@ -16,10 +15,10 @@ from functools import cache, lru_cache
 from itertools import product
 from typing import Final
 
-from exactly_once.dialects.statements import MARIADB, POSTGRESQL, Grammar, statements
-from exactly_once.dialects.verbs import IMPLICIT_COMMITS, JUDGES, Read, opens_body
+from exactly_once.dialects.statements import Grammar, statements
+from exactly_once.dialects.verbs import JUDGES, Read, opens_body
 
-__all__ = ["IMPLICIT_COMMITS", "Read", "read", "reader", "refused"]
+__all__ = ["Read", "read", "reader"]
 
 
 # nearly all that is ever sent, told without reading it: one statement, known by its first word
@@ -39,7 +38,7 @@ def reader(grammar: Grammar) -> Callable[[str], Read]:
     """Return what reads texts of one grammar, and remembers what it read: ask for it once, not for each text.
 
     Example:
-        `reader(POSTGRESQL)("SELECT 1; SET ROLE clerk").context` is `"SET ROLE"`.
+        `reader(POSTGRESQL)("SELECT 1; SET ROLE clerk").session` is `"SET"`.
     """
 
     @lru_cache(maxsize=1024)
@@ -60,11 +59,6 @@ def read(statement: str, grammar: Grammar) -> Read:
         grammar: How its server reads it.
     """
     return reader(grammar)(statement)
-
-
-def refused(statement: str, ddl_commits: bool) -> str | None:
-    """Return the keyword by which a handler would end its transaction with this statement, None if it would not."""
-    return read(statement, MARIADB if ddl_commits else POSTGRESQL).refused
 
 
 def _read(statement: str, grammar: Grammar) -> Read:
@@ -92,7 +86,7 @@ def _possible(statement: str, grammar: Grammar) -> Iterator[Grammar]:
 
 def _judged(statement: str, grammar: Grammar) -> Read:
     judge = JUDGES[grammar.dialect]
-    first, session, context, unseen, body = "", None, None, None, False
+    first, session, unseen, body = "", None, None, False
     for tokens in statements(statement, grammar):
         first = first or (tokens[0] if tokens[0].isalpha() else "")
         if body and tokens[0] == "END":
@@ -101,6 +95,6 @@ def _judged(statement: str, grammar: Grammar) -> Read:
         said = judge(tokens)
         if said.refused is not None:
             return Read(first, said.refused)
-        session, context, unseen = session or said.session, context or said.context, unseen or said.unseen
+        session, unseen = session or said.session, unseen or said.unseen
         body = body or opens_body(tokens, grammar)
-    return Read(first, None, session, context, unseen)
+    return Read(first, None, session, unseen)

@@ -112,9 +112,9 @@ READ: Final = {
     "MySQL": "SHOW SESSION STATUS",
 }
 
-# of the protocol's OK packet
 # as it is meant, whatever completion_type says
 _COMMIT: Final = "COMMIT AND NO CHAIN NO RELEASE"
+# of the protocol's OK packet
 _IN_TRANSACTION: Final = 1  # SERVER_STATUS_IN_TRANS
 _AUTOCOMMIT: Final = 2  # SERVER_STATUS_AUTOCOMMIT
 _NO_BACKSLASH_ESCAPES: Final = 512  # SERVER_STATUS_NO_BACKSLASH_ESCAPES
@@ -367,7 +367,7 @@ class MySQL:
             together(cursor, seen, f"SAVEPOINT {_inner(owner)}", seen.commits)
             return _counted(cursor)
         except Exception as error:
-            if errno(error) in (1142, 1143, 1146):  # no right to the server's counters, or there are none
+            if errno(error) in (1142, 1143, _NO_SUCH_TABLE):  # no right to the server's counters, or there are none
                 return None
             raise
         finally:
@@ -386,7 +386,7 @@ class MySQL:
         cursor = dbapi.cursor()
         try:
             cursor.execute(seen.commits)
-            return _counted(cursor) != before
+            return bool(_counted(cursor) != before)
         finally:
             cursor.close()
 
@@ -439,7 +439,7 @@ class MySQL:
         code = errno(error)
         if code is None or (code >= 2000 and code < 3000) or code in _UNSURE:
             return False
-        # it answers, and says in which transaction: an error's own packet does not
+        # the server still answers; `end` rolls back what is open
         cursor = dbapi.cursor()
         try:
             cursor.execute("DO 0")

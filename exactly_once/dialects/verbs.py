@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from exactly_once.dialects.statements import Grammar
 
-__all__ = ["IMPLICIT_COMMITS", "JUDGES", "Read", "opens_body"]
+__all__ = ["JUDGES", "Read", "opens_body"]
 
 
 class Read(NamedTuple):
@@ -18,21 +18,19 @@ class Read(NamedTuple):
         first: The first word of its first statement, in capitals; empty where there is none.
         refused: What would end the transaction; then nothing behind it was read.
         session: What changes the connection for longer than the transaction.
-        context: What changes who runs our own statements, or where they find their tables.
         unseen: What runs a text that cannot be read here: CALL, EXECUTE, DO.
     """
 
     first: str
     refused: str | None = None
     session: str | None = None
-    context: str | None = None
     unseen: str | None = None
 
 
 _ENDS: Final = frozenset({"COMMIT", "BEGIN", "START", "END", "ABORT"})
 
 # MySQL and MariaDB commit the open transaction before any of these, without a word; some of them only at times
-IMPLICIT_COMMITS: Final = frozenset(
+_IMPLICIT_COMMITS: Final = frozenset(
     {
         "ALTER", "ANALYZE", "BACKUP", "CACHE", "CHANGE", "CHECK", "CLONE", "CREATE", "DROP", "FLUSH", "GRANT", "IMPORT",
         "INSTALL", "LOAD", "LOCK", "OPTIMIZE", "RENAME", "REPAIR", "RESET", "REVOKE", "STOP", "TRUNCATE", "UNINSTALL",
@@ -41,7 +39,6 @@ IMPLICIT_COMMITS: Final = frozenset(
 )  # fmt: skip
 # a statement of MariaDB that holds others, each of which may end the transaction
 _COMPOUND: Final = frozenset({"CASE", "DECLARE", "FOR", "IF", "LOOP", "REPEAT", "WHILE"})
-_WHO_OR_WHERE: Final = frozenset({"ROLE", "SCHEMA", "SEARCH_PATH", "SESSION_AUTHORIZATION", "ALL"})
 # questions about the database that have an argument; asked where SQLAlchemy reflects a table
 _PRAGMA_QUESTIONS: Final = frozenset(
     {
@@ -85,7 +82,7 @@ def _postgresql(tokens: list[str]) -> Read:
     if first == "SET":
         return _set_postgresql(tokens)
     if first == "RESET":
-        return Read(first, session="RESET", context=_who_or_where("RESET", tokens[1:]))
+        return Read(first, session="RESET")
     if first in ("DISCARD", "LISTEN", "UNLISTEN", "PREPARE", "DEALLOCATE", "LOAD"):
         return Read(first, session=first)
     if first in ("CALL", "DO", "EXECUTE"):
@@ -103,25 +100,10 @@ def _set_postgresql(tokens: list[str]) -> Read:
     rest, local = tokens[1:], False
     if rest[:1] in (["LOCAL"], ["SESSION"]) and rest[1:2] not in (["."], ["="], ["TO"], ["AUTHORIZATION"], []):
         local, rest = rest[0] == "LOCAL", rest[1:]
-    context = _who_or_where("SET LOCAL" if local else "SET", rest)
     ends_with_the_transaction = local or (
         rest[:1] in (["TRANSACTION"], ["CONSTRAINTS"]) and rest[1:2] not in (["."], ["="], ["TO"])
     )
-    return Read("SET", session=None if ends_with_the_transaction else "SET", context=context)
-
-
-def _who_or_where(verb: str, rest: list[str]) -> str | None:
-    """Return verb and name of a setting that says who runs our statements, or where they find their tables."""
-    if rest[:2] == ["SESSION", "AUTHORIZATION"]:
-        return f"{verb} SESSION AUTHORIZATION"
-    if not rest or rest[1:2] == ["."]:
-        return None  # a setting of an extension's, or an application's
-    name = rest[0].removeprefix('"').upper()
-    if name == "U" and rest[1:2] == ["&"]:
-        return f"{verb} U&"  # a name in escapes: whatever it says
-    if name not in _WHO_OR_WHERE or (name == "ALL" and verb != "RESET"):
-        return None
-    return f"{verb} {name.lower() if '_' in name else name}"
+    return Read("SET", session=None if ends_with_the_transaction else "SET")
 
 
 # -- MySQL and MariaDB -------------------------------------------------------------------------------------------------
@@ -137,10 +119,10 @@ def _mysql(tokens: list[str]) -> Read:
         return Read(first, session="DROP PREPARE")
     if _makes_temporary(tokens, "TEMPORARY") and "TABLE" in tokens[2:5]:
         return Read(first, session="CREATE TEMPORARY")  # the one CREATE that does not commit
-    if first in IMPLICIT_COMMITS and not _commits_nothing(first, second):
+    if first in _IMPLICIT_COMMITS and not _commits_nothing(first, second):
         return Read(first, first)
     if first == "USE":
-        return Read(first, session="USE", context="USE")
+        return Read(first, session="USE")
     if first in ("PREPARE", "DEALLOCATE") or (first == "HANDLER" and "OPEN" in tokens):
         return Read(first, session=first)
     if first in ("CALL", "EXECUTE"):
@@ -165,7 +147,7 @@ def _commits_nothing(first: str, second: str) -> bool:
 def _set_mysql(tokens: list[str]) -> Read:
     if tokens[1:2] == ["STATEMENT"]:
         return _behind_for(tokens)
-    session = context = None
+    session = None
     for target in _assigned(tokens[1:]):
         if target[0] == "@" and target[1:2] != ["@"]:
             session = "SET"  # a variable of the user's: the next handler would find it
@@ -178,9 +160,7 @@ def _set_mysql(tokens: list[str]) -> Read:
         if words[0] == "PASSWORD" or words[:2] == ["DEFAULT", "ROLE"]:
             return Read("SET", "SET " + " ".join(words[: 1 if words[0] == "PASSWORD" else 2]))
         session = "SET"
-        if words[0] == "ROLE":
-            context = "SET ROLE"
-    return Read("SET", session=session, context=context)
+    return Read("SET", session=session)
 
 
 def _assigned(tokens: list[str]) -> list[list[str]]:

@@ -28,7 +28,7 @@ from exactly_once.message import Message
 from exactly_once.policy import ByBroker, ByPump, Decision, Park
 from exactly_once.pooler import begin_bounded
 from exactly_once.schema import CONSUMED, KEY_BYTES, UNFINISHED, Tables, utcnow
-from exactly_once.wording import EVERY, said, storable
+from exactly_once.wording import EVERY, storable
 
 __all__ = ["CLOSED", "OPEN", "Failure", "FailureStore", "Form", "place_of", "text_of", "words_of"]
 
@@ -320,12 +320,7 @@ def _properties_of(message: Message, characters: str) -> str:
 
 def text_of(error: BaseException) -> str:
     """Return what an error says and where it was raised; never raises, whatever the error's own code does."""
-    try:
-        return f"{words_of(error)}{place_of(error)}"
-    except KeyboardInterrupt:
-        raise
-    except BaseException:  # noqa: BLE001, RUF100  (code of a stranger's class)
-        return said(error)
+    return f"{words_of(error)}{place_of(error)}"
 
 
 def _kept_text(error: BaseException, characters: str, *, short: bool) -> str:

@@ -72,8 +72,8 @@ def _each(verb: str) -> None:
             continue
         try:
             told()
-        except Exception:  # the others must be told all the same
-            _log.exception("An owner could not be told of a fork; going on.")
+        except Exception as error:  # the others must be told all the same
+            _log.error("An owner could not be told of a fork (%s); going on.", type(error).__name__)
 
 
 def _forking() -> None:

@@ -2,8 +2,8 @@
 
 The claim is a round trip of its own, and no transaction is open until the handler's session is used. Where the leases are
 in the handler's own database, `complete` is the last statement of the handler's transaction: if another run has taken the
-message over it changes no row, and nothing is committed. Elsewhere it follows the COMMIT, and a crash between the two runs
-the message again. Called by `attempt`.
+message over it changes no row, and nothing is committed. Elsewhere it follows the COMMIT: a crash between the two leaves the
+session's mark, which the next claim finds; a run that used no session leaves none, and runs again. Called by `attempt`.
 """
 
 import logging

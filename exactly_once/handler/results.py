@@ -48,7 +48,7 @@ def check_result(result: object, *, in_lists: bool = False, handler: str = "") -
         who = f"the handler {handler!r}" if handler else "the handler"
         raise RefusedResult(
             f'{who} returned {_value(result)}, and nobody reads what a handler returns: returning is "done", whatever it'
-            f" is. Nothing was committed. Return nothing; {_INSTEAD}"
+            f" is. Nothing was committed. Return nothing; {_INSTEAD}."
         )
     if inspect.isgenerator(result) or inspect.isasyncgen(result):
         raise Misuse("the handler returned a generator, so nothing in it ran. Make it a plain function without `yield`")

@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar
 from sqlalchemy import (
     Connection,
     Engine,
+    Insert,
     Table,
     Update,
     and_,
@@ -92,6 +93,10 @@ class SqlLeases:
             with self._speaking(self._engine) as connection:
                 dbapi, info = connection.connection.dbapi_connection, connection.info
                 used = self._dialect in info
+                if used and self._dialect.strange(dbapi):
+                    # whoever had it changed it in a way that would store a key as another one
+                    connection.invalidate()
+                    continue
                 try:
                     if not used:
                         self._dialect.prepare(dbapi, info, wait_ms=WAIT_MS)
@@ -133,18 +138,27 @@ class SqlLeases:
         It stands or falls with the handler's effects, so it says of them what the other store cannot know.
         """
         row = held.row
-        values = {
-            "consumer_group": row.group,
-            "handler": row.handler,
-            "business_key": row.key,
-            "message_id": row.message_id,
-            "fingerprint": row.fingerprint,
-            "retry_times": held.attempt - 1,
-            "owner": row.owner,
-            "token": held.token,
-            "born_at": row.born_at,
+        named = {
+            "b_consumer_group": row.group,
+            "b_handler": row.handler,
+            "b_business_key": row.key,
+            "b_message_id": row.message_id,
+            "b_fingerprint": row.fingerprint,
+            "b_retry_times": held.attempt - 1,
+            "b_owner": row.owner,
+            "b_token": held.token,
+            "b_born_at": row.born_at,
         }
-        return claim_rows.write(connection, self._t, values)
+        return claim_rows.written(lambda: self._dialect.in_our_name(connection, self._marking, named))
+
+    @cached_property
+    def _marking(self) -> Insert:
+        columns = (
+            "consumer_group", "handler", "business_key", "message_id", "fingerprint", "retry_times", "owner", "token",
+            "born_at",
+        )  # fmt: skip
+        values = {name: bindparam(f"b_{name}", type_=self._t.c[name].type) for name in columns}
+        return claim_rows.writing(self._engine.dialect.name, self._t, values)
 
     def release(self, held: Held) -> bool:
         """See `LeaseStore.release`."""

@@ -119,6 +119,7 @@ class InFlight:
 
     def close(self) -> None:
         """Leave. What is still in hand is not accused: this process ends in good order."""
+        fork.forget(self)  # a child would close whatever has the number of our file by then
         with suppress(OSError, ValueError), self._locked():
             self._path.unlink(missing_ok=True)
             self._memory.close()

@@ -4,14 +4,16 @@ The kind: a function of a handler, or other code of the program on the same engi
 says so. Then no message is to be blamed for it, no copy may run, what fails is written down, and the pump goes on.
 """
 
+import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from exactly_once import Outcome, Retry
+from exactly_once import Lease, Outcome, Retry
 from exactly_once.testing.databases import DatabaseServer
 from tests.integration.shop import COLOURS, Shop, order, put
 from tests.integration.test_connection_settings import ground_on, one_by_one, run
@@ -113,6 +115,26 @@ def test_what_other_code_of_the_program_left_in_the_pool_fails_no_message(postgr
     assert [in_the_end(postgres, way, no) for no in (2, 3, 4)] == [P, F, P]
     assert one_by_one(postgres, way, [1, 2, 4]) == [D, D, D]
     assert postgres.failure().error_class == "ZeroDivisionError"
+
+
+@some_ways
+def test_a_key_beyond_ascii_is_the_same_key_whatever_encoding_was_left(postgres: Shop, way: Way) -> None:
+    way.handles(postgres, effect_of)
+    assert one_by_one(postgres, way, [1, "ä-1"]) == [P, P]
+    by_other_code(postgres, LEFT["encoding"])
+    assert one_by_one(postgres, way, ["ä-1", "ä-2", "ä-2"]) == [D, P, D]
+    assert postgres.claims() == ["1", "ä-1", "ä-2"]
+
+
+def test_the_mark_of_a_lease_kept_elsewhere_is_written_in_our_name(postgres: Shop, redis_url: str) -> None:
+    def do(session: Session, no: Any) -> None:
+        session.execute(text("SET LOCAL ROLE tenant_of_the_pool"))
+        effect_of(session, no)
+
+    guard = Lease(timedelta(seconds=30), store=redis_url)
+    UNDER_A_LEASE.handles(postgres, do, name=f"handler-{os.urandom(4).hex()}", guard=guard)
+    assert one_by_one(postgres, UNDER_A_LEASE, [1, 1]) == [P, D]
+    assert postgres.claims() == ["1"]
 
 
 def test_a_raw_connection_that_was_left_in_autocommit_fails_no_message(postgres: Shop) -> None:

@@ -189,8 +189,8 @@ class RocketMQ4Consumer:
             afterwards = self._prepared()
             self._library.check("ShutdownPushConsumer", self._library.call.ShutdownPushConsumer(self._handle))
             afterwards()
-        except Exception:
-            _log.exception("RocketMQ was not left in good order; what is unsettled comes again")
+        except Exception as error:
+            _log.error("RocketMQ was not left in good order; what is unsettled comes again\n%s", trace_of(error))
         finally:
             self._left.set()
 
