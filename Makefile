@@ -19,7 +19,8 @@ AT_ONCE ?= 3
 .PHONY: demo bench servers clean
 
 help:
-	@echo 'make demo [TRANSPORT=sql|memory|rocketmq|rocketmq4]   see it: duplicates, SIGKILLs, and the ledger is right'
+	@echo 'make demo [TRANSPORT=sql|rocketmq|rocketmq4]   see it: duplicates, SIGKILLs, and the ledger is right'
+	@echo '                  shorter: DEMO_OPTIONS="--orders 500 --seconds 5 --kills 1"'
 	@echo 'make test         all tests this machine can carry; or one tier: unit, integration, acceptance, alone, rocketmq4'
 	@echo 'make nightly      the long versions of tests, by hand, with their figures (an hour)'
 	@echo 'make lint         ruff, mypy --strict, what users type, import contracts; make format mends what ruff can'
