@@ -97,7 +97,7 @@ class SQLite:
         cursor = dbapi.cursor()
         try:
             if not _driver(dbapi).in_transaction:
-                self._begin(cursor)
+                self.begin_writing(cursor)
             born = None if row.born_at is None else row.born_at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
             cursor.execute(
                 self._claim,
@@ -120,17 +120,21 @@ class SQLite:
     def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
         cursor = dbapi.cursor()
         try:
-            self._begin(cursor)
+            self.begin_writing(cursor)
         finally:
             cursor.close()
 
-    def _begin(self, cursor: Any) -> None:
-        """Begin as the writer; of durable commits, which cannot be changed from here to the end of the transaction."""
+    def begin_writing(self, cursor: Any) -> None:
+        """Begin as the writer."""
+        self._keep(cursor)
+        cursor.execute(BEGIN)
+
+    def _keep(self, cursor: Any) -> None:
+        """Have what is committed next wait for the disk: it cannot be changed inside a transaction."""
         if self._durable:
             cursor.execute("PRAGMA synchronous")
             if cursor.fetchone()[0] == 0:
                 cursor.execute("PRAGMA synchronous = FULL")  # OFF loses acknowledged commits when the machine stops
-        cursor.execute(BEGIN)
 
     def commit(
         self,
@@ -196,6 +200,13 @@ class SQLite:
         return code is not None and code & _PRIMARY != sqlite3.SQLITE_IOERR
 
     def in_our_name(self, connection: Connection, statement: Insert | Update, values: Mapping[str, Any]) -> int:
+        dbapi = connection.connection.dbapi_connection
+        if not _driver(dbapi).in_transaction:  # a statement by itself, of a lease or a step
+            cursor = dbapi.cursor()  # type: ignore[union-attr]
+            try:
+                self._keep(cursor)
+            finally:
+                cursor.close()
         # asked to keep it: of an INSERT the driver forgets how many rows it made, and says -1
         return connection.execute(statement, values, execution_options={"preserve_rowcount": True}).rowcount
 

@@ -7,8 +7,8 @@ from collections.abc import MutableMapping
 from datetime import UTC, timedelta
 from typing import Any, Final
 
-from exactly_once.dialects import ClaimRow, Dialect, Leased, StepRow, steps_of
-from exactly_once.dialects.sqlite import BEGIN
+from exactly_once.dialects import ClaimRow, Leased, StepRow, steps_of
+from exactly_once.dialects.sqlite import SQLite
 from exactly_once.schema import UNFINISHED
 
 __all__ = ["CLAIM", "LOOK", "STEPS", "Claims"]
@@ -39,8 +39,8 @@ STEPS: Final = (
 class Claims:
     """See `LeaseClaims`."""
 
-    def __init__(self, dialect: Dialect) -> None:
-        table = dialect.table
+    def __init__(self, dialect: SQLite) -> None:
+        self._dialect, table = dialect, dialect.table
         self._claim = CLAIM.replace("{table}", table).replace("{now}", _NOW).replace("{later}", _LATER)
         self._look = LOOK.replace("{table}", table)
         self._steps = STEPS.replace("{steps}", steps_of(table))
@@ -74,7 +74,7 @@ class Claims:
         }
         cursor = dbapi.cursor()
         try:
-            cursor.execute(BEGIN)
+            self._dialect.begin_writing(cursor)
             cursor.execute(self._claim, values)
             cursor.execute(self._look, identity)
             status, standing, fingerprint, retry_times, remaining, owner = cursor.fetchone()

@@ -10,12 +10,12 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
 from exactly_once import Lease, Outcome, Retry
 from exactly_once.testing.databases import DatabaseServer
-from tests.integration.shop import COLOURS, Shop, order, put
+from tests.integration.shop import COLOURS, Shop, order, put, shops
 from tests.integration.test_connection_settings import ground_on, one_by_one, run
 from tests.integration.threads import until
 from tests.integration.ways import ALONE, IN_A_GROUP, UNDER_A_LEASE, Way
@@ -218,3 +218,37 @@ def test_what_other_code_of_the_program_left_in_the_pool_of_mariadb_fails_no_mes
     again = one_by_one(mariadb, way, [1, 2, 3, 4, 5])
     assert again[0] is D
     assert sorted(mariadb.effects()) == ["1", "2", "3", "4", "5"], (first, again)
+
+
+# -- SQLite --------------------------------------------------------------------------------------------------------------
+
+
+@some_ways
+@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("uses_session", [True, False], ids=["with effects", "a claim alone"])
+def test_on_sqlite_a_commit_of_ours_waits_for_the_disk_although_the_connection_does_not(
+    request: pytest.FixtureRequest, colour: str, way: Way, uses_session: bool
+) -> None:
+    for shop in shops(request, "sqlite", colour):  # of one connection, so that it can be asked afterwards
+        for engine in (shop.engine, shop.async_engine.sync_engine):
+
+            @event.listens_for(engine, "connect")
+            def connected(dbapi: Any, record: Any) -> None:
+                cursor = dbapi.cursor()
+                cursor.execute("PRAGMA synchronous = OFF")
+                cursor.close()
+
+        way.handles(shop, lambda session, no: put(session, str(no)) if uses_session else None)
+        assert one_by_one(shop, way, [1]) == [P]
+        assert _synchronous(shop) == 2
+
+
+def _synchronous(shop: Shop) -> int:
+    async def ask() -> int:
+        async with shop.async_engine.connect() as connection:
+            return int((await connection.exec_driver_sql("PRAGMA synchronous")).scalar_one())
+
+    if shop.is_async:
+        return int(shop.await_(ask()))
+    with shop.engine.connect() as connection:
+        return int(connection.exec_driver_sql("PRAGMA synchronous").scalar_one())
