@@ -65,7 +65,7 @@ def claim_texts(dialect: str) -> dict[str, list[str]]:
         ends = {
             "with COMMIT": [mysql.FINISH, mysql.FINISH_MANY],
             "a transaction under a lease": [mysql.TRACE, mysql.UNTRACE],
-            "what each commit changes": [mysql.COMMITS],
+            "what each commit changes": [mysql.COMMITS, *mysql.READ.values()],
         }
         return single | ends | of_group
     return {"begin": [sqlite.BEGIN], "claim": [sqlite.CLAIM], "known": [sqlite.KNOWN]}
