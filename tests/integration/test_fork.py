@@ -17,11 +17,11 @@ from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Lease, Lock, Message, Outcome, SendFailed
 from exactly_once.transports.memory import forget
+from tests import length
 from tests.integration.forking import Forked, forked
 from tests.integration.shop import GROUP, ONE_TRY, Shop, order, put
 
-CHILDREN = 4
-EACH = 8
+CHILDREN, EACH = (12, 24) if length.WHOLE else (4, 8)
 ROOT = Path(__file__).parents[2]
 
 
@@ -65,22 +65,26 @@ def handles_orders(shop: Shop, **more: Any) -> None:
             put(session, str(body["no"]))
 
 
+@pytest.mark.nightly
 def test_children_of_a_process_that_has_processed_before_take_effect_once_each(shop: Shop) -> None:
     handles_orders(shop)
     each_once(shop)
 
 
+@pytest.mark.nightly
 def test_children_under_leases_in_the_database_take_effect_once_each(shop: Shop) -> None:
     handles_orders(shop, guard=Lease(timedelta(seconds=5)))
     each_once(shop)
 
 
+@pytest.mark.nightly
 def test_children_under_leases_in_redis_take_effect_once_each(shop: Shop, redis_url: str) -> None:
     shop.fresh_eo(redis=redis_url, group=f"shop-{os.urandom(4).hex()}")
     handles_orders(shop, guard=Lease(timedelta(seconds=5), store="redis"))
     each_once(shop)
 
 
+@pytest.mark.nightly
 def test_children_of_an_application_that_makes_its_own_engines_take_effect_once_each(shop: Shop) -> None:
     shop.eo = ExactlyOnce(shop.url, group=GROUP)
     handles_orders(shop)
