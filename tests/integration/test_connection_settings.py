@@ -21,6 +21,7 @@ from exactly_once.testing.postgres import EmbeddedPostgres
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
 from tests.integration.threads import until
 from tests.integration.ways import ALONE, IN_A_GROUP, UNDER_A_LEASE, WAYS, Way
+from tests.services.mariadb import MYSQLD
 
 P, D, F = Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.FAILED
 each_way = pytest.mark.parametrize("way", WAYS, ids=str)
@@ -449,7 +450,8 @@ KEPT_MARIADB: dict[str, tuple[str, str, Any]] = {
     "SET @variable": ("SET @tenant = 7", "SELECT @tenant", None),
     "PREPARE": ("PREPARE mine FROM 'SELECT 1'", "EXECUTE mine", "refused"),
     "SET TRANSACTION": (
-        "SET SESSION TRANSACTION ISOLATION LEVEL SERIALIZABLE", "SELECT @@tx_isolation", "REPEATABLE-READ"
+        "SET SESSION TRANSACTION ISOLATION LEVEL SERIALIZABLE",
+        f"SELECT @@{'transaction_isolation' if MYSQLD else 'tx_isolation'}", "REPEATABLE-READ",
     ),
 }  # fmt: skip
 

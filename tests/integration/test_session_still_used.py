@@ -29,7 +29,7 @@ SLOW = {
 }
 ROWS = {
     "postgres": "SELECT i FROM generate_series(1, 40) AS i, LATERAL (SELECT pg_sleep(0.05 + 0 * i)) AS slow",
-    "mariadb": "SELECT seq, SLEEP(0.05) FROM seq_1_to_40",
+    "mariadb": "WITH RECURSIVE seq (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM seq WHERE n < 40) SELECT n, SLEEP(0.05) FROM seq",
     "sqlite": (
         "SELECT i, (WITH RECURSIVE n (j) AS (SELECT 1 UNION ALL SELECT j + 1 FROM n WHERE j < 200000 + m.i)"
         " SELECT count(*) FROM n) FROM (WITH RECURSIVE k (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM k WHERE i < 40)"
@@ -307,7 +307,7 @@ def test_a_task_that_was_awaited_and_a_stream_that_was_read_are_fine(shop: Shop)
         pytest.skip("a thread has no tasks")
     short = {
         "postgres": "SELECT i FROM generate_series(1, 3) AS i",
-        "mariadb": "SELECT seq FROM seq_1_to_3",
+        "mariadb": "SELECT 1 UNION ALL SELECT 2 UNION ALL SELECT 3",
         "sqlite": "SELECT 1 UNION ALL SELECT 2",
     }
 
