@@ -117,6 +117,8 @@ def run(
     process = fork.here
     try:
         handle()
+        if won.late is not None:
+            won.late.check()
         if also is not None:
             if won.watch is not None:
                 won.watch.check(session)
@@ -197,8 +199,9 @@ def _raised(dialect: Dialect, won: Won, error: BaseException) -> Ended:
     """From what was raised alone."""
     if stops(error):
         return Ended(How.STOPPED, error)
-    if isinstance(error, BrokenTransaction):  # of a step
-        return _broken(error, None, None, block=True)
+    if isinstance(error, BrokenTransaction):  # of a step; the handler may have been told to stop behind it
+        stop = error.__cause__
+        return _broken(error, None, stop if stop is not None and stops(stop) else None, block=True)
     if isinstance(error, RefusedResult):
         return Ended(How.REFUSED, error)
     if isinstance(error, LeaseLost):

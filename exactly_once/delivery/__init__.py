@@ -30,7 +30,7 @@ from exactly_once.failures import MESSAGE_ID_BYTES
 from exactly_once.guards import Consumed, Guard, Unfinished, Won
 from exactly_once.guards.step_ledger import StepLedger
 from exactly_once.guards.transaction import TransactionGuard
-from exactly_once.guards.watch import let_go
+from exactly_once.guards.watch import BrokenTransaction, let_go
 from exactly_once.handler import Lease, Lock, Plan, Reading, Transaction, check_result
 from exactly_once.lease_stores import LeaseStores, Placed, sql_leases
 from exactly_once.message import Message
@@ -185,14 +185,19 @@ class Delivering:
             ledger = self._ledger(won)
             try:
                 self._call(handed, reading, message, ledger)
-            except SystemExit as error:
-                if foreign:
-                    raise  # the thread is the caller's, and a signal may have asked it to end
-                raise Misuse(EXITED.format(code=error.code)) from error
-            except Exception as error:
-                sent = ledger is not None and ledger.sent
-                if ledger is not None and ledger.error is not None:
-                    raise ledger.error from error  # what stopped a step; the handler's own may be made of it
+            except BaseException as error:
+                told = error
+                if (
+                    isinstance(error, SystemExit) and not foreign
+                ):  # else the thread is the caller's, who may be told to end
+                    told = Misuse(EXITED.format(code=error.code)).with_traceback(error.__traceback__)
+                if ledger is not None:
+                    sent = ledger.sent
+                    broken = isinstance(ledger.error, BrokenTransaction)
+                    if ledger.error is not None and (broken or isinstance(told, Exception)):
+                        raise ledger.error from told  # what stopped a step; the handler's own may be made of it
+                if told is not error:
+                    raise told from error
                 raise
             if ledger is not None:
                 ledger.end()

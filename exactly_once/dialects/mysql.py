@@ -307,13 +307,14 @@ class MySQL:
             cursor.close()
 
     def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
+        seen: Seen = info[self]
         first, values = [BEGIN], []
         if trace is not None:
-            first.append(self._tracing[0])
+            first.append(seen.bound + self._tracing[0])  # a DELETE of old steps may stand in its way
             values = [*identity(trace.row), trace.name.encode(), trace.attempt, trace.token]
         cursor = dbapi.cursor()
         try:
-            together(cursor, info[self], *first, f"SAVEPOINT {savepoint_of(owner)}", values=values)
+            together(cursor, seen, *first, f"SAVEPOINT {savepoint_of(owner)}", values=values)
         finally:
             cursor.close()
 

@@ -12,7 +12,7 @@ from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Leased, StepRow,
 from exactly_once.dialects.mysql import DUPLICATE, LOCK_WAIT, TRANSIENT, errno, identity
 from exactly_once.schema import UNFINISHED
 
-__all__ = ["BREAK", "CLAIM", "LOOK", "STEPS", "TAKE", "Claims"]
+__all__ = ["BREAK", "CLAIM", "LOOK", "STEPS", "TAKE", "TRACED", "Claims"]
 
 CLAIM: Final = (
     "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, fingerprint, retry_times, owner,"
@@ -25,12 +25,14 @@ TAKE: Final = (
     " WHERE consumer_group = %s AND handler = %s AND business_key = %s AND status = 0"
     " AND (token IS NULL OR lease_until <= UTC_TIMESTAMP(6)) AND fingerprint IN (%s, %s)"
 )
-# what is committed, and no lock: a run that stands still in its transaction is not waited for
 LOOK: Final = (
-    "SELECT status, token, fingerprint, retry_times, TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), lease_until), owner,"
-    " EXISTS (SELECT 1 FROM {steps} AS s WHERE s.consumer_group = c.consumer_group AND s.handler = c.handler"
-    " AND s.business_key = c.business_key AND s.status = 2)"
-    " FROM {table} AS c WHERE consumer_group = %s AND handler = %s AND business_key = %s"
+    "SELECT status, token, fingerprint, retry_times, TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), lease_until),"
+    " owner FROM {table} WHERE consumer_group = %s AND handler = %s AND business_key = %s"
+)
+# what is committed alone, at any isolation: one that is not is locked by its own transaction
+TRACED: Final = (
+    "SELECT 1 FROM {steps} WHERE consumer_group = %s AND handler = %s AND business_key = %s AND status = 2"
+    " LIMIT 1 FOR UPDATE SKIP LOCKED"
 )
 BREAK: Final = (
     "UPDATE {table} SET status = 2, consumed_at = UTC_TIMESTAMP(6), lease_until = NULL"
@@ -48,8 +50,9 @@ class Claims:
     def __init__(self, dialect: Dialect) -> None:
         table, steps = dialect.table, steps_of(dialect.table)
         self._dialect = dialect
-        self._claim, self._take, self._break, self._look, self._steps = (
-            text.replace("{table}", table).replace("{steps}", steps) for text in (CLAIM, TAKE, BREAK, LOOK, STEPS)
+        self._claim, self._take, self._break, self._look, self._steps, self._traced = (
+            text.replace("{table}", table).replace("{steps}", steps)
+            for text in (CLAIM, TAKE, BREAK, LOOK, STEPS, TRACED)
         )
 
     def claim(
@@ -86,10 +89,12 @@ class Claims:
             cursor.execute(self._look, named)
             found = cursor.fetchone()
             recorded = self._recorded(cursor, named) if steps else ()
-            if found is not None and found[6] and found[1] == token and not found[0]:
-                # something has committed what an earlier run did, and that run never ended; requeue takes this back
-                cursor.execute(self._break, (*named, token))
-                found = (UNFINISHED, *found[1:])
+            if found is not None and found[1] == token and not found[0]:
+                cursor.execute(self._traced, named)
+                if cursor.fetchone() is not None:
+                    # something has committed what an earlier run did, and that run never ended; requeue takes this back
+                    cursor.execute(self._break, (*named, token))
+                    found = (UNFINISHED, *found[1:])
             dbapi.commit()
         except Exception as error:
             code = errno(error)
@@ -103,7 +108,7 @@ class Claims:
             cursor.close()
         if found is None:
             raise ClaimBusy(again=True)  # taken away between the two: the next try may insert it
-        status, standing, fingerprint, retry_times, remaining, owner, _ = found
+        status, standing, fingerprint, retry_times, remaining, owner = found
         return Leased(
             won=standing == token and not status,
             consumed=bool(status),

@@ -8,6 +8,7 @@ from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
 from exactly_once.dialects import Dialect, Trace, Trouble, raise_for_the_store
+from exactly_once.errors import Misuse
 from exactly_once.fork import engines as forked_engines
 from exactly_once.guards.watch import WATCHED, Shut, Watch, begin, let_go
 from exactly_once.leases import WAIT_MS, Held
@@ -19,12 +20,14 @@ __all__ = ["Late"]
 class Late:
     """Waits for a session's first statement, and watches its transaction from there on."""
 
-    __slots__ = ("_dialect", "_session", "_unwritten", "held", "shut", "watch")
+    __slots__ = ("_dialect", "_session", "_unwritten", "failed", "held", "shut", "watch")
 
     def __init__(self, session: Session, dialect: Dialect, held: Held | None) -> None:
         self._dialect, self._session, self.held = dialect, session, held
         self.watch: Watch | None = None
         self.shut: Shut | None = None
+        self.failed: BaseException | None = None
+        """Why its transaction could not begin: what is written on it after that is never committed."""
         self._unwritten: set[int] = set()
         session.info[WATCHED] = self
 
@@ -68,12 +71,31 @@ class Late:
                 dialect.prepare(dbapi, info, wait_ms=WAIT_MS)
             dialect.begin(dbapi, info, owner, trace)
         except Exception as error:
+            self.failed = error
             if dialect.trouble(error) is Trouble.UNAVAILABLE:
                 connection.invalidate(error)
             raise_for_the_store(dialect, error)
             raise
+        except BaseException as error:  # a timeout of the handler's own, or the end of all
+            self.failed = error
+            raise
         self.watch = Watch(connection, dialect, dbapi, owner, held=held, trace=trace)
         begin(session, self.watch)
+
+    def check(self) -> None:
+        """Raise what kept its transaction from beginning, also where the handler has swallowed it.
+
+        Raises:
+            Misuse: It was no error of the database's, and the handler went on.
+        """
+        if self.failed is None:
+            return
+        if isinstance(self.failed, Exception):
+            raise self.failed
+        raise Misuse(
+            f"The session's first statement ended with {type(self.failed).__name__} before its transaction had begun, and the"
+            " handler went on: nothing that it wrote is committed. Let that out of the handler."
+        ) from self.failed
 
     def end(self, session: Session) -> None:
         """Give back what was begun, if anything was."""

@@ -106,7 +106,7 @@ class LeaseGuard:
         try:
             known = self._local.look(row)
             # of an earlier run, whose claim says nothing of what it had committed
-            traced = held.attempt > 1 and known is None and self._local.traced(row)
+            traced = (known is None or not known.consumed) and self._local.traced(row)
         except BaseException:
             with suppress(Exception):  # it runs out; what was raised first is what happened
                 self._store.release(held)
@@ -138,7 +138,13 @@ class LeaseGuard:
             return None
         if not self._own:
             # a crash behind the COMMIT, or a store that is away then: the next claim finds the mark, and runs nothing again
-            return None if self._local.mark_in(session.connection(), held) else Consumed()
+            if self._local.mark_in(session.connection(), held):
+                return None
+            known = self._local.look(held.row)
+            if known is not None and known.consumed:
+                return Consumed()
+            held.lost = True  # another run has it, under a lease in this database
+            raise held.error()
         held.ending = True
         if not self._local.complete_in(session.connection(), held):
             held.lost = True
@@ -167,7 +173,7 @@ class LeaseGuard:
         try:
             if broken and self._own:
                 # its effects may be committed: another copy is not to run, and requeue takes this back
-                return self._store.complete(held)
+                return self._local.leave_unfinished(held)
             return self._store.release(held)
         except Exception as error:  # it runs out by itself; the failure is what must be recorded now
             _log.warning(
@@ -185,6 +191,8 @@ class LeaseGuard:
         seen = self._local.look(row)
         if not self._own and (seen is None or not seen.consumed):
             seen = self._store.look(row)
+        if (seen is None or not seen.consumed) and self._local.traced(row):
+            return Unfinished(row.owner)
         standing = None if seen is None else judge(seen, row.fingerprint)
         if standing is Standing.UNFINISHED and seen is not None:
             return Unfinished(seen.unfinished or "")

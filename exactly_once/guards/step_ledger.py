@@ -192,6 +192,7 @@ class StepLedger:
                 # a row that the handler's own session has changed: the server cannot see that we wait for ourselves
                 session.connection().exec_driver_sql(_LOCK_WAIT)
             value = self._worked(work, handed, session)
+            late.check()
             if late.watch is not None:
                 late.watch.check(session)
             result, _ = self._encoded(begun, value)

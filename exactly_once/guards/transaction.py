@@ -67,7 +67,11 @@ class TransactionGuard:
                 won = dialect.claim(dbapi, info, row, wait_ms=self._wait_ms, savepoint=False)
                 if not won:
                     known = dialect.known(dbapi, row, end=True)
-                    if known is None or known.status in (CONSUMED, UNFINISHED) or not self._cleared(connection, row):
+                    if known is None or known.status in (CONSUMED, UNFINISHED):
+                        return standing(known, row)
+                    if self._leases.traced(row):
+                        return Unfinished(known.owner or "")
+                    if not self._cleared(connection, row):
                         return standing(known, row)
                     won = dialect.claim(dbapi, info, row, wait_ms=self._wait_ms, savepoint=False)
                     break

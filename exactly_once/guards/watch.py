@@ -151,9 +151,8 @@ class Watch:
         if self.call is not None:
             since = self.dialect.committed_since(self.dbapi, self.info, self.call)
         else:
-            # no statement that can commit was seen to end it: a deadlock that a function swallowed. Else the row tells that
-            # was written first
-            since = False if self.rows or self.trace else None
+            # no statement that can commit was seen to end it: a deadlock that a function swallowed. Else the claim's row tells
+            since = False if self.rows else None
         self.replaced = since is not False
         return self.leave(Left.GONE if since is False else Left.BROKEN, _GONE + named)
 

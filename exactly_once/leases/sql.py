@@ -149,7 +149,27 @@ class SqlLeases:
             "b_token": held.token,
             "b_born_at": row.born_at,
         }
-        return claim_rows.written(lambda: self._dialect.in_our_name(connection, self._marking, named))
+        in_our_name = self._dialect.in_our_name
+        if claim_rows.written(lambda: in_our_name(connection, self._marking, named)):
+            return True
+        return in_our_name(connection, self._remarking, named) == 1
+
+    @cached_property
+    def _remarking(self) -> Update:
+        """For a row that is there already, of a lease in this database that nobody has now, or of a mark that was taken back."""
+        t = self._t
+        names = ("consumer_group", "handler", "business_key")
+        named = [t.c[name] == bindparam(f"b_{name}", type_=t.c[name].type) for name in names]
+        values = {
+            name: bindparam(f"b_{name}", type_=t.c[name].type)
+            for name in ("message_id", "fingerprint", "retry_times", "owner", "token")
+        }
+        free = or_(t.c.token.is_(None), t.c.lease_until <= utcnow())
+        return (
+            update(t)
+            .where(*named, t.c.status == CONSUMING, free)
+            .values(**values, status=CONSUMED, consumed_at=utcnow(), lease_until=None)
+        )
 
     @cached_property
     def _marking(self) -> Insert:
@@ -164,6 +184,15 @@ class SqlLeases:
         """See `LeaseStore.release`."""
         free = update(self._t).where(self._ours(held)).values(token=None, lease_until=None)
         return self._by_itself(lambda connection: _one(connection, free))
+
+    def leave_unfinished(self, held: Held) -> bool:
+        """Let no other run have a message whose effects may be committed; its failure row is written next.
+
+        A crash between the two: the next claim finds it unfinished, and the message is *broken* all the same.
+        """
+        left = update(self._t).where(self._ours(held))
+        done = left.values(status=UNFINISHED, consumed_at=utcnow(), lease_until=None)
+        return self._by_itself(lambda connection: _one(connection, done))
 
     def renew(self, held: Sequence[Held]) -> Sequence[Held]:
         """See `LeaseStore.renew`. Rows that are locked by their own steps are left alone: whoever locks them is alive."""
@@ -313,7 +342,9 @@ class SqlLeases:
         if not self._dialect.asks_around_calls:
             return False  # none is written there
         s = self._steps
+        # one that is not committed is locked by its own transaction
         stands = select(literal(1)).where(self._of(s, row), s.c.status == STEP_TRACE).limit(1)
+        stands = stands.with_for_update(skip_locked=True)
         return self._by_itself(lambda connection: connection.execute(stands).first() is not None)
 
     def handlers(self, group: str, key: str) -> Sequence[str]:
