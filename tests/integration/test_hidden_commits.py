@@ -622,7 +622,7 @@ def test_postgresql_lets_no_procedure_commit_inside_a_transaction(shop: Shop, wa
     if shop.dialect != "postgres":
         pytest.skip("PostgreSQL only")
     with shop.outside.begin() as connection:
-        connection.execute(text("CREATE PROCEDURE commits() LANGUAGE plpgsql AS 'BEGIN COMMIT; END'"))
+        connection.execute(text("CREATE OR REPLACE PROCEDURE commits() LANGUAGE plpgsql AS 'BEGIN COMMIT; END'"))
     codes: list[Any] = []
 
     def call(session: Session) -> None:
