@@ -25,6 +25,7 @@ from exactly_once.guards.late import Late
 from exactly_once.leases import Held, LeaseStore, Standing, clock, judge
 from exactly_once.leases.renewal import Renewal
 from exactly_once.leases.sql import SqlLeases
+from exactly_once.schema import CONSUMING
 from exactly_once.wording import escaped
 
 __all__ = ["LeaseGuard", "insisting", "still_ours"]
@@ -140,8 +141,9 @@ class LeaseGuard:
             # a crash behind the COMMIT, or a store that is away then: the next claim finds the mark, and runs nothing again
             if self._local.mark_in(session.connection(), held):
                 return None
-            known = self._local.look(held.row)
-            if known is not None and known.consumed:
+            # on the same connection, for there may be no other one
+            known = self._dialect.known(session.connection().connection.dbapi_connection, held.row, end=False)
+            if known is not None and known.status != CONSUMING:
                 return Consumed()
             held.lost = True  # another run has it, under a lease in this database
             raise held.error()

@@ -69,7 +69,7 @@ class TransactionGuard:
                     known = dialect.known(dbapi, row, end=True)
                     if known is None or known.status in (CONSUMED, UNFINISHED):
                         return standing(known, row)
-                    if self._leases.traced(row):
+                    if self._leases.traced_in(connection, row):
                         return Unfinished(known.owner or "")
                     if not self._cleared(connection, row):
                         return standing(known, row)

@@ -339,13 +339,16 @@ class SqlLeases:
 
     def traced(self, row: ClaimRow) -> bool:
         """Say whether something else than an attempt's own COMMIT has committed a transaction of this message's."""
+        return self._dialect.asks_around_calls and self._by_itself(lambda each: self.traced_in(each, row))
+
+    def traced_in(self, connection: Connection, row: ClaimRow) -> bool:
+        """The same, asked on a connection that is in no transaction, or in one that is to be rolled back."""
         if not self._dialect.asks_around_calls:
             return False  # none is written there
         s = self._steps
         # one that is not committed is locked by its own transaction
         stands = select(literal(1)).where(self._of(s, row), s.c.status == STEP_TRACE).limit(1)
-        stands = stands.with_for_update(skip_locked=True)
-        return self._by_itself(lambda connection: connection.execute(stands).first() is not None)
+        return connection.execute(stands.with_for_update(skip_locked=True)).first() is not None
 
     def handlers(self, group: str, key: str) -> Sequence[str]:
         """Return the handlers that have a claim on a key."""
