@@ -87,7 +87,7 @@ on-url: $(VENV)/.made
 # MySQL in MariaDB's place, fetched from Debian's unstable: what is worded for the server, and what ends transactions
 ON_MYSQL := test_claims test_claim_door test_claim_in_an_open_transaction test_hidden_commits test_misuse \
 	test_session_still_used test_groups test_failures test_error_words test_storable test_connection_settings \
-	test_left_in_the_pool test_leases_sql test_lease_guard test_lease_stores test_lease_round_trips
+	test_left_in_the_pool test_leases_sql test_lease_guard test_lease_stores test_lease_traces test_lease_round_trips
 on-mysql: TESTS = $(ON_MYSQL:%=tests/integration/%.py) -k mariadb -n 2 --dist loadfile
 on-mysql: $(VENV)/.made
 	$(call TIER,$(PY) -m tests.services.mysql_debian $(PY),$(TESTS))
