@@ -19,7 +19,6 @@ from tests.integration.shop import COLOURS, Shop, order, put, shops
 from tests.integration.test_connection_settings import ground_on, one_by_one, run
 from tests.integration.threads import until
 from tests.integration.ways import ALONE, IN_A_GROUP, UNDER_A_LEASE, Way
-from tests.services.mariadb import MYSQLD
 
 P, D, F = Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.FAILED
 some_ways = pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, UNDER_A_LEASE], ids=str)
@@ -75,7 +74,6 @@ LEFT = {
     "role": "SELECT set_config('role', 'tenant_of_the_pool', false)",
     "session authorization": "SELECT set_config('session_authorization', 'tenant_of_the_pool', false)",
     "read only": "SELECT set_config('default_transaction_read_only', 'on', false)",
-    "statement timeout": "SELECT set_config('statement_timeout', '1', false)",
     "lock timeout": "SELECT set_config('lock_timeout', '1', false)",
     "style of dates": "SELECT set_config('datestyle', 'German', false)",
     "isolation": "SELECT set_config('default_transaction_isolation', 'serializable', false)",
@@ -191,8 +189,6 @@ LEFT_ON_MARIADB = {
     "a limit of rows": "SET sql_select_limit = 0",
     "another database": "USE mysql",
 }
-if not MYSQLD:  # whose limit is for SELECT alone
-    LEFT_ON_MARIADB["time limit"] = "SET max_statement_time = 0.0001"
 
 
 @some_ways
