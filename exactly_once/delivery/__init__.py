@@ -187,9 +187,8 @@ class Delivering:
                 self._call(handed, reading, message, ledger)
             except BaseException as error:
                 told = error
-                if (
-                    isinstance(error, SystemExit) and not foreign
-                ):  # else the thread is the caller's, who may be told to end
+                # of a caller's loop the thread is the caller's, and a signal may have asked it to end
+                if isinstance(error, SystemExit) and not foreign:
                     told = Misuse(EXITED.format(code=error.code)).with_traceback(error.__traceback__)
                 if ledger is not None:
                     sent = ledger.sent

@@ -47,6 +47,7 @@ __all__ = [
     "BOUND",
     "CLAIM",
     "COMMITS",
+    "COMMITTED_ALONE",
     "DUPLICATE",
     "FINISH",
     "FINISH_MANY",
@@ -86,6 +87,8 @@ TRACE: Final = (
     "INSERT INTO {steps} (consumer_group, handler, business_key, step, ordinal, status, attempt, token, created_at)"
     " VALUES (%s, %s, %s, %s, -1, 2, %s, %s, UTC_TIMESTAMP(6))"
 )
+# what is committed alone, whatever the session's isolation is and whoever has the row locked: said of the next transaction
+COMMITTED_ALONE: Final = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED"
 UNTRACE: Final = "DELETE FROM {steps} WHERE consumer_group = %s AND handler = %s AND business_key = %s AND step = %s"
 _FINISHED: Final = "IF ROW_COUNT() <> {count} THEN SIGNAL SQLSTATE '45000'; END IF"
 BOUND: Final = "SET STATEMENT innodb_lock_wait_timeout = {seconds} FOR "

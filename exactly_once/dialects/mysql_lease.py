@@ -9,7 +9,7 @@ from datetime import UTC, timedelta
 from typing import Any, Final
 
 from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Leased, StepRow, steps_of
-from exactly_once.dialects.mysql import DUPLICATE, LOCK_WAIT, TRANSIENT, errno, identity
+from exactly_once.dialects.mysql import COMMITTED_ALONE, DUPLICATE, LOCK_WAIT, TRANSIENT, errno, identity
 from exactly_once.schema import UNFINISHED
 
 __all__ = ["BREAK", "CLAIM", "LOOK", "STEPS", "TAKE", "TRACED", "Claims"]
@@ -29,10 +29,8 @@ LOOK: Final = (
     "SELECT status, token, fingerprint, retry_times, TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), lease_until),"
     " owner FROM {table} WHERE consumer_group = %s AND handler = %s AND business_key = %s"
 )
-# what is committed alone, at any isolation: one that is not is locked by its own transaction
 TRACED: Final = (
-    "SELECT 1 FROM {steps} WHERE consumer_group = %s AND handler = %s AND business_key = %s AND status = 2"
-    " LIMIT 1 FOR UPDATE SKIP LOCKED"
+    "SELECT 1 FROM {steps} WHERE consumer_group = %s AND handler = %s AND business_key = %s AND status = 2 LIMIT 1"
 )
 BREAK: Final = (
     "UPDATE {table} SET status = 2, consumed_at = UTC_TIMESTAMP(6), lease_until = NULL"
@@ -89,13 +87,16 @@ class Claims:
             cursor.execute(self._look, named)
             found = cursor.fetchone()
             recorded = self._recorded(cursor, named) if steps else ()
+            dbapi.commit()
             if found is not None and found[1] == token and not found[0]:
+                # a crash before this: the lease runs out, and the next claim asks
+                cursor.execute(COMMITTED_ALONE)
                 cursor.execute(self._traced, named)
                 if cursor.fetchone() is not None:
                     # something has committed what an earlier run did, and that run never ended; requeue takes this back
                     cursor.execute(self._break, (*named, token))
                     found = (UNFINISHED, *found[1:])
-            dbapi.commit()
+                dbapi.commit()
         except Exception as error:
             code = errno(error)
             if code is None:

@@ -345,10 +345,12 @@ class SqlLeases:
         """The same, asked on a connection that is in no transaction, or in one that is to be rolled back."""
         if not self._dialect.asks_around_calls:
             return False  # none is written there
+        from exactly_once.dialects.mysql import COMMITTED_ALONE
+
         s = self._steps
-        # one that is not committed is locked by its own transaction
+        connection.exec_driver_sql(COMMITTED_ALONE)
         stands = select(literal(1)).where(self._of(s, row), s.c.status == STEP_TRACE).limit(1)
-        return connection.execute(stands.with_for_update(skip_locked=True)).first() is not None
+        return connection.execute(stands).first() is not None
 
     def handlers(self, group: str, key: str) -> Sequence[str]:
         """Return the handlers that have a claim on a key."""

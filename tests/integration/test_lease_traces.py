@@ -151,6 +151,22 @@ def test_what_a_dead_run_had_committed_is_found_after_the_guard_was_changed(
         by_a_mended_program(shop, UNDER_A_LEASE, guard)
 
 
+@pytest.mark.parametrize("after", ["own", "own->transaction", "own->redis"])
+def test_a_trace_is_found_although_somebody_has_it_locked(
+    request: pytest.FixtureRequest, redis_url: str, after: str
+) -> None:
+    """As a DELETE of old steps has, which reads them all."""
+    with on(request, "mariadb") as shop:
+        killed(shop, UNDER_A_LEASE, "handler")
+        time.sleep(SHORT.total_seconds())
+        redis = Lease(SHORT, store=redis_url)
+        guard = {"own": Lease(SHORT), "own->transaction": Transaction(), "own->redis": redis}[after]
+        with shop.outside.connect() as keeper:
+            keeper.execute(text("SELECT * FROM message_step WHERE consumer_group = 'shop' FOR UPDATE"))
+            by_a_mended_program(shop, UNDER_A_LEASE, guard)
+            keeper.rollback()
+
+
 def test_a_message_whose_deliveries_are_used_up_is_broken_and_not_only_dead(request: pytest.FixtureRequest) -> None:
     with on(request, "mariadb") as shop:
         killed(shop, UNDER_A_LEASE, "handler")
