@@ -1,7 +1,8 @@
 """Claims with a lease on MySQL and MariaDB: an INSERT, and where the key is known already an UPDATE that takes what is free.
 
 An upsert would not do: its row count cannot tell a taken row from one left alone where the driver counts found rows. The
-loser of an INSERT keeps a shared lock on the row, so it rolls back before the UPDATE. Called by `leases.sql`.
+loser of an INSERT keeps a shared lock on the row, so it rolls back, and looks without a lock before the UPDATE: one that
+locked the row of a lease that runs would keep it from being renewed. Called by `leases.sql`.
 """
 
 from collections.abc import MutableMapping
@@ -82,10 +83,12 @@ class Claims:
                 if errno(error) != DUPLICATE:
                     raise
                 dbapi.rollback()
-            taken = (row.message_id, row.fingerprint, row.owner, token, microseconds)
-            cursor.execute(bound + self._take, (*taken, *named, row.fingerprint, also))
-            cursor.execute(self._look, named)
-            found = cursor.fetchone()
+            found = self._looked(cursor, named)
+            if found is not None and _free(found):
+                dbapi.rollback()  # what is read below may be older than what the UPDATE found
+                taken = (row.message_id, row.fingerprint, row.owner, token, microseconds)
+                cursor.execute(bound + self._take, (*taken, *named, row.fingerprint, also))
+                found = self._looked(cursor, named)
             recorded = self._recorded(cursor, named) if steps else ()
             dbapi.commit()
             if found is not None and found[1] == token and not found[0]:
@@ -120,9 +123,18 @@ class Claims:
             steps=recorded,
         )
 
+    def _looked(self, cursor: Any, named: tuple[bytes, ...]) -> Any:
+        cursor.execute(self._look, named)
+        return cursor.fetchone()
+
     def _recorded(self, cursor: Any, named: tuple[bytes, ...]) -> tuple[StepRow, ...]:
         cursor.execute(self._steps, named)
         return tuple(
             StepRow(bytes(name).decode(), ordinal, bool(done), None if result is None else bytes(result), attempt)
             for name, ordinal, done, result, attempt in cursor.fetchall()
         )
+
+
+def _free(found: Any) -> bool:
+    status, token, _, _, remaining, _ = found
+    return not status and (token is None or remaining <= 0)

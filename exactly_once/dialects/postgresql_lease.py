@@ -1,7 +1,8 @@
-"""Claims with a lease on PostgreSQL: one statement decides, one round trip carries it.
+"""Claims with a lease on PostgreSQL: an INSERT, then an UPDATE that takes what is free; one round trip carries both.
 
-`ON CONFLICT DO UPDATE ... WHERE` waits for whoever is changing the row (a run that completes, a step that is recorded) and
-looks at it anew then; the wait is bounded, and a row that stays locked is in progress. Read committed on purpose, whatever
+`ON CONFLICT DO UPDATE ... WHERE` would lock the row of a lease that runs, at each delivery of a copy, and a locked row is not
+renewed: enough copies would let the lease run out. This UPDATE locks what it takes only. Where somebody is changing that row
+it waits and looks anew; the wait is bounded, and a row that stays locked is in progress. Read committed on purpose, whatever
 the engine's isolation is: under a stricter one that second look would be an error. Called by `leases.sql`.
 """
 
@@ -16,19 +17,22 @@ from exactly_once.dialects import ClaimBusy, ClaimRow, Leased, StepRow, steps_of
 from exactly_once.dialects.postgresql import BUSY, PostgreSQL, Seen, driver_of, send, template
 from exactly_once.schema import UNFINISHED
 
-__all__ = ["CLAIM", "LOOK", "STEPS", "Claims"]
+__all__ = ["CLAIM", "LOOK", "STEPS", "TAKE", "Claims"]
 
 BEGIN: Final = "BEGIN ISOLATION LEVEL READ COMMITTED;SET LOCAL lock_timeout = {wait_ms};"
 CLAIM: Final = (
-    "INSERT INTO {table} AS held (consumer_group, handler, business_key, status, message_id, fingerprint, retry_times,"
+    "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, fingerprint, retry_times,"
     " owner, token, lease_until, born_at, created_at) VALUES"
     " ({group}, {handler}, {key}, 0, {message_id}, {fingerprint}, 0, {owner}, {token},"
     " clock_timestamp() + {lease}, {born_at}, clock_timestamp())"
-    " ON CONFLICT (consumer_group, handler, business_key) DO UPDATE SET"
-    " message_id = excluded.message_id, fingerprint = excluded.fingerprint, retry_times = held.retry_times + 1,"
-    " owner = excluded.owner, token = excluded.token, lease_until = clock_timestamp() + {lease_again}"
-    " WHERE held.status = 0 AND (held.token IS NULL OR held.lease_until <= clock_timestamp())"
-    " AND held.fingerprint IN (excluded.fingerprint, {also});"
+    " ON CONFLICT (consumer_group, handler, business_key) DO NOTHING;"
+)
+TAKE: Final = (
+    "UPDATE {table} SET message_id = {message_id}, fingerprint = {fingerprint}, retry_times = retry_times + 1,"
+    " owner = {owner}, token = {token}, lease_until = clock_timestamp() + {lease}"
+    " WHERE consumer_group = {group} AND handler = {handler} AND business_key = {key}"
+    " AND status = 0 AND (token IS NULL OR lease_until <= clock_timestamp())"
+    " AND fingerprint IN ({fingerprint_same}, {also});"
 )
 LOOK: Final = (
     "SELECT status, token, encode(fingerprint, 'hex'), retry_times,"
@@ -41,9 +45,8 @@ STEPS: Final = (
 )
 
 _IDENTITY: Final = ("group", "handler", "key")
-_CLAIMED: Final = (
-    *_IDENTITY, "message_id", "fingerprint", "owner", "token", "lease", "born_at", "lease_again", "also"
-)  # fmt: skip
+_CLAIMED: Final = (*_IDENTITY, "message_id", "fingerprint", "owner", "token", "lease", "born_at")
+_TAKEN: Final = ("message_id", "fingerprint", "owner", "token", "lease", *_IDENTITY, "fingerprint_same", "also")
 
 
 class Claims:
@@ -54,6 +57,7 @@ class Claims:
         self._dialect = dialect
         steps = steps_of(table)
         self._claim = template(CLAIM.replace("{table}", table), _CLAIMED)
+        self._take = template(TAKE.replace("{table}", table), _TAKEN)
         self._look = template(LOOK.replace("{table}", table), _IDENTITY)
         self._steps = template(STEPS.replace("{steps}", steps), _IDENTITY)
 
@@ -73,21 +77,19 @@ class Claims:
         driver = driver_of(dbapi)
         quote = Escaping(driver.pgconn).escape_literal
         identity = (quote(row.group.encode()), quote(row.handler.encode()), quote(row.key.encode()))
-        span = b"interval '%d milliseconds'" % round(lease.total_seconds() * 1000)
-        claim = self._claim % (
-            *identity,
+        run = (
             b"NULL" if row.message_id is None else quote(row.message_id.encode()),
             _bytea(row.fingerprint),
             quote(row.owner.encode()),
             quote(token.encode()),
-            span,
-            b"NULL" if row.born_at is None else b"timestamptz " + quote(row.born_at.isoformat().encode()),
-            span,
-            _bytea(also),
+            b"interval '%d milliseconds'" % round(lease.total_seconds() * 1000),
         )
+        born_at = b"NULL" if row.born_at is None else b"timestamptz " + quote(row.born_at.isoformat().encode())
+        claim = self._claim % (*identity, *run, born_at)
+        take = self._take % (*run, *identity, _bytea(row.fingerprint), _bytea(also))
         seen: Seen = info[self._dialect]
         read = self._look % identity + (self._steps % identity if steps else b"")
-        text = _BEGIN % wait_ms + self._dialect.durable + seen.settings + claim + read + b"COMMIT"
+        text = _BEGIN % wait_ms + self._dialect.durable + seen.settings + claim + take + read + b"COMMIT"
         try:
             results = send(driver, text)
         except errors.Error as error:
@@ -97,6 +99,8 @@ class Claims:
                 raise
             raise ClaimBusy(again=error.sqlstate != "55P03") from error
         found, recorded = (results[-3], results[-2]) if steps else (results[-2], None)
+        if not found.ntuples:
+            raise ClaimBusy(again=True)  # taken away between the two: the next try may insert it
         status, standing, fingerprint, retry_times, remaining, owner = (found.get_value(0, n) for n in range(6))
         return Leased(
             won=standing == token.encode() and status == b"0",

@@ -381,7 +381,7 @@ def _no_lease() -> None:
     from exactly_once.dialects import postgresql_lease
     from exactly_once.leases import scripts
 
-    postgresql_lease.CLAIM = postgresql_lease.CLAIM.replace("held.lease_until <= clock_timestamp()", "true")  # type: ignore[misc]
+    postgresql_lease.TAKE = postgresql_lease.TAKE.replace("lease_until <= clock_timestamp()", "true")  # type: ignore[misc]
     scripts.CLAIM = scripts.CLAIM.replace("tonumber(till) <= now", "true")  # type: ignore[misc]
 
 
