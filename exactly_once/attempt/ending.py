@@ -170,12 +170,12 @@ def _left(
     if unsure:
         return _look_up(open_session, guard, rows, Ended(How.UNKNOWN, error, kept=True))
     ended = _said(dialect, won, watch, error)
-    if not watch.rows and watch.doubtful:
-        # no claim stands in this transaction that could tell; a copy would repeat what was committed
+    if ended.how is not How.BROKEN and watch.rows and not watch.whole:
+        ended = _stands(open_session, guard, watch, ended)
+    if watch.doubtful and ended.how not in (How.BROKEN, How.AWAY):
+        # no claim stands, and a procedure may have rolled ours back and committed its own: a copy would repeat that
         return _broken(Misuse(_DOUBTFUL), watch.owner, _stop_of(ended), block=True)
-    if ended.how is How.BROKEN or watch.whole or not watch.rows:
-        return ended
-    return _stands(open_session, guard, watch, ended)
+    return ended
 
 
 def _said(dialect: Dialect, won: Won, watch: Watch, error: BaseException) -> Ended:

@@ -157,6 +157,8 @@ def _marking_rollback(send: _Send) -> _Send:
     def do_rollback(dbapi_connection: PoolProxiedConnection) -> None:
         watch = _watch_of(dbapi_connection)
         if watch is not None and not watch.committed:
+            if watch.call is not None:
+                watch.ask()  # what a procedure committed in place of ours cannot be told behind a rollback
             watch.rolled_back = True
             if not watch.ours:
                 watch.leave(Left.ROLLED_BACK, LEFT)
