@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from sqlalchemy import Connection, Engine, Insert, Update
 
@@ -19,6 +19,7 @@ from exactly_once.dialects.keywords import Read
 from exactly_once.errors import BadKey, ConfigurationError, SchemaError, StoreUnavailable
 
 __all__ = [
+    "COMMITTED_ALONE",
     "ClaimBusy",
     "ClaimRow",
     "Dialect",
@@ -37,6 +38,10 @@ __all__ = [
     "raise_for_the_store",
     "steps_of",
 ]
+
+COMMITTED_ALONE: Final = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED"
+"""Before a look on MySQL and MariaDB: it shows what is committed alone. A session that was left, or an engine that was made,
+READ UNCOMMITTED would show a claim that is then rolled back, and the message would be acknowledged as a duplicate."""
 
 
 class ClaimRow(NamedTuple):

@@ -36,7 +36,7 @@ from sqlalchemy import Connection, Insert, Update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from exactly_once.dialects import ClaimBusy, ClaimRow, Gone, Known, State, Trace, Trouble, steps_of
+from exactly_once.dialects import COMMITTED_ALONE, ClaimBusy, ClaimRow, Gone, Known, State, Trace, Trouble, steps_of
 from exactly_once.dialects.keywords import Read, reader
 from exactly_once.dialects.statements import MARIADB, MYSQL
 from exactly_once.errors import ConfigurationError
@@ -47,7 +47,6 @@ __all__ = [
     "BOUND",
     "CLAIM",
     "COMMITS",
-    "COMMITTED_ALONE",
     "DUPLICATE",
     "FINISH",
     "FINISH_MANY",
@@ -87,8 +86,6 @@ TRACE: Final = (
     "INSERT INTO {steps} (consumer_group, handler, business_key, step, ordinal, status, attempt, token, created_at)"
     " VALUES (%s, %s, %s, %s, -1, 2, %s, %s, UTC_TIMESTAMP(6))"
 )
-# what is committed alone, whatever the session's isolation is and whoever has the row locked: said of the next transaction
-COMMITTED_ALONE: Final = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED"
 UNTRACE: Final = "DELETE FROM {steps} WHERE consumer_group = %s AND handler = %s AND business_key = %s AND step = %s"
 _FINISHED: Final = "IF ROW_COUNT() <> {count} THEN SIGNAL SQLSTATE '45000'; END IF"
 BOUND: Final = "SET STATEMENT innodb_lock_wait_timeout = {seconds} FOR "
@@ -398,6 +395,8 @@ class MySQL:
         cursor = dbapi.cursor()
         try:
             text = self._known if wait else self._known.removesuffix(_LOCKING)
+            if not wait:
+                cursor.execute(COMMITTED_ALONE)
             cursor.execute(text, identity(row))
             found = cursor.fetchone()
         finally:

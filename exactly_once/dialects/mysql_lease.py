@@ -9,8 +9,8 @@ from collections.abc import MutableMapping
 from datetime import UTC, timedelta
 from typing import Any, Final
 
-from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Leased, StepRow, steps_of
-from exactly_once.dialects.mysql import COMMITTED_ALONE, DUPLICATE, LOCK_WAIT, TRANSIENT, errno, identity
+from exactly_once.dialects import COMMITTED_ALONE, ClaimBusy, ClaimRow, Dialect, Leased, StepRow, steps_of
+from exactly_once.dialects.mysql import DUPLICATE, LOCK_WAIT, TRANSIENT, errno, identity
 from exactly_once.schema import UNFINISHED
 
 __all__ = ["BREAK", "CLAIM", "LOOK", "STEPS", "TAKE", "TRACED", "Claims"]
@@ -83,6 +83,7 @@ class Claims:
                 if errno(error) != DUPLICATE:
                     raise
                 dbapi.rollback()
+            cursor.execute(COMMITTED_ALONE)  # a run that completes may still roll back
             found = self._looked(cursor, named)
             if found is not None and _free(found):
                 dbapi.rollback()  # what is read below may be older than what the UPDATE found

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Row, Table, and_, exists, not_, or_, select, update
 
+from exactly_once.dialects import COMMITTED_ALONE
 from exactly_once.failures import PARKED, RESOLVABLE, RUNNABLE
 from exactly_once.message import Message
 from exactly_once.schema import CONSUMED, Tables, utcnow
@@ -118,7 +119,10 @@ class DueFailures:
             )
 
     def sweep(self, connection: Connection, group: str) -> int:
-        """Close open rows whose message was processed on another path (a producer's resend), and say how many."""
+        """Close open rows whose message was processed on another path (a producer's resend), and say how many.
+
+        It is the first thing of its transaction: it says how isolated that one is.
+        """
         t, c = self._t, self._claims
         consumed = exists().where(
             c.c.consumer_group == t.c.consumer_group,
@@ -132,6 +136,8 @@ class DueFailures:
         )
         # read first, without a lock: on InnoDB an UPDATE that reads the claims waits for every running handler whose key
         # has failed before, with the failure rows locked that those handlers need in the end: a deadlock
+        if connection.dialect.name in ("mysql", "mariadb"):
+            connection.exec_driver_sql(COMMITTED_ALONE)
         ids = connection.execute(processed.limit(_SWEPT_AT_ONCE)).scalars().all()
         if not ids:
             return 0

@@ -31,7 +31,17 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from exactly_once import claim_rows
-from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, LeaseClaims, Leased, StepRow, Trouble, lease_claims_for
+from exactly_once.dialects import (
+    COMMITTED_ALONE,
+    ClaimBusy,
+    ClaimRow,
+    Dialect,
+    LeaseClaims,
+    Leased,
+    StepRow,
+    Trouble,
+    lease_claims_for,
+)
 from exactly_once.dialects import raise_for_the_store as raise_for
 from exactly_once.leases import WAIT_MS, Held, Recorded, clock
 from exactly_once.pooler import begin_bounded
@@ -314,6 +324,8 @@ class SqlLeases:
             columns = (
                 t.c.status, t.c.token, t.c.fingerprint, t.c.retry_times, t.c.lease_until, t.c.owner, utcnow().label("now")
             )  # fmt: skip
+            if self._dialect.asks_around_calls:
+                connection.exec_driver_sql(COMMITTED_ALONE)
             found = connection.execute(select(*columns).where(self._of(t, row))).one_or_none()
             if found is None:
                 return None
@@ -345,8 +357,6 @@ class SqlLeases:
         """The same, asked on a connection that is in no transaction, or in one that is to be rolled back."""
         if not self._dialect.asks_around_calls:
             return False  # none is written there
-        from exactly_once.dialects.mysql import COMMITTED_ALONE
-
         s = self._steps
         connection.exec_driver_sql(COMMITTED_ALONE)
         stands = select(literal(1)).where(self._of(s, row), s.c.status == STEP_TRACE).limit(1)
