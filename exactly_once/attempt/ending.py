@@ -172,8 +172,8 @@ def _left(
     ended = _said(dialect, won, watch, error)
     if ended.how is not How.BROKEN and watch.rows and not watch.whole:
         ended = _stands(open_session, guard, watch, ended)
-    if watch.doubtful and ended.how not in (How.BROKEN, How.AWAY):
-        # no claim stands, and a procedure may have rolled ours back and committed its own: a copy would repeat that
+    if watch.doubtful and ended.how is not How.BROKEN:
+        # no claim is known to stand, and a procedure may have rolled ours back and committed its own: a copy would repeat it
         return _broken(Misuse(_DOUBTFUL), watch.owner, _stop_of(ended), block=True)
     return ended
 
