@@ -83,24 +83,22 @@ class Claims:
                 if errno(error) != DUPLICATE:
                     raise
                 dbapi.rollback()
-            cursor.execute(COMMITTED_ALONE)  # a run that completes may still roll back
             found = self._looked(cursor, named)
             if found is not None and _free(found):
-                dbapi.rollback()  # what is read below may be older than what the UPDATE found
+                dbapi.rollback()
                 taken = (row.message_id, row.fingerprint, row.owner, token, microseconds)
                 cursor.execute(bound + self._take, (*taken, *named, row.fingerprint, also))
+                dbapi.commit()
+                # a crash before the trace is looked for: the lease runs out, and the next claim asks
                 found = self._looked(cursor, named)
             recorded = self._recorded(cursor, named) if steps else ()
-            dbapi.commit()
-            if found is not None and found[1] == token and not found[0]:
-                # a crash before this: the lease runs out, and the next claim asks
-                cursor.execute(COMMITTED_ALONE)
-                cursor.execute(self._traced, named)
-                if cursor.fetchone() is not None:
-                    # something has committed what an earlier run did, and that run never ended; requeue takes this back
-                    cursor.execute(self._break, (*named, token))
-                    found = (UNFINISHED, *found[1:])
+            traced = found is not None and found[1] == token and not found[0] and self._has_trace(cursor, named)
+            dbapi.rollback()
+            if traced:
+                # something has committed what an earlier run did, and that run never ended; requeue takes this back
+                cursor.execute(self._break, (*named, token))
                 dbapi.commit()
+                found = (UNFINISHED, *found[1:])
         except Exception as error:
             code = errno(error)
             if code is None:
@@ -125,8 +123,14 @@ class Claims:
         )
 
     def _looked(self, cursor: Any, named: tuple[bytes, ...]) -> Any:
+        """Begin a transaction in which only what is committed is seen: a run that completes may still roll back."""
+        cursor.execute(COMMITTED_ALONE)
         cursor.execute(self._look, named)
         return cursor.fetchone()
+
+    def _has_trace(self, cursor: Any, named: tuple[bytes, ...]) -> bool:
+        cursor.execute(self._traced, named)
+        return cursor.fetchone() is not None
 
     def _recorded(self, cursor: Any, named: tuple[bytes, ...]) -> tuple[StepRow, ...]:
         cursor.execute(self._steps, named)

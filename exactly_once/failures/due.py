@@ -6,6 +6,7 @@ Each method is a part of the caller's transaction. What became of a message is w
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -118,10 +119,12 @@ class DueFailures:
                 .values(state="resolved", next_attempt_at=None)
             )
 
-    def sweep(self, connection: Connection, group: str) -> int:
+    def sweep(self, begin: Callable[[], AbstractContextManager[Connection]], group: str) -> int:
         """Close open rows whose message was processed on another path (a producer's resend), and say how many.
 
-        It is the first thing of its transaction: it says how isolated that one is.
+        Args:
+            begin: Begins a transaction: one to read in, one to change in.
+            group: Whose rows.
         """
         t, c = self._t, self._claims
         consumed = exists().where(
@@ -136,15 +139,17 @@ class DueFailures:
         )
         # read first, without a lock: on InnoDB an UPDATE that reads the claims waits for every running handler whose key
         # has failed before, with the failure rows locked that those handlers need in the end: a deadlock
-        if connection.dialect.name in ("mysql", "mariadb"):
-            connection.exec_driver_sql(COMMITTED_ALONE)
-        ids = connection.execute(processed.limit(_SWEPT_AT_ONCE)).scalars().all()
+        with begin() as connection:
+            if connection.dialect.name in ("mysql", "mariadb"):
+                connection.exec_driver_sql(COMMITTED_ALONE)
+            ids = connection.execute(processed.limit(_SWEPT_AT_ONCE)).scalars().all()
         if not ids:
             return 0
-        closed = connection.execute(
+        close = (
             update(t).where(t.c.id.in_(ids), t.c.state.in_(RESOLVABLE)).values(state="resolved", next_attempt_at=None)
         )
-        return closed.rowcount
+        with begin() as connection:
+            return connection.execute(close).rowcount
 
 
 def message_of(row: Row[Any]) -> Message:

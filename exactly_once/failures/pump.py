@@ -93,11 +93,11 @@ class Pump:
         return []
 
     def _take(self, limit: int) -> list[Delivery]:
+        if monotonic() - self._swept > _SWEEP_S:
+            self._swept = monotonic()
+            if closed := self._failures.sweep(self._begun, self._group):
+                _log.info("failures_resolved count=%d reason=processed_on_another_path", closed)
         with self._begun() as connection:
-            if monotonic() - self._swept > _SWEEP_S:
-                self._swept = monotonic()
-                if closed := self._failures.sweep(connection, self._group):
-                    _log.info("failures_resolved count=%d reason=processed_on_another_path", closed)
             rows = self._failures.take(
                 connection, self._group, self._handlers, self._ordered, self._waits, limit=limit, lease=_LEASE
             )

@@ -231,9 +231,9 @@ def test_the_sweep_neither_waits_for_a_running_handler_nor_deadlocks_with_it(mar
     try:
         assert inside.wait(PATIENCE_S)
         (store,) = eo.stores.values()
-        with engine.begin() as connection:
-            connection.execute(text("SET innodb_lock_wait_timeout = 1"))
-            assert DueFailures(lambda: store.tables).sweep(connection, GROUP) == 0
+        impatient = create_engine(mariadb_url, connect_args={"init_command": "SET innodb_lock_wait_timeout = 1"})
+        assert DueFailures(lambda: store.tables).sweep(impatient.begin, GROUP) == 0
+        impatient.dispose()
     finally:
         go.set()
         thread.join()

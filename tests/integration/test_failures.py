@@ -266,10 +266,8 @@ def test_a_resend_that_succeeds_closes_the_dead_row(shop: Shop) -> None:
     due(shop, "A-3", state="broken")
     assert shop.process(order("A-3")) is Outcome.PROCESSED
     failures = DueFailures(lambda: shop.tables)
-    with shop.outside.begin() as connection:
-        closed = failures.sweep(connection, GROUP)
-    with shop.outside.begin() as connection:
-        assert failures.sweep(connection, "Shop") == 0
+    closed = failures.sweep(shop.outside.begin, GROUP)
+    assert failures.sweep(shop.outside.begin, "Shop") == 0
     assert closed == 1
     assert states(shop) == ["resolved", "dead", "dead", "broken"]
 

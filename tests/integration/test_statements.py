@@ -192,7 +192,7 @@ def failure_statements(shop: Shop) -> dict[str, list[str]]:
         "blocked": in_session(lambda s: store.blocked(s, failure, after_dead_wait=True)),
         "make one due": in_session(lambda s: store.record(s, _due(), lambda n: ByPump(timedelta(0)))),
         "take": in_connection(take),
-        "sweep": in_connection(lambda c: pumped.sweep(c, GROUP)),
+        "sweep": lambda: pumped.sweep(engine.begin, GROUP),
     }
     with shop.outside.begin() as connection:  # so that the sweep finds something
         claimed = {"consumer_group": GROUP, "handler": "handler", "business_key": "A-1", "status": 1}
