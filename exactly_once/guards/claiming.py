@@ -11,13 +11,14 @@ from sqlalchemy.orm import Session
 
 from exactly_once import errors
 from exactly_once.body import parse_json
-from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Trouble, dialect_for, raise_for_the_store
+from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, State, Trouble, dialect_for, raise_for_the_store
 from exactly_once.dialects.place import schema_in
 from exactly_once.errors import ConfigurationError, PayloadConflict
 from exactly_once.fingerprint import differing_paths, maker
 from exactly_once.fork import engines as forked_engines
 from exactly_once.guards import Conflict, Consumed, Unfinished
 from exactly_once.guards.transaction import standing
+from exactly_once.guards.watch import WATCHED
 from exactly_once.keys import canonical, check_name
 from exactly_once.message import Message
 from exactly_once.owner import new_owner
@@ -87,6 +88,11 @@ class Claimer:
                 if self._pooler:
                     info[SAID] = True
                 dialect.prepare(dbapi, info, wait_ms=wait_ms)
+            if dialect.name == "sqlite" and WATCHED not in info and dialect.state(dbapi) is not State.IDLE:
+                # else BEGIN was sent, or is now: in a handler by us
+                from exactly_once.dialects.sqlite_savepoint import hold
+
+                hold(connection)
             if dialect.claim(dbapi, info, row, wait_ms=wait_ms, savepoint=True):
                 return True
             known = dialect.known(dbapi, row, end=False)

@@ -16,7 +16,7 @@ from sqlalchemy import insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from exactly_once import ConfigurationError, ExactlyOnce, InProgress, Outcome
+from exactly_once import ConfigurationError, ExactlyOnce, InProgress, Lease, Message, Outcome
 from exactly_once.testing.databases import DatabaseServer
 from tests.integration.shop import COLOURS, EFFECT, GROUP, STOCK, Shop, order, put
 from tests.integration.test_claim_door import in_session
@@ -286,3 +286,131 @@ def _is_the_victim(shop: Shop, eo: ExactlyOnce) -> None:
             assert shop.effects() == ["earlier"]
         else:
             nothing_but_a_rollback(shop, claims, may_be_done=True)
+
+
+# -- a claim inside a savepoint ------------------------------------------------------------------------------------------
+
+
+def _in_begin_nested(session: Session, work: Callable[[], bool]) -> bool:
+    with session.begin_nested():
+        return work()
+
+
+def _in_two(session: Session, work: Callable[[], bool]) -> bool:
+    with session.begin_nested(), session.begin_nested():
+        return work()
+
+
+def _in_text(session: Session, work: Callable[[], bool]) -> bool:
+    session.execute(text("SAVEPOINT mine"))
+    won = work()
+    session.execute(text("-- done\nrelease savepoint mine"))
+    return won
+
+
+def _on_the_connection(session: Session, work: Callable[[], bool]) -> bool:
+    with session.connection().begin_nested():
+        return work()
+
+
+def _behind_earlier_work(session: Session, work: Callable[[], bool]) -> bool:
+    put(session, "earlier")
+    with session.begin_nested():
+        return work()
+
+
+SAVEPOINTS = {
+    "begin_nested": _in_begin_nested,
+    "two of them": _in_two,
+    "text": _in_text,
+    "connection.begin_nested": _on_the_connection,
+    "behind earlier work": _behind_earlier_work,
+}
+
+
+@pytest.mark.parametrize("savepoint", SAVEPOINTS)
+def test_a_claim_inside_a_savepoint_stands_or_falls_with_the_callers_transaction(
+    shop: Shop, eo: ExactlyOnce, savepoint: str
+) -> None:
+    """SQLite's driver sends no BEGIN before a SAVEPOINT, so RELEASE of the first one is a COMMIT."""
+
+    def do(session: Session, *, fails: bool) -> bool:
+        won = SAVEPOINTS[savepoint](session, lambda: eo.claim(session, "handler", "A-1"))
+        if fails:
+            raise ZeroDivisionError
+        put(session, "effect")
+        return won
+
+    with Shop(shop.dialect, shop.colour, shop.url) as fresh:  # its engines have never seen a claim
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                in_session(fresh, lambda session: do(session, fails=True))
+            assert fresh.claims() == []
+        assert in_session(fresh, lambda session: do(session, fails=False))
+        assert fresh.effects()[-1] == "effect"
+        assert fresh.claims() == ["A-1"]
+        fresh.borrow()
+
+
+def test_a_savepoint_that_is_rolled_back_takes_its_claim_along_and_nothing_else(shop: Shop, eo: ExactlyOnce) -> None:
+    def do(session: Session) -> None:
+        with session.begin_nested():
+            assert eo.claim(session, "handler", "A-1")
+            put(session, "kept")
+        with suppress(ZeroDivisionError), session.begin_nested():
+            assert eo.claim(session, "handler", "A-2")
+            put(session, "undone")
+            raise ZeroDivisionError
+        with session.begin_nested():
+            assert eo.claim(session, "handler", "A-3")
+
+    in_session(shop, do)
+    shop.assert_kept("kept", claims=["A-1", "A-3"])
+
+
+def test_behind_that_transaction_savepoints_are_the_callers_again(shop: Shop, eo: ExactlyOnce) -> None:
+    def claims(session: Session) -> None:
+        with session.begin_nested():
+            assert eo.claim(session, "handler", "A-1")
+
+    sent: list[str] = []
+
+    def works(session: Session) -> None:
+        put(session, "before")
+        session.execute(text("SAVEPOINT mine"))
+        put(session, "within")
+        session.execute(text("RELEASE SAVEPOINT mine"))
+        try:
+            session.execute(text("ROLLBACK TO SAVEPOINT mine"))
+        except Exception as error:
+            sent.append(type(error).__name__)
+            raise
+
+    in_session(shop, claims)
+    with pytest.raises(Exception, match=r"mine"):
+        in_session(shop, works)
+    assert sent
+    shop.assert_kept(claims=["A-1"])
+
+
+def test_a_handlers_first_statement_in_a_savepoint_stands_or_falls_with_its_message(shop: Shop) -> None:
+    """In a handler BEGIN is ours, and first, also where its transaction begins with the session's first use."""
+    for name, guard in (("alone", None), ("leased", Lease(timedelta(seconds=30)))):
+        fails = [True]
+
+        def do(session: Session, fails: list[bool] = fails, name: str = name) -> None:
+            with session.begin_nested():
+                shop.eo.claim(session, f"part of {name}", "A-1")
+                put(session, name)
+            if fails:
+                raise ZeroDivisionError
+
+        shop.handles(do, topic=name, name=name, **({} if guard is None else {"guard": guard}))
+        message = Message(name, order().body, message_id=f"id-{name}")
+        assert shop.process(message) is Outcome.FAILED
+        assert shop.effects().count(name) == 0
+        fails.clear()
+        assert shop.process(message) is Outcome.PROCESSED
+        assert shop.effects().count(name) == 1
+    assert shop.claims() == ["A-1"] * 4
+    shop.borrow()
