@@ -35,7 +35,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.util import await_only
 
-from exactly_once.dialects import ClaimBusy, ClaimRow, Known, State, Trace, Trouble
+from exactly_once.dialects import ClaimBusy, ClaimRow, Gone, Known, State, Trace, Trouble
 from exactly_once.dialects.keywords import Read, reader
 from exactly_once.dialects.statements import POSTGRESQL
 from exactly_once.errors import ConfigurationError
@@ -56,6 +56,7 @@ __all__ = [
     "Seen",
     "bounded",
     "driver_of",
+    "listen",
     "opening",
     "send",
     "template",
@@ -277,11 +278,14 @@ class PostgreSQL:
             if savepoint:
                 send(driver, b"ROLLBACK TO SAVEPOINT %s" % savepoint_of(row.owner).encode())
             raise ClaimBusy(again=error.sqlstate != "55P03") from error
+        if not savepoint:
+            listen(driver)
         return bool(results[-3 if savepoint else -2].command_tuples)
 
     def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
         driver = driver_of(dbapi)
         send(driver, opening(driver, info[self]))
+        listen(driver)
 
     def commit(
         self,
@@ -292,8 +296,11 @@ class PostgreSQL:
         trace: Trace | None,
         send_commit: Callable[[], None],
     ) -> None:
+        driver = driver_of(dbapi)
+        if _replaced(driver):
+            raise Gone
         # not the driver's own COMMIT: what makes it durable travels with it. A crash before the answer: the look-up tells
-        send(driver_of(dbapi), self.durable + b"COMMIT")
+        send(driver, self.durable + b"COMMIT")
 
     def cut(self, dbapi: Any) -> None:
         driver = driver_of(dbapi)
@@ -306,7 +313,8 @@ class PostgreSQL:
             driver.lock.release()
 
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
-        return None  # no procedure and no function can end the transaction block it is called in (2D000)
+        # no procedure and no function can end the transaction block it is called in (2D000); a call on the driver can
+        return False if _replaced(driver_of(dbapi)) else None
 
     def before_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> Any:
         raise NotImplementedError
@@ -411,6 +419,20 @@ class PostgreSQL:
 def _sqlstate(error: BaseException) -> str | None:
     state: str | None = getattr(getattr(error, "orig", error), "sqlstate", None)
     return state
+
+
+def listen(driver: Any) -> None:
+    """From here on, let it be seen whether the driver begins a transaction: those of ours are begun by us.
+
+    After a COMMIT or ROLLBACK that it was told itself, the driver sends BEGIN before its next statement, and the transaction
+    looks open and is not ours. It keeps the text of its BEGIN once it has made one. This costs nothing; to ask the server would
+    cost each message what a statement more costs.
+    """
+    driver._begin_statement = b""  # noqa: SLF001
+
+
+def _replaced(driver: Any) -> bool:
+    return bool(driver._begin_statement)  # noqa: SLF001
 
 
 def opening(driver: Any, seen: Seen) -> bytes:

@@ -13,7 +13,7 @@ from psycopg import errors
 from psycopg.pq import Escaping, TransactionStatus
 
 from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Known
-from exactly_once.dialects.postgresql import BUSY, Seen, bounded, driver_of, opening, send, template
+from exactly_once.dialects.postgresql import BUSY, Seen, bounded, driver_of, listen, opening, send, template
 from exactly_once.errors import ConfigurationError
 
 __all__ = ["CLAIM", "KNOWN", "Claims"]
@@ -80,6 +80,7 @@ class Claims:
             if error.sqlstate not in BUSY:
                 raise
             raise ClaimBusy(again=error.sqlstate != "55P03") from error
+        listen(driver)
         claimed = results[-2]
         if claimed.ntuples == len(rows):
             return {}

@@ -6,7 +6,8 @@ Called by the transaction guard.
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
-from exactly_once.dialects import ClaimRow, Dialect, Known
+from exactly_once.dialects import ClaimRow, Known
+from exactly_once.dialects.sqlite import SQLite
 
 __all__ = ["Claims"]
 
@@ -14,7 +15,7 @@ __all__ = ["Claims"]
 class Claims:
     """See `GroupClaims`."""
 
-    def __init__(self, dialect: Dialect) -> None:
+    def __init__(self, dialect: SQLite) -> None:
         self._dialect = dialect
 
     def claim(
@@ -30,5 +31,7 @@ class Claims:
         """See `GroupClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
         one = self._dialect
         owned = [row._replace(owner=owner) for row in rows]
-        others = [row for row in owned if not one.claim(dbapi, info, row, wait_ms=wait_ms, savepoint=False)]
+        first, *rest = owned
+        others = [] if one.claim(dbapi, info, first, wait_ms=wait_ms, savepoint=False) else [first]
+        others += [row for row in rest if not one.insert(dbapi, row)]
         return {row.key: one.known(dbapi, row, end=False) for row in others}

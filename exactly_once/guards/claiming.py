@@ -82,14 +82,17 @@ class Claimer:
             raise_for_the_store(dialect, error)
             raise
         dbapi, info = connection.connection.dbapi_connection, connection.info
+        watch, begun = info.get(WATCHED), dialect.state(dbapi) is not State.IDLE
+        if watch is not None and not begun:
+            raise watch.ended()  # in a handler whose transaction is over: this would begin another
         try:
             if dialect not in info or dialect.strange(dbapi):
                 forked_engines.used(engine, connection.connection)
                 if self._pooler:
                     info[SAID] = True
                 dialect.prepare(dbapi, info, wait_ms=wait_ms)
-            if dialect.name == "sqlite" and WATCHED not in info and dialect.state(dbapi) is not State.IDLE:
-                # else BEGIN was sent, or is now: in a handler by us
+            if dialect.name == "sqlite" and watch is None and begun:
+                # in a handler BEGIN was sent by us, and else it is sent with the claim
                 from exactly_once.dialects.sqlite_savepoint import hold
 
                 hold(connection)

@@ -121,7 +121,7 @@ class Watch:
         self.committed = False
         """COMMIT was answered."""
         self.replaced = False
-        """It was lost, and something else was committed in its place."""
+        """It was lost, and something else may have been committed in its place."""
         self.streams: WeakSet[ExecutionContext] | None = None
         """Statements whose rows are read one by one; None before the first."""
         self.rolled_back = False
@@ -143,6 +143,7 @@ class Watch:
 
     def ended(self) -> Misuse:
         """The driver says that no transaction is open: something committed or rolled back where nobody could refuse it."""
+        self.replaced = True  # more may have been committed since, without a claim
         return self.leave(Left.BROKEN, _ENDED + self._shown(_LAST))
 
     def gone(self) -> Misuse:
@@ -151,8 +152,9 @@ class Watch:
         if self.call is not None:
             since = self.dialect.committed_since(self.dbapi, self.info, self.call)
         else:
-            # no statement that can commit was seen to end it: a deadlock that a function swallowed. Else the claim's row tells
-            since = False if self.rows else None
+            # no statement that can commit was seen to end it: a deadlock that a function swallowed. Else the claim's row tells.
+            # Where there are no such functions it was a call on the driver, and nobody saw what that committed
+            since = False if self.rows and self.dialect.asks_around_calls else None
         self.replaced = since is not False
         return self.leave(Left.GONE if since is False else Left.BROKEN, _GONE + named)
 
@@ -341,9 +343,10 @@ _ENDED: Final = (
     " Take it out of the handler."
 )
 _GONE: Final = (
-    "The transaction that the claim was written in ended behind SQLAlchemy's back, and another one is open in its place: a"
-    " procedure committed, began a transaction of its own, or swallowed the deadlock that threw it away. Take that out of"
-    " the procedure: an error must leave it, and COMMIT, START TRANSACTION and DDL do not belong in it."
+    "The transaction that the claim was written in ended behind SQLAlchemy's back, and another one is open in its place:"
+    " commit() or rollback() was called on the driver's own connection; or a procedure committed, began a transaction of its"
+    " own, or swallowed the deadlock that threw it away. Take that out: an error must leave a procedure, and COMMIT, ROLLBACK,"
+    " START TRANSACTION and DDL do not belong in it."
 )
 AFTER: Final = (
     "A hook committed the handler's transaction itself (connection().commit() in before_commit), and then something more was"
