@@ -18,7 +18,7 @@ from exactly_once.fingerprint import differing_paths, maker
 from exactly_once.fork import engines as forked_engines
 from exactly_once.guards import Conflict, Consumed, Unfinished
 from exactly_once.guards.transaction import standing
-from exactly_once.guards.watch import WATCHED
+from exactly_once.guards.watch import WATCHED, Watch
 from exactly_once.keys import canonical, check_name
 from exactly_once.message import Message
 from exactly_once.owner import new_owner
@@ -82,9 +82,12 @@ class Claimer:
             raise_for_the_store(dialect, error)
             raise
         dbapi, info = connection.connection.dbapi_connection, connection.info
-        watch, begun = info.get(WATCHED), dialect.state(dbapi) is not State.IDLE
+        watch: Watch | None = info.get(WATCHED)
+        begun = dialect.state(dbapi) is not State.IDLE
+        if watch is not None and watch.connection is not connection:
+            watch = None  # of a handler that had this connection before
         if watch is not None and not begun:
-            raise watch.ended()  # in a handler whose transaction is over: this would begin another
+            raise watch.ended()  # its transaction is over, and this would begin another
         try:
             if dialect not in info or dialect.strange(dbapi):
                 forked_engines.used(engine, connection.connection)

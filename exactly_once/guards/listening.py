@@ -131,6 +131,8 @@ def _watch_of(pooled: PoolProxiedConnection) -> Watch | None:
         watch: Watch | None = pooled.info.get(WATCHED)
     except NotImplementedError:
         return None  # the engine's first look at its server, before the pool gives anything out
+    if watch is not None and watch.pooled is not pooled:
+        return None  # of somebody who gave this connection back in the midst of their transaction; who has it now is another
     return watch
 
 
@@ -155,10 +157,14 @@ def _refusing_commit(send: _Send) -> _Send:
 
 def _marking_rollback(send: _Send) -> _Send:
     def do_rollback(dbapi_connection: PoolProxiedConnection) -> None:
+        if dbapi_connection.dbapi_connection is None:
+            return  # given back already; the pool has rolled it back
         watch = _watch_of(dbapi_connection)
         if watch is not None and not watch.committed:
             if watch.call is not None:
                 watch.ask()  # what a procedure committed in place of ours cannot be told behind a rollback
+            elif watch.is_over():
+                watch.ended()
             watch.rolled_back = True
             if not watch.ours:
                 watch.leave(Left.ROLLED_BACK, LEFT)

@@ -78,8 +78,8 @@ class Watch:
 
     __slots__ = (
         "begun", "busy", "call", "changed", "committed", "connection", "dbapi", "dialect", "error", "held", "info", "last",
-        "left", "lost", "ours", "owner", "refused", "replaced", "rolled_back", "root", "rows", "sent", "shut", "streams",
-        "trace", "whole"
+        "left", "lost", "ours", "owner", "pooled", "refused", "replaced", "rolled_back", "root", "rows", "sent", "shut",
+        "streams", "trace", "whole"
     )  # fmt: skip
 
     def __init__(
@@ -128,6 +128,8 @@ class Watch:
         """ROLLBACK was sent by SQLAlchemy, for the handler or for an error."""
         self.whole = False
         """It was shown that nothing of it was committed."""
+        self.pooled = connection.connection
+        """The pool's loan of it: whoever has the driver's connection through another loan is a neighbour."""
         self.info: MutableMapping[Any, Any] = connection.info
         self.info[WATCHED] = self
 
@@ -188,6 +190,8 @@ class Watch:
         if self.lost is not None:  # before the look at the driver, which would take it for a commit behind our back
             return self.leave(Left.ROLLED_BACK, SWALLOWED)
         root = self.connection.get_transaction() if not self.connection.closed else None
+        if self.given_back:
+            return self.leave(Left.ROLLED_BACK, LEFT)
         if root is None or root is not self.root or not root.is_active:
             return self.leave(Left.ROLLED_BACK, LEFT)
         state = State.BUSY if self.busy or self._reads() else self.dialect.state(self.dbapi)
@@ -217,6 +221,11 @@ class Watch:
         if misuse is not None:
             raise misuse
 
+    @property
+    def given_back(self) -> bool:
+        """The pool has the driver's connection again, while SQLAlchemy believes it is ours: a neighbour may be using it."""
+        return self.pooled.dbapi_connection is None
+
     def parted(self, instead: Any) -> None:
         """In a process just forked: the connection is the parent's, and what stands in its place refuses all use of it."""
         self.dbapi = instead
@@ -228,7 +237,7 @@ class Watch:
         """
         if self.left in (Left.GONE, Left.BROKEN) or self.committed or self.connection.closed:
             return
-        if self.connection.invalidated or self.busy:
+        if self.connection.invalidated or self.busy or self.given_back:
             return
         try:
             state = self.dialect.state(self.dbapi)
@@ -243,6 +252,11 @@ class Watch:
                 self.whole = bool(whole)
         except Exception:  # the connection is lost: the row tells
             return
+
+    def is_over(self) -> bool:
+        """Before the first rollback of SQLAlchemy's: something ended the transaction already, and no error says so."""
+        known = self.ours or self.rolled_back or self.lost is not None or self.busy
+        return not known and self.dialect.state(self.dbapi) is State.IDLE
 
     @property
     def doubtful(self) -> bool:
@@ -288,7 +302,7 @@ class Watch:
         """
         self._forget()
         connection = self.connection
-        if not connection.closed and not connection.invalidated:
+        if not connection.closed and not connection.invalidated and not self.given_back:
             busy = self.busy or self.dialect.state(self.dbapi) is State.BUSY
             if self.left in (Left.GONE, Left.BROKEN) or busy or self.changed is not None:
                 # whatever ended the transaction may have left its mark: autocommit, a procedure's locks, temporary tables;
@@ -330,8 +344,9 @@ def begin(session: Session, watch: Watch) -> None:
 
 
 LEFT: Final = (
-    "The handler left the transaction it was given: session.rollback(), session.close() or `with session:` ends it, and"
-    " the claim with it. Delete that line; raise an exception to roll back, use session.begin_nested() for a part."
+    "The handler left the transaction it was given: session.rollback(), session.close(), `with session:` or close() of its"
+    " pooled connection ends it, and the claim with it. Delete that line; raise an exception to roll back, use"
+    " session.begin_nested() for a part."
 )
 SWALLOWED: Final = (
     "The handler swallowed a database error that aborted the transaction: COMMIT would keep nothing. Let the error out,"
