@@ -199,12 +199,16 @@ class Serving:
 
     def stuck(self, after: timedelta) -> Sequence[str]:
         """Name the threads that do not turn; none before the start."""
-        return () if self._worker is None else self._worker.stuck(after)
+        if self._worker is None or self._runner is None:
+            return ()
+        return [*self._worker.stuck(after), *self._runner.dead()]
 
     def unready(self) -> str | None:
         """Say why nothing is received, or None."""
-        if self._worker is None:
+        if self._worker is None or self._runner is None:
             return "not started"
+        if dead := self._runner.dead():
+            return f"ended: {', '.join(dead)}"
         return self._worker.unready() or self._router.unready()
 
 

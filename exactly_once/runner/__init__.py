@@ -8,7 +8,7 @@ has a transaction of its own, or shares one with others of its handler (`groupin
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -22,6 +22,7 @@ from sqlalchemy.util import greenlet_spawn
 from exactly_once import fork
 from exactly_once.delivery import Delivering, Told
 from exactly_once.delivery.group import GroupDelivering, stay
+from exactly_once.error_words import trace_of
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.runner.grouping import Grouping, Waiting
@@ -110,6 +111,7 @@ class Runner:
         self._process = fork.here
         self._threads = [Thread(target=self._turn, name=f"handler {n}", daemon=True) for n in range(1, threads + 1)]
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_ends = False
         self._loop_thread: Thread | None = None
         if needs_loop:
             self._start_loop(threads, limits)
@@ -121,7 +123,7 @@ class Runner:
         """In a process just forked, perhaps inside a handler: there are no threads, and the loop's wake-ups are the parent's."""
         self._stopping, self._threads, self._counting = True, [], Lock()
         if self._loop is not None:
-            self._loop.stop()  # a copy of it, if it is the one that forked, turns no further
+            self._end_loop()  # a copy of it, if it is the one that forked, turns no further
 
     def run(self, delivery: Delivery, features: Features) -> Ending:
         """Begin a delivery and return at once; the result of what is returned is the verdict."""
@@ -157,9 +159,14 @@ class Runner:
         self._stopping = True
         for _ in self._threads:
             self._work.put(None)
-        if self._loop is not None and self._loop_thread is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
+        if self._loop is not None and self._loop_thread is not None and self._loop_thread.is_alive():
+            self._loop.call_soon_threadsafe(self._end_loop)
             self._loop_thread.join(5)
+
+    def dead(self) -> Sequence[str]:
+        """Name what ended without being told to: what is handed to it would wait for ever."""
+        thread = self._loop_thread
+        return () if self._stopping or thread is None or thread.is_alive() else (thread.name,)
 
     def _turn(self) -> None:
         while (work := self._work.get()) is not None:
@@ -307,16 +314,46 @@ class Runner:
 
         asyncio.set_event_loop(loop)
         try:
-            loop.run_forever()
+            while not self._loop_ends:
+                self._go_on(loop)
         finally:
             self._same_process()
             tasks = asyncio.all_tasks(loop)
             for task in tasks:
                 task.cancel()
             # cancelled handlers roll back before the loop ends, so that no key stays locked behind us
-            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            ended = asyncio.gather(*tasks, return_exceptions=True)
+            while not ended.done():
+                with suppress(SystemExit, KeyboardInterrupt, RuntimeError):  # as in `_go_on`
+                    loop.run_until_complete(ended)
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
+
+    def _go_on(self, loop: "asyncio.AbstractEventLoop") -> None:
+        """Turn the loop until it is told to stop, or something in it exits.
+
+        asyncio lets SystemExit and KeyboardInterrupt of any task or callback end the whole loop, and a handler can stop it:
+        then every message would hang. Nothing of the loop is lost by it, and the task has the exception for its result: a
+        handler that awaits the task fails with it. A person's Ctrl-C is raised in the main thread, and never here.
+        """
+        ends = "Something called stop() of the running loop."
+        try:
+            loop.run_forever()
+        except (SystemExit, KeyboardInterrupt) as error:
+            ends = trace_of(error)
+        self._same_process()
+        if not self._stopping:
+            _log.error(
+                "handlers_loop_ended: a task or a callback that a handler started ended the event loop of all handlers. The"
+                " loop goes on, and no message is blamed. Raise an Exception there, and await the task in its handler: then"
+                " it is a failure of that message.\n%s",
+                ends,
+            )
+
+    def _end_loop(self) -> None:
+        self._loop_ends = True
+        assert self._loop is not None
+        self._loop.stop()
 
     def _on_loop(self, coroutine: "Coroutine[Any, Any, Any]") -> Ending:
         import asyncio
