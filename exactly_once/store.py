@@ -24,7 +24,7 @@ from exactly_once.dialects.place import schema_in
 from exactly_once.errors import ConfigurationError, MissingExtra, SchemaError, StoreUnavailable
 from exactly_once.failures import FailureStore
 from exactly_once.fork import engines as forked_engines
-from exactly_once.guards.listening import install, install_session
+from exactly_once.guards.listening import came_through, install, install_session
 from exactly_once.owner import new_owner
 from exactly_once.pooler import prepare_threshold
 from exactly_once.redaction import redacted
@@ -275,12 +275,14 @@ class Store:
 
     def _forget_connections(self) -> None:
         """Have each connection that is older than now closed when it is next asked for, where it belongs: thread or loop."""
-        engines = [self.__dict__.get(name) for name in ("engine", "engine_apart", "async_engine")]
-        for engine in engines:
-            if engine is not None:
-                pool = getattr(engine, "sync_engine", engine).pool
-                # what SQLAlchemy itself does after a lost connection; it has no public verb for it
-                pool._invalidate_time = time()  # noqa: SLF001
+        for engine in self._engines():
+            # what SQLAlchemy itself does after a lost connection; it has no public verb for it
+            engine.pool._invalidate_time = time()  # noqa: SLF001
+
+    def _engines(self) -> list[Engine]:
+        """Those that were used."""
+        made = (self.__dict__.get(name) for name in ("engine", "engine_apart", "async_engine"))
+        return [getattr(engine, "sync_engine", engine) for engine in made if engine is not None]
 
     def problem(self) -> str | None:
         """Look whether this database can be used: None if so, else what is waited for (it does not answer).
@@ -328,6 +330,11 @@ class Store:
     def away(self, error: BaseException) -> bool:
         """Say whether an error means that the database does not answer."""
         return isinstance(error, PoolTimeout) or self.dialect.trouble(error) is Trouble.UNAVAILABLE
+
+    def is_foreign(self, error: BaseException | None) -> bool:
+        """Say whether another database, of the handler's own, gave it no connection; that says nothing of this one."""
+        unconnected = isinstance(error, PoolTimeout) or (isinstance(error, DBAPIError) and error.statement is None)
+        return error is not None and unconnected and not came_through(error, self._engines())
 
     def close(self) -> None:
         """Close the engines we made; those we were given are their owner's."""

@@ -6,6 +6,7 @@ them are `policy`'s, from values. Nothing here knows a broker: what the broker c
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final
 
 from sqlalchemy.orm import Session
@@ -210,6 +211,9 @@ class Delivering:
             if transient or immediate:
                 reading = self.plan.read(message)  # the handler may have changed the body it was given
             ended = attempt(self._open, self._guard, self.store.dialect, row, handle, also=also, enforce=self._enforce)
+            if ended.how is How.TRANSIENT and self.store.is_foreign(ended.error):
+                # it counts; and if this store is away as well, it cannot be written down, and the delivery is held
+                ended = replace(ended, how=How.FAILED)
             match ended.how:
                 case How.PROCESSED:
                     self.recording.paid(row.key)

@@ -8,12 +8,13 @@ the engine's dialect: a single listener on the engine itself makes SQLAlchemy bu
 that is checked out, which cost more than all of the watching. Called by `store`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext, ExecutionContext
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import PoolProxiedConnection
 
@@ -21,9 +22,11 @@ from exactly_once.dialects import State
 from exactly_once.guards.late import Late
 from exactly_once.guards.watch import AFTER, LEFT, SWALLOWED, WATCHED, Left, Watch
 
-__all__ = ["install", "install_session"]
+__all__ = ["came_through", "install", "install_session"]
 
 _INSTALLED: "WeakSet[Any]" = WeakSet()
+_OF: Final = "exactly_once_dialect"
+"""Where an error keeps the dialect of the engine that raised it: SQLAlchemy's own say nothing of it."""
 _Send = Callable[[PoolProxiedConnection], None]
 _Execute = Callable[..., None]
 
@@ -116,6 +119,8 @@ def _counting(send: _Execute) -> _Execute:
 
 
 def _failed(context: ExceptionContext) -> None:
+    if context.sqlalchemy_exception is not None:
+        vars(context.sqlalchemy_exception)[_OF] = context.dialect
     connection = context.connection
     if connection is None or connection.invalidated:
         return  # it has no `info` to ask, and asking raises, in the middle of the user's own rollback
@@ -124,6 +129,20 @@ def _failed(context: ExceptionContext) -> None:
         error = context.original_exception
         if watch.dialect.lost(watch.dbapi, watch.info, error):
             watch.lost = error
+
+
+def came_through(error: BaseException, engines: Sequence[Engine]) -> bool:
+    """Say whether an error of SQLAlchemy's came out of one of these engines; they are listened to.
+
+    Of a pool that had no connection free no event tells, and its error names no pool: the frame that raised it does.
+    """
+    if not isinstance(error, PoolTimeout):
+        return any(vars(error).get(_OF) is engine.dialect for engine in engines)
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    pool = None if trace is None else trace.tb_frame.f_locals.get("self")
+    return any(pool is engine.pool for engine in engines)
 
 
 def _watch_of(pooled: PoolProxiedConnection) -> Watch | None:
