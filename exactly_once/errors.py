@@ -159,9 +159,17 @@ class RetryLater(ExactlyOnceError):
     """Raise it in a handler to be asked again after `delay`; counted as an attempt.
 
     Args:
-        delay: How long from now, at least. None: what the handler's `retry=` says.
+        delay: How long from now, at least; at most a hundred years. None: what the handler's `retry=` says.
+
+    Raises:
+        TypeError: `delay` is no timedelta. In a handler that is a failure like any other: counted, and retried.
     """
 
+    delay: timedelta | None = None  # also of a subclass that does not call `__init__`
+
     def __init__(self, delay: timedelta | None = None) -> None:
+        if delay is not None and not isinstance(delay, timedelta):
+            kind = type(delay).__name__
+            raise TypeError(f"RetryLater takes a timedelta, not {kind}. Write RetryLater(timedelta(seconds=...))")
         super().__init__(f"asked to be retried after {delay}" if delay else "asked to be retried")
         self.delay = delay

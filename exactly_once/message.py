@@ -46,8 +46,8 @@ class Message:
         ordering_key: Messages of one ordering key are handled in order, where the handler asks for it.
         properties: The user's own string properties (Kafka: headers).
         message_id: The broker's id; new on each resend, so never an identity.
-        born_at: When the producer made it, by the producer's clock, timezone-aware; one that no database stores (before the year
-            1000, after 9998) is None.
+        born_at: When the producer made it, by the producer's clock, timezone-aware; kept in UTC. One that no database stores
+            (before the year 1000, after 9998) is None.
         attempt: The delivery count as the broker tells it, from 1.
 
     The fields are checked here, where the line to mend is: a message of other types could later be neither stored nor
@@ -93,8 +93,8 @@ class Message:
         if type(properties) is not _Properties:
             object.__setattr__(self, "properties", _fixed_properties(properties))
         usual = type(born_at) is datetime and born_at.tzinfo is UTC and 1970 <= born_at.year < 9999
-        if born_at is not None and not usual and not _stored_anywhere(born_at):
-            object.__setattr__(self, "born_at", None)
+        if born_at is not None and not usual:
+            object.__setattr__(self, "born_at", _stored_anywhere(born_at))
 
     @classmethod
     def from_rocketmq(cls, received: Any) -> "Message":
@@ -235,16 +235,25 @@ def _property(name: object, text: object) -> tuple[str, str]:
     return str.__str__(name), str.__str__(text)
 
 
-def _stored_anywhere(value: object) -> bool:
-    """Say whether it is a time that every database can store."""
+def _stored_anywhere(value: object) -> datetime | None:
+    """Return a time as every database stores it; None where one does not.
+
+    In UTC: PostgreSQL takes no offset beyond 16 hours. Of the plain class: another may write itself down differently.
+    """
     if not isinstance(value, datetime):
         raise TypeError(
             f"born_at of a message is a datetime with a time zone or None, not {_kind(value)}. Of milliseconds since 1970:"
             " datetime.fromtimestamp(born_at / 1000, UTC)"
         )
-    if value.utcoffset() is None:
+    offset = value.utcoffset()
+    if offset is None:
         raise ValueError(f"born_at={value!r} has no time zone; write datetime(..., tzinfo=UTC)")
-    return 1000 <= value.year <= 9998
+    plain = datetime(value.year, value.month, value.day, value.hour, value.minute, value.second, value.microsecond, UTC)
+    try:
+        at = plain - offset
+    except OverflowError:
+        return None
+    return at if 1000 <= at.year <= 9998 else None
 
 
 def _kind(value: object) -> str:

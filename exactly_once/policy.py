@@ -13,7 +13,8 @@ Nothing here reads a clock, a store or a message. Called by `delivery`, which ha
 the number of failures.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final, Literal, TypeAlias
@@ -43,6 +44,7 @@ MOST_ATTEMPTS: Final = 1_000_000
 LONGEST_DELAY: Final = timedelta(days=365)
 # for uncounted waits; each one spends one of the broker's deliveries
 LEAST_WAIT: Final = timedelta(seconds=1)
+FARTHEST: Final = timedelta(days=36_500)  # every database, broker and clock has that date
 LONGEST_WAIT: Final = timedelta(seconds=30)  # where nothing says how long the other run may last
 
 
@@ -212,10 +214,20 @@ def decide(
         told = f"{type(error).__name__}: {escaped(words, 500)}" if words else type(error).__name__
         times = "once" if attempts == 1 else f"{attempts} times"
         return Park("dead", f"failed {times}, of {policy.max_attempts} allowed; the last error was {told}")
-    delay = policy.delay(attempts)
-    if isinstance(error, RetryLater) and error.delay is not None:
-        delay = max(error.delay, AT_ONCE)
-    return _owner(delay, features, delivery_attempt, foreign=foreign)
+    return _owner(_delay_of(policy, error, attempts), features, delivery_attempt, foreign=foreign)
+
+
+def _delay_of(policy: Retry, error: BaseException, attempts: int) -> timedelta:
+    """What the error asks for, else what the policy says; a class of the application's own may say anything, or raise."""
+    asked: tuple[Callable[[], object], ...] = (
+        lambda: error.delay if isinstance(error, RetryLater) else None,
+        lambda: policy.delay(attempts),
+    )
+    for ask in asked:
+        with suppress(Exception):  # raised from here, the failure would be neither counted nor stored
+            if isinstance(delay := ask(), timedelta):
+                return delay
+    return _DEFAULT.delay(attempts)
 
 
 def wait_delay(
@@ -253,6 +265,8 @@ def wait_delay(
 
 
 def _owner(delay: timedelta, features: Features, delivery_attempt: int, *, foreign: bool) -> ByBroker | ByPump:
+    # the one place every delay goes through: a time that no database has is stored as none by SQLite, and never comes
+    delay = min(max(delay, AT_ONCE), FARTHEST)
     if foreign:
         return ByBroker(delay)
     too_long = features.max_redelivery_delay is not None and delay > features.max_redelivery_delay

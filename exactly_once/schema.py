@@ -67,6 +67,8 @@ KEY_BYTES: Final = 255
 STEP_BYTES: Final = 64
 FINGERPRINT_BYTES: Final = 120
 
+_FARTHEST_S: Final = 36_500 * 86_400.0
+
 # Named, or the tables take the database's defaults: where that is latin1, an error text with an emoji is refused
 MYSQL_OPTIONS: Final[dict[str, Any]] = {
     f"{server}_{option}": value
@@ -186,7 +188,8 @@ class Moment(TypeDecorator[datetime]):
 class utcnow(FunctionElement[datetime]):  # noqa: N801  (reads as a SQL function does)
     """The server's clock at this instant, never the worker's, and not the start of the transaction.
 
-    With `seconds`, that many later: `utcnow(30)`.
+    With `seconds`, that many later: `utcnow(30)`; a hundred years at most. What no calendar has, PostgreSQL refuses and SQLite
+    writes as NULL: a row to be tried again that has no time is never looked at.
     """
 
     type = Moment()
@@ -194,7 +197,7 @@ class utcnow(FunctionElement[datetime]):  # noqa: N801  (reads as a SQL function
     name = "utcnow"
 
     def __init__(self, seconds: float | None = None) -> None:
-        super().__init__(*(() if seconds is None else (float(seconds),)))
+        super().__init__(*(() if seconds is None else (float(seconds) if seconds < _FARTHEST_S else _FARTHEST_S,)))
 
 
 @compiles(utcnow, "postgresql")

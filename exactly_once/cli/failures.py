@@ -150,7 +150,7 @@ def requeue(
     A broken one (its handler committed behind our back) is requeued by id or --state broken only, and then runs as a new
     message would: undo first what its handler has committed.
     """
-    if rate is not None and rate <= 0:
+    if rate is not None and not rate > 0:  # nor nan
         raise ConfigurationError("--rate is a number above zero, of messages a second.")
     _named(ids, handler, error_class, key, state, every)
     with _on(app, group, database) as (connection, tables, name):
