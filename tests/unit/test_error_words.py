@@ -10,6 +10,7 @@ from sqlalchemy.exc import IntegrityError, InvalidRequestError, PendingRollbackE
 
 from exactly_once.alert import Alert, sound
 from exactly_once.error_words import place_of, trace_of, words_of
+from exactly_once.error_words.struck import bound, code_of, without_bound, without_quoted
 from exactly_once.errors import Reject
 from exactly_once.worker.log_throttle import ThrottledLog
 
@@ -42,6 +43,10 @@ def statement_error(orig: Exception) -> IntegrityError:
         (1690, f"BIGINT value is out of range in '({CARD} * 9)'", "BIGINT value is out of range in ... (errno 1690)"),
         (1406, "Data too long for column 'no' at row 1", "Data too long for column 'no' at row 1 (errno 1406)"),
         (1213, "Deadlock found", "Deadlock found (errno 1213)"),
+        (1526, f"Table has no partition for value {CARD}", "Table has no partition for value ... (errno 1526)"),
+        (1526, f"Tabelle hat keine Partition für den Wert {CARD}", "Partition für den Wert ... (errno 1526)"),
+        (1054, f"Unknown column 'DE{CARD}' in 'WHERE'", "Unknown column 'DE#' in 'WHERE' (errno 1054)"),
+        (1644, f"card {CARD} is refused", " is refused (errno 1644)"),
         (2003, "Can't connect to MySQL server on 'db'", "Can't connect to MySQL server on 'db' (errno 2003)"),
         (9999, f"Etwas mit '{CARD}' ist falsch", "Etwas mit ... (errno 9999)"),
     ],
@@ -50,6 +55,46 @@ def test_mysqls_sentences_are_told_without_the_values_in_them(errno: int, text: 
     for error in (pymysql.err.DataError(errno, text), statement_error(pymysql.err.IntegrityError(errno, text))):
         assert says in words_of(error)
         assert CARD[:9] not in words_of(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('relation "cards" does not exist', 'relation "cards" does not exist'),
+        ('relation "Cards" does not exist', 'relation "Cards" does not exist'),
+        ('relation "customers" does not exist', 'relation "..." does not exist'),
+        ("Relation »cards« existiert nicht", "Relation »cards« existiert nicht"),
+        ("Relation »customers« existiert nicht", "Relation »...« existiert nicht"),
+        (
+            "la relation « customers » n'existe pas",
+            "la relation « customers » n'existe pas".replace(" customers ", "..."),
+        ),
+        ("関係「customers」は存在しません", "関係「...」は存在しません"),
+        ('syntax error in tsquery: "cards" or "Mrs. X', 'syntax error in tsquery: "cards" or "...'),
+        ('near "a "cards" b" of it', 'near "..." of it'),
+        ('could not determine data type of parameter "$1"', 'could not determine data type of parameter "$1"'),
+        ('relation "message_failure" does not exist', 'relation "message_failure" does not exist'),
+        ("doesn't exist", "doesn't exist"),
+    ],
+)
+def test_of_what_a_server_quotes_only_the_statements_own_words_stay(text: str, says: str) -> None:
+    assert (
+        without_quoted(text, code_of("SELECT no FROM cards WHERE name = 'customers' AND no = 'it''s customers'"))
+        == says
+    )
+
+
+def test_what_was_bound_is_struck_wherever_it_stands() -> None:
+    values = bound([{"no": f"x{CARD}", "name": b"Mrs. Carpenter"}, ("Smith", None, 12, [4711])])
+    assert values is not None
+    said = f"card X{CARD} of carpenter, Smithson and 4711 at 12: cards"
+    assert without_bound(said, values, ("cards",)) == "card ... of ..., ... and ... at 12: cards"
+    assert bound(["x" * 1_500_000, "y" * 600_000]) is None
+
+
+def test_where_more_is_bound_than_can_be_looked_through_the_sentence_is_not_told() -> None:
+    error = IntegrityError("SELECT 1", {"no": "x" * 3_000_000}, sqlite3.IntegrityError("RAISE: Mrs. Carpenter"))
+    assert "Carpenter" not in words_of(error)
 
 
 def test_a_value_that_could_not_be_made_ready_is_not_told() -> None:

@@ -1,9 +1,8 @@
 """What an error says, for logs, rows, alerts and reasons: never a value that a statement carried, for that is a customer's. Pure.
 
 SQLAlchemy writes the values of a statement into its errors, and so do the servers: PostgreSQL in a line of details, MySQL in
-the sentence itself ("Duplicate entry '4111...'"). What is told here is known by the driver's fields (primary message, SQLSTATE,
-errno, names), never by a sentence, which comes in many languages. A text that an application has made of such an error has
-nothing but the text: it is cut where that begins.
+the sentence itself ("Duplicate entry '4111...'"). What a driver's error may say is decided in `drivers`. An application's own
+words are told as they are; a text that it has made of such an error is cut where it begins to repeat that.
 
 Never raises, whatever the error's own methods do. Called by everything that writes an error down. A traceback is logged with
 `trace_of`, never with `exc_info`, whose last lines are the texts themselves.
@@ -13,42 +12,40 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from difflib import SequenceMatcher
+from itertools import islice
 from pathlib import Path
 from traceback import format_tb
-from types import TracebackType
-from typing import Any, Final
+from types import FrameType, TracebackType
+from typing import Final
 
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
+from sqlalchemy.exc import ArgumentError, CompileError, DBAPIError, SQLAlchemyError, StatementError
 
+from exactly_once.error_words.drivers import DRIVERS, in_statement, is_drivers, of_driver
+from exactly_once.error_words.struck import WORD, without_numbers, without_quoted
 from exactly_once.errors import Reject
 
 __all__ = ["place_of", "trace_of", "words_of"]
 
-_NOT_THE_USERS: Final = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parent, Path(json.__file__).parents[1]))
-_STATEMENT_CHARACTERS: Final = 500
+_NOT_THE_USERS: Final = tuple(
+    f"{folder}{os.sep}" for folder in (Path(__file__).parents[1], Path(json.__file__).parents[1])
+)
 _MOST_ERRORS: Final = 50  # of one chain; a cycle must not hang
-_DRIVERS: Final = frozenset(
-    ("psycopg", "psycopg2", "asyncpg", "pymysql", "asyncmy", "aiomysql", "MySQLdb", "mysql", "sqlite3", "aiosqlite")
-)
-
-_DUPLICATE_ENTRY: Final = 1062
-_VALUE_OF_A_COLUMN: Final = (1265, 1292, 1366)  # the sentence ends with the column and the row, in every language
-_CLIENTS: Final = range(2000, 3000)  # the client library's own, of connections
-_NAMES_ONLY: Final = frozenset(
-    # locks, names, columns, constraints, and SIGNAL with the application's own words: no value stands in these sentences
-    (
-        *(1020, 1040, 1044, 1045, 1048, 1049, 1054, 1142, 1146, 1205, 1213, 1264, 1305, 1317, 1364, 1406, 1451, 1452),
-        *(1614, 1637, 1644, 1792, 1836, 1927, 1969, 3024, 3572, 3819, 4025),
-    )
-)
-_COLUMN_AT_THE_END: Final = re.compile(r"[`']([A-Za-z_]\w*)[`'] [^`'0-9]+ [0-9]+$")
-_KEY_AT_THE_END: Final = re.compile(r"'([A-Za-z_][\w.$-]*)'[^']*$")
 
 # how SQLAlchemy and the drivers write their errors into a text; the same in every language
 _CLASS_IN_TEXT: Final = re.compile(r"(\((?:[A-Za-z_]\w*\.)+[A-Za-z_]\w*\)) .*", re.DOTALL)
-_MARK_IN_TEXT: Final = re.compile(r"\[(?:SQL|parameters): |(?:\n|\\n)(?:DETAIL|CONTEXT|QUERY|HINT): ")
-_ERRNO_IN_TEXT: Final = re.compile(r"""\((\d{4}), ?['"].*""", re.DOTALL)
+_MARK_IN_TEXT: Final = re.compile(
+    r"\[(?:SQL|parameters): |(?:\s|\\n)(?:DETAIL|DETALLE|DETALHE|DETTAGLI|ПОДРОБНОСТИ|CONTEXT|QUERY|HINT): "
+)
+_ERRNO_IN_TEXT: Final = re.compile(r"""\((\d{4}), ?\\*['"].*""", re.DOTALL)
+_DUPLICATE_IN_TEXT: Final = re.compile(r"Duplicate entry '.*' for key", re.DOTALL)
 _IDENTITY_IN_TEXT: Final = re.compile(r"identity key \(.*", re.DOTALL)
+_CLASS: Final = re.compile(r"<class '([\w.]+)'>")
+_HERE: Final = "\ufdd1"  # where a text of ours comes; no character of anybody's
+_REPEATED_WORDS: Final = 3
+_MOST_WORDS: Final = 1000
+_LIBRARIES: Final = DRIVERS | {"sqlalchemy"}
+_SPEAK_OF_NAMES: Final = (SQLAlchemyError, AttributeError, NameError, ImportError, TypeError)
 _CUT: Final = "[cut: here stand values of a statement]"
 
 # asked of the base class, for a class of the application may have a property of that name, which raises
@@ -69,8 +66,8 @@ def words_of(error: BaseException) -> str:
     try:
         if isinstance(error, StatementError):
             return _of_statement(error)
-        if _is_drivers(error):
-            return _of_driver(error)
+        if is_drivers(error):
+            return of_driver(error)
         return _without_values(str(error), error)
     except KeyboardInterrupt:
         raise
@@ -89,16 +86,28 @@ def place_of(error: BaseException) -> str:
     trace: TracebackType | None = _trace_of(error)
     while trace is not None:
         code = trace.tb_frame.f_code
-        if _is_the_users(code.co_filename):
+        if _module_of(trace.tb_frame) not in _LIBRARIES and _is_the_users(code.co_filename):
             found = f" (at {'/'.join(Path(code.co_filename).parts[-2:])}:{trace.tb_lineno} in {code.co_name})"
         trace = trace.tb_next
     return found
 
 
+def _last_frame(error: BaseException) -> FrameType | None:
+    trace: TracebackType | None = _trace_of(error)
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return None if trace is None else trace.tb_frame
+
+
+def _module_of(frame: FrameType | None) -> str:
+    """The package whose line it is; of a compiled one the file tells nothing."""
+    return "" if frame is None else str(frame.f_globals.get("__name__")).partition(".")[0]
+
+
 def _is_the_users(file: str) -> bool:
     # "<...": made at run time, as SQLAlchemy makes its wrappers; "asyncmy/errors.pyx": a compiled one has no folder before it
     ours = file.startswith((*_NOT_THE_USERS, "<")) or "site-packages" in file
-    return not ours and file.partition("/")[0] not in _DRIVERS
+    return not ours and file.partition("/")[0] not in DRIVERS
 
 
 def trace_of(error: BaseException) -> str:
@@ -133,86 +142,70 @@ def _members_of(error: BaseException) -> str:
 
 def _of_statement(error: StatementError) -> str:
     orig = error.orig
-    if orig is not None and (isinstance(error, DBAPIError) or _is_drivers(orig)):
-        words = _of_driver(orig)
+    if orig is not None and (isinstance(error, DBAPIError) or is_drivers(orig)):
+        words = of_driver(orig, error.statement, error.params)
     elif orig is None or isinstance(orig, SQLAlchemyError):
-        words = _without_values(str(error.args[0]) if orig is None else str(orig), error)
+        words = _of_sqlalchemy(str(error.args[0]) if orig is None else str(orig), orig or error)
     else:  # a value that could not be made ready for the driver, and its text says which
         words = f"{type(orig).__name__} for a value of the statement"
-    return f"{words}{_in(error.statement)}" if error.statement else words
+    return f"{words}{in_statement(orig, error.statement)}" if error.statement else words
 
 
-def _in(statement: str) -> str:
-    text = " ".join(statement.split())[:_STATEMENT_CHARACTERS]
-    literal = text.find("'")  # an application may have written a value into it
-    return f" [in: {re.sub(r'[0-9]{5,}', '#', text if literal < 0 else text[:literal] + '...')}]"
-
-
-def _is_drivers(error: BaseException) -> bool:
-    return any(cls.__module__.partition(".")[0] in _DRIVERS for cls in type(error).__mro__)
-
-
-def _of_driver(error: BaseException) -> str:
-    if not _is_drivers(error) and (cause := _cause_of(error)) is not None and _is_drivers(cause):
-        error = cause  # SQLAlchemy's own, around that of an async driver
-    args = _args_of(error)
-    if len(args) > 1 and isinstance(args[0], int) and isinstance(args[1], str):
-        return _of_mysql(args[0], args[1])
-    diag, state = getattr(error, "diag", None), getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
-    if diag is not None or state:
-        return _of_postgresql(error, diag, state)
-    if any("sqlite" in cls.__module__ for cls in type(error).__mro__):
-        return str(error).strip()  # SQLite names tables and columns, and quotes no value
-    return f"{type(error).__name__}, whose text may hold values of the statement"
-
-
-def _of_postgresql(error: BaseException, diag: Any, state: str | None) -> str:
-    if state is None and getattr(diag, "message_primary", None) is None:
-        # the driver's own: of a connection, or of a value it could not make ready
-        is_of_data = any(cls.__name__ == "DataError" for cls in type(error).__mro__)
-        return type(error).__name__ if is_of_data else str(error).strip()
-    if state is not None and state.startswith("22") and state != "22001":
-        words = type(error).__name__  # "invalid input syntax for type integer: "4111..."": the class says as much
-    else:
-        words = getattr(diag, "message_primary", None) or str(error).strip().partition("\n")[0]
-    fields = [("table", "table_name"), ("column", "column_name"), ("constraint", "constraint_name")]
-    found = ((what, getattr(diag, field, None)) for what, field in fields)
-    names = [f"{what} {name}" for what, name in found if name and not re.search(rf"\b{re.escape(name)}\b", words)]
-    return f"{words} ({', '.join([f'SQLSTATE {state}', *names])})" if state else words
-
-
-def _of_mysql(errno: int, text: str) -> str:
-    if errno == _DUPLICATE_ENTRY:
-        key = _KEY_AT_THE_END.search(text)  # the value stands before it in every language, and the name last
-        return f"duplicate entry for key {key[1]} (errno {errno})" if key else f"duplicate entry (errno {errno})"
-    quote = min((at for mark in "'\"" if (at := text.find(mark)) >= 0), default=-1)
-    if quote < 0 or errno in _NAMES_ONLY or errno in _CLIENTS or errno == 0:
-        return f"{text.strip()} (errno {errno})"
-    column = _COLUMN_AT_THE_END.search(text) if errno in _VALUE_OF_A_COLUMN else None
-    return f"{text[:quote].strip()} ... (errno {errno}{f', column {column[1]}' if column else ''})"
+def _of_sqlalchemy(text: str, error: BaseException) -> str:
+    """What SQLAlchemy says, or Python inside it: of what it quotes a name may stay, unless it speaks of what it was given."""
+    text = _CLASS.sub(r"<class \1>", _without_errors(text, error))
+    names: list[str] = []
+    if isinstance(error, _SPEAK_OF_NAMES) and not isinstance(error, (ArgumentError, CompileError)):
+        names = [word.lower() for word in WORD.findall(text) if not word[0].isdigit()]
+    text = without_numbers(without_quoted(text, names))
+    return _IDENTITY_IN_TEXT.sub(f"an identity key {_CUT}", text)
 
 
 # -- errors that quote others ----------------------------------------------------------------------------------------
 
 
 def _without_values(text: str, error: BaseException) -> str:
-    """Put into an application's text, for each database error it was made of, what may be told of that."""
+    """An application's own words stay as they are, but for what they quote of a database's."""
+    if text and (isinstance(error, SQLAlchemyError) or _module_of(_last_frame(error)) in _LIBRARIES):
+        return _of_sqlalchemy(text, error)
+    return _without_errors(text, error)
+
+
+def _without_errors(text: str, error: BaseException) -> str:
+    """Put into a text, for each database error it was made of, what may be told of that."""
     if not text:
         return text
+    told: list[str] = []
     for quoted in _behind(error):
+        here = f"{_HERE}{len(told)}{_HERE}"
+        told.append(words_of(quoted))
         for form in sorted(_forms(quoted), key=len, reverse=True):
             if len(form) > 3 and form in text:
-                text = text.replace(form, words_of(quoted))
+                text = text.replace(form, here)
+        if (
+            start := _quotes_from(text, quoted)
+        ) >= 0:  # in other spacing, cut short, a field of it: how it ends is not known
+            text = f"{text[:start]}{here}"
     found = _CLASS_IN_TEXT.search(text)
     mark = _MARK_IN_TEXT.search(text)
-    if found and (mark or found[1][1:].partition(".")[0] in _DRIVERS):
+    if found and (mark or found[1][1:].partition(".")[0] in DRIVERS):
         text = f"{text[: found.end(1)]} {_CUT}"
     elif mark:
         text = f"{text[: mark.start()].rstrip()} {_CUT}"
     text = _ERRNO_IN_TEXT.sub(rf"(errno \1) {_CUT}", text)
-    if isinstance(error, SQLAlchemyError):
-        text = _IDENTITY_IN_TEXT.sub(f"an identity key {_CUT}", text)
+    text = _DUPLICATE_IN_TEXT.sub("duplicate entry for key", text)
+    for number, words in enumerate(told):
+        text = text.replace(f"{_HERE}{number}{_HERE}", words)
     return text
+
+
+def _quotes_from(text: str, error: BaseException) -> int:
+    """Where a text begins to repeat what a driver said, by words that follow one another in both; -1 where it does not."""
+    said = error.orig if isinstance(error, StatementError) and error.orig is not None else error
+    mine = list(islice(WORD.finditer(text), _MOST_WORDS))
+    theirs = [found[0] for found in islice(WORD.finditer(str(said)), _MOST_WORDS)]
+    same = SequenceMatcher(None, [found[0] for found in mine], theirs, autojunk=False).find_longest_match()
+    return mine[same.a].start() if same.size >= _REPEATED_WORDS else -1
 
 
 def _behind(error: BaseException) -> Iterator[BaseException]:
@@ -224,7 +217,7 @@ def _behind(error: BaseException) -> Iterator[BaseException]:
         if not isinstance(at, BaseException) or id(at) in seen:
             continue
         seen.add(id(at))
-        if at is not error and (isinstance(at, StatementError) or _is_drivers(at)):
+        if at is not error and (isinstance(at, StatementError) or is_drivers(at)):
             yield at
         waiting += [_context_of(at), _cause_of(at), *_args_of(at)]
         if isinstance(at, BaseExceptionGroup):
