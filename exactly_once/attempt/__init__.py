@@ -66,6 +66,9 @@ def attempt(
             raise  # an engine in AUTOCOMMIT and the like: counting it as this message's failure would park them all
         except Exception as error:
             return Ended(How.FAILED, error)
+        except BaseException:
+            session.invalidate()  # cut off in the middle of a statement: its connection is not used again
+            raise
         match claim:
             case Won():
                 won = claim

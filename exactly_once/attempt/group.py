@@ -77,6 +77,9 @@ def attempt_group(
             raise  # of the program or the server, not of these messages
         except Exception as error:
             return GroupEnded(Ended(How.FAILED, error))
+        except BaseException:
+            session.invalidate()  # cut off in the middle of a statement: its connection is not used again
+            raise
         if claim is None:
             return GroupEnded(_BUSY)
         won, others = claim.won, claim.others

@@ -115,6 +115,10 @@ class Claimer:
                 connection.invalidate(error)
             raise_for_the_store(dialect, error)
             raise
+        except BaseException as error:
+            # cut off by a timeout or a signal: the claim may have come about, and a caller who goes on would commit it
+            connection.invalidate(error)
+            raise
         match standing(known, row):
             case Consumed():
                 return False

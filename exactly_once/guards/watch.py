@@ -10,6 +10,7 @@ Made by the guards, by `late` and by steps; asked by `attempt`.
 """
 
 from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
@@ -327,10 +328,16 @@ class Watch:
 
 
 def let_go(session: Session) -> None:
-    """Close a session, also one whose connection is dead: closing rolls back, and a dead connection cannot."""
+    """Close a session, also one whose connection is dead or cut off in a statement of ours: rolling that back may raise.
+
+    The rollback comes first and not with the close, which an error of it would end before the connection is given back: the
+    pool would miss it until it is collected.
+    """
     try:
+        with suppress(Exception):  # the connection is lost: the pool, which rolls back once more, throws it away
+            session.rollback()
         session.close()
-    except Exception:  # the connection is lost: what matters is that nobody gets it from the pool again
+    except Exception:
         session.invalidate()
     except BaseException:  # cancelled while it rolled back
         session.invalidate()

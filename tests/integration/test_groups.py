@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -46,15 +47,20 @@ def handles(shop: Shop, do: Callable[[Session, Any], object], **options: Any) ->
             do(session, body["no"])
 
 
-def told(shop: Shop, messages: Sequence[Message], features: Features = FEATURES) -> GroupTold:
-    """Run these as one group."""
+def run_together(shop: Shop, messages: Sequence[Message], features: Features = FEATURES) -> Callable[[], GroupTold]:
+    """What runs these as one group, in a thread or a greenlet."""
     (handler,) = shop.eo._router.matching(messages[0])
     assert isinstance(handler, GroupDelivering)
-    given = [handler.member(message, features) for message in messages]
+    return partial(handler.run_group, [handler.member(message, features) for message in messages])
+
+
+def told(shop: Shop, messages: Sequence[Message], features: Features = FEATURES) -> GroupTold:
+    """Run these as one group."""
+    run = run_together(shop, messages, features)
     if shop.is_async:
-        found: GroupTold = shop.await_(greenlet_spawn(handler.run_group, given))
+        found: GroupTold = shop.await_(greenlet_spawn(run))
         return found
-    return handler.run_group(given)
+    return run()
 
 
 def outcomes(shop: Shop, messages: Sequence[Message]) -> list[Outcome]:
