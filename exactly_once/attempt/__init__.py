@@ -89,10 +89,10 @@ def attempt(
             raise fork.inside()  # before anything else: session, claim and lease are the parent's to end
         if won is not None:
             guard.end(won)  # first, and it waits for nothing: what follows may be cancelled again
-        watch = None if won is None else won.watch
+        used = None if won is None else won.late or won.watch
         try:
-            if watch is not None:
-                watch.end(session)
+            if used is not None:
+                used.end(session)
             else:
                 let_go(session)
         finally:

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from exactly_once.dialects import Dialect, Trace, Trouble, raise_for_the_store
 from exactly_once.errors import Misuse
 from exactly_once.fork import engines as forked_engines
-from exactly_once.guards.watch import WATCHED, Shut, Watch, begin, let_go
+from exactly_once.guards.watch import WATCHED, Shut, Watch, begin, let_go, over
 from exactly_once.leases import WAIT_MS, Held
 from exactly_once.owner import new_owner
 
@@ -102,4 +102,5 @@ class Late:
         if self.watch is not None:
             self.watch.end(session)
         else:
+            over(session)
             let_go(session)

@@ -25,7 +25,19 @@ from exactly_once.errors import Misuse
 from exactly_once.leases import Held
 from exactly_once.wording import escaped
 
-__all__ = ["AFTER", "LEFT", "SWALLOWED", "WATCHED", "BrokenTransaction", "Left", "Shut", "Watch", "begin", "let_go"]
+__all__ = [
+    "AFTER",
+    "LEFT",
+    "SWALLOWED",
+    "WATCHED",
+    "BrokenTransaction",
+    "Left",
+    "Shut",
+    "Watch",
+    "begin",
+    "let_go",
+    "over",
+]
 
 WATCHED: Final = "exactly_once.watch"
 """Where a watch stands in the `info` of its connection and of its session."""
@@ -302,6 +314,7 @@ class Watch:
         over and sends nothing, the connection goes back to the pool with it open, and a stranger commits it.
         """
         self._forget()
+        over(session)
         connection = self.connection
         if not connection.closed and not connection.invalidated and not self.given_back:
             busy = self.busy or self.dialect.state(self.dbapi) is State.BUSY
@@ -325,6 +338,15 @@ class Watch:
                 session.invalidate()
                 raise
         let_go(session)
+
+
+def over(session: Session) -> None:
+    """Refuse what uses a handler's session from here on, before it takes a connection that nobody would give back."""
+    session.get_bind = _refused  # type: ignore[method-assign]
+
+
+def _refused(*_: object, **__: object) -> Any:
+    raise Misuse(_OVER)
 
 
 def let_go(session: Session) -> None:
@@ -369,6 +391,10 @@ _GONE: Final = (
     " commit() or rollback() was called on the driver's own connection; or a procedure committed, began a transaction of its"
     " own, or swallowed the deadlock that threw it away. Take that out: an error must leave a procedure, and COMMIT, ROLLBACK,"
     " START TRANSACTION and DDL do not belong in it."
+)
+_OVER: Final = (
+    "The session was used after what it was given for had ended: its message, or its steps.transaction. A variable, a task or a"
+    " thread kept it. Nothing was sent. Use it only until the handler (or the step) returns; await the task, join the thread."
 )
 AFTER: Final = (
     "A hook committed the handler's transaction itself (connection().commit() in before_commit), and then something more was"
