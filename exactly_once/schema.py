@@ -97,9 +97,9 @@ class KeyText(TypeDecorator[str]):
 
             return TEXT(collation="C")
         if dialect.name in ("mysql", "mariadb"):
-            from sqlalchemy.dialects.mysql import VARBINARY
+            from exactly_once.mysql_columns import DigitsVarbinary
 
-            return dialect.type_descriptor(VARBINARY(self.bytes))
+            return DigitsVarbinary(self.bytes)
         return dialect.type_descriptor(Text())
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> Any:
@@ -123,9 +123,9 @@ class Bytes(TypeDecorator[bytes]):
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         if dialect.name in ("mysql", "mariadb"):
-            from sqlalchemy.dialects.mysql import VARBINARY
+            from exactly_once.mysql_columns import DigitsVarbinary
 
-            return dialect.type_descriptor(VARBINARY(self.bytes))
+            return DigitsVarbinary(self.bytes)
         return dialect.type_descriptor(LargeBinary())
 
 
@@ -137,10 +137,33 @@ class Body(TypeDecorator[bytes]):
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         if dialect.name in ("mysql", "mariadb"):
-            from sqlalchemy.dialects.mysql import LONGBLOB
+            from exactly_once.mysql_columns import DigitsLongBlob
 
-            return dialect.type_descriptor(LONGBLOB())
+            return DigitsLongBlob()
         return dialect.type_descriptor(LargeBinary())
+
+
+class Words(TypeDecorator[str]):
+    """Short text that is not compared as keys are.
+
+    Args:
+        length: In characters.
+        ascii: It is of our own making, in ASCII; not for what comes with a message.
+    """
+
+    impl = String
+    cache_ok = True
+
+    def __init__(self, length: int, *, ascii: bool = False) -> None:  # noqa: A002  (the name of the thing)
+        super().__init__(length)
+        self.length, self.ascii = length, ascii
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name in ("mysql", "mariadb"):
+            from exactly_once.mysql_columns import AsciiVarchar, DigitsVarchar
+
+            return (AsciiVarchar if self.ascii else DigitsVarchar)(self.length)
+        return dialect.type_descriptor(String(self.length))
 
 
 class LongText(TypeDecorator[str]):
@@ -151,9 +174,9 @@ class LongText(TypeDecorator[str]):
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         if dialect.name in ("mysql", "mariadb"):
-            from sqlalchemy.dialects.mysql import MEDIUMTEXT
+            from exactly_once.mysql_columns import DigitsMediumText
 
-            return dialect.type_descriptor(MEDIUMTEXT())
+            return DigitsMediumText()
         return Text()  # as it is: type_descriptor() would make VARCHAR of it on PostgreSQL
 
 
@@ -248,12 +271,12 @@ class Tables:
             Column("handler", KeyText(HANDLER_BYTES), primary_key=True),
             Column("business_key", KeyText(KEY_BYTES), primary_key=True),
             Column("status", SmallInteger, nullable=False),
-            Column("message_id", String(255)),
+            Column("message_id", Words(255)),
             Column("message_content", Body),
             Column("fingerprint", Bytes(FINGERPRINT_BYTES), nullable=False),
             Column("retry_times", Integer, nullable=False, server_default=text("0")),
-            Column("owner", String(64)),
-            Column("token", String(64)),
+            Column("owner", Words(64, ascii=True)),
+            Column("token", Words(64, ascii=True)),
             Column("lease_until", Moment),
             Column("born_at", Moment),
             Column("created_at", Moment, nullable=False),
@@ -276,7 +299,7 @@ class Tables:
             Column("status", SmallInteger, nullable=False),
             Column("result", Body),
             Column("attempt", Integer, nullable=False, server_default=text("1")),
-            Column("token", String(64)),
+            Column("token", Words(64, ascii=True)),
             Column("created_at", Moment, nullable=False),
             Column("finished_at", Moment),
             **MYSQL_OPTIONS,
@@ -295,21 +318,21 @@ class Tables:
             Column("fingerprint", Bytes(FINGERPRINT_BYTES), nullable=False),
             Column("business_key", KeyText(KEY_BYTES)),
             *_message_columns(),
-            Column("message_id", String(255)),
+            Column("message_id", Words(255)),
             Column("born_at", Moment),
-            Column("error_class", String(255), nullable=False),
+            Column("error_class", Words(255), nullable=False),
             Column("error_text", LongText(), nullable=False),
             Column("attempts", Integer, nullable=False),
             Column("first_failed_at", Moment, nullable=False),
             Column("last_failed_at", Moment, nullable=False),
             Column("next_attempt_at", Moment),
-            Column("state", String(16), nullable=False),
-            Column("decided_by", String(255)),
+            Column("state", Words(16, ascii=True), nullable=False),
+            Column("decided_by", Words(255)),
             Column("decided_at", Moment),
             Column("decided_why", LongText()),
-            Column("side", String(64)),
+            Column("side", Words(64)),
             # of a broken one: the owner of the claim that stands for it, which a requeue takes back
-            Column("claim_owner", String(64)),
+            Column("claim_owner", Words(64, ascii=True)),
             UniqueConstraint(
                 "consumer_group", "handler", "failure_key", "fingerprint", name="uq_message_failure_identity"
             ),
@@ -326,7 +349,7 @@ class Tables:
             self.metadata,
             _id(),
             *_message_columns(),
-            Column("message_id", String(64), nullable=False),
+            Column("message_id", Words(64), nullable=False),
             Column("deliver_at", Moment),
             Column("attempts", Integer, nullable=False, server_default=text("0")),
             Column("next_attempt_at", Moment),
@@ -345,12 +368,12 @@ class Tables:
             # one row for each group that had joined the topic; empty while none had: the first to join adopts it
             Column("consumer_group", KeyText(GROUP_BYTES), nullable=False),
             *_message_columns(),
-            Column("message_id", String(64), nullable=False),
+            Column("message_id", Words(64), nullable=False),
             Column("born_at", Moment),
             Column("deliver_at", Moment, nullable=False),
             Column("attempts", Integer, nullable=False, server_default=text("0")),
             # who holds it: settling with another holder's token changes nothing
-            Column("holder", String(64)),
+            Column("holder", Words(64, ascii=True)),
             Index("ix_message_queue_due", "consumer_group", "topic", "deliver_at", "id"),
             Index("ix_message_queue_order", "consumer_group", "topic", "ordering_key", "id"),
             **MYSQL_OPTIONS,
@@ -372,8 +395,8 @@ class Tables:
             self.metadata,
             Column("name", KeyText(64), primary_key=True),
             Column("effective_from", Moment, primary_key=True),
-            Column("source", String(64), nullable=False),
-            Column("target", String(64), nullable=False),
+            Column("source", Words(64), nullable=False),
+            Column("target", Words(64), nullable=False),
             Column("percent", SmallInteger, nullable=False),
             Column("allow_list", LongText()),
             Column("created_at", Moment, nullable=False),

@@ -20,7 +20,8 @@ sent anyway, in one compound statement; MySQL has none, and pays a round trip ea
 asyncmy sends several statements in one text. A procedure that commits, called behind the first of them, is seen only once
 that first one's result was closed.
 
-Keys are VARBINARY: compared byte by byte, neither case nor trailing spaces are folded.
+Keys are VARBINARY: compared byte by byte, neither case nor trailing spaces are folded. They are sent as hexadecimal digits: a
+session that was left in another character set, or in NO_BACKSLASH_ESCAPES, would read what a driver escapes as another key.
 """
 
 import re
@@ -60,6 +61,7 @@ __all__ = [
     "UNTRACE",
     "MySQL",
     "Seen",
+    "digits",
     "errno",
     "identity",
     "together",
@@ -68,32 +70,36 @@ __all__ = [
 CLAIM: Final = (
     "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, message_content, fingerprint,"
     " retry_times, owner, born_at, created_at, consumed_at) VALUES"
-    " (%s, %s, %s, {status}, %s, %s, %s, %s, %s, %s, UTC_TIMESTAMP(6), UTC_TIMESTAMP(6))"
+    " (UNHEX(%s), UNHEX(%s), UNHEX(%s), {status}, CONVERT(UNHEX(%s) USING utf8mb4), UNHEX(%s), UNHEX(%s), %s, %s, %s,"
+    " UTC_TIMESTAMP(6), UTC_TIMESTAMP(6))"
 )
 FINISH: Final = (
     "UPDATE {table} SET status = 1"
-    " WHERE consumer_group = %s AND handler = %s AND business_key = %s AND owner = %s AND status = 2"
+    " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) AND owner = %s AND status = 2"
 )
 # each key looked up on the whole primary key: with IN the server may read, and wait for, all rows of the handler
 FINISH_MANY: Final = (
     "UPDATE ({keys}) AS wanted STRAIGHT_JOIN {table} AS ours FORCE INDEX (PRIMARY)"
-    " ON ours.consumer_group = %s AND ours.handler = %s AND ours.business_key = wanted.business_key"
+    " ON ours.consumer_group = UNHEX(%s) AND ours.handler = UNHEX(%s) AND ours.business_key = wanted.business_key"
     " SET ours.status = 1 WHERE ours.owner = %s AND ours.status = 2"
 )
-KEY: Final = "SELECT CAST(%s AS BINARY) AS business_key"
+KEY: Final = "SELECT UNHEX(%s) AS business_key"
 # under a lease no claim stands in the handler's transaction: this row does
 TRACE: Final = (
     "INSERT INTO {steps} (consumer_group, handler, business_key, step, ordinal, status, attempt, token, created_at)"
-    " VALUES (%s, %s, %s, %s, -1, 2, %s, %s, UTC_TIMESTAMP(6))"
+    " VALUES (UNHEX(%s), UNHEX(%s), UNHEX(%s), UNHEX(%s), -1, 2, %s, %s, UTC_TIMESTAMP(6))"
 )
-UNTRACE: Final = "DELETE FROM {steps} WHERE consumer_group = %s AND handler = %s AND business_key = %s AND step = %s"
+UNTRACE: Final = (
+    "DELETE FROM {steps}"
+    " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) AND step = UNHEX(%s)"
+)
 _FINISHED: Final = "IF ROW_COUNT() <> {count} THEN SIGNAL SQLSTATE '45000'; END IF"
 BOUND: Final = "SET STATEMENT innodb_lock_wait_timeout = {seconds} FOR "
 # so that it sees what is committed now and not an older snapshot of the caller's transaction
 _LOCKING: Final = " LOCK IN SHARE MODE"
 KNOWN: Final = (
-    "SELECT status, fingerprint, owner FROM {table}"  # noqa: S608  (constants alone)
-    " WHERE consumer_group = %s AND handler = %s AND business_key = %s" + _LOCKING
+    "SELECT status, fingerprint, CAST(owner AS BINARY) FROM {table}"  # noqa: S608  (constants alone)
+    " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s)" + _LOCKING
 )
 BEGIN: Final = "START TRANSACTION"
 PREPARE: Final = "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode"
@@ -229,13 +235,13 @@ class MySQL:
     def _finishing(self, owner: str, rows: Sequence[ClaimRow], trace: Trace | None) -> tuple[str, list[Any]]:
         """Return what makes this attempt's claims consumed, or takes its trace away, and its values; empty for neither."""
         if trace is not None:
-            return self._tracing[1], [*identity(trace.row), trace.name.encode()]
+            return self._tracing[1], [*identity(trace.row), digits(trace.name)]
         if not rows:
             return "", []
         if len(rows) == 1:
             return FINISH.replace("{table}", self.table), [*identity(rows[0]), owner]
-        group, handler = rows[0].group.encode(), rows[0].handler.encode()
-        keys = [row.key.encode() for row in rows]
+        group, handler, _ = identity(rows[0])
+        keys = [digits(row.key) for row in rows]
         text = FINISH_MANY.replace("{table}", self.table).replace("{keys}", " UNION ALL ".join([KEY] * len(keys)))
         return text, [*keys, group, handler, owner]
 
@@ -253,8 +259,8 @@ class MySQL:
                 )
             if "NO_BACKSLASH_ESCAPES" in str(modes) and hasattr(_driver(dbapi), "_proto"):
                 raise ConfigurationError(
-                    "sql_mode has NO_BACKSLASH_ESCAPES, and asyncmy escapes with backslashes all the same: texts and bodies"
-                    " would be stored otherwise. Take it out of sql_mode for this connection."
+                    "sql_mode has NO_BACKSLASH_ESCAPES, and asyncmy escapes bytes with backslashes all the same: what a handler"
+                    " puts into a BLOB would be stored otherwise. Take it out of sql_mode for this connection."
                 )
             is_mariadb = "MariaDB" in str(version)
             if not is_mariadb:
@@ -273,7 +279,7 @@ class MySQL:
         )
 
     def strange(self, dbapi: Any) -> bool:
-        return False  # keys go as binary literals, whatever the connection's character set is
+        return False  # what we send and read is digits and bytes, whatever character set and mode the session is in
 
     def claim(
         self, dbapi: Any, info: MutableMapping[Any, Any], row: ClaimRow, *, wait_ms: int, savepoint: bool
@@ -283,7 +289,7 @@ class MySQL:
         # the caller commits by themselves, and could finish nothing
         insert = seen.bound + self._claim.replace("{status}", "1" if savepoint else "2")
         values = (
-            *identity(row), row.message_id, row.content, row.fingerprint, row.attempt - 1, row.owner,
+            *identity(row), digits(row.message_id), digits(row.content), row.fingerprint.hex(), row.attempt - 1, row.owner,
             None if row.born_at is None else row.born_at.astimezone(UTC).replace(tzinfo=None),
         )  # fmt: skip
         name = savepoint_of(row.owner)
@@ -311,7 +317,7 @@ class MySQL:
         first, values = [BEGIN], []
         if trace is not None:
             first.append(seen.bound + self._tracing[0])  # a DELETE of old steps may stand in its way
-            values = [*identity(trace.row), trace.name.encode(), trace.attempt, trace.token]
+            values = [*identity(trace.row), digits(trace.name), trace.attempt, trace.token]
         cursor = dbapi.cursor()
         try:
             together(cursor, seen, *first, f"SAVEPOINT {savepoint_of(owner)}", values=values)
@@ -406,7 +412,7 @@ class MySQL:
         if found is None:
             return None
         status, fingerprint, owner = found
-        return Known(int(status), bytes(fingerprint), owner)
+        return Known(int(status), bytes(fingerprint), None if owner is None else owner.decode())
 
     def state(self, dbapi: Any) -> State:
         driver = _driver(dbapi)
@@ -489,8 +495,13 @@ def together(cursor: Any, seen: Seen, *statements: str, values: Sequence[Any] = 
         cursor.execute(statement, values if "%s" in statement else None)
 
 
-def identity(row: ClaimRow) -> tuple[bytes, bytes, bytes]:
-    return row.group.encode(), row.handler.encode(), row.key.encode()
+def identity(row: ClaimRow) -> tuple[str, str, str]:
+    return row.group.encode().hex(), row.handler.encode().hex(), row.key.encode().hex()
+
+
+def digits(value: str | bytes | None) -> str | None:
+    """Return a value for UNHEX: in digits no character set and no mode of the session's makes another one of it."""
+    return None if value is None else (value.encode() if isinstance(value, str) else value).hex()
 
 
 def _version(text: str) -> int:

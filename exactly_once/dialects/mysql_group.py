@@ -11,7 +11,7 @@ from datetime import UTC
 from typing import Any, Final
 
 from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Known
-from exactly_once.dialects.mysql import BOUND, KEY, LOCK_WAIT, TRANSIENT, Seen, errno, together
+from exactly_once.dialects.mysql import BOUND, KEY, LOCK_WAIT, TRANSIENT, Seen, digits, errno, identity, together
 from exactly_once.owner import savepoint_of
 
 __all__ = ["CLAIM", "KNOWN", "ROW", "Claims"]
@@ -20,11 +20,14 @@ CLAIM: Final = (
     "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, fingerprint, retry_times, owner,"
     " born_at, created_at, consumed_at) VALUES {rows} ON DUPLICATE KEY UPDATE consumer_group = consumer_group"
 )
-ROW: Final = "(%s, %s, %s, 2, %s, %s, %s, %s, %s, UTC_TIMESTAMP(6), UTC_TIMESTAMP(6))"
+ROW: Final = (
+    "(UNHEX(%s), UNHEX(%s), UNHEX(%s), 2, CONVERT(UNHEX(%s) USING utf8mb4), UNHEX(%s), %s, %s, %s,"
+    " UTC_TIMESTAMP(6), UTC_TIMESTAMP(6))"
+)
 # each key looked up on the whole primary key: with IN the server may read, and wait for, all rows of the handler
 KNOWN: Final = (
-    "SELECT known.business_key, known.status, known.fingerprint, known.owner FROM ({keys}) AS wanted"
-    " STRAIGHT_JOIN {table} AS known FORCE INDEX (PRIMARY) ON known.consumer_group = %s AND known.handler = %s"
+    "SELECT known.business_key, known.status, known.fingerprint, CAST(known.owner AS BINARY) FROM ({keys}) AS wanted"
+    " STRAIGHT_JOIN {table} AS known FORCE INDEX (PRIMARY) ON known.consumer_group = UNHEX(%s) AND known.handler = UNHEX(%s)"
     " AND known.business_key = wanted.business_key LOCK IN SHARE MODE"
 )
 
@@ -50,13 +53,12 @@ class Claims:
         # in whole seconds; where the session alone can be bound, its bound holds here too
         seen: Seen = info[self._dialect]
         bound = BOUND.replace("{seconds}", f"{-(-wait_ms // 1000):d}") if seen.bound else ""
-        first = rows[0]
-        group, handler = first.group.encode(), first.handler.encode()
-        keys = [row.key.encode() for row in rows]
+        group, handler, _ = identity(rows[0])
+        keys = [row.key.encode().hex() for row in rows]
         values: list[Any] = []
         for row, key in zip(rows, keys, strict=True):
             born = None if row.born_at is None else row.born_at.astimezone(UTC).replace(tzinfo=None)
-            values += (group, handler, key, row.message_id, row.fingerprint, row.attempt - 1, owner, born)
+            values += (group, handler, key, digits(row.message_id), row.fingerprint.hex(), row.attempt - 1, owner, born)
         cursor = dbapi.cursor()
         try:
             insert = bound + self._claim.replace("{rows}", ",".join([ROW] * len(rows)))
@@ -72,7 +74,8 @@ class Claims:
         finally:
             cursor.close()
         standing: dict[str, Known | None] = dict.fromkeys(row.key for row in rows)
-        for key, status, fingerprint, owned_by in found:
+        for key, status, fingerprint, named in found:
+            owned_by = None if named is None else named.decode()
             if owned_by == owner:
                 del standing[key.decode()]
             else:

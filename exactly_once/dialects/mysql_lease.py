@@ -10,36 +10,41 @@ from datetime import UTC, timedelta
 from typing import Any, Final
 
 from exactly_once.dialects import COMMITTED_ALONE, ClaimBusy, ClaimRow, Dialect, Leased, StepRow, steps_of
-from exactly_once.dialects.mysql import DUPLICATE, LOCK_WAIT, TRANSIENT, errno, identity
+from exactly_once.dialects.mysql import DUPLICATE, LOCK_WAIT, TRANSIENT, digits, errno, identity
 from exactly_once.schema import UNFINISHED
 
 __all__ = ["BREAK", "CLAIM", "LOOK", "STEPS", "TAKE", "TRACED", "Claims"]
 
 CLAIM: Final = (
     "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, fingerprint, retry_times, owner,"
-    " token, lease_until, born_at, created_at) VALUES (%s, %s, %s, 0, %s, %s, 0, %s, %s,"
+    " token, lease_until, born_at, created_at) VALUES (UNHEX(%s), UNHEX(%s), UNHEX(%s), 0,"
+    " CONVERT(UNHEX(%s) USING utf8mb4), UNHEX(%s), 0, %s, %s,"
     " TIMESTAMPADD(MICROSECOND, %s, UTC_TIMESTAMP(6)), %s, UTC_TIMESTAMP(6))"
 )
 TAKE: Final = (
-    "UPDATE {table} SET message_id = %s, fingerprint = %s, retry_times = retry_times + 1, owner = %s, token = %s,"
+    "UPDATE {table} SET message_id = CONVERT(UNHEX(%s) USING utf8mb4), fingerprint = UNHEX(%s),"
+    " retry_times = retry_times + 1, owner = %s, token = %s,"
     " lease_until = TIMESTAMPADD(MICROSECOND, %s, UTC_TIMESTAMP(6))"
-    " WHERE consumer_group = %s AND handler = %s AND business_key = %s AND status = 0"
-    " AND (token IS NULL OR lease_until <= UTC_TIMESTAMP(6)) AND fingerprint IN (%s, %s)"
+    " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) AND status = 0"
+    " AND (token IS NULL OR lease_until <= UTC_TIMESTAMP(6)) AND fingerprint IN (UNHEX(%s), UNHEX(%s))"
 )
 LOOK: Final = (
-    "SELECT status, token, fingerprint, retry_times, TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), lease_until),"
-    " owner FROM {table} WHERE consumer_group = %s AND handler = %s AND business_key = %s"
+    "SELECT status, CAST(token AS BINARY), fingerprint, retry_times,"
+    " TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), lease_until), CAST(owner AS BINARY) FROM {table}"
+    " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s)"
 )
 TRACED: Final = (
-    "SELECT 1 FROM {steps} WHERE consumer_group = %s AND handler = %s AND business_key = %s AND status = 2 LIMIT 1"
+    "SELECT 1 FROM {steps}"
+    " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) AND status = 2 LIMIT 1"
 )
 BREAK: Final = (
     "UPDATE {table} SET status = 2, consumed_at = UTC_TIMESTAMP(6), lease_until = NULL"
-    " WHERE consumer_group = %s AND handler = %s AND business_key = %s AND status = 0 AND token = %s"
+    " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) AND status = 0 AND token = %s"
 )
 STEPS: Final = (
     "SELECT step, ordinal, status, result, attempt FROM {steps}"
-    " WHERE consumer_group = %s AND handler = %s AND business_key = %s AND status < 2 ORDER BY ordinal"
+    " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) AND status < 2 ORDER BY ordinal"
+    " LIMIT 18446744073709551615"  # else sql_select_limit, which somebody may have left in the session
 )
 
 
@@ -71,7 +76,8 @@ class Claims:
         named = identity(row)
         microseconds = lease // timedelta(microseconds=1)
         born = None if row.born_at is None else row.born_at.astimezone(UTC).replace(tzinfo=None)
-        claimed = (*named, row.message_id, row.fingerprint, row.owner, token, microseconds, born)
+        fingerprint = row.fingerprint.hex()
+        claimed = (*named, digits(row.message_id), fingerprint, row.owner, token, microseconds, born)
         cursor = dbapi.cursor()
         try:
             try:
@@ -86,8 +92,8 @@ class Claims:
             found = self._looked(cursor, named)
             if found is not None and _free(found):
                 dbapi.rollback()
-                taken = (row.message_id, row.fingerprint, row.owner, token, microseconds)
-                cursor.execute(bound + self._take, (*taken, *named, row.fingerprint, also))
+                taken = (digits(row.message_id), fingerprint, row.owner, token, microseconds)
+                cursor.execute(bound + self._take, (*taken, *named, fingerprint, also.hex()))
                 dbapi.commit()
                 # a crash before the trace is looked for: the lease runs out, and the next claim asks
                 found = self._looked(cursor, named)
@@ -111,33 +117,41 @@ class Claims:
             cursor.close()
         if found is None:
             raise ClaimBusy(again=True)  # taken away between the two: the next try may insert it
-        status, standing, fingerprint, retry_times, remaining, owner = found
+        status, standing, known, retry_times, remaining, owner = found
         return Leased(
             won=standing == token and not status,
             consumed=bool(status),
             unfinished=owner or "" if status == UNFINISHED else None,
-            fingerprint=bytes(fingerprint),
+            fingerprint=known,
             attempt=int(retry_times) + 1,
             remaining=None if remaining is None or standing is None else timedelta(microseconds=int(remaining)),
             steps=recorded,
         )
 
-    def _looked(self, cursor: Any, named: tuple[bytes, ...]) -> Any:
+    def _looked(self, cursor: Any, named: tuple[str, ...]) -> Any:
         """Begin a transaction in which only what is committed is seen: a run that completes may still roll back."""
         cursor.execute(COMMITTED_ALONE)
         cursor.execute(self._look, named)
-        return cursor.fetchone()
+        found = cursor.fetchone()
+        if found is None:
+            return None
+        status, token, fingerprint, retry_times, remaining, owner = found
+        return status, _decoded(token), bytes(fingerprint), retry_times, remaining, _decoded(owner)
 
-    def _has_trace(self, cursor: Any, named: tuple[bytes, ...]) -> bool:
+    def _has_trace(self, cursor: Any, named: tuple[str, ...]) -> bool:
         cursor.execute(self._traced, named)
         return cursor.fetchone() is not None
 
-    def _recorded(self, cursor: Any, named: tuple[bytes, ...]) -> tuple[StepRow, ...]:
+    def _recorded(self, cursor: Any, named: tuple[str, ...]) -> tuple[StepRow, ...]:
         cursor.execute(self._steps, named)
         return tuple(
             StepRow(bytes(name).decode(), ordinal, bool(done), None if result is None else bytes(result), attempt)
             for name, ordinal, done, result, attempt in cursor.fetchall()
         )
+
+
+def _decoded(value: bytes | None) -> str | None:
+    return None if value is None else value.decode()
 
 
 def _free(found: Any) -> bool:

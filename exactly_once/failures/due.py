@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, Table, and_, exists, not_, or_, select, update
+from sqlalchemy import Column, ColumnElement, Connection, Row, Table, and_, exists, false, not_, or_, select, update
 
 from exactly_once.dialects import COMMITTED_ALONE
 from exactly_once.failures import PARKED, RESOLVABLE, RUNNABLE
@@ -73,7 +73,7 @@ class DueFailures:
                 older.c.handler == t.c.handler,
                 older.c.ordering_key == t.c.ordering_key,
                 older.c.id < t.c.id,
-                or_(older.c.state.in_(RUNNABLE), and_(older.c.state.in_(PARKED), t.c.handler.in_(waits))),
+                or_(older.c.state.in_(RUNNABLE), and_(older.c.state.in_(PARKED), _among(t.c.handler, waits))),
             )
         )
         due = (
@@ -82,8 +82,8 @@ class DueFailures:
                 t.c.consumer_group == group,
                 t.c.state.in_(RUNNABLE),
                 t.c.next_attempt_at <= utcnow(),
-                t.c.handler.in_(handlers),
-                or_(t.c.ordering_key.is_(None), t.c.handler.not_in(ordered), first_of_key),
+                _among(t.c.handler, handlers),
+                or_(t.c.ordering_key.is_(None), not_(_among(t.c.handler, ordered)), first_of_key),
             )
             .order_by(t.c.next_attempt_at)
             .limit(limit)
@@ -150,6 +150,11 @@ class DueFailures:
         )
         with begin() as connection:
             return connection.execute(close).rowcount
+
+
+def _among(column: Column[str], names: Sequence[str]) -> ColumnElement[bool]:
+    """Say that it is one of these. Of none SQLAlchemy makes a text that means another thing where values are sent as digits."""
+    return column.in_(names) if names else false()
 
 
 def message_of(row: Row[Any]) -> Message:
