@@ -167,6 +167,9 @@ class SQLite:
         driver = _driver(dbapi)
         with suppress(ValueError, sqlite3.Error):  # it is closed already
             getattr(driver, "_conn", driver).interrupt()
+            if hasattr(driver, "_tx"):
+                # closing is not enough: as long as anybody refers to a cursor, SQLite keeps the transaction and its lock
+                await_only(driver.rollback())
 
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
         return _released(dbapi, owner)

@@ -129,6 +129,9 @@ def _failed(context: ExceptionContext) -> None:
         error = context.original_exception
         if watch.dialect.lost(watch.dbapi, watch.info, error):
             watch.lost = error
+        if watch.dialect.name == "sqlite" and not isinstance(error, Exception):
+            # cut off: the thread of the connection would go on with the statement, and keep the whole file from all others
+            watch.dialect.cut(watch.dbapi)
 
 
 def came_through(error: BaseException, engines: Sequence[Engine]) -> bool:

@@ -14,13 +14,14 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.util import greenlet_spawn
+from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only, greenlet_spawn
 
 from exactly_once import Message, Outcome
 from exactly_once.guards import transaction
 from tests.integration.shop import DIALECTS, Shop, order, put, shops
 from tests.integration.test_groups import run_together
-from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_LIST, UNDER_A_LEASE, Way
+from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_LIST, IN_A_STEP, UNDER_A_LEASE, Way
 
 CUT_OFF_S = 0.2
 """By then the claim waits; it would wait longer than that."""
@@ -107,3 +108,30 @@ def test_a_callers_claim_that_is_cut_off_is_not_committed_by_a_caller_who_goes_o
     shop.await_(goes_on())
     assert (shop.effects(), shop.claims()) == ([], [])
     shop.borrow()
+
+
+MINUTES = (
+    "WITH RECURSIVE counted (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM counted WHERE n < 100000000)"
+    " SELECT count(*) FROM counted"
+)
+
+
+@pytest.mark.parametrize("ground", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST, UNDER_A_LEASE, IN_A_STEP], ids=str)
+def test_a_statement_that_a_handler_cuts_off_keeps_the_file_from_nobody(shop: Shop, way: Way) -> None:
+    """aiosqlite's thread goes on with what nobody waits for any more, in a transaction that excludes all others."""
+
+    def do(session: Session, no: object) -> None:
+        async def limited() -> None:
+            async with asyncio.timeout(CUT_OFF_S):
+                await greenlet_spawn(session.execute, text(MINUTES))
+
+        if no == "long":
+            await_only(limited())
+        put(session, f"{no} did")
+
+    way.handles(shop, do)
+    assert way.deliver(shop, [order("long")]) == [Outcome.FAILED]
+    assert shop.failure().error_class == "TimeoutError"
+    assert way.deliver(shop, [order("neighbour")]) == [Outcome.PROCESSED]
+    shop.assert_kept("neighbour did", claims=["long", "neighbour"] if way.lease else ["neighbour"])
