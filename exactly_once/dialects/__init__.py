@@ -236,8 +236,15 @@ class Dialect(Protocol):
         Called where `Read.unseen` says so, and only where `asks_around_calls`.
         """
 
-    def after_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
-        """Say whether the transaction survived that statement; None: not now, its rows are not read yet."""
+    def after_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, *, drop: bool) -> bool | None:
+        """Say whether the transaction survived that statement; None: not now, its rows are not read yet.
+
+        Args:
+            dbapi: The driver's connection.
+            info: What `prepare` remembered of it.
+            owner: Whose transaction it is to be.
+            drop: Rows that are not read yet are lost in any case: the next statement is about to be sent.
+        """
 
     def committed_since(self, dbapi: Any, info: MutableMapping[Any, Any], before: Any) -> bool | None:
         """Say whether this connection committed anything since `before_call` gave `before`; None where nobody can tell."""

@@ -380,9 +380,9 @@ class MySQL:
         finally:
             cursor.close()
 
-    def after_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
+    def after_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, *, drop: bool) -> bool | None:
         result = _driver(dbapi)._result  # noqa: SLF001
-        if result is not None and (result.has_next or result.unbuffered_active):
+        if not drop and result is not None and (result.has_next or result.unbuffered_active):
             return None
         return _released(dbapi, _inner(owner))
 

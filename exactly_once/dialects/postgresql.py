@@ -319,7 +319,7 @@ class PostgreSQL:
     def before_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> Any:
         raise NotImplementedError
 
-    def after_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
+    def after_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, *, drop: bool) -> bool | None:
         raise NotImplementedError
 
     def committed_since(self, dbapi: Any, info: MutableMapping[Any, Any], before: Any) -> bool | None:

@@ -80,7 +80,7 @@ def _sending(statement: str, context: ExecutionContext, send: Callable[[], None]
         # end: after a rollback its effects would be kept without the claim
         raise watch.ended()
     if watch.call is not None:
-        watch.called()
+        watch.called(sends=True)
     watch.last = statement
     if context.execution_options.get("stream_results"):
         watch.reads(context)
@@ -97,7 +97,7 @@ def _sending(statement: str, context: ExecutionContext, send: Callable[[], None]
         return None
     watch.call = dialect.before_call(dbapi, watch.info, watch.owner)
     send()
-    watch.called()
+    watch.called(sends=False)
     return True
 
 

@@ -182,13 +182,16 @@ class Watch:
     def _shown(self, words: str) -> str:
         return f"{words}{escaped(self.last, _SHOWN)}" if self.last else ""
 
-    def called(self) -> None:
+    def called(self, *, sends: bool) -> None:
         """After a statement that can end the transaction unseen: ask now, so that the error can name it.
+
+        Args:
+            sends: Another statement is about to be sent, which may take the witness away: a rollback to a savepoint.
 
         Raises:
             Misuse: It did.
         """
-        survived = self.dialect.after_call(self.dbapi, self.info, self.owner)
+        survived = self.dialect.after_call(self.dbapi, self.info, self.owner, drop=sends)
         if survived is False:
             raise self.gone()
         if survived:

@@ -616,6 +616,54 @@ def test_a_harmless_procedure_may_be_called_within_savepoints_and_without(mariad
     mariadb.borrow()
 
 
+def _streamed(session: Session, procedure: str, read: str) -> None:
+    """Call it in a savepoint that is rolled back, with its rows read one by one."""
+    nested = session.begin_nested()
+    rows = session.execute(text(f"CALL {procedure}()"), execution_options={"stream_results": True})
+    if read == "half":
+        rows.fetchone()
+    else:
+        rows.fetchall()
+    if read == "closed":
+        rows.close()
+    nested.rollback()
+
+
+unread = pytest.mark.filterwarnings("ignore:Previous unbuffered result was left incomplete")
+
+
+@unread
+@each_way
+@pytest.mark.parametrize("read", ["half", "all", "closed"])
+def test_a_call_whose_rows_are_streamed_may_be_undone_with_its_savepoint(mariadb: Shop, way: Way, read: str) -> None:
+    hiding = Hiding(lambda session: _streamed(session, "answers", read))
+    way.handles(mariadb, hiding)
+    assert way.deliver(mariadb, [order(no) for no in (1, 2, 3)]) == [P] * 3
+    accounted(mariadb, (1, 2, 3), effects_of_each=("before", "after"))
+    assert len(mariadb.effects()) == 6
+    mariadb.borrow()
+
+
+@unread
+@each_way
+@pytest.mark.parametrize("read", ["half", "all", "closed"])
+def test_a_commit_in_such_a_call_is_for_a_person(mariadb: Shop, way: Way, read: str) -> None:
+    runs: list[object] = []
+
+    def do(session: Session, no: object) -> None:
+        runs.append(no)
+        put(session, f"{no} before")
+        _streamed(session, "answers_and_commits", read)
+        put(session, f"{no} after")
+
+    way.handles(mariadb, do)
+    ends = [*way.attempted(mariadb, [order(3)]), *way.attempted(mariadb, [order(3, attempt=2)])]
+    assert P not in ends
+    assert [row.state for row in mariadb.failures()] == ["broken"]
+    assert mariadb.effects().count("3 before") == 1
+    assert len(runs) == 1
+
+
 @each_way
 @pytest.mark.parametrize("swallow", [False, True], ids=["raised", "swallowed"])
 def test_postgresql_lets_no_procedure_commit_inside_a_transaction(shop: Shop, way: Way, swallow: bool) -> None:
