@@ -38,7 +38,7 @@ from sqlalchemy.util import await_only
 from exactly_once.dialects import ClaimBusy, ClaimRow, Gone, Known, State, Trace, Trouble
 from exactly_once.dialects.keywords import Read, reader
 from exactly_once.dialects.statements import POSTGRESQL
-from exactly_once.errors import ConfigurationError
+from exactly_once.errors import ConfigurationError, Misuse
 from exactly_once.owner import savepoint_of
 from exactly_once.pooler import LINK
 
@@ -126,10 +126,16 @@ BUSY: Final = frozenset({"55P03", "40001", "40P01"})
 _TRANSIENT: Final = frozenset({"40001", "40P01", "55P03"})
 # the classes of an ERROR after which the transaction is certainly gone; 40003 says of itself that it does not know
 _REFUSING_CLASSES: Final = frozenset({"21", "22", "23", "25", "2B", "40", "42", "44", "54", "55", "P0", "HV"})
+_READ_ONLY: Final = "25006"
+_MADE_READ_ONLY: Final = (
+    "The handler made its transaction read only (SET TRANSACTION READ ONLY, or set_config('transaction_read_only', ...)), and"
+    " what we write with its COMMIT was refused: that an earlier failure is settled, or that its lease or step is done. Nothing"
+    " was committed. Take that statement out of the handler; what may only read belongs in a session of its own."
+)
 # what says that the server cannot work now, whichever message asks
 _UNAVAILABLE: Final = frozenset(
     {
-        "25006",  # read_only_sql_transaction: a standby, or default_transaction_read_only
+        _READ_ONLY,  # read_only_sql_transaction: a standby, or default_transaction_read_only
         "3D000",  # invalid_catalog_name: being restored, or a wrong name (see `hopeless`)
         "57P01",  # admin_shutdown
         "57P02",  # crash_shutdown
@@ -386,6 +392,8 @@ class PostgreSQL:
             written = cursor.mogrify(text, given).encode()
             results = send(driver, self.durable + first + written + last)
         except errors.Error as error:
+            if error.sqlstate == _READ_ONLY and _may_write(driver):
+                raise Misuse(_MADE_READ_ONLY) from error
             raise DBAPIError.instance(text, None, error, psycopg.Error, dialect=connection.dialect) from error
         return int(results[-2 if last else -1].command_tuples or 0)
 
@@ -414,6 +422,12 @@ class PostgreSQL:
         # reported by the server whenever it changes: a string that ends elsewhere could hide a COMMIT
         conforming = driver_of(dbapi).pgconn.parameter_status(b"standard_conforming_strings")
         return (_READ if conforming == b"on" else _READ_ESCAPED)(statement)
+
+
+def _may_write(driver: Any) -> bool:
+    """Say whether the server and the session may write, as the server reports it by itself since PostgreSQL 14."""
+    names = (b"in_hot_standby", b"default_transaction_read_only")
+    return all(driver.pgconn.parameter_status(name) == b"off" for name in names)
 
 
 def _sqlstate(error: BaseException) -> str | None:

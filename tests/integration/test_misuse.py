@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from exactly_once import Outcome
 from tests.integration.shop import DIALECTS, EFFECT, ONE_TRY, ONLY, STOCK, Do, Shop, order, put
 from tests.integration.threads import Turn, in_thread
-from tests.integration.ways import mariadb_procedures
+from tests.integration.ways import WAYS, Way, mariadb_procedures
 from tests.services.mariadb import MYSQLD
 
 pytestmark = pytest.mark.usefixtures("shop")
@@ -553,3 +553,35 @@ def test_a_program_that_watches_nobody_may_commit_on_the_same_engine(shop: Shop)
         session.execute(text("SELECT 1"))
         session.rollback()
     shop.assert_kept("effect", "own", claims=["A-1"])
+
+
+# -- a transaction that may only be read from --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "made", ["SET TRANSACTION READ ONLY", "SELECT set_config('transaction_read_only', 'on', true)"]
+)
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_handler_that_makes_its_transaction_read_only_is_told_so(shop: Shop, way: Way, made: str) -> None:
+    """What is written with its COMMIT is refused then: that an earlier failure is settled, or a lease."""
+    if shop.dialect != "postgres":
+        pytest.skip("the others refuse it in a transaction, or have no such thing")
+    fails, reads_only = [True], [True]
+
+    def do(session: Session, no: object) -> None:
+        put(session, f"{no}")
+        if reads_only:
+            session.execute(text(made))
+        if fails:
+            raise ZeroDivisionError
+
+    way.handles(shop, do)
+    assert way.attempted(shop, [order(3)]) == [Outcome.FAILED]
+    fails.clear()
+    (end,) = way.attempted(shop, [order(3, attempt=2)])
+    assert end is Outcome.FAILED
+    assert shop.failure().error_class == "Misuse"
+    assert "made its transaction read only" in shop.failure().error_text
+    reads_only.clear()
+    assert way.attempted(shop, [order(3, attempt=3)]) == [Outcome.PROCESSED]
+    shop.assert_kept("3", claims=["3"])
