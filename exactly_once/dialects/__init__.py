@@ -168,7 +168,7 @@ class Dialect(Protocol):
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
         """Look once at a connection we have not seen: refuse what cannot be claimed on, remember what later statements need."""
 
-    def strange(self, dbapi: Any) -> bool:
+    def strange(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
         """Say whether a connection is not what it was when it was prepared: free, no round trip. It is to be thrown away."""
 
     def claim(

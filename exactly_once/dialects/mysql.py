@@ -278,7 +278,7 @@ class MySQL:
             readers=(reader(grammar._replace(backslash=False)), reader(grammar._replace(backslash=True))),
         )
 
-    def strange(self, dbapi: Any) -> bool:
+    def strange(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
         return False  # what we send and read is digits and bytes, whatever character set and mode the session is in
 
     def claim(

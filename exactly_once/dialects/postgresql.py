@@ -95,6 +95,11 @@ IN_OUR_NAME: Final = (
     ),
     ";SELECT pg_catalog.set_config('role', pg_catalog.current_setting('exactly_once.role'), true)",
 )
+# for a statement with keys: the handler may have set what its own statements speak
+IN_UTF8: Final = (
+    b"SELECT pg_catalog.set_config('client_encoding', 'UTF8', true)",
+    b";SELECT pg_catalog.set_config('client_encoding', '%s', true)",
+)
 # stronger values stay, and so do `local` and `remote_write`: they keep what was acknowledged when this server stops
 DURABLE: Final = (
     "SELECT pg_catalog.set_config('synchronous_commit', 'on', true)"
@@ -108,7 +113,7 @@ KNOWN: Final = (
 _VALUES: Final = (
     "group", "handler", "key", "message_id", "content", "fingerprint", "retry_times", "owner", "born_at"
 )  # fmt: skip
-_UTF8: Final = frozenset({b"UTF8", b"SQL_ASCII", b"UNICODE"})
+_UTF8: Final = frozenset({b"UTF8", b"UNICODE"})
 # after these nobody knows whether COMMIT happened: the connection ended, or whoever answers is not the server
 _UNSURE: Final = ("08", "40003", "57P", "58")
 _NOTICED_S: Final = 1.0  # who waits for a connection that is cut sees it at once
@@ -158,6 +163,8 @@ class Seen:
     own_wait: bytes
     role: bytes
     prepared: bool
+    encoding: bytes | None
+    """What the connection spoke then."""
     settings: bytes
     """What goes with BEGIN behind a pooler, see `Link.settings`."""
 
@@ -202,8 +209,8 @@ class PostgreSQL:
         _refuse_autocommit(driver)
         # a connection that was made before we saw its engine; psycopg prepares nothing on it from here on, nor do we
         link = info.get(LINK) or look(dbapi, info)
-        if self.strange(dbapi):
-            encoding = driver.pgconn.parameter_status(b"client_encoding")
+        encoding = _encoding(driver)
+        if not _speaks_utf8(encoding) and encoding != b"SQL_ASCII":
             raise ConfigurationError(
                 f"The connection's client_encoding is {(encoding or b'?').decode()}; business keys are compared as UTF-8."
                 " Take client_encoding out of the engine's connect_args, or set it to utf8."
@@ -216,15 +223,14 @@ class PostgreSQL:
             own_wait=b"DEFAULT" if link.pooled or waits == waits_by_default else b"%s" % waits,
             role=Escaping(driver.pgconn).escape_literal(b"none" if link.pooled or not role else role),
             prepared=begin and driver.prepare_threshold is not None and self._is_prepared(driver),
+            encoding=encoding,
             settings=link.settings
             + (b"SET LOCAL synchronous_commit = on;" if durable == b"off" and self.durable else b""),
         )
 
-    def strange(self, dbapi: Any) -> bool:
-        # the server reports it by itself whenever it changes, so this is no question to it
-        told = driver_of(dbapi).pgconn.parameter_status(b"client_encoding")
-        # a pooler repeats what the client wrote
-        return told not in _UTF8 and (told or b"").upper().replace(b"-", b"") not in _UTF8
+    def strange(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
+        driver = driver_of(dbapi)
+        return bool(driver.autocommit) or _encoding(driver) != info[self].encoding
 
     def _is_prepared(self, driver: Any) -> bool:
         try:
@@ -380,22 +386,26 @@ class PostgreSQL:
         if compiled is None:
             compiled = self._compiled[statement] = statement.compile(dialect=connection.dialect)
         text, given = str(compiled), compiled.construct_params(values)
-        first = last = b""
+        first, last = b"", []
         if not driver.autocommit:  # else it is a statement by itself, in no handler's transaction
             if self not in connection.info:  # of a duplicate: nothing was claimed on it
                 self.prepare(connection.connection.dbapi_connection, connection.info, wait_ms=0)
             seen: Seen = connection.info[self]
-            first, last = IN_OUR_NAME[0].replace("{role}", "%s").encode() % seen.role, IN_OUR_NAME[1].encode()
+            first, last = IN_OUR_NAME[0].replace("{role}", "%s").encode() % seen.role, [IN_OUR_NAME[1].encode()]
         cursor = (AsyncClientCursor if isinstance(driver, AsyncConnection) else ClientCursor)(driver)
         try:
+            if not _speaks_utf8(spoken := _encoding(driver)):
+                # what the handler has set; a trip of its own, for the server reads a whole text in one encoding
+                send(driver, IN_UTF8[0] if last else IN_UTF8[0].replace(b"true", b"false"))
+                last += [IN_UTF8[1] % (spoken or b"")] if last else []
             # one round trip: values as literals, for several statements in one text have no parameters
             written = cursor.mogrify(text, given).encode()
-            results = send(driver, self.durable + first + written + last)
+            results = send(driver, self.durable + first + written + b"".join(last))
         except errors.Error as error:
             if error.sqlstate == _READ_ONLY and _may_write(driver):
                 raise Misuse(_MADE_READ_ONLY) from error
             raise DBAPIError.instance(text, None, error, psycopg.Error, dialect=connection.dialect) from error
-        return int(results[-2 if last else -1].command_tuples or 0)
+        return int(results[-1 - len(last)].command_tuples or 0)
 
     def no_room(self, error: BaseException) -> bool:
         return _sqlstate(error) == _DISK_FULL
@@ -428,6 +438,18 @@ def _may_write(driver: Any) -> bool:
     """Say whether the server and the session may write, as the server reports it by itself since PostgreSQL 14."""
     names = (b"in_hot_standby", b"default_transaction_read_only")
     return all(driver.pgconn.parameter_status(name) == b"off" for name in names)
+
+
+def _encoding(driver: Any) -> bytes | None:
+    """Return what this connection speaks: the server reports it by itself whenever it changes, so this is no question to it."""
+    told: bytes | None = driver.pgconn.parameter_status(b"client_encoding")
+    return told
+
+
+def _speaks_utf8(encoding: bytes | None) -> bool:
+    return (
+        encoding in _UTF8 or (encoding or b"").upper().replace(b"-", b"") in _UTF8
+    )  # a pooler repeats what the client wrote
 
 
 def _sqlstate(error: BaseException) -> str | None:

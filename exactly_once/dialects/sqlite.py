@@ -91,7 +91,7 @@ class SQLite:
             driver._execute = _counting(driver, driver._execute)  # noqa: SLF001
         info[self] = True
 
-    def strange(self, dbapi: Any) -> bool:
+    def strange(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
         return False
 
     def claim(

@@ -89,7 +89,7 @@ class Claimer:
         if watch is not None and not begun:
             raise watch.ended()  # its transaction is over, and this would begin another
         try:
-            if dialect not in info or dialect.strange(dbapi):
+            if dialect not in info or dialect.strange(dbapi, info):
                 forked_engines.used(engine, connection.connection)
                 if self._pooler:
                     info[SAID] = True

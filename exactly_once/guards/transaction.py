@@ -146,7 +146,7 @@ class TransactionGuard:
             # first, so that SQLAlchemy knows of the transaction we begin below it; costs no round trip
             connection = session.connection()
             dbapi, info = connection.connection.dbapi_connection, connection.info
-            while (used := dialect in info) and dialect.strange(dbapi):
+            while (used := dialect in info) and dialect.strange(dbapi, info):
                 # whoever had it changed it in a way that would store a key as another one
                 connection.invalidate()
                 session.rollback()

@@ -103,7 +103,7 @@ class SqlLeases:
             with self._speaking(self._engine) as connection:
                 dbapi, info = connection.connection.dbapi_connection, connection.info
                 used = self._dialect in info
-                if used and self._dialect.strange(dbapi):
+                if used and self._dialect.strange(dbapi, info):
                     # whoever had it changed it in a way that would store a key as another one
                     connection.invalidate()
                     continue

@@ -162,6 +162,52 @@ def test_the_server_turns_it_off_while_connections_are_open(
     server.close()
 
 
+# -- what it speaks ------------------------------------------------------------------------------------------------------
+
+SPOKEN = {
+    "SET LOCAL": "SET LOCAL client_encoding = 'LATIN1'",
+    "SET": "SET client_encoding = 'GBK'",
+    "set_config": "SELECT set_config('client_encoding', 'LATIN1', true)",
+    "SQL_ASCII": "SET LOCAL client_encoding = 'SQL_ASCII'",
+}
+
+
+@each_way
+@pytest.mark.parametrize("spoken", SPOKEN)
+def test_a_key_beyond_ascii_is_found_again_whatever_its_handler_speaks(postgres: Shop, way: Way, spoken: str) -> None:
+    """Also where it has failed before, and its failure is closed with its effects."""
+    failing = ["中-1"]
+
+    def do(session: Session, no: Any) -> None:
+        session.execute(text(SPOKEN[spoken]))
+        put(session, "effect")
+        if no in failing:
+            failing.remove(no)
+            raise ZeroDivisionError
+        assert session.execute(text("SHOW client_encoding")).scalar_one() != "UTF8"
+
+    way.handles(postgres, do)
+    assert one_by_one(postgres, way, ["ä-1", "中-1", "ä-1", "中-1", "中-1"]) == [P, F, D, P, D]
+    assert (postgres.effects(), sorted(postgres.claims())) == (["effect"] * 2, ["ä-1", "中-1"])
+    assert postgres.failure().state == "resolved"
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_what_runs_with_commit_finds_the_encoding_that_the_handler_has_set(
+    request: pytest.FixtureRequest, colour: str
+) -> None:
+    for shop in ground_on(request, "postgres", colour):
+        run(shop, *AT_COMMIT)
+        run(
+            shop,
+            "CREATE OR REPLACE FUNCTION public.note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " INSERT INTO public.at_commit (durable) VALUES (current_setting('client_encoding')); RETURN NULL; END $$",
+        )
+        UNDER_A_LEASE.handles(shop, first_then(sends(SPOKEN["SET LOCAL"])))
+        assert one_by_one(shop, UNDER_A_LEASE, [1, 2]) == [P, P]
+        assert durable(shop) == ["LATIN1", "UTF8"]
+
+
 # -- which tables are ours ---------------------------------------------------------------------------------------------
 
 
