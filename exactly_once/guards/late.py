@@ -7,7 +7,7 @@ from the first moment on whether it is still open. Made by the guards of leases 
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
-from exactly_once.dialects import Dialect, Trace, Trouble, raise_for_the_store
+from exactly_once.dialects import Dialect, State, Trace, Trouble, raise_for_the_store
 from exactly_once.errors import Misuse
 from exactly_once.fork import engines as forked_engines
 from exactly_once.guards.watch import WATCHED, Shut, Watch, begin, let_go, over
@@ -59,17 +59,43 @@ class Late:
             raise self.shut.refusal()
         if self.held is not None:
             self.held.check()
-        dialect, dbapi, info = self._dialect, connection.connection.dbapi_connection, connection.info
-        held, trace = self.held, None
+        dialect, held, trace = self._dialect, self.held, None
         if held is not None:
             # of each transaction its own: a step's may be open beside the handler's
             trace = Trace(held.row, new_owner(), held.attempt, held.token)
         owner = (held.row.owner if held is not None else "") or new_owner()
+        # where a hook has begun it, or the connection has an option of its own, it is the one there is
+        idle = dialect.state(connection.connection.dbapi_connection) is State.IDLE
+        exchange = idle and "isolation_level" not in connection.get_execution_options()
+        while not self._begun_on(connection, owner, trace, exchange=exchange):
+            pass
+        dbapi = connection.connection.dbapi_connection
+        self.watch = Watch(connection, dialect, dbapi, owner, held=held, trace=trace)
+        begin(session, self.watch)
+
+    def _begun_on(self, connection: Connection, owner: str, trace: Trace | None, *, exchange: bool) -> bool:
+        """Begin the transaction; False: there is another connection now, for whoever had this one left it changed.
+
+        A role, a time limit or AUTOCOMMIT that was left there is no fault of this message's. A connection that nobody used
+        before is believed.
+        """
+        dialect, dbapi, info = self._dialect, connection.connection.dbapi_connection, connection.info
+        used = dialect in info
         try:
-            if dialect not in info:
+            if used and exchange and dialect.strange(dbapi, info):
+                _exchange(connection)
+                return False
+            if not used:
                 forked_engines.used(connection.engine, connection.connection)
                 dialect.prepare(dbapi, info, wait_ms=WAIT_MS)
-            dialect.begin(dbapi, info, owner, trace)
+            try:
+                dialect.begin(dbapi, info, owner, trace)
+            except Exception as error:
+                passes = dialect.trouble(error) in (Trouble.UNAVAILABLE, Trouble.TRANSIENT)
+                if not used or not exchange or passes or dialect.unstorable(error):
+                    raise
+                _exchange(connection)
+                return False
         except Exception as error:
             self.failed = error
             if dialect.trouble(error) is Trouble.UNAVAILABLE:
@@ -79,8 +105,7 @@ class Late:
         except BaseException as error:  # a timeout of the handler's own, or the end of all
             self.failed = error
             raise
-        self.watch = Watch(connection, dialect, dbapi, owner, held=held, trace=trace)
-        begin(session, self.watch)
+        return True
 
     def check(self) -> None:
         """Raise what kept its transaction from beginning, also where the handler has swallowed it.
@@ -104,3 +129,12 @@ class Late:
         else:
             over(session)
             let_go(session)
+
+
+def _exchange(connection: Connection) -> None:
+    """Put another of the pool's in the place of a connection on which nothing of this transaction was done.
+
+    SQLAlchemy does so by itself for a lost connection, but not within a transaction, and the session has begun one by now.
+    """
+    connection.connection.invalidate()
+    connection._dbapi_connection = connection.engine.raw_connection()  # noqa: SLF001

@@ -18,9 +18,10 @@ from exactly_once.testing.databases import DatabaseServer
 from tests.integration.shop import COLOURS, Shop, order, put, shops
 from tests.integration.test_connection_settings import ground_on, one_by_one, run
 from tests.integration.threads import until
-from tests.integration.ways import ALONE, IN_A_GROUP, UNDER_A_LEASE, Way
+from tests.integration.ways import ALONE, IN_A_GROUP, UNDER_A_LEASE, WAYS, Way
 
 P, D, F = Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.FAILED
+each_way = pytest.mark.parametrize("way", WAYS, ids=str)
 some_ways = pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, UNDER_A_LEASE], ids=str)
 
 
@@ -136,15 +137,26 @@ def test_the_mark_of_a_lease_kept_elsewhere_is_written_in_our_name(postgres: Sho
     assert postgres.claims() == ["1"]
 
 
-def test_a_raw_connection_that_was_left_in_autocommit_fails_no_message(postgres: Shop) -> None:
+@each_way
+def test_a_raw_connection_that_was_left_in_autocommit_fails_no_message(postgres: Shop, way: Way) -> None:
     """As for LISTEN or VACUUM: `connection.connection.driver_connection.autocommit = True`, and back to the pool."""
-    if postgres.is_async:
-        pytest.skip("psycopg's async connection has no such attribute to set")
-    ALONE.handles(postgres, effect_of)
-    assert one_by_one(postgres, ALONE, [1]) == [P]
-    with postgres.engine.connect() as connection:
+    way.handles(postgres, effect_of, retry=Retry(immediate=0, max_attempts=1))
+    assert one_by_one(postgres, way, [1]) == [P]
+    set_autocommit(postgres)
+    assert one_by_one(postgres, way, [2, 4]) == [P, P]
+
+
+def set_autocommit(shop: Shop) -> None:
+    async def by_await() -> None:
+        async with shop.async_engine.connect() as connection:
+            driver: Any = (await connection.get_raw_connection()).driver_connection
+            await driver.set_autocommit(True)
+
+    if shop.is_async:
+        shop.await_(by_await())
+        return
+    with shop.engine.connect() as connection:
         connection.connection.driver_connection.autocommit = True  # type: ignore[union-attr]
-    assert one_by_one(postgres, ALONE, [2, 4]) == [P, P]
 
 
 @pytest.mark.parametrize("colour", COLOURS)
