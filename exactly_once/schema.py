@@ -77,6 +77,11 @@ MYSQL_OPTIONS: Final[dict[str, Any]] = {
 }
 
 
+def _text(value: Any) -> str | None:
+    """Return a text that may come as bytes: of VARBINARY, and on PostgreSQL where somebody left the connection in SQL_ASCII."""
+    return value.decode() if isinstance(value, (bytes, bytearray)) else value
+
+
 class KeyText(TypeDecorator[str]):
     """Text that is compared byte by byte: `text COLLATE "C"` on PostgreSQL, VARBINARY on MySQL and MariaDB.
 
@@ -108,7 +113,7 @@ class KeyText(TypeDecorator[str]):
         return value
 
     def process_result_value(self, value: Any, dialect: Dialect) -> str | None:
-        return value.decode() if isinstance(value, (bytes, bytearray)) else value
+        return _text(value)
 
 
 class Bytes(TypeDecorator[bytes]):
@@ -165,6 +170,9 @@ class Words(TypeDecorator[str]):
             return (AsciiVarchar if self.ascii else DigitsVarchar)(self.length)
         return dialect.type_descriptor(String(self.length))
 
+    def process_result_value(self, value: Any, dialect: Dialect) -> str | None:
+        return _text(value)
+
 
 class LongText(TypeDecorator[str]):
     """Text of any length: MySQL and MariaDB draw a line at 64 KiB otherwise."""
@@ -178,6 +186,9 @@ class LongText(TypeDecorator[str]):
 
             return DigitsMediumText()
         return Text()  # as it is: type_descriptor() would make VARCHAR of it on PostgreSQL
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> str | None:
+        return _text(value)
 
 
 class Moment(TypeDecorator[datetime]):

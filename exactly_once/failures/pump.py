@@ -16,10 +16,12 @@ from typing import Final
 
 from sqlalchemy import Connection, Engine
 
+from exactly_once.error_words import words_of
 from exactly_once.failures.due import DueFailures, Taken, message_of
 from exactly_once.pooler import begin_bounded
 from exactly_once.transport import Delivery, Features
 from exactly_once.verdict import Redeliver, Verdict
+from exactly_once.wording import escaped
 
 __all__ = ["Pump"]
 
@@ -28,7 +30,12 @@ _POLL_S: Final = 0.5  # how long a due row may wait unseen; one indexed query ea
 _SWEEP_S: Final = 30.0
 _FEATURES: Final = Features(redelivers=False, counts_attempts=False, ordered=True, tags=False, properties=True)
 
+
 _log = logging.getLogger("exactly_once.pump")
+
+
+class _NotRead(Exception):
+    """A row that was taken is no message."""
 
 
 class Pump:
@@ -97,11 +104,40 @@ class Pump:
             self._swept = monotonic()
             if closed := self._failures.sweep(self._begun, self._group):
                 _log.info("failures_resolved count=%d reason=processed_on_another_path", closed)
+        try:
+            return self._taken(limit, every=True)
+        except _NotRead:  # the connection is closed: whoever had it may have left it so that texts come as bytes
+            return self._taken(limit, every=False)
+
+    def _taken(self, limit: int, *, every: bool) -> list[Delivery]:
+        """Take rows and read them, in one transaction; one that cannot be read does not keep the others.
+
+        Args:
+            limit: The most.
+            every: Raise where one cannot be read; nothing is taken then.
+        """
+        got: list[Delivery] = []
         with self._begun() as connection:
-            rows = self._failures.take(
+            for row in self._failures.take(
                 connection, self._group, self._handlers, self._ordered, self._waits, limit=limit, lease=_LEASE
-            )
-        return [Delivery(message_of(row), (self._name, row.id, Taken.of(row)), row.handler) for row in rows]
+            ):
+                try:
+                    message = message_of(row)
+                except Exception as error:
+                    if every:
+                        raise _NotRead from error
+                    _log.error(
+                        "failure_not_read id=%s handler=%s error=%s; it stays as it is, and is tried again in %d s. What it"
+                        " holds was changed by hand, or is damaged. Look at it, or type: exactly-once failures discard %s",
+                        row.id,
+                        escaped(str(row.handler)),
+                        escaped(words_of(error), 200),
+                        _LEASE.total_seconds(),
+                        row.id,
+                    )
+                    continue
+                got.append(Delivery(message, (self._name, row.id, Taken.of(row)), row.handler))
+        return got
 
     @contextmanager
     def _begun(self) -> Iterator[Connection]:

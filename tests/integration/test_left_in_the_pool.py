@@ -10,12 +10,13 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import event, select, text, update
 from sqlalchemy.orm import Session
 
 from exactly_once import Lease, Outcome, Retry
+from exactly_once.schema import utcnow
 from exactly_once.testing.databases import DatabaseServer
-from tests.integration.shop import COLOURS, Shop, order, put, shops
+from tests.integration.shop import COLOURS, DIALECTS, Shop, order, put, shops
 from tests.integration.test_connection_settings import ground_on, one_by_one, run
 from tests.integration.threads import until
 from tests.integration.ways import ALONE, IN_A_GROUP, UNDER_A_LEASE, WAYS, Way
@@ -189,6 +190,58 @@ def test_the_pump_goes_on_whatever_style_dates_have_in_the_database(eo_server: D
             assert sorted(shop.effects()) == ["1", "2", "5"]
     finally:
         eo_server.drop(url)
+
+
+def test_the_pump_goes_on_although_texts_come_as_bytes(postgres: Shop) -> None:
+    """As on a connection that was left in SQL_ASCII."""
+    failing = ["ä"]
+
+    def do(session: Session, no: Any) -> None:
+        if failing:
+            raise ZeroDivisionError(failing.pop())
+        put(session, str(no))
+
+    ALONE.handles(postgres, do, retry=Retry(immediate=0, max_attempts=1))
+    with postgres.eo.worker(f"memory://bytes-{postgres.colour}", concurrency=2) as worker:
+        with postgres.eo.producer(f"memory://bytes-{postgres.colour}") as producer:
+            producer.send(order("ä", properties={"ä": "中"}))
+        worker.drain()
+        with postgres.engine.begin() as connection:  # in the pool that the pump shares
+            connection.exec_driver_sql("SET client_encoding = 'SQL_ASCII'")
+        run(postgres, "UPDATE message_failure SET state = 'requeued', next_attempt_at = clock_timestamp()")
+        until(lambda: postgres.effects() == ["ä"], "what failed has run")
+
+
+@pytest.fixture(params=[(dialect, colour) for dialect in DIALECTS for colour in COLOURS], ids=" ".join)
+def shop(request: pytest.FixtureRequest) -> Iterator[Shop]:
+    yield from ground_on(request, *request.param)
+
+
+def test_a_damaged_row_does_not_keep_the_others_of_the_failure_store(
+    shop: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing = True
+
+    def do(session: Session, no: Any) -> None:
+        if failing:
+            raise ZeroDivisionError
+        put(session, str(no))
+
+    ALONE.handles(shop, do, retry=Retry(immediate=0, max_attempts=1))
+    with shop.eo.worker(f"memory://damaged-{shop.dialect}-{shop.colour}", concurrency=2) as worker:
+        with shop.eo.producer(f"memory://damaged-{shop.dialect}-{shop.colour}") as producer:
+            for no in ("1", "2", "3"):
+                producer.send(order(no))
+        worker.drain()
+        failing = False
+        t = shop.tables.failure
+        with shop.outside.begin() as connection:
+            damaged = connection.execute(select(t.c.id).where(t.c.business_key == "2")).scalar_one()
+            connection.execute(update(t).where(t.c.id == damaged).values(properties="{half"))
+            connection.execute(update(t).values(state="requeued", next_attempt_at=utcnow()))
+        until(lambda: sorted(shop.effects()) == ["1", "3"], "the others have run")
+    assert f"failure_not_read id={damaged} handler=handler" in caplog.text
+    assert [row.state for row in shop.failures() if row.business_key == "2"] == ["requeued"]
 
 
 # -- MariaDB -------------------------------------------------------------------------------------------------------------
