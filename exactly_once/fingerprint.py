@@ -33,6 +33,7 @@ from exactly_once.errors import BadBody, ConfigurationError
 from exactly_once.keys import MISSING, Path, path
 from exactly_once.message import Message
 from exactly_once.schema import FINGERPRINT_BYTES
+from exactly_once.stops import asked_from_outside
 from exactly_once.wording import escaped
 
 __all__ = [
@@ -166,7 +167,9 @@ def _of_function(function: Callable[[Message], bytes | str]) -> FingerprintRule:
         try:
             made = function(message)
             material = made.encode("utf-8", "surrogatepass") if isinstance(made, str) else bytes(memoryview(made))
-        except Exception as error:
+        except BaseException as error:
+            if asked_from_outside(error):
+                raise
             told = escaped(f"{type(error).__name__}: {words_of(error)}", 200)
             raise BadBody(f"the fingerprint function {name} gave no bytes or text for this message: {told}") from error
         return tag + _digest(material)

@@ -17,6 +17,7 @@ from exactly_once.error_words import words_of
 from exactly_once.errors import BadKey, ConfigurationError
 from exactly_once.message import Message
 from exactly_once.schema import KEY_BYTES
+from exactly_once.stops import asked_from_outside
 from exactly_once.wording import escaped
 
 __all__ = [
@@ -95,7 +96,9 @@ class _Call:
             return self.function(message)
         except BadKey:
             raise
-        except Exception as error:
+        except BaseException as error:
+            if asked_from_outside(error):
+                raise
             name = getattr(self.function, "__name__", type(self.function).__name__)
             text = f"{type(error).__name__}: {words_of(error)}"
             raise BadKey(f"the key function {name} failed on this message: {escaped(text, 200)}") from error

@@ -20,6 +20,7 @@ from exactly_once.lease_stores import LeaseStores
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.runner import Runner, arun_all, run_all
+from exactly_once.stops import asked_from_outside
 from exactly_once.store import Store
 from exactly_once.transport import Consumer, Delivery, Features, Subscription
 from exactly_once.wording import escaped
@@ -130,7 +131,9 @@ class Router:
         assert self._route is not None
         try:
             return self._route(message)
-        except Exception as error:  # the user's function; the message is kept with this as its reason
+        except BaseException as error:  # the user's function; the message is kept with this as its reason
+            if asked_from_outside(error):
+                raise
             return f"(it raised {type(error).__name__}: {words_of(error)})"
 
     def run(self, found: Sequence[Delivering], message: Message) -> Outcome:

@@ -10,7 +10,6 @@ its transaction still the one it was given, and if nobody can say so, does this 
 does, something else than our COMMIT has committed it, and the attempt is *broken*.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -25,8 +24,9 @@ from exactly_once.error_words import words_of
 from exactly_once.errors import LeaseLost, Misuse, RefusedResult, StoreUnavailable
 from exactly_once.guards import Consumed, Guard, Unfinished, Won
 from exactly_once.guards.watch import BrokenTransaction, Left, Watch, let_go
+from exactly_once.stops import stops
 
-__all__ = ["PROCESSED", "Ended", "How", "Open", "run", "stops"]
+__all__ = ["PROCESSED", "Ended", "How", "Open", "run"]
 
 Open = Callable[[], tuple[Session, Any]]
 """Make a session: the one the core speaks to, and the one the handler is handed (the same, or the AsyncSession around it)."""
@@ -81,26 +81,6 @@ class Ended:
 
 
 PROCESSED = Ended(How.PROCESSED)
-
-
-def stops(error: BaseException) -> bool:
-    """Say whether an exception asks for the end of something larger than a handler: it is raised on, and never counted."""
-    if isinstance(error, Exception):
-        return False
-    if isinstance(error, BaseExceptionGroup):
-        return any(stops(each) for each in error.exceptions)
-    if isinstance(error, (KeyboardInterrupt, GeneratorExit, SystemExit)):
-        return True
-    greenlet, asyncio = sys.modules.get("greenlet"), sys.modules.get("asyncio")
-    if greenlet is not None and isinstance(error, greenlet.GreenletExit):
-        return True
-    if asyncio is None or not isinstance(error, asyncio.CancelledError):
-        return False
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:  # no loop in this thread: nobody was asked to cancel anything
-        return False
-    return task is not None and task.cancelling() > 0
 
 
 def run(

@@ -38,6 +38,7 @@ from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.policy import Park, retry_for, spent
 from exactly_once.steps import AsyncSteps, Steps
+from exactly_once.stops import exit_in
 from exactly_once.store import Store
 from exactly_once.transport import Features
 from exactly_once.verdict import Redeliver
@@ -189,8 +190,8 @@ class Delivering:
             except BaseException as error:
                 told = error
                 # of a caller's loop the thread is the caller's, and a signal may have asked it to end
-                if isinstance(error, SystemExit) and not foreign:
-                    told = Misuse(EXITED.format(code=error.code)).with_traceback(error.__traceback__)
+                if not foreign and (left := exit_in(error)) is not None:
+                    told = Misuse(EXITED.format(code=left.code)).with_traceback(error.__traceback__)
                 if ledger is not None:
                     sent = ledger.sent
                     broken = isinstance(ledger.error, BrokenTransaction)

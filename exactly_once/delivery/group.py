@@ -17,7 +17,7 @@ from typing import Any, Final
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
-from exactly_once.attempt.ending import Ended, How, stops
+from exactly_once.attempt.ending import Ended, How
 from exactly_once.attempt.group import GroupEnded, attempt_group
 from exactly_once.delivery import DUPLICATE, EXITED, PROCESSED, Delivering, Told
 from exactly_once.delivery.member import GroupTold, Member
@@ -30,6 +30,7 @@ from exactly_once.guards.watch import Watch, let_go
 from exactly_once.handler import Reading, check_result
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
+from exactly_once.stops import exit_in, stops
 from exactly_once.transport import Features
 from exactly_once.verdict import Hold
 from exactly_once.wording import escaped
@@ -249,9 +250,9 @@ class GroupDelivering(Delivering):
             ours = [member for member in members if member.reading.key not in others] if others else members
             try:
                 self._call_all(session, handed, self._in_order(ours), watch, run)
-            except SystemExit as error:
-                raise Misuse(EXITED.format(code=error.code)) from error
             except BaseException as error:
+                if (left := exit_in(error)) is not None:
+                    raise Misuse(EXITED.format(code=left.code)) from error
                 if not stops(error):
                     raise
                 run.leave(error)

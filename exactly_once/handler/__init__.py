@@ -35,6 +35,7 @@ from exactly_once.handler.results import check_result
 from exactly_once.keys import KeyRule, KeySpec, Path, extractor
 from exactly_once.message import Message
 from exactly_once.policy import Retry, RetrySpec, check_retry
+from exactly_once.stops import asked_from_outside
 from exactly_once.wording import escaped
 
 __all__ = ["Lease", "Lock", "Plan", "Reading", "Transaction", "check_result", "plan"]
@@ -171,7 +172,9 @@ class Plan:
                 body = self._decoder.read(message.body, parsed)
             except BadBody as bad:
                 error = bad
-            except Exception as failed:  # a validator of the user's model broke; the message is kept all the same
+            except BaseException as failed:  # a validator of the user's model broke; the message is kept all the same
+                if asked_from_outside(failed):
+                    raise
                 error = BadBody(f"reading the body failed with {type(failed).__name__}, raised by the body's own model")
                 error.__cause__ = failed
         order = self.batch_order

@@ -142,6 +142,37 @@ def test_a_worker_counts_it_and_goes_on(shop: Shop, way: Way, kind: str, scheme:
     assert sorted(shop.effects()) == ["1", "3"]
 
 
+EXITS: dict[str, Callable[[], BaseException]] = {
+    "SystemExit": lambda: SystemExit(3),
+    "a group of it": lambda: BaseExceptionGroup("of a task group", [SystemExit(3)]),
+    "a group of it and others": lambda: BaseExceptionGroup("two", [ValueError("one"), Panic("two"), SystemExit(3)]),
+}
+
+
+@each_way
+@pytest.mark.parametrize("kind", EXITS)
+def test_a_worker_counts_an_exit_also_one_in_a_group_of_exceptions(ground: Shop, way: Way, kind: str) -> None:
+    shop = ground
+    shop.clear()
+
+    def do(session: Session, no: Any) -> None:
+        put(session, str(no))
+        if no == 2:
+            raise EXITS[kind]()
+
+    shop.eo = ExactlyOnce(shop.url, group=GROUP)
+    way.handles(shop, do, retry=THREE)
+    url = f"memory://exits-{next(_names)}"
+    with shop.eo.worker(url, concurrency=2, drain_timeout=timedelta(seconds=2)) as worker:
+        with shop.eo.producer(url) as producer:
+            producer.send_all([order(no) for no in (1, 2, 3)])
+        until(lambda: worker.counts.acked == 3, "all three are acknowledged")
+    row = shop.failure()
+    assert (row.business_key, row.state, row.attempts) == ("2", "dead", 3)
+    assert "sys.exit(3)" in row.error_text
+    assert sorted(shop.effects()) == ["1", "3"]
+
+
 @pytest.mark.parametrize(
     ("way", "kind"), [*((ALONE, kind) for kind in RAISED), (UNDER_A_LEASE, "Panic"), (IN_A_STEP, "Panic")], ids=str
 )
@@ -169,6 +200,7 @@ STOPS: dict[str, Callable[[], object]] = {
     "KeyboardInterrupt": lambda: _raise(KeyboardInterrupt()),
     "GeneratorExit": lambda: _raise(GeneratorExit()),
     "SystemExit": lambda: _raise(SystemExit(1)),
+    "BaseExceptionGroup": lambda: _raise(BaseExceptionGroup("g", [ValueError("one"), KeyboardInterrupt()])),
     "CancelledError": cancel_this_task,
 }
 

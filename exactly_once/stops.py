@@ -1,0 +1,53 @@
+"""Which exceptions ask for the end of something larger than the code that raised them: raised on, and never counted.
+
+The one place where that is decided. Called wherever code of the application's is.
+"""
+
+import sys
+from threading import current_thread, main_thread
+
+__all__ = ["asked_from_outside", "exit_in", "stops"]
+
+
+def stops(error: BaseException, *, exits: bool = True) -> bool:
+    """Say whether an exception asks for the end of something larger; a group does if one of its members does.
+
+    Args:
+        error: What was raised.
+        exits: SystemExit is such a one. Not in a thread of ours: there it is a mistake of whatever raised it.
+    """
+    if isinstance(error, Exception):
+        return False
+    if isinstance(error, BaseExceptionGroup):
+        return any(stops(each, exits=exits) for each in error.exceptions)
+    if isinstance(error, SystemExit):
+        return exits
+    if isinstance(error, (KeyboardInterrupt, GeneratorExit)):
+        return True
+    greenlet, asyncio = sys.modules.get("greenlet"), sys.modules.get("asyncio")
+    if greenlet is not None and isinstance(error, greenlet.GreenletExit):
+        return True
+    if asyncio is None or not isinstance(error, asyncio.CancelledError):
+        return False
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no loop in this thread: nobody was asked to cancel anything
+        return False
+    return task is not None and task.cancelling() > 0
+
+
+def exit_in(error: BaseException) -> SystemExit | None:
+    """Return the SystemExit of an exception, or of a group of them, in which nothing else asks for the end."""
+    if isinstance(error, SystemExit):
+        return error
+    if not isinstance(error, BaseExceptionGroup) or stops(error, exits=False):
+        return None
+    return next((found for each in error.exceptions if (found := exit_in(each)) is not None), None)
+
+
+def asked_from_outside(error: BaseException) -> bool:
+    """The same of a small function of the application's, such as `key=` or `alert=`, in whichever thread.
+
+    It has no reason to exit. A signal's handler may, in the middle of it; those run in the main thread alone.
+    """
+    return stops(error, exits=current_thread() is main_thread())
