@@ -7,12 +7,16 @@ An ERROR line in the log for each, and the application's own hook, `ExactlyOnce(
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from inspect import iscoroutine, iscoroutinefunction
 from typing import Literal
 
 from exactly_once.error_words import trace_of
+from exactly_once.errors import ConfigurationError
+from exactly_once.stops import asked_from_outside
 from exactly_once.wording import escaped
 
-__all__ = ["Alert", "Hook", "sound"]
+__all__ = ["Alert", "Hook", "check_hook", "sound"]
 
 _log = logging.getLogger("exactly_once.alert")
 
@@ -39,6 +43,24 @@ class Alert:
 Hook = Callable[[Alert], object]
 
 
+def check_hook(hook: Hook) -> None:
+    """Refuse a hook that would do nothing.
+
+    Raises:
+        ConfigurationError: It is no function, or an async one: it is called in whichever thread noticed, where no loop may be.
+    """
+    called: object = hook
+    while isinstance(called, partial):
+        called = called.func
+    if not callable(called):
+        raise ConfigurationError(f"alert= is a {type(hook).__name__}; give a function that takes an Alert.")
+    if iscoroutinefunction(called) or iscoroutinefunction(type(called).__call__):
+        raise ConfigurationError(
+            "alert= is an async function, and it is called in a thread without a loop: it would never run. Give a plain"
+            " function; to go on in a loop of yours: lambda alert: asyncio.run_coroutine_threadsafe(page(alert), loop)"
+        )
+
+
 def sound(hook: Hook | None, alert: Alert) -> None:
     """Log an alert and call the application's hook; what the hook raises is logged, and changes nothing."""
     _log.error(
@@ -52,6 +74,11 @@ def sound(hook: Hook | None, alert: Alert) -> None:
     if hook is None:
         return
     try:
-        hook(alert)
-    except Exception as error:  # a pager that does not answer must not stop the messages
+        returned = hook(alert)
+        if iscoroutine(returned):
+            returned.close()
+            raise TypeError("the hook returned a coroutine, which nobody awaits here: nothing ran")  # noqa: TRY301
+    except BaseException as error:  # a pager that does not answer must not stop the messages
+        if asked_from_outside(error):
+            raise
         _log.error("alert_hook_failed what=%s handler=%s\n%s", alert.what, alert.handler, trace_of(error))

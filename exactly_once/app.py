@@ -78,7 +78,7 @@ class ExactlyOnce(Registrations):
         route: With several databases, names the one a message belongs to. All rows of one business key belong in one.
         enforce: False writes claims and counts duplicates but runs them all the same: to look before you trust.
         alert: Called with an `Alert` when a message is kept for a person, or a run goes on for longer than its `max_run`;
-            in the thread that noticed, so it must not take long.
+            in the thread that noticed, so it must not take long. A plain function; what it raises is logged.
 
     Example:
         >>> eo = ExactlyOnce("sqlite:///orders.db", group="inventory")
@@ -104,6 +104,10 @@ class ExactlyOnce(Registrations):
     ) -> None:
         if group is not None:
             check_name(group, GROUP_BYTES, "group")
+        if alert is not None:
+            from exactly_once.alert import check_hook
+
+            check_hook(alert)
         said = {
             "database": database,
             "async_database": async_database,

@@ -1,0 +1,100 @@
+"""The hook that is told of a message kept for a person: whatever it raises, the message is kept and acknowledged."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from itertools import count
+from typing import Any
+
+import pytest
+
+from exactly_once import Alert, ConfigurationError, ExactlyOnce, Outcome, Retry
+from tests.integration.shop import GROUP, Shop, order
+from tests.integration.test_ends_badly import Panic, until
+
+_names = count(1)
+ONCE = Retry(immediate=0, max_attempts=1)
+RAISED: dict[str, Callable[[], BaseException]] = {
+    "Panic": lambda: Panic("the pager"),
+    "CancelledError": asyncio.CancelledError,
+    "a group": lambda: BaseExceptionGroup("g", [Panic("the pager")]),
+}
+
+
+def fails(session: Any) -> None:
+    raise ValueError("no")
+
+
+@pytest.mark.parametrize("raised", RAISED)
+def test_what_it_raises_is_logged_and_changes_nothing(
+    shop: Shop, raised: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def hook(alert: Alert) -> None:
+        raise RAISED[raised]()
+
+    shop.fresh_eo(alert=hook)
+    shop.handles(fails, retry=ONCE)
+    with caplog.at_level(logging.ERROR, "exactly_once.alert"):
+        assert shop.process(order()) is Outcome.DEAD
+    assert shop.failure().attempts == 1
+    assert "alert_hook_failed" in caplog.text
+
+
+@pytest.mark.parametrize("raised", [*RAISED, "SystemExit"])
+@pytest.mark.parametrize("batch", [None, 10])
+def test_a_worker_acknowledges_the_message_all_the_same(shop: Shop, raised: str, batch: int | None) -> None:
+    told: list[Alert] = []
+
+    def hook(alert: Alert) -> None:
+        told.append(alert)
+        raise SystemExit(2) if raised == "SystemExit" else RAISED[raised]()
+
+    shop.eo = ExactlyOnce(shop.url, group=GROUP, alert=hook)
+    shop.handles(fails, batch=batch, retry=ONCE)
+    url = f"memory://hooks-{next(_names)}"
+    with shop.eo.worker(url, concurrency=2, drain_timeout=timedelta(seconds=1)) as worker:
+        with shop.eo.producer(url) as producer:
+            producer.send_all([order(1), order(2)])
+        until(lambda: worker.counts.acked == 2, "both are acknowledged")
+    assert [row.attempts for row in shop.failures()] == [1, 1]
+    assert len(told) == 2
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(1)], ids=["KeyboardInterrupt", "SystemExit"])
+def test_what_a_signal_raises_in_it_is_raised_on_in_the_main_thread(shop: Shop, stop: BaseException) -> None:
+    def hook(alert: Alert) -> None:
+        raise stop
+
+    shop.fresh_eo(alert=hook)
+    shop.handles(fails, retry=ONCE)
+    with pytest.raises(type(stop)):
+        shop.process(order())
+    assert shop.failure().state == "dead"  # written before
+
+
+class Pager:
+    async def __call__(self, alert: Alert) -> None: ...
+
+    async def page(self, how: str, alert: Alert) -> None: ...
+
+
+async def page(alert: Alert) -> None: ...
+
+
+@pytest.mark.parametrize("hook", [page, Pager(), Pager().page, partial(Pager().page, "loud"), partial(Pager()), "page"])
+def test_what_would_never_run_is_refused(hook: Any) -> None:
+    with pytest.raises(ConfigurationError, match="alert="):
+        ExactlyOnce(group=GROUP, alert=hook)
+
+
+def test_a_coroutine_that_nobody_awaits_is_said(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    def hook(alert: Alert) -> Any:
+        return page(alert)
+
+    shop.fresh_eo(alert=hook)
+    shop.handles(fails, retry=ONCE)
+    with caplog.at_level(logging.ERROR, "exactly_once.alert"):
+        assert shop.process(order()) is Outcome.DEAD
+    assert "returned a coroutine" in caplog.text
