@@ -27,7 +27,7 @@ from exactly_once.errors import (
     StepError,
     StoreUnavailable,
 )
-from exactly_once.failures import MESSAGE_ID_BYTES
+from exactly_once.failures import MESSAGE_ID_BYTES, Place
 from exactly_once.guards import Consumed, Guard, Unfinished, Won
 from exactly_once.guards.step_ledger import StepLedger
 from exactly_once.guards.transaction import TransactionGuard
@@ -143,12 +143,16 @@ class Delivering:
             if self.recording.owes and (owed := self.recording.owed(row.key)) is not None and owed.error is not None:
                 # broken, and not written down: the store went away; run again it would double what was committed
                 return self._broken(owed.error, owed.owner, message, reading, block=owed.block)
-            if self.plan.ordered and message.ordering_key is not None and self._blocked(message, reading):
-                # what was done before needs no place behind others
-                return self._done(row, message, reading) or self.recording.wait(
-                    Outcome.WAITING, message, reading, features, foreign
-                )
-            return self._try(message, reading, row, features, pumped, foreign)
+            before = pumped or self.recording.came_before(message, row.key)
+            if self.plan.ordered and message.ordering_key is not None:
+                place = self._place(message, reading)
+                if place.blocked:
+                    # what was done before needs no place behind others
+                    return self._done(row, message, reading) or self.recording.wait(
+                        Outcome.WAITING, message, reading, features, foreign
+                    )
+                before = before or place.known
+            return self._try(message, reading, row, features, before, foreign)
         except StoreUnavailable as error:
             return self.recording.away(error)
         except BadKey as error:  # its characters are none of the database's
@@ -177,7 +181,7 @@ class Delivering:
     # -- the tries ---------------------------------------------------------------------------------------------------
 
     def _try(
-        self, message: Message, reading: Reading, row: ClaimRow, features: Features, pumped: bool, foreign: bool
+        self, message: Message, reading: Reading, row: ClaimRow, features: Features, before: bool, foreign: bool
     ) -> Told:
         sent = False  # COMMIT of a step
 
@@ -203,7 +207,6 @@ class Delivering:
             if ledger is not None:
                 ledger.end()
 
-        before = pumped or self.recording.came_before(message, row.key)
         # under a lease the number of the claim tells, too: an earlier one may have failed in another process
         also = self._resolving(row, message, before) if before or self._placed is not None else None
         transient = immediate = 0
@@ -315,10 +318,11 @@ class Delivering:
 
     def _resolving(self, row: ClaimRow, message: Message, before: bool) -> Callable[[Session, int], object]:
         failures, dialect = self.store.failures, self.store.dialect
+        ordering_key = message.ordering_key if self.plan.ordered else None
 
         def resolve(session: Session, attempt: int) -> None:
             if before or attempt > 1:
-                failures.resolve(session, dialect, row, message.message_id)
+                failures.resolve(session, dialect, row, message.message_id, ordering_key)
 
         return resolve
 
@@ -362,11 +366,11 @@ class Delivering:
             self.recording.paid(reading.key)
         return told
 
-    def _blocked(self, message: Message, reading: Reading) -> bool:
+    def _place(self, message: Message, reading: Reading) -> Place:
         failure = self.recording.failure(message, reading, Reject(""))
         session, _ = self._open()
         try:
-            return self.store.failures.blocked(session, failure, after_dead_wait=self.plan.after_dead == "wait")
+            return self.store.failures.place(session, failure, after_dead_wait=self.plan.after_dead == "wait")
         except Exception as error:
             if self.store.away(error):
                 raise StoreUnavailable("The database does not answer; nothing ran.") from error

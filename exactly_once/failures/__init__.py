@@ -16,7 +16,22 @@ from functools import cached_property
 from hashlib import sha256
 from typing import Any, Final
 
-from sqlalchemy import Column, Table, Update, and_, bindparam, func, insert, or_, select, update
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    FromClause,
+    Table,
+    Update,
+    and_,
+    bindparam,
+    exists,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -24,17 +39,17 @@ from exactly_once import claim_rows
 from exactly_once.characters import characters_of
 from exactly_once.dialects import ClaimRow, Dialect
 from exactly_once.error_words import place_of, words_of
+from exactly_once.fingerprint import TAG_BYTES
 from exactly_once.message import Message
 from exactly_once.policy import ByBroker, ByPump, Decision, Park
 from exactly_once.pooler import begin_bounded
 from exactly_once.schema import CONSUMED, KEY_BYTES, UNFINISHED, Tables, utcnow
 from exactly_once.wording import EVERY, storable
 
-__all__ = ["CLOSED", "OPEN", "Failure", "FailureStore", "Form", "place_of", "text_of", "words_of"]
+__all__ = ["CLOSED", "OPEN", "Failure", "FailureStore", "Form", "Place", "blocking", "place_of", "text_of", "words_of"]
 
 OPEN: Final = ("retrying", "waiting", "requeued", "dead", "broken")
 RUNNABLE: Final = ("retrying", "waiting", "requeued")
-PARKED: Final = ("dead", "broken")
 RESOLVABLE: Final = (*RUNNABLE, "dead")
 CLOSED: Final = ("resolved", "discarded")
 
@@ -89,6 +104,33 @@ class Failure:
         if self.key is not None:
             return "k:" + _known_by(self.key, characters)
         return "m:" + _known_by(self.message.message_id or "", characters)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a message stands among those of its ordering key."""
+
+    blocked: bool
+    """An older one must come first."""
+    known: bool
+    """It has a row of its own, under whichever identity: it failed before."""
+
+
+def blocking(t: FromClause, *, after_dead_wait: bool) -> ColumnElement[bool]:
+    """The rows that younger ones of their ordering key wait for.
+
+    One that runs by itself, brought by the broker or taken by the pump. One that a person must decide, only where the handler
+    waits for dead ones: also a *waiting* one without a time, whose COMMIT was never answered.
+    """
+    if after_dead_wait:
+        return t.c.state.in_(OPEN)
+    return and_(t.c.state.in_(RUNNABLE), or_(t.c.state != "waiting", t.c.next_attempt_at.is_not(None)))
+
+
+def _tag(t: Table) -> Any:
+    """By which `fingerprint=` a row's fingerprint was made; of an empty one SQLite says NULL."""
+    type_ = t.c.fingerprint.type
+    return func.coalesce(func.substr(t.c.fingerprint, 1, TAG_BYTES, type_=type_), literal(b"", type_), type_=type_)
 
 
 def _known_by(text: str, characters: str) -> str:
@@ -192,7 +234,9 @@ class FailureStore:
         }
         claim_rows.write(connection, claims, values)
 
-    def resolve(self, session: Session, dialect: Dialect, row: ClaimRow, message_id: str | None) -> None:
+    def resolve(
+        self, session: Session, dialect: Dialect, row: ClaimRow, message_id: str | None, ordering_key: str | None = None
+    ) -> None:
         """Close the row of a message that was processed, in the handler's transaction.
 
         Args:
@@ -200,24 +244,56 @@ class FailureStore:
             dialect: How its database is spoken to.
             row: Who was processed.
             message_id: As it came.
+            ordering_key: Of a message that followers wait for.
         """
         connection = session.connection()
+        characters = characters_of(connection)
         values = {
             "b_group": row.group,
             "b_handler": row.handler,
             "b_key": "k:" + row.key,
             "b_fingerprint": row.fingerprint,
-            # the handler's fingerprint= was changed since it failed: another fingerprint, and yet this very message
-            "b_message_id": storable(message_id, MESSAGE_ID_BYTES, characters_of(connection)),
+            "b_tag": row.fingerprint[:TAG_BYTES],
+            "b_message_id": storable(message_id, MESSAGE_ID_BYTES, characters),
         }
         dialect.in_our_name(connection, self._resolving, values)
+        if ordering_key is not None and message_id is not None:
+            values["b_ordering_key"] = _fitting(ordering_key, self._t.c.ordering_key, characters)
+            names = ("b_group", "b_handler", "b_ordering_key", "b_message_id")
+            dialect.in_our_name(connection, self._resolving_former, {name: values[name] for name in names})
+
+    @cached_property
+    def _resolving_former(self) -> Update:
+        """Of an ordered message, the row from before its handler's key= was changed: its followers would wait for ever.
+
+        Only one that its broker was to bring again, and has brought now: were it another message's, that one comes all the same.
+        """
+        t = self._t
+        named = {
+            "b_group": t.c.consumer_group,
+            "b_handler": t.c.handler,
+            "b_ordering_key": t.c.ordering_key,
+            "b_message_id": t.c.message_id,
+        }
+        return (
+            update(t)
+            .where(
+                *(column == bindparam(name, type_=column.type) for name, column in named.items()),
+                t.c.state == "retrying",
+                t.c.next_attempt_at.is_(None),
+            )
+            .values(state="resolved")
+        )
 
     @cached_property
     def _resolving(self) -> Update:
         t = self._t
         named = {"b_group": t.c.consumer_group, "b_handler": t.c.handler, "b_key": t.c.failure_key}
-        same = (t.c.fingerprint == bindparam("b_fingerprint", type_=t.c.fingerprint.type)) | (
-            t.c.message_id == bindparam("b_message_id", type_=t.c.message_id.type)
+        same = or_(
+            t.c.fingerprint == bindparam("b_fingerprint", type_=t.c.fingerprint.type),
+            t.c.message_id == bindparam("b_message_id", type_=t.c.message_id.type),
+            # the handler's fingerprint= was changed since it failed: another one, and yet this very message
+            _tag(t) != bindparam("b_tag", type_=t.c.fingerprint.type),
         )
         return (
             update(t)
@@ -230,8 +306,8 @@ class FailureStore:
             .values(state="resolved", next_attempt_at=None)
         )
 
-    def blocked(self, session: Session, failure: Failure, *, after_dead_wait: bool) -> bool:
-        """Say whether an older message of this one's ordering key must come first; in the caller's transaction."""
+    def place(self, session: Session, failure: Failure, *, after_dead_wait: bool) -> Place:
+        """Say where a message stands among the open rows of its ordering key; in the caller's transaction."""
         t = self._t
         characters = characters_of(session.connection())
         of_key = and_(
@@ -239,25 +315,27 @@ class FailureStore:
             t.c.handler == failure.handler,
             t.c.ordering_key == _fitting(failure.message.ordering_key, t.c.ordering_key, characters),
         )
-        identity = self._identity(failure, failure.failure_key_in(characters))
-        own: Any = select(t.c.id).where(identity).scalar_subquery()
+        key = failure.failure_key_in(characters)
+        # its row may be from before the handler's key= or fingerprint= was changed: it would wait for itself, for ever
+        known = and_(t.c.failure_key == key, _tag(t) != failure.fingerprint[:TAG_BYTES])
         if failure.message.message_id:
-            # its row may be from before the handler's key= or fingerprint= was changed: it would wait for itself, for ever
-            known = t.c.message_id == storable(failure.message.message_id, MESSAGE_ID_BYTES, characters)
-            own = func.coalesce(select(func.min(t.c.id)).where(of_key, known).scalar_subquery(), own)
-        older = select(t.c.id).where(
-            of_key,
-            t.c.state.in_(OPEN if after_dead_wait else RUNNABLE),
-            or_(own.is_(None), t.c.id < own),
+            known = or_(t.c.message_id == storable(failure.message.message_id, MESSAGE_ID_BYTES, characters), known)
+        own = func.coalesce(
+            select(func.min(t.c.id)).where(of_key, known).scalar_subquery(),
+            select(t.c.id).where(self._identity(failure, key)).scalar_subquery(),
         )
-        return session.execute(older.limit(1)).first() is not None
+        older = exists().where(of_key, blocking(t, after_dead_wait=after_dead_wait), or_(own.is_(None), t.c.id < own))
+        blocked, known_as = session.execute(select(older, own)).one()
+        return Place(bool(blocked), known_as is not None)
 
     def any_blocking(self, session: Session, group: str, handler: str, *, after_dead_wait: bool) -> bool:
         """Say whether any ordering key of this handler may be blocked: mostly none is, and one look tells for all."""
         t = self._t
-        states = t.c.state.in_(OPEN if after_dead_wait else RUNNABLE)
         found = select(t.c.id).where(
-            t.c.consumer_group == group, t.c.handler == handler, t.c.ordering_key.is_not(None), states
+            t.c.consumer_group == group,
+            t.c.handler == handler,
+            t.c.ordering_key.is_not(None),
+            blocking(t, after_dead_wait=after_dead_wait),
         )
         return session.execute(found.limit(1)).first() is not None
 

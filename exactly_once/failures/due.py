@@ -14,7 +14,7 @@ from typing import Any, Final
 from sqlalchemy import Column, ColumnElement, Connection, Row, Table, and_, exists, false, not_, or_, select, update
 
 from exactly_once.dialects import COMMITTED_ALONE
-from exactly_once.failures import PARKED, RESOLVABLE, RUNNABLE
+from exactly_once.failures import RESOLVABLE, RUNNABLE, blocking
 from exactly_once.message import Message
 from exactly_once.schema import CONSUMED, Tables, utcnow
 
@@ -73,7 +73,12 @@ class DueFailures:
                 older.c.handler == t.c.handler,
                 older.c.ordering_key == t.c.ordering_key,
                 older.c.id < t.c.id,
-                or_(older.c.state.in_(RUNNABLE), and_(older.c.state.in_(PARKED), _among(t.c.handler, waits))),
+                or_(
+                    blocking(older, after_dead_wait=False),
+                    and_(blocking(older, after_dead_wait=True), _among(t.c.handler, waits)),
+                ),
+                # nor behind a row of its own, from before the handler's key= was changed
+                or_(older.c.message_id.is_(None), t.c.message_id.is_(None), older.c.message_id != t.c.message_id),
             )
         )
         due = (

@@ -13,8 +13,9 @@ from sqlalchemy import insert, update
 from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
-from exactly_once import ExactlyOnce, Message, Outcome, Reject, Retry
+from exactly_once import ExactlyOnce, Message, Outcome, Reject, Retry, keys
 from exactly_once.delivery import Told
+from exactly_once.failures import FailureStore
 from exactly_once.failures.due import DueFailures
 from exactly_once.runner import run_all
 from exactly_once.transport import Features
@@ -445,6 +446,100 @@ def test_a_message_is_not_blocked_by_its_own_row(shop: Shop) -> None:
     assert deliver(shop, message, BROKER).outcome is Outcome.FAILED
     flaky.bad.clear()
     assert deliver(shop, order(ordering_key="a", attempt=2), BROKER).outcome is Outcome.PROCESSED
+
+
+CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "key": ({"key": "no"}, {"key": (keys.tag(), "no")}),
+    "fingerprint": ({}, {"fingerprint": ["no"]}),
+    "no fingerprint": ({}, {"fingerprint": None}),
+    "a fingerprint again": ({"fingerprint": None}, {}),
+    "both": ({"key": "no"}, {"key": (keys.tag(), "no"), "fingerprint": None}),
+}
+
+
+@pytest.mark.parametrize("attempt", [1, 2], ids=["deliveries not counted", "second delivery"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_message_and_its_followers_do_not_wait_for_its_row_under_a_former_identity(
+    shop: Shop, change: str, attempt: int
+) -> None:
+    before, after = CHANGES[change]
+    flaky = Flaky("A-1")
+    flaky.register(shop, ordered=True, **before)
+    more: dict[str, Any] = {"ordering_key": "a", "tag": "created"}
+    assert deliver(shop, order("A-1", **more), BROKER).outcome is Outcome.FAILED
+    for failing in (True, False):  # once more under its new identity: it has two rows then
+        shop.fresh_eo()
+        flaky = Flaky(*["A-1"] * failing)
+        flaky.register(shop, ordered=True, **after)
+        told = deliver(shop, order("A-1", attempt=attempt, **more), BROKER)
+        assert told.outcome is (Outcome.FAILED if failing else Outcome.PROCESSED)
+    assert states(shop) == ["resolved"] * 2
+    assert deliver(shop, order("A-2", **more), BROKER).outcome is Outcome.PROCESSED
+
+
+def test_a_message_without_an_id_does_not_wait_for_its_row_under_a_former_fingerprint(shop: Shop) -> None:
+    more: dict[str, Any] = {"ordering_key": "a", "message_id": None}
+    Flaky("A-1").register(shop, ordered=True)
+    assert deliver(shop, order("A-1", **more), BROKER).outcome is Outcome.FAILED
+    shop.fresh_eo()
+    Flaky().register(shop, ordered=True, fingerprint=None)
+    assert deliver(shop, order("A-1", attempt=2, **more), BROKER).outcome is Outcome.PROCESSED
+    assert states(shop) == ["resolved"]
+    assert deliver(shop, order("A-2", **more), BROKER).outcome is Outcome.PROCESSED
+
+
+def test_another_payload_under_the_same_key_waits_all_the_same(shop: Shop) -> None:
+    Flaky("A-1").register(shop, ordered=True)
+    message = order("A-1", ordering_key="a")
+    assert deliver(shop, message, BROKER).outcome is Outcome.FAILED
+    other = Message("orders", b'{"no": "A-1", "amount": 2}', message_id="another", ordering_key="a")
+    assert deliver(shop, other, BROKER).outcome is Outcome.WAITING
+
+
+def test_a_row_of_a_former_identity_is_closed_for_its_own_message_only(shop: Shop) -> None:
+    Flaky("A-1", "A-2").register(shop, ordered=True)
+    for no in ("A-1", "B-1"):
+        key = no[0].lower()
+        assert deliver(shop, order(no, ordering_key=key), BROKER).outcome is (
+            Outcome.FAILED if no == "A-1" else Outcome.PROCESSED
+        )
+    shop.fresh_eo()
+    Flaky().register(shop, ordered=True, key=(keys.tag(), "no"))
+    assert deliver(shop, order("A-1", tag="t", ordering_key="b", attempt=2), BROKER).outcome is Outcome.PROCESSED
+    assert states(shop) == ["retrying"]
+    assert deliver(shop, order("A-2", tag="t", ordering_key="a"), BROKER).outcome is Outcome.WAITING
+
+
+def test_the_pump_takes_a_message_past_its_own_row_under_a_former_identity(shop: Shop) -> None:
+    due(shop, "A-1", ordering_key="a", message_id="one", next_attempt_at=None)  # the broker was to bring it again
+    due(shop, "x-A-1", "A-2", ordering_key="a", message_id="one")  # and did, and is done with it
+    with shop.outside.begin() as connection:
+        connection.execute(
+            update(shop.tables.failure).where(shop.tables.failure.c.business_key == "A-2").values(message_id="two")
+        )
+    with shop.outside.begin() as connection:
+        assert _take(shop, connection, ordered=True) == ["x-A-1"]
+
+
+@pytest.mark.parametrize(("after_dead", "runs"), [("wait", []), ("go on", ["A-2"])])
+def test_behind_a_message_whose_commit_is_unknown_for_good_the_handler_waits_or_goes_on(
+    shop: Shop, after_dead: Any, runs: list[str]
+) -> None:
+    due(shop, "A-1", ordering_key="a", state="waiting", next_attempt_at=None)
+    due(shop, "A-2", ordering_key="a")
+    flaky = Flaky()
+    flaky.register(shop, ordered=True, after_dead=after_dead)
+    with shop.outside.begin() as connection:
+        assert _take(shop, connection, ordered=True, wait=after_dead == "wait") == runs
+        connection.execute(
+            update(shop.tables.failure).where(shop.tables.failure.c.business_key == "A-2").values(state="resolved")
+        )
+    told = deliver(shop, order("A-3", ordering_key="a"), BROKER)
+    assert told.outcome is (Outcome.WAITING if after_dead == "wait" else Outcome.PROCESSED)
+    with shop.outside.connect() as connection, Session(connection) as session:
+        failures = FailureStore(lambda: shop.tables)
+        wait = after_dead == "wait"
+        assert failures.any_blocking(session, GROUP, "handler", after_dead_wait=wait) is wait
 
 
 def test_order_is_kept_through_a_worker_while_messages_fail(shop: Shop) -> None:
