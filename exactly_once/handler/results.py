@@ -7,11 +7,16 @@ Called by the handler's parameters and by whoever calls handlers.
 
 import inspect
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from enum import Enum
+from io import IOBase
 from numbers import Number
 from types import UnionType
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
+
+from sqlalchemy.sql import Executable
 
 from exactly_once.body import shown
 from exactly_once.errors import ConfigurationError, Misuse, RefusedResult
@@ -38,8 +43,9 @@ def check_result(result: object, *, in_lists: bool = False, handler: str = "") -
         handler: Its name. Of each, one warning is logged for a result that nobody reads.
 
     Raises:
-        Misuse: It is an awaitable or a generator: the work in it has not been done, and acknowledging would lose it. Or a
-            batch handler returned any other object: elsewhere that names the messages to bring again, here nobody reads it.
+        Misuse: It is an awaitable, a generator or another iterator, the future of a thread, or a statement of SQLAlchemy's: the
+            work in it has not been done, and acknowledging would lose it. Or a batch handler returned any other object:
+            elsewhere that names the messages to bring again, here nobody reads it.
         RefusedResult: It is a bool, a number, text, bytes, a member of an Enum or an exception: an answer that nobody reads.
     """
     if result is None:
@@ -50,13 +56,28 @@ def check_result(result: object, *, in_lists: bool = False, handler: str = "") -
             f'{who} returned {_value(result)}, and nobody reads what a handler returns: returning is "done", whatever it'
             f" is. Nothing was committed. Return nothing; {_INSTEAD}."
         )
-    if inspect.isgenerator(result) or inspect.isasyncgen(result):
+    if inspect.isgenerator(result) or inspect.isasyncgen(result) or _is_made_of_a_generator(result):
         raise Misuse("the handler returned a generator, so nothing in it ran. Make it a plain function without `yield`")
     if inspect.isawaitable(result):
         if inspect.iscoroutine(result):
             result.close()  # or Python warns of a coroutine never awaited, on top of this error
         raise Misuse(
             "the handler returned something to await, so nothing in it ran. Make it `async def` and await inside"
+        )
+    if isinstance(result, Future):
+        raise Misuse(
+            "the handler returned the future of work in another thread, which may not be done, nor go well. Wait for its"
+            " result() in the handler, and let no other thread use the session"
+        )
+    if _is_lazy(type(result)):
+        raise Misuse(
+            f"the handler returned a {type(result).__name__}, which works only when it is walked through, so nothing in it ran."
+            " Walk through it in the handler, with a `for`"
+        )
+    if isinstance(result, Executable):
+        raise Misuse(
+            f"the handler returned a statement ({type(result).__name__}) that was not executed, so nothing in it ran. Write"
+            " session.execute(...) around it"
         )
     if in_lists:
         raise Misuse(
@@ -74,6 +95,21 @@ def check_result(result: object, *, in_lists: bool = False, handler: str = "") -
         )
 
 
+def _is_lazy(kind: type[Any]) -> bool:
+    """An iterator: map, filter, zip. Not what a statement gave that was executed, nor a file."""
+    if not issubclass(kind, (Iterator, AsyncIterator)) or issubclass(kind, IOBase):
+        return False
+    return not any(each.__module__.startswith("sqlalchemy.") for each in kind.__mro__)
+
+
+def _is_made_of_a_generator(result: object) -> bool:
+    """What a function under @contextmanager returns: it runs when it is entered."""
+    if not isinstance(result, (AbstractContextManager, AbstractAsyncContextManager)):
+        return False
+    made = getattr(result, "gen", None)
+    return inspect.isgenerator(made) or inspect.isasyncgen(made)
+
+
 def check_returns(function: Callable[..., object], hints: Hints, *, is_async: bool) -> None:
     """Refuse a handler that is annotated to return what `check_result` refuses.
 
@@ -89,7 +125,7 @@ def check_returns(function: Callable[..., object], hints: Hints, *, is_async: bo
         written = (
             f"it is annotated `-> {escaped(annotation if isinstance(annotation, str) else shown(annotation), 80)}`"
         )
-        if issubclass(meant, (Generator, AsyncGenerator, Awaitable)):
+        if _is_lazy(meant) or issubclass(meant, (Awaitable, Future, Executable)):
             raise ConfigurationError(
                 f"{written}: calling it would run nothing. Make it a plain function without `yield`, or `async def`, and"
                 " await inside"

@@ -1,10 +1,14 @@
 """What a handler returns: nothing. What looks like an answer is refused, at import or when returned; the rest is ignored."""
 
 import asyncio
+import contextlib
 import functools
+import io
+import itertools
 import logging
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
+from concurrent.futures import Future
 from ctypes import c_int
 from decimal import Decimal
 from enum import Enum, Flag, IntEnum, StrEnum
@@ -15,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NewType, Optional, Ty
 
 import pytest
 from pydantic import BaseModel
+from sqlalchemy import Select, column, create_engine, delete, func, insert, select, table, text, update
+from sqlalchemy.orm import Query
 
 from exactly_once.errors import ConfigurationError, Misuse, RefusedResult, Reject
 from exactly_once.handler import check_result, plan
@@ -112,17 +118,72 @@ def test_a_result_that_shows_that_nothing_ran_is_refused() -> None:
     class Later:
         def __await__(self) -> Any: ...
 
+    class Walked:
+        def __iter__(self) -> Any:
+            return self
+
+        def __next__(self) -> int:
+            raise AssertionError("it is not for us to walk")
+
+    class WalkedAsync:
+        def __aiter__(self) -> Any:
+            return self
+
+        async def __anext__(self) -> int:
+            raise StopAsyncIteration
+
+    @contextlib.contextmanager
+    def managed() -> Iterator[int]:
+        yield 1
+
+    @contextlib.asynccontextmanager
+    async def async_managed() -> AsyncIterator[int]:
+        yield 1
+
     loop = asyncio.new_event_loop()
-    for result in (coroutine(), generator(), async_generator(), Later(), loop.create_future()):
+    step = async_generator().asend(None)  # type: ignore[attr-defined]
+    t = table("t", column("a"))
+    results: list[object] = [
+        *(coroutine(), generator(), async_generator(), Later(), loop.create_future(), step),
+        *(map(str, [1]), filter(None, [1]), zip([1], [2], strict=True), enumerate([1]), reversed([1]), iter([1])),
+        *(itertools.starmap(str, [(1,)]), itertools.chain([1]), Walked(), WalkedAsync(), managed(), async_managed()),
+        *(select(t), update(t).values(a=1), insert(t), delete(t), text("DELETE FROM t"), func.now(), Query([t.c.a])),
+    ]
+    for result in results:
         with pytest.raises(Misuse, match="nothing in it ran"):
             check_result(result)
+    step.close()
     loop.close()
+
+
+def test_the_future_of_a_thread_is_refused() -> None:
+    with pytest.raises(Misuse, match="may not be done"):
+        check_result(Future())
+
+
+def result_of_a_statement() -> object:
+    """An iterator, too, of what was executed."""
+    engine = create_engine("sqlite://")
+    with engine.connect() as connection:
+        return connection.execute(text("SELECT 1"))
 
 
 def test_any_other_result_is_ignored_with_one_warning_a_handler(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "exactly_once")
     for handler in ("first", "second"):
-        for result in ([], {}, (), object(), iter([1]), Model(), None, c_int(1), ConsumeResult, Model):
+        for result in (
+            [],
+            {},
+            (),
+            object(),
+            result_of_a_statement(),
+            io.StringIO(),
+            Model(),
+            None,
+            c_int(1),
+            ConsumeResult,
+            Model,
+        ):
             check_result(result, handler=f"ignored-{handler}")
     said = [record.getMessage() for record in caplog.records]
     assert [line.split(" type=")[0] for line in said] == [
@@ -229,7 +290,19 @@ def test_no_annotation_is_fine() -> None:
 
 
 @pytest.mark.parametrize(
-    "annotation", [Awaitable[None], Coroutine[Any, Any, None], Generator[int, None, None], asyncio.Future]
+    "annotation",
+    [
+        *(
+            Awaitable[None],
+            Coroutine[Any, Any, None],
+            Generator[int, None, None],
+            asyncio.Future,
+            Future,
+            Select,
+            Query,
+        ),
+        *(Iterator[int], AsyncIterator[int], map, "Iterator[int]"),
+    ],
 )
 def test_a_plain_handler_annotated_to_run_nothing_is_refused_at_import(annotation: object) -> None:
     with pytest.raises(ConfigurationError, match="calling it would run nothing"):
