@@ -18,7 +18,7 @@ _DUPLICATE_ENTRY: Final = 1062
 _VALUE_OF_A_COLUMN: Final = (1265, 1292, 1366)  # the sentence ends with the column and the row, in every language
 _CLIENTS: Final = range(2000, 3000)  # the client library's own, of connections
 _NAMES_ONLY: Final = frozenset(
-    # locks, rights, names, columns, constraints, and SIGNAL with the application's own words: only names stand in quotes there
+    # locks, rights, names, columns, constraints: only names stand in quotes there
     (
         *(
             1020,
@@ -60,14 +60,16 @@ _NAMES_ONLY: Final = frozenset(
             1452,
             1614,
             1637,
-            1644,
         ),
         *(1665, 1792, 1836, 1927, 1969, 3024, 3572, 3819, 4025),
     )
 )
+_NO_SUCH_NAME: Final = (1049, 1051, 1054, 1109, 1146, 1305)
 _COLUMN_AT_THE_END: Final = re.compile(r"[`']([A-Za-z_]\w*)[`'] [^`'0-9]+ [0-9]+$")
 _KEY_AT_THE_END: Final = re.compile(r"'([A-Za-z_][\w.$-]*)'[^']*$")
 _QUOTE_OR_NUMBER: Final = re.compile(r"['\"`0-9]")
+_RAISED: Final = "P0001"
+_SIGNALLED: Final = 1644
 _OF_A_CONSTRAINT: Final = "SQLITE_CONSTRAINT"
 _NAMES: Final = ("table_name", "column_name", "constraint_name", "schema_name", "datatype_name")
 _cause_of = BaseException.__dict__["__cause__"].__get__
@@ -129,7 +131,7 @@ def _of_postgresql(
         # a statement inside a function: its text is the function's
         code = code_of(statement) | code_of(getattr(fields, "internal_query", None))
         said = getattr(fields, "message_primary", None) or str(error).strip().partition("\n")[0]
-        words = _sentence(said, code | code_of(" ".join(found.values())), values)
+        words = _sentence(said, code | code_of(" ".join(found.values())), values, own_words=state == _RAISED)
     names = [
         f"{field.removesuffix('_name')} {found[field]}"
         for field in _NAMES[:3]
@@ -144,19 +146,15 @@ def _of_mysql(errno: int, text: str, code: frozenset[str], values: frozenset[str
         return f"duplicate entry for key {key[1]} (errno {errno})" if key else f"duplicate entry (errno {errno})"
     if errno in _CLIENTS or errno == 0:
         return f"{text.strip()} (errno {errno})"
-    if errno in _NAMES_ONLY and values is not None:
-        # a name in quotes is none of the values, even where it looks like one
-        quoted = frozenset(
-            word.lower() for name in re.findall(r"[`'][\w.$]+[`']", text) for word in re.findall(r"\w+", name)
-        )
-        names = quoted if errno != 1644 else frozenset()
-        return f"{without_numbers(without_bound(text.strip(), values, code | names))} (errno {errno})"
-    value = _QUOTE_OR_NUMBER.search(text)
-    if value is None and values is not None:
-        return f"{without_bound(text.strip(), values, code)} (errno {errno})"
+    if errno == _SIGNALLED and values is not None:
+        return f"{without_numbers(without_bound(text.strip(), values, code, own_words=True))} (errno {errno})"
+    if errno in _NO_SUCH_NAME and values is not None:  # EXECUTE IMMEDIATE may have made the name of a value
+        text = without_bound(text, values, code)
+    value = None if errno in _NAMES_ONLY else _QUOTE_OR_NUMBER.search(text)
+    if value is None:
+        return f"{without_numbers(text.strip())} (errno {errno})"
     column = _COLUMN_AT_THE_END.search(text) if errno in _VALUE_OF_A_COLUMN else None
-    before = without_bound(text[: value.start() if value else 0], values or frozenset(), code).strip()
-    return f"{before} ... (errno {errno}{f', column {column[1]}' if column else ''})".strip()
+    return f"{text[: value.start()].strip()} ... (errno {errno}{f', column {column[1]}' if column else ''})"
 
 
 def _of_sqlite(error: BaseException, code: frozenset[str], values: frozenset[str] | None) -> str:
@@ -164,10 +162,9 @@ def _of_sqlite(error: BaseException, code: frozenset[str], values: frozenset[str
     name = getattr(error, "sqlite_errorname", None) or ""
     if values is None:
         return name or type(error).__name__
-    if name.startswith(_OF_A_CONSTRAINT) or "constraint failed: " in text:
-        # tables and columns, or what stands in CHECK; or RAISE with the application's own words
-        start, names, rest = text.partition("constraint failed: ")
-        return start + names + without_numbers(rest) if names else without_numbers(without_bound(text, values, code))
+    names = "constraint failed: " in text
+    if name.startswith(_OF_A_CONSTRAINT) or names:  # tables and columns, or what stands in CHECK; or RAISE
+        return without_numbers(text if names else without_bound(text, values, code, own_words=True))
     sentence = _sentence(text, code, values)
     what, colon, rest = sentence.rpartition(": ")
     if colon and what.startswith("no such ") and not code_of(rest) <= code:  # of a full-text query, the name is a value
@@ -175,5 +172,5 @@ def _of_sqlite(error: BaseException, code: frozenset[str], values: frozenset[str
     return sentence
 
 
-def _sentence(text: str, known: frozenset[str], values: frozenset[str]) -> str:
-    return without_numbers(without_quoted(without_bound(text, values, known), known)).strip()
+def _sentence(text: str, known: frozenset[str], values: frozenset[str], *, own_words: bool = False) -> str:
+    return without_numbers(without_quoted(without_bound(text, values, known, own_words=own_words), known)).strip()

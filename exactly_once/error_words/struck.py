@@ -3,7 +3,8 @@
 A sentence of a server is made of the server's words and of what was put into them: names, or values. Which is which the sentence
 does not say, and a list of the sentences that quote values never ends. So a quoted piece stays only if the developer wrote it:
 if it stands in the text of the statement, outside its literals, or the server itself reports it as the name of a table, a column
-or a constraint. What was bound to the statement is struck wherever it stands, and so is a number of five digits or more.
+or a constraint. What was bound to the statement is struck between quotation marks, and where it has a digit; so is a number of five
+digits or more.
 """
 
 import re
@@ -19,6 +20,7 @@ _OURS: Final = re.compile(r"(\w+\.)?(message_[a-z_]+|exactly_once_version)")
 _PLACE: Final = re.compile(r"\$[0-9]+|\?|end of input", re.IGNORECASE)
 _ENDS: Final = {'"': '"', "'": "'", "`": "`", "«": "»", "»": "«", "„": "“”", "“": "”", "「": "」", "\u2018": "\u2019"}
 _EVERY_MARK: Final = frozenset("".join((*_ENDS, *_ENDS.values())))
+_DIGIT: Final = re.compile("[0-9]")
 _LEAST_WORD: Final = 3
 _LEAST_PIECE: Final = 5  # of a word: 't' || :name
 _MOST_CHARACTERS: Final = 2_000_000  # of what is bound; more is not looked through, and nothing of the sentence is told
@@ -76,15 +78,25 @@ def _values(given: Any) -> Iterator[Any]:
         yield from _values(each)
 
 
-def without_bound(text: str, values: frozenset[str], known: Iterable[str]) -> str:
-    """Strike each word that was bound, or has a bound one in it, and that the developer did not write himself."""
+def without_bound(text: str, values: frozenset[str], known: Iterable[str], *, own_words: bool = False) -> str:
+    """Strike each word that was bound, or has a bound one in it, and that the developer did not write himself.
+
+    Args:
+        text: A server's sentence.
+        values: The words that were bound.
+        known: Those that may stay.
+        own_words: It is the application's (RAISE, SIGNAL), and a value may stand anywhere. Else the server's own words stay where
+            they are outside all quotation marks, for a long text that was bound may have each of them.
+    """
     if not values:
         return text
     kept = frozenset(known)
+    marks = [n for n, mark in enumerate(text) if mark in _EVERY_MARK and not _is_apostrophe(text, n)]
+    first, last = (0, len(text)) if own_words else (marks[0], marks[-1]) if marks else (len(text), 0)
 
     def strike(found: re.Match[str]) -> str:
         word = found[0].lower()
-        if word in kept or len(word) < _LEAST_WORD:
+        if word in kept or len(word) < _LEAST_WORD or not (first <= found.start() < last or _DIGIT.search(word)):
             return found[0]
         return STRUCK if word in values or _has_piece(word, values) else found[0]
 

@@ -236,6 +236,8 @@ def raised_in_the_database(session: Session) -> None:
 
 
 ON_POSTGRESQL: dict[str, Do] = {
+    "a table by a value in words": sent("SELECT CAST(:x AS regclass)", x="Carpenter"),
+    "a search in words": sent("SELECT to_tsquery(:x)", x="cards Carpenter & & x"),
     "a table by a value": sent("SELECT CAST(:x AS regclass)", x=f"t{CARD}"),
     "a sequence by a value": sent("SELECT nextval(:x)", x=f"s{CARD}"),
     "a setting by a value": sent("SELECT current_setting(:x)", x=f"a{CARD}"),
@@ -259,11 +261,14 @@ ON_MARIADB: dict[str, Do] = {
     "a path of XML": sent("SELECT EXTRACTVALUE('<a/>', :x)", x=f"//{CARD}["),
     "a lock's name": sent("SELECT GET_LOCK(:x, 0)", x="x" * 300 + CARD),
     "a statement made of a value": sent("EXECUTE IMMEDIATE CONCAT('SELECT ', :x)", x=f"DE{CARD}"),
+    "a column made of a value": sent("EXECUTE IMMEDIATE CONCAT('SELECT ', :x)", x="Carpenter"),
+    "a table made of a value": sent("EXECUTE IMMEDIATE CONCAT('SELECT 1 FROM ', :x)", x="Carpenter"),
 }
 ON_SQLITE: dict[str, Do] = {
     "a path": sent("SELECT json_extract('{}', :x)", x=f"{CARD}["),
     "a search": sent("SELECT * FROM found WHERE found MATCH :x", x=f"no:{CARD} AND"),
     "a search in a column": sent("SELECT * FROM found WHERE found MATCH :x", x=f"x{CARD}:1"),
+    "a search with a mistake": sent("SELECT * FROM found WHERE found MATCH :x", x='found "Carpenter" AND "'),
     "a search for another column": sent("SELECT * FROM found WHERE found MATCH :x", x="Carpenter411111111:1"),
     "a pattern": sent("SELECT 'a' REGEXP :x", x=f"({CARD}"),
 }

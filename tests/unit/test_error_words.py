@@ -88,8 +88,20 @@ def test_what_was_bound_is_struck_wherever_it_stands() -> None:
     values = bound([{"no": f"x{CARD}", "name": b"Mrs. Carpenter"}, ("Smith", None, 12, [4711])])
     assert values is not None
     said = f"card X{CARD} of carpenter, Smithson and 4711 at 12: cards"
-    assert without_bound(said, values, ("cards",)) == "card ... of ..., ... and ... at 12: cards"
+    assert without_bound(said, values, ("cards",), own_words=True) == "card ... of ..., ... and ... at 12: cards"
+    assert without_bound('carpenter "cards" Carpenter "4711"', values, ("cards",)) == 'carpenter "cards" ... "..."'
     assert bound(["x" * 1_500_000, "y" * 600_000]) is None
+
+
+def test_a_long_text_that_was_bound_takes_no_word_of_the_servers_own() -> None:
+    text = (
+        "Cannot execute statement: impossible to write, since the table has no space at all. violates constraint failed"
+    )
+    for told in (pymysql.err.OperationalError(1665, text), pymysql.err.OperationalError(1999, text.replace("'", ""))):
+        error = IntegrityError("INSERT INTO cards VALUES (%s)", (text,), told)
+        assert words_of(error).startswith("Cannot execute statement: impossible to write, since the table has no space")
+    failed = IntegrityError("INSERT", (text,), sqlite3.IntegrityError("NOT NULL constraint failed: cards.table"))
+    assert words_of(failed).startswith("NOT NULL constraint failed: cards.table")
 
 
 def test_where_more_is_bound_than_can_be_looked_through_the_sentence_is_not_told() -> None:
