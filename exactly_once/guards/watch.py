@@ -307,8 +307,12 @@ class Watch:
         self.committed = True
 
     def _forget(self) -> None:
-        if self.info.get(WATCHED) is self:
-            del self.info[WATCHED]
+        for info in (
+            self.info,
+            self.pooled.info,
+        ):  # of a connection that was detached from the pool, the second is a copy
+            if info.get(WATCHED) is self:
+                del info[WATCHED]
 
     def end(self, session: Session) -> None:
         """Give the connection back clean, whatever happened on it; never raises for what is already over.

@@ -133,3 +133,33 @@ def test_what_was_committed_before_it_was_given_back_is_broken(
         assert end is not P
         assert [row.state for row in shop.failures()] == ["broken"]
         assert shop.effects() == ["1 before"]
+
+
+@pytest.mark.parametrize("way", [ALONE, UNDER_A_LEASE], ids=str)
+@pytest.mark.parametrize("when", ["before", "after"], ids=["before its first statement", "after it"])
+def test_a_connection_that_was_detached_from_the_pool_is_watched_to_the_end(shop: Shop, way: Way, when: str) -> None:
+    """It has its own copy of what stands in the pool's `info`, and is closed and not given to another."""
+
+    def do(session: Session, no: Any) -> None:
+        if when == "after":
+            put(session, f"{no} before")
+        session.connection().detach()
+        if when == "before":
+            put(session, f"{no} before")
+        put(session, f"{no} after")
+        match no:
+            case 2:
+                raise ZeroDivisionError
+            case 3:
+                session.commit()
+            case 4:
+                session.connection().connection.dbapi_connection.commit()  # type: ignore[union-attr]
+                raise ZeroDivisionError
+
+    way.handles(shop, do)
+    ends = [way.attempted(shop, [order(no)])[0] for no in (1, 2, 3, 4)]
+    assert ends[:3] == [P, F, F]
+    states = {row.business_key: row.state for row in shop.failures()}
+    assert states == {"2": "retrying", "3": "retrying", "4": "broken"}
+    assert shop.effects() == ["1 before", "1 after", "4 before", "4 after"]
+    shop.borrow()
