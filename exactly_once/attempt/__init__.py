@@ -16,7 +16,7 @@ from exactly_once.attempt.ending import Ended, How, Open, run
 from exactly_once.dialects import ClaimRow, Dialect, Trouble
 from exactly_once.errors import ConfigurationError, Misuse, StoreUnavailable
 from exactly_once.guards import Conflict, Consumed, Guard, InProgress, Unfinished, Won
-from exactly_once.guards.watch import let_go
+from exactly_once.guards.watch import let_go, over
 from exactly_once.owner import new_owner
 
 __all__ = ["UNFINISHED", "Ended", "How", "attempt"]
@@ -94,6 +94,7 @@ def attempt(
             if used is not None:
                 used.end(session)
             else:
+                over(session)  # with enforce=False a handler had it
                 let_go(session)
         finally:
             if (

@@ -84,6 +84,23 @@ def test_a_session_that_was_kept_is_refused_and_takes_no_connection(small: Shop,
     assert small.effects() == ["1 in time", "3 in time", "4 in time", "5 in time"]
 
 
+def test_the_same_where_a_duplicate_runs_because_nothing_is_enforced(small: Shop) -> None:
+    small.fresh_eo(enforce=False)
+    kept: list[Session] = []
+
+    def do(session: Session, no: Any) -> None:
+        put(session, f"{no}")
+        kept.append(session)
+
+    ALONE.handles(small, do)
+    for attempt in (1, 2, 3, 4):
+        small.process(order(1, attempt=attempt))
+    for session in kept:
+        assert REFUSED in told(small, lambda session=session: put(session, "late"))  # type: ignore[misc]
+    assert checked_out(small) == 0
+    assert small.effects() == ["1"] * 4
+
+
 @pytest.mark.parametrize("way", [ALONE, UNDER_A_LEASE], ids=str)
 def test_a_thread_or_task_that_begins_after_the_end_is_told(small: Shop, way: Way) -> None:
     """The handler itself never used the session."""
