@@ -27,11 +27,13 @@ from exactly_once.dialects import ClaimRow, Gone, Known, State, Trace, Trouble
 from exactly_once.dialects.keywords import Read, reader
 from exactly_once.dialects.statements import SQLITE
 from exactly_once.errors import ConfigurationError
-from exactly_once.owner import savepoint_of
 
-__all__ = ["BEGIN", "CLAIM", "KNOWN", "SQLite"]
+__all__ = ["BEGIN", "CLAIM", "KNOWN", "RELEASE", "SAVEPOINT", "SQLite"]
 
 BEGIN: Final = "BEGIN IMMEDIATE"
+# one name for all, which the driver need not read anew each time: a connection is in one transaction of ours at a time
+SAVEPOINT: Final = "SAVEPOINT exactly_once_transaction"
+RELEASE: Final = "RELEASE SAVEPOINT exactly_once_transaction"
 CLAIM: Final = (
     "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, message_content, fingerprint,"
     " retry_times, owner, born_at, created_at, consumed_at) VALUES"
@@ -101,7 +103,7 @@ class SQLite:
         if not _driver(dbapi).in_transaction:
             self._begin(dbapi)
         if not savepoint:  # the caller's own commit asks for none
-            _run(dbapi, f"SAVEPOINT {savepoint_of(row.owner)}")
+            _run(dbapi, SAVEPOINT)
         return self.insert(dbapi, row)
 
     def insert(self, dbapi: Any, row: ClaimRow) -> bool:
@@ -129,7 +131,7 @@ class SQLite:
 
     def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
         self._begin(dbapi)
-        _run(dbapi, f"SAVEPOINT {savepoint_of(owner)}")
+        _run(dbapi, SAVEPOINT)
 
     def _begin(self, dbapi: Any) -> None:
         cursor = dbapi.cursor()
@@ -159,7 +161,7 @@ class SQLite:
         trace: Trace | None,
         send_commit: Callable[[], None],
     ) -> None:
-        if not _released(dbapi, owner):
+        if not _released(dbapi):
             raise Gone
         send_commit()
 
@@ -172,7 +174,7 @@ class SQLite:
                 await_only(driver.rollback())
 
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
-        return _released(dbapi, owner)
+        return _released(dbapi)
 
     def before_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> Any:
         raise NotImplementedError
@@ -247,10 +249,10 @@ class SQLite:
         return _READ(statement)
 
 
-def _released(dbapi: Any, owner: str) -> bool:
+def _released(dbapi: Any) -> bool:
     """Release the attempt's savepoint; False: its transaction is gone."""
     try:
-        _run(dbapi, f"RELEASE SAVEPOINT {savepoint_of(owner)}")
+        _run(dbapi, RELEASE)
     except sqlite3.OperationalError as error:
         if "no such savepoint" not in str(
             error

@@ -68,7 +68,8 @@ def claim_texts(dialect: str) -> dict[str, list[str]]:
             "what each commit changes": [mysql.COMMITS, *mysql.READ.values()],
         }
         return single | ends | of_group
-    return {"begin": [sqlite.BEGIN], "claim": [sqlite.CLAIM], "known": [sqlite.KNOWN]}
+    witness = {"behind our BEGIN": [sqlite.SAVEPOINT], "with COMMIT": [sqlite.RELEASE]}
+    return {"begin": [sqlite.BEGIN], "claim": [sqlite.CLAIM], "known": [sqlite.KNOWN]} | witness
 
 
 def recorded(engine: Engine, do: Callable[[], object]) -> list[str]:
