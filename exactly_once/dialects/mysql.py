@@ -37,16 +37,28 @@ from sqlalchemy import Connection, Insert, Update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from exactly_once.dialects import COMMITTED_ALONE, ClaimBusy, ClaimRow, Gone, Known, State, Trace, Trouble, steps_of
+from exactly_once.dialects import (
+    COMMITTED_ALONE,
+    ClaimBusy,
+    ClaimRow,
+    Gone,
+    Known,
+    State,
+    Trace,
+    Trouble,
+    steps_of,
+)
 from exactly_once.dialects.keywords import Read, reader
 from exactly_once.dialects.statements import MARIADB, MYSQL
 from exactly_once.errors import ConfigurationError
+from exactly_once.mysql_clock import CLOCK_IS_RIGHT, RIGHT_CLOCK
 from exactly_once.owner import savepoint_of
 
 __all__ = [
     "BEGIN",
     "BOUND",
     "CLAIM",
+    "CLOCK",
     "COMMITS",
     "DUPLICATE",
     "FINISH",
@@ -95,6 +107,8 @@ UNTRACE: Final = (
 )
 _FINISHED: Final = "IF ROW_COUNT() <> {count} THEN SIGNAL SQLSTATE '45000'; END IF"
 BOUND: Final = "SET STATEMENT innodb_lock_wait_timeout = {seconds} FOR "
+# travels with what begins a transaction of ours; `begin_bounded` and the claim of a lease look for themselves
+CLOCK: Final = f"IF NOT ({CLOCK_IS_RIGHT}) THEN {RIGHT_CLOCK}; END IF"
 # so that it sees what is committed now and not an older snapshot of the caller's transaction
 _LOCKING: Final = " LOCK IN SHARE MODE"
 KNOWN: Final = (
@@ -199,6 +213,8 @@ class Seen:
     rollback_on_timeout: bool
     compound: bool
     """Several statements can be sent as one."""
+    clock: tuple[str, ...]
+    """Puts the session's clock right, where that costs no round trip."""
     commits: str
     """Reads what changes with each commit of this session."""
     readers: tuple[Callable[[str], Read], Callable[[str], Read]]
@@ -270,10 +286,12 @@ class MySQL:
         grammar = (MARIADB if is_mariadb else MYSQL)._replace(
             ansi_quotes="ANSI" in str(modes), version=_version(str(version))
         )
+        compound = is_mariadb and "ORACLE" not in str(modes)  # which has another grammar
         info[self] = Seen(
             bound=BOUND.replace("{seconds}", f"{seconds:d}") if is_mariadb else "",
             rollback_on_timeout=bool(rollback_on_timeout),
-            compound=is_mariadb and "ORACLE" not in str(modes),  # which has another grammar
+            compound=compound,
+            clock=(CLOCK,) if compound else (),
             commits=COMMITS.replace("{read}", READ["MariaDB" if is_mariadb else "MySQL"]),
             readers=(reader(grammar._replace(backslash=False)), reader(grammar._replace(backslash=True))),
         )
@@ -299,7 +317,7 @@ class MySQL:
                 if savepoint:
                     together(cursor, seen, f"SAVEPOINT {name}", insert, f"RELEASE SAVEPOINT {name}", values=values)
                 else:
-                    together(cursor, seen, insert, f"SAVEPOINT {name}", values=values)
+                    together(cursor, seen, *seen.clock, insert, f"SAVEPOINT {name}", values=values)
             except Exception as error:
                 code = errno(error)
                 lost = savepoint and not _undone(cursor, name)
@@ -320,7 +338,7 @@ class MySQL:
             values = [*identity(trace.row), digits(trace.name), trace.attempt, trace.token]
         cursor = dbapi.cursor()
         try:
-            together(cursor, seen, *first, f"SAVEPOINT {savepoint_of(owner)}", values=values)
+            together(cursor, seen, *seen.clock, *first, f"SAVEPOINT {savepoint_of(owner)}", values=values)
         finally:
             cursor.close()
 

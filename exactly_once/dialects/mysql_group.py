@@ -62,7 +62,7 @@ class Claims:
         cursor = dbapi.cursor()
         try:
             insert = bound + self._claim.replace("{rows}", ",".join([ROW] * len(rows)))
-            together(cursor, seen, insert, f"SAVEPOINT {savepoint_of(owner)}", values=values)
+            together(cursor, seen, *seen.clock, insert, f"SAVEPOINT {savepoint_of(owner)}", values=values)
             wanted = " UNION ALL ".join([KEY] * len(keys))
             cursor.execute(bound + self._known.replace("{keys}", wanted), (*keys, group, handler))
             found = cursor.fetchall()
