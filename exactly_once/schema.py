@@ -6,7 +6,7 @@ use, once a schema name. Keys are compared byte by byte on every server: case, a
 
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import (
     BigInteger,
@@ -17,6 +17,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    Select,
     SmallInteger,
     String,
     Table,
@@ -42,6 +43,7 @@ __all__ = [
     "STEP_TRACE",
     "UNFINISHED",
     "Tables",
+    "all_rows",
     "tables",
     "utcnow",
 ]
@@ -68,6 +70,8 @@ STEP_BYTES: Final = 64
 FINGERPRINT_BYTES: Final = 120
 
 _FARTHEST_S: Final = 36_500 * 86_400.0
+_ALL_ROWS: Final = 2**63 - 1
+_Selects = TypeVar("_Selects", bound=Select[Any])
 
 # Named, or the tables take the database's defaults: where that is latin1, an error text with an emoji is refused
 MYSQL_OPTIONS: Final[dict[str, Any]] = {
@@ -255,6 +259,16 @@ def _sqlite_now(element: utcnow, compiler: Any, **kw: Any) -> str:
         return "(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')"
     seconds = compiler.process(element.clauses, **kw)
     return f"(strftime('%Y-%m-%d %H:%M:%f', 'now', ({seconds}) || ' seconds') || '000')"
+
+
+def all_rows(statement: _Selects, server: str) -> _Selects:
+    """Say to MySQL and MariaDB that all rows are wanted: else `sql_select_limit` holds, which somebody may have left there.
+
+    Args:
+        statement: Without a limit.
+        server: SQLAlchemy's name of its dialect.
+    """
+    return statement.limit(_ALL_ROWS) if server in ("mysql", "mariadb") else statement
 
 
 class Tables:

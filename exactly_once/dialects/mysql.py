@@ -113,10 +113,11 @@ CLOCK: Final = f"IF NOT ({CLOCK_IS_RIGHT}) THEN {RIGHT_CLOCK}; END IF"
 _LOCKING: Final = " LOCK IN SHARE MODE"
 KNOWN: Final = (
     "SELECT status, fingerprint, CAST(owner AS BINARY) FROM {table}"  # noqa: S608  (constants alone)
-    " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s)" + _LOCKING
+    " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) LIMIT 1" + _LOCKING
 )
 BEGIN: Final = "START TRANSACTION"
-PREPARE: Final = "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode"
+# of each SELECT a limit, or sql_select_limit holds, which somebody may have left in the session
+PREPARE: Final = "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode LIMIT 1"
 # what changes with each commit of this session: how often it sent what is not known to commit nothing. The binary log would
 # tell for less, but not of what is kept out of it. MySQL has these counters in no table, and SHOW cannot add them up
 COMMITS: Final = (
@@ -125,7 +126,7 @@ COMMITS: Final = (
     " 'Com_update', 'Com_update_multi', 'Com_delete', 'Com_delete_multi', 'Com_replace', 'Com_replace_select',"
     " 'Com_call_procedure', 'Com_savepoint', 'Com_release_savepoint', 'Com_rollback_to_savepoint', 'Com_rollback',"
     " 'Com_signal', 'Com_resignal', 'Com_get_diagnostics', 'Com_compound_sql', 'Com_do', 'Com_execute_sql',"
-    " 'Com_execute_immediate', 'Com_prepare_sql', 'Com_dealloc_sql', 'Com_empty_query')"
+    " 'Com_execute_immediate', 'Com_prepare_sql', 'Com_dealloc_sql', 'Com_empty_query'){limit}"
 )
 READ: Final = {
     "MariaDB": "SELECT SUM(VARIABLE_VALUE) FROM information_schema.SESSION_STATUS",
@@ -292,7 +293,9 @@ class MySQL:
             rollback_on_timeout=bool(rollback_on_timeout),
             compound=compound,
             clock=(CLOCK,) if compound else (),
-            commits=COMMITS.replace("{read}", READ["MariaDB" if is_mariadb else "MySQL"]),
+            commits=COMMITS.replace("{read}", READ["MariaDB" if is_mariadb else "MySQL"]).replace(
+                "{limit}", " LIMIT 1" if is_mariadb else ""
+            ),
             readers=(reader(grammar._replace(backslash=False)), reader(grammar._replace(backslash=True))),
         )
 

@@ -28,7 +28,7 @@ ROW: Final = (
 KNOWN: Final = (
     "SELECT known.business_key, known.status, known.fingerprint, CAST(known.owner AS BINARY) FROM ({keys}) AS wanted"
     " STRAIGHT_JOIN {table} AS known FORCE INDEX (PRIMARY) ON known.consumer_group = UNHEX(%s) AND known.handler = UNHEX(%s)"
-    " AND known.business_key = wanted.business_key LOCK IN SHARE MODE"
+    " AND known.business_key = wanted.business_key LIMIT 18446744073709551615 LOCK IN SHARE MODE"
 )
 
 

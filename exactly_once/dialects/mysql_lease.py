@@ -32,7 +32,7 @@ TAKE: Final = (
 LOOK: Final = (
     "SELECT status, CAST(token AS BINARY), fingerprint, retry_times,"
     " TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), lease_until), CAST(owner AS BINARY) FROM {table}"
-    " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s)"
+    " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) LIMIT 1"
 )
 TRACED: Final = (
     "SELECT 1 FROM {steps}"

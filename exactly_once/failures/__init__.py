@@ -43,7 +43,7 @@ from exactly_once.fingerprint import TAG_BYTES
 from exactly_once.message import Message
 from exactly_once.policy import ByBroker, ByPump, Decision, Park
 from exactly_once.pooler import begin_bounded
-from exactly_once.schema import CONSUMED, KEY_BYTES, UNFINISHED, Tables, utcnow
+from exactly_once.schema import CONSUMED, KEY_BYTES, UNFINISHED, Tables, all_rows, utcnow
 from exactly_once.wording import EVERY, storable
 
 __all__ = ["CLOSED", "OPEN", "Failure", "FailureStore", "Form", "Place", "blocking", "place_of", "text_of", "words_of"]
@@ -180,7 +180,7 @@ class FailureStore:
         key = failure.failure_key_in(_ASCII if form is Form.ASCII else characters)
         identity = self._identity(failure, key)
         texts = characters if form is Form.WHOLE else _ASCII
-        known = select(t.c.id, t.c.attempts, t.c.state)
+        known = all_rows(select(t.c.id, t.c.attempts, t.c.state), session.connection().dialect.name)
         row = session.execute(known.where(identity)).one_or_none()
         if row is not None:
             # locked by its id, and only when it is there: on InnoDB a locking read of nothing locks the gap around it,

@@ -18,7 +18,7 @@ from exactly_once import claim_rows
 from exactly_once.characters import characters_of
 from exactly_once.errors import ConfigurationError
 from exactly_once.failures import CLOSED, OPEN
-from exactly_once.schema import CONSUMED, CONSUMING, DISCARDED, KEY_BYTES, UNFINISHED, Tables, utcnow
+from exactly_once.schema import CONSUMED, CONSUMING, DISCARDED, KEY_BYTES, UNFINISHED, Tables, all_rows, utcnow
 from exactly_once.wording import escaped, probably, storable
 from exactly_once.wording import listed as named
 
@@ -77,13 +77,16 @@ def listed(connection: Connection, tables: Tables, chosen: Chosen, *, limit: int
 def count(connection: Connection, tables: Tables, chosen: Chosen) -> int:
     """Return how many there are."""
     t = tables.failure
-    return connection.execute(select(func.count()).select_from(t).where(chosen.where(connection, t))).scalar_one()
+    return connection.execute(
+        all_rows(select(func.count()).select_from(t).where(chosen.where(connection, t)), connection.dialect.name)
+    ).scalar_one()
 
 
 def shown(connection: Connection, tables: Tables, group: str, id_: int) -> Row[Any] | None:
     """Return one failure, whole, in whichever state."""
     t = tables.failure
-    return connection.execute(select(t).where(t.c.consumer_group == group, t.c.id == id_)).one_or_none()
+    one = select(t).where(t.c.consumer_group == group, t.c.id == id_)
+    return connection.execute(all_rows(one, connection.dialect.name)).one_or_none()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,9 +126,8 @@ def requeue(
         )
     t = tables.failure
     broken_too = bool(chosen.ids) or tuple(chosen.states) != OPEN
-    rows = connection.execute(
-        select(*(t.c[name] for name in _IDENTITY)).where(chosen.where(connection, t)).order_by(t.c.id).with_for_update()
-    ).all()
+    meant = select(*(t.c[name] for name in _IDENTITY)).where(chosen.where(connection, t)).order_by(t.c.id)
+    rows = connection.execute(all_rows(meant.with_for_update(), connection.dialect.name)).all()
     wanted = [row for row in rows if broken_too or row.state != "broken"]
     broken = [row for row in wanted if row.state == "broken"]
     for row in broken:
@@ -152,7 +154,8 @@ def requeue(
 def discard(connection: Connection, tables: Tables, chosen: Chosen, *, by: str, why: str | None) -> int:
     """Settle these for good, and return how many: they do not run again, and neither does another copy of them."""
     t = tables.failure
-    rows = connection.execute(select(t).where(chosen.where(connection, t)).order_by(t.c.id).with_for_update()).all()
+    meant = select(t).where(chosen.where(connection, t)).order_by(t.c.id).with_for_update()
+    rows = connection.execute(all_rows(meant, connection.dialect.name)).all()
     for row in rows:
         if row.business_key is not None:
             _claim(connection, tables.idempotent, row)
@@ -203,7 +206,8 @@ def rename(connection: Connection, tables: Tables, group: str, old: str, new: st
             names = ["consumer_group", "failure_key", "fingerprint"]
         both = exists().where(*(other.c[name] == table.c[name] for name in names), other.c.handler == new)
         mine = and_(table.c.consumer_group == group, table.c.handler == old)
-        twice = connection.execute(select(func.count()).select_from(table).where(mine, both)).scalar_one()
+        doubled = select(func.count()).select_from(table).where(mine, both)
+        twice = connection.execute(all_rows(doubled, connection.dialect.name)).scalar_one()
         if twice:
             raise ConfigurationError(
                 f"Both {old!r} and {new!r} have rows for {twice} key(s) in {table.name}; nothing was renamed. They were run"

@@ -15,6 +15,7 @@ from sqlalchemy import (
     Connection,
     Engine,
     Insert,
+    Select,
     Table,
     Update,
     and_,
@@ -54,6 +55,7 @@ from exactly_once.schema import (
     STEP_TRACE,
     UNFINISHED,
     Tables,
+    all_rows,
     utcnow,
 )
 
@@ -236,13 +238,13 @@ class SqlLeases:
                         connection.execute(update(t).where(ours).values(until).returning(t.c.token)).scalars()
                     )
                 case _:  # no UPDATE there skips what is locked
-                    unlocked = select(t.c.token).where(ours).with_for_update(skip_locked=True)
+                    unlocked = self._all(select(t.c.token).where(ours).with_for_update(skip_locked=True))
                     renewed = set(connection.execute(unlocked).scalars())
                     if renewed:
                         connection.execute(update(t).where(ours, t.c.token.in_(sorted(renewed))).values(until))
             missing = by_token.keys() - renewed
             if missing:  # locked, or lost: a plain look tells
-                missing -= set(connection.execute(select(t.c.token).where(ours)).scalars())
+                missing -= set(connection.execute(self._all(select(t.c.token).where(ours))).scalars())
         for token in renewed:
             by_token[token].renewed = asked
         return [by_token[token] for token in missing]
@@ -305,7 +307,7 @@ class SqlLeases:
             ours = and_(mine, s.c.token == held.token, s.c.status == STEP_BEGUN)
             if _one(connection, update(s).where(ours, exists().where(self._ours(held))).values(values)):
                 return Recorded.STORED
-        row = connection.execute(select(s.c.token, s.c.status).where(mine)).one_or_none()
+        row = connection.execute(self._all(select(s.c.token, s.c.status).where(mine))).one_or_none()
         if row is None or row.token != held.token:
             return Recorded.KNOWN
         return Recorded.STORED if (row.status == STEP_FINISHED) == step.finished else Recorded.LOST
@@ -314,7 +316,7 @@ class SqlLeases:
         """Return the result of a finished step, None where it has none."""
         s = self._steps
         of_step = select(s.c.result).where(self._of(s, row), s.c.step == step, s.c.status == STEP_FINISHED)
-        return self._by_itself(lambda connection: connection.execute(of_step).scalar_one_or_none())
+        return self._by_itself(lambda connection: connection.execute(self._all(of_step)).scalar_one_or_none())
 
     def look(self, row: ClaimRow) -> Leased | None:
         """See `LeaseStore.look`."""
@@ -326,7 +328,7 @@ class SqlLeases:
             )  # fmt: skip
             if self._dialect.asks_around_calls:
                 connection.exec_driver_sql(COMMITTED_ALONE)
-            found = connection.execute(select(*columns).where(self._of(t, row))).one_or_none()
+            found = connection.execute(self._all(select(*columns).where(self._of(t, row)))).one_or_none()
             if found is None:
                 return None
             steps = select(s.c.step, s.c.ordinal, s.c.status, s.c.result, s.c.attempt).where(
@@ -343,7 +345,9 @@ class SqlLeases:
                 remaining=found.lease_until - found.now if running else None,
                 steps=tuple(
                     StepRow(name, ordinal, status == STEP_FINISHED, result, attempt)
-                    for name, ordinal, status, result, attempt in connection.execute(steps.order_by(s.c.ordinal))
+                    for name, ordinal, status, result, attempt in connection.execute(
+                        self._all(steps.order_by(s.c.ordinal))
+                    )
                 ),
             )
 
@@ -366,7 +370,7 @@ class SqlLeases:
         """Return the handlers that have a claim on a key."""
         t = self._t
         named = select(t.c.handler).where(t.c.consumer_group == group, t.c.business_key == key).order_by(t.c.handler)
-        return self._by_itself(lambda connection: connection.execute(named).scalars().all())
+        return self._by_itself(lambda connection: connection.execute(self._all(named)).scalars().all())
 
     def clear_in(self, connection: Connection, row: ClaimRow) -> bool:
         """Delete a claim that is not consumed and under no lease that runs, in the caller's transaction; False if it is."""
@@ -377,7 +381,8 @@ class SqlLeases:
         t, s = self._t, self._steps
         with self._speaking(self._engine) as connection, connection.begin():
             begin_bounded(connection)
-            if connection.execute(select(t.c.status).where(self._free(row)).with_for_update()).one_or_none() is None:
+            free = self._all(select(t.c.status).where(self._free(row)).with_for_update())
+            if connection.execute(free).one_or_none() is None:
                 return False
             mine = and_(self._of(s, row), s.c.step == step)
             # without the token of the run that began it: should that one still live, it changes nothing any more
@@ -396,6 +401,9 @@ class SqlLeases:
     @property
     def _is_postgresql(self) -> bool:
         return self._dialect.name == "postgresql"
+
+    def _all(self, statement: Select[Any]) -> Select[Any]:
+        return all_rows(statement, self._engine.dialect.name)
 
     def _of(self, t: Table, row: ClaimRow) -> Any:
         return and_(t.c.consumer_group == row.group, t.c.handler == row.handler, t.c.business_key == row.key)

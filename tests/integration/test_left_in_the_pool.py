@@ -5,7 +5,7 @@ says so. Then no message is to be blamed for it, no copy may run, what fails is 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -13,13 +13,14 @@ import pytest
 from sqlalchemy import event, select, text, update
 from sqlalchemy.orm import Session
 
-from exactly_once import Lease, Outcome, Retry
+from exactly_once import AsyncSteps, Lease, Outcome, Retry, Steps
+from exactly_once.failures.triage import Chosen, requeue
 from exactly_once.schema import utcnow
 from exactly_once.testing.databases import DatabaseServer
-from tests.integration.shop import COLOURS, DIALECTS, Shop, order, put, shops
+from tests.integration.shop import COLOURS, DIALECTS, GROUP, Shop, order, put, shops
 from tests.integration.test_connection_settings import ground_on, one_by_one, run
 from tests.integration.threads import until
-from tests.integration.ways import ALONE, IN_A_GROUP, UNDER_A_LEASE, WAYS, Way
+from tests.integration.ways import ALONE, IN_A_GROUP, LEASE, UNDER_A_LEASE, WAYS, Way
 
 P, D, F = Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.FAILED
 each_way = pytest.mark.parametrize("way", WAYS, ids=str)
@@ -281,6 +282,59 @@ def test_what_other_code_of_the_program_left_in_the_pool_of_mariadb_fails_no_mes
     again = one_by_one(mariadb, way, [1, 2, 3, 4, 5])
     assert again[0] is D
     assert sorted(mariadb.effects()) == ["1", "2", "3", "4", "5"], (first, again)
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_a_limit_of_rows_hides_no_recorded_step(mariadb: Shop, limit: int) -> None:
+    calls: list[str] = []
+
+    def recorded(name: str) -> Callable[[str], None]:
+        return lambda key: calls.append(name)
+
+    options: dict[str, Any] = {"name": "handler", "key": "no", "guard": LEASE, "retry": Retry(immediate=0)}
+    if mariadb.is_async:
+
+        async def call(name: str) -> None:
+            calls.append(name)
+
+        @mariadb.eo.handler("orders", **options)
+        async def by_await(body: dict[str, Any], steps: AsyncSteps) -> None:
+            for name in ("first", "second"):
+                await steps.run(name, lambda key, name=name: call(name))  # type: ignore[misc]
+            if len(calls) == 2:
+                calls.append("failed")
+                raise ZeroDivisionError
+    else:
+
+        @mariadb.eo.handler("orders", **options)
+        def handler(body: dict[str, Any], steps: Steps) -> None:
+            for name in ("first", "second"):
+                steps.run(name, recorded(name))
+            if len(calls) == 2:
+                calls.append("failed")
+                raise ZeroDivisionError
+
+    assert mariadb.process(order(1)) is F
+    by_other_code(mariadb, f"SET sql_select_limit = {limit}")
+    assert mariadb.process(order(1, attempt=2)) is P
+    assert mariadb.process(order(1, attempt=3)) is D
+    assert calls == ["first", "second", "failed"]
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_a_limit_of_rows_hides_nothing_of_a_group_and_of_what_failed(mariadb: Shop, limit: int) -> None:
+    def do(session: Session, no: Any) -> None:
+        put(session, str(no))
+        if no in (2, 3):
+            raise ZeroDivisionError
+
+    IN_A_GROUP.handles(mariadb, do)
+    assert IN_A_GROUP.deliver(mariadb, [order(no) for no in (0, 1, 2, 3)]) == [P, P, F, F]
+    by_other_code(mariadb, f"SET sql_select_limit = {limit}")
+    assert IN_A_GROUP.deliver(mariadb, [order(no) for no in (0, 1, 4, 5)]) == [D, D, P, P]
+    with mariadb.engine.begin() as connection:
+        connection.exec_driver_sql(f"SET sql_select_limit = {limit}")
+        assert requeue(connection, mariadb.tables, Chosen(group=GROUP), by="me", why=None, per_second=None).count == 2
 
 
 # -- SQLite --------------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ from sqlalchemy import (
     update,
 )
 
-from exactly_once.schema import Tables, tables, utcnow
+from exactly_once.schema import Tables, all_rows, tables, utcnow
 from exactly_once.transport import Subscription
 
 __all__ = ["NO_GROUP", "Look", "Statements", "statements"]
@@ -216,17 +216,19 @@ class Statements:
         The groups must be read by a later statement: this one's snapshot is older than the lock it waited for.
         """
         g = self.group
-        return (
+        gates = (
             select(g.c.topic)
             .where(g.c.topic.in_(sorted(topics)), g.c.consumer_group == NO_GROUP)
             .order_by(g.c.topic)
             .with_for_update(read=not alone)
         )
+        return all_rows(gates, self._dialect)
 
     def groups(self, topics: Sequence[str]) -> Select[Any]:
         """Which groups have joined which of these topics."""
         g = self.group
-        return select(g.c.topic, g.c.consumer_group).where(g.c.topic.in_(topics), g.c.consumer_group != NO_GROUP)
+        joined = select(g.c.topic, g.c.consumer_group).where(g.c.topic.in_(topics), g.c.consumer_group != NO_GROUP)
+        return all_rows(joined, self._dialect)
 
     def add_group(self, topic: str, group: str) -> Insert:
         """Write that a group has joined, or, for NO_GROUP, the topic's gate row."""
