@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
+from exactly_once import fork
 from exactly_once.dialects import Dialect, StepRow
 from exactly_once.errors import ConfigurationError, LeaseLost, Misuse, StepError
 from exactly_once.guards.late import Late
@@ -61,7 +62,7 @@ class StepLedger:
         open_session: Callable[[], tuple[Session, Any]],
         pause: Callable[[float], None],
     ) -> None:
-        self._held, self._late = held, late
+        self._held, self._late, self._process = held, late, fork.here
         self._store, self._local, self._fenced = store, local, fenced
         self._dialect, self._open, self._pause = dialect, open_session, pause
         self._order = StepOrder(held.steps)
@@ -120,6 +121,7 @@ class StepLedger:
     def _look_up(self, name: str, returns: Any, *, local: bool = False) -> Begun:
         if self.error is not None:
             raise self.error
+        self._check_process()
         self._check_lease()
         self._check_name(name)
         if self._fenced or local:
@@ -139,6 +141,11 @@ class StepLedger:
         value = self._decoded(name, known.result, begun.coder.decode)
         order.finish(name)
         return replace(begun, done=True, value=value)
+
+    def _check_process(self) -> None:
+        """A child's step would be recorded beside its parent's, under one order; and the parent would know nothing of it."""
+        if self._process is not fork.here:
+            raise fork.inside()
 
     def _learn(self) -> None:
         """Read what stands: a record was cut off, by a timeout of the handler's own or by a store that went away."""
@@ -257,6 +264,7 @@ class StepLedger:
     # -- what is stored ----------------------------------------------------------------------------------------------
 
     def _store_(self, begun: Begun, step: StepRow) -> None:
+        self._check_process()
         held, store = self._held, self._store
         self._unsure.add(step.name)
         stored = insisting(held, self._pause, lambda: store.record(held, step, begun=begun.marked))

@@ -12,10 +12,10 @@ from threading import Event, Thread
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
-from exactly_once import ExactlyOnce, Lease, Lock, Message, Outcome, SendFailed
+from exactly_once import ExactlyOnce, Lease, Lock, Message, Outcome, SendFailed, Steps
 from exactly_once.transports.memory import forget
 from tests import length
 from tests.integration.forking import Forked, forked
@@ -160,6 +160,68 @@ def test_a_child_forked_inside_a_handler_rolls_nothing_back(shop: Shop, verb: st
     forks_inside(shop, lambda session: getattr(session, verb)())
     assert shop.process(order()) is Outcome.PROCESSED
     shop.assert_kept("before", "after", claims=["A-1"])
+
+
+@pytest.mark.parametrize("where", ["between steps", "in the call of a step", "in its transaction"])
+def test_a_step_is_refused_in_a_child_that_its_handler_forks(shop: Shop, where: str) -> None:
+    """It would be recorded beside the parent's, which knows nothing of it: its retry could not go on."""
+    said: list[Any] = []
+    calls: list[str] = []
+    failed: list[bool] = []
+
+    def child(steps: Steps) -> None:
+        if where == "in its transaction":
+            steps.transaction("child", lambda session: put(session, "child"))
+        else:
+            steps.run("child", lambda key: calls.append("child"))
+
+    @shop.eo.handler("orders", name="handler", key="no", guard=Lease(timedelta(seconds=30)), retry=ONE_TRY)
+    def handler(body: dict[str, Any], steps: Steps, session: Session) -> None:
+        steps.run("first", lambda key: said.append(Forked(lambda: child(steps)).said()) if "call" in where else None)
+        if "call" not in where:
+            said.append(Forked(lambda: child(steps)).said())
+        steps.run("second", lambda key: None)
+        put(session, "parent")
+        if not failed:
+            failed.append(True)
+            raise ConnectionError("once")
+
+    assert shop.process(order()) is Outcome.FAILED
+    assert [shop.process(order(attempt=attempt)) for attempt in (2, 3)] == [Outcome.PROCESSED, Outcome.DUPLICATE]
+    assert said[0][:2] == ("raised", "ForkedProcess")
+    assert "forked while a handler ran" in said[0][2]
+    assert shop.effects() == ["parent"]
+    with shop.outside.connect() as connection:
+        recorded = connection.execute(select(shop.tables.step.c.step).order_by(shop.tables.step.c.ordinal)).scalars()
+        assert list(recorded) == ["first", "second"]
+
+
+def test_the_end_of_a_step_in_a_child_that_its_call_forked_is_not_recorded(shop: Shop) -> None:
+    """The child comes back from the call as its parent does: one of them recorded the step, and the other went on alone."""
+    out, into = os.pipe()
+
+    @shop.eo.handler("orders", name="handler", key="no", guard=Lease(timedelta(seconds=30)), retry=ONE_TRY)
+    def handler(body: dict[str, Any], steps: Steps, session: Session) -> None:
+        pids: list[int] = []
+        try:
+            steps.run("forks", lambda key: pids.append(os.fork()))
+            if pids == [0]:
+                os.write(into, b"went on")
+        except BaseException as error:
+            if pids == [0]:
+                os.write(into, type(error).__name__.encode())
+            else:
+                raise
+        if pids == [0]:
+            os._exit(0)
+        os.waitpid(pids[0], 0)
+        put(session, "parent")
+
+    assert [shop.process(order()), shop.process(order())] == [Outcome.PROCESSED, Outcome.DUPLICATE]
+    assert os.read(out, 100) == b"ForkedProcess"
+    assert shop.effects() == ["parent"]
+    os.close(out)
+    os.close(into)
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
