@@ -12,10 +12,11 @@ from time import time
 from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
-from sqlalchemy import URL, Connection, Engine, Table, create_engine, insert, make_url
+from sqlalchemy import URL, Connection, Engine, NullPool, Table, create_engine, insert, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import reset_none
 
 from exactly_once import loops
 from exactly_once.characters import narrow, utf8_args
@@ -441,9 +442,24 @@ def _sides(database: Any, async_database: Any) -> tuple[Any, Any]:
                 "A sessionmaker with binds= writes to several databases, which cannot be one commit. Give one engine;"
                 " for several databases give exactly_once a dict of them and route=."
             )
+        if _resets_nothing(kw.get("bind", given)):
+            raise ConfigurationError(
+                "An engine with pool_reset_on_return=None hands a transaction that other code left open to the next user: a"
+                " message would commit a stranger's half. Take pool_reset_on_return out; a rollback where nothing is open costs"
+                " psycopg and SQLite nothing. Where a listener of `reset` rolls back for you, make it before exactly_once"
+                " gets the engine."
+            )
         if given is not None and isinstance(given, sessionmaker) and kw.get("bind") is None:
             raise ConfigurationError("The sessionmaker has no bind=. Type: sessionmaker(engine)")
     return database, async_database
+
+
+def _resets_nothing(bind: Any) -> bool:
+    """Say whether this is an engine whose pool neither rolls back what comes back to it, nor closes it, nor asks a listener."""
+    pool = getattr(getattr(bind, "sync_engine", bind), "pool", None)
+    if pool is None or isinstance(pool, NullPool) or pool.dispatch.reset:
+        return False
+    return pool._reset_on_return is reset_none  # noqa: SLF001  (there is no public word for it)
 
 
 def _try_to_write(connection: Connection, claims: Table, *, rows: int) -> None:

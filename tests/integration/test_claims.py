@@ -13,7 +13,7 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, insert, select, text, update
+from sqlalchemy import Engine, NullPool, create_engine, event, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -489,6 +489,28 @@ def test_sessions_that_cannot_commit_once_are_refused_with_what_to_do(shop: Shop
     refused(sessionmaker(), r"sessionmaker\(engine\)")
     refused(async_sessionmaker(shop.async_engine, twophase=True), "twophase=True")
     refused(async_sessionmaker(shop.async_engine, binds={object: shop.async_engine}), "binds=")
+
+
+def test_a_pool_that_resets_nothing_is_refused_unless_a_listener_does_or_it_closes(shop: Shop) -> None:
+    """Other code's half transaction would be in the transaction of a message, and be committed with it."""
+
+    def stores_of(*databases: Any) -> Any:
+        return ExactlyOnce(*databases[:1], async_database=databases[1], group=GROUP).stores
+
+    none: dict[str, Any] = {"pool_reset_on_return": None}
+    engine, async_engine = create_engine(shop.url, **none), create_async_engine(shop.async_engine.url, **none)
+    for refused in (
+        (engine, None),
+        (sessionmaker(engine), None),
+        (None, async_engine),
+        (shop.engine, async_sessionmaker(async_engine)),
+    ):
+        with pytest.raises(ConfigurationError, match="Take pool_reset_on_return out"):
+            stores_of(*refused)
+    assert stores_of(create_engine(shop.url, poolclass=NullPool, **none), None)
+    event.listen(engine, "reset", lambda dbapi, record, state: None if state.terminate_only else dbapi.rollback())
+    assert stores_of(engine, None)
+    assert stores_of(sessionmaker(engine), None)
 
 
 class ShopSession(Session):
