@@ -3,10 +3,10 @@
 Two answers come from one reading, once for each text. *Refused*: it would end the handler's transaction. *Session*: the
 connection is not what it was for whoever has it next.
 
-It reads first words and no SQL. So it cannot see what functions and procedures do: `SELECT set_config(...)`,
-`SELECT pg_advisory_lock(...)`, `SELECT GET_LOCK(...)`, a COMMIT in a procedure, a trigger or a prepared text; nor a
-temporary table made by `SELECT ... INTO TEMP` or by the name of its schema. `unseen` says that a statement runs a text
-which is not there to read; the transaction's own witnesses tell what became of it.
+It reads first words and no SQL, but for the names of the functions that take a lock of the session. So it cannot see what other
+functions and procedures do: `SELECT set_config(...)`, a COMMIT in a procedure, a trigger or a prepared text; nor a temporary
+table made by `SELECT ... INTO TEMP` or by the name of its schema. `unseen` says that a statement runs a text which is not there
+to read; the transaction's own witnesses tell what became of it.
 """
 
 import re
@@ -28,6 +28,13 @@ _PLAIN: Final = {
     for word in ("DELETE", "INSERT", "SELECT", "UPDATE", "WITH")
     for spelling in (word, word.lower())
 }
+
+# of the session, so they outlive the transaction in an idle connection of the pool; whoever waits for one waits for ever
+_LOCKS: Final = {
+    "postgresql": re.compile(r"\bpg_(?:try_)?advisory_lock", re.IGNORECASE),
+    "mysql": re.compile(r"\bGET_LOCK\s*\(", re.IGNORECASE),
+}
+_LOCK: Final = "a lock of the session"
 
 _REMEMBERED: Final = 32_768
 """Characters. A longer text is read each time: its values stand in it, it does not come again, and many fill the memory."""
@@ -62,6 +69,14 @@ def read(statement: str, grammar: Grammar) -> Read:
 
 
 def _read(statement: str, grammar: Grammar) -> Read:
+    locks = _LOCKS.get(grammar.dialect)
+    if locks is not None and "_lock" in statement.lower() and locks.search(statement):
+        said = _told(statement, grammar)
+        return said if said.session is not None else said._replace(session=_LOCK)
+    return _told(statement, grammar)
+
+
+def _told(statement: str, grammar: Grammar) -> Read:
     if ";" not in statement:
         found = _FIRST.match(statement)
         if found is not None and (plain := _PLAIN.get(found[1])) is not None:

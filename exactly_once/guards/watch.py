@@ -303,7 +303,7 @@ class Watch:
             raise
         finally:
             if self.changed is not None:
-                self.connection.connection.invalidate(soft=True)  # closed when somebody would get it
+                self.connection.connection.invalidate()  # at once: it may hold a lock that somebody waits for
         self.committed = True
 
     def _forget(self) -> None:

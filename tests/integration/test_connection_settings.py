@@ -6,6 +6,7 @@ always go, a COMMIT that is answered is on disk, and the next handler finds the 
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -206,6 +207,41 @@ def test_what_runs_with_commit_finds_the_encoding_that_the_handler_has_set(
         UNDER_A_LEASE.handles(shop, first_then(sends(SPOKEN["SET LOCAL"])))
         assert one_by_one(shop, UNDER_A_LEASE, [1, 2]) == [P, P]
         assert durable(shop) == ["LATIN1", "UTF8"]
+
+
+# -- locks of the session ----------------------------------------------------------------------------------------------
+
+LOCKS = {
+    "postgres": ("SELECT pg_advisory_lock(7)", "SELECT pg_try_advisory_lock(7)"),
+    "postgres, if free": ("SELECT 1 WHERE pg_try_advisory_lock(7)", "SELECT pg_try_advisory_lock(7)"),
+    "mariadb": ("SELECT GET_LOCK('seven', 0)", "SELECT GET_LOCK('seven', 0)"),
+}
+
+
+@each_way
+@pytest.mark.parametrize("lock", LOCKS)
+@pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
+@pytest.mark.parametrize("colour", COLOURS)
+def test_a_lock_that_a_handler_took_for_its_session_is_let_go_of_when_it_ends(
+    request: pytest.FixtureRequest, way: Way, lock: str, fails: bool, colour: str
+) -> None:
+    """It outlives the transaction, and an idle connection of the pool would hold it: the next message waits for ever."""
+    takes, asks = LOCKS[lock]
+    for shop in ground_on(request, lock.split(",")[0], colour):
+
+        def do(session: Session, no: Any) -> None:
+            session.execute(text(takes)).all()
+            put(session, str(no))
+            if fails:
+                raise ZeroDivisionError
+
+        way.handles(shop, do)
+        assert one_by_one(shop, way, [1]) == [F if fails else P]
+        until(partial(_free, shop, asks), "the lock is free")
+
+
+def _free(shop: Shop, asks: str) -> bool:
+    return column(shop, asks) in ([True], [1])
 
 
 # -- which tables are ours ---------------------------------------------------------------------------------------------
