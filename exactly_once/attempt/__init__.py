@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from exactly_once import fork
-from exactly_once.attempt.ending import Ended, How, Open, run
+from exactly_once.attempt.ending import Ended, How, Open, raised, run
 from exactly_once.dialects import ClaimRow, Dialect, Trouble
 from exactly_once.errors import ConfigurationError, Misuse, StoreUnavailable
 from exactly_once.guards import Conflict, Consumed, Guard, InProgress, Unfinished, Won
@@ -73,7 +73,7 @@ def attempt(
             case Won():
                 won = claim
             case _ if not enforce:
-                return _unguarded(session, dialect, handed, lambda given: handle(given, Won()))
+                return _unguarded(session, dialect, handed, lambda given: handle(given, Won()), also)
             case Consumed(owner):
                 return _duplicate(session, dialect, also, owner)
             case Unfinished(owner):
@@ -135,15 +135,25 @@ def _duplicate(
     return Ended(How.DUPLICATE, owner=owner)
 
 
-def _unguarded(session: Session, dialect: Dialect, handed: Any, handle: Callable[[Any], object]) -> Ended:
-    """Run a message that would have been refused: how a team looks before it trusts."""
+def _unguarded(
+    session: Session,
+    dialect: Dialect,
+    handed: Any,
+    handle: Callable[[Any], object],
+    also: Callable[[Session, int], object] | None,
+) -> Ended:
+    """Run a message that would have been refused, and tell of its end as of any other: how a team looks before it trusts."""
     session.rollback()
     try:
         handle(handed)
+        if also is not None:
+            also(session, 1)
         session.commit()
-    except Exception as error:
-        transient = dialect.trouble(error) in (Trouble.TRANSIENT, Trouble.UNAVAILABLE)
-        return Ended(How.TRANSIENT if transient else How.FAILED, error)
+    except BaseException as error:
+        ended = raised(dialect, Won(), error)
+        if ended.how is How.STOPPED:
+            raise
+        return ended
     return Ended(How.PROCESSED, again=True)
 
 

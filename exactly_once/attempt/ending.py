@@ -26,7 +26,7 @@ from exactly_once.guards import Consumed, Guard, Unfinished, Won
 from exactly_once.guards.watch import BrokenTransaction, Left, Watch, let_go
 from exactly_once.stops import stops
 
-__all__ = ["PROCESSED", "Ended", "How", "Open", "run"]
+__all__ = ["PROCESSED", "Ended", "How", "Open", "raised", "run"]
 
 Open = Callable[[], tuple[Session, Any]]
 """Make a session: the one the core speaks to, and the one the handler is handed (the same, or the AsyncSession around it)."""
@@ -139,7 +139,7 @@ def _left(
     """Say how an attempt ended that raised; what was seen of its transaction weighs more than what was raised."""
     watch = won.watch
     if watch is None:
-        return _raised(dialect, won, error)
+        return raised(dialect, won, error)
     if watch.committed and watch.left is not Left.BROKEN:
         # a hook of the user's, behind the server's answer: it is done
         return Ended(How.STOPPED, error, kept=True) if stops(error) else PROCESSED
@@ -172,10 +172,10 @@ def _said(dialect: Dialect, won: Won, watch: Watch, error: BaseException) -> End
         return Ended(How.TRANSIENT, watch.lost)
     if watch.left is Left.REFUSED:
         return Ended(How.FAILED, watch.error)  # also when the handler swallowed it, or wrapped it in its own
-    return replace(_raised(dialect, won, error), answered=watch.refused)
+    return replace(raised(dialect, won, error), answered=watch.refused)
 
 
-def _raised(dialect: Dialect, won: Won, error: BaseException) -> Ended:
+def raised(dialect: Dialect, won: Won, error: BaseException) -> Ended:
     """From what was raised alone."""
     if stops(error):
         return Ended(How.STOPPED, error)

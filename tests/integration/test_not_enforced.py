@@ -1,0 +1,93 @@
+"""With enforce=False a duplicate runs, and its end is told as that of any other message: a team looks at its own traffic."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from exactly_once import Outcome, Retry
+from tests.integration.shop import Shop, order, put
+from tests.integration.test_ends_badly import Panic
+from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_LIST, Way
+
+P, F, DEAD, WAITING = Outcome.PROCESSED, Outcome.FAILED, Outcome.DEAD, Outcome.WAITING
+THREE = Retry(immediate=0, delays=[0.01], max_attempts=3)
+RAISED: dict[str, Callable[[], BaseException]] = {
+    "Panic": lambda: Panic("attempt to subtract with overflow"),
+    "CancelledError": asyncio.CancelledError,
+    "a group": lambda: BaseExceptionGroup("g", [Panic("x")]),
+    "ValueError": lambda: ValueError("no"),
+}
+each_way = pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST], ids=str)  # a lease refuses enforce=False
+
+
+@each_way
+@pytest.mark.parametrize("raised", RAISED)
+def test_a_duplicate_that_ends_badly_is_counted_and_its_row_closed_when_it_ends_well(
+    shop: Shop, way: Way, raised: str
+) -> None:
+    bad: list[int] = []
+
+    def do(session: Session, no: Any) -> None:
+        put(session, str(no))
+        if bad:
+            raise RAISED[raised]()
+
+    shop.fresh_eo(enforce=False)
+    way.handles(shop, do, retry=THREE)
+    assert shop.process(order(1)) is P
+    bad.append(1)
+    assert shop.process(order(1, attempt=2)) is F
+    assert (shop.failure().state, shop.failure().attempts) == ("retrying", 1)
+    bad.clear()
+    assert shop.process(order(1, attempt=3)) is P
+    assert shop.failure().state == "resolved"
+    bad.append(1)
+    assert [shop.process(order(1, attempt=attempt)) for attempt in (4, 5)] == [F, DEAD]
+    assert shop.effects() == ["1", "1"]
+    shop.borrow()
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(1)], ids=["KeyboardInterrupt", "SystemExit"])
+def test_what_stops_a_duplicate_is_raised_on(shop: Shop, stop: BaseException) -> None:
+    bad: list[int] = []
+
+    def do(session: Session) -> None:
+        put(session, "x")
+        if bad:
+            raise stop
+
+    shop.fresh_eo(enforce=False)
+    shop.handles(do)
+    assert shop.process(order()) is P
+    bad.append(1)
+    with pytest.raises(type(stop)):
+        shop.process(order())
+    assert shop.failures() == []
+    shop.assert_kept("x", claims=["A-1"])
+
+
+def test_an_answer_of_a_duplicate_holds_the_handler_as_that_of_any_other(shop: Shop) -> None:
+    bad: list[int] = []
+    shop.fresh_eo(enforce=False)
+    if shop.is_async:
+
+        @shop.eo.handler("orders", name="handler", key="no", retry=THREE)
+        async def awaited(session: AsyncSession):  # type: ignore[no-untyped-def]
+            await session.run_sync(put, "x")
+            return False if bad else None
+    else:
+
+        @shop.eo.handler("orders", name="handler", key="no", retry=THREE)
+        def plain(session: Session):  # type: ignore[no-untyped-def]
+            put(session, "x")
+            return False if bad else None
+
+    assert shop.process(order()) is P
+    bad.append(1)
+    assert shop.process(order()) is WAITING
+    assert shop.failures() == []
+    assert shop.effects() == ["x"]
