@@ -140,11 +140,12 @@ class ClaimBusy(Exception):
     Args:
         again: Worth one more try at once.
         lost: The server threw the whole transaction away, what was done in it before included.
+        cut: A time limit of the session ended the wait, and not ours. Whoever had the connection before may have left it there.
     """
 
-    def __init__(self, again: bool, *, lost: bool = False) -> None:
+    def __init__(self, again: bool, *, lost: bool = False, cut: bool = False) -> None:
         super().__init__()
-        self.again, self.lost = again, lost
+        self.again, self.lost, self.cut = again, lost, cut
 
 
 class Gone(Exception):

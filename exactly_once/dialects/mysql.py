@@ -65,14 +65,13 @@ __all__ = [
     "FINISH_MANY",
     "KEY",
     "KNOWN",
-    "LOCK_WAIT",
     "PREPARE",
     "READ",
     "TRACE",
-    "TRANSIENT",
     "UNTRACE",
     "MySQL",
     "Seen",
+    "busy_of",
     "digits",
     "errno",
     "identity",
@@ -143,10 +142,11 @@ _NO_SAVEPOINT: Final = 1305
 _SIGNALLED: Final = 1644
 DUPLICATE: Final = 1062
 _NO_SUCH_TABLE: Final = 1146
-LOCK_WAIT: Final = 1205
+_LOCK_WAIT: Final = 1205
+_CUT: Final = 1969  # MariaDB's max_statement_time; MySQL's limit is for SELECT alone
 _DEADLOCK: Final = 1213
 _CHANGED: Final = 1020  # MariaDB's innodb_snapshot_isolation: the row changed since this transaction's snapshot
-TRANSIENT: Final = frozenset({LOCK_WAIT, _DEADLOCK, _CHANGED})
+_TRANSIENT: Final = frozenset({_LOCK_WAIT, _DEADLOCK, _CHANGED})
 # what says that the server cannot work now, whichever message asks; some of it may be of one statement alone, so a failure
 # is taken for an outage only after a look
 _UNAVAILABLE: Final = frozenset(
@@ -203,6 +203,14 @@ _UNSTORABLE: Final = frozenset({1366, 1977, 3854})
 _UNSURE: Final = frozenset({1053, 1077, 1079, 1152, 1158, 1159, 1160, 1161, 1184, 1317, 1927, 4031})
 _GONE: Final = (ConnectionError, TimeoutError, EOFError)
 _LOST: Final = frozenset({_DEADLOCK, _CHANGED, 1317, 1927, 2006, 2013, 2055})
+
+
+def busy_of(error: BaseException, *, lost: bool = False) -> ClaimBusy | None:
+    """Return what an error of a claim is if another run holds the key; a claim waits for nothing else."""
+    code = errno(error)
+    if code == _CUT:
+        return ClaimBusy(again=False, lost=lost, cut=True)
+    return ClaimBusy(again=code != _LOCK_WAIT, lost=lost) if code in _TRANSIENT else None
 
 
 @dataclass(slots=True)
@@ -326,8 +334,8 @@ class MySQL:
                 lost = savepoint and not _undone(cursor, name)
                 if code == DUPLICATE and not lost:
                     return False
-                if code in TRANSIENT:
-                    raise ClaimBusy(again=code != LOCK_WAIT, lost=lost) from error
+                if (busy := busy_of(error, lost=lost)) is not None:
+                    raise busy from error
                 raise
             return True
         finally:
@@ -456,7 +464,7 @@ class MySQL:
             gone = isinstance(error, _GONE) or (isinstance(error, DBAPIError) and error.connection_invalidated)
             gone = gone or _is_closed(error)
             return Trouble.UNAVAILABLE if gone else Trouble.UNKNOWN
-        if code in TRANSIENT:
+        if code in _TRANSIENT:
             return Trouble.TRANSIENT
         if code in _UNAVAILABLE:
             return Trouble.UNAVAILABLE
@@ -496,7 +504,7 @@ class MySQL:
         code = errno(error)
         if code is None:
             return isinstance(error, _GONE)  # a broken connection as asyncmy's streams raise it
-        return code in _LOST or (code == LOCK_WAIT and info[self].rollback_on_timeout)
+        return code in _LOST or (code == _LOCK_WAIT and info[self].rollback_on_timeout)
 
     def read(self, dbapi: Any, info: MutableMapping[Any, Any], statement: str) -> Read:
         plain, escaped = info[self].readers

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from datetime import UTC
 from typing import Any, Final
 
-from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Known
-from exactly_once.dialects.mysql import BOUND, KEY, LOCK_WAIT, TRANSIENT, Seen, digits, errno, identity, together
+from exactly_once.dialects import ClaimRow, Dialect, Known
+from exactly_once.dialects.mysql import BOUND, KEY, Seen, busy_of, digits, identity, together
 from exactly_once.owner import savepoint_of
 
 __all__ = ["CLAIM", "KNOWN", "ROW", "Claims"]
@@ -67,9 +67,8 @@ class Claims:
             cursor.execute(bound + self._known.replace("{keys}", wanted), (*keys, group, handler))
             found = cursor.fetchall()
         except Exception as error:
-            code = errno(error)
-            if code in TRANSIENT:
-                raise ClaimBusy(again=code != LOCK_WAIT) from error
+            if (busy := busy_of(error)) is not None:
+                raise busy from error
             raise
         finally:
             cursor.close()

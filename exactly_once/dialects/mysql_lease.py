@@ -10,7 +10,7 @@ from datetime import UTC, timedelta
 from typing import Any, Final
 
 from exactly_once.dialects import COMMITTED_ALONE, ClaimBusy, ClaimRow, Dialect, Leased, StepRow, steps_of
-from exactly_once.dialects.mysql import DUPLICATE, LOCK_WAIT, TRANSIENT, digits, errno, identity
+from exactly_once.dialects.mysql import DUPLICATE, busy_of, digits, errno, identity
 from exactly_once.mysql_clock import CLOCK_IS_RIGHT, RIGHT_CLOCK
 from exactly_once.schema import UNFINISHED
 
@@ -114,9 +114,10 @@ class Claims:
             if code is None:
                 raise
             dbapi.rollback()
-            if code not in TRANSIENT:
+            busy = busy_of(error)
+            if busy is None:
                 raise
-            raise ClaimBusy(again=code != LOCK_WAIT) from error
+            raise busy from error
         finally:
             cursor.close()
         if found is None:

@@ -45,7 +45,6 @@ from exactly_once.pooler import LINK
 __all__ = [
     "BOUND",
     "BOUND_IN_OPEN",
-    "BUSY",
     "CLAIM",
     "DURABLE",
     "EXECUTE",
@@ -55,6 +54,7 @@ __all__ = [
     "PostgreSQL",
     "Seen",
     "bounded",
+    "busy_of",
     "driver_of",
     "listen",
     "opening",
@@ -127,7 +127,8 @@ _STATES: Final = {
     TransactionStatus.INERROR: State.ABORTED,
     TransactionStatus.UNKNOWN: State.ABORTED,
 }
-BUSY: Final = frozenset({"55P03", "40001", "40P01"})
+_BUSY: Final = frozenset({"55P03", "40001", "40P01"})
+_CUT: Final = "57014"  # query_canceled: statement_timeout, or somebody's pg_cancel_backend
 _TRANSIENT: Final = frozenset({"40001", "40P01", "55P03"})
 # the classes of an ERROR after which the transaction is certainly gone; 40003 says of itself that it does not know
 _REFUSING_CLASSES: Final = frozenset({"21", "22", "23", "25", "2B", "40", "42", "44", "54", "55", "P0", "HV"})
@@ -154,6 +155,13 @@ _UNAVAILABLE_CLASSES: Final = frozenset({"08", "53", "58"})
 _DISK_FULL: Final = "53100"
 # untranslatable_character; character_not_in_repertoire
 _UNSTORABLE: Final = frozenset({"22P05", "22021"})
+
+
+def busy_of(error: errors.Error) -> ClaimBusy | None:
+    """Return what an error of a claim is if another run holds the key; a claim waits for nothing else."""
+    if error.sqlstate == _CUT:
+        return ClaimBusy(again=False, cut=True)
+    return ClaimBusy(again=error.sqlstate != "55P03") if error.sqlstate in _BUSY else None
 
 
 @dataclass(slots=True)
@@ -285,11 +293,12 @@ class PostgreSQL:
                 send(driver, b"ROLLBACK")
                 results = send(driver, first + self._claim % values + last)
         except errors.Error as error:
-            if error.sqlstate not in BUSY:
+            busy = busy_of(error)
+            if busy is None:
                 raise
             if savepoint:
                 send(driver, b"ROLLBACK TO SAVEPOINT %s" % savepoint_of(row.owner).encode())
-            raise ClaimBusy(again=error.sqlstate != "55P03") from error
+            raise busy from error
         if not savepoint:
             listen(driver)
         return bool(results[-3 if savepoint else -2].command_tuples)

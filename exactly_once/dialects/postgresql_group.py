@@ -12,8 +12,8 @@ from typing import Any, Final
 from psycopg import errors
 from psycopg.pq import Escaping, TransactionStatus
 
-from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Known
-from exactly_once.dialects.postgresql import BUSY, Seen, bounded, driver_of, listen, opening, send, template
+from exactly_once.dialects import ClaimRow, Dialect, Known
+from exactly_once.dialects.postgresql import Seen, bounded, busy_of, driver_of, listen, opening, send, template
 from exactly_once.errors import ConfigurationError
 
 __all__ = ["CLAIM", "KNOWN", "Claims"]
@@ -77,9 +77,10 @@ class Claims:
             bound_ms = max(1, wait_ms)  # 0 would be for ever
             results = send(driver, opening(driver, seen) + bounded(self._claim % values, seen, bound_ms), meanwhile)
         except errors.Error as error:
-            if error.sqlstate not in BUSY:
+            busy = busy_of(error)
+            if busy is None:
                 raise
-            raise ClaimBusy(again=error.sqlstate != "55P03") from error
+            raise busy from error
         listen(driver)
         claimed = results[-2]
         if claimed.ntuples == len(rows):

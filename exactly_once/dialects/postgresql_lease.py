@@ -14,7 +14,7 @@ from psycopg import errors
 from psycopg.pq import Escaping
 
 from exactly_once.dialects import ClaimBusy, ClaimRow, Leased, StepRow, steps_of
-from exactly_once.dialects.postgresql import BUSY, PostgreSQL, Seen, driver_of, send, template
+from exactly_once.dialects.postgresql import PostgreSQL, Seen, busy_of, driver_of, send, template
 from exactly_once.schema import UNFINISHED
 
 __all__ = ["CLAIM", "LOOK", "STEPS", "TAKE", "Claims"]
@@ -95,9 +95,10 @@ class Claims:
         except errors.Error as error:
             if error.sqlstate is not None:
                 send(driver, b"ROLLBACK")
-            if error.sqlstate not in BUSY:
+            busy = busy_of(error)
+            if busy is None:
                 raise
-            raise ClaimBusy(again=error.sqlstate != "55P03") from error
+            raise busy from error
         found, recorded = (results[-3], results[-2]) if steps else (results[-2], None)
         if not found.ntuples:
             raise ClaimBusy(again=True)  # taken away between the two: the next try may insert it

@@ -76,7 +76,9 @@ class TransactionGuard:
                     won = dialect.claim(dbapi, info, row, wait_ms=self._wait_ms, savepoint=False)
                     break
             except ClaimBusy as busy:
-                return InProgress(again=busy.again)
+                if not (busy.cut and used):
+                    return InProgress(again=busy.again)
+                self._failed(session, connection, busy, used=used)
             except Exception as error:
                 self._failed(session, connection, error, used=used)
         if not won:  # cleared, and claimed by another before us
@@ -121,8 +123,10 @@ class TransactionGuard:
                 standing_by_key = self._groups.claim(
                     dbapi, info, rows, owner=owner, wait_ms=wait_ms, meanwhile=meanwhile
                 )
-            except ClaimBusy:
-                return None
+            except ClaimBusy as busy:
+                if not (busy.cut and used):
+                    return None
+                self._failed(session, connection, busy, used=used)
             except Exception as error:
                 self._failed(session, connection, error, used=used)
         by_key = {row.key: row for row in rows} if standing_by_key else {}

@@ -118,6 +118,8 @@ class SqlLeases:
                                 dbapi, info, row, token, lease=lease, also=also, wait_ms=WAIT_MS, steps=steps
                             )
                         except ClaimBusy as busy:
+                            if busy.cut and used:
+                                raise
                             if last or not busy.again:
                                 return Leased(False, False, row.fingerprint, 0, _MOMENT)
                 except Exception as error:

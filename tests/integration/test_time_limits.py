@@ -1,0 +1,91 @@
+"""A time limit of the session's that is shorter than `claim_wait` ends the wait for another run: in progress, and no failure.
+
+PostgreSQL's statement_timeout, of a role, a database or an engine, and MariaDB's max_statement_time. MySQL's limit is for SELECT.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from exactly_once import ExactlyOnce, InProgress, Outcome, Retry
+from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
+from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_LIST, Way
+
+BUSY, P = Outcome.IN_PROGRESS, Outcome.PROCESSED
+THREE = Retry(immediate=0, delays=[0.01], max_attempts=3)
+GROUNDS = [(dialect, colour) for dialect in ("postgres", "mariadb") for colour in COLOURS]
+LIMITS = {"postgres": "SET statement_timeout = 300", "mariadb": "SET SESSION max_statement_time = 0.3"}
+
+
+@pytest.fixture(params=GROUNDS, ids="-".join)
+def limited(request: pytest.FixtureRequest) -> Iterator[Shop]:
+    """A shop whose engines' sessions have a time limit."""
+    dialect, colour = request.param
+    args: dict[str, Any] = (
+        {"options": "-c statement_timeout=300"} if dialect == "postgres" else {"init_command": LIMITS[dialect]}
+    )
+    yield from shops(request, dialect, colour, options={"connect_args": args})
+
+
+@contextmanager
+def another_runs(shop: Shop) -> Iterator[None]:
+    """While another process is in the handler of the first message."""
+    began, may_end, ends = Event(), Event(), []
+    eo = ExactlyOnce(shop.outside, group=GROUP)
+
+    @eo.handler("orders", name="handler", key="no")
+    def handler(session: Session) -> None:
+        began.set()
+        assert may_end.wait(30)
+
+    thread = Thread(target=lambda: ends.append(eo.process(order(1))), daemon=True)
+    thread.start()
+    try:
+        assert began.wait(20)
+        yield
+    finally:
+        may_end.set()
+        thread.join(20)
+    assert ends == [P]
+
+
+@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST], ids=str)
+def test_a_copy_that_waits_longer_than_the_limit_is_in_progress(limited: Shop, way: Way) -> None:
+    shop = limited
+    way.handles(shop, lambda session, no: put(session, str(no)), retry=THREE)
+    assert way.deliver(shop, [order(7)]) == [P]  # the connection was used before
+    with another_runs(shop):
+        for attempt in (2, 3, 4):
+            assert way.deliver(shop, [order(1, attempt=attempt)]) == [BUSY]
+        assert way.deliver(shop, [order(1), order(2), order(3)])[0] is BUSY
+    assert shop.failures() == []
+    assert way.deliver(shop, [order(1, attempt=5)]) == [Outcome.DUPLICATE]
+    shop.borrow()
+
+
+def test_a_claim_of_the_callers_says_in_progress_and_keeps_what_they_did(limited: Shop) -> None:
+    shop = limited
+
+    def do(session: Session) -> None:
+        put(session, "before")
+        with pytest.raises(InProgress):
+            shop.eo.claim(session, "handler", "1")
+        session.commit()
+
+    with another_runs(shop):
+        if shop.is_async:
+
+            async def run() -> None:
+                async with AsyncSession(shop.async_engine) as session:
+                    await session.run_sync(do)
+
+            shop.await_(run())
+        else:
+            with Session(shop.engine) as session:
+                do(session)
+    assert shop.effects() == ["before"]
