@@ -69,6 +69,31 @@ _ROOM_BYTES: Final = 7000
 _SQLITE_BUSY_S: Final = 30  # handlers run one at a time there, and wait for their turn
 
 
+class _Nothing(tuple[()]):
+    """No listeners, whoever asks how."""
+
+    __slots__ = ()
+
+    def __call__(self, *_: object, **__: object) -> None: ...
+
+
+class _NoHooks:
+    """In place of a session's events."""
+
+    def __getattr__(self, name: str) -> _Nothing:
+        return _Nothing()
+
+
+class _OurSession(Session):
+    """A session for rows of ours alone, in which no hook of the application's runs.
+
+    A hook listens to sessionmakers, or to the class `Session` and with it to every subclass. It is written for what handlers do:
+    one that refuses a commit without a user in `session.info` would keep each failure from being recorded.
+    """
+
+    dispatch = _NoHooks()  # type: ignore[assignment]
+
+
 class Store:
     """One database and the ways into it.
 
@@ -144,6 +169,11 @@ class Store:
         session = self._maker()
         return session, session
 
+    def open_ours(self) -> tuple[Session, Session]:
+        """The same for what is ours alone."""
+        session = _OurSession(self.engine)
+        return session, session
+
     # -- asyncio -----------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -192,6 +222,15 @@ class Store:
             self._moved(loop)
         session = self._async_maker()
         return session.sync_session, session
+
+    def open_ours_async(self) -> tuple[Session, Session]:
+        """The same for what is ours alone, in a greenlet of the loop."""
+        from asyncio import get_running_loop
+
+        if self._loop is not (loop := get_running_loop()):
+            self._moved(loop)
+        session = _OurSession(self.async_engine.sync_engine)
+        return session, session
 
     def _moved(self, loop: "asyncio.AbstractEventLoop") -> None:
         before, self._loop = self._loop, loop

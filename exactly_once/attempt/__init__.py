@@ -24,6 +24,7 @@ __all__ = ["UNFINISHED", "Ended", "How", "attempt"]
 
 def attempt(
     open_session: Open,
+    open_ours: Open,
     guard: Guard,
     dialect: Dialect,
     row: ClaimRow,
@@ -36,6 +37,7 @@ def attempt(
 
     Args:
         open_session: Makes the session.
+        open_ours: Makes one for what is written and asked beside the handler.
         guard: Decides whether it may run.
         dialect: Says what the database's errors mean.
         row: Identity and fingerprint of the message; the owner is made here.
@@ -75,7 +77,7 @@ def attempt(
             case _ if not enforce:
                 return _unguarded(session, dialect, handed, lambda given: handle(given, Won()), also)
             case Consumed(owner):
-                return _duplicate(session, dialect, also, owner)
+                return _duplicate(session, open_ours, dialect, also, owner)
             case Unfinished(owner):
                 return Ended(How.BROKEN, Misuse(UNFINISHED), owner=owner)
             case InProgress(again, remaining):
@@ -83,7 +85,7 @@ def attempt(
             case Conflict(fingerprint):
                 return Ended(How.CONFLICT, fingerprint=fingerprint)
         assert won is not None
-        ended = run(open_session, session, guard, dialect, (row,), won, lambda: handle(handed, won), also)
+        ended = run(open_ours, session, guard, dialect, (row,), won, lambda: handle(handed, won), also)
     finally:
         if process is not fork.here:
             raise fork.inside()  # before anything else: session, claim and lease are the parent's to end
@@ -117,13 +119,19 @@ def attempt(
 
 
 def _duplicate(
-    session: Session, dialect: Dialect, also: Callable[[Session, int], object] | None, owner: str | None
+    session: Session,
+    open_ours: Open,
+    dialect: Dialect,
+    also: Callable[[Session, int], object] | None,
+    owner: str | None,
 ) -> Ended:
     """Nothing runs; a failure row of this message, if there may be one, is closed."""
     if also is not None:
+        let_go(session)  # it is the handler's, with its hooks; and it may hold the only connection
+        ours, _ = open_ours()
         try:
-            also(session, 1)
-            session.commit()
+            also(ours, 1)
+            ours.commit()
         except Exception as error:
             match dialect.trouble(error):
                 case Trouble.UNAVAILABLE:
@@ -132,6 +140,8 @@ def _duplicate(
                     return Ended(How.TRANSIENT, error)
                 case _:
                     return Ended(How.FAILED, error)
+        finally:
+            let_go(ours)
     return Ended(How.DUPLICATE, owner=owner)
 
 

@@ -37,6 +37,7 @@ class GroupEnded:
 
 def attempt_group(
     open_session: Open,
+    open_ours: Open,
     guard: TransactionGuard,
     dialect: Dialect,
     rows: Sequence[ClaimRow],
@@ -49,6 +50,7 @@ def attempt_group(
 
     Args:
         open_session: Makes the session.
+        open_ours: Makes one for what is asked beside the handler.
         guard: Decides which of them may run.
         dialect: Says what the database's errors mean.
         rows: Identity and fingerprint of each message; each key once, sorted by key.
@@ -88,7 +90,7 @@ def attempt_group(
         watch = won.watch
         assert watch is not None
         call = partial(handle, session, handed, others, watch)
-        ended = run(open_session, session, guard, dialect, watch.rows, won, call, also=None)
+        ended = run(open_ours, session, guard, dialect, watch.rows, won, call, also=None)
         if ended.how is How.STOPPED:
             assert ended.error is not None
             raise ended.error

@@ -14,6 +14,7 @@ from sqlalchemy.util import await_only
 
 from exactly_once.alert import Hook
 from exactly_once.attempt import UNFINISHED, Ended, How, attempt
+from exactly_once.attempt.ending import Open
 from exactly_once.delivery.recording import ACK, DUPLICATE, PROCESSED, UNRECORDED, Owed, Recording, Told
 from exactly_once.dialects import ClaimRow
 from exactly_once.error_words import trace_of, words_of
@@ -93,8 +94,10 @@ class Delivering:
         _check_session(plan, store)
         self._placed: Placed | None = None
         self._guard: Guard = self._guarded(plan, store)
-        self._open: Callable[[], tuple[Session, Any]] = store.open_async if plan.is_async else store.open
-        self.recording = Recording(plan, store, group, self._open, alert)
+        self._open: Open = store.open_async if plan.is_async else store.open
+        # for what is not the handler's: no hook of the application's runs in it
+        self._ours: Open = store.open_ours_async if plan.is_async else store.open_ours
+        self.recording = Recording(plan, store, group, self._ours, alert)
         self._call = self._call_awaited if plan.is_async else self._call_plain
 
     def _guarded(self, plan: Plan, store: Store) -> Guard:
@@ -214,7 +217,9 @@ class Delivering:
         while True:
             if transient or immediate:
                 reading = self.plan.read(message)  # the handler may have changed the body it was given
-            ended = attempt(self._open, self._guard, self.store.dialect, row, handle, also=also, enforce=self._enforce)
+            ended = attempt(
+                self._open, self._ours, self._guard, self.store.dialect, row, handle, also=also, enforce=self._enforce
+            )
             if ended.how is How.TRANSIENT and self.store.is_foreign(ended.error):
                 # it counts; and if this store is away as well, it cannot be written down, and the delivery is held
                 ended = replace(ended, how=How.FAILED)
@@ -340,7 +345,7 @@ class Delivering:
 
     def _done(self, row: ClaimRow, message: Message, reading: Reading) -> Told | None:
         """Look whether it was done before, without running it."""
-        session, _ = self._open()
+        session, _ = self._ours()
         try:
             found = self._guard.look(session, row)
         finally:
@@ -368,7 +373,7 @@ class Delivering:
 
     def _place(self, message: Message, reading: Reading) -> Place:
         failure = self.recording.failure(message, reading, Reject(""))
-        session, _ = self._open()
+        session, _ = self._ours()
         try:
             return self.store.failures.place(session, failure, after_dead_wait=self.plan.after_dead == "wait")
         except Exception as error:

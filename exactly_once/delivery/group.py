@@ -135,7 +135,7 @@ class GroupDelivering(Delivering):
         """Whether messages of some ordering key must wait behind an older one; then those with such a key ask one by one."""
         if not self.plan.ordered or all(member.message.ordering_key is None for member in members):
             return False
-        session, _ = self._open()
+        session, _ = self._ours()
         try:
             return self.store.failures.any_blocking(
                 session, self.group, self.plan.name, after_dead_wait=self.plan.after_dead == "wait"
@@ -263,7 +263,7 @@ class GroupDelivering(Delivering):
         began = monotonic()
         patient = not run.waited_s
         tried = attempt_group(
-            self._open, guard, self.store.dialect, rows, handle, patient=patient, meanwhile=run.meanwhile
+            self._open, self._ours, guard, self.store.dialect, rows, handle, patient=patient, meanwhile=run.meanwhile
         )
         if tried.ended.how is How.IN_PROGRESS:
             run.waited_s += monotonic() - began
