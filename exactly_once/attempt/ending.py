@@ -16,6 +16,7 @@ from datetime import timedelta
 from enum import Enum
 from typing import Any
 
+from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.orm import Session
 
 from exactly_once import fork
@@ -23,7 +24,7 @@ from exactly_once.dialects import ClaimRow, Dialect, Trouble
 from exactly_once.error_words import words_of
 from exactly_once.errors import LeaseLost, Misuse, RefusedResult, StoreUnavailable
 from exactly_once.guards import Consumed, Guard, Unfinished, Won
-from exactly_once.guards.watch import BrokenTransaction, Left, Watch, let_go
+from exactly_once.guards.watch import CUT_OFF, BrokenTransaction, Left, Watch, let_go
 from exactly_once.stops import stops
 
 __all__ = ["PROCESSED", "Ended", "How", "Open", "raised", "run"]
@@ -144,6 +145,9 @@ def _left(
         # a hook of the user's, behind the server's answer: it is done
         return Ended(How.STOPPED, error, kept=True) if stops(error) else PROCESSED
     unsure = watch.sent and not watch.refused and not watch.committed
+    if isinstance(error, PendingRollbackError) and watch.cut_off:
+        # SQLAlchemy says to roll back, which is not the handler's to do
+        error = Misuse(CUT_OFF).with_traceback(error.__traceback__)
     if not watch.sent:
         watch.ask()
     watch.end(session)

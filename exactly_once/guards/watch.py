@@ -27,6 +27,7 @@ from exactly_once.wording import escaped
 
 __all__ = [
     "AFTER",
+    "CUT_OFF",
     "LEFT",
     "SWALLOWED",
     "WATCHED",
@@ -205,6 +206,8 @@ class Watch:
             return self.error
         if self.lost is not None:  # before the look at the driver, which would take it for a commit behind our back
             return self.leave(Left.ROLLED_BACK, SWALLOWED)
+        if self.cut_off:
+            return self.leave(Left.ROLLED_BACK, CUT_OFF)
         root = self.connection.get_transaction() if not self.connection.closed else None
         if self.given_back:
             return self.leave(Left.ROLLED_BACK, LEFT)
@@ -273,6 +276,11 @@ class Watch:
         """Before the first rollback of SQLAlchemy's: something ended the transaction already, and no error says so."""
         known = self.ours or self.rolled_back or self.lost is not None or self.busy
         return not known and self.dialect.state(self.dbapi) is State.IDLE
+
+    @property
+    def cut_off(self) -> bool:
+        """SQLAlchemy closed the connection, with a statement whose answer did not come; nothing says more of the transaction."""
+        return self.lost is None and not self.connection.closed and self.connection.invalidated
 
     @property
     def doubtful(self) -> bool:
@@ -387,6 +395,12 @@ LEFT: Final = (
 SWALLOWED: Final = (
     "The handler swallowed a database error that aborted the transaction: COMMIT would keep nothing. Let the error out,"
     " or put the statement that may fail into `with session.begin_nested():`."
+)
+CUT_OFF: Final = (
+    "A statement of the handler was given up before its answer came (asyncio.timeout, wait_for, a cancelled task), or the server"
+    " ended the connection, and the handler caught that error and went on. The connection is closed, and what was written before"
+    " is rolled back. Let the error out of the handler; to go on without one statement, have the server limit it"
+    " (statement_timeout, max_statement_time) inside `with session.begin_nested():`."
 )
 _ENDED: Final = (
     "A statement of the handler ended the transaction behind SQLAlchemy's back (a COMMIT inside a procedure or a"

@@ -5,6 +5,7 @@ handler that hides an error must not be able to hide what it did. Afterwards a s
 (there is only one) and commits: of the refused attempt nothing may appear then either.
 """
 
+import asyncio
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from exactly_once import Outcome
+from exactly_once import Outcome, Retry
 from tests.integration.shop import DIALECTS, EFFECT, ONE_TRY, ONLY, STOCK, Do, Shop, order, put
 from tests.integration.threads import Turn, in_thread
 from tests.integration.ways import WAYS, Way, mariadb_procedures
@@ -585,3 +586,26 @@ def test_a_handler_that_makes_its_transaction_read_only_is_told_so(shop: Shop, w
     reads_only.clear()
     assert way.attempted(shop, [order(3, attempt=3)]) == [Outcome.PROCESSED]
     shop.assert_kept("3", claims=["3"])
+
+
+@pytest.mark.parametrize("then", ["returns", "goes on"])
+def test_a_statement_given_up_on_a_time_limit_is_told_as_what_it_is(shop: Shop, then: str) -> None:
+    """asyncio.timeout around a statement closes its connection: a handler that catches the error has lost all before it."""
+    if not shop.is_async or shop.dialect == "sqlite":
+        return  # a thread is not cancelled, and SQLite has no statement that sleeps
+
+    @shop.eo.handler("orders", name="handler", key="no", retry=Retry(immediate=0, max_attempts=1))
+    async def handler(session: AsyncSession) -> None:
+        await session.run_sync(put, "before")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await session.execute(text("SELECT pg_sleep(5)" if shop.dialect == "postgres" else "SELECT SLEEP(5)"))
+        if then == "goes on":
+            await session.run_sync(put, "after")
+
+    assert shop.process(order()) is Outcome.DEAD
+    failure = shop.failure()
+    assert failure.error_class == "Misuse"
+    assert "given up before its answer came (asyncio.timeout" in failure.error_text
+    assert shop.effects() == []
+    shop.assert_kept(claims=[])
