@@ -170,6 +170,14 @@ def _mysql(where: str, connection: Any) -> Iterator[Finding]:
             f"{where}: {name} is {value}" + (f": {mend}. SET GLOBAL {name} = 1" if weak else ""),
         )
     yield Finding(Mark.OK, f"{where}: sql_mode is {modes}")
+    # of this session; shown, for a later MySQL may have it no more
+    shown = connection.execute(text("SHOW VARIABLES LIKE 'binlog_format'")).one_or_none()
+    if logs and shown is not None and shown[1] == "STATEMENT":
+        yield Finding(
+            Mark.WARN,
+            f"{where}: binlog_format is STATEMENT: the server refuses to write under READ COMMITTED (errno 1665), which upgrades"
+            " of our tables, sql:// and handlers of that isolation do. SET GLOBAL binlog_format = 'ROW' (or 'MIXED')",
+        )
     small = int(packet) < _PACKET_BYTES
     yield Finding(
         Mark.WARN if small else Mark.OK,

@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+import exactly_once.alembic
 from exactly_once import ExactlyOnce, Message
 from exactly_once.cli import main
 from exactly_once.doctor import Finding, Mark, examine
 from exactly_once.transport import Surroundings
 from exactly_once.transports import transport_from
+from tests.services import mariadb as mariadb_service
+from tests.services.need import require
 
 
 def loud(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,6 +187,20 @@ def test_commits_that_a_crash_may_lose_are_warned_of_on_mariadb(mariadb_url: str
     assert f"{name} is 2" in told
     assert f"SET GLOBAL {name} = 1" in told
     assert name not in worst(look(program(mariadb_url)))
+
+
+def test_a_binary_log_of_statements_is_warned_of_on_mariadb() -> None:
+    require(mariadb_service)
+    with mariadb_service.MariaDB(settings={"log-bin": "log", "binlog-format": "STATEMENT", "server-id": "1"}) as server:
+        server.create_database("logged")
+        url = make_url(server.url).set(database="logged").render_as_string(hide_password=False)
+        with pytest.raises(OperationalError, match="1665"):
+            exactly_once.alembic.upgrade(url)
+        in_rows = create_engine(url, connect_args={"init_command": "SET SESSION binlog_format = 'ROW'"})
+        exactly_once.alembic.upgrade(in_rows)
+        assert "binlog_format is STATEMENT" in worst(look(program(url)))
+        assert "binlog_format" not in worst(look(program(in_rows)))
+        in_rows.dispose()
 
 
 def test_commits_that_a_crash_may_lose_are_warned_of_on_sqlite(sqlite_url: str) -> None:
