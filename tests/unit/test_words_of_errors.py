@@ -45,7 +45,7 @@ def statement_error(orig: Exception) -> IntegrityError:
         (1213, "Deadlock found", "Deadlock found (errno 1213)"),
         (1526, f"Table has no partition for value {CARD}", "Table has no partition for value ... (errno 1526)"),
         (1526, f"Tabelle hat keine Partition für den Wert {CARD}", "Partition für den Wert ... (errno 1526)"),
-        (1054, f"Unknown column 'DE{CARD}' in 'WHERE'", "Unknown column 'DE#' in 'WHERE' (errno 1054)"),
+        (1054, f"Unknown column 'DE{CARD}' in 'WHERE'", "' in 'WHERE' (errno 1054)"),
         (1644, f"card {CARD} is refused", " is refused (errno 1644)"),
         (2003, "Can't connect to MySQL server on 'db'", "Can't connect to MySQL server on 'db' (errno 2003)"),
         (9999, f"Etwas mit '{CARD}' ist falsch", "Etwas mit ... (errno 9999)"),
