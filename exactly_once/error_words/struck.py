@@ -3,11 +3,7 @@
 A sentence of a server is made of the server's words and of what was put into them: names, or values. Which is which the sentence
 does not say, and a list of the sentences that quote values never ends. So a quoted piece stays only if the developer wrote it:
 if it stands in the text of the statement, outside its literals, or the server itself reports it as the name of a table, a column
-<<<<<<< ours
 or a constraint. What was bound to the statement is struck between quotation marks, and where it has a digit. So is a number of
-=======
-or a constraint. What was bound to the statement is struck between quotation marks, and where it has a digit; so is a number of
->>>>>>> theirs
 five digits or more.
 """
 
