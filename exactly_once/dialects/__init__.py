@@ -283,6 +283,9 @@ class Dialect(Protocol):
     def no_room(self, error: BaseException) -> bool:
         """Does the server say that it has no room left: a full disk, or a table of the handler's own that is full?"""
 
+    def timed_out(self, error: BaseException) -> bool:
+        """Did a statement run into a limit of time, which the session may have from whoever had it before?"""
+
     def unstorable(self, error: BaseException) -> bool:
         """Does it say that a text has characters which this database, or the connection to it, lacks?"""
 

@@ -195,6 +195,8 @@ _UNAVAILABLE: Final = frozenset(
         4031,  # ER_CLIENT_INTERACTION_TIMEOUT
     }
 )
+# MariaDB's max_statement_time, MySQL's max_execution_time
+_TIMED_OUT: Final = frozenset({1969, 3024})
 _NO_ROOM: Final = frozenset({3, 20, 1021, 1026, 1030, 1114})
 # ER_CANNOT_CONVERT_CHARACTER, ER_TRUNCATED_WRONG_VALUE_FOR_FIELD (of a text: characters the column lacks), and MySQL's
 # ER_CANNOT_CONVERT_STRING
@@ -493,6 +495,9 @@ class MySQL:
 
     def no_room(self, error: BaseException) -> bool:
         return errno(error) in _NO_ROOM
+
+    def timed_out(self, error: BaseException) -> bool:
+        return errno(error) in _TIMED_OUT
 
     def unstorable(self, error: BaseException) -> bool:
         return errno(error) in _UNSTORABLE

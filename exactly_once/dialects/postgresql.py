@@ -153,6 +153,7 @@ _UNAVAILABLE: Final = frozenset(
 # connection_exception; insufficient_resources: disk, memory, connections, a configured limit; system_error: reading, writing
 _UNAVAILABLE_CLASSES: Final = frozenset({"08", "53", "58"})
 _DISK_FULL: Final = "53100"
+_CANCELED: Final = "57014"  # by statement_timeout, or by somebody
 # untranslatable_character; character_not_in_repertoire
 _UNSTORABLE: Final = frozenset({"22P05", "22021"})
 
@@ -418,6 +419,9 @@ class PostgreSQL:
 
     def no_room(self, error: BaseException) -> bool:
         return _sqlstate(error) == _DISK_FULL
+
+    def timed_out(self, error: BaseException) -> bool:
+        return _sqlstate(error) == _CANCELED
 
     def unstorable(self, error: BaseException) -> bool:
         return _sqlstate(error) in _UNSTORABLE

@@ -235,6 +235,9 @@ class SQLite:
         code = getattr(getattr(error, "orig", error), "sqlite_errorcode", None)
         return code is not None and code & _PRIMARY in _NO_ROOM
 
+    def timed_out(self, error: BaseException) -> bool:
+        return False
+
     def unstorable(self, error: BaseException) -> bool:
         return False  # it takes any text that Python can encode
 

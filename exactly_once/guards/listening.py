@@ -135,6 +135,9 @@ def _failed(context: ExceptionContext) -> None:
         if watch.dialect.name == "sqlite" and not isinstance(error, Exception):
             # cut off: the thread of the connection would go on with the statement, and keep the whole file from all others
             watch.dialect.cut(watch.dbapi)
+        if watch.dialect.timed_out(error):
+            # the limit may be from whoever had the connection before: this message's next try shall not meet it again
+            watch.changed = watch.changed or "a limit of time"
 
 
 def came_through(error: BaseException, engines: Sequence[Engine]) -> bool:

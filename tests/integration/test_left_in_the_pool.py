@@ -7,6 +7,7 @@ says so. Then no message is to be blamed for it, no copy may run, what fails is 
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from exactly_once import AsyncSteps, Lease, Outcome, Retry, Steps
 from exactly_once.failures.triage import Chosen, requeue
 from exactly_once.schema import utcnow
 from exactly_once.testing.databases import DatabaseServer
-from tests.integration.shop import COLOURS, DIALECTS, GROUP, Shop, order, put, shops
+from tests.integration.shop import COLOURS, DIALECTS, GROUP, STOCK, Shop, order, put, shops
 from tests.integration.test_connection_settings import ground_on, one_by_one, run
 from tests.integration.threads import until
 from tests.integration.ways import ALONE, IN_A_GROUP, LEASE, UNDER_A_LEASE, WAYS, Way
@@ -335,6 +336,35 @@ def test_a_limit_of_rows_hides_nothing_of_a_group_and_of_what_failed(mariadb: Sh
     with mariadb.engine.begin() as connection:
         connection.exec_driver_sql(f"SET sql_select_limit = {limit}")
         assert requeue(connection, mariadb.tables, Chosen(group=GROUP), by="me", why=None, per_second=None).count == 2
+
+
+SLOW = {
+    "postgres": ("SELECT set_config('statement_timeout', '200ms', false)", "SELECT pg_sleep(0.5)"),
+    "mariadb": ("SET max_statement_time = 0.2", "SELECT SLEEP(0.5) FROM stock"),
+}
+
+
+@some_ways
+@pytest.mark.parametrize("dialect", SLOW)
+@pytest.mark.parametrize("colour", COLOURS)
+def test_a_limit_of_time_that_was_left_is_met_by_one_try_alone(
+    request: pytest.FixtureRequest, way: Way, dialect: str, colour: str
+) -> None:
+    limits, takes = SLOW[dialect]
+    for shop in ground_on(request, dialect, colour):
+        way.handles(shop, partial(_slow, takes))
+        with shop.outside.begin() as connection:
+            connection.execute(STOCK.insert().values(item=1, amount=1))
+        assert one_by_one(shop, way, [1]) == [P]
+        by_other_code(shop, limits)
+        assert one_by_one(shop, way, [2]) == [F]
+        assert way.deliver(shop, [order(2, attempt=2)]) == [P]
+        assert one_by_one(shop, way, [3]) == [P]
+
+
+def _slow(takes: str, session: Session, no: Any) -> None:
+    session.execute(text(takes)).all()
+    put(session, str(no))
 
 
 # -- SQLite --------------------------------------------------------------------------------------------------------------
