@@ -25,7 +25,6 @@ from exactly_once.guards.late import Late
 from exactly_once.leases import Held, LeaseStore, Standing, clock, judge
 from exactly_once.leases.renewal import Renewal
 from exactly_once.leases.sql import SqlLeases
-from exactly_once.schema import CONSUMING
 from exactly_once.wording import escaped
 
 __all__ = ["LeaseGuard", "insisting", "still_ours"]
@@ -142,8 +141,7 @@ class LeaseGuard:
             if self._local.mark_in(session.connection(), held):
                 return None
             # on the same connection, for there may be no other one
-            known = self._dialect.known(session.connection().connection.dbapi_connection, held.row, end=False)
-            if known is not None and known.status != CONSUMING:
+            if self._local.stands_in(session.connection(), held):
                 return Consumed()
             held.lost = True  # another run has it, under a lease in this database
             raise held.error()

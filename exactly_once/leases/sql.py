@@ -168,6 +168,19 @@ class SqlLeases:
             return True
         return in_our_name(connection, self._remarking, named) == 1
 
+    def stands_in(self, connection: Connection, held: Held) -> bool:
+        """Say whether another run has left its mark: asked by a change of nothing, which goes in our name as `mark_in` does."""
+        row = held.row
+        named = {"b_consumer_group": row.group, "b_handler": row.handler, "b_business_key": row.key}
+        return self._dialect.in_our_name(connection, self._touching, named) == 1
+
+    @cached_property
+    def _touching(self) -> Update:
+        t = self._t
+        names = ("consumer_group", "handler", "business_key")
+        named = [t.c[name] == bindparam(f"b_{name}", type_=t.c[name].type) for name in names]
+        return update(t).where(*named, t.c.status != CONSUMING).values(status=t.c.status)
+
     @cached_property
     def _remarking(self) -> Update:
         """For a row that is there already, of a lease in this database that nobody has now, or of a mark that was taken back."""

@@ -140,6 +140,28 @@ def test_the_mark_of_a_lease_kept_elsewhere_is_written_in_our_name(postgres: Sho
     assert postgres.claims() == ["1"]
 
 
+def test_a_run_beside_the_mark_is_seen_in_our_name_where_the_handler_took_a_role(
+    postgres: Shop, redis_url: str
+) -> None:
+    """Another run has committed meanwhile, and its mark is read before anything of this one is committed."""
+    ran: list[Any] = []
+
+    def do(session: Session, no: Any) -> None:
+        session.execute(text("SET LOCAL ROLE tenant_of_the_pool"))
+        effect_of(session, no)
+        ran.append(no)
+        with postgres.outside.begin() as connection:
+            claims = postgres.tables.idempotent
+            values = {"consumer_group": GROUP, "handler": name, "business_key": "1", "fingerprint": b""}
+            connection.execute(claims.insert().values(values | {"status": 1, "created_at": utcnow(), "token": "other"}))
+
+    name = f"handler-{os.urandom(4).hex()}"
+    guard = Lease(timedelta(seconds=30), store=redis_url)
+    UNDER_A_LEASE.handles(postgres, do, name=name, guard=guard)
+    assert one_by_one(postgres, UNDER_A_LEASE, [1]) == [D]
+    assert (ran, postgres.effects()) == ([1], [])
+
+
 @each_way
 def test_a_raw_connection_that_was_left_in_autocommit_fails_no_message(postgres: Shop, way: Way) -> None:
     """As for LISTEN or VACUUM: `connection.connection.driver_connection.autocommit = True`, and back to the pool."""
