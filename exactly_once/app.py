@@ -209,6 +209,8 @@ class ExactlyOnce(Registrations):
 
         Raises:
             ConfigurationError: Nothing can run yet: no group, no tables, no such module to import; or a handler is async.
+            BaseException: What a handler raised that is no `Exception`, as gevent's Timeout: raised on when it is recorded, as
+                long as the message is to come again. KeyboardInterrupt, SystemExit and their like are raised on and not recorded.
 
         Example:
             return SUCCESS if eo.process(Message.from_rocketmq(m)).acknowledge else LATER

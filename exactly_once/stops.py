@@ -6,7 +6,7 @@ The one place where that is decided. Called wherever code of the application's i
 import sys
 from threading import current_thread, main_thread
 
-__all__ = ["asked_from_outside", "exit_in", "stops"]
+__all__ = ["asked_from_outside", "exit_in", "is_the_callers", "stops"]
 
 
 def stops(error: BaseException, *, exits: bool = True) -> bool:
@@ -51,3 +51,15 @@ def asked_from_outside(error: BaseException) -> bool:
     It has no reason to exit. A signal's handler may, in the middle of it; those run in the main thread alone.
     """
     return stops(error, exits=current_thread() is main_thread())
+
+
+def is_the_callers(error: BaseException) -> bool:
+    """Say whether an exception that was counted is raised on in a loop of the caller's: what is no `Exception`.
+
+    It may be for code around the call, such as gevent's Timeout. A CancelledError that nobody asked for is not: the caller's own
+    task would pass for cancelled.
+    """
+    if isinstance(error, Exception):
+        return False
+    asyncio = sys.modules.get("asyncio")
+    return asyncio is None or not isinstance(error, asyncio.CancelledError)

@@ -39,7 +39,7 @@ from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.policy import Park, retry_for, spent
 from exactly_once.steps import AsyncSteps, Steps
-from exactly_once.stops import exit_in
+from exactly_once.stops import exit_in, is_the_callers
 from exactly_once.store import Store
 from exactly_once.transport import Features
 from exactly_once.verdict import Redeliver
@@ -287,7 +287,10 @@ class Delivering:
                 return told
             case _:
                 assert ended.error is not None
-                return self.recording.failed(message, reading, ended.error, features, foreign)
+                told = self.recording.failed(message, reading, ended.error, features, foreign)
+                if foreign and told.outcome is Outcome.FAILED and is_the_callers(ended.error):
+                    raise ended.error
+                return told
 
     def _works(self, ended: Ended, sent: bool) -> bool | None:
         return None if ended.error is None else self.recording.works(ended.error, spoken=ended.answered or sent)
