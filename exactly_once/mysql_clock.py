@@ -18,5 +18,6 @@ RIGHT_CLOCK: Final = "SET timestamp = DEFAULT"
 
 def put_right(connection: Connection) -> None:
     """Look, in a round trip of its own, and put the session's clock right where somebody has set it."""
-    if not connection.exec_driver_sql(f"SELECT {CLOCK_IS_RIGHT} LIMIT 1").scalar():
+    # as bytes: a session may be left in a character set of results in which the driver reads no number
+    if connection.exec_driver_sql(f"SELECT CAST({CLOCK_IS_RIGHT} AS BINARY) LIMIT 1").scalar() != b"1":
         connection.exec_driver_sql(RIGHT_CLOCK)
