@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy.orm import Session
 
-from exactly_once.errors import ConfigurationError
+from exactly_once.errors import ConfigurationError, StoreUnavailable
 from exactly_once.fork import engines as forked_engines
 from exactly_once.handler import Plan
 from exactly_once.keys import check_name
@@ -183,15 +183,19 @@ class ExactlyOnce(Registrations):
                     reserve(session, order)
             consumer.ack(message)
         """
-        return self._claimer.claim(
-            session,
-            self.group,
-            handler,
-            key,
-            payload=payload,
-            wait_ms=max(1, round(claim_wait.total_seconds() * 1000)),
-            schema=self.config.schema.value,
-        )
+        try:
+            return self._claimer.claim(
+                session,
+                self.group,
+                handler,
+                key,
+                payload=payload,
+                wait_ms=max(1, round(claim_wait.total_seconds() * 1000)),
+                schema=self.config.schema.value,
+            )
+        except StoreUnavailable as error:
+            error.asked_by_handler = True
+            raise
 
     # -- door 2: one message in a loop of the caller's -----------------------------------------------------------------
 

@@ -126,6 +126,9 @@ class StoreUnavailable(ExactlyOnceError):
         store: Its name, without passwords, where it is not the database of the message.
     """
 
+    asked_by_handler = False
+    """What the handler asked itself, with `eo.claim` or `eo.lock`, does not answer; that says nothing of its message's store."""
+
     def __init__(self, text: str, *, store: str | None = None) -> None:
         super().__init__(text)
         self.store = store

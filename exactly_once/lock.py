@@ -22,7 +22,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
 from exactly_once import fork
-from exactly_once.errors import ConfigurationError, ExactlyOnceError, InProgress
+from exactly_once.errors import ConfigurationError, ExactlyOnceError, InProgress, StoreUnavailable
 from exactly_once.keys import canonical
 from exactly_once.redis_connection import RedisConnection
 from exactly_once.wording import escaped
@@ -163,8 +163,15 @@ class RedisLock:
         return False
 
     def __enter__(self) -> Self:
-        self.acquire(awaiting=_in_greenlet())
+        self._enter(awaiting=_in_greenlet())
         return self
+
+    def _enter(self, *, awaiting: bool) -> None:
+        try:
+            self.acquire(awaiting=awaiting)
+        except StoreUnavailable as error:
+            error.asked_by_handler = True
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -172,7 +179,7 @@ class RedisLock:
         self.leave()
 
     async def __aenter__(self) -> Self:
-        await greenlet_spawn(self.acquire, awaiting=True)
+        await greenlet_spawn(self._enter, awaiting=True)
         return self
 
     async def __aexit__(

@@ -138,11 +138,11 @@ class Router:
 
     def run(self, found: Sequence[Delivering], message: Message) -> Outcome:
         """Run a message for a consumer loop that is not ours."""
-        return run_all(found, message, FOREIGN, foreign=True).outcome
+        return _outcome(run_all(found, message, FOREIGN, foreign=True))
 
     async def arun(self, found: Sequence[Delivering], message: Message) -> Outcome:
         """The same in an event loop."""
-        return (await arun_all(found, message, FOREIGN, foreign=True)).outcome
+        return _outcome(await arun_all(found, message, FOREIGN, foreign=True))
 
     def subscriptions(self) -> Sequence[Subscription]:
         """Return what the group wants: per topic the union of its handlers' tags, sorted, alike in every process.
@@ -227,3 +227,9 @@ def decorated_above(plan: Plan, plans: Sequence[Plan]) -> str | None:
         f"The handler {plan.name!r} has a decorator above @eo.handler, which does not run for messages. Put @eo.handler on"
         f" top of the others, in {module.__name__}."
     )
+
+
+def _outcome(told: Told) -> Outcome:
+    if told.raises is not None:
+        raise told.raises
+    return told.outcome

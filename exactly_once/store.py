@@ -5,6 +5,7 @@ nothing until first used. The facade makes stores; deliveries, the pump and the 
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from os import urandom
@@ -77,21 +78,34 @@ class _Nothing(tuple[()]):
     def __call__(self, *_: object, **__: object) -> None: ...
 
 
-class _NoHooks:
-    """In place of a session's events."""
+class _OneHook:
+    """In place of a session's events.
+
+    Args:
+        after_begin: The application's listeners of that event. What they set (a role, a tenant) may be what gives the right to
+            write our rows; where they raise, it is tried without.
+    """
+
+    def __init__(self, after_begin: Callable[..., None] | None = None) -> None:
+        self._after_begin = after_begin
+
+    def after_begin(self, *given: object) -> None:
+        if self._after_begin is not None:
+            with suppress(Exception):
+                self._after_begin(*given)
 
     def __getattr__(self, name: str) -> _Nothing:
         return _Nothing()
 
 
 class _OurSession(Session):
-    """A session for rows of ours alone, in which no hook of the application's runs.
+    """A session for rows of ours alone, in which no hook of the application's runs but `after_begin`.
 
     A hook listens to sessionmakers, or to the class `Session` and with it to every subclass. It is written for what handlers do:
     one that refuses a commit without a user in `session.info` would keep each failure from being recorded.
     """
 
-    dispatch = _NoHooks()  # type: ignore[assignment]
+    dispatch = _OneHook()  # type: ignore[assignment]
 
 
 class Store:
@@ -172,6 +186,7 @@ class Store:
     def open_ours(self) -> tuple[Session, Session]:
         """The same for what is ours alone."""
         session = _OurSession(self.engine)
+        session.dispatch = _OneHook(self._maker().dispatch.after_begin)
         return session, session
 
     # -- asyncio -----------------------------------------------------------------------------------------------------
@@ -230,6 +245,7 @@ class Store:
         if self._loop is not (loop := get_running_loop()):
             self._moved(loop)
         session = _OurSession(self.async_engine.sync_engine)
+        session.dispatch = _OneHook(self._async_maker().sync_session.dispatch.after_begin)
         return session, session
 
     def _moved(self, loop: "asyncio.AbstractEventLoop") -> None:

@@ -96,8 +96,8 @@ def attempt(
             if used is not None:
                 used.end(session)
             else:
-                over(session)  # with enforce=False a handler had it
                 let_go(session)
+                over(session)  # with enforce=False a handler had it
         finally:
             if (
                 won is not None and ended is None

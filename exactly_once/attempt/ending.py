@@ -190,7 +190,7 @@ def raised(dialect: Dialect, won: Won, error: BaseException) -> Ended:
         return Ended(How.REFUSED, error)
     if isinstance(error, LeaseLost):
         return Ended(How.LOST, error)
-    if won.late is not None and isinstance(error, StoreUnavailable):
+    if won.late is not None and isinstance(error, StoreUnavailable) and not error.asked_by_handler:
         return Ended(How.AWAY, error)  # of a step, or of the session's first statement
     if isinstance(error, (OSError, EOFError)):
         # a network error of the handler's own; the database's is in `lost`, or comes wrapped

@@ -255,7 +255,7 @@ class Delivering:
                     # it can by now: what was said of the store may have been true a moment ago. Said once more, it is a
                     # failure of this message
                     looked, transient = True, 1
-                case How.FAILED if immediate < self._immediate(ended.error):
+                case How.FAILED if immediate < self._immediate(ended.error, foreign):
                     immediate += 1
                 case _:
                     return self._ended(ended, message, reading, features, foreign)
@@ -288,15 +288,16 @@ class Delivering:
             case _:
                 assert ended.error is not None
                 told = self.recording.failed(message, reading, ended.error, features, foreign)
-                if foreign and told.outcome is Outcome.FAILED and is_the_callers(ended.error):
-                    raise ended.error
-                return told
+                raises = foreign and told.outcome is Outcome.FAILED and is_the_callers(ended.error)
+                return replace(told, raises=ended.error) if raises else told
 
     def _works(self, ended: Ended, sent: bool) -> bool | None:
         return None if ended.error is None else self.recording.works(ended.error, spoken=ended.answered or sent)
 
-    def _immediate(self, error: BaseException | None) -> int:
+    def _immediate(self, error: BaseException | None, foreign: bool) -> int:
         if error is None or isinstance(error, (Reject, RetryLater, StepError)):
+            return 0
+        if foreign and is_the_callers(error):  # a limit of the caller's: a second run would have none
             return 0
         return retry_for(self.plan.retry, error).immediate
 

@@ -53,6 +53,8 @@ class Told:
 
     outcome: Outcome
     verdict: Said
+    raises: BaseException | None = None
+    """What a loop of the caller's is to be raised, once all handlers of the message have run."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from typing import Final
 from exactly_once.dialects.statements import Grammar, statements
 from exactly_once.dialects.verbs import JUDGES, Read, opens_body
 
-__all__ = ["Read", "read", "reader"]
+__all__ = ["LOCK", "Read", "read", "reader"]
 
 
 # nearly all that is ever sent, told without reading it: one statement, known by its first word
@@ -34,7 +34,7 @@ _LOCKS: Final = {
     "postgresql": re.compile(r"\bpg_(?:try_)?advisory_lock", re.IGNORECASE),
     "mysql": re.compile(r"\bGET_LOCK\s*\(", re.IGNORECASE),
 }
-_LOCK: Final = "a lock of the session"
+LOCK: Final = "a lock of the session"
 
 _REMEMBERED: Final = 32_768
 """Characters. A longer text is read each time: its values stand in it, it does not come again, and many fill the memory."""
@@ -72,7 +72,7 @@ def _read(statement: str, grammar: Grammar) -> Read:
     locks = _LOCKS.get(grammar.dialect)
     if locks is not None and "_lock" in statement.lower() and locks.search(statement):
         said = _told(statement, grammar)
-        return said if said.session is not None else said._replace(session=_LOCK)
+        return said if said.session is not None else said._replace(session=LOCK)
     return _told(statement, grammar)
 
 

@@ -141,6 +141,7 @@ _NO_BACKSLASH_ESCAPES: Final = 512  # SERVER_STATUS_NO_BACKSLASH_ESCAPES
 _NO_SAVEPOINT: Final = 1305
 _SIGNALLED: Final = 1644
 DUPLICATE: Final = 1062
+_DRIVERS: Final = frozenset({"pymysql", "asyncmy"})
 _NO_SUCH_TABLE: Final = 1146
 _LOCK_WAIT: Final = 1205
 _CUT: Final = 1969  # MariaDB's max_statement_time; MySQL's limit is for SELECT alone
@@ -601,7 +602,9 @@ def _is_closed(error: BaseException) -> bool:
 
 
 def errno(error: BaseException) -> int | None:
+    """Return the number of an error of the driver's; a KeyError(1213) of the application's has none."""
     origin = error.orig if isinstance(error, DBAPIError) else error
-    if isinstance(origin, BaseException) and origin.args and isinstance(origin.args[0], int):
-        return origin.args[0] or None
-    return None
+    if not any(kind.__module__.partition(".")[0] in _DRIVERS for kind in type(origin).__mro__):
+        return None
+    args: tuple[Any, ...] = getattr(origin, "args", ())
+    return (args[0] or None) if args and isinstance(args[0], int) else None

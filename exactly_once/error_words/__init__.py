@@ -38,7 +38,6 @@ _MARK_IN_TEXT: Final = re.compile(
     r"\[(?:SQL|parameters): |(?:\s|\\n)(?:DETAIL|DETALLE|DETALHE|DETTAGLI|ПОДРОБНОСТИ|CONTEXT|QUERY|HINT): "
 )
 _ERRNO_IN_TEXT: Final = re.compile(r"""\((\d{4}), ?\\*['"].*""", re.DOTALL)
-_DUPLICATE_IN_TEXT: Final = re.compile(r"Duplicate entry '.*' for key", re.DOTALL)
 _IDENTITY_IN_TEXT: Final = re.compile(r"identity key \(.*", re.DOTALL)
 _CLASS: Final = re.compile(r"<class '([\w.]+)'>")
 _HERE: Final = "\ufdd1"  # where a text of ours comes; no character of anybody's
@@ -193,7 +192,9 @@ def _without_errors(text: str, error: BaseException) -> str:
     elif mark:
         text = f"{text[: mark.start()].rstrip()} {_CUT}"
     text = _ERRNO_IN_TEXT.sub(rf"(errno \1) {_CUT}", text)
-    text = _DUPLICATE_IN_TEXT.sub("duplicate entry for key", text)
+    entry, key = text.find("Duplicate entry '"), text.rfind("' for key")
+    if 0 <= entry < key:
+        text = f"{text[:entry]}duplicate entry{text[key + 1 :]}"
     for number, words in enumerate(told):
         text = text.replace(f"{_HERE}{number}{_HERE}", words)
     return text

@@ -64,9 +64,10 @@ class Late:
             # of each transaction its own: a step's may be open beside the handler's
             trace = Trace(held.row, new_owner(), held.attempt, held.token)
         owner = (held.row.owner if held is not None else "") or new_owner()
-        # where a hook has begun it, or the connection has an option of its own, it is the one there is
+        # where a hook may have set something on it, or the connection has an option of its own, it is the one there is
         idle = dialect.state(connection.connection.dbapi_connection) is State.IDLE
-        exchange = idle and "isolation_level" not in connection.get_execution_options()
+        hooked = len(session.dispatch.after_begin) > 1 or bool(connection.dispatch.begin)  # one of them is ours
+        exchange = idle and not hooked and "isolation_level" not in connection.get_execution_options()
         while not self._begun_on(connection, owner, trace, exchange=exchange):
             pass
         dbapi = connection.connection.dbapi_connection
@@ -127,8 +128,8 @@ class Late:
         if self.watch is not None:
             self.watch.end(session)
         else:
-            over(session)
             let_go(session)
+            over(session)
 
 
 def _exchange(connection: Connection) -> None:

@@ -8,6 +8,7 @@ the engine's dialect: a single listener on the engine itself makes SQLAlchemy bu
 that is checked out, which cost more than all of the watching. Called by `store`.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 from weakref import WeakSet
@@ -25,6 +26,7 @@ from exactly_once.guards.watch import AFTER, LEFT, SWALLOWED, WATCHED, Left, Wat
 __all__ = ["came_through", "install", "install_session"]
 
 _INSTALLED: "WeakSet[Any]" = WeakSet()
+_CLOCK: Final = re.compile(r"(?:\bSET|,|\bSESSION|@@(?:session\.)?)\s*`?timestamp`?\s*:?=", re.IGNORECASE)
 _OF: Final = "exactly_once_dialect"
 """Where an error keeps the dialect of the engine that raised it: SQLAlchemy's own say nothing of it."""
 _Send = Callable[[PoolProxiedConnection], None]
@@ -61,7 +63,7 @@ def _refusing_bare(send: _Execute) -> Callable[..., bool | None]:
 def _sending(statement: str, context: ExecutionContext, send: Callable[[], None]) -> bool | None:
     """Before a statement is sent; True says that it was sent here."""
     watch = _watch_of(context.root_connection.connection)
-    if watch is None and statement[:3] in ("SET", "set") and "timestamp" in statement.lower():
+    if watch is None and statement[:3] in ("SET", "set") and _sets_the_clock(statement, context):
         # other code sets the clock of a session of MySQL: whoever gets it next gets another one
         context.root_connection.connection.invalidate(soft=True)
     if watch is None or watch.connection is not context.root_connection:
@@ -102,6 +104,10 @@ def _sending(statement: str, context: ExecutionContext, send: Callable[[], None]
     send()
     watch.called(sends=False)
     return True
+
+
+def _sets_the_clock(statement: str, context: ExecutionContext) -> bool:
+    return context.dialect.name in ("mysql", "mariadb") and _CLOCK.search(statement) is not None
 
 
 def _counting(send: _Execute) -> _Execute:

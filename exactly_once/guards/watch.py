@@ -21,6 +21,7 @@ from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.orm import Session, SessionTransaction
 
 from exactly_once.dialects import ClaimRow, Dialect, Gone, State, Trace
+from exactly_once.dialects.keywords import LOCK
 from exactly_once.errors import Misuse
 from exactly_once.leases import Held
 from exactly_once.wording import escaped
@@ -311,7 +312,8 @@ class Watch:
             raise
         finally:
             if self.changed is not None:
-                self.connection.connection.invalidate()  # at once: it may hold a lock that somebody waits for
+                # closed when somebody would get it; at once where it holds a lock that somebody may wait for
+                self.connection.connection.invalidate(soft=self.changed != LOCK)
         self.committed = True
 
     def _forget(self) -> None:
@@ -328,8 +330,13 @@ class Watch:
         The driver's own rollback, not only the Session's: after a refused commit SQLAlchemy believes the transaction is
         over and sends nothing, the connection goes back to the pool with it open, and a stranger commits it.
         """
+        try:
+            self._give_back(session)
+        finally:
+            over(session)  # last: a hook of the application's may note the rollback
+
+    def _give_back(self, session: Session) -> None:
         self._forget()
-        over(session)
         connection = self.connection
         if not connection.closed and not connection.invalidated and not self.given_back:
             busy = self.busy or self.dialect.state(self.dbapi) is State.BUSY

@@ -1,6 +1,7 @@
 """What several handlers of one delivery say, put into one voice; as values, or as parts that end in threads of their own."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from threading import Lock
 from typing import Final
 
@@ -44,6 +45,11 @@ def together(told: Sequence[Told]) -> Told:
         return told[0]
     if not told:
         return _NOT_MINE
+    raises = next((each.raises for each in told if each.raises is not None), None)
+    return replace(_one_voice(told), raises=raises)
+
+
+def _one_voice(told: Sequence[Told]) -> Told:
     outcome = min((each.outcome for each in told), key=_WEIGHT.__getitem__)
     said: list[Said] = [each.verdict for each in told]
     for each in said:

@@ -118,6 +118,41 @@ def test_what_is_no_exception_is_counted_and_kept_all_the_same(shop: Shop, way: 
     shop.borrow()
 
 
+def test_what_is_raised_on_keeps_no_other_handler_from_running(shop: Shop) -> None:
+    shop.handles(lambda session: raises(RAISED["Panic"])(session, None), name="first", retry=THREE)
+    shop.handles(lambda session: put(session, "second"), name="second", retry=THREE)
+    with pytest.raises(Panic):
+        shop.process(order())
+    assert shop.effects() == ["second"]
+    assert shop.failure().attempts == 1
+
+
+def test_a_limit_of_the_callers_own_ends_the_call_and_not_one_run_of_several(shop: Shop) -> None:
+    runs: list[int] = []
+
+    def do(session: Session) -> None:
+        runs.append(1)
+        raise Timeout(5.0)
+
+    shop.handles(do, retry=Retry(immediate=2, delays=[0.01], max_attempts=9))
+    with pytest.raises(Timeout):
+        shop.process(order())
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize("number", [1213, 1205, 2006, 1040])
+def test_a_number_that_is_no_drivers_is_a_failure_like_any_other(shop: Shop, number: int) -> None:
+    runs: list[int] = []
+
+    def do(session: Session) -> None:
+        runs.append(1)
+        raise KeyError(number)
+
+    shop.handles(do, retry=THREE)
+    assert shop.process(order()) is F
+    assert (len(runs), shop.failure().error_class) == (1, "KeyError")
+
+
 @pytest.mark.parametrize(
     ("scheme", "way", "kind"),
     [("memory://panics-{n}", ALONE, kind) for kind in RAISED]

@@ -18,7 +18,7 @@ from sqlalchemy.util import await_only
 from exactly_once import ExactlyOnce, Message, Outcome, Retry
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
 from tests.integration.test_ends_badly import each_way, thrice, until
-from tests.integration.ways import ALONE, UNDER_A_LEASE, Way
+from tests.integration.ways import ALONE, IN_A_STEP, UNDER_A_LEASE, Way
 
 F, DEAD, WAITING = Outcome.FAILED, Outcome.DEAD, Outcome.WAITING
 THREE = Retry(immediate=0, delays=[0.01], max_attempts=3)
@@ -125,3 +125,24 @@ def test_a_worker_holds_nothing_for_a_database_that_is_not_the_stores(shop: Shop
         until(lambda: {row.state for row in shop.failures()} == {"dead"}, "both are dead")
         until(lambda: len(shop.effects()) == 6, "the others are handled")
     assert set(held) == {0}
+
+
+@pytest.mark.parametrize("asks", ["eo.lock", "eo.claim"])
+@pytest.mark.parametrize("way", [ALONE, UNDER_A_LEASE, IN_A_STEP], ids=str)
+def test_a_lock_or_claim_of_the_handlers_own_that_is_away_is_a_failure_too(shop: Shop, way: Way, asks: str) -> None:
+    """Under a lease it passed for the lease's own store: the whole worker waited for what nobody could look at."""
+    away = create_engine(nobody_answers(shop.dialect))
+
+    def do(session: Session, no: Any) -> None:
+        put(session, str(no))
+        if asks == "eo.lock":
+            with shop.eo.lock("printer", store="redis://127.0.0.1:1/0"):
+                raise AssertionError("nobody answers there")
+        with Session(away) as other:
+            shop.eo.claim(other, "reports", no)
+
+    way.handles(shop, do, retry=THREE)
+    assert thrice(shop, way) == [F, F, DEAD]
+    assert (shop.failure().attempts, shop.failure().error_class) == (3, "StoreUnavailable")
+    assert shop.effects() == []
+    shop.borrow()

@@ -26,7 +26,7 @@ from tests.services.wire import Speech, speech_for
 
 __all__ = ["Proxy", "far_away", "through"]
 
-COMMIT = re.compile(rb"(?:^|;)\s*(?:commit|end)\b", re.IGNORECASE)
+COMMIT = re.compile(rb"(?:^|;)\s*(?:commit|end(?!\s+if))\b", re.IGNORECASE)
 
 Direction = Literal["requests", "replies"]
 

@@ -16,6 +16,7 @@ from fractions import Fraction
 from http import HTTPStatus
 from types import FunctionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NewType, Optional, TypeVar, Union
+from unittest.mock import MagicMock
 
 import pytest
 from pydantic import BaseModel
@@ -183,6 +184,7 @@ def test_any_other_result_is_ignored_with_one_warning_a_handler(caplog: pytest.L
             c_int(1),
             ConsumeResult,
             Model,
+            MagicMock(),  # of a function that a test has patched
         ):
             check_result(result, handler=f"ignored-{handler}")
     said = [record.getMessage() for record in caplog.records]
