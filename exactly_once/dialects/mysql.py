@@ -50,6 +50,7 @@ from exactly_once.dialects import (
 )
 from exactly_once.dialects.keywords import Read, reader
 from exactly_once.dialects.statements import MARIADB, MYSQL
+from exactly_once.error_words.drivers import is_drivers
 from exactly_once.errors import ConfigurationError
 from exactly_once.mysql_clock import CLOCK_IS_RIGHT, RIGHT_CLOCK
 from exactly_once.owner import savepoint_of
@@ -141,7 +142,6 @@ _NO_BACKSLASH_ESCAPES: Final = 512  # SERVER_STATUS_NO_BACKSLASH_ESCAPES
 _NO_SAVEPOINT: Final = 1305
 _SIGNALLED: Final = 1644
 DUPLICATE: Final = 1062
-_DRIVERS: Final = frozenset({"pymysql", "asyncmy"})
 _NO_SUCH_TABLE: Final = 1146
 _LOCK_WAIT: Final = 1205
 _CUT: Final = 1969  # MariaDB's max_statement_time; MySQL's limit is for SELECT alone
@@ -197,7 +197,7 @@ _UNAVAILABLE: Final = frozenset(
     }
 )
 # MariaDB's max_statement_time, MySQL's max_execution_time
-_TIMED_OUT: Final = frozenset({1969, 3024})
+_TIMED_OUT: Final = frozenset({_CUT, 3024})
 _NO_ROOM: Final = frozenset({3, 20, 1021, 1026, 1030, 1114})
 # ER_CANNOT_CONVERT_CHARACTER, ER_TRUNCATED_WRONG_VALUE_FOR_FIELD (of a text: characters the column lacks), and MySQL's
 # ER_CANNOT_CONVERT_STRING
@@ -604,7 +604,7 @@ def _is_closed(error: BaseException) -> bool:
 def errno(error: BaseException) -> int | None:
     """Return the number of an error of the driver's; a KeyError(1213) of the application's has none."""
     origin = error.orig if isinstance(error, DBAPIError) else error
-    if not any(kind.__module__.partition(".")[0] in _DRIVERS for kind in type(origin).__mro__):
+    if not isinstance(origin, BaseException) or not is_drivers(origin):
         return None
     args: tuple[Any, ...] = getattr(origin, "args", ())
     return (args[0] or None) if args and isinstance(args[0], int) else None
