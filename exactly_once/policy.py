@@ -21,6 +21,7 @@ from typing import Final, Literal, TypeAlias
 
 from exactly_once.error_words import words_of
 from exactly_once.errors import BadBody, BadKey, ConfigurationError, PayloadConflict, Reject, RetryLater, StepError
+from exactly_once.leaves import leaves
 from exactly_once.outcome import Outcome
 from exactly_once.transport import Features
 from exactly_once.wording import escaped
@@ -33,6 +34,7 @@ __all__ = [
     "Retry",
     "RetrySpec",
     "check_retry",
+    "counts_as",
     "decide",
     "retry_for",
     "spent",
@@ -155,6 +157,28 @@ def retry_for(spec: RetrySpec, error: BaseException) -> Retry:
 _DEFAULT: Final = Retry()
 
 
+def counts_as(error: BaseException, spec: RetrySpec) -> BaseException:
+    """Return the one of a group's exceptions that decides for all of it: the one after which the message has most tries left.
+
+    That is a `RetryLater`, of several the one with the longest delay; else the first of those whose policy allows most attempts;
+    and what no retry mends only where there is nothing else. A group that `retry=` names itself is none of its exceptions.
+    """
+    found = leaves(error)
+    if len(found) == 1 and found[0] is error:
+        return error
+    if not isinstance(spec, Retry) and any(
+        issubclass(cls, BaseExceptionGroup) for cls in type(error).__mro__ if cls in spec
+    ):
+        return error
+    if later := [each for each in found if isinstance(each, RetryLater)]:
+        return max(later, key=lambda each: _delay_of(_DEFAULT, each, 1))
+    mended = [each for each in found if not isinstance(each, _NOT_MENDED)]
+    return max(mended or found, key=lambda each: retry_for(spec, each).max_attempts)
+
+
+_NOT_MENDED: Final = (Reject, BadKey, BadBody, PayloadConflict, StepError)  # by any retry
+
+
 @dataclass(frozen=True, slots=True)
 class Park:
     """Keep it whole in the failure store, in this state, for this reason; the broker is done with it."""
@@ -202,19 +226,20 @@ def decide(
     Returns:
         `Park` at once for what no retry mends (`Reject`, no key, no readable body, another payload under a
         known key, a step that must not be guessed)
-        and after `max_attempts`; else who tries again, and when.
+        and after `max_attempts`; else who tries again, and when. Of a group `counts_as` says which of its exceptions decides.
     """
-    if isinstance(error, Reject):
-        return Park("dead", f"rejected by the handler: {words_of(error)}")
-    if isinstance(error, (BadKey, BadBody, PayloadConflict, StepError)):
-        return Park("dead", words_of(error))
-    policy = retry_for(retry, error)
+    one = counts_as(error, retry)
+    if isinstance(one, Reject):
+        return Park("dead", f"rejected by the handler: {words_of(one)}")
+    if isinstance(one, _NOT_MENDED):
+        return Park("dead", words_of(one))
+    policy = retry_for(retry, one)
     if attempts >= policy.max_attempts:
         words = words_of(error)
         told = f"{type(error).__name__}: {escaped(words, 500)}" if words else type(error).__name__
         times = "once" if attempts == 1 else f"{attempts} times"
         return Park("dead", f"failed {times}, of {policy.max_attempts} allowed; the last error was {told}")
-    return _owner(_delay_of(policy, error, attempts), features, delivery_attempt, foreign=foreign)
+    return _owner(_delay_of(policy, one, attempts), features, delivery_attempt, foreign=foreign)
 
 
 def _delay_of(policy: Retry, error: BaseException, attempts: int) -> timedelta:

@@ -6,6 +6,8 @@ The one place where that is decided. Called wherever code of the application's i
 import sys
 from threading import current_thread, main_thread
 
+from exactly_once.leaves import leaves
+
 __all__ = ["asked_from_outside", "exit_in", "is_the_callers", "stops"]
 
 
@@ -19,7 +21,7 @@ def stops(error: BaseException, *, exits: bool = True) -> bool:
     if isinstance(error, Exception):
         return False
     if isinstance(error, BaseExceptionGroup):
-        return any(stops(each, exits=exits) for each in error.exceptions)
+        return any(stops(each, exits=exits) for each in leaves(error))
     if isinstance(error, SystemExit):
         return exits
     if isinstance(error, (KeyboardInterrupt, GeneratorExit)):
@@ -42,7 +44,7 @@ def exit_in(error: BaseException) -> SystemExit | None:
         return error
     if not isinstance(error, BaseExceptionGroup) or stops(error, exits=False):
         return None
-    return next((found for each in error.exceptions if (found := exit_in(each)) is not None), None)
+    return next((each for each in leaves(error) if isinstance(each, SystemExit)), None)
 
 
 def asked_from_outside(error: BaseException) -> bool:
@@ -57,9 +59,10 @@ def is_the_callers(error: BaseException) -> bool:
     """Say whether an exception that was counted is raised on in a loop of the caller's: what is no `Exception`.
 
     It may be for code around the call, such as gevent's Timeout. A CancelledError that nobody asked for is not: the caller's own
-    task would pass for cancelled.
+    task would pass for cancelled. A group is if one of its members is.
     """
     if isinstance(error, Exception):
         return False
     asyncio = sys.modules.get("asyncio")
-    return asyncio is None or not isinstance(error, asyncio.CancelledError)
+    own = Exception if asyncio is None else (Exception, asyncio.CancelledError)
+    return any(not isinstance(each, own) for each in leaves(error))

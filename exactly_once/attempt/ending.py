@@ -25,6 +25,7 @@ from exactly_once.error_words import words_of
 from exactly_once.errors import LeaseLost, Misuse, RefusedResult, StoreUnavailable
 from exactly_once.guards import Consumed, Guard, Unfinished, Won
 from exactly_once.guards.watch import CUT_OFF, BrokenTransaction, Left, Watch, let_go
+from exactly_once.leaves import leaves
 from exactly_once.stops import stops
 
 __all__ = ["PROCESSED", "Ended", "How", "Open", "raised", "run"]
@@ -145,7 +146,7 @@ def _left(
         # a hook of the user's, behind the server's answer: it is done
         return Ended(How.STOPPED, error, kept=True) if stops(error) else PROCESSED
     unsure = watch.sent and not watch.refused and not watch.committed
-    if isinstance(error, PendingRollbackError) and watch.cut_off:
+    if watch.cut_off and all(isinstance(each, PendingRollbackError) for each in leaves(error)):
         # SQLAlchemy says to roll back, which is not the handler's to do
         error = Misuse(CUT_OFF).with_traceback(error.__traceback__)
     if not watch.sent:
@@ -180,9 +181,25 @@ def _said(dialect: Dialect, won: Won, watch: Watch, error: BaseException) -> End
 
 
 def raised(dialect: Dialect, won: Won, error: BaseException) -> Ended:
-    """From what was raised alone."""
+    """From what was raised alone.
+
+    A group ends as its exceptions would if all of them would end so. A broken transaction or a lost lease among them weighs more
+    than the rest; a deadlock, or a store that is away, beside an error of the handler's own weighs less.
+    """
     if stops(error):
         return Ended(How.STOPPED, error)
+    ends = [_raised_alone(dialect, won, each) for each in leaves(error)]
+    if len(ends) == 1 and ends[0].error is error:
+        return ends[0]
+    for how in (How.BROKEN, How.LOST):
+        if (found := next((each for each in ends if each.how is how), None)) is not None:
+            return found
+    if any(each.how is How.FAILED for each in ends):
+        return Ended(How.FAILED, error)
+    return next((each for each in ends if each.how is How.AWAY), ends[0])
+
+
+def _raised_alone(dialect: Dialect, won: Won, error: BaseException) -> Ended:
     if isinstance(error, BrokenTransaction):  # of a step; the handler may have been told to stop behind it
         stop = error.__cause__
         return _broken(error, None, stop if stop is not None and stops(stop) else None, block=True)

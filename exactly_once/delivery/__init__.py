@@ -37,7 +37,7 @@ from exactly_once.handler import Lease, Lock, Plan, Reading, Transaction, check_
 from exactly_once.lease_stores import LeaseStores, Placed, sql_leases
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
-from exactly_once.policy import Park, retry_for, spent
+from exactly_once.policy import Park, counts_as, retry_for, spent
 from exactly_once.steps import AsyncSteps, Steps
 from exactly_once.stops import exit_in, is_the_callers
 from exactly_once.store import Store
@@ -295,11 +295,14 @@ class Delivering:
         return None if ended.error is None else self.recording.works(ended.error, spoken=ended.answered or sent)
 
     def _immediate(self, error: BaseException | None, foreign: bool) -> int:
-        if error is None or isinstance(error, (Reject, RetryLater, StepError)):
+        if error is None:
+            return 0
+        one = counts_as(error, self.plan.retry)
+        if isinstance(one, (Reject, RetryLater, StepError)):
             return 0
         if foreign and is_the_callers(error):  # a limit of the caller's: a second run would have none
             return 0
-        return retry_for(self.plan.retry, error).immediate
+        return retry_for(self.plan.retry, one).immediate
 
     def _call_plain(self, handed: Any, reading: Reading, message: Message, ledger: StepLedger | None) -> None:
         plan = self.plan

@@ -24,6 +24,7 @@ from sqlalchemy.exc import ArgumentError, CompileError, DBAPIError, SQLAlchemyEr
 from exactly_once.error_words.drivers import DRIVERS, in_statement, is_drivers, of_driver
 from exactly_once.error_words.struck import WORD, without_numbers, without_quoted
 from exactly_once.errors import Reject
+from exactly_once.leaves import leaves
 
 __all__ = ["place_of", "trace_of", "words_of"]
 
@@ -31,6 +32,8 @@ _NOT_THE_USERS: Final = tuple(
     f"{folder}{os.sep}" for folder in (Path(__file__).parents[1], Path(json.__file__).parents[1])
 )
 _MOST_ERRORS: Final = 50  # of one chain; a cycle must not hang
+_MOST_MEMBERS: Final = 10  # of a group, in one text
+_MEMBER_CHARACTERS: Final = 300
 
 # how SQLAlchemy and the drivers write their errors into a text; the same in every language
 _CLASS_IN_TEXT: Final = re.compile(r"(\((?:[A-Za-z_]\w*\.)+[A-Za-z_]\w*\)) .*", re.DOTALL)
@@ -61,7 +64,26 @@ def words_of(error: BaseException) -> str:
     Example:
         >>> words_of(ValueError("no such sku"))
         'no such sku'
+        >>> words_of(ExceptionGroup("tasks", [ValueError("no such sku")]))
+        'tasks (1 sub-exception): ValueError: no such sku'
     """
+    if not isinstance(error, BaseExceptionGroup):
+        return _own_words(error)
+    found = leaves(error)
+    told = [_cut(f"{_named(each)}{place_of(each)}") for each in found[:_MOST_MEMBERS]]
+    more = f"; and {len(found) - _MOST_MEMBERS} more" if len(found) > _MOST_MEMBERS else ""
+    return f"{_cut(_own_words(error))}: {'; '.join(told)}{more}"
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {words}" if (words := _own_words(error)) else type(error).__name__
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MEMBER_CHARACTERS else f"{text[:_MEMBER_CHARACTERS]}..."
+
+
+def _own_words(error: BaseException) -> str:
     try:
         if isinstance(error, StatementError):
             return _of_statement(error)
@@ -123,7 +145,7 @@ def trace_of(error: BaseException) -> str:
         seen.add(id(at))
         frames = _trace_of(at)
         above = "Traceback (most recent call last):\n" + "".join(format_tb(frames)) if frames is not None else ""
-        told.append(f"{above}{type(at).__qualname__}: {words_of(at)}{_members_of(at)}")
+        told.append(f"{above}{type(at).__qualname__}: {_own_words(at)}{_members_of(at)}")
         at = _cause_of(at) or (None if _hides_context(at) else _context_of(at))
     return "\n\nThen, because of it:\n\n".join(reversed(told))
 
@@ -132,7 +154,7 @@ def _members_of(error: BaseException) -> str:
     if not isinstance(error, BaseExceptionGroup):
         return ""
     return "".join(
-        f"\n  | {type(each).__qualname__}: {words_of(each)}{place_of(each)}" for each in _in_group(error)[:_MOST_ERRORS]
+        f"\n  | {type(each).__qualname__}: {_own_words(each)}{place_of(each)}" for each in leaves(error)[:_MOST_ERRORS]
     )
 
 

@@ -22,6 +22,7 @@ from exactly_once.guards.watch import BrokenTransaction, Left, Watch
 from exactly_once.keys import check_name
 from exactly_once.leases import Held, LeaseStore, Recorded
 from exactly_once.leases.sql import SqlLeases
+from exactly_once.leaves import leaves
 from exactly_once.schema import STEP_BYTES
 from exactly_once.steps import Begun, coder, step_key
 from exactly_once.wording import escaped
@@ -248,8 +249,9 @@ class StepLedger:
         try:
             value = work(handed)
             session.flush()
-        except DBAPIError as error:
-            if self._late.watch is not None and getattr(error.orig, "sqlstate", None) == _LOCK_TIMEOUT:
+        except (DBAPIError, ExceptionGroup) as error:
+            states = {getattr(each.orig, "sqlstate", None) for each in leaves(error) if isinstance(each, DBAPIError)}
+            if self._late.watch is not None and _LOCK_TIMEOUT in states:
                 raise Misuse(
                     f"A steps.transaction waited {_LOCK_WAIT_S} s for a row that is locked, probably by the handler's own"
                     " session: they are two transactions. Use the session for that row behind the last step, or only there."

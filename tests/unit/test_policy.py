@@ -16,6 +16,7 @@ from exactly_once.policy import (
     Park,
     Retry,
     check_retry,
+    counts_as,
     decide,
     retry_for,
     spent,
@@ -217,3 +218,37 @@ def test_the_last_delivery_is_for_parking() -> None:
     assert [spent(n, BROKER) for n in (1, 15, 16, 17)] == [False, False, True, True]
     assert not spent(99, ENDLESS)
     assert not spent(99, Features(redelivers=True, counts_attempts=False, max_attempts=3))
+
+
+class Odd(RetryLater):
+    def __init__(self) -> None: ...
+
+    @property
+    def delay(self) -> timedelta:  # type: ignore[override]
+        raise RuntimeError("no delay")
+
+
+class Own(ExceptionGroup[Exception]):
+    @property
+    def exceptions(self) -> Any:
+        raise RuntimeError("none of yours")
+
+
+def test_a_group_counts_as_the_exception_after_which_most_tries_are_left() -> None:
+    few, many, none, later = OSError("few"), ValueError("many"), Reject("none"), RetryLater(seconds(7))
+    spec = {OSError: Retry(max_attempts=2), Exception: Retry(max_attempts=9)}
+    for of, one in (
+        ([few, many], many),
+        ([none, few], few),
+        ([none, BadKey("x")], none),
+        ([many, none, later], later),
+        ([Odd(), later], later),
+        ([RetryLater(), RetryLater(seconds(3)), later], later),
+        ([ExceptionGroup("inside", [none, few]), many], many),
+    ):
+        assert counts_as(ExceptionGroup("g", of), spec) is one
+    assert counts_as(many, spec) is many
+    named = Own("g", [none])
+    assert counts_as(named, {Own: Retry()}) is named
+    assert counts_as(named, spec) is none
+    assert isinstance(decided(ExceptionGroup("g", [Odd()])), ByBroker)
