@@ -22,6 +22,7 @@ from sqlalchemy.pool import reset_none
 from exactly_once import loops
 from exactly_once.characters import narrow, utf8_args
 from exactly_once.dialects import ClaimRow, Dialect, Trouble, dialect_for
+from exactly_once.dialects.firsthand import kept_firsthand, watch_pool
 from exactly_once.dialects.place import schema_in
 from exactly_once.errors import ConfigurationError, MissingExtra, SchemaError, StoreUnavailable
 from exactly_once.failures import FailureStore
@@ -351,6 +352,7 @@ class Store:
         dialect = self.dialect
         try:
             with self.engine.connect() as connection:
+                kept_firsthand(connection)
                 missing = check(connection, self.schema)
                 lacking = narrow(connection)
                 connection.rollback()
@@ -399,6 +401,7 @@ class Store:
 
     def _watched(self, engine: Engine) -> Engine:
         install(engine)
+        watch_pool(engine)
         if (engine.dialect.name, engine.dialect.driver.removesuffix("_async")) == ("postgresql", "psycopg"):
             from exactly_once.dialects.postgresql_pooler import look_at_each
 

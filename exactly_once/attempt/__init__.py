@@ -16,6 +16,7 @@ from exactly_once.attempt.ending import Ended, How, Open, raised, run
 from exactly_once.dialects import ClaimRow, Dialect, Trouble
 from exactly_once.errors import ConfigurationError, Misuse, StoreUnavailable
 from exactly_once.guards import Conflict, Consumed, Guard, InProgress, Unfinished, Won
+from exactly_once.guards.our_session import in_our_session
 from exactly_once.guards.watch import let_go, over
 from exactly_once.owner import new_owner
 
@@ -128,10 +129,13 @@ def _duplicate(
     """Nothing runs; a failure row of this message, if there may be one, is closed."""
     if also is not None:
         let_go(session)  # it is the handler's, with its hooks; and it may hold the only connection
-        ours, _ = open_ours()
-        try:
+
+        def close(ours: Session) -> None:
             also(ours, 1)
             ours.commit()
+
+        try:
+            in_our_session(open_ours, dialect, close)
         except Exception as error:
             match dialect.trouble(error):
                 case Trouble.UNAVAILABLE:
@@ -140,8 +144,6 @@ def _duplicate(
                     return Ended(How.TRANSIENT, error)
                 case _:
                     return Ended(How.FAILED, error)
-        finally:
-            let_go(ours)
     return Ended(How.DUPLICATE, owner=owner)
 
 

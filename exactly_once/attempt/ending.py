@@ -24,7 +24,7 @@ from exactly_once.dialects import ClaimRow, Dialect, Trouble
 from exactly_once.error_words import words_of
 from exactly_once.errors import LeaseLost, Misuse, RefusedResult, StoreUnavailable
 from exactly_once.guards import Consumed, Guard, Unfinished, Won
-from exactly_once.guards.watch import CUT_OFF, BrokenTransaction, Left, Watch, let_go
+from exactly_once.guards.watch import CUT_OFF, BrokenTransaction, Left, Watch
 from exactly_once.leaves import leaves
 from exactly_once.stops import stops
 
@@ -226,16 +226,13 @@ def _broken(error: BaseException, owner: str | None, stop: BaseException | None,
 
 def _stands(open_session: Open, guard: Guard, watch: Watch, ended: Ended) -> Ended:
     """After the rollback: does this attempt's claim stand all the same? Of a group's, all stand or none does."""
-    session, _ = open_session()
     try:
-        found = guard.look(session, watch.rows[0])
+        found = guard.look(open_session, watch.rows[0])
     except StoreUnavailable as error:
         # not known, and the next claim may find it: whose it is must be remembered until then
         return Ended(How.AWAY, error, owner=watch.owner, stop=_stop_of(ended))
     except Exception:  # whatever it is, the next claim meets it too
         return ended
-    finally:
-        let_go(session)
     if isinstance(found, (Consumed, Unfinished)) and found.owner == watch.owner:
         said = ended.error
         told = Misuse(f"{_COMMITTED} The handler ended with {type(said).__name__}.")
@@ -256,15 +253,12 @@ def _look_up(open_session: Open, guard: Guard, rows: Sequence[ClaimRow], ended: 
     one message alone that is as good. A COMMIT still on its way is safe: the redelivery's claim waits for it and then finds
     the row.
     """
-    session, _ = open_session()
     try:
-        found = [guard.look(session, row) for row in rows]
+        found = [guard.look(open_session, row) for row in rows]
     except StoreUnavailable as error:
         return Ended(How.AWAY, error, kept=True)
     except Exception:  # a look-up that fails leaves the outcome what it was: unknown
         return ended
-    finally:
-        let_go(session)
     if all(isinstance(each, Consumed) for each in found):
         return PROCESSED
     unfinished = next((each for each in found if isinstance(each, Unfinished)), None)

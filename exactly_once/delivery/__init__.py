@@ -30,9 +30,10 @@ from exactly_once.errors import (
 )
 from exactly_once.failures import MESSAGE_ID_BYTES, Place
 from exactly_once.guards import Consumed, Guard, Unfinished, Won
+from exactly_once.guards.our_session import in_our_session
 from exactly_once.guards.step_ledger import StepLedger
 from exactly_once.guards.transaction import TransactionGuard
-from exactly_once.guards.watch import BrokenTransaction, let_go
+from exactly_once.guards.watch import BrokenTransaction
 from exactly_once.handler import Lease, Lock, Plan, Reading, Transaction, check_result
 from exactly_once.lease_stores import LeaseStores, Placed, sql_leases
 from exactly_once.message import Message
@@ -352,12 +353,7 @@ class Delivering:
 
     def _done(self, row: ClaimRow, message: Message, reading: Reading) -> Told | None:
         """Look whether it was done before, without running it."""
-        session, _ = self._ours()
-        try:
-            found = self._guard.look(session, row)
-        finally:
-            let_go(session)
-        match found:
+        match self._guard.look(self._ours, row):
             case Consumed():
                 return DUPLICATE
             case Unfinished(owner):
@@ -380,15 +376,15 @@ class Delivering:
 
     def _place(self, message: Message, reading: Reading) -> Place:
         failure = self.recording.failure(message, reading, Reject(""))
-        session, _ = self._ours()
+        waits, place = self.plan.after_dead == "wait", self.store.failures.place
         try:
-            return self.store.failures.place(session, failure, after_dead_wait=self.plan.after_dead == "wait")
+            return in_our_session(
+                self._ours, self.store.dialect, lambda session: place(session, failure, after_dead_wait=waits)
+            )
         except Exception as error:
             if self.store.away(error):
                 raise StoreUnavailable("The database does not answer; nothing ran.") from error
             raise
-        finally:
-            let_go(session)
 
 
 def _check_session(plan: Plan, store: Store) -> None:

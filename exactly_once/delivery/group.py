@@ -25,8 +25,9 @@ from exactly_once.delivery.recording import Owed
 from exactly_once.dialects import ClaimRow, Trouble
 from exactly_once.errors import Misuse
 from exactly_once.guards import Consumed
+from exactly_once.guards.our_session import in_our_session
 from exactly_once.guards.transaction import TransactionGuard
-from exactly_once.guards.watch import Watch, let_go
+from exactly_once.guards.watch import Watch
 from exactly_once.handler import Reading, check_result
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
@@ -135,15 +136,15 @@ class GroupDelivering(Delivering):
         """Whether messages of some ordering key must wait behind an older one; then those with such a key ask one by one."""
         if not self.plan.ordered or all(member.message.ordering_key is None for member in members):
             return False
-        session, _ = self._ours()
+        waits, any_blocking = self.plan.after_dead == "wait", self.store.failures.any_blocking
         try:
-            return self.store.failures.any_blocking(
-                session, self.group, self.plan.name, after_dead_wait=self.plan.after_dead == "wait"
+            return in_our_session(
+                self._ours,
+                self.store.dialect,
+                lambda session: any_blocking(session, self.group, self.plan.name, after_dead_wait=waits),
             )
         except Exception:  # whatever it is, each message finds it out by itself
             return True
-        finally:
-            let_go(session)
 
     def _alone(self, member: Member, run: _Run) -> None:
         """Run a single message. Where the store was found not to answer, or much was waited for, not each asks again."""

@@ -21,7 +21,7 @@ from exactly_once.dialects import Trouble
 from exactly_once.error_words import words_of
 from exactly_once.errors import Reject
 from exactly_once.failures import Failure, text_of
-from exactly_once.guards.watch import let_go
+from exactly_once.guards.our_session import in_our_session
 from exactly_once.handler import Plan, Reading
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
@@ -234,14 +234,16 @@ class Recording:
     ) -> Told:
         """Write it down in a new transaction; if that fails, nothing is acknowledged and the message comes again."""
         failure = replace(self.failure(message, reading, error), counted=counted, claim_owner=claim_owner, block=block)
+
+        def recorded(session: Session) -> tuple[Decision, int]:
+            return self._store.failures.record(session, failure, decision_of)
+
         tries = 1
         while True:
-            session, _ = self._open()
             try:
-                decision, attempts = self._store.failures.record(session, failure, decision_of)
+                decision, attempts = in_our_session(self._open, self._store.dialect, recorded)
                 break
             except Exception as problem:
-                session.invalidate()  # the next try is on another: whoever had this connection may have left it changed
                 if self.works(problem) is False:
                     return self.away(problem)
                 transient = self._store.dialect.trouble(problem) in (Trouble.TRANSIENT, Trouble.UNAVAILABLE)
@@ -252,8 +254,6 @@ class Recording:
                 else:
                     self._unrecorded(failure, problem)
                     return Told(outcome, Redeliver(UNRECORDED))
-            finally:
-                let_go(session)
         _log.log(
             logging.WARNING if counted else logging.INFO,
             "message_failed handler=%s key=%s attempts=%d next=%s error=%s: %s",

@@ -158,6 +158,8 @@ class Dialect(Protocol):
     name: str
     asks_around_calls: bool
     """A statement whose text is not there to read can end the transaction unseen."""
+    learns: bool
+    """`prepare` learns what others may have changed in the connection: it is asked of one that nobody had."""
 
     @property
     def table(self) -> str:

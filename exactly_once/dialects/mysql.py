@@ -238,6 +238,7 @@ class MySQL:
 
     name = "mysql"
     asks_around_calls = True
+    learns = True
 
     def __init__(self, table: Callable[[], str], *, durable: bool = True) -> None:
         self._table = table

@@ -183,6 +183,7 @@ class PostgreSQL:
 
     name = "postgresql"
     asks_around_calls = False
+    learns = True
 
     def __init__(self, table: Callable[[], str], *, durable: bool = True) -> None:
         self._table, self.durable = table, DURABLE.encode() if durable else b""

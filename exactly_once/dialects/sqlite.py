@@ -69,6 +69,7 @@ class SQLite:
 
     name = "sqlite"
     asks_around_calls = False
+    learns = False
 
     def __init__(self, table: Callable[[], str], *, durable: bool = True) -> None:
         self._table, self._durable = table, durable

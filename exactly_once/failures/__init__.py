@@ -20,6 +20,7 @@ from sqlalchemy import (
     Column,
     ColumnElement,
     FromClause,
+    Select,
     Table,
     Update,
     and_,
@@ -156,7 +157,7 @@ class FailureStore:
         """Write one failure down, counting it, with what is to happen next; commits.
 
         Args:
-            session: A fresh session in no transaction.
+            session: A fresh session, whose transaction has sent nothing yet.
             failure: What failed.
             decide: From the number of failures, this one included, what is to happen.
 
@@ -165,13 +166,16 @@ class FailureStore:
         """
         for last in (False, True):
             try:
-                with session.begin():
-                    begin_bounded(session.connection())
-                    return self._record(session, failure, decide)
+                begin_bounded(session.connection())
+                recorded = self._record(session, failure, decide)
+                session.commit()
             except IntegrityError:
                 # two deliveries of one message failed at the same moment; now the row is there to be updated
+                session.rollback()
                 if last:
                     raise
+            else:
+                return recorded
         raise AssertionError
 
     def _record(self, session: Session, failure: Failure, decide: Callable[[int], Decision]) -> tuple[Decision, int]:
@@ -325,7 +329,9 @@ class FailureStore:
             select(t.c.id).where(self._identity(failure, key)).scalar_subquery(),
         )
         older = exists().where(of_key, blocking(t, after_dead_wait=after_dead_wait), or_(own.is_(None), t.c.id < own))
-        blocked, known_as = session.execute(select(older, own)).one()
+        wanted: Select[Any] = select(older, own)  # type: ignore[assignment]
+        asked = all_rows(wanted, session.connection().dialect.name)
+        blocked, known_as = session.execute(asked).one()
         return Place(bool(blocked), known_as is not None)
 
     def any_blocking(self, session: Session, group: str, handler: str, *, after_dead_wait: bool) -> bool:

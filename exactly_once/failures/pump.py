@@ -16,6 +16,7 @@ from typing import Final
 
 from sqlalchemy import Connection, Engine
 
+from exactly_once.dialects.firsthand import kept_firsthand
 from exactly_once.error_words import words_of
 from exactly_once.failures.due import DueFailures, Taken, message_of
 from exactly_once.pooler import begin_bounded
@@ -145,6 +146,7 @@ class Pump:
         with self._engine.connect() as connection:
             try:
                 with connection.begin():
+                    kept_firsthand(connection)
                     begin_bounded(connection)
                     yield connection
             except Exception:

@@ -4,9 +4,10 @@ Called in a thread, or in SQLAlchemy's greenlet under asyncio: never async itsel
 `delivery` for a message that has no delivery left.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy.orm import Session
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from exactly_once.guards.watch import Watch
     from exactly_once.lock import RedisLock
 
-__all__ = ["Claim", "Conflict", "Consumed", "Guard", "InProgress", "Unfinished", "Won"]
+__all__ = ["Claim", "Conflict", "Consumed", "Guard", "InProgress", "OpenOurs", "Unfinished", "Won"]
+
+OpenOurs = Callable[[], tuple[Session, Any]]
+"""Make a session of our own, beside the handler's."""
 
 
 @dataclass(eq=False, slots=True)
@@ -113,8 +117,8 @@ class Guard(Protocol):
             broken: The handler committed behind our back: nobody is to have it before a person has looked.
         """
 
-    def look(self, session: Session, row: ClaimRow) -> Consumed | Unfinished | None:
-        """Look once, on a fresh session, what stands under this key with this payload; the session ends in no transaction.
+    def look(self, open_ours: OpenOurs, row: ClaimRow) -> Consumed | Unfinished | None:
+        """Look once, in a session of ours, what stands under this key with this payload.
 
         Raises:
             StoreUnavailable: The store does not answer.

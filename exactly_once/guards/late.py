@@ -8,6 +8,7 @@ from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
 from exactly_once.dialects import Dialect, State, Trace, Trouble, raise_for_the_store
+from exactly_once.dialects.firsthand import ready
 from exactly_once.errors import Misuse
 from exactly_once.fork import engines as forked_engines
 from exactly_once.guards.watch import WATCHED, Shut, Watch, begin, let_go, over
@@ -81,14 +82,15 @@ class Late:
         before is believed.
         """
         dialect, dbapi, info = self._dialect, connection.connection.dbapi_connection, connection.info
-        used = dialect in info
         try:
-            if used and exchange and dialect.strange(dbapi, info):
-                _exchange(connection)
-                return False
-            if not used:
-                forked_engines.used(connection.engine, connection.connection)
-                dialect.prepare(dbapi, info, wait_ms=WAIT_MS)
+            used = ready(dialect, connection, wait_ms=WAIT_MS)
+            if used is None:
+                if exchange:
+                    _exchange(connection)
+                    return False
+                if dialect not in info:
+                    forked_engines.used(connection.engine, connection.connection)
+                    dialect.prepare(dbapi, info, wait_ms=WAIT_MS)
             try:
                 dialect.begin(dbapi, info, owner, trace)
             except Exception as error:

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from exactly_once.dialects import ClaimRow, Dialect
 from exactly_once.error_words import words_of
 from exactly_once.errors import StoreUnavailable
-from exactly_once.guards import Claim, Conflict, Consumed, InProgress, Unfinished, Won
+from exactly_once.guards import Claim, Conflict, Consumed, InProgress, OpenOurs, Unfinished, Won
 from exactly_once.guards.late import Late
 from exactly_once.leases import Held, LeaseStore, Standing, clock, judge
 from exactly_once.leases.renewal import Renewal
@@ -186,7 +186,7 @@ class LeaseGuard:
             )
             return True
 
-    def look(self, session: Session, row: ClaimRow) -> Consumed | Unfinished | None:
+    def look(self, open_ours: OpenOurs, row: ClaimRow) -> Consumed | Unfinished | None:
         """See `Guard.look`."""
         seen = self._local.look(row)
         if not self._own and (seen is None or not seen.consumed):

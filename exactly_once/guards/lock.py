@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from exactly_once import errors
 from exactly_once.dialects import ClaimRow, Dialect
-from exactly_once.guards import Claim, InProgress, Won
+from exactly_once.guards import Claim, InProgress, OpenOurs, Won
 from exactly_once.guards.late import Late
 from exactly_once.handler import Lock
 from exactly_once.lock import RedisLock
@@ -61,5 +61,5 @@ class LockGuard:
         won.lock.leave()
         return True
 
-    def look(self, session: Session, row: ClaimRow) -> None:
+    def look(self, open_ours: OpenOurs, row: ClaimRow) -> None:
         """Nothing is remembered."""

@@ -23,9 +23,10 @@ from exactly_once.dialects import (
     group_claims_for,
     raise_for_the_store,
 )
+from exactly_once.dialects.firsthand import ready
 from exactly_once.fingerprint import Differs, compare
-from exactly_once.fork import engines as forked_engines
-from exactly_once.guards import Claim, Conflict, Consumed, InProgress, Unfinished, Won
+from exactly_once.guards import Claim, Conflict, Consumed, InProgress, OpenOurs, Unfinished, Won
+from exactly_once.guards.our_session import in_our_session
 from exactly_once.guards.watch import Watch, begin
 from exactly_once.leases.sql import SqlLeases
 from exactly_once.schema import CONSUMED, UNFINISHED
@@ -149,20 +150,15 @@ class TransactionGuard:
         try:
             # first, so that SQLAlchemy knows of the transaction we begin below it; costs no round trip
             connection = session.connection()
-            dbapi, info = connection.connection.dbapi_connection, connection.info
-            while (used := dialect in info) and dialect.strange(dbapi, info):
-                # whoever had it changed it in a way that would store a key as another one
+            while (used := ready(dialect, connection, wait_ms=self._wait_ms)) is None:
+                # whoever had it may have changed it in a way that would store a key as another one
                 connection.invalidate()
                 session.rollback()
                 connection = session.connection()
-                dbapi, info = connection.connection.dbapi_connection, connection.info
-            if not used:
-                forked_engines.used(connection.engine, connection.connection)
-                dialect.prepare(dbapi, info, wait_ms=self._wait_ms)
         except Exception as error:
             raise_for_the_store(dialect, error)
             raise
-        return connection, dbapi, info, used
+        return connection, connection.connection.dbapi_connection, connection.info, used
 
     def _failed(self, session: Session, connection: Connection, error: Exception, *, used: bool) -> None:
         """After a claim that failed: come back where it is to be asked for on another connection.
@@ -206,13 +202,17 @@ class TransactionGuard:
         """The rollback was all; what is broken was committed with its claim."""
         return True
 
-    def look(self, session: Session, row: ClaimRow) -> Consumed | Unfinished | None:
+    def look(self, open_ours: OpenOurs, row: ClaimRow) -> Consumed | Unfinished | None:
         """See `Guard.look`."""
+        dialect = self._dialect
+
+        def known_of(session: Session) -> Known | None:
+            return dialect.known(session.connection().connection.dbapi_connection, row, end=True, wait=False)
+
         try:
-            connection = session.connection()
-            known = self._dialect.known(connection.connection.dbapi_connection, row, end=True, wait=False)
+            known = in_our_session(open_ours, dialect, known_of)
         except Exception as error:
-            raise_for_the_store(self._dialect, error)
+            raise_for_the_store(dialect, error)
             raise
         found = standing(known, row)
         return found if isinstance(found, (Consumed, Unfinished)) else None

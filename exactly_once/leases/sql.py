@@ -29,7 +29,7 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import IntegrityError
 
 from exactly_once import claim_rows
 from exactly_once.dialects import (
@@ -44,6 +44,8 @@ from exactly_once.dialects import (
     lease_claims_for,
 )
 from exactly_once.dialects import raise_for_the_store as raise_for
+from exactly_once.dialects.firsthand import is_firsthand, kept_firsthand, ready
+from exactly_once.errors import StoreUnavailable
 from exactly_once.leases import WAIT_MS, Held, Recorded, clock
 from exactly_once.pooler import begin_bounded
 from exactly_once.schema import (
@@ -66,7 +68,7 @@ T = TypeVar("T")
 AT_ONCE: Final = 5000
 """So many leases are renewed by one statement: each is three parameters, of which PostgreSQL takes 65,535."""
 _MOMENT: Final = timedelta(seconds=1)
-_TRIES: Final = (False, False, False, True)
+_TRIES: Final = 3  # more, of a statement that was a deadlock's victim
 _BEATS: Final = 4  # a renewal is given a quarter of the time between two of them
 
 
@@ -103,15 +105,13 @@ class SqlLeases:
         """See `LeaseStore.claim`."""
         while True:
             with self._speaking(self._engine) as connection:
-                dbapi, info = connection.connection.dbapi_connection, connection.info
-                used = self._dialect in info
-                if used and self._dialect.strange(dbapi, info):
-                    # whoever had it changed it in a way that would store a key as another one
+                used = ready(self._dialect, connection, wait_ms=WAIT_MS)
+                if used is None:
+                    # whoever had it may have changed it in a way that would store a key as another one
                     connection.invalidate()
                     continue
+                dbapi, info = connection.connection.dbapi_connection, connection.info
                 try:
-                    if not used:
-                        self._dialect.prepare(dbapi, info, wait_ms=WAIT_MS)
                     for last in (False, True):
                         try:
                             return self._claims.claim(
@@ -238,6 +238,7 @@ class SqlLeases:
         until = {"lease_until": utcnow(lease.total_seconds())}
         asked = clock()  # not when it is answered: a process that stands still in between would take it for fresh
         with self._speaking(self._engine) as connection, connection.begin():
+            kept_firsthand(connection)
             begin_bounded(connection)
             match self._dialect.name:
                 case "postgresql":
@@ -432,15 +433,25 @@ class SqlLeases:
         return and_(self._of(t, held.row), t.c.status == CONSUMING, t.c.token == held.token)
 
     def _by_itself(self, do: Callable[[Connection], T]) -> T:
-        for last in _TRIES:
+        tries = 0
+        while True:
+            believed = True
             try:
                 with self._speaking(self._alone) as connection:
+                    believed = is_firsthand(connection)
+                    kept_firsthand(connection)
                     return do(connection)
-            except DBAPIError as error:
-                # one statement, so nothing else is lost with it: a deadlock's victim may simply ask again
-                if last or self._dialect.trouble(error) is not Trouble.TRANSIENT:
+            except (IntegrityError, StoreUnavailable):
+                raise
+            except Exception as error:
+                trouble = self._dialect.trouble(error)
+                if trouble is Trouble.TRANSIENT and tries < _TRIES:
+                    tries += (
+                        1  # one statement, so nothing else is lost with it: a deadlock's victim may simply ask again
+                    )
+                elif believed or trouble in (Trouble.TRANSIENT, Trouble.UNAVAILABLE):
                     raise
-        raise AssertionError
+                # else whoever had the connection, which is closed now, may have left a role or a time limit in it
 
     @contextmanager
     def _speaking(self, engine: Engine) -> Iterator[Connection]:

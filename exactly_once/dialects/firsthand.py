@@ -1,0 +1,80 @@
+"""Whether a connection of a pool was had by anybody but us: only from one that was not is anything learnt, or believed.
+
+Whoever had it before, a handler or other code of the program on the same engine, may have left a role, a mode, a time limit or a
+character set in it. Learnt from there, it would be taken for what this server is, and messages be blamed for it. Found out by
+two events of the pool, at no round trip. Called by the guards, and by whatever speaks to a database in a session of our own.
+"""
+
+from collections.abc import MutableMapping
+from typing import Any, Final
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from exactly_once.dialects import Dialect
+from exactly_once.fork import engines as forked_engines
+
+__all__ = ["is_changed", "is_firsthand", "kept_firsthand", "ready", "watch_pool"]
+
+_FIRSTHAND: Final = "exactly_once.firsthand"
+"""In the `info` of a connection that nobody has given back yet, but we."""
+_BY_US: Final = "exactly_once.by_us"
+
+
+def watch_pool(engine: Engine) -> None:
+    """Know from here on who has had this engine's connections; once a pool. Those it has already are not known."""
+    if _made not in tuple(engine.pool.dispatch.connect):  # a pool made anew has the listeners of the one before
+        event.listen(engine, "connect", _made)
+        event.listen(engine, "checkin", _given_back)
+
+
+def _made(dbapi: Any, record: ConnectionPoolEntry) -> None:
+    record.info[_FIRSTHAND] = True
+
+
+def _given_back(dbapi: Any, record: ConnectionPoolEntry) -> None:
+    info = record.info
+    if _FIRSTHAND in info and not info.pop(_BY_US, False):
+        del info[_FIRSTHAND]
+
+
+def is_firsthand(connection: Connection) -> bool:
+    """Say whether nobody had this connection before, but we."""
+    if _FIRSTHAND in connection.info:
+        return True
+    watch_pool(connection.engine)  # the next one of a pool that nobody has told us of is known
+    return False
+
+
+def kept_firsthand(connection: Connection) -> None:
+    """Say that it is used for something of ours alone, which leaves nothing in it."""
+    if _FIRSTHAND in connection.info:
+        connection.info[_BY_US] = True
+
+
+def is_changed(dialect: Dialect, connection: Connection) -> bool:
+    """Say whether a connection is to be thrown away before it is used: it is not what it was, or nobody knows what it was."""
+    info = connection.info
+    if dialect in info:
+        return dialect.strange(connection.connection.dbapi_connection, info)
+    return dialect.learns and not is_firsthand(connection)
+
+
+def ready(dialect: Dialect, connection: Connection, *, wait_ms: int) -> bool | None:
+    """Make a connection ready for a claim; say whether it was used before, and None where it is to be thrown away.
+
+    What a connection that was used before does not take is asked for again on another one. What one that nobody had does not
+    take is believed.
+
+    Raises:
+        ConfigurationError: The server, or the engine, is set up so that no claim can be trusted.
+    """
+    dbapi: Any = connection.connection.dbapi_connection
+    info: MutableMapping[Any, Any] = connection.info
+    if is_changed(dialect, connection):
+        return None
+    if dialect in info:
+        return True
+    forked_engines.used(connection.engine, connection.connection)
+    dialect.prepare(dbapi, info, wait_ms=wait_ms)
+    return False

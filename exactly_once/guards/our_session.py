@@ -1,0 +1,51 @@
+"""What is read or written in a session of our own, beside any handler: on another connection where others changed this one.
+
+Called by `delivery` for the order of messages and for what failed, and wherever a claim is looked up.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+from sqlalchemy.orm import Session
+
+from exactly_once.dialects import Dialect, Trouble
+from exactly_once.dialects.firsthand import is_changed, is_firsthand, kept_firsthand
+from exactly_once.guards.watch import let_go
+
+__all__ = ["in_our_session"]
+
+T = TypeVar("T")
+# a server that is away, or a deadlock, is no matter of this connection: the caller decides
+_PASSED_ON: Final = (Trouble.UNAVAILABLE, Trouble.TRANSIENT)
+
+
+def in_our_session(open_ours: Callable[[], tuple[Session, Any]], dialect: Dialect, do: Callable[[Session], T]) -> T:
+    """Do something in a session of ours, and end it.
+
+    Whoever had the connection before may have left a role, a time limit or a character set in it. So what fails there is done
+    again on another connection, until one that nobody had refuses it, too.
+
+    Args:
+        open_ours: Makes the session.
+        dialect: How its database is spoken to.
+        do: Given the session, whose transaction has sent nothing yet; done again from the start, so it commits last, if at all.
+
+    Raises:
+        Exception: What `do` raised on a connection that is believed; at once where the server is away, or of a deadlock.
+    """
+    while True:
+        session, _ = open_ours()
+        believed = True
+        try:
+            connection = session.connection()
+            believed = is_firsthand(connection)
+            kept_firsthand(connection)
+            if not is_changed(dialect, connection):
+                return do(session)
+            session.invalidate()
+        except Exception as error:
+            session.invalidate()
+            if believed or dialect.trouble(error) in _PASSED_ON:
+                raise
+        finally:
+            let_go(session)
