@@ -10,6 +10,7 @@ Engine on one, on each dialect in turn. `redis_url` is an empty Redis.
 
 from collections.abc import Callable, Iterator
 
+import pymysql
 import pytest
 from hypothesis import HealthCheck, settings
 from sqlalchemy import Engine, create_engine
@@ -25,6 +26,13 @@ from tests.services.need import need, require
 # a machine that does other things too is slow, and no input is to blame for it
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared")
+
+# PyMySQL reads all certificates of the machine for each new connection, which takes 30 ms, also for a server without any
+_new_context = pymysql.Connection._create_ssl_ctx
+_context_without_certificates = _new_context(pymysql.Connection(defer_connect=True), {})
+pymysql.Connection._create_ssl_ctx = lambda self, given: (
+    _new_context(self, given) if given else _context_without_certificates
+)
 
 pytest_plugins = ["exactly_once.testing.fixtures"]
 

@@ -87,7 +87,9 @@ class Shop:
         url = make_url(self.url)
         self.engine: Engine = create_engine(url, **options)
         self.async_engine: AsyncEngine = create_async_engine(url.set(drivername=_ASYNC[url.drivername]), **options)
-        self.outside: Engine = create_engine(url, poolclass=NullPool)
+        # its connections are kept, for a new one costs more than most tests: what ends them is noticed by a ping
+        kept: dict[str, Any] = {"pool_pre_ping": True}
+        self.outside: Engine = create_engine(url, **({"poolclass": NullPool} if self.dialect == "sqlite" else kept))
         self.tables = tables()
         self._loop = asyncio.Runner()
         self.fresh_eo()
