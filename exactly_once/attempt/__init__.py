@@ -12,12 +12,13 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from exactly_once import fork
-from exactly_once.attempt.ending import Ended, How, Open, raised, run
+from exactly_once.attempt.ending import Ended, How, Open, run
 from exactly_once.dialects import ClaimRow, Dialect, Trouble
 from exactly_once.errors import ConfigurationError, Misuse, StoreUnavailable
 from exactly_once.guards import Conflict, Consumed, Guard, InProgress, Unfinished, Won
+from exactly_once.guards.late import Late
 from exactly_once.guards.our_session import in_our_session
-from exactly_once.guards.watch import let_go, over
+from exactly_once.guards.watch import let_go
 from exactly_once.owner import new_owner
 
 __all__ = ["UNFINISHED", "Ended", "How", "attempt"]
@@ -59,6 +60,7 @@ def attempt(
     process = fork.here
     session, handed = open_session()
     won: Won | None = None
+    rows: tuple[ClaimRow, ...] = (row,)
     ended: Ended | None = None
     try:
         try:
@@ -76,7 +78,9 @@ def attempt(
             case Won():
                 won = claim
             case _ if not enforce:
-                return _unguarded(session, dialect, handed, lambda given: handle(given, Won()), also)
+                # how a team looks before it trusts: run as any other, and watched as any other, only under no claim
+                session.rollback()
+                won, rows = Won(late=Late(session, dialect, None)), ()
             case Consumed(owner):
                 return _duplicate(session, open_ours, dialect, also, owner)
             case Unfinished(owner):
@@ -86,7 +90,9 @@ def attempt(
             case Conflict(fingerprint):
                 return Ended(How.CONFLICT, fingerprint=fingerprint)
         assert won is not None
-        ended = run(open_ours, session, guard, dialect, (row,), won, lambda: handle(handed, won), also)
+        ended = run(open_ours, session, guard, dialect, rows, won, lambda: handle(handed, won), also)
+        if not rows and ended.how is How.PROCESSED:
+            ended = replace(ended, again=True)
     finally:
         if process is not fork.here:
             raise fork.inside()  # before anything else: session, claim and lease are the parent's to end
@@ -98,7 +104,6 @@ def attempt(
                 used.end(session)
             else:
                 let_go(session)
-                over(session)  # with enforce=False a handler had it
         finally:
             if (
                 won is not None and ended is None
@@ -145,28 +150,6 @@ def _duplicate(
                 case _:
                     return Ended(How.FAILED, error)
     return Ended(How.DUPLICATE, owner=owner)
-
-
-def _unguarded(
-    session: Session,
-    dialect: Dialect,
-    handed: Any,
-    handle: Callable[[Any], object],
-    also: Callable[[Session, int], object] | None,
-) -> Ended:
-    """Run a message that would have been refused, and tell of its end as of any other: how a team looks before it trusts."""
-    session.rollback()
-    try:
-        handle(handed)
-        if also is not None:
-            also(session, 1)
-        session.commit()
-    except BaseException as error:
-        ended = raised(dialect, Won(), error)
-        if ended.how is How.STOPPED:
-            raise
-        return ended
-    return Ended(How.PROCESSED, again=True)
 
 
 UNFINISHED = (

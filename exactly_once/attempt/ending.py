@@ -28,7 +28,7 @@ from exactly_once.guards.watch import CUT_OFF, BrokenTransaction, Left, Watch
 from exactly_once.leaves import leaves
 from exactly_once.stops import stops
 
-__all__ = ["PROCESSED", "Ended", "How", "Open", "raised", "run"]
+__all__ = ["PROCESSED", "Ended", "How", "Open", "run"]
 
 Open = Callable[[], tuple[Session, Any]]
 """Make a session: the one the core speaks to, and the one the handler is handed (the same, or the AsyncSession around it)."""
@@ -141,7 +141,7 @@ def _left(
     """Say how an attempt ended that raised; what was seen of its transaction weighs more than what was raised."""
     watch = won.watch
     if watch is None:
-        return raised(dialect, won, error)
+        return _raised(dialect, won, error)
     if watch.committed and watch.left is not Left.BROKEN:
         # a hook of the user's, behind the server's answer: it is done
         return Ended(How.STOPPED, error, kept=True) if stops(error) else PROCESSED
@@ -177,10 +177,10 @@ def _said(dialect: Dialect, won: Won, watch: Watch, error: BaseException) -> End
         return Ended(How.TRANSIENT, watch.lost)
     if watch.left is Left.REFUSED:
         return Ended(How.FAILED, watch.error)  # also when the handler swallowed it, or wrapped it in its own
-    return replace(raised(dialect, won, error), answered=watch.refused)
+    return replace(_raised(dialect, won, error), answered=watch.refused)
 
 
-def raised(dialect: Dialect, won: Won, error: BaseException) -> Ended:
+def _raised(dialect: Dialect, won: Won, error: BaseException) -> Ended:
     """From what was raised alone.
 
     A group ends as its exceptions would if all of them would end so. A broken transaction or a lost lease among them weighs more
@@ -259,7 +259,7 @@ def _look_up(open_session: Open, guard: Guard, rows: Sequence[ClaimRow], ended: 
         return Ended(How.AWAY, error, kept=True)
     except Exception:  # a look-up that fails leaves the outcome what it was: unknown
         return ended
-    if all(isinstance(each, Consumed) for each in found):
+    if rows and all(isinstance(each, Consumed) for each in found):
         return PROCESSED
     unfinished = next((each for each in found if isinstance(each, Unfinished)), None)
     if unfinished is not None:

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from exactly_once import Message, Outcome, Retry
-from tests.integration.shop import Shop, order, put
+from tests.integration.shop import COLOURS, Shop, order, put
+from tests.integration.test_connection_settings import column, ground_on, one_by_one, run
 from tests.integration.test_ends_badly import Panic
 from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_LIST, Way
 
@@ -99,3 +101,60 @@ def test_an_answer_of_a_duplicate_holds_the_handler_as_that_of_any_other(shop: S
     assert shop.process(order()) is WAITING
     assert shop.failures() == []
     assert shop.effects() == ["x"]
+
+
+LEAVES = {
+    "postgres": ("SET search_path TO other, public", "SELECT pg_advisory_lock(7)", "SET ROLE other"),
+    "mariadb": ("USE mysql", "SELECT GET_LOCK('seven', 1)", "SET ROLE other"),
+}
+FREE = {"postgres": "SELECT pg_try_advisory_lock(7)", "mariadb": "SELECT IS_FREE_LOCK('seven')"}
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("leaves", [(name, each) for name, some in LEAVES.items() for each in some], ids=" ".join)
+def test_what_a_duplicate_leaves_in_its_session_reaches_no_neighbour(
+    request: pytest.FixtureRequest, leaves: tuple[str, str], colour: str
+) -> None:
+    dialect, statement = leaves
+    for shop in ground_on(request, dialect, colour):
+        name = shop.engine.url.database
+        effect = f"`{name}`.effect" if dialect == "mariadb" else "public.effect"
+        run(shop, "CREATE ROLE other", f"GRANT INSERT, SELECT ON {effect} TO other")
+        run(
+            shop, *(["GRANT other TO CURRENT_USER"] if dialect == "mariadb" else ["CREATE SCHEMA other", _OTHER, _USES])
+        )
+        shop.fresh_eo(enforce=False)
+
+        def do(session: Session, no: Any, effect: str = effect, statement: str = statement) -> None:
+            if no == 1:
+                session.execute(text(statement))
+                session.execute(text(f"INSERT INTO {effect} (text) VALUES ('1')"))
+            else:
+                put(session, str(no))
+
+        ALONE.handles(shop, do)
+        assert one_by_one(shop, ALONE, [1, 2, 1, 3, 1, 4]) == [P] * 6
+        assert shop.effects() == ["1", "2", "1", "3", "1", "4"]
+        assert [bool(each) for each in column(shop, FREE[dialect])] == [True]
+        shop.engine.dispose()
+        shop.await_(shop.async_engine.dispose())
+        run(shop, *(["DROP OWNED BY other", "DROP ROLE other"] if dialect == "postgres" else ["DROP ROLE other"]))
+
+
+def test_a_duplicate_that_ends_its_transaction_is_told_which_line_to_delete(shop: Shop) -> None:
+    def do(session: Session, no: Any) -> None:
+        put(session, str(no))
+        if len(ran) == 1:
+            session.commit()
+        ran.append(no)
+
+    ran: list[Any] = []
+    shop.fresh_eo(enforce=False)
+    ALONE.handles(shop, do, retry=THREE)
+    assert [shop.process(order(1)), shop.process(order(1, attempt=2))] == [P, F]
+    assert "commit()" in shop.failure().error_text
+    shop.assert_kept("1", claims=["1"])
+
+
+_OTHER = "CREATE TABLE other.effect (id serial PRIMARY KEY, text varchar(300))"
+_USES = "GRANT USAGE ON SEQUENCE effect_id_seq TO other"
