@@ -5,10 +5,11 @@ them are `policy`'s, from values. Nothing here knows a broker: what the broker c
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+from sqlalchemy import Row
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
@@ -29,6 +30,7 @@ from exactly_once.errors import (
     StoreUnavailable,
 )
 from exactly_once.failures import MESSAGE_ID_BYTES, Place
+from exactly_once.failures.due import message_of
 from exactly_once.guards import Consumed, Guard, Unfinished, Won
 from exactly_once.guards.our_session import in_our_session
 from exactly_once.guards.step_ledger import StepLedger
@@ -148,6 +150,7 @@ class Delivering:
                 # broken, and not written down: the store went away; run again it would double what was committed
                 return self._broken(owed.error, owed.owner, message, reading, block=owed.block)
             before = pumped or self.recording.came_before(message, row.key)
+            former: Sequence[int] = ()
             if self.plan.ordered and message.ordering_key is not None:
                 place = self._place(message, reading)
                 if place.blocked:
@@ -155,8 +158,8 @@ class Delivering:
                     return self._done(row, message, reading) or self.recording.wait(
                         Outcome.WAITING, message, reading, features, foreign
                     )
-                before = before or place.known
-            return self._try(message, reading, row, features, before, foreign)
+                before, former = before or place.known, place.former
+            return self._try(message, reading, row, features, before, foreign, former)
         except StoreUnavailable as error:
             return self.recording.away(error)
         except BadKey as error:  # its characters are none of the database's
@@ -185,7 +188,14 @@ class Delivering:
     # -- the tries ---------------------------------------------------------------------------------------------------
 
     def _try(
-        self, message: Message, reading: Reading, row: ClaimRow, features: Features, before: bool, foreign: bool
+        self,
+        message: Message,
+        reading: Reading,
+        row: ClaimRow,
+        features: Features,
+        before: bool,
+        foreign: bool,
+        former: Sequence[int],
     ) -> Told:
         sent = False  # COMMIT of a step
 
@@ -212,7 +222,7 @@ class Delivering:
                 ledger.end()
 
         # under a lease the number of the claim tells, too: an earlier one may have failed in another process
-        also = self._resolving(row, message, before) if before or self._placed is not None else None
+        also = self._resolving(row, message, before, former) if before or self._placed is not None else None
         transient = immediate = 0
         looked = False
         while True:
@@ -329,13 +339,14 @@ class Delivering:
             pause=placed.pause,
         )
 
-    def _resolving(self, row: ClaimRow, message: Message, before: bool) -> Callable[[Session, int], object]:
+    def _resolving(
+        self, row: ClaimRow, message: Message, before: bool, former: Sequence[int]
+    ) -> Callable[[Session, int], object]:
         failures, dialect = self.store.failures, self.store.dialect
-        ordering_key = message.ordering_key if self.plan.ordered else None
 
         def resolve(session: Session, attempt: int) -> None:
             if before or attempt > 1:
-                failures.resolve(session, dialect, row, message.message_id, ordering_key)
+                failures.resolve(session, dialect, row, message.message_id, former)
 
         return resolve
 
@@ -379,12 +390,24 @@ class Delivering:
         waits, place = self.plan.after_dead == "wait", self.store.failures.place
         try:
             return in_our_session(
-                self._ours, self.store.dialect, lambda session: place(session, failure, after_dead_wait=waits)
+                self._ours,
+                self.store.dialect,
+                lambda session: place(
+                    session, failure, after_dead_wait=waits, is_its_own=lambda row: self._keeps(row, reading)
+                ),
             )
         except Exception as error:
             if self.store.away(error):
                 raise StoreUnavailable("The database does not answer; nothing ran.") from error
             raise
+
+    def _keeps(self, row: Row[Any], reading: Reading) -> bool:
+        """Say whether the message of a row, read as the handler reads now, is the one that was read so."""
+        try:
+            kept = self.plan.read(message_of(row))
+        except Exception:  # changed by hand, or damaged: it is no message
+            return False
+        return (kept.key, kept.fingerprint) == (reading.key, reading.fingerprint)
 
 
 def _check_session(plan: Plan, store: Store) -> None:

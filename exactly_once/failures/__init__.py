@@ -9,7 +9,7 @@ discarded by a person.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -20,15 +20,16 @@ from sqlalchemy import (
     Column,
     ColumnElement,
     FromClause,
+    Row,
     Select,
     Table,
     Update,
     and_,
     bindparam,
-    exists,
     func,
     insert,
     literal,
+    not_,
     or_,
     select,
     update,
@@ -59,6 +60,7 @@ _ERROR_TEXT_CHARACTERS: Final = 4000  # enough for a person; a validation error 
 _SHORT_CHARACTERS: Final = 500
 _DIGEST_CHARACTERS: Final = 32
 _ASCII: Final = "ascii"
+_MOST_FORMER: Final = 100
 
 
 class Form(Enum):
@@ -115,6 +117,8 @@ class Place:
     """An older one must come first."""
     known: bool
     """It has a row of its own, under whichever identity: it failed before."""
+    former: Sequence[int] = ()
+    """Its rows from before its handler's key= or fingerprint= was changed."""
 
 
 def blocking(t: FromClause, *, after_dead_wait: bool) -> ColumnElement[bool]:
@@ -239,7 +243,7 @@ class FailureStore:
         claim_rows.write(connection, claims, values)
 
     def resolve(
-        self, session: Session, dialect: Dialect, row: ClaimRow, message_id: str | None, ordering_key: str | None = None
+        self, session: Session, dialect: Dialect, row: ClaimRow, message_id: str | None, former: Sequence[int] = ()
     ) -> None:
         """Close the row of a message that was processed, in the handler's transaction.
 
@@ -248,7 +252,7 @@ class FailureStore:
             dialect: How its database is spoken to.
             row: Who was processed.
             message_id: As it came.
-            ordering_key: Of a message that followers wait for.
+            former: What `place` found of an ordered one.
         """
         connection = session.connection()
         characters = characters_of(connection)
@@ -261,28 +265,20 @@ class FailureStore:
             "b_message_id": storable(message_id, MESSAGE_ID_BYTES, characters),
         }
         dialect.in_our_name(connection, self._resolving, values)
-        if ordering_key is not None and message_id is not None:
-            values["b_ordering_key"] = _fitting(ordering_key, self._t.c.ordering_key, characters)
-            names = ("b_group", "b_handler", "b_ordering_key", "b_message_id")
-            dialect.in_our_name(connection, self._resolving_former, {name: values[name] for name in names})
+        for id_ in former:
+            dialect.in_our_name(connection, self._resolving_former, {"b_id": id_})
 
     @cached_property
     def _resolving_former(self) -> Update:
-        """Of an ordered message, the row from before its handler's key= was changed: its followers would wait for ever.
+        """Of an ordered message, a row from before its handler's key= was changed: its followers would wait for ever.
 
-        Only one that its broker was to bring again, and has brought now: were it another message's, that one comes all the same.
+        Only one that its broker was to bring again, and has brought now; what the pump brings, it closes itself.
         """
         t = self._t
-        named = {
-            "b_group": t.c.consumer_group,
-            "b_handler": t.c.handler,
-            "b_ordering_key": t.c.ordering_key,
-            "b_message_id": t.c.message_id,
-        }
         return (
             update(t)
             .where(
-                *(column == bindparam(name, type_=column.type) for name, column in named.items()),
+                t.c.id == bindparam("b_id", type_=t.c.id.type),
                 t.c.state == "retrying",
                 t.c.next_attempt_at.is_(None),
             )
@@ -310,8 +306,17 @@ class FailureStore:
             .values(state="resolved", next_attempt_at=None)
         )
 
-    def place(self, session: Session, failure: Failure, *, after_dead_wait: bool) -> Place:
-        """Say where a message stands among the open rows of its ordering key; in the caller's transaction."""
+    def place(
+        self, session: Session, failure: Failure, *, after_dead_wait: bool, is_its_own: Callable[[Row[Any]], bool]
+    ) -> Place:
+        """Say where a message stands among the open rows of its ordering key; in the caller's transaction.
+
+        Args:
+            session: In that transaction.
+            failure: Of the message.
+            after_dead_wait: It waits behind dead ones, too.
+            is_its_own: Whether a row that has its id, or its key, and its body keeps this very message.
+        """
         t = self._t
         characters = characters_of(session.connection())
         of_key = and_(
@@ -320,19 +325,36 @@ class FailureStore:
             t.c.ordering_key == _fitting(failure.message.ordering_key, t.c.ordering_key, characters),
         )
         key = failure.failure_key_in(characters)
-        # its row may be from before the handler's key= or fingerprint= was changed: it would wait for itself, for ever
-        known = and_(t.c.failure_key == key, _tag(t) != failure.fingerprint[:TAG_BYTES])
-        if failure.message.message_id:
-            known = or_(t.c.message_id == storable(failure.message.message_id, MESSAGE_ID_BYTES, characters), known)
-        own = func.coalesce(
-            select(func.min(t.c.id)).where(of_key, known).scalar_subquery(),
-            select(t.c.id).where(self._identity(failure, key)).scalar_subquery(),
-        )
-        older = exists().where(of_key, blocking(t, after_dead_wait=after_dead_wait), or_(own.is_(None), t.c.id < own))
-        wanted: Select[Any] = select(older, own)  # type: ignore[assignment]
-        asked = all_rows(wanted, session.connection().dialect.name)
-        blocked, known_as = session.execute(asked).one()
-        return Place(bool(blocked), known_as is not None)
+        known = self._identity(failure, key)
+        mine = select(t.c.id).where(known).scalar_subquery()
+        open_ = select(t.c.id).where(of_key, blocking(t, after_dead_wait=after_dead_wait), not_(known))
+        wanted: Select[Any] = select(open_.order_by(t.c.id).limit(1).scalar_subquery(), mine)
+        first, own = session.execute(all_rows(wanted, session.connection().dialect.name)).one()
+        if first is None:
+            return Place(False, own is not None)
+        former = self._former(session, failure, and_(of_key, not_(known)), key, characters, is_its_own)
+        since = min((id_ for id_ in (own, *former) if id_ is not None), default=None)
+        return Place(since is None or first < since, since is not None, former)
+
+    def _former(
+        self,
+        session: Session,
+        failure: Failure,
+        others: ColumnElement[bool],
+        key: str,
+        characters: str,
+        is_its_own: Callable[[Row[Any]], bool],
+    ) -> Sequence[int]:
+        """Rows of this message from before the handler's key= or fingerprint= was changed: it would wait for itself, for ever."""
+        t, message = self._t, failure.message
+        alike = and_(t.c.failure_key == key, _tag(t) != failure.fingerprint[:TAG_BYTES])
+        if message.message_id:
+            # an id alone says little: producers give that of the order, of the request, of the batch
+            alike = or_(t.c.message_id == storable(message.message_id, MESSAGE_ID_BYTES, characters), alike)
+        same_body = t.c.body.is_(None) if message.body is None else t.c.body == message.body
+        found = select(t).where(others, t.c.state.in_(OPEN), same_body, alike).order_by(t.c.id).limit(_MOST_FORMER)
+        rows = session.execute(all_rows(found, session.connection().dialect.name)).all()
+        return tuple(row.id for row in rows if is_its_own(row))
 
     def any_blocking(self, session: Session, group: str, handler: str, *, after_dead_wait: bool) -> bool:
         """Say whether any ordering key of this handler may be blocked: mostly none is, and one look tells for all."""

@@ -77,8 +77,13 @@ class DueFailures:
                     blocking(older, after_dead_wait=False),
                     and_(blocking(older, after_dead_wait=True), _among(t.c.handler, waits)),
                 ),
-                # nor behind a row of its own, from before the handler's key= was changed
-                or_(older.c.message_id.is_(None), t.c.message_id.is_(None), older.c.message_id != t.c.message_id),
+                # but not one of its own, from before the handler's key= was changed; the delivery looks closer
+                or_(
+                    older.c.message_id.is_(None),
+                    t.c.message_id.is_(None),
+                    older.c.message_id != t.c.message_id,
+                    older.c.body.is_distinct_from(t.c.body),
+                ),
             )
         )
         due = (

@@ -150,7 +150,8 @@ class Plan:
         """Return key, fingerprint and body of a message; what is wrong with it is in `error`, never raised.
 
         Where the body is not valid but its JSON yields the key, key and fingerprint are there beside the error: the
-        dead letter is then kept under its key.
+        dead letter is then kept under its key. Without a key the fingerprint is of the whole body, whatever the handler's
+        is: a message is then known by its id, which others may share.
         """
         parsed = parse_json(message.body) if self._needs_json else NOT_JSON
         error: ExactlyOnceError | None = None
@@ -167,6 +168,7 @@ class Plan:
         except BadKey as bad:
             unread = parsed is NOT_JSON and self.key.needs_json and message.body is not None
             error = why_not_json(message.body) if unread else bad
+            made = _of_all(message, parsed)
         if error is None:
             try:
                 body = self._decoder.read(message.body, parsed)
@@ -222,6 +224,16 @@ class Plan:
         if same and not self.fingerprint.paths and len(same) <= 20 and self.fingerprint.needs_json:
             return f"{text}. If that is allowed, write fingerprint={same!r} (or None, to compare nothing)"
         return f"{text}. If that is allowed, name in fingerprint= what must stay the same, or None to compare nothing"
+
+
+def _of_all(message: Message, parsed: object) -> bytes:
+    try:
+        return _WHOLE.of(message, parsed)
+    except RecursionError:
+        return _WHOLE.of(message, NOT_JSON)
+
+
+_WHOLE: Final = maker("body")
 
 
 def plan(

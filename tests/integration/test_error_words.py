@@ -475,7 +475,10 @@ class Unreadable(Exception):
     [
         (Speechless(), "(its text cannot be read: ValueError)"),
         (Unreadable("has words"), "has words"),
-        (ExceptionGroup("two", [Speechless(), Unreadable("x")]), "two (2 sub-exceptions)"),
+        (
+            ExceptionGroup("two", [Speechless(), Unreadable("x")]),
+            "two (2 sub-exceptions): Speechless: (its text cannot be read: ValueError); Unreadable: x",
+        ),
         (RuntimeError(Speechless()), "(its text cannot be read: ValueError)"),
     ],
     ids=["no text", "no cause", "in a group", "as an argument"],

@@ -1,8 +1,9 @@
 """The failure store: who tries again, who waits for whom, and what closes a row; through workers, on each database."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from json import loads
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import insert, update
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
@@ -511,14 +513,97 @@ def test_a_row_of_a_former_identity_is_closed_for_its_own_message_only(shop: Sho
 
 
 def test_the_pump_takes_a_message_past_its_own_row_under_a_former_identity(shop: Shop) -> None:
-    due(shop, "A-1", ordering_key="a", message_id="one", next_attempt_at=None)  # the broker was to bring it again
-    due(shop, "x-A-1", "A-2", ordering_key="a", message_id="one")  # and did, and is done with it
-    with shop.outside.begin() as connection:
-        connection.execute(
-            update(shop.tables.failure).where(shop.tables.failure.c.business_key == "A-2").values(message_id="two")
-        )
+    mine: dict[str, Any] = {"ordering_key": "a", "message_id": "one", "body": order("A-1").body}
+    due(shop, "A-1", **mine | {"next_attempt_at": None})  # the broker was to bring it again
+    due(shop, "x-A-1", **mine)  # and did, and is done with it
+    due(shop, "A-2", ordering_key="a", message_id="two")
     with shop.outside.begin() as connection:
         assert _take(shop, connection, ordered=True) == ["x-A-1"]
+
+
+SHARED: dict[str, tuple[dict[str, Any], Callable[[str], Message]]] = {
+    "the id of what it is about": ({}, lambda no: order(no, message_id="order-7", ordering_key="a")),
+    "one id and one body": (
+        {"key": lambda message: message.properties["event"]},
+        lambda no: Message(
+            "orders", b'{"no": 7}', message_id="order-7", ordering_key="a", properties={"event": no, "no": no}
+        ),
+    ),
+    "one id and one body, told apart by the tag": (
+        {"key": (keys.tag(), "no")},
+        lambda no: Message("orders", b'{"no": 7}', tag=no, message_id="order-7", ordering_key="a"),
+    ),
+}
+
+
+@pytest.mark.parametrize("how", SHARED)
+@pytest.mark.parametrize("features", [BROKER, UNSAFE], ids=["broker", "pump"])
+def test_messages_that_share_an_id_keep_their_order(shop: Shop, how: str, features: Features) -> None:
+    """Brokers' ids are not unique for each event: many producers give that of the order, of the request, of the batch."""
+    options, made = SHARED[how]
+    fails = [True]
+    ran: list[str] = []
+
+    def do(session: Session, message: Message) -> None:
+        ran.append(message.tag or message.properties.get("no") or loads(message.body or b"")["no"])
+        if fails[0]:
+            raise ValueError("not yet")
+
+    def plain(session: Session, message: Message) -> None:
+        do(session, message)
+
+    async def awaited(session: AsyncSession, message: Message) -> None:
+        await session.run_sync(do, message)
+
+    shop.eo.handler("orders", **{"key": "no", "name": "handler", "retry": LATER, "ordered": True} | options)(
+        awaited if shop.is_async else plain
+    )
+    assert deliver(shop, made("created"), features).outcome is Outcome.FAILED
+    for _ in range(2):
+        assert deliver(shop, made("paid"), features).outcome is Outcome.WAITING
+    assert ran == ["created"]
+    fails[0] = False
+    again = [replace(made(no), attempt=2) for no in ("created", "paid")]
+    assert [deliver(shop, message, features).outcome for message in again] == [Outcome.PROCESSED] * 2
+    assert ran == ["created", "created", "paid"]
+    assert set(states(shop)) == {"resolved"}
+
+
+def test_the_pump_takes_one_of_two_due_messages_that_share_an_id(shop: Shop) -> None:
+    due(shop, "A-1", "A-2", ordering_key="a", message_id="order-7")
+    with shop.outside.begin() as connection:
+        assert _take(shop, connection, ordered=True) == ["A-1"]
+
+
+def test_a_message_is_not_held_back_by_a_younger_row_of_its_own(shop: Shop) -> None:
+    """Its key= was changed and changed back; and the row from between is closed with it."""
+    more: dict[str, Any] = {"ordering_key": "a", "tag": "created"}
+    for key in ("no", (keys.tag(), "no")):
+        shop.fresh_eo()
+        Flaky("A-1").register(shop, ordered=True, key=key)
+        assert deliver(shop, order("A-1", **more), BROKER).outcome is Outcome.FAILED
+    shop.fresh_eo()
+    Flaky().register(shop, ordered=True)
+    assert deliver(shop, order("A-1", attempt=2, **more), BROKER).outcome is Outcome.PROCESSED
+    assert states(shop) == ["resolved"] * 2
+    assert deliver(shop, order("A-2", **more), BROKER).outcome is Outcome.PROCESSED
+
+
+@pytest.mark.parametrize(
+    ("fingerprint", "bodies"),
+    [(None, [b"one", b"two"]), (["x"], [b'{"y": 1}', b'{"y": 2}']), (lambda message: "same", [b"1", b"2"])],
+    ids=["none", "paths", "function"],
+)
+def test_messages_without_a_key_that_share_an_id_are_kept_each(
+    shop: Shop, fingerprint: Any, bodies: list[bytes]
+) -> None:
+    """They are known by their id and what they say: taken for one, the second would be acknowledged and gone."""
+    Flaky().register(shop, fingerprint=fingerprint)
+    for body in bodies:
+        assert deliver(shop, Message("orders", body, message_id="order-7"), BROKER).outcome is Outcome.DEAD
+    assert [row.body for row in shop.failures()] == bodies
+    assert deliver(shop, Message("orders", bodies[0], message_id="order-7"), BROKER).outcome is Outcome.DEAD
+    assert [row.attempts for row in shop.failures()] == [2, 1]
 
 
 @pytest.mark.parametrize(("after_dead", "runs"), [("wait", []), ("go on", ["A-2"])])

@@ -161,6 +161,7 @@ def failure_statements(shop: Shop) -> dict[str, list[str]]:
     store, pumped = FailureStore(lambda: opened.tables), DueFailures(lambda: opened.tables)
     done = ClaimRow(GROUP, "handler", "A-1", b"\x01", "id-A-1")
     failure = Failure(GROUP, "handler", "A-1", b"\x01", order(ordering_key="a"), Reject("no"))
+    behind = Failure(GROUP, "handler", "A-2", b"\x01", order(ordering_key="a"), Reject("no"))
     engine = create_engine(shop.url)
 
     def in_session(do: Callable[[Session], object]) -> Callable[[], None]:
@@ -190,9 +191,12 @@ def failure_statements(shop: Shop) -> dict[str, list[str]]:
         ),
         "record the last": in_session(lambda s: store.record(s, failure, lambda n: Park("dead", "no"))),
         "resolve": in_session(lambda s: store.resolve(s, opened.dialect, done, "id-A-1")),
-        "resolve, ordered": in_session(lambda s: store.resolve(s, opened.dialect, done, "id-A-1", "customer")),
-        "blocked": in_session(lambda s: store.place(s, failure, after_dead_wait=True)),
-        "blocked, going on behind dead ones": in_session(lambda s: store.place(s, failure, after_dead_wait=False)),
+        "resolve, ordered": in_session(lambda s: store.resolve(s, opened.dialect, done, "id-A-1", (7,))),
+        "blocked": in_session(lambda s: store.place(s, failure, after_dead_wait=True, is_its_own=bool)),
+        "blocked, going on behind dead ones": in_session(
+            lambda s: store.place(s, failure, after_dead_wait=False, is_its_own=bool)
+        ),
+        "blocked behind another": in_session(lambda s: store.place(s, behind, after_dead_wait=True, is_its_own=bool)),
         "make one due": in_session(lambda s: store.record(s, _due(), lambda n: ByPump(timedelta(0)))),
         "take": in_connection(take),
         "sweep": lambda: pumped.sweep(engine.begin, GROUP),
