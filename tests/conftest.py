@@ -8,6 +8,7 @@ Engine on one, on each dialect in turn. `redis_url` is an empty Redis.
 `figure` takes what a test measured, for the summary over all tiers.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 
 import pymysql
@@ -18,6 +19,7 @@ from sqlalchemy import Engine, create_engine
 from exactly_once.testing.databases import DatabaseServer
 from exactly_once.testing.postgres import EmbeddedPostgres
 from tests import length
+from tests.meeting import chosen
 from tests.services import mariadb as mariadb_service
 from tests.services import postgres_debian
 from tests.services import redis as redis_service
@@ -37,16 +39,47 @@ pymysql.Connection._create_ssl_ctx = lambda self, given: (
 pytest_plugins = ["exactly_once.testing.fixtures"]
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave to `make nightly` what only it runs."""
-    left = [] if length.WHOLE else [item for item in items if _nightly_only(item)]
+    """Leave out what means nothing, and leave to `make nightly` what only it runs."""
+    left = {item for item in items if not _means_something(item)}
+    if not length.WHOLE:
+        left |= {item for item in items if _nightly_only(item)}
+        left |= _met_already([item for item in items if item not in left])
     if left:
-        config.hook.pytest_deselected(items=left)
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
         items[:] = [item for item in items if item not in left]
+
+
+def pytest_collection_finish() -> None:
+    """Keep the thousands of tests from being looked through by each collection of garbage."""
+    gc.collect()
+    gc.freeze()
+
+
+def _means_something(item: pytest.Item) -> bool:
+    return all(mark.args[0](**_parameters(item)) for mark in item.iter_markers("where"))
 
 
 def _nightly_only(item: pytest.Item) -> bool:
     return any(mark.kwargs.get("only") for mark in item.iter_markers("nightly"))
+
+
+def _met_already(items: list[pytest.Item]) -> set[pytest.Item]:
+    tests: dict[tuple[str, int], list[pytest.Item]] = {}
+    for item in items:
+        asked = [mark.kwargs["meet"] for mark in item.iter_markers("nightly") if "meet" in mark.kwargs]
+        if asked:  # the test's own mark comes before its file's
+            tests.setdefault((item.nodeid.partition("[")[0], asked[0]), []).append(item)
+    left: set[pytest.Item] = set()
+    for (_, meet), of_one in tests.items():
+        kept = chosen([_parameters(item) for item in of_one], meet)
+        left.update(set(of_one) - {of_one[place] for place in kept})
+    return left
+
+
+def _parameters(item: pytest.Item) -> dict[str, object]:
+    return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
 
 
 @pytest.fixture

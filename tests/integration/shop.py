@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import pytest
 from sqlalchemy import (
     Column,
     Engine,
@@ -57,6 +58,13 @@ _ASYNC = {
 }
 
 Do = Callable[[Session], object]
+
+
+def on(*dialects: str, colour: str | None = None) -> pytest.MarkDecorator:
+    """Collect a test for these databases alone, and for this colour; why is said beside it."""
+    return pytest.mark.where(
+        lambda ground, **_: (not dialects or ground[0] in dialects) and (colour is None or ground[1] == colour)
+    )
 
 
 def put(session: Session, text: str) -> None:

@@ -14,6 +14,8 @@ from exactly_once import Alert, ConfigurationError, ExactlyOnce, Outcome, Retry
 from tests.integration.shop import GROUP, Shop, order
 from tests.integration.test_ends_badly import Panic, until
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 _names = count(1)
 ONCE = Retry(immediate=0, max_attempts=1)
 RAISED: dict[str, Callable[[], BaseException]] = {

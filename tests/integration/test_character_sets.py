@@ -20,6 +20,8 @@ from tests.integration.test_connection_settings import ground_on
 from tests.integration.test_left_in_the_pool import by_other_code
 from tests.integration.ways import ALONE, WAYS, Way
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 P, D, F = Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.FAILED
 each_way = pytest.mark.parametrize("way", WAYS, ids=str)
 

@@ -21,6 +21,8 @@ from tests.integration.threads import until
 from tests.integration.ways import ALONE, UNDER_A_LEASE, WAYS, Way
 from tests.services.mariadb import MYSQLD
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 P, D, F = Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.FAILED
 each_way = pytest.mark.parametrize("way", WAYS, ids=str)
 

@@ -22,7 +22,8 @@ from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Lease, Message, Misuse, Outcome, Retry
 from exactly_once.schema import utcnow
-from tests.integration.shop import COLOURS, DIALECTS, GROUP, Shop, order, put, shops
+from tests.integration.shop import COLOURS, DIALECTS, GROUP, Shop, on, order, put, shops
+from tests.integration.test_connection_settings import column
 from tests.integration.ways import (
     ALONE,
     IN_A_GROUP,
@@ -38,6 +39,8 @@ from tests.integration.ways import (
 )
 from tests.services.proxy import Proxy
 from tests.services.redis import Redis
+
+pytestmark = pytest.mark.nightly(meet=2)
 
 P, D, F, DEAD = Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.FAILED, Outcome.DEAD
 GROUNDS = [(dialect, colour) for dialect in DIALECTS for colour in COLOURS]
@@ -250,9 +253,9 @@ def _raise(error: BaseException) -> None:
 
 @by_itself
 @pytest.mark.parametrize("stop", STOPS)
+# a thread is not cancelled
+@pytest.mark.where(lambda ground, stop, **_: ground[1] == "async" or stop != "CancelledError")
 def test_a_stop_of_the_callers_is_raised_on_and_is_no_failure(shop: Shop, way: Way, stop: str) -> None:
-    if stop == "CancelledError" and not shop.is_async:
-        pytest.skip("a thread is not cancelled")
     stopped = [True]
 
     def do(session: Session, no: Any) -> None:
@@ -372,9 +375,8 @@ def test_a_redis_that_is_full_at_completion_repeats_no_effect(
 
 @each_way
 @pytest.mark.parametrize("code", ["ZZ001", "0A000", "P0001", "23514", "57014", "XX000", "F0000", "22000"])
+@on("postgres")
 def test_a_commit_that_a_deferred_trigger_refuses_counts_whatever_its_number(shop: Shop, way: Way, code: str) -> None:
-    if shop.dialect != "postgres":
-        pytest.skip("PostgreSQL only")
     with shop.outside.begin() as connection:
         connection.execute(
             text(
@@ -404,9 +406,8 @@ def test_a_commit_that_a_deferred_trigger_refuses_counts_whatever_its_number(sho
 
 
 @each_way
+@on("postgres", "sqlite")  # MySQL and MariaDB check keys at once
 def test_a_commit_that_a_deferred_key_refuses_counts(shop: Shop, way: Way) -> None:
-    if shop.dialect == "mariadb":
-        pytest.skip("MySQL and MariaDB check keys at once")
     key = "REFERENCES parent (id) DEFERRABLE INITIALLY DEFERRED"
     with shop.outside.begin() as connection:
         connection.execute(text("CREATE TABLE IF NOT EXISTS parent (id INTEGER PRIMARY KEY)"))
@@ -434,6 +435,10 @@ def _foreign_keys(dbapi: Any, record: Any) -> None:
     cursor.close()
 
 
+def _gone(shop: Shop, connection: int) -> bool:
+    return connection not in column(shop, "SELECT id FROM information_schema.processlist")
+
+
 # under a lease our own last statement meets the dead connection before COMMIT does: a failure that is counted anyway
 @pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST], ids=str)
 @pytest.mark.parametrize("colour", COLOURS)
@@ -447,7 +452,8 @@ def test_a_connection_that_the_server_ends_before_each_commit_is_bounded_and_the
 
         def do(session: Session, no: Any) -> None:
             put(session, str(no))
-            threading.Event().wait(2)
+            here = session.execute(text("SELECT CONNECTION_ID()")).scalar_one()
+            until(partial(_gone, shop, here), "the server has ended it")
 
         way.handles(shop, do)
         deliveries = 0
@@ -475,11 +481,11 @@ def through(shop: Shop, proxy: Proxy) -> tuple[Engine, AsyncEngine]:
 @pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST], ids=str)
 @pytest.mark.parametrize("end", ["raises", "returns"])
 @pytest.mark.parametrize("hidden", ["driver", "CALL truncates()"])
+# SQLite's file is always there, and no procedure of PostgreSQL's commits inside a transaction
+@pytest.mark.where(lambda ground, hidden, **_: ground[0] in ("mariadb", *(["postgres"] if hidden == "driver" else [])))
 def test_a_hidden_commit_that_could_not_be_recorded_is_broken_when_the_store_is_back(
     shop: Shop, way: Way, end: str, hidden: str
 ) -> None:
-    if shop.dialect == "sqlite" or (hidden != "driver" and shop.dialect != "mariadb"):
-        pytest.skip("SQLite's file is always there, and no procedure of PostgreSQL's commits inside a transaction")
     if shop.dialect == "mariadb":
         mariadb_procedures(shop, truncates="() BEGIN TRUNCATE TABLE staging; INSERT INTO staging VALUES (1); END")
     runs: Counter[Any] = Counter()

@@ -25,6 +25,8 @@ from exactly_once.verdict import Ack, Redeliver
 from tests.integration.shop import GROUP, ONLY, Do, Shop, order, put
 from tests.integration.threads import Turn, in_thread
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 BROKER = Features(redelivers=True, counts_attempts=True, max_attempts=5, ordered=True)
 UNSAFE = Features(redelivers=False, counts_attempts=False)
 SOON = Retry(immediate=0, delays=[0])

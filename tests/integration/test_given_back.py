@@ -16,6 +16,8 @@ from tests.integration.shop import COLOURS, DIALECTS, Shop, order, put, shops
 from tests.integration.threads import in_thread
 from tests.integration.ways import ALONE, UNDER_A_LEASE, WAYS, Way
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 P, F = Outcome.PROCESSED, Outcome.FAILED
 
 

@@ -17,6 +17,8 @@ from tests.integration.shop import GROUP, ONE_TRY, ONLY, STOCK, Shop, order, put
 from tests.integration.test_groups import handles, orders, told
 from tests.services.proxy import Proxy
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 DIALECTS = ("postgres", "mariadb", "sqlite")
 SERVERS = DIALECTS[:2]
 

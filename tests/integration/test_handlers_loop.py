@@ -20,6 +20,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from exactly_once import ExactlyOnce, Retry
 from tests.integration.shop import GROUP, Shop, order, put, shops
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 BAD = 2
 THREE = Retry(immediate=0, delays=[0.01], max_attempts=3)
 _names = count(1)

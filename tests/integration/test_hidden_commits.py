@@ -23,7 +23,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from exactly_once import Lease, Outcome, Retry
-from tests.integration.shop import COLOURS, DIALECTS, ONE_TRY, STOCK, Shop, order, put, shops
+from tests.integration.shop import COLOURS, DIALECTS, ONE_TRY, STOCK, Shop, on, order, put, shops
 from tests.integration.threads import Turn, in_thread, until
 from tests.integration.ways import (
     ALONE,
@@ -41,6 +41,8 @@ from tests.integration.ways import (
     requeued,
 )
 from tests.services.mariadb import MYSQLD
+
+pytestmark = pytest.mark.nightly(meet=2)
 
 ROOT = Path(__file__).parents[2]
 GROUNDS = [(dialect, colour) for dialect in DIALECTS for colour in COLOURS]
@@ -241,11 +243,6 @@ def tell_the_story(
     shop.borrow()
 
 
-def skip_what_threads_cannot(shop: Shop, end: str) -> None:
-    if end == "is cancelled" and not shop.is_async:
-        pytest.skip("a thread is not cancelled")
-
-
 # -- MySQL's and MariaDB's procedures ----------------------------------------------------------------------------------
 
 
@@ -265,8 +262,9 @@ def test_a_procedure_that_ends_the_transaction_before_the_handler_returns(mariad
 
 @each_way
 @pytest.mark.parametrize("end", ["exits", "is cancelled"])
+# a thread is not cancelled
+@pytest.mark.where(lambda mariadb_ground, end, **_: mariadb_ground == "async" or end == "exits")
 def test_a_procedure_that_ends_the_transaction_before_the_handler_is_stopped(mariadb: Shop, way: Way, end: str) -> None:
-    skip_what_threads_cannot(mariadb, end)
     hiding = Hiding(CALLS["START TRANSACTION"], ENDS[end])
     way.handles(mariadb, hiding)
     tell_the_story(mariadb, way, hiding, numbers_of(way))
@@ -476,8 +474,8 @@ def _driver_itself(session: Session) -> None:
 
 @each_way
 @pytest.mark.parametrize("end", ENDS)
+@pytest.mark.where(lambda ground, end, **_: ground[1] == "async" or end != "is cancelled")  # a thread is not cancelled
 def test_a_commit_of_the_drivers_is_for_a_person_whatever_follows(shop: Shop, way: Way, end: str) -> None:
-    skip_what_threads_cannot(shop, end)
     hiding = Hiding(_commit, ENDS[end])
     way.handles(shop, hiding)
     tell_the_story(shop, way, hiding, numbers_of(way))
@@ -541,13 +539,11 @@ SHORT = timedelta(seconds=2)
     ids=lambda it: str(it) or "own",
 )
 @pytest.mark.parametrize("hidden", ["driver", "CALL begins()"])
+# only MySQL's and MariaDB's procedures end the transaction they are called in; there a claim is finished
+@on("mariadb")
 def test_a_process_killed_between_the_hidden_commit_and_our_record_leaves_no_duplicate(
     request: pytest.FixtureRequest, shop: Shop, way: Way, store: str, hidden: str
 ) -> None:
-    if shop.dialect != "mariadb":
-        pytest.skip(
-            "only MySQL's and MariaDB's procedures end the transaction they are called in; there a claim is finished"
-        )
     redis = request.getfixturevalue("redis_url") if store else ""
     handler = f"handler-{os.urandom(4).hex()}"
     command = [sys.executable, "-c", CHILD, shop.dialect, shop.colour, shop.url, way.name, hidden, handler, redis]
@@ -666,9 +662,8 @@ def test_a_commit_in_such_a_call_is_for_a_person(mariadb: Shop, way: Way, read: 
 
 @each_way
 @pytest.mark.parametrize("swallow", [False, True], ids=["raised", "swallowed"])
+@on("postgres")
 def test_postgresql_lets_no_procedure_commit_inside_a_transaction(shop: Shop, way: Way, swallow: bool) -> None:
-    if shop.dialect != "postgres":
-        pytest.skip("PostgreSQL only")
     with shop.outside.begin() as connection:
         connection.execute(text("CREATE OR REPLACE PROCEDURE commits() LANGUAGE plpgsql AS 'BEGIN COMMIT; END'"))
     codes: list[Any] = []
@@ -703,12 +698,11 @@ def _raise_rollback(session: Session) -> None:
 @each_way
 @pytest.mark.parametrize("rolls_back", [_on_conflict_rollback, _raise_rollback])
 @pytest.mark.parametrize("how", ["raised", "swallowed", "swallowed last", "swallowed, and then another error"])
+@on("sqlite")
 def test_sqlites_own_rollbacks_keep_nothing_and_blame_one_message(
     shop: Shop, way: Way, rolls_back: Callable[[Session], None], how: str
 ) -> None:
     """ON CONFLICT ROLLBACK, and RAISE(ROLLBACK) in a trigger: the claim is gone, and nothing was committed."""
-    if shop.dialect != "sqlite":
-        pytest.skip("SQLite only")
     with shop.outside.begin() as connection:
         connection.execute(
             text(

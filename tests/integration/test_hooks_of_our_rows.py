@@ -18,6 +18,8 @@ from tests.integration.shop import Shop, put
 from tests.integration.test_ends_badly import each_way, thrice
 from tests.integration.ways import Way
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 P, D, F, DEAD = Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.FAILED, Outcome.DEAD
 THREE = Retry(immediate=0, delays=[0.01], max_attempts=3)
 

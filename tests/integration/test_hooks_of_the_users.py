@@ -13,6 +13,8 @@ from exactly_once import Outcome
 from tests.integration.shop import Shop, order, put
 from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_STEP, UNDER_A_LEASE, Way, accounted
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 some_ways = pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, UNDER_A_LEASE, IN_A_STEP], ids=str)
 
 

@@ -18,6 +18,8 @@ from exactly_once.testing.databases import DatabaseServer
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
 from tests.integration.ways import ALONE, IN_A_STEP, UNDER_A_LEASE, Way
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 THREE = Retry(immediate=0, delays=[0.01], max_attempts=3)
 RIGHTS, LOGIN = "exactly_once_test_rights", "exactly_once_test_login"
 

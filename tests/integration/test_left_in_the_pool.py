@@ -23,6 +23,8 @@ from tests.integration.test_connection_settings import ground_on, one_by_one, ru
 from tests.integration.threads import until
 from tests.integration.ways import ALONE, IN_A_GROUP, LEASE, UNDER_A_LEASE, WAYS, Way
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 P, D, F = Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.FAILED
 each_way = pytest.mark.parametrize("way", WAYS, ids=str)
 some_ways = pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, UNDER_A_LEASE], ids=str)

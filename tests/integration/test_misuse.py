@@ -19,12 +19,12 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from sqlalchemy.orm import Session, sessionmaker
 
 from exactly_once import Outcome, Retry
-from tests.integration.shop import DIALECTS, EFFECT, ONE_TRY, ONLY, STOCK, Do, Shop, order, put
+from tests.integration.shop import DIALECTS, EFFECT, ONE_TRY, ONLY, STOCK, Do, Shop, on, order, put
 from tests.integration.threads import Turn, in_thread
 from tests.integration.ways import WAYS, Way, mariadb_procedures
 from tests.services.mariadb import MYSQLD
 
-pytestmark = pytest.mark.usefixtures("shop")
+pytestmark = [pytest.mark.nightly(meet=2), pytest.mark.usefixtures("shop")]
 
 
 @dataclass(frozen=True)
@@ -124,14 +124,14 @@ def between(misuse: Callable[[Session], object], *, swallow: bool) -> Do:
     return swallowing if swallow else plain
 
 
+can_be_said = pytest.mark.where(lambda ground, misuse, **_: ground[0] in misuse.on)
 swallowed = pytest.mark.parametrize("swallow", [False, True], ids=["raised", "swallowed"])
 
 
 @swallowed
 @pytest.mark.parametrize("misuse", REFUSED, ids=lambda misuse: misuse.name.strip())
+@can_be_said
 def test_leaving_the_transaction_is_refused_and_keeps_nothing(shop: Shop, misuse: Misuse, swallow: bool) -> None:
-    if shop.dialect not in misuse.on:
-        pytest.skip(f"is no end of a transaction on {shop.dialect}")
     shop.handles(between(misuse.do, swallow=swallow))
     assert shop.process(order()) is Outcome.FAILED
     failure = shop.failure()
@@ -178,9 +178,8 @@ def test_the_text_says_which_line_to_delete(shop: Shop) -> None:
     assert re.search(r"\(at integration/test_misuse\.py:\d+ in <lambda>\)", text)
 
 
+@on("postgres")  # elsewhere an error undoes its own statement, and no more
 def test_a_swallowed_error_is_told_as_such_also_of_a_message_that_failed_before(shop: Shop) -> None:
-    if shop.dialect != "postgres":
-        pytest.skip("an error there undoes its own statement, and no more")
     shop.handles(lambda session: suppressed(lambda: session.execute(text("SELECT no_such_column"))))
     for attempt in (1, 2):
         shop.process(order(attempt=attempt))
@@ -221,9 +220,8 @@ async def _connection_commit(session: AsyncSession) -> None:
         pytest.param(lambda s: s.execute(text("COMMIT")), "sent COMMIT", id="COMMIT"),
     ],
 )
+@on(colour="async")
 def test_leaving_an_async_session_is_refused(shop: Shop, leave: Any, says: str, swallow: bool) -> None:
-    if not shop.is_async:
-        pytest.skip("async sessions only")
 
     @shop.eo.handler("orders", key="no", retry=ONE_TRY)
     async def reserve(session: AsyncSession) -> None:
@@ -265,9 +263,8 @@ BEHIND = [
 
 @swallowed
 @pytest.mark.parametrize("misuse", BEHIND, ids=lambda misuse: misuse.name)
+@can_be_said
 def test_a_commit_that_got_through_is_parked_for_a_person(shop: Shop, misuse: Misuse, swallow: bool) -> None:
-    if shop.dialect not in misuse.on:
-        pytest.skip(f"cannot be said on {shop.dialect}")
     if shop.dialect == "mariadb":
         mariadb_procedures(shop, commits="() BEGIN COMMIT; END", commits_and_selects="() BEGIN COMMIT; SELECT 1; END")
     shop.handles(between(misuse.do, swallow=swallow))
@@ -278,9 +275,8 @@ def test_a_commit_that_got_through_is_parked_for_a_person(shop: Shop, misuse: Mi
     shop.assert_kept("before", claims=["A-1"])
 
 
+@on("mariadb")  # no statement of PostgreSQL's or SQLite's does it unnoticed
 def test_the_statement_that_committed_is_named(shop: Shop) -> None:
-    if shop.dialect != "mariadb":
-        pytest.skip("no statement of PostgreSQL's or SQLite's does it unnoticed")
     if MYSQLD:
         pytest.skip("MySQL has no EXECUTE IMMEDIATE")
     (misuse,) = (each for each in BEHIND if each.name == "EXECUTE IMMEDIATE")
@@ -315,9 +311,8 @@ def test_a_rollback_behind_our_back_never_keeps_effects_without_their_claim(
     shop.assert_kept(claims=["A-1"])
 
 
+@on("mariadb")  # its SET autocommit commits by itself
 def test_a_connection_left_in_autocommit_is_not_used_again(shop: Shop) -> None:
-    if shop.dialect != "mariadb":
-        pytest.skip("MariaDB's SET autocommit commits by itself")
     if MYSQLD:
         pytest.skip("MySQL has no EXECUTE IMMEDIATE")
     runs: list[str] = []
@@ -400,10 +395,9 @@ def test_a_swallowed_flush_error_is_a_failure(shop: Shop) -> None:
 
 
 @swallowed
+@on("postgres", "mariadb")  # SQLite has one writer
 def test_a_deadlocks_victim_never_keeps_effects_without_their_claim(shop: Shop, swallow: bool) -> None:
     """InnoDB throws the victim's whole transaction away, claim included, and the next statement begins another one."""
-    if shop.dialect == "sqlite":
-        pytest.skip("SQLite has one writer")
     with shop.outside.begin() as connection:
         connection.execute(insert(STOCK), [{"item": item, "amount": 9} for item in (1, 2)])
     handler_has_one, other_has_two = Turn(), Turn()
@@ -451,9 +445,8 @@ def test_a_deadlocks_victim_never_keeps_effects_without_their_claim(shop: Shop, 
 
 
 @swallowed
+@on("sqlite")
 def test_sqlites_on_conflict_rollback_keeps_nothing(shop: Shop, swallow: bool) -> None:
-    if shop.dialect != "sqlite":
-        pytest.skip("SQLite only")
 
     def violate(session: Session) -> None:
         session.execute(text("INSERT INTO only_one VALUES ('one')"))
@@ -470,9 +463,8 @@ def test_sqlites_on_conflict_rollback_keeps_nothing(shop: Shop, swallow: bool) -
     shop.assert_kept(claims=[])
 
 
+@on("sqlite")
 def test_a_rollback_of_sqlites_that_was_swallowed_last_is_no_commit(shop: Shop) -> None:
-    if shop.dialect != "sqlite":
-        pytest.skip("SQLite only")
 
     def do(session: Session) -> None:
         put(session, "effect")
@@ -501,9 +493,8 @@ def test_temporary_tables_are_fine(shop: Shop) -> None:
     shop.assert_kept("effect", claims=["A-1"])
 
 
+@on("postgres", "sqlite")  # elsewhere DDL commits by itself, and is refused
 def test_ddl_is_part_of_the_transaction_where_the_server_makes_it_so(shop: Shop) -> None:
-    if shop.dialect == "mariadb":
-        pytest.skip("DDL commits by itself there, and is refused")
 
     def do(session: Session) -> None:
         put(session, "effect")
@@ -563,10 +554,9 @@ def test_a_program_that_watches_nobody_may_commit_on_the_same_engine(shop: Shop)
     "made", ["SET TRANSACTION READ ONLY", "SELECT set_config('transaction_read_only', 'on', true)"]
 )
 @pytest.mark.parametrize("way", WAYS, ids=str)
+@on("postgres")  # the others refuse it in a transaction, or have no such thing
 def test_a_handler_that_makes_its_transaction_read_only_is_told_so(shop: Shop, way: Way, made: str) -> None:
     """What is written with its COMMIT is refused then: that an earlier failure is settled, or a lease."""
-    if shop.dialect != "postgres":
-        pytest.skip("the others refuse it in a transaction, or have no such thing")
     fails, reads_only = [True], [True]
 
     def do(session: Session, no: object) -> None:
@@ -589,10 +579,9 @@ def test_a_handler_that_makes_its_transaction_read_only_is_told_so(shop: Shop, w
 
 
 @pytest.mark.parametrize("then", ["returns", "goes on"])
+@on("postgres", "mariadb", colour="async")  # a thread is not cancelled, and SQLite has no statement that sleeps
 def test_a_statement_given_up_on_a_time_limit_is_told_as_what_it_is(shop: Shop, then: str) -> None:
     """asyncio.timeout around a statement closes its connection: a handler that catches the error has lost all before it."""
-    if not shop.is_async or shop.dialect == "sqlite":
-        return  # a thread is not cancelled, and SQLite has no statement that sleeps
 
     @shop.eo.handler("orders", name="handler", key="no", retry=Retry(immediate=0, max_attempts=1))
     async def handler(session: AsyncSession) -> None:

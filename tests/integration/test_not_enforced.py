@@ -15,6 +15,8 @@ from tests.integration.test_connection_settings import column, ground_on, one_by
 from tests.integration.test_ends_badly import Panic
 from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_LIST, Way
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 P, F, DEAD, WAITING = Outcome.PROCESSED, Outcome.FAILED, Outcome.DEAD, Outcome.WAITING
 THREE = Retry(immediate=0, delays=[0.01], max_attempts=3)
 RAISED: dict[str, Callable[[], BaseException]] = {

@@ -20,6 +20,8 @@ from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
 from tests.integration.test_ends_badly import each_way, thrice, until
 from tests.integration.ways import ALONE, IN_A_STEP, UNDER_A_LEASE, Way
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 F, DEAD, WAITING = Outcome.FAILED, Outcome.DEAD, Outcome.WAITING
 THREE = Retry(immediate=0, delays=[0.01], max_attempts=3)
 _names = count(1)

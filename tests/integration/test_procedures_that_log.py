@@ -13,6 +13,8 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from tests.integration.shop import COLOURS, Shop, order, shops
 from tests.integration.ways import WAYS, Way, mariadb_procedures
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 _LOG = "ROLLBACK; INSERT INTO effect (text) VALUES ('log'); COMMIT;"
 PROCEDURES = {
     "pays": (

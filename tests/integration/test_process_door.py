@@ -18,6 +18,8 @@ from exactly_once.errors import SchemaError
 from exactly_once.failures.due import message_of
 from tests.integration.shop import ONE_TRY, Do, Shop, order, put
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 NOON = datetime(2026, 5, 1, 12, 0, 0, 123456, tzinfo=UTC)
 
 

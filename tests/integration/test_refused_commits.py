@@ -20,6 +20,8 @@ from tests.integration.shop import COLOURS, Shop, order, put
 from tests.integration.test_connection_settings import ground_on, run
 from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_STEP, UNDER_A_LEASE, Way
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 LEASE = timedelta(seconds=1)
 REFUSING = (
     """CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN

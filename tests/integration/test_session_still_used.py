@@ -16,8 +16,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from exactly_once import AsyncSteps, Lease, Outcome, Steps
-from tests.integration.shop import COLOURS, DIALECTS, ONE_TRY, Shop, order, put, shops
+from tests.integration.shop import COLOURS, DIALECTS, ONE_TRY, Shop, on, order, put, shops
 from tests.integration.ways import LEASE
+
+pytestmark = pytest.mark.nightly(meet=2)
 
 SLOW = {
     "postgres": "INSERT INTO effect (text) SELECT 'slow' FROM pg_sleep(1.5)",
@@ -134,9 +136,8 @@ class Left:
 
 @pytest.mark.parametrize("work", TASKS)
 @pytest.mark.parametrize("guard", [None, LEASE], ids=["transaction", "lease"])
+@on(colour="async")  # a thread has no tasks
 def test_a_task_that_still_uses_the_session_is_refused(shop: Shop, work: str, guard: Lease | None) -> None:
-    if not shop.is_async:
-        pytest.skip("a thread has no tasks")
     left = Left(shop, TASKS[work])
 
     @shop.eo.handler("orders", name="handler", key="no", retry=ONE_TRY, guard=guard)
@@ -160,9 +161,8 @@ def _lease_is_refused(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("in_lists", [False, True], ids=["batch=", "batch handler"])
+@on(colour="async")  # a thread has no tasks
 def test_a_task_of_one_of_a_group_is_refused_and_the_others_are_processed(shop: Shop, in_lists: bool) -> None:
-    if not shop.is_async:
-        pytest.skip("a thread has no tasks")
     from tests.integration.test_groups import outcomes
 
     left = Left(shop, _writes_slowly)
@@ -195,9 +195,8 @@ def test_a_task_of_one_of_a_group_is_refused_and_the_others_are_processed(shop: 
     shop.borrow()
 
 
+@on(colour="async")  # a thread has no tasks
 def test_a_task_that_still_uses_a_steps_session_is_refused(shop: Shop) -> None:
-    if not shop.is_async:
-        pytest.skip("a thread has no tasks")
     left = Left(shop, _writes_slowly)
 
     @shop.eo.handler("orders", name="handler", key="no", retry=ONE_TRY, guard=LEASE)
@@ -212,10 +211,9 @@ def test_a_task_that_still_uses_a_steps_session_is_refused(shop: Shop) -> None:
     assert shop.rows(shop.tables.step) == []
 
 
+@on(colour="async")  # a thread has no tasks
 def test_a_task_that_begins_later_is_never_kept_by_half(shop: Shop) -> None:
     """It has sent nothing when the handler returns, so nobody can see it: all of it is kept, or nothing."""
-    if not shop.is_async:
-        pytest.skip("a thread has no tasks")
     tasks: list[asyncio.Task[Any]] = []
 
     async def later(session: AsyncSession) -> None:
@@ -243,9 +241,8 @@ def test_a_task_that_begins_later_is_never_kept_by_half(shop: Shop) -> None:
 # -- threads -----------------------------------------------------------------------------------------------------------
 
 
+@on(colour="sync")  # an async session cannot be used by a thread
 def test_a_thread_that_still_uses_the_session_is_refused(shop: Shop) -> None:
-    if shop.is_async:
-        pytest.skip("an async session cannot be used by a thread")
     threads: list[threading.Thread] = []
 
     def slowly(session: Session) -> None:
@@ -269,9 +266,8 @@ def test_a_thread_that_still_uses_the_session_is_refused(shop: Shop) -> None:
     is_refused(shop)
 
 
+@on(colour="sync")  # an async session cannot be used by a thread
 def test_a_thread_that_still_uses_a_steps_session_is_refused(shop: Shop) -> None:
-    if shop.is_async:
-        pytest.skip("an async session cannot be used by a thread")
     threads: list[threading.Thread] = []
 
     def slowly(session: Session) -> None:
@@ -302,9 +298,8 @@ def test_a_thread_that_still_uses_a_steps_session_is_refused(shop: Shop) -> None
 # -- what is no use any more -------------------------------------------------------------------------------------------
 
 
+@on(colour="async")  # a thread has no tasks
 def test_a_task_that_was_awaited_and_a_stream_that_was_read_are_fine(shop: Shop) -> None:
-    if not shop.is_async:
-        pytest.skip("a thread has no tasks")
     short = {
         "postgres": "SELECT i FROM generate_series(1, 3) AS i",
         "mariadb": "SELECT 1 UNION ALL SELECT 2 UNION ALL SELECT 3",
@@ -326,9 +321,8 @@ def test_a_task_that_was_awaited_and_a_stream_that_was_read_are_fine(shop: Shop)
     shop.assert_kept("task", claims=["A-1"])
 
 
+@on(colour="async")  # a thread has no streams
 def test_a_stream_that_was_given_up_half_read_is_whole_or_refused(shop: Shop) -> None:
-    if not shop.is_async:
-        pytest.skip("a thread has no streams")
     kept: list[Any] = []
 
     @shop.eo.handler("orders", name="handler", key="no", retry=ONE_TRY)

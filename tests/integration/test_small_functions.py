@@ -15,8 +15,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Message, Outcome
-from tests.integration.shop import GROUP, ONE_TRY, Shop, order, put
+from tests.integration.shop import GROUP, ONE_TRY, Shop, on, order, put
 from tests.integration.test_ends_badly import Panic, until
+
+pytestmark = pytest.mark.nightly(meet=2)
 
 _names = count(1)
 RAISED: dict[str, Callable[[], BaseException]] = {
@@ -96,9 +98,8 @@ def test_what_they_raise_is_counted_in_a_worker(shop: Shop, where: str, raised: 
 
 
 @pytest.mark.parametrize("where", WHERE[:4])
+@on(colour="sync")  # the same functions
 def test_they_may_not_exit_but_a_signal_in_the_main_thread_may(shop: Shop, where: str) -> None:
-    if shop.is_async:
-        pytest.skip("the same functions")
     _raised[0] = "SystemExit"
     eo = registered(shop, where)
     with pytest.raises(SystemExit):

@@ -16,6 +16,7 @@ from tests.integration.test_failures import BROKER, UNSAFE, deliver, own_engines
 from tests.integration.threads import until
 from tests.integration.ways import WAYS, Way
 
+pytestmark = pytest.mark.nightly(meet=2)
 THREE = Retry(immediate=0, delays=[0.01], max_attempts=3)
 AHEAD = timedelta(days=300)
 LATEST = timedelta(days=36_501)

@@ -20,6 +20,8 @@ from exactly_once import AsyncSteps, Misuse, Outcome, Steps
 from tests.integration.shop import COLOURS, DIALECTS, ONE_TRY, Shop, order, put, shops
 from tests.integration.ways import ALONE, LEASE, UNDER_A_LEASE, WAYS, Way
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 P, F = Outcome.PROCESSED, Outcome.FAILED
 REFUSED = "used after what it was given for had ended"
 

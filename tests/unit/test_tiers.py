@@ -3,7 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
+from itertools import combinations
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.meeting import chosen
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,3 +71,56 @@ def test_a_tier_in_which_nothing_was_chosen_is_no_failure_of_the_summary(tmp_pat
     code, told = run("-p", "tests.tally", none, some)
     assert code == 0, told
     assert "none: 0 results" in told
+
+
+CROSSED = """
+import pytest
+
+@pytest.fixture(params=[(dialect, colour) for dialect in "pms" for colour in ("sync", "async")], ids="-".join)
+def shop(request): return request.param
+
+@pytest.mark.nightly(meet=2)
+@pytest.mark.where(lambda shop, given, **_: given != 3 or shop[0] == "s")
+@pytest.mark.parametrize("way", ["alone", "together", "leased"])
+@pytest.mark.parametrize("given", [1, 2, 3, 4])
+def test_crossed(shop, way, given): assert given != 3 or shop[0] == "s"
+"""
+
+
+def test_by_day_each_two_values_of_a_large_matrix_meet_and_at_night_all_that_means_something_runs(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "test_crossed.py"
+    file.write_text(CROSSED)
+    day, told = run("-p", "tests.conftest", file)
+    assert day == 0, told
+    assert "12 passed, 60 deselected" in told
+    night, told = run("-p", "tests.conftest", file, "-m", "nightly", whole="1")
+    assert night == 0, told
+    assert "60 passed, 12 deselected" in told
+    named, told = run("-p", "tests.conftest", f"{file}::test_crossed[m-async-4-leased]")
+    assert named == 0, told
+    assert "1 passed" in told
+
+
+@pytest.mark.parametrize("meet", [2, 3])
+def test_the_chosen_let_all_meet_that_can_and_are_few_and_the_same_each_time(meet: int) -> None:
+    unhashable = [[then] for then in range(4)]
+    given: list[dict[str, Any]] = [
+        {"ground": (dialect, colour), "way": way, "how": how, "then": then}
+        for dialect in "pms"
+        for colour in ("sync", "async")
+        for way in range(5)
+        for how in range(5)
+        for then in unhashable
+        if not (dialect == "m" and how == 1)
+    ]
+
+    def met(places: Iterable[int]) -> set[tuple[object, ...]]:
+        values = ((*one["ground"], one["way"], one["how"], *one["then"]) for one in map(given.__getitem__, places))
+        return {each for one in values for each in combinations(enumerate(one), meet)}
+
+    places = chosen(given, meet)
+    assert met(places) == met(range(len(given)))
+    assert len(places) < len(given) / (12 if meet == 2 else 4)
+    assert places == chosen(given, meet)
