@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from itertools import count
 from time import monotonic
 from typing import Any
@@ -450,7 +451,7 @@ def test_a_connection_that_the_server_ends_before_each_commit_is_bounded_and_the
         more: dict[str, Any] = {"connect_args": {"init_command": "SET SESSION wait_timeout = 1"}}
         shop.fresh_eo(create_engine(shop.url, **more), create_async_engine(shop.async_engine.url, **more))
 
-        def do(session: Session, no: Any) -> None:
+        def do(session: Session, no: Any, shop: Shop = shop) -> None:
             put(session, str(no))
             here = session.execute(text("SELECT CONNECTION_ID()")).scalar_one()
             until(partial(_gone, shop, here), "the server has ended it")
