@@ -15,14 +15,14 @@ DEMO_OPTIONS ?=
 # Tests wait more than they compute: so many at a time on two cores, each process with servers of its own.
 AT_ONCE ?= 3
 
-.PHONY: help venvs test unit integration acceptance alone rocketmq4 on-url on-container on-mysql long nightly tally lint style types contracts format
+.PHONY: help venvs test unit integration acceptance alone rocketmq4 on-url on-container on-mysql long whole nightly tally lint style types contracts format
 .PHONY: demo bench servers clean
 
 help:
 	@echo 'make demo [TRANSPORT=sql|rocketmq|rocketmq4]   see it: duplicates, SIGKILLs, and the ledger is right'
 	@echo '                  shorter: DEMO_OPTIONS="--orders 500 --seconds 5 --kills 1"'
 	@echo 'make test         all tests this machine can carry; or one tier: unit, integration, acceptance, alone, rocketmq4'
-	@echo 'make nightly      the long versions of tests, by hand, with their figures (an hour)'
+	@echo 'make nightly      the long versions of tests, by hand, with their figures (two hours)'
 	@echo 'make lint         ruff, mypy --strict, what users type, import contracts; make format mends what ruff can'
 	@echo 'make bench        the figures, against dedupe written by hand'
 	@echo 'make servers      fetch the RocketMQ server (Maven); make clean removes all that make has made'
@@ -98,7 +98,11 @@ on-container: $(VENV)/.made
 # CI never runs it; it is run by hand before an issue ends. The demonstration at full size over each broker, more of the
 # tests on the other sources of test databases, and what is marked `nightly`, at full length.
 long: $(VENV)/.made
-	$(call TIER,$(PY),tests,--ignore-glob='*/test_rocketmq4*' -m nightly)
+	$(call TIER,$(PY),tests/acceptance,--ignore-glob='*/test_rocketmq4*' -m nightly)
+
+# what `make integration` runs a part of: all combinations of parameters, the long versions
+whole: $(VENV)/.made
+	$(call TIER,$(PY),tests/integration,-m nightly -n $(AT_ONCE) --dist loadfile)
 
 nightly: export EXACTLY_ONCE_TEST_FULL := 1
 nightly: venvs
@@ -106,6 +110,7 @@ nightly: venvs
 	for transport in rocketmq rocketmq4; do $(NIGHTLY) demo TRANSPORT=$$transport || code=1; done; \
 	for source in on-url on-container; do $(NIGHTLY) $$source SOURCED='$(SOURCED) test_claims test_claim_door test_sql_queue' || code=1; done; \
 	$(NIGHTLY) on-mysql || code=1; \
+	$(NIGHTLY) whole || code=1; \
 	$(NIGHTLY) long || code=1; \
 	$(NIGHTLY) rocketmq4 TEST_OPTIONS='-m nightly' || code=1; \
 	$(NIGHTLY) tally || code=1; exit $$code
