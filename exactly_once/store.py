@@ -24,6 +24,7 @@ from exactly_once.characters import narrow, utf8_args
 from exactly_once.dialects import ClaimRow, Dialect, Trouble, dialect_for
 from exactly_once.dialects.firsthand import kept_firsthand, watch_pool
 from exactly_once.dialects.place import schema_in
+from exactly_once.error_words import words_of
 from exactly_once.errors import ConfigurationError, MissingExtra, SchemaError, StoreUnavailable
 from exactly_once.failures import FailureStore
 from exactly_once.fork import engines as forked_engines
@@ -32,6 +33,7 @@ from exactly_once.owner import new_owner
 from exactly_once.pooler import prepare_threshold
 from exactly_once.redaction import redacted
 from exactly_once.schema import CONSUMING, Tables, tables
+from exactly_once.unreached import unreached
 from exactly_once.wording import escaped
 
 if TYPE_CHECKING:
@@ -373,6 +375,11 @@ class Store:
                 f"The database {redacted(self.engine.url)} cannot be spoken to; most likely its character set is SQL_ASCII."
                 " Give a URL in place of the engine, or: create_engine(..., connect_args={'client_encoding': 'utf8'})"
             ) from error
+        except Exception as error:
+            if not self.unreached(error):
+                raise
+            # of the application's own way to connect: what it asks for a token is away
+            return f"{redacted(self.engine.url)} does not answer ({escaped(words_of(error), 200)})"
         if missing is not None:
             raise SchemaError(missing)
         if lacking is not None and dialect.name == "mysql":
@@ -387,7 +394,11 @@ class Store:
 
     def away(self, error: BaseException) -> bool:
         """Say whether an error means that the database does not answer."""
-        return isinstance(error, PoolTimeout) or self.dialect.trouble(error) is Trouble.UNAVAILABLE
+        return self.unreached(error) or self.dialect.trouble(error) is Trouble.UNAVAILABLE
+
+    def unreached(self, error: BaseException) -> bool:
+        """Say whether an error was raised where a connection to this database was to be had, whoever wanted it."""
+        return unreached(error, self._engines())
 
     def is_foreign(self, error: BaseException | None) -> bool:
         """Say whether another database, of the handler's own, gave it no connection; that says nothing of this one."""

@@ -13,7 +13,6 @@ from typing import Any, Final
 from uuid import uuid4
 
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from exactly_once.alert import Alert, Hook, sound
@@ -315,8 +314,8 @@ class Recording:
             problem: The error.
             spoken: It is of a COMMIT, so there was a connection.
         """
-        if isinstance(problem, PoolTimeout):
-            return False
+        if self._store.unreached(problem):
+            return False  # whatever was raised there
         if self._store.dialect.trouble(problem) is not Trouble.UNAVAILABLE:
             return None
         if isinstance(problem, DBAPIError) and not spoken and not _spoke(problem):

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, Engine, Insert, Update
 
 from exactly_once.dialects.keywords import Read
 from exactly_once.errors import BadKey, ConfigurationError, SchemaError, StoreUnavailable
+from exactly_once.unreached import unreached
 
 __all__ = [
     "COMMITTED_ALONE",
@@ -367,20 +368,21 @@ class LeaseClaims(Protocol):
         """
 
 
-def raise_for_the_store(dialect: Dialect, error: BaseException, store: str | None = None) -> None:
+def raise_for_the_store(dialect: Dialect, error: BaseException, engine: Engine, store: str | None = None) -> None:
     """Raise what an error of a claim or a look-up says about the store; return if it says nothing: the error stands.
 
     Args:
         dialect: How that database is spoken to.
         error: What was raised.
+        engine: Whose connection it was, or was to be.
         store: The database's name, where it is not the handler's own.
 
     Raises:
-        StoreUnavailable: The server does not answer.
+        StoreUnavailable: The server does not answer, or no connection to it was to be had.
         SchemaError: There is no table to claim in: no message is to blame, and none is to be counted.
         BadKey: The key has characters that the database lacks; no retry mends that.
     """
-    if dialect.trouble(error) is Trouble.UNAVAILABLE:
+    if dialect.trouble(error) is Trouble.UNAVAILABLE or unreached(error, (engine,)):
         raise StoreUnavailable(
             f"The database does not answer ({type(error).__name__}); nothing ran.", store=store
         ) from error

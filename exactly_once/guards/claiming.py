@@ -79,7 +79,7 @@ class Claimer:
         try:
             connection = session.connection()
         except Exception as error:
-            raise_for_the_store(dialect, error)
+            raise_for_the_store(dialect, error, engine)
             raise
         dbapi, info = connection.connection.dbapi_connection, connection.info
         watch: Watch | None = info.get(WATCHED)
@@ -113,7 +113,7 @@ class Claimer:
             if dialect.trouble(error) is Trouble.UNAVAILABLE or dialect.unstorable(error):
                 # the caller's transaction is lost or aborted, and PostgreSQL would answer its COMMIT without an error
                 connection.invalidate(error)
-            raise_for_the_store(dialect, error)
+            raise_for_the_store(dialect, error, engine)
             raise
         except BaseException as error:
             # cut off by a timeout or a signal: the claim may have come about, and a caller who goes on would commit it

@@ -14,6 +14,7 @@ from exactly_once.fork import engines as forked_engines
 from exactly_once.guards.watch import WATCHED, Shut, Watch, begin, let_go, over
 from exactly_once.leases import WAIT_MS, Held
 from exactly_once.owner import new_owner
+from exactly_once.unreached import unreached
 
 __all__ = ["Late"]
 
@@ -95,6 +96,7 @@ class Late:
                 dialect.begin(dbapi, info, owner, trace)
             except Exception as error:
                 passes = dialect.trouble(error) in (Trouble.UNAVAILABLE, Trouble.TRANSIENT)
+                passes = passes or unreached(error, (connection.engine,))
                 if not used or not exchange or passes or dialect.unstorable(error):
                     raise
                 _exchange(connection)
@@ -103,7 +105,7 @@ class Late:
             self.failed = error
             if dialect.trouble(error) is Trouble.UNAVAILABLE:
                 connection.invalidate(error)
-            raise_for_the_store(dialect, error)
+            raise_for_the_store(dialect, error, connection.engine)
             raise
         except BaseException as error:  # a timeout of the handler's own, or the end of all
             self.failed = error

@@ -15,13 +15,13 @@ from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext, ExecutionContext
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import PoolProxiedConnection
 
 from exactly_once.dialects import State
 from exactly_once.guards.late import Late
 from exactly_once.guards.watch import AFTER, LEFT, SWALLOWED, WATCHED, Left, Watch
+from exactly_once.unreached import unreached
 
 __all__ = ["came_through", "install", "install_session"]
 
@@ -149,15 +149,9 @@ def _failed(context: ExceptionContext) -> None:
 def came_through(error: BaseException, engines: Sequence[Engine]) -> bool:
     """Say whether an error of SQLAlchemy's came out of one of these engines; they are listened to.
 
-    Of a pool that had no connection free no event tells, and its error names no pool: the frame that raised it does.
+    Of a pool that had no connection free no event tells: where it was raised does.
     """
-    if not isinstance(error, PoolTimeout):
-        return any(vars(error).get(_OF) is engine.dialect for engine in engines)
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    pool = None if trace is None else trace.tb_frame.f_locals.get("self")
-    return any(pool is engine.pool for engine in engines)
+    return any(vars(error).get(_OF) is engine.dialect for engine in engines) or unreached(error, engines)
 
 
 def _watch_of(pooled: PoolProxiedConnection) -> Watch | None:

@@ -30,6 +30,7 @@ from exactly_once.guards.our_session import in_our_session
 from exactly_once.guards.watch import Watch, begin
 from exactly_once.leases.sql import SqlLeases
 from exactly_once.schema import CONSUMED, UNFINISHED
+from exactly_once.unreached import unreached
 
 __all__ = ["GroupClaim", "TransactionGuard", "standing"]
 
@@ -156,7 +157,7 @@ class TransactionGuard:
                 session.rollback()
                 connection = session.connection()
         except Exception as error:
-            raise_for_the_store(dialect, error)
+            raise_for_the_store(dialect, error, session.get_bind().engine)
             raise
         return connection, connection.connection.dbapi_connection, connection.info, used
 
@@ -170,14 +171,14 @@ class TransactionGuard:
             Exception: What failed, in our words where it is an outage.
         """
         dialect = self._dialect
-        away = dialect.trouble(error) is Trouble.UNAVAILABLE
+        away = dialect.trouble(error) is Trouble.UNAVAILABLE or unreached(error, (connection.engine,))
         if used and not away and not dialect.unstorable(error):
             connection.invalidate()
             session.rollback()
             return
         if away:
             connection.invalidate(error)  # its raw error passed SQLAlchemy by, which would hand it out again
-        raise_for_the_store(dialect, error)
+        raise_for_the_store(dialect, error, connection.engine)
         raise error
 
     def _cleared(self, connection: Connection, row: ClaimRow) -> bool:
@@ -212,7 +213,7 @@ class TransactionGuard:
         try:
             known = in_our_session(open_ours, dialect, known_of)
         except Exception as error:
-            raise_for_the_store(dialect, error)
+            raise_for_the_store(dialect, error, open_ours()[0].get_bind().engine)
             raise
         found = standing(known, row)
         return found if isinstance(found, (Consumed, Unfinished)) else None

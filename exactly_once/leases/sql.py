@@ -466,7 +466,7 @@ class SqlLeases:
                         connection.invalidate(error)
                     raise
         except Exception as error:
-            raise_for(self._dialect, error, self.name)
+            raise_for(self._dialect, error, self._engine, self.name)
             raise
 
 
