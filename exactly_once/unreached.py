@@ -13,6 +13,7 @@ from typing import Final
 from sqlalchemy import Engine, Pool
 
 from exactly_once.errors import ConfigurationError, StoreUnavailable
+from exactly_once.leaves import leaves
 
 __all__ = ["unreached"]
 
@@ -30,8 +31,10 @@ def unreached(error: BaseException, engines: Sequence[Engine]) -> bool:
         error: What was raised.
         engines: Those of one database.
     """
-    if isinstance(error, BaseExceptionGroup):
-        return all(unreached(each, engines) for each in error.exceptions)
+    return all(_unreached(each, engines) for each in leaves(error))
+
+
+def _unreached(error: BaseException, engines: Sequence[Engine]) -> bool:
     if isinstance(error, StoreUnavailable) and error.__cause__ is not None:
         error = error.__cause__  # what it was made of was raised there
     if isinstance(error, ConfigurationError):
