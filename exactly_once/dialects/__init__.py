@@ -21,6 +21,7 @@ from exactly_once.unreached import unreached
 
 __all__ = [
     "COMMITTED_ALONE",
+    "LEARNT",
     "ClaimBusy",
     "ClaimRow",
     "Dialect",
@@ -40,6 +41,8 @@ __all__ = [
     "steps_of",
 ]
 
+LEARNT: Final = "exactly_once.learnt"
+"""In the `info` of a connection: what `Dialect.learn` was told, before anybody else had it."""
 COMMITTED_ALONE: Final = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED"
 """Before a look on MySQL and MariaDB: it shows what is committed alone. A session that was left, or an engine that was made,
 READ UNCOMMITTED would show a claim that is then rolled back, and the message would be acknowledged as a duplicate.
@@ -169,8 +172,14 @@ class Dialect(Protocol):
         Looked up at first use, which may connect.
         """
 
+    def learn(self, dbapi: Any) -> Any:
+        """Ask a connection for what others may change in it; where `learns`, the answer is kept in its `info` under `LEARNT`."""
+
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
-        """Look once at a connection we have not seen: refuse what cannot be claimed on, remember what later statements need."""
+        """Look once at a connection we have not seen: refuse what cannot be claimed on, remember what later statements need.
+
+        Once for each dialect that claims on it. What is learnt already is not asked again.
+        """
 
     def strange(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
         """Say whether a connection is not what it was when it was prepared: free, no round trip. It is to be thrown away."""

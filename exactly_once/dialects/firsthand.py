@@ -11,7 +11,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from exactly_once.dialects import Dialect
+from exactly_once.dialects import LEARNT, Dialect, Trouble
 from exactly_once.fork import engines as forked_engines
 
 __all__ = ["is_changed", "is_firsthand", "kept_firsthand", "ready", "watch_pool"]
@@ -57,7 +57,7 @@ def is_changed(dialect: Dialect, connection: Connection) -> bool:
     info = connection.info
     if dialect in info:
         return dialect.strange(connection.connection.dbapi_connection, info)
-    return dialect.learns and not is_firsthand(connection)
+    return dialect.learns and LEARNT not in info and not is_firsthand(connection)
 
 
 def ready(dialect: Dialect, connection: Connection, *, wait_ms: int) -> bool | None:
@@ -69,12 +69,22 @@ def ready(dialect: Dialect, connection: Connection, *, wait_ms: int) -> bool | N
     Raises:
         ConfigurationError: The server, or the engine, is set up so that no claim can be trusted.
     """
-    dbapi: Any = connection.connection.dbapi_connection
-    info: MutableMapping[Any, Any] = connection.info
     if is_changed(dialect, connection):
         return None
+    dbapi: Any = connection.connection.dbapi_connection
+    info: MutableMapping[Any, Any] = connection.info
     if dialect in info:
         return True
     forked_engines.used(connection.engine, connection.connection)
-    dialect.prepare(dbapi, info, wait_ms=wait_ms)
-    return False
+    if not dialect.learns or is_firsthand(connection):
+        if dialect.learns:
+            info[LEARNT] = dialect.learn(dbapi)
+        dialect.prepare(dbapi, info, wait_ms=wait_ms)
+        return False
+    try:  # another application of this process has learnt from it, and others have had it since
+        dialect.prepare(dbapi, info, wait_ms=wait_ms)
+    except Exception as error:
+        if dialect.trouble(error) is Trouble.UNAVAILABLE:
+            raise
+        return None
+    return None if dialect.strange(dbapi, info) else True

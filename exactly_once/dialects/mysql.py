@@ -39,6 +39,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from exactly_once.dialects import (
     COMMITTED_ALONE,
+    LEARNT,
     ClaimBusy,
     ClaimRow,
     Gone,
@@ -274,13 +275,20 @@ class MySQL:
         text = FINISH_MANY.replace("{table}", self.table).replace("{keys}", " UNION ALL ".join([KEY] * len(keys)))
         return text, [*keys, group, handler, owner]
 
-    def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
-        _refuse_autocommit(dbapi)
-        seconds = max(1, -(-wait_ms // 1000))
+    def learn(self, dbapi: Any) -> tuple[Any, ...]:
         cursor = dbapi.cursor()
         try:
             cursor.execute(PREPARE)
-            version, rollback_on_timeout, modes = cursor.fetchone()
+            return tuple(cursor.fetchone())
+        finally:
+            cursor.close()
+
+    def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
+        _refuse_autocommit(dbapi)
+        seconds = max(1, -(-wait_ms // 1000))
+        version, rollback_on_timeout, modes = info.get(LEARNT) or self.learn(dbapi)
+        cursor = dbapi.cursor()
+        try:
             if "STRICT" not in str(modes):
                 raise ConfigurationError(
                     "sql_mode has no STRICT_TRANS_TABLES: the server would cut long values in silence."

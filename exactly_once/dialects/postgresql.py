@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from selectors import EVENT_READ, DefaultSelector
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 import psycopg
@@ -35,7 +35,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.util import await_only
 
-from exactly_once.dialects import ClaimBusy, ClaimRow, Gone, Known, State, Trace, Trouble
+from exactly_once.dialects import LEARNT, ClaimBusy, ClaimRow, Gone, Known, State, Trace, Trouble
 from exactly_once.dialects.keywords import Read, reader
 from exactly_once.dialects.statements import POSTGRESQL
 from exactly_once.errors import ConfigurationError, Misuse
@@ -165,6 +165,16 @@ def busy_of(error: errors.Error) -> ClaimBusy | None:
     return ClaimBusy(again=error.sqlstate != "55P03") if error.sqlstate in _BUSY else None
 
 
+class _Learnt(NamedTuple):
+    """What a connection told; a text of None is not there."""
+
+    waits: bytes | None
+    waits_by_default: bytes | None
+    role: bytes | None
+    durable: bytes | None
+    encoding: bytes | None
+
+
 @dataclass(slots=True)
 class Seen:
     """What a connection told when we first saw it."""
@@ -212,6 +222,13 @@ class PostgreSQL:
         name = "exactly_once_" + sha256(text.encode()).hexdigest()[:16]
         return f"PREPARE {name}({TYPES}) AS {text}".encode(), template(EXECUTE.replace("{name}", name), _VALUES)
 
+    def learn(self, dbapi: Any) -> "_Learnt":
+        driver = driver_of(dbapi)
+        begin = driver.pgconn.transaction_status == TransactionStatus.IDLE
+        results = send(driver, b"BEGIN;" + LOOK.encode() + b";ROLLBACK" if begin else LOOK.encode())
+        waits, waits_by_default, role, durable = (results[1 if begin else 0].get_value(0, n) for n in range(4))
+        return _Learnt(waits, waits_by_default, role, durable, _encoding(driver))
+
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
         from exactly_once.dialects.postgresql_pooler import look
 
@@ -219,23 +236,23 @@ class PostgreSQL:
         _refuse_autocommit(driver)
         # a connection that was made before we saw its engine; psycopg prepares nothing on it from here on, nor do we
         link = info.get(LINK) or look(dbapi, info)
+        told: _Learnt | None = info.get(LEARNT)
         encoding = _encoding(driver)
         if not _speaks_utf8(encoding) and encoding != b"SQL_ASCII":
             raise ConfigurationError(
                 f"The connection's client_encoding is {(encoding or b'?').decode()}; business keys are compared as UTF-8."
                 " Take client_encoding out of the engine's connect_args, or set it to utf8."
             )
+        learnt = told or self.learn(dbapi)
         begin = driver.pgconn.transaction_status == TransactionStatus.IDLE
-        results = send(driver, b"BEGIN;" + LOOK.encode() + b";ROLLBACK" if begin else LOOK.encode())
-        waits, waits_by_default, role, durable = (results[1 if begin else 0].get_value(0, n) for n in range(4))
         info[self] = Seen(
             # by default, so that it follows the server's configuration
-            own_wait=b"DEFAULT" if link.pooled or waits == waits_by_default else b"%s" % waits,
-            role=Escaping(driver.pgconn).escape_literal(b"none" if link.pooled or not role else role),
+            own_wait=b"DEFAULT" if link.pooled or learnt.waits == learnt.waits_by_default else b"%s" % learnt.waits,
+            role=Escaping(driver.pgconn).escape_literal(b"none" if link.pooled or not learnt.role else learnt.role),
             prepared=begin and driver.prepare_threshold is not None and self._is_prepared(driver),
-            encoding=encoding,
+            encoding=learnt.encoding,
             settings=link.settings
-            + (b"SET LOCAL synchronous_commit = on;" if durable == b"off" and self.durable else b""),
+            + (b"SET LOCAL synchronous_commit = on;" if learnt.durable == b"off" and self.durable else b""),
         )
 
     def strange(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:

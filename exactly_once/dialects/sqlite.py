@@ -87,10 +87,15 @@ class SQLite:
     def _known(self) -> str:
         return KNOWN.replace("{table}", self.table)
 
+    def learn(self, dbapi: Any) -> None:
+        """There is nothing to be learnt."""
+
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
         _refuse_autocommit(dbapi)
         driver = _driver(dbapi)
-        if hasattr(driver, "_tx"):  # aiosqlite: a thread of its own, which says nothing of what it does
+        # aiosqlite: a thread of its own, which says nothing of what it does; once, whoever else claims on it
+        if hasattr(driver, "_tx") and not hasattr(driver, _UNDER_WAY):
+            setattr(driver, _UNDER_WAY, 0)
             driver._execute = _counting(driver, driver._execute)  # noqa: SLF001
         info[self] = True
 
@@ -279,7 +284,7 @@ def _counting(driver: Any, execute: Callable[..., Any]) -> Callable[..., Any]:
     """Count what is under way on one connection of aiosqlite, whoever asked for it."""
 
     async def counted(*args: Any, **kwargs: Any) -> Any:
-        setattr(driver, _UNDER_WAY, getattr(driver, _UNDER_WAY, 0) + 1)
+        setattr(driver, _UNDER_WAY, getattr(driver, _UNDER_WAY) + 1)
         try:
             return await execute(*args, **kwargs)
         finally:
