@@ -11,6 +11,7 @@ discarded by a person.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import Enum
 from functools import cached_property
 from hashlib import sha256
@@ -19,6 +20,7 @@ from typing import Any, Final
 from sqlalchemy import (
     Column,
     ColumnElement,
+    Connection,
     FromClause,
     Row,
     Select,
@@ -41,6 +43,7 @@ from exactly_once import claim_rows
 from exactly_once.characters import characters_of
 from exactly_once.dialects import ClaimRow, Dialect
 from exactly_once.error_words import place_of, words_of
+from exactly_once.failures.large import append, parts_of
 from exactly_once.fingerprint import TAG_BYTES
 from exactly_once.message import Message
 from exactly_once.policy import ByBroker, ByPump, Decision, Park
@@ -61,19 +64,27 @@ _SHORT_CHARACTERS: Final = 500
 _DIGEST_CHARACTERS: Final = 32
 _ASCII: Final = "ascii"
 _MOST_FORMER: Final = 100
+_NO_PROPERTIES: Final = "null"
+_BROUGHT_AGAIN: Final = timedelta(seconds=60)
+_WITHOUT_BODY: Final = (
+    "[The body of {size} bytes and the properties are not in this row: the database did not take them. On MySQL and MariaDB look"
+    " at max_allowed_packet. The message is not acknowledged: its broker has it, and brings it again, or moves it to its dead"
+    " letters.] "
+)
 
 
 class Form(Enum):
-    """How much of a failure is written, from all of it to what any database takes. The body is kept in each, byte by byte."""
+    """How much of a failure is written, from all of it to what any database takes. The body is whole or left out."""
 
     WHOLE = "everything; what the database's character set lacks is escaped"
     SHORT = "texts in ASCII, the error cut short, no time of birth; the key as it is, so that the row is found again"
     ASCII = "the key in ASCII, too"
+    WITHOUT_BODY = "no body and no properties, which the server did not take: the message stays with its broker"
 
     @property
     def shorter(self) -> "Form | None":
         """What to try where this one was refused."""
-        return {Form.WHOLE: Form.SHORT, Form.SHORT: Form.ASCII}.get(self)
+        return {Form.WHOLE: Form.SHORT, Form.SHORT: Form.ASCII, Form.ASCII: Form.WITHOUT_BODY}.get(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +149,11 @@ def _tag(t: Table) -> Any:
     return func.coalesce(func.substr(t.c.fingerprint, 1, TAG_BYTES, type_=type_), literal(b"", type_), type_=type_)
 
 
+def _bodiless(t: Table) -> Any:
+    """Whether a row was written `WITHOUT_BODY`."""
+    return (t.c.properties == _NO_PROPERTIES).label("bodiless")
+
+
 def _known_by(text: str, characters: str) -> str:
     kept = storable(text, None, characters) or ""
     if len(kept.encode()) <= KEY_BYTES:
@@ -188,7 +204,10 @@ class FailureStore:
         key = failure.failure_key_in(_ASCII if form is Form.ASCII else characters)
         identity = self._identity(failure, key)
         texts = characters if form is Form.WHOLE else _ASCII
-        known = all_rows(select(t.c.id, t.c.attempts, t.c.state), session.connection().dialect.name)
+        known = all_rows(
+            select(t.c.id, t.c.attempts, t.c.state, _bodiless(t)),
+            session.connection().dialect.name,
+        )
         row = session.execute(known.where(identity)).one_or_none()
         if row is not None:
             # locked by its id, and only when it is there: on InnoDB a locking read of nothing locks the gap around it,
@@ -198,10 +217,15 @@ class FailureStore:
             return Park("discarded", "a person discarded this message"), row.attempts
         earlier = row.attempts if row is not None else 0
         attempts = earlier + 1 if failure.counted else earlier
-        decision = decide(attempts)
+        # written once; or now, where it was not taken before
+        first, *more = self._content(session.connection(), failure, texts) if row is None or row.bodiless else (None,)
+        # nowhere but with the broker: it is not acknowledged, whoever would bring it again or keep it else
+        bodiless = first is not None and "body" not in first
+        decision = ByBroker(_BROUGHT_AGAIN) if bodiless else decide(attempts)
+        said = _WITHOUT_BODY.format(size=len(failure.message.body or b"")) if bodiless else ""
         values = {
             "error_class": storable(type(failure.error).__name__, None, texts, limit=255),
-            "error_text": _kept_text(failure.error, texts, short=form is not Form.WHOLE),
+            "error_text": said + _kept_text(failure.error, texts, short=form is not Form.WHOLE),
             "attempts": attempts,
             "last_failed_at": utcnow(),
             **_state(decision, failure.counted),
@@ -209,10 +233,15 @@ class FailureStore:
         if failure.claim_owner is not None:
             values["claim_owner"] = failure.claim_owner
             self._claim(session, failure)
+        values |= first or {}
         if row is not None:
-            session.execute(update(t).where(t.c.id == row.id).values(**values))
+            id_ = row.id
+            session.execute(update(t).where(t.c.id == id_).values(**values))
         else:
-            session.execute(insert(t).values(**values, **self._new(failure, key, texts, form)))
+            inserted: Any = session.execute(insert(t).values(**values, **self._new(failure, key, texts, form)))
+            id_ = inserted.inserted_primary_key[0]
+        for part in more:
+            append(session.connection(), t, id_, part)
         return decision, attempts
 
     def _claim(self, session: Session, failure: Failure) -> None:
@@ -376,6 +405,15 @@ class FailureStore:
             t.c.fingerprint == failure.fingerprint,
         )
 
+    def _content(self, connection: Connection, failure: Failure, characters: str) -> tuple[Any, ...]:
+        """Return the columns of a message's content, and the rest of its body, which is to be appended then."""
+        if failure.form is Form.WITHOUT_BODY:
+            # no properties of any message: nobody takes such a row for one whose body is empty, and runs it
+            return ({"properties": _NO_PROPERTIES},)
+        properties = _properties_of(failure.message, characters)
+        first, *more = parts_of(connection, failure.message.body, beside=len(properties))
+        return {"body": first, "properties": properties}, *more
+
     def _new(self, failure: Failure, key: str, characters: str, form: Form) -> dict[str, Any]:
         m, t = failure.message, self._t.c
         return {
@@ -388,8 +426,6 @@ class FailureStore:
             "tag": _fitting(m.tag, t.tag, characters),
             "message_key": _fitting(m.key, t.message_key, characters),
             "ordering_key": _fitting(m.ordering_key, t.ordering_key, characters),
-            "body": m.body,
-            "properties": _properties_of(m, characters),
             "message_id": storable(m.message_id, MESSAGE_ID_BYTES, characters),
             # one that no server takes (year 1, no time zone) is no reason to lose the message
             "born_at": m.born_at if form is Form.WHOLE else None,
