@@ -109,6 +109,8 @@ class Late:
             raise
         except BaseException as error:  # a timeout of the handler's own, or the end of all
             self.failed = error
+            # in the middle of a statement that SQLAlchemy knows nothing of: a rollback behind it may raise, and be cancelled too
+            connection.invalidate(error)
             raise
         return True
 

@@ -1,8 +1,9 @@
 """Leases in a database: a row of `message_idempotent` for each message, a row of `message_step` for each step.
 
 The statements are SQLAlchemy's, the same on each server but for the claim, which the dialect words. A statement by itself
-goes out in autocommit: one round trip. Those with `_in` are for the handler's own transaction, where what they write stands
-or falls with it. Every change names the token, so a run that was taken over changes nothing. Called by `guards.lease`.
+is its own transaction: on PostgreSQL in autocommit, which the driver keeps without asking the server. Those with `_in` are for
+the handler's own transaction, where what they write stands or falls with it. Every change names the token, so a run that was
+taken over changes nothing. Called by `guards.lease`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -85,7 +86,9 @@ class SqlLeases:
     def __init__(self, name: str, engine: Engine, dialect: Dialect, tables: Callable[[], Tables]) -> None:
         self.name = name
         self._engine, self._dialect, self._tables = engine, dialect, tables
-        self._alone = engine.execution_options(isolation_level="AUTOCOMMIT")
+        # elsewhere the server is told, at the check-in too: whoever is cancelled there loses the connection's place in the pool
+        self._autocommit = dialect.name == "postgresql"
+        self._alone = engine.execution_options(isolation_level="AUTOCOMMIT") if self._autocommit else engine
 
     # made at the first claim, when it is known where the tables are
 
@@ -131,7 +134,7 @@ class SqlLeases:
 
     def complete(self, held: Held) -> bool:
         """See `LeaseStore.complete`."""
-        return self._by_itself(lambda connection: self.complete_in(connection, held))
+        return self._changed(lambda connection: self.complete_in(connection, held))
 
     def complete_in(self, connection: Connection, held: Held) -> bool:
         """The same as a part of the handler's transaction: the last statement before its COMMIT."""
@@ -210,7 +213,7 @@ class SqlLeases:
     def release(self, held: Held) -> bool:
         """See `LeaseStore.release`."""
         free = update(self._t).where(self._ours(held)).values(token=None, lease_until=None)
-        return self._by_itself(lambda connection: _one(connection, free))
+        return self._changed(lambda connection: _one(connection, free))
 
     def leave_unfinished(self, held: Held) -> bool:
         """Let no other run have a message whose effects may be committed; its failure row is written next.
@@ -219,7 +222,7 @@ class SqlLeases:
         """
         left = update(self._t).where(self._ours(held))
         done = left.values(status=UNFINISHED, consumed_at=utcnow(), lease_until=None)
-        return self._by_itself(lambda connection: _one(connection, done))
+        return self._changed(lambda connection: _one(connection, done))
 
     def renew(self, held: Sequence[Held]) -> Sequence[Held]:
         """See `LeaseStore.renew`. Rows that are locked by their own steps are left alone: whoever locks them is alive."""
@@ -269,12 +272,12 @@ class SqlLeases:
         """See `LeaseStore.record`."""
         if not begun:
             try:
-                recorded = self._by_itself(lambda connection: self.record_in(connection, held, step))
+                recorded = self._changed(lambda connection: self.record_in(connection, held, step))
             except IntegrityError:
                 pass  # there is a row: this very one, whose answer was lost, or a stranger's
             else:
                 return recorded
-        return self._by_itself(lambda connection: self._finish(connection, held, step))
+        return self._changed(lambda connection: self._finish(connection, held, step))
 
     def record_in(self, connection: Connection, held: Held, step: StepRow, *, fenced: bool = True) -> Recorded:
         """Insert a step's row, in whichever transaction the connection is in.
@@ -332,7 +335,7 @@ class SqlLeases:
         """Return the result of a finished step, None where it has none."""
         s = self._steps
         of_step = select(s.c.result).where(self._of(s, row), s.c.step == step, s.c.status == STEP_FINISHED)
-        return self._by_itself(lambda connection: connection.execute(self._all(of_step)).scalar_one_or_none())
+        return self._seen(lambda connection: connection.execute(self._all(of_step)).scalar_one_or_none())
 
     def look(self, row: ClaimRow) -> Leased | None:
         """See `LeaseStore.look`."""
@@ -342,8 +345,6 @@ class SqlLeases:
             columns = (
                 t.c.status, t.c.token, t.c.fingerprint, t.c.retry_times, t.c.lease_until, t.c.owner, utcnow().label("now")
             )  # fmt: skip
-            if self._dialect.asks_around_calls:
-                connection.exec_driver_sql(COMMITTED_ALONE)
             found = connection.execute(self._all(select(*columns).where(self._of(t, row)))).one_or_none()
             if found is None:
                 return None
@@ -367,18 +368,21 @@ class SqlLeases:
                 ),
             )
 
-        return self._by_itself(read)
+        return self._seen(read)
 
     def traced(self, row: ClaimRow) -> bool:
         """Say whether something else than an attempt's own COMMIT has committed a transaction of this message's."""
-        return self._dialect.asks_around_calls and self._by_itself(lambda each: self.traced_in(each, row))
+        return self._dialect.asks_around_calls and self._seen(lambda each: self._has_trace(each, row))
 
     def traced_in(self, connection: Connection, row: ClaimRow) -> bool:
         """The same, asked on a connection that is in no transaction, or in one that is to be rolled back."""
         if not self._dialect.asks_around_calls:
             return False  # none is written there
-        s = self._steps
         connection.exec_driver_sql(COMMITTED_ALONE)
+        return self._has_trace(connection, row)
+
+    def _has_trace(self, connection: Connection, row: ClaimRow) -> bool:
+        s = self._steps
         stands = select(literal(1)).where(self._of(s, row), s.c.status == STEP_TRACE).limit(1)
         return connection.execute(stands).first() is not None
 
@@ -386,7 +390,7 @@ class SqlLeases:
         """Return the handlers that have a claim on a key."""
         t = self._t
         named = select(t.c.handler).where(t.c.consumer_group == group, t.c.business_key == key).order_by(t.c.handler)
-        return self._by_itself(lambda connection: connection.execute(self._all(named)).scalars().all())
+        return self._seen(lambda connection: connection.execute(self._all(named)).scalars().all())
 
     def clear_in(self, connection: Connection, row: ClaimRow) -> bool:
         """Delete a claim that is not consumed and under no lease that runs, in the caller's transaction; False if it is."""
@@ -432,6 +436,32 @@ class SqlLeases:
         t = self._t
         return and_(self._of(t, held.row), t.c.status == CONSUMING, t.c.token == held.token)
 
+    def _changed(self, do: Callable[[Connection], T]) -> T:
+        """Do it as a transaction of its own, and return what it says. A crash before its end leaves nothing of it."""
+
+        def change(connection: Connection) -> T:
+            done = do(connection)
+            if not self._autocommit:
+                connection.commit()
+            return done
+
+        return self._by_itself(change)
+
+    def _seen(self, do: Callable[[Connection], T]) -> T:
+        """Look at what is committed; nothing is written."""
+
+        def look(connection: Connection) -> T:
+            if self._dialect.asks_around_calls:
+                # before SQLAlchemy begins: a listener of the user's may send statements then, and it is refused behind them
+                cursor = connection.connection.cursor()
+                try:
+                    cursor.execute(COMMITTED_ALONE)
+                finally:
+                    cursor.close()
+            return do(connection)
+
+        return self._by_itself(look)
+
     def _by_itself(self, do: Callable[[Connection], T]) -> T:
         tries = 0
         while True:
@@ -446,9 +476,8 @@ class SqlLeases:
             except Exception as error:
                 trouble = self._dialect.trouble(error)
                 if trouble is Trouble.TRANSIENT and tries < _TRIES:
-                    tries += (
-                        1  # one statement, so nothing else is lost with it: a deadlock's victim may simply ask again
-                    )
+                    # rolled back as a whole, so nothing else is lost with it: a deadlock's victim may simply ask again
+                    tries += 1
                 elif believed or trouble in (Trouble.TRANSIENT, Trouble.UNAVAILABLE):
                     raise
                 # else whoever had the connection, which is closed now, may have left a role or a time limit in it
@@ -459,10 +488,10 @@ class SqlLeases:
             with engine.connect() as connection:
                 try:
                     yield connection
-                except Exception as error:
+                except BaseException as error:
                     if not isinstance(error, IntegrityError) and self._dialect.trouble(error) is not Trouble.TRANSIENT:
-                        # a raw error passes SQLAlchemy by, which would hand the connection out again; and whoever had it
-                        # before may have left it changed
+                        # a raw error passes SQLAlchemy by, which would hand the connection out again; whoever had it
+                        # before may have left it changed; and what was cancelled is in the middle of a statement
                         connection.invalidate(error)
                     raise
         except Exception as error:
