@@ -144,7 +144,8 @@ class ClaimBusy(Exception):
     Args:
         again: Worth one more try at once.
         lost: The server threw the whole transaction away, what was done in it before included.
-        cut: A time limit of the session ended the wait, and not ours. Whoever had the connection before may have left it there.
+        cut: A time limit of the session ended the wait, and not ours. Whoever had the connection before may have left it there:
+            `Dialect.limit_was_left` tells.
     """
 
     def __init__(self, again: bool, *, lost: bool = False, cut: bool = False) -> None:
@@ -297,6 +298,12 @@ class Dialect(Protocol):
 
     def timed_out(self, error: BaseException) -> bool:
         """Did a statement run into a limit of time, which the session may have from whoever had it before?"""
+
+    def limit_was_left(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
+        """After a claim that a time limit ended: is it another one than the connection had when it was prepared?
+
+        That of a role, a database or an engine is on every connection, and no other one waits longer. Ends the transaction.
+        """
 
     def unstorable(self, error: BaseException) -> bool:
         """Does it say that a text has characters which this database, or the connection to it, lacks?"""

@@ -118,7 +118,8 @@ KNOWN: Final = (
 )
 BEGIN: Final = "START TRANSACTION"
 # of each SELECT a limit, or sql_select_limit holds, which somebody may have left in the session
-PREPARE: Final = "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode LIMIT 1"
+PREPARE: Final = "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode/*M!100100 , @@max_statement_time*/ LIMIT 1"
+LIMIT: Final = "SELECT @@max_statement_time LIMIT 1"
 # what changes with each commit of this session: how often it sent what is not known to commit nothing. The binary log would
 # tell for less, but not of what is kept out of it. MySQL has these counters in no table, and SHOW cannot add them up
 COMMITS: Final = (
@@ -230,6 +231,8 @@ class Seen:
     """Puts the session's clock right, where that costs no round trip."""
     commits: str
     """Reads what changes with each commit of this session."""
+    limit: list[Any]
+    """The longest that a statement may take; empty on MySQL, whose limit is for SELECT alone."""
     readers: tuple[Callable[[str], Read], Callable[[str], Read]]
     """What reads a handler's statements: where a backslash in a string is a character, and where it escapes."""
 
@@ -286,7 +289,7 @@ class MySQL:
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
         _refuse_autocommit(dbapi)
         seconds = max(1, -(-wait_ms // 1000))
-        version, rollback_on_timeout, modes = info.get(LEARNT) or self.learn(dbapi)
+        version, rollback_on_timeout, modes, *limit = info.get(LEARNT) or self.learn(dbapi)
         cursor = dbapi.cursor()
         try:
             if "STRICT" not in str(modes):
@@ -316,6 +319,7 @@ class MySQL:
             commits=COMMITS.replace("{read}", READ["MariaDB" if is_mariadb else "MySQL"]).replace(
                 "{limit}", " LIMIT 1" if is_mariadb else ""
             ),
+            limit=limit,
             readers=(reader(grammar._replace(backslash=False)), reader(grammar._replace(backslash=True))),
         )
 
@@ -508,6 +512,16 @@ class MySQL:
 
     def timed_out(self, error: BaseException) -> bool:
         return errno(error) in _TIMED_OUT
+
+    def limit_was_left(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
+        cursor = dbapi.cursor()
+        try:
+            cursor.execute(LIMIT)
+            return bool([*cursor.fetchone()] != info[self].limit)
+        except ValueError:  # in a character set of results that was left there a number cannot be read
+            return True
+        finally:
+            cursor.close()
 
     def unstorable(self, error: BaseException) -> bool:
         return errno(error) in _UNSTORABLE

@@ -84,9 +84,10 @@ BOUND_IN_OPEN: Final = (
     ";SELECT set_config('lock_timeout', current_setting('exactly_once.lock_timeout'), true)",
 )
 LOOK: Final = (
-    "SELECT setting, reset_val, current_setting('role'), current_setting('synchronous_commit')"
-    " FROM pg_settings WHERE name = 'lock_timeout'"
+    "SELECT setting, reset_val, current_setting('role'), current_setting('synchronous_commit'),"
+    " current_setting('statement_timeout') FROM pg_settings WHERE name = 'lock_timeout'"
 )
+LIMIT: Final = "SELECT pg_catalog.current_setting('statement_timeout')"
 # a role that the handler took for itself (SET LOCAL ROLE, or a function that sets it) is not ours
 IN_OUR_NAME: Final = (
     (
@@ -172,6 +173,7 @@ class _Learnt(NamedTuple):
     waits_by_default: bytes | None
     role: bytes | None
     durable: bytes | None
+    limit: bytes | None
     encoding: bytes | None
 
 
@@ -184,6 +186,8 @@ class Seen:
     prepared: bool
     encoding: bytes | None
     """What the connection spoke then."""
+    limit: bytes | None
+    """The longest that a statement may take."""
     settings: bytes
     """What goes with BEGIN behind a pooler, see `Link.settings`."""
 
@@ -226,8 +230,8 @@ class PostgreSQL:
         driver = driver_of(dbapi)
         begin = driver.pgconn.transaction_status == TransactionStatus.IDLE
         results = send(driver, b"BEGIN;" + LOOK.encode() + b";ROLLBACK" if begin else LOOK.encode())
-        waits, waits_by_default, role, durable = (results[1 if begin else 0].get_value(0, n) for n in range(4))
-        return _Learnt(waits, waits_by_default, role, durable, _encoding(driver))
+        waits, waits_by_default, role, durable, limit = (results[1 if begin else 0].get_value(0, n) for n in range(5))
+        return _Learnt(waits, waits_by_default, role, durable, limit, _encoding(driver))
 
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
         from exactly_once.dialects.postgresql_pooler import look
@@ -251,6 +255,7 @@ class PostgreSQL:
             role=Escaping(driver.pgconn).escape_literal(b"none" if link.pooled or not learnt.role else learnt.role),
             prepared=begin and driver.prepare_threshold is not None and self._is_prepared(driver),
             encoding=learnt.encoding,
+            limit=learnt.limit,
             settings=link.settings
             + (b"SET LOCAL synchronous_commit = on;" if learnt.durable == b"off" and self.durable else b""),
         )
@@ -440,6 +445,10 @@ class PostgreSQL:
 
     def timed_out(self, error: BaseException) -> bool:
         return _sqlstate(error) == _CANCELED
+
+    def limit_was_left(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
+        results = send(driver_of(dbapi), b"ROLLBACK;" + LIMIT.encode())
+        return bool(results[-1].get_value(0, 0) != info[self].limit)
 
     def unstorable(self, error: BaseException) -> bool:
         return _sqlstate(error) in _UNSTORABLE

@@ -88,7 +88,7 @@ class _Begin:
     __slots__ = ("_seen",)
 
     def __init__(self, settings: bytes) -> None:
-        self._seen = Seen(b"DEFAULT", b"'none'", prepared=False, encoding=None, settings=settings)
+        self._seen = Seen(b"DEFAULT", b"'none'", prepared=False, encoding=None, limit=None, settings=settings)
 
     def __call__(self, dbapi: Any) -> None:
         driver = driver_of(dbapi)

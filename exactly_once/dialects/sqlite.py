@@ -244,6 +244,9 @@ class SQLite:
     def timed_out(self, error: BaseException) -> bool:
         return False
 
+    def limit_was_left(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
+        return False
+
     def unstorable(self, error: BaseException) -> bool:
         return False  # it takes any text that Python can encode
 

@@ -78,7 +78,7 @@ class TransactionGuard:
                     won = dialect.claim(dbapi, info, row, wait_ms=self._wait_ms, savepoint=False)
                     break
             except ClaimBusy as busy:
-                if not (busy.cut and used):
+                if not (busy.cut and used and self._limit_was_left(session, connection)):
                     return InProgress(again=busy.again)
                 self._failed(session, connection, busy, used=used)
             except Exception as error:
@@ -126,7 +126,7 @@ class TransactionGuard:
                     dbapi, info, rows, owner=owner, wait_ms=wait_ms, meanwhile=meanwhile
                 )
             except ClaimBusy as busy:
-                if not (busy.cut and used):
+                if not (busy.cut and used and self._limit_was_left(session, connection)):
                     return None
                 self._failed(session, connection, busy, used=used)
             except Exception as error:
@@ -160,6 +160,13 @@ class TransactionGuard:
             raise_for_the_store(dialect, error, session.get_bind().engine)
             raise
         return connection, connection.connection.dbapi_connection, connection.info, used
+
+    def _limit_was_left(self, session: Session, connection: Connection) -> bool:
+        try:
+            return self._dialect.limit_was_left(connection.connection.dbapi_connection, connection.info)
+        except Exception as error:
+            self._failed(session, connection, error, used=False)
+            raise
 
     def _failed(self, session: Session, connection: Connection, error: Exception, *, used: bool) -> None:
         """After a claim that failed: come back where it is to be asked for on another connection.

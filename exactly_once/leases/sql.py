@@ -121,7 +121,7 @@ class SqlLeases:
                                 dbapi, info, row, token, lease=lease, also=also, wait_ms=WAIT_MS, steps=steps
                             )
                         except ClaimBusy as busy:
-                            if busy.cut and used:
+                            if busy.cut and used and self._dialect.limit_was_left(dbapi, info):
                                 raise
                             if last or not busy.again:
                                 return Leased(False, False, row.fingerprint, 0, _MOMENT)

@@ -6,15 +6,17 @@ PostgreSQL's statement_timeout, of a role, a database or an engine, and MariaDB'
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
+from time import monotonic
 from typing import Any
 
 import pytest
+from sqlalchemy import event, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, InProgress, Outcome, Retry
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
-from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_LIST, Way
+from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_LIST, UNDER_A_LEASE, Way
 
 BUSY, P = Outcome.IN_PROGRESS, Outcome.PROCESSED
 THREE = Retry(immediate=0, delays=[0.01], max_attempts=3)
@@ -66,6 +68,64 @@ def test_a_copy_that_waits_longer_than_the_limit_is_in_progress(limited: Shop, w
     assert shop.failures() == []
     assert way.deliver(shop, [order(1, attempt=5)]) == [Outcome.DUPLICATE]
     shop.borrow()
+
+
+@pytest.fixture(params=GROUNDS, ids="-".join)
+def roomy(request: pytest.FixtureRequest) -> Iterator[Shop]:
+    """The same with several connections, all of which the limit is on."""
+    dialect, colour = request.param
+    args: dict[str, Any] = (
+        {"options": "-c statement_timeout=300"} if dialect == "postgres" else {"init_command": LIMITS[dialect]}
+    )
+    yield from shops(request, dialect, colour, pool_size=4, options={"connect_args": args})
+
+
+@contextmanager
+def row_is_locked(shop: Shop) -> Iterator[None]:
+    """While somebody holds the row of a lease itself."""
+    t = shop.tables.idempotent
+    with shop.outside.connect() as connection:
+        connection.execute(select(t.c.status).where(t.c.business_key == "1").with_for_update())
+        yield
+
+
+@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST, UNDER_A_LEASE], ids=str)
+def test_a_limit_that_every_connection_has_is_met_once(roomy: Shop, way: Way) -> None:
+    """It is the role's, and nobody left it there: each connection of the pool in turn was tried and closed."""
+    shop = roomy
+    made: list[int] = []
+    way.handles(shop, lambda session, no: put(session, str(no)), retry=THREE)
+    _fill(shop, 4)
+    assert way.deliver(shop, [order(7)]) == [P]
+    if way.lease:
+        assert way.deliver(shop, [order(1)]) == [P]
+    for _ in range(4):
+        way.deliver(shop, [order(7)])  # each connection is prepared
+    for engine in (shop.engine, shop.async_engine.sync_engine):
+        event.listen(engine, "connect", lambda *_: made.append(1))
+    with row_is_locked(shop) if way.lease else another_runs(shop):
+        began = monotonic()
+        # the lease is completed, and PostgreSQL reads that beside the lock
+        seen = Outcome.DUPLICATE if way.lease and shop.dialect == "postgres" else BUSY
+        assert way.deliver(shop, [order(1, attempt=2)]) == [seen]
+        assert monotonic() - began < 1.5
+    assert made == []
+    assert shop.failures() == []
+    shop.borrow()
+
+
+def _fill(shop: Shop, connections: int) -> None:
+    """Open so many connections, and give them back."""
+
+    async def fill() -> None:
+        for each in [await shop.async_engine.connect() for _ in range(connections)]:
+            await each.close()
+
+    if shop.is_async:
+        shop.await_(fill())
+    else:
+        for each in [shop.engine.connect() for _ in range(connections)]:
+            each.close()
 
 
 def test_a_claim_of_the_callers_says_in_progress_and_keeps_what_they_did(limited: Shop) -> None:
