@@ -56,8 +56,11 @@ TIER = @mkdir -p $(RESULTS); echo; echo "== $@"; rm -f $(RESULTS)/$@.xml; \
 unit: $(VENV)/.made
 	$(call TIER,$(PY),tests/unit,-n $(AT_ONCE))
 
+# in the order of tests/integration/conftest.py
+BY_FILE := -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder
+
 integration: $(VENV)/.made
-	$(call TIER,$(PY),tests/integration,-n $(AT_ONCE) --dist loadfile)
+	$(call TIER,$(PY),tests/integration,$(BY_FILE))
 
 # side by side: they wait for a condition with a deadline, and hold no time to less than seconds
 acceptance: $(VENV)/.made
@@ -102,7 +105,7 @@ long: $(VENV)/.made
 
 # what `make integration` runs a part of: all combinations of parameters, the long versions
 whole: $(VENV)/.made
-	$(call TIER,$(PY),tests/integration,-m nightly -n $(AT_ONCE) --dist loadfile)
+	$(call TIER,$(PY),tests/integration,-m nightly $(BY_FILE))
 
 nightly: export EXACTLY_ONCE_TEST_FULL := 1
 nightly: venvs
