@@ -205,6 +205,8 @@ class Dialect(Protocol):
     def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
         """Begin a transaction without a claim, so that the driver says that it is open; it ends by `commit`.
 
+        Where a hook has written something on this connection before, it goes on in the transaction that this has begun.
+
         Args:
             dbapi: The driver's connection.
             info: What `prepare` remembered of it.

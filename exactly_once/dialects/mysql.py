@@ -359,7 +359,9 @@ class MySQL:
 
     def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
         seen: Seen = info[self]
-        first, values = [BEGIN], []
+        # START TRANSACTION would commit what a hook of the user's has written in this transaction already
+        first = [BEGIN] if self.state(dbapi) is State.IDLE else []
+        values: list[Any] = []
         if trace is not None:
             first.append(seen.bound + self._tracing[0])  # a DELETE of old steps may stand in its way
             values = [*identity(trace.row), digits(trace.name), trace.attempt, trace.token]

@@ -136,7 +136,8 @@ class SQLite:
             cursor.close()
 
     def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
-        self._begin(dbapi)
+        if not _driver(dbapi).in_transaction:  # a hook of the user's has written: the driver has begun by itself
+            self._begin(dbapi)
         _run(dbapi, SAVEPOINT)
 
     def _begin(self, dbapi: Any) -> None:

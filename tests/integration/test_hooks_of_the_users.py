@@ -6,11 +6,12 @@ from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
-from sqlalchemy import event, text
-from sqlalchemy.orm import Session
+from sqlalchemy import Connection, Engine, event, insert, select, text
+from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 
 from exactly_once import Outcome
-from tests.integration.shop import Shop, order, put
+from tests.integration.shop import EFFECT, Shop, order, put
 from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_STEP, UNDER_A_LEASE, Way, accounted
 
 pytestmark = pytest.mark.nightly(meet=2)
@@ -104,3 +105,66 @@ def test_a_listener_of_the_users_that_runs_the_statements_itself_hides_nothing(s
         brought(shop, way, [1, 2, 3, 4] if way.together else [3], says=3)
     finally:
         event.remove(engine, "do_execute", mine)
+
+
+def _writes(connection: Connection, no: str) -> None:
+    connection.execute(insert(EFFECT).values(text=no))
+
+
+def _writes_behind_a_look(connection: Connection, no: str) -> None:
+    connection.execute(select(EFFECT.c.id)).all()
+    _writes(connection, no)
+
+
+def _writes_on_the_driver(connection: Connection, no: str) -> None:
+    cursor = connection.connection.cursor()
+    cursor.execute(f"INSERT INTO effect (text) VALUES ('{no}')")
+    cursor.close()
+
+
+@some_ways
+@pytest.mark.parametrize("of", ["session", "engine"])
+@pytest.mark.parametrize("write", [_writes, _writes_behind_a_look, _writes_on_the_driver])
+def test_what_a_hook_writes_as_the_transaction_begins_stands_or_falls_with_the_message(
+    shop: Shop, way: Way, of: str, write: Callable[[Connection, str], None]
+) -> None:
+    """The kind: our BEGIN comes behind the hook's first statement, and some servers commit at a BEGIN what is open already."""
+    engine: Engine = shop.async_engine.sync_engine if shop.is_async else shop.engine
+    began: list[str] = []
+
+    def hook(connection: Connection) -> None:
+        began.append(f"hook {len(began)}")
+        connection.info["hook"] = began[-1]
+        write(connection, began[-1])
+
+    class Theirs(Session):
+        pass
+
+    mine: list[str] = []
+
+    def do(session: Session, no: Any) -> None:
+        put(session, f"{no}")
+        mine.append(session.connection().info["hook"])
+        if no == "fails":
+            raise ZeroDivisionError
+
+    event.listen(Theirs, "after_begin", lambda session, transaction, connection: hook(connection))
+    made = sessionmaker(shop.engine, class_=Theirs), async_sessionmaker(shop.async_engine, sync_session_class=Theirs)
+    shop.fresh_eo(*(made if of == "session" else ()))
+    way.handles(shop, do)
+    if of == "engine":
+        event.listen(engine, "begin", hook)
+    try:
+        assert way.attempted(shop, [order("fails")]) == [Outcome.FAILED], shop.failures()
+        assert shop.failure().error_class == "ZeroDivisionError"
+        there = set(shop.effects())
+        assert not there & {*mine, "fails"}, (mine, there)
+        mine.clear()
+        assert way.attempted(shop, [order("works"), order("as well")]) == [Outcome.PROCESSED] * 2, shop.failures()
+        there = set(shop.effects())
+        assert there >= {*mine, "works", "as well"}, (mine, there)
+    finally:
+        if of == "engine":
+            event.remove(engine, "begin", hook)
+    assert shop.claims() == (["as well", "fails", "works"] if way.lease else ["as well", "works"])
+    shop.borrow()
