@@ -517,8 +517,17 @@ def opening(driver: Any, seen: Seen) -> bytes:
     return _begin(driver) + seen.settings
 
 
-def bounded(text: bytes, seen: Seen, wait_ms: int) -> bytes:
-    """Bound the lock waits of a statement, first in a transaction of ours; the handler finds the session's own bound again."""
+def bounded(text: bytes, seen: Seen, wait_ms: int, *, begins: bool = True) -> bytes:
+    """Bound the lock waits of a statement; the handler finds the session's own bound again.
+
+    Args:
+        text: The statement.
+        seen: What is known of the connection.
+        wait_ms: The bound.
+        begins: It is the first in a transaction of ours; else somebody may have set a bound in it before.
+    """
+    if not begins:
+        return _BOUND_IN_OPEN % wait_ms + text + _UNBOUND_IN_OPEN
     return _BOUND % wait_ms + text + _UNBOUND % seen.own_wait
 
 

@@ -14,7 +14,6 @@ from psycopg.pq import Escaping, TransactionStatus
 
 from exactly_once.dialects import ClaimRow, Dialect, Known
 from exactly_once.dialects.postgresql import Seen, bounded, busy_of, driver_of, listen, opening, send, template
-from exactly_once.errors import ConfigurationError
 
 __all__ = ["CLAIM", "KNOWN", "Claims"]
 
@@ -58,8 +57,8 @@ class Claims:
         """See `GroupClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
         driver = driver_of(dbapi)
         seen: Seen = info[self._dialect]
-        if driver.pgconn.transaction_status != TransactionStatus.IDLE:
-            raise ConfigurationError("The session was in a transaction before its group was claimed.")
+        # else a hook of the user's has sent something, and the driver has begun
+        begins = driver.pgconn.transaction_status == TransactionStatus.IDLE
         quote = Escaping(driver.pgconn).escape_literal
         groups, handlers, keys, fingerprints, message_ids, attempts, _, born, _ = zip(*rows, strict=True)
         group, handler = quote(groups[0].encode()), quote(handlers[0].encode())
@@ -75,7 +74,8 @@ class Claims:
         )
         try:
             bound_ms = max(1, wait_ms)  # 0 would be for ever
-            results = send(driver, opening(driver, seen) + bounded(self._claim % values, seen, bound_ms), meanwhile)
+            text = bounded(self._claim % values, seen, bound_ms, begins=begins)
+            results = send(driver, opening(driver, seen) + text if begins else text, meanwhile)
         except errors.Error as error:
             busy = busy_of(error)
             if busy is None:
