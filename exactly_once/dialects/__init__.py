@@ -243,6 +243,9 @@ class Dialect(Protocol):
         It is to be thrown away after that. Never raises.
         """
 
+    def unlock(self, dbapi: Any) -> None:
+        """Let go of all locks of the session, in no transaction."""
+
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
         """Say whether this is still the transaction that `owner` began; None where nobody can tell. It is to end after that."""
 

@@ -411,6 +411,14 @@ class MySQL:
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
+    def unlock(self, dbapi: Any) -> None:
+        cursor = dbapi.cursor()
+        try:
+            cursor.execute("SELECT RELEASE_ALL_LOCKS() LIMIT 1")
+            cursor.fetchone()
+        finally:
+            cursor.close()
+
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
         return _released(dbapi, savepoint_of(owner))
 

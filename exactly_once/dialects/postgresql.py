@@ -357,6 +357,9 @@ class PostgreSQL:
         elif driver.lock.acquire(timeout=_NOTICED_S):
             driver.lock.release()
 
+    def unlock(self, dbapi: Any) -> None:
+        send(driver_of(dbapi), b"SELECT pg_catalog.pg_advisory_unlock_all()")
+
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
         # no procedure and no function can end the transaction block it is called in (2D000); a call on the driver can
         return False if _replaced(driver_of(dbapi)) else None

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import PoolProxiedConnection
 
 from exactly_once.dialects import State
+from exactly_once.dialects.keywords import LOCK
 from exactly_once.guards.late import Late
 from exactly_once.guards.watch import AFTER, LEFT, SWALLOWED, WATCHED, Left, Watch
 from exactly_once.unreached import unreached
@@ -96,7 +97,9 @@ def _sending(statement: str, context: ExecutionContext, send: Callable[[], None]
             f"The handler sent {read.refused}, which ends the transaction it was given; it was not sent. Delete that"
             " statement: the transaction is committed for you when the handler returns.",
         )
-    if read.session is not None:
+    if read.session == LOCK:
+        watch.locked = True
+    elif read.session is not None:
         watch.changed = read.session
     if read.unseen is None or not dialect.asks_around_calls:
         return None

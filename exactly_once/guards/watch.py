@@ -21,7 +21,6 @@ from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.orm import Session, SessionTransaction
 
 from exactly_once.dialects import ClaimRow, Dialect, Gone, State, Trace
-from exactly_once.dialects.keywords import LOCK
 from exactly_once.errors import Misuse
 from exactly_once.leases import Held
 from exactly_once.wording import escaped
@@ -93,7 +92,7 @@ class Watch:
 
     __slots__ = (
         "begun", "busy", "call", "changed", "committed", "connection", "dbapi", "dialect", "error", "held", "info", "last",
-        "left", "lost", "ours", "owner", "pooled", "refused", "replaced", "rolled_back", "root", "rows", "sent", "shut",
+        "left", "locked", "lost", "ours", "owner", "pooled", "refused", "replaced", "rolled_back", "root", "rows", "sent", "shut",
         "streams", "trace", "whole"
     )  # fmt: skip
 
@@ -126,6 +125,8 @@ class Watch:
         self.shut: Shut | None = None
         self.changed: str | None = None
         """The statement that changed the session for whoever has the connection next."""
+        self.locked = False
+        """The session has a lock of its own, or had one: it outlives the transaction."""
         self.call: Any = None
         """What `Dialect.before_call` gave, while it is not known whether the transaction survived that statement."""
         self.ours = False
@@ -310,11 +311,24 @@ class Watch:
             # asked here: the session gives the connection back in a moment, and then it may be another's
             self.refused = self.dialect.refused(self.dbapi, error)
             raise
+        else:
+            self.committed = True
+            self.locked = self.locked and not self._unlocked()
         finally:
-            if self.changed is not None:
+            if self.changed is not None or self.locked:
                 # closed when somebody would get it; at once where it holds a lock that somebody may wait for
-                self.connection.connection.invalidate(soft=self.changed != LOCK)
-        self.committed = True
+                self.connection.connection.invalidate(soft=not self.locked)
+
+    def _unlocked(self) -> bool:
+        """Let go of the locks of the session, in no transaction; False where that fails, and the connection is to be closed.
+
+        A crash before it: the server lets go of them with the connection.
+        """
+        try:
+            self.dialect.unlock(self.dbapi)
+        except Exception:  # it is closed, which does it as well
+            return False
+        return True
 
     def _forget(self) -> None:
         for info in (
@@ -351,7 +365,7 @@ class Watch:
             try:
                 if self.dialect.state(self.dbapi) is not State.IDLE:
                     self.dbapi.rollback()
-                if self.dialect.state(self.dbapi) is not State.IDLE:
+                if self.dialect.state(self.dbapi) is not State.IDLE or (self.locked and not self._unlocked()):
                     connection.invalidate()
             except Exception as error:  # a dead connection: whatever it says, it must not be used again
                 connection.invalidate(error)

@@ -242,6 +242,42 @@ def test_a_lock_that_a_handler_took_for_its_session_is_let_go_of_when_it_ends(
         until(partial(_free, shop, asks), "the lock is free")
 
 
+@pytest.mark.parametrize("lock", ["postgres", "mariadb"])
+@pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
+@pytest.mark.parametrize("colour", COLOURS)
+def test_a_handler_that_locks_its_session_does_not_cost_a_connection_each(
+    request: pytest.FixtureRequest, lock: str, fails: bool, colour: str
+) -> None:
+    takes, asks = LOCKS[lock]
+    for shop in ground_on(request, lock, colour):
+
+        def do(session: Session, no: Any) -> None:
+            session.execute(text(takes)).all()
+            put(session, str(no))
+            if fails:
+                raise ZeroDivisionError
+
+        ALONE.handles(shop, do)
+        assert one_by_one(shop, ALONE, [1]) == [F if fails else P]
+        made: list[Any] = []
+        engine = shop.async_engine.sync_engine if shop.is_async else shop.engine
+        event.listen(engine, "connect", lambda dbapi, record: made.append(dbapi))  # noqa: B023
+        assert one_by_one(shop, ALONE, [2, 3]) == [F if fails else P] * 2
+        assert (made, _free(shop, asks)) == ([], True)
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_a_lock_does_not_hide_what_else_a_handler_changed_in_its_session(
+    request: pytest.FixtureRequest, colour: str
+) -> None:
+    for shop in ground_on(request, "postgres", colour):
+        run(shop, "CREATE SCHEMA other", "CREATE TABLE other.effect (id serial PRIMARY KEY, text varchar(300))")
+        ALONE.handles(shop, first_then(sends("SET search_path TO other", LOCKS["postgres"][0])))
+        assert one_by_one(shop, ALONE, [1, 2]) == [P, P]
+        assert "2" in shop.effects()
+        assert _free(shop, LOCKS["postgres"][1])
+
+
 def _free(shop: Shop, asks: str) -> bool:
     return column(shop, asks) in ([True], [1])
 
