@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from exactly_once import errors
 from exactly_once.body import parse_json
 from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, State, Trouble, dialect_for, raise_for_the_store
+from exactly_once.dialects.firsthand import is_firsthand
 from exactly_once.dialects.place import schema_in
 from exactly_once.errors import ConfigurationError, PayloadConflict
 from exactly_once.fingerprint import differing_paths, maker
@@ -113,6 +114,9 @@ class Claimer:
             if dialect.trouble(error) is Trouble.UNAVAILABLE or dialect.unstorable(error):
                 # the caller's transaction is lost or aborted, and PostgreSQL would answer its COMMIT without an error
                 connection.invalidate(error)
+            elif not is_firsthand(connection):
+                # whoever had it before may have left a role or a mode in it: the caller's next try is on another one
+                connection.connection.invalidate(soft=True)
             raise_for_the_store(dialect, error, engine)
             raise
         except BaseException as error:

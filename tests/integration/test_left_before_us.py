@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from exactly_once import Outcome, Retry
@@ -134,3 +135,30 @@ def test_a_failure_and_a_duplicate_are_written_down_whatever_was_left(left: tupl
     assert delivered(shop, way, "中", 5) is D
     row = shop.failure()
     assert (row.business_key, row.attempts, row.state) == ("中", 3, "resolved")
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_claim_of_a_callers_own_transaction_fails_once_at_most(left: tuple[Shop, str], seen: bool) -> None:
+    """The connection is the caller's, and may hold work of theirs: it is not exchanged, and nobody gets it again."""
+    shop, what = left
+    first = [claimed(shop, "ä0")] if seen else []
+    leave(shop, what)
+    claimed(shop, "ä1")
+    assert [*first, claimed(shop, "ä2"), claimed(shop, "ä2")] == [*[True for _ in first], True, False]
+    assert "ä2" in shop.claims()
+
+
+def claimed(shop: Shop, key: str) -> bool | str:
+    """Claim in a transaction of the caller's, and commit it; what was raised, if that was refused."""
+
+    async def by_await() -> bool:
+        async with AsyncSession(shop.async_engine) as session, session.begin():
+            return await session.run_sync(shop.eo.claim, "handler", key)
+
+    try:
+        if shop.is_async:
+            return bool(shop.await_(by_await()))
+        with Session(shop.engine) as session, session.begin():
+            return shop.eo.claim(session, "handler", key)
+    except Exception as error:
+        return type(error).__name__
