@@ -29,6 +29,7 @@ from exactly_once.errors import ConfigurationError, MissingExtra, SchemaError, S
 from exactly_once.failures import FailureStore
 from exactly_once.fork import engines as forked_engines
 from exactly_once.guards.listening import came_through, install, install_session
+from exactly_once.guards.watch import HOME, elsewhere
 from exactly_once.owner import new_owner
 from exactly_once.pooler import prepare_threshold
 from exactly_once.redaction import redacted
@@ -184,6 +185,7 @@ class Store:
     def open(self) -> tuple[Session, Session]:
         """Make a session for a thread: for us, and for the handler."""
         session = self._maker()
+        session.info[HOME] = self.engine
         return session, session
 
     def open_ours(self) -> tuple[Session, Session]:
@@ -239,6 +241,7 @@ class Store:
         if self._loop is not (loop := get_running_loop()):
             self._moved(loop)
         session = self._async_maker()
+        session.sync_session.info[HOME] = self.async_engine.sync_engine
         return session.sync_session, session
 
     def open_ours_async(self) -> tuple[Session, Session]:
@@ -565,6 +568,8 @@ def claims_twice(dialect: Dialect, open_session: Callable[[], tuple[Any, Any]], 
     row = ClaimRow(group, "exactly-once doctor", uuid4().hex, b"", owner=new_owner())
     try:
         connection = session.connection()
+        if (wrong := elsewhere(session, connection)) is not None:
+            raise ConfigurationError(wrong)
         dbapi, info = connection.connection.dbapi_connection, connection.info
         dialect.prepare(dbapi, info, wait_ms=1000)
         first = dialect.claim(dbapi, info, row, wait_ms=1000, savepoint=True)

@@ -11,7 +11,7 @@ from exactly_once.dialects import Dialect, State, Trace, Trouble, raise_for_the_
 from exactly_once.dialects.firsthand import ready
 from exactly_once.errors import Misuse
 from exactly_once.fork import engines as forked_engines
-from exactly_once.guards.watch import WATCHED, Shut, Watch, begin, let_go, over
+from exactly_once.guards.watch import WATCHED, Shut, Watch, begin, elsewhere, let_go, over
 from exactly_once.leases import WAIT_MS, Held
 from exactly_once.owner import new_owner
 from exactly_once.unreached import unreached
@@ -84,6 +84,8 @@ class Late:
         """
         dialect, dbapi, info = self._dialect, connection.connection.dbapi_connection, connection.info
         try:
+            if dialect not in info and (wrong := elsewhere(self._session, connection)) is not None:
+                raise Misuse(wrong)  # noqa: TRY301
             used = ready(dialect, connection, wait_ms=WAIT_MS)
             if used is None:
                 if exchange:

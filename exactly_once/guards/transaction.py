@@ -24,10 +24,11 @@ from exactly_once.dialects import (
     raise_for_the_store,
 )
 from exactly_once.dialects.firsthand import ready
+from exactly_once.errors import Misuse
 from exactly_once.fingerprint import Differs, compare
 from exactly_once.guards import Claim, Conflict, Consumed, InProgress, OpenOurs, Unfinished, Won
 from exactly_once.guards.our_session import in_our_session
-from exactly_once.guards.watch import Watch, begin
+from exactly_once.guards.watch import Watch, begin, elsewhere
 from exactly_once.leases.sql import SqlLeases
 from exactly_once.schema import CONSUMED, UNFINISHED
 from exactly_once.unreached import unreached
@@ -151,6 +152,8 @@ class TransactionGuard:
         try:
             # first, so that SQLAlchemy knows of the transaction we begin below it; costs no round trip
             connection = session.connection()
+            if dialect not in connection.info and (wrong := elsewhere(session, connection)) is not None:
+                raise Misuse(wrong)  # noqa: TRY301
             while (used := ready(dialect, connection, wait_ms=self._wait_ms)) is None:
                 # whoever had it may have changed it in a way that would store a key as another one
                 connection.invalidate()

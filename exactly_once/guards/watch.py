@@ -16,18 +16,20 @@ from enum import Enum
 from typing import Any, Final
 from weakref import WeakSet
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.orm import Session, SessionTransaction
 
 from exactly_once.dialects import ClaimRow, Dialect, Gone, State, Trace
 from exactly_once.errors import Misuse
 from exactly_once.leases import Held
+from exactly_once.redaction import redacted
 from exactly_once.wording import escaped
 
 __all__ = [
     "AFTER",
     "CUT_OFF",
+    "HOME",
     "LEFT",
     "SWALLOWED",
     "WATCHED",
@@ -36,12 +38,15 @@ __all__ = [
     "Shut",
     "Watch",
     "begin",
+    "elsewhere",
     "let_go",
     "over",
 ]
 
 WATCHED: Final = "exactly_once.watch"
 """Where a watch stands in the `info` of its connection and of its session."""
+HOME: Final = "exactly_once.home"
+"""Where a session keeps the engine of the store that made it."""
 _LAST: Final = " The last statement through SQLAlchemy: "
 _SHOWN: Final = 120  # characters of a statement in an error
 
@@ -402,12 +407,28 @@ def let_go(session: Session) -> None:
         raise
 
 
+def elsewhere(session: Session, connection: Connection) -> str | None:
+    """Say what is wrong with a connection that is of no engine of the store's: get_bind() chose it. Asked once a connection.
+
+    Failures, the pump and what is looked up are the store's; a claim in another database would be seen by none of them.
+    """
+    home: Engine = session.info.get(HOME, connection.engine)
+    if home.dialect is connection.engine.dialect:
+        return None
+    return _ELSEWHERE.format(chosen=redacted(connection.engine.url), home=redacted(home.url))
+
+
 def begin(session: Session, watch: Watch) -> None:
     """Tie a session to its watch; the claim has begun its transaction."""
     watch.begun = session.get_transaction()
     session.info[WATCHED] = watch
 
 
+_ELSEWHERE: Final = (
+    "The session's get_bind() chose an engine of its own, {chosen}, and exactly_once was given {home}: claims, effects and"
+    " failures belong in one database, and are watched on its engine. Nothing ran. Where a message decides on the database, give"
+    " exactly_once all of them by name, and route= (how-to: several-databases)."
+)
 LEFT: Final = (
     "The handler left the transaction it was given: session.rollback(), session.close(), `with session:` or close() of its"
     " pooled connection ends it, and the claim with it. Delete that line; raise an exception to roll back, use"

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, insert, select, text, update
+from sqlalchemy import Engine, create_engine, event, insert, select, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from exactly_once import Outcome, Retry
-from tests.integration.shop import DIALECTS, EFFECT, ONE_TRY, ONLY, STOCK, Do, Shop, on, order, put
+from exactly_once import ConfigurationError, Outcome, Retry
+from exactly_once.store import claims_twice
+from tests.integration.shop import DIALECTS, EFFECT, GROUP, ONE_TRY, ONLY, STOCK, Do, Shop, on, order, put
 from tests.integration.threads import Turn, in_thread
 from tests.integration.ways import WAYS, Way, mariadb_procedures
 from tests.services.mariadb import MYSQLD
@@ -534,6 +535,43 @@ def test_a_session_that_routes_to_a_second_connection_fails(shop: Shop, swallow:
     shop.await_(async_second.dispose())
     second.dispose()
     shop.assert_kept(claims=[])
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_session_whose_engine_is_another_than_the_stores_fails_and_writes_nothing_there(shop: Shop, way: Way) -> None:
+    """An engine for each tenant: the claim went to the tenant's database, and the failure row to the other one."""
+    tenants: Engine = create_engine(shop.url, pool_size=1, max_overflow=0)
+    async_tenants = create_async_engine(shop.async_engine.url, pool_size=1, max_overflow=0)
+    sent: list[str] = []
+    chosen = [True]
+    for engine in (tenants, async_tenants.sync_engine):
+        event.listen(engine, "before_cursor_execute", lambda *args: sent.append(args[2]))
+
+    class OfATenant(Session):
+        def get_bind(self, mapper: Any = None, **more: Any) -> Any:
+            if chosen:
+                return async_tenants.sync_engine if shop.is_async else tenants
+            return shop.async_engine.sync_engine if shop.is_async else shop.engine
+
+    shop.fresh_eo(
+        sessionmaker(shop.engine, class_=OfATenant),
+        async_sessionmaker(shop.async_engine, sync_session_class=OfATenant),
+    )
+    way.handles(shop, lambda session, no: put(session, str(no)))
+    assert way.deliver(shop, [order(1)]) == [Outcome.FAILED]
+    assert way.deliver(shop, [order(1, attempt=2)]) == [Outcome.FAILED]
+    assert "get_bind() chose" in shop.failure().error_text
+    assert shop.failure().attempts == 2
+    if not shop.is_async:  # a worker claims with sessions of threads, before it begins
+        with pytest.raises(ConfigurationError, match="get_bind"):
+            claims_twice(shop.eo.stores["default"].dialect, shop.eo.stores["default"].open, GROUP)
+    assert (sent, shop.effects()) == ([], [])
+    chosen.clear()
+    assert way.deliver(shop, [order(1, attempt=3)]) == [Outcome.PROCESSED]
+    assert tenants.pool.checkedout() == async_tenants.pool.checkedout() == 0  # type: ignore[attr-defined]
+    shop.await_(async_tenants.dispose())
+    tenants.dispose()
+    assert shop.effects() == ["1"]
 
 
 def test_a_program_that_watches_nobody_may_commit_on_the_same_engine(shop: Shop) -> None:
