@@ -40,7 +40,15 @@ class _Unrouted(Delivering):
         super().__init__(inner.plan, inner.store, inner.group, leases=inner.leases, alert=inner.alert)
         self._reason = reason
 
-    def run(self, message: Message, features: Features, *, pumped: bool = False, foreign: bool = False) -> Told:
+    def run(
+        self,
+        message: Message,
+        features: Features,
+        *,
+        pumped: bool = False,
+        foreign: bool = False,
+        beside: bool = False,
+    ) -> Told:
         return self.recording.failed(message, self.plan.read(message), Reject(self._reason), features, foreign)
 
 

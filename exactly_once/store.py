@@ -5,7 +5,6 @@ nothing until first used. The facade makes stores; deliveries, the pump and the 
 """
 
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from os import urandom
@@ -34,6 +33,7 @@ from exactly_once.owner import new_owner
 from exactly_once.pooler import prepare_threshold
 from exactly_once.redaction import redacted
 from exactly_once.schema import CONSUMING, Tables, tables
+from exactly_once.stops import asked_from_outside
 from exactly_once.unreached import unreached
 from exactly_once.wording import escaped
 
@@ -95,8 +95,11 @@ class _OneHook:
 
     def after_begin(self, *given: object) -> None:
         if self._after_begin is not None:
-            with suppress(Exception):
+            try:
                 self._after_begin(*given)
+            except BaseException as error:
+                if asked_from_outside(error):
+                    raise
 
     def __getattr__(self, name: str) -> _Nothing:
         return _Nothing()

@@ -15,7 +15,7 @@ from exactly_once import fork
 from exactly_once.attempt.ending import Ended, How, Open, run
 from exactly_once.dialects import ClaimRow, Dialect, Trouble
 from exactly_once.errors import ConfigurationError, Misuse, StoreUnavailable
-from exactly_once.guards import Conflict, Consumed, Guard, InProgress, Unfinished, Won
+from exactly_once.guards import Conflict, Consumed, Guard, HookRaised, InProgress, Unfinished, Won
 from exactly_once.guards.late import Late
 from exactly_once.guards.our_session import in_our_session
 from exactly_once.guards.watch import let_go
@@ -32,6 +32,7 @@ def attempt(
     row: ClaimRow,
     handle: Callable[[Any, Won], object],
     *,
+    told: Callable[[BaseException], BaseException],
     also: Callable[[Session, int], object] | None = None,
     enforce: bool = True,
 ) -> Ended:
@@ -44,6 +45,7 @@ def attempt(
         dialect: Says what the database's errors mean.
         row: Identity and fingerprint of the message; the owner is made here.
         handle: Calls the handler with the session it is handed.
+        told: Gives what is told of an exception in its place: an exit that is nobody's to ask for. Hooks exit, too.
         also: Something more to write in the same transaction, after the handler, also for a duplicate; called with the
             session and the number of the claim.
         enforce: False runs duplicates all the same, and says that it did.
@@ -69,6 +71,9 @@ def attempt(
             return Ended(How.AWAY, error)
         except ConfigurationError:
             raise  # an engine in AUTOCOMMIT and the like: counting it as this message's failure would park them all
+        except HookRaised as hook:
+            session.invalidate()
+            return Ended(How.FAILED, told(hook.error))
         except Exception as error:
             return Ended(How.FAILED, error)
         except BaseException:
@@ -90,7 +95,7 @@ def attempt(
             case Conflict(fingerprint):
                 return Ended(How.CONFLICT, fingerprint=fingerprint)
         assert won is not None
-        ended = run(open_ours, session, guard, dialect, rows, won, lambda: handle(handed, won), also)
+        ended = run(open_ours, session, guard, dialect, rows, won, lambda: handle(handed, won), also, told)
         if not rows and ended.how is How.PROCESSED:
             ended = replace(ended, again=True)
     finally:

@@ -85,6 +85,10 @@ class Ended:
 PROCESSED = Ended(How.PROCESSED)
 
 
+def _as_it_is(error: BaseException) -> BaseException:
+    return error
+
+
 def run(
     open_session: Open,
     session: Session,
@@ -94,6 +98,7 @@ def run(
     won: Won,
     handle: Callable[[], object],
     also: Callable[[Session, int], object] | None,
+    told: Callable[[BaseException], BaseException] = _as_it_is,
 ) -> Ended:
     """From the claim to the end of the COMMIT, and what follows it."""
     process = fork.here
@@ -115,7 +120,7 @@ def run(
     except BaseException as error:
         if process is not fork.here:
             raise fork.inside() from error  # a child that the handler forked: all of it is the parent's to end
-        ended = _left(open_session, session, guard, dialect, rows, won, error)
+        ended = _left(open_session, session, guard, dialect, rows, won, told(error))
         if ended is not PROCESSED:
             return ended
     try:

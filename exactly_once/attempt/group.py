@@ -15,7 +15,7 @@ from exactly_once import fork
 from exactly_once.attempt.ending import Ended, How, Open, run
 from exactly_once.dialects import ClaimRow, Dialect
 from exactly_once.errors import ConfigurationError, StoreUnavailable
-from exactly_once.guards import Conflict, Consumed, InProgress, Unfinished
+from exactly_once.guards import Conflict, Consumed, HookRaised, InProgress, Unfinished
 from exactly_once.guards.transaction import TransactionGuard
 from exactly_once.guards.watch import Watch, let_go
 from exactly_once.owner import new_owner
@@ -43,6 +43,7 @@ def attempt_group(
     rows: Sequence[ClaimRow],
     handle: Callable[[Session, Any, Mapping[str, object], Watch], object],
     *,
+    told: Callable[[BaseException], BaseException],
     patient: bool = True,
     meanwhile: Iterable[object] = (),
 ) -> GroupEnded:
@@ -56,6 +57,7 @@ def attempt_group(
         rows: Identity and fingerprint of each message; each key once, sorted by key.
         handle: Calls the handler for the messages that may run: given the session, what the handler is handed of it, the
             keys that may not, and what watches the transaction.
+        told: Gives what is told of an exception in its place.
         patient: Wait a moment for keys that another run holds; else not at all.
         meanwhile: Work to do while the server answers the claim, a step for each element.
 
@@ -77,6 +79,9 @@ def attempt_group(
             return GroupEnded(Ended(How.AWAY, error))
         except ConfigurationError:
             raise  # of the program or the server, not of these messages
+        except HookRaised as hook:
+            session.invalidate()
+            return GroupEnded(Ended(How.FAILED, told(hook.error)))
         except Exception as error:
             return GroupEnded(Ended(How.FAILED, error))
         except BaseException:
@@ -90,7 +95,7 @@ def attempt_group(
         watch = won.watch
         assert watch is not None
         call = partial(handle, session, handed, others, watch)
-        ended = run(open_ours, session, guard, dialect, watch.rows, won, call, also=None)
+        ended = run(open_ours, session, guard, dialect, watch.rows, won, call, None, told)
         if ended.how is How.STOPPED:
             assert ended.error is not None
             raise ended.error

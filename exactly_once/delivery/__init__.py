@@ -121,7 +121,15 @@ class Delivering:
                 assert self.leases is not None
                 return self.leases.lock_guard(plan, store)
 
-    def run(self, message: Message, features: Features, *, pumped: bool = False, foreign: bool = False) -> Told:
+    def run(
+        self,
+        message: Message,
+        features: Features,
+        *,
+        pumped: bool = False,
+        foreign: bool = False,
+        beside: bool = False,
+    ) -> Told:
         """Tell the whole story of one delivery; blocks (in a greenlet: awaits) until it has an end.
 
         Args:
@@ -129,6 +137,7 @@ class Delivering:
             features: What the source of the delivery can do.
             pumped: It comes from the failure store.
             foreign: A consumer loop that is not ours asks; nothing is scheduled.
+            beside: It asks in an event loop, and this thread is ours.
 
         Returns:
             Outcome and verdict. A store that does not answer gives `Hold`.
@@ -159,7 +168,7 @@ class Delivering:
                         Outcome.WAITING, message, reading, features, foreign
                     )
                 before, former = before or place.known, place.former
-            return self._try(message, reading, row, features, before, foreign, former)
+            return self._try(message, reading, row, features, before, foreign, former, beside)
         except StoreUnavailable as error:
             return self.recording.away(error)
         except BadKey as error:  # its characters are none of the database's
@@ -196,8 +205,17 @@ class Delivering:
         before: bool,
         foreign: bool,
         former: Sequence[int],
+        beside: bool,
     ) -> Told:
         sent = False  # COMMIT of a step
+
+        def told_of(error: BaseException) -> BaseException:
+            # of a caller's loop the thread is the caller's, and a signal may have asked it to end
+            if (foreign and not beside) or (left := exit_in(error)) is None:
+                return error
+            told = Misuse(EXITED.format(code=left.code)).with_traceback(error.__traceback__)
+            told.__cause__ = error
+            return told
 
         def handle(handed: Any, won: Won) -> None:
             nonlocal sent
@@ -206,10 +224,7 @@ class Delivering:
             try:
                 self._call(handed, reading, message, ledger)
             except BaseException as error:
-                told = error
-                # of a caller's loop the thread is the caller's, and a signal may have asked it to end
-                if not foreign and (left := exit_in(error)) is not None:
-                    told = Misuse(EXITED.format(code=left.code)).with_traceback(error.__traceback__)
+                told = told_of(error)
                 if ledger is not None:
                     sent = ledger.sent
                     broken = isinstance(ledger.error, BrokenTransaction)
@@ -229,7 +244,15 @@ class Delivering:
             if transient or immediate:
                 reading = self.plan.read(message)  # the handler may have changed the body it was given
             ended = attempt(
-                self._open, self._ours, self._guard, self.store.dialect, row, handle, also=also, enforce=self._enforce
+                self._open,
+                self._ours,
+                self._guard,
+                self.store.dialect,
+                row,
+                handle,
+                told=told_of,
+                also=also,
+                enforce=self._enforce,
             )
             if ended.how is How.TRANSIENT and self.store.is_foreign(ended.error):
                 # it counts; and if this store is away as well, it cannot be written down, and the delivery is held
@@ -301,8 +324,9 @@ class Delivering:
             case _:
                 assert ended.error is not None
                 told = self.recording.failed(message, reading, ended.error, features, foreign)
-                raises = foreign and told.outcome is Outcome.FAILED and is_the_callers(ended.error)
-                return replace(told, raises=ended.error) if raises else told
+                raised = _exit_behind(ended.error) or ended.error
+                raises = foreign and told.outcome is Outcome.FAILED and is_the_callers(raised)
+                return replace(told, raises=raised) if raises else told
 
     def _works(self, ended: Ended, sent: bool) -> bool | None:
         return None if ended.error is None else self.recording.works(ended.error, spoken=ended.answered or sent)
@@ -410,6 +434,12 @@ class Delivering:
         except Exception:  # changed by hand, or damaged: it is no message
             return False
         return (kept.key, kept.fingerprint) == (reading.key, reading.fingerprint)
+
+
+def _exit_behind(error: BaseException) -> BaseException | None:
+    """Return the exit that was told of as something else."""
+    cause = error.__cause__
+    return cause if isinstance(error, Misuse) and cause is not None and exit_in(cause) is not None else None
 
 
 def _check_session(plan: Plan, store: Store) -> None:

@@ -261,10 +261,22 @@ class GroupDelivering(Delivering):
                     f"The handler raised {type(error).__name__}, which is none of its own to raise."
                 ) from error
 
+        def told_of(error: BaseException) -> BaseException:
+            left = exit_in(error)  # of a hook, in COMMIT
+            return error if left is None else Misuse(EXITED.format(code=left.code)).with_traceback(error.__traceback__)
+
         began = monotonic()
         patient = not run.waited_s
         tried = attempt_group(
-            self._open, self._ours, guard, self.store.dialect, rows, handle, patient=patient, meanwhile=run.meanwhile
+            self._open,
+            self._ours,
+            guard,
+            self.store.dialect,
+            rows,
+            handle,
+            told=told_of,
+            patient=patient,
+            meanwhile=run.meanwhile,
         )
         if tried.ended.how is How.IN_PROGRESS:
             run.waited_s += monotonic() - began

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from exactly_once.guards.watch import Watch
     from exactly_once.lock import RedisLock
 
-__all__ = ["Claim", "Conflict", "Consumed", "Guard", "InProgress", "OpenOurs", "Unfinished", "Won"]
+__all__ = ["Claim", "Conflict", "Consumed", "Guard", "HookRaised", "InProgress", "OpenOurs", "Unfinished", "Won"]
 
 OpenOurs = Callable[[], tuple[Session, Any]]
 """Make a session of our own, beside the handler's."""
@@ -74,6 +74,18 @@ class Conflict:
 
 
 Claim = Won | Consumed | InProgress | Conflict | Unfinished
+
+
+class HookRaised(Exception):
+    """A hook of the application's session raised what is no `Exception`, before the claim was sent. It is the message's failure.
+
+    Args:
+        error: What it raised.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
 
 
 class Guard(Protocol):

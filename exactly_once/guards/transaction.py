@@ -26,11 +26,12 @@ from exactly_once.dialects import (
 from exactly_once.dialects.firsthand import ready
 from exactly_once.errors import Misuse
 from exactly_once.fingerprint import Differs, compare
-from exactly_once.guards import Claim, Conflict, Consumed, InProgress, OpenOurs, Unfinished, Won
+from exactly_once.guards import Claim, Conflict, Consumed, HookRaised, InProgress, OpenOurs, Unfinished, Won
 from exactly_once.guards.our_session import in_our_session
 from exactly_once.guards.watch import Watch, begin, elsewhere
 from exactly_once.leases.sql import SqlLeases
 from exactly_once.schema import CONSUMED, UNFINISHED
+from exactly_once.stops import asked_from_outside
 from exactly_once.unreached import unreached
 
 __all__ = ["GroupClaim", "TransactionGuard", "standing"]
@@ -162,6 +163,10 @@ class TransactionGuard:
         except Exception as error:
             raise_for_the_store(dialect, error, session.get_bind().engine)
             raise
+        except BaseException as error:
+            if asked_from_outside(error) or unreached(error, (session.get_bind().engine,)):
+                raise
+            raise HookRaised(error) from error  # nothing was sent: it came out of after_begin or its like
         return connection, connection.connection.dbapi_connection, connection.info, used
 
     def _limit_was_left(self, session: Session, connection: Connection) -> bool:

@@ -10,7 +10,6 @@ Made by the guards, by `late` and by steps; asked by `attempt`.
 """
 
 from collections.abc import Callable, MutableMapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
@@ -24,6 +23,7 @@ from exactly_once.dialects import ClaimRow, Dialect, Gone, State, Trace
 from exactly_once.errors import Misuse
 from exactly_once.leases import Held
 from exactly_once.redaction import redacted
+from exactly_once.stops import asked_from_outside
 from exactly_once.wording import escaped
 
 __all__ = [
@@ -397,14 +397,17 @@ def let_go(session: Session) -> None:
     pool would miss it until it is collected.
     """
     try:
-        with suppress(Exception):  # the connection is lost: the pool, which rolls back once more, throws it away
+        try:
             session.rollback()
+        except BaseException as error:
+            # the connection is lost: the pool, which rolls back once more, throws it away; or a hook raised
+            if asked_from_outside(error):
+                raise
         session.close()
-    except Exception:
+    except BaseException as error:
         session.invalidate()
-    except BaseException:  # cancelled while it rolled back
-        session.invalidate()
-        raise
+        if asked_from_outside(error):  # cancelled while it rolled back
+            raise
 
 
 def elsewhere(session: Session, connection: Connection) -> str | None:

@@ -84,7 +84,7 @@ def _beside(each: Delivering, message: Message, features: Features, pumped: bool
     """Run it in a thread beside the loop."""
     process = fork.here
     try:
-        return each.run(message, features, pumped=pumped, foreign=foreign)
+        return each.run(message, features, pumped=pumped, foreign=foreign, beside=True)
     finally:
         if process is not fork.here:
             fork.end(fork.inside())  # this copy of the thread would wait for work that nobody brings

@@ -1,6 +1,7 @@
 """Door 2, `eo.process` and `eo.aprocess`: one message in a loop of the caller's, on three databases in both colours."""
 
 import asyncio
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from sqlalchemy import Table, create_engine, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from exactly_once import ConfigurationError, ExactlyOnce, Message, Outcome, Reject, Retry, RetryLater, keys
+from exactly_once import ConfigurationError, ExactlyOnce, Lease, Message, Outcome, Reject, Retry, RetryLater, keys
 from exactly_once.errors import SchemaError
 from exactly_once.failures.due import message_of
 from tests.integration.shop import ONE_TRY, Do, Shop, order, put
@@ -307,6 +308,27 @@ def test_an_interrupt_rolls_back_is_raised_and_is_no_failure(shop: Shop, interru
         shop.process(order())
     assert shop.failures() == []
     shop.assert_kept(claims=[])
+
+
+@pytest.mark.parametrize("guard", [None, Lease(timedelta(seconds=30))], ids=["alone", "under a lease"])
+def test_an_exit_in_a_thread_beside_the_callers_loop_is_counted_and_raised_on(shop: Shop, guard: Any) -> None:
+    """The thread is ours, where no signal of the caller's arrives: it came again for ever."""
+    if not shop.is_async:
+        pytest.skip("aprocess only")
+    more: dict[str, Any] = {} if guard is None else {"guard": guard}
+
+    @shop.eo.handler("orders", key="no", retry=Retry(immediate=0, max_attempts=3), **more)
+    def reserve(session: Session) -> None:
+        put(session, "effect")
+        sys.exit(3)
+
+    for attempt in (1, 2):
+        with pytest.raises(SystemExit):
+            asyncio.run(shop.eo.aprocess(order(1, attempt=attempt)))
+        assert shop.failure().attempts == attempt
+    assert asyncio.run(shop.eo.aprocess(order(1, attempt=3))) is Outcome.DEAD
+    assert "sys.exit(3)" in shop.failure().error_text
+    assert shop.effects() == []
 
 
 def test_a_cancelled_aprocess_rolls_back_and_records_nothing(shop: Shop) -> None:
