@@ -22,7 +22,7 @@ from typing import Final
 from sqlalchemy.exc import ArgumentError, CompileError, DBAPIError, SQLAlchemyError, StatementError
 
 from exactly_once.error_words.drivers import DRIVERS, in_statement, is_drivers, of_driver
-from exactly_once.error_words.struck import WORD, without_numbers, without_quoted
+from exactly_once.error_words.struck import WORD, without_numbers, without_parameters, without_quoted
 from exactly_once.errors import Reject
 from exactly_once.leaves import leaves
 
@@ -70,26 +70,28 @@ def words_of(error: BaseException) -> str:
     if not isinstance(error, BaseExceptionGroup):
         return _own_words(error)
     found = leaves(error)
-    told = [_cut(f"{_named(each)}{place_of(each)}") for each in found[:_MOST_MEMBERS]]
+    told = [_cut(f"{_named(each, error)}{place_of(each)}") for each in found[:_MOST_MEMBERS]]
     more = f"; and {len(found) - _MOST_MEMBERS} more" if len(found) > _MOST_MEMBERS else ""
     return f"{_cut(_own_words(error))}: {'; '.join(told)}{more}"
 
 
-def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {words}" if (words := _own_words(error)) else type(error).__name__
+def _named(error: BaseException, group: BaseException) -> str:
+    words = _own_words(error, beside=group)
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
 def _cut(text: str) -> str:
     return text if len(text) <= _MEMBER_CHARACTERS else f"{text[:_MEMBER_CHARACTERS]}..."
 
 
-def _own_words(error: BaseException) -> str:
+def _own_words(error: BaseException, beside: BaseException | None = None) -> str:
+    """What an error says itself; of one in a group, which may tell of what stands beside it, the group is asked, too."""
     try:
         if isinstance(error, StatementError):
             return _of_statement(error)
         if is_drivers(error):
             return of_driver(error)
-        return _without_values(str(error), error)
+        return _without_values(str(error), error, beside or error)
     except KeyboardInterrupt:
         raise
     except BaseException as problem:  # noqa: BLE001, RUF100  (its own __str__, which may raise anything)
@@ -154,7 +156,8 @@ def _members_of(error: BaseException) -> str:
     if not isinstance(error, BaseExceptionGroup):
         return ""
     return "".join(
-        f"\n  | {type(each).__qualname__}: {_own_words(each)}{place_of(each)}" for each in leaves(error)[:_MOST_ERRORS]
+        f"\n  | {type(each).__qualname__}: {_own_words(each, error)}{place_of(each)}"
+        for each in leaves(error)[:_MOST_ERRORS]
     )
 
 
@@ -185,19 +188,20 @@ def _of_sqlalchemy(text: str, error: BaseException) -> str:
 # -- errors that quote others ----------------------------------------------------------------------------------------
 
 
-def _without_values(text: str, error: BaseException) -> str:
+def _without_values(text: str, error: BaseException, whole: BaseException) -> str:
     """An application's own words stay as they are, but for what they quote of a database's."""
     if text and (isinstance(error, SQLAlchemyError) or _module_of(_last_frame(error)) in _LIBRARIES):
         return _of_sqlalchemy(text, error)
-    return _without_errors(text, error)
+    return _without_errors(text, error, whole)
 
 
-def _without_errors(text: str, error: BaseException) -> str:
+def _without_errors(text: str, error: BaseException, whole: BaseException | None = None) -> str:
     """Put into a text, for each database error it was made of, what may be told of that."""
     if not text:
         return text
     told: list[str] = []
-    for quoted in _behind(error):
+    behind = [each for each in _behind(whole or error) if each is not error]
+    for quoted in behind:
         here = f"{_HERE}{len(told)}{_HERE}"
         told.append(words_of(quoted))
         for form in sorted(_forms(quoted), key=len, reverse=True):
@@ -207,6 +211,13 @@ def _without_errors(text: str, error: BaseException) -> str:
             start := _quotes_from(text, quoted)
         ) >= 0:  # in other spacing, cut short, a field of it: how it ends is not known
             text = f"{text[:start]}{here}"
+        if isinstance(quoted, StatementError) and quoted.statement and quoted.statement in text:
+            told.append(in_statement(quoted.orig, quoted.statement).strip())
+            text = text.replace(quoted.statement, f"{_HERE}{len(told) - 1}{_HERE}")
+    parameters = [each.params for each in behind if isinstance(each, StatementError) and each.params]
+    if parameters:
+        struck = without_parameters(text, parameters)
+        text = _CUT if struck is None else struck
     found = _CLASS_IN_TEXT.search(text)
     mark = _MARK_IN_TEXT.search(text)
     if found and (mark or found[1][1:].partition(".")[0] in DRIVERS):
@@ -219,7 +230,7 @@ def _without_errors(text: str, error: BaseException) -> str:
         text = f"{text[:entry]}duplicate entry{text[key + 1 :]}"
     for number, words in enumerate(told):
         text = text.replace(f"{_HERE}{number}{_HERE}", words)
-    return text
+    return text.replace(_HERE, "")  # of a place that was cut through
 
 
 def _quotes_from(text: str, error: BaseException) -> int:

@@ -83,7 +83,10 @@ def is_drivers(error: BaseException) -> bool:
 
 def in_statement(error: BaseException | None, statement: str) -> str:
     """Return the beginning of the statement that failed."""
-    return f" [in: {shown(statement, doubled=error is not None and _mysqls(_drivers_own(error)) is not None)}]"
+    # of a value that could not be made ready nobody knows for which server it was
+    own = None if error is None else _drivers_own(error)
+    doubled = own is None or _mysqls(own) is not None or not _is_postgresqls(own)
+    return f" [in: {shown(statement, doubled=doubled)}]"
 
 
 def of_driver(error: BaseException, statement: str | None = None, parameters: Any = None) -> str:
@@ -98,12 +101,12 @@ def of_driver(error: BaseException, statement: str | None = None, parameters: An
     values = bound(parameters)
     if (args := _mysqls(error)) is not None:
         return _of_mysql(*args, code_of(statement, doubled=True), values)
-    fields = getattr(error, "diag", None)
-    state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
-    if fields is not None or state:
+    if _is_postgresqls(error):
+        fields = getattr(error, "diag", None)
+        state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
         return _of_postgresql(error, error if fields is None else fields, state, statement, values)
     if any("sqlite" in cls.__module__ for cls in type(error).__mro__):
-        return _of_sqlite(error, code_of(statement), values)
+        return _of_sqlite(error, code_of(statement, doubled=True), values)
     return f"{type(error).__name__}, whose text may hold values of the statement"
 
 
@@ -115,6 +118,10 @@ def _drivers_own(error: BaseException) -> BaseException:
 def _mysqls(error: BaseException) -> tuple[int, str] | None:
     args = _args_of(error)
     return (args[0], args[1]) if len(args) > 1 and isinstance(args[0], int) and isinstance(args[1], str) else None
+
+
+def _is_postgresqls(error: BaseException) -> bool:
+    return any(getattr(error, field, None) for field in ("diag", "sqlstate", "pgcode"))
 
 
 def _of_postgresql(

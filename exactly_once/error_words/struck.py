@@ -7,51 +7,105 @@ or a constraint. What was bound to the statement is struck between quotation mar
 five digits or more.
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
-__all__ = ["WORD", "bound", "code_of", "shown", "without_bound", "without_numbers", "without_quoted"]
+__all__ = [
+    "WORD",
+    "bound",
+    "code_of",
+    "shown",
+    "without_bound",
+    "without_numbers",
+    "without_parameters",
+    "without_quoted",
+]
 
 WORD: Final = re.compile(r"\w+")
 STRUCK: Final = "..."
-_NUMBER: Final = re.compile(r"[0-9]{5,}")
+# five digits in a row, or nine in groups, as cards and telephones are written; a date has eight
+_NUMBER: Final = re.compile(r"\d{5,}|\d(?:[\s./\u2010-\u2015-]{0,3}\d){8,}")
 _OURS: Final = re.compile(r"(\w+\.)?(message_[a-z_]+|exactly_once_version)")
 _PLACE: Final = re.compile(r"\$[0-9]+|\?|end of input", re.IGNORECASE)
 _ENDS: Final = {'"': '"', "'": "'", "`": "`", "«": "»", "»": "«", "„": "“”", "“": "”", "「": "」", "\u2018": "\u2019"}
 _EVERY_MARK: Final = frozenset("".join((*_ENDS, *_ENDS.values())))
-_DIGIT: Final = re.compile("[0-9]")
+_DIGIT: Final = re.compile(r"\d")
 _LEAST_WORD: Final = 3
 _LEAST_PIECE: Final = 5  # of a word: 't' || :name
 _MOST_CHARACTERS: Final = 2_000_000  # of what is bound; more is not looked through, and nothing of the sentence is told
 _STATEMENT_CHARACTERS: Final = 500
+_LOOKED_AT: Final = 20_000  # of a statement, or of an application's text
+_MOST_FORMS: Final = 2_000  # of values that are looked for as they stand; of more, each word is
+_CUT_OFF: Final = " .\u2026'\")]}"  # may stand behind a value that was cut short
+
+# where something else than code begins: a comment, a literal, or a name in marks
+_BEGINS: Final = re.compile(r"""--[^\n]*|/\*|'|"|`|(?<![\w$])\$(?:[^\W\d]\w*)?\$""")
+_BEGINS_ON_MYSQL: Final = re.compile(_BEGINS.pattern + r"|\#[^\n]*")
+_COMMENT_MARK: Final = re.compile(r"/\*|\*/")
 
 
 def shown(statement: str, *, doubled: bool) -> str:
     """Return the beginning of a statement, up to its first literal: an application may have written a value into it.
 
     Args:
-        statement: Its text.
-        doubled: What stands in double quotes is a literal, too (MySQL).
+        statement: Its text; comments are left out.
+        doubled: What stands in double quotes is a literal, too (MySQL, SQLite).
     """
-    text = " ".join(statement.split())[:_STATEMENT_CHARACTERS]
-    marks = ("'", "$$", '"') if doubled else ("'", "$$")
-    literal = min((at for mark in marks if (at := text.find(mark)) >= 0), default=-1)
-    return without_numbers(text if literal < 0 else text[:literal] + STRUCK)
+    told: list[str] = []
+    for what, part in _parts(statement[:_LOOKED_AT], doubled=doubled):
+        if what == "literal":
+            told.append(STRUCK)
+            break
+        told.append(part if what == "code" else " ")
+    return without_numbers(" ".join("".join(told).split()))[:_STATEMENT_CHARACTERS]
 
 
 def code_of(statement: str | None, *, doubled: bool = False) -> frozenset[str]:
-    """Return the words of a statement that stand in none of its literals, in small letters."""
+    """Return the words of a statement that stand in none of its literals and comments, in small letters."""
     if not statement:
         return frozenset()
-    if doubled:
-        statement = statement.replace('"', "'")
-    if "\\" in statement or "$$" in statement:  # where a literal ends is not known here
-        first = min(at for mark in ("\\", "$$", "'") if (at := statement.find(mark)) >= 0)
-        statement = statement[:first]
-    else:
-        statement = " ".join(statement.split("'")[::2])  # 'it''s' is two literals with nothing between
-    return frozenset(word.lower() for word in WORD.findall(statement))
+    code = (part for what, part in _parts(statement, doubled=doubled) if what == "code")
+    return frozenset(word.lower() for part in code for word in WORD.findall(part))
+
+
+def _parts(statement: str, *, doubled: bool) -> Iterator[tuple[str, str]]:
+    """Cut a statement into ("code", text), ("comment", "") and ("literal", ""); ends where the end of one is not known."""
+    begins = _BEGINS_ON_MYSQL if doubled else _BEGINS
+    at = 0
+    while (found := begins.search(statement, at)) is not None:
+        yield "code", statement[at : found.start()]
+        mark, at = found[0], found.end()
+        if mark[0] in "-#":
+            yield "comment", ""
+            continue
+        if mark == "/*":
+            yield "comment", ""
+            at = _end_of_comment(statement, at)
+        elif mark == "`" or (mark == '"' and not doubled):
+            end = statement.find(mark, at)
+            if end >= 0:
+                yield "code", statement[at - 1 : end + 1]
+            at = end + 1 if end >= 0 else -1
+        else:
+            yield "literal", ""
+            # behind a backslash a mark may end nothing
+            end = -1 if "\\" in statement and mark in "'\"" else statement.find(mark, at)
+            at = end + len(mark) if end >= 0 else -1
+        if at < 0:
+            return
+    yield "code", statement[at:]
+
+
+def _end_of_comment(statement: str, at: int) -> int:
+    """Where a comment ends; one in another (PostgreSQL) does not end that, and where both are meant all is taken for one."""
+    depth = 1
+    for found in _COMMENT_MARK.finditer(statement, at):
+        depth += 1 if found[0] == "/*" else -1
+        if not depth:
+            return found.end()
+    return -1
 
 
 def bound(parameters: Any) -> frozenset[str] | None:
@@ -101,6 +155,62 @@ def without_bound(text: str, values: frozenset[str], known: Iterable[str], *, ow
         return STRUCK if word in values or _has_piece(word, values) else found[0]
 
     return WORD.sub(strike, text)
+
+
+def without_parameters(text: str, parameters: Any) -> str | None:
+    """Strike the values that were bound to a statement out of a text of the application's, where they stand as they are.
+
+    Also as Python or JSON write them, and cut short at the end; and the numbers in them. Values of one or two characters stay:
+    they are everywhere.
+
+    Args:
+        text: Its text; no more than its beginning is looked at, and returned.
+        parameters: What was bound, to one statement or several.
+
+    Returns:
+        The text; None where there is more to look for than can be.
+    """
+    words = bound(parameters)  # counts the characters first
+    if words is None:
+        return None
+    text = text[:_LOOKED_AT]
+    forms: set[str] = set()
+    for value in _values(parameters):
+        forms.update(_forms(value))
+        if len(forms) > _MOST_FORMS:
+            return without_bound(text, words, (), own_words=True)
+    for form in sorted(forms, key=len, reverse=True):
+        if form in text:
+            part = len(form) >= _LEAST_PIECE and _DIGIT.search(form)  # else "Ann" would be struck out of "Annual"
+            text = re.sub(re.escape(form) if part else rf"(?<!\w){re.escape(form)}(?!\w)", STRUCK, text)
+    # a part of a value, such as a member of JSON, where it can be no word of the application's
+    text = WORD.sub(lambda found: STRUCK if _is_number_of(found[0].lower(), words) else found[0], text)
+    left = text.rstrip(_CUT_OFF)
+    for form in forms:
+        at = left.rfind(form[:_LEAST_PIECE]) if len(form) > _LEAST_PIECE else -1
+        if at >= 0 and form.startswith(left[at:]):
+            return f"{text[:at]}{STRUCK}"
+    return text
+
+
+def _is_number_of(word: str, words: frozenset[str]) -> bool:
+    return len(word) >= _LEAST_PIECE and word in words and _DIGIT.search(word) is not None
+
+
+def _forms(value: Any) -> Iterator[str]:
+    if isinstance(value, (bytes, bytearray)):
+        yield from (form for form in (repr(bytes(value)), bytes(value).hex()) if len(value) >= _LEAST_WORD)
+        value = value.decode("utf-8", "replace")
+    text = str(value)
+    for form in (
+        text,
+        repr(value),
+        repr(text)[1:-1],
+        json.dumps(text)[1:-1],
+        json.dumps(text, ensure_ascii=False)[1:-1],
+    ):
+        if len(form) >= _LEAST_WORD:
+            yield form
 
 
 def _has_piece(word: str, values: frozenset[str]) -> bool:

@@ -2,6 +2,9 @@
 
 import logging
 import sqlite3
+from datetime import date
+from decimal import Decimal
+from time import monotonic
 from typing import Any
 
 import pymysql
@@ -10,7 +13,15 @@ from sqlalchemy.exc import IntegrityError, InvalidRequestError, PendingRollbackE
 
 from exactly_once.alert import Alert, sound
 from exactly_once.error_words import place_of, trace_of, words_of
-from exactly_once.error_words.struck import bound, code_of, without_bound, without_quoted
+from exactly_once.error_words.struck import (
+    bound,
+    code_of,
+    shown,
+    without_bound,
+    without_numbers,
+    without_parameters,
+    without_quoted,
+)
 from exactly_once.errors import Reject
 from exactly_once.worker.log_throttle import ThrottledLog
 
@@ -91,6 +102,82 @@ def test_what_was_bound_is_struck_wherever_it_stands() -> None:
     assert without_bound(said, values, ("cards",), own_words=True) == "card ... of ..., ... and ... at 12: cards"
     assert without_bound('carpenter "cards" Carpenter "4711"', values, ("cards",)) == 'carpenter "cards" ... "..."'
     assert bound(["x" * 1_500_000, "y" * 600_000]) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "bound", "says"),
+    [
+        (
+            "not saved: {'of': ['Mrs.', 'Carpenter']}",
+            {"name": {"of": ["Mrs.", "Carpenter"]}},
+            "not saved: {'of': [..., ...]}",
+        ),
+        ("row 7 of Annual", [{"id": 7, "name": "Ann"}], "row 7 of Annual"),
+        (f"x{CARD}x and Ann", [(CARD, "Ann")], "x...x and ..."),
+        ("Mrs. Carpenter-Smith of", ["Mrs. Carpenter"], "...-Smith of"),
+        ("no date 2024-01-31 (datetime.date(2024, 1, 31))", [date(2024, 1, 31)], "no date ... (...)"),
+        ("amount 12.50", [Decimal("12.50")], "amount ..."),
+        ("so many: Mrs. Carp", ["Mrs. Carpenter"], "so many: ..."),
+        ("Mrs. Carpet", ["Mrs. Carpenter"], "Mrs. Carpet"),
+        ("b'Mrs. Carpenter' 6d72732e", [b"Mrs. Carpenter", b"mrs."], "... ..."),
+        (f"of card {CARD} in Annual", ['{"card": "4111111111111111", "of": "Annual"}'], "of card ... in Annual"),
+        ("nothing of it", [], "nothing of it"),
+        ("stays: ok", [None, True, "", "o"], "stays: ok"),
+    ],
+)
+def test_what_was_bound_is_struck_out_of_an_applications_text_where_it_stands_as_it_is(
+    text: str, bound: Any, says: str
+) -> None:
+    assert without_parameters(text, bound) == says
+
+
+def test_of_very_much_that_was_bound_each_word_is_struck_or_nothing_is_told_and_soon() -> None:
+    began = monotonic()
+    many = [{"name": f"Mrs. Carpenter{n}", "no": n} for n in range(30_000)]
+    assert without_parameters("not saved: Mrs. Carpenter29999", many) == "not saved: .... ..."
+    assert without_parameters("not saved: Carpenter", ["x" * 3_000_000]) is None
+    assert len(without_parameters("y" * 10_000_000 + " Carpenter", ["Carpenter"]) or "") < 100_000
+    assert monotonic() - began < 5
+    error = raised(RuntimeError("not saved: Carpenter"), IntegrityError("INSERT", ["x" * 3_000_000], Exception()))
+    assert "Carpenter" not in words_of(error)
+
+
+@pytest.mark.parametrize(
+    ("statement", "doubled", "says"),
+    [
+        ("SELECT a, $x$Carpenter$x$, b", False, "SELECT a, ..."),
+        ("SELECT a$x$b FROM t", False, "SELECT a$x$b FROM t"),
+        ("SELECT $1, $2 FROM t WHERE a = $3", False, "SELECT $1, $2 FROM t WHERE a = $3"),
+        ("SELECT a -- Carpenter\n, b", False, "SELECT a , b"),
+        ("SELECT a -- Carpenter", False, "SELECT a"),
+        ("/* Carpenter */ SELECT a /*+ INDEX(t) */", True, "SELECT a"),
+        ("SELECT /* a /* b */ Carpenter */ c", False, "SELECT c"),
+        ("SELECT a # Carpenter\n, b", True, "SELECT a , b"),
+        ("SELECT a #> b", False, "SELECT a #> b"),
+        ('SELECT "it\'s" FROM t', False, 'SELECT "it\'s" FROM t'),
+        ('SELECT "it\'s" FROM t', True, "SELECT ..."),
+        ("SELECT `it's`, 'x'", True, "SELECT `it's`, ..."),
+        ("SELECT `it's", True, "SELECT"),
+    ],
+)
+def test_a_statement_is_shown_without_its_comments_up_to_its_first_literal(
+    statement: str, doubled: bool, says: str
+) -> None:
+    assert shown(statement, doubled=doubled) == says
+    assert "carpenter" not in code_of(statement, doubled=doubled)
+
+
+def test_numbers_in_groups_are_struck_and_dates_and_small_ones_are_not() -> None:
+    for number in (
+        "4111111111111111",
+        "4111 1111 1111 1111",
+        "4111-1111-1111-1111",
+        "+49 30 123 456 78",
+        "123-45-6789",
+    ):
+        assert not any(digit in without_numbers(number) for digit in "3456789"), number
+    for kept in ("at row 1, column 12", "2024-01-31", "VALUES (1, 2, 3, 4, 5, 6, 7, 8, 9)", "port 5432"):
+        assert without_numbers(kept) == kept
 
 
 def test_a_long_text_that_was_bound_takes_no_word_of_the_servers_own() -> None:
