@@ -18,6 +18,7 @@ from exactly_once.attempt import UNFINISHED, Ended, How, attempt
 from exactly_once.attempt.ending import Open
 from exactly_once.delivery.recording import ACK, DUPLICATE, PROCESSED, UNRECORDED, Owed, Recording, Told
 from exactly_once.dialects import ClaimRow
+from exactly_once.elsewhere import advice_on
 from exactly_once.error_words import trace_of, words_of
 from exactly_once.errors import (
     BadKey,
@@ -335,7 +336,7 @@ class Delivering:
         if error is None:
             return 0
         one = counts_as(error, self.plan.retry)
-        if isinstance(one, (Reject, RetryLater, StepError)):
+        if isinstance(one, (Reject, RetryLater, StepError)) or advice_on(one):
             return 0
         if foreign and is_the_callers(error):  # a limit of the caller's: a second run would have none
             return 0

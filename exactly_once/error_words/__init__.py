@@ -21,6 +21,7 @@ from typing import Final
 
 from sqlalchemy.exc import ArgumentError, CompileError, DBAPIError, SQLAlchemyError, StatementError
 
+from exactly_once.elsewhere import advice_on
 from exactly_once.error_words.drivers import DRIVERS, in_statement, is_drivers, of_driver
 from exactly_once.error_words.struck import WORD, without_numbers, without_parameters, without_quoted
 from exactly_once.errors import Reject
@@ -91,7 +92,9 @@ def _own_words(error: BaseException, beside: BaseException | None = None) -> str
             return _of_statement(error)
         if is_drivers(error):
             return of_driver(error)
-        return _without_values(str(error), error, beside or error)
+        words = _without_values(str(error), error, beside or error)
+        advice = advice_on(error)
+        return f"{words} ({advice})".strip() if advice else words
     except KeyboardInterrupt:
         raise
     except BaseException as problem:  # noqa: BLE001, RUF100  (its own __str__, which may raise anything)
