@@ -23,7 +23,7 @@ from sqlalchemy.exc import ArgumentError, CompileError, DBAPIError, SQLAlchemyEr
 
 from exactly_once.elsewhere import advice_on
 from exactly_once.error_words.drivers import DRIVERS, in_statement, is_drivers, of_driver
-from exactly_once.error_words.struck import WORD, without_numbers, without_parameters, without_quoted
+from exactly_once.error_words.struck import WORD, Sought, sought, without_numbers, without_parameters, without_quoted
 from exactly_once.errors import Reject
 from exactly_once.leaves import leaves
 
@@ -70,14 +70,14 @@ def words_of(error: BaseException) -> str:
     """
     if not isinstance(error, BaseExceptionGroup):
         return _own_words(error)
-    found = leaves(error)
-    told = [_cut(f"{_named(each, error)}{place_of(each)}") for each in found[:_MOST_MEMBERS]]
+    found, beside = leaves(error), _bound_behind(error)
+    told = [_cut(f"{_named(each, beside)}{place_of(each)}") for each in found[:_MOST_MEMBERS]]
     more = f"; and {len(found) - _MOST_MEMBERS} more" if len(found) > _MOST_MEMBERS else ""
     return f"{_cut(_own_words(error))}: {'; '.join(told)}{more}"
 
 
-def _named(error: BaseException, group: BaseException) -> str:
-    words = _own_words(error, beside=group)
+def _named(error: BaseException, beside: Sought | None) -> str:
+    words = _own_words(error, beside)
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
@@ -85,14 +85,14 @@ def _cut(text: str) -> str:
     return text if len(text) <= _MEMBER_CHARACTERS else f"{text[:_MEMBER_CHARACTERS]}..."
 
 
-def _own_words(error: BaseException, beside: BaseException | None = None) -> str:
-    """What an error says itself; of one in a group, which may tell of what stands beside it, the group is asked, too."""
+def _own_words(error: BaseException, beside: Sought | None = None) -> str:
+    """What an error says itself, without what was bound behind the others of its group, of which it may tell."""
     try:
         if isinstance(error, StatementError):
             return _of_statement(error)
         if is_drivers(error):
             return of_driver(error)
-        words = _without_values(str(error), error, beside or error)
+        words = _without_values(str(error), error, beside)
         advice = advice_on(error)
         return f"{words} ({advice})".strip() if advice else words
     except KeyboardInterrupt:
@@ -158,8 +158,9 @@ def trace_of(error: BaseException) -> str:
 def _members_of(error: BaseException) -> str:
     if not isinstance(error, BaseExceptionGroup):
         return ""
+    beside = _bound_behind(error)
     return "".join(
-        f"\n  | {type(each).__qualname__}: {_own_words(each, error)}{place_of(each)}"
+        f"\n  | {type(each).__qualname__}: {_own_words(each, beside)}{place_of(each)}"
         for each in leaves(error)[:_MOST_ERRORS]
     )
 
@@ -191,20 +192,19 @@ def _of_sqlalchemy(text: str, error: BaseException) -> str:
 # -- errors that quote others ----------------------------------------------------------------------------------------
 
 
-def _without_values(text: str, error: BaseException, whole: BaseException) -> str:
+def _without_values(text: str, error: BaseException, beside: Sought | None) -> str:
     """An application's own words stay as they are, but for what they quote of a database's."""
     if text and (isinstance(error, SQLAlchemyError) or _module_of(_last_frame(error)) in _LIBRARIES):
         return _of_sqlalchemy(text, error)
-    return _without_errors(text, error, whole)
+    return _without_errors(text, error, beside)
 
 
-def _without_errors(text: str, error: BaseException, whole: BaseException | None = None) -> str:
+def _without_errors(text: str, error: BaseException, beside: Sought | None = None) -> str:
     """Put into a text, for each database error it was made of, what may be told of that."""
     if not text:
         return text
     told: list[str] = []
-    behind = [each for each in _behind(whole or error) if each is not error]
-    for quoted in behind:
+    for quoted in _behind(error):
         here = f"{_HERE}{len(told)}{_HERE}"
         told.append(words_of(quoted))
         for form in sorted(_forms(quoted), key=len, reverse=True):
@@ -217,10 +217,10 @@ def _without_errors(text: str, error: BaseException, whole: BaseException | None
         if isinstance(quoted, StatementError) and quoted.statement and quoted.statement in text:
             told.append(in_statement(quoted.orig, quoted.statement).strip())
             text = text.replace(quoted.statement, f"{_HERE}{len(told) - 1}{_HERE}")
-    parameters = [each.params for each in behind if isinstance(each, StatementError) and each.params]
-    if parameters:
-        struck = without_parameters(text, parameters)
-        text = _CUT if struck is None else struck
+    for values in (_bound_behind(error), beside):
+        if values is not None:
+            struck = without_parameters(text, values)
+            text = _CUT if struck is None else struck
     found = _CLASS_IN_TEXT.search(text)
     mark = _MARK_IN_TEXT.search(text)
     if found and (mark or found[1][1:].partition(".")[0] in DRIVERS):
@@ -259,6 +259,15 @@ def _behind(error: BaseException) -> Iterator[BaseException]:
         waiting += [_context_of(at), _cause_of(at), *_args_of(at)]
         if isinstance(at, BaseExceptionGroup):
             waiting += _in_group(at)
+
+
+def _bound_behind(error: BaseException) -> Sought | None:
+    """What was bound to the statements that failed behind an error."""
+    try:
+        found = [each.params for each in _behind(error) if isinstance(each, StatementError) and each.params]
+        return sought(found) if found else None
+    except Exception:  # a value's own text
+        return Sought(None, None)
 
 
 def _forms(error: BaseException) -> set[str]:

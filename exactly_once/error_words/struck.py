@@ -9,14 +9,17 @@ five digits or more.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 __all__ = [
     "WORD",
+    "Sought",
     "bound",
     "code_of",
     "shown",
+    "sought",
     "without_bound",
     "without_numbers",
     "without_parameters",
@@ -157,29 +160,51 @@ def without_bound(text: str, values: frozenset[str], known: Iterable[str], *, ow
     return WORD.sub(strike, text)
 
 
-def without_parameters(text: str, parameters: Any) -> str | None:
-    """Strike the values that were bound to a statement out of a text of the application's, where they stand as they are.
+@dataclass(frozen=True, slots=True)
+class Sought:
+    """What was bound to statements, made ready to be looked for in texts."""
 
-    Also as Python or JSON write them, and cut short at the end; and the numbers in them. Values of one or two characters stay:
-    they are everywhere.
+    words: frozenset[str] | None
+    """None where there is more than can be looked for."""
+    forms: Sequence[str] | None
+    """The values as they may stand in a text, the longest first; None where they are so many that each word is looked for."""
 
-    Args:
-        text: Its text; no more than its beginning is looked at, and returned.
-        parameters: What was bound, to one statement or several.
 
-    Returns:
-        The text; None where there is more to look for than can be.
+def sought(parameters: Any) -> Sought:
+    """Make ready what was bound, to one statement or several.
+
+    Values of one or two characters are not looked for: they are everywhere.
     """
     words = bound(parameters)  # counts the characters first
     if words is None:
-        return None
-    text = text[:_LOOKED_AT]
+        return Sought(None, None)
     forms: set[str] = set()
     for value in _values(parameters):
         forms.update(_forms(value))
         if len(forms) > _MOST_FORMS:
-            return without_bound(text, words, (), own_words=True)
-    for form in sorted(forms, key=len, reverse=True):
+            return Sought(words, None)
+    return Sought(words, sorted(forms, key=len, reverse=True))
+
+
+def without_parameters(text: str, values: Sought) -> str | None:
+    """Strike the values that were bound to a statement out of a text of the application's, where they stand as they are.
+
+    Also as Python or JSON write them, and cut short at the end; and the numbers in them.
+
+    Args:
+        text: Its text; no more than its beginning is looked at, and returned.
+        values: What was bound.
+
+    Returns:
+        The text; None where there is more to look for than can be.
+    """
+    words, forms = values.words, values.forms
+    if words is None:
+        return None
+    text = text[:_LOOKED_AT]
+    if forms is None:
+        return without_bound(text, words, (), own_words=True)
+    for form in forms:
         if form in text:
             part = len(form) >= _LEAST_PIECE and _DIGIT.search(form)  # else "Ann" would be struck out of "Annual"
             text = re.sub(re.escape(form) if part else rf"(?<!\w){re.escape(form)}(?!\w)", STRUCK, text)
