@@ -18,7 +18,6 @@ from exactly_once.attempt import UNFINISHED, Ended, How, attempt
 from exactly_once.attempt.ending import Open
 from exactly_once.delivery.recording import ACK, DUPLICATE, PROCESSED, UNRECORDED, Owed, Recording, Told
 from exactly_once.dialects import ClaimRow
-from exactly_once.elsewhere import advice_on
 from exactly_once.error_words import trace_of, words_of
 from exactly_once.errors import (
     BadKey,
@@ -40,6 +39,7 @@ from exactly_once.guards.watch import BrokenTransaction
 from exactly_once.handler import Lease, Lock, Plan, Reading, Transaction, check_result
 from exactly_once.lease_stores import LeaseStores, Placed, sql_leases
 from exactly_once.message import Message
+from exactly_once.other_queues import advice_on
 from exactly_once.outcome import Outcome
 from exactly_once.policy import Park, counts_as, retry_for, spent
 from exactly_once.steps import AsyncSteps, Steps

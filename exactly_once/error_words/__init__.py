@@ -21,11 +21,11 @@ from typing import Final
 
 from sqlalchemy.exc import ArgumentError, CompileError, DBAPIError, SQLAlchemyError, StatementError
 
-from exactly_once.elsewhere import advice_on
 from exactly_once.error_words.drivers import DRIVERS, in_statement, is_drivers, of_driver
 from exactly_once.error_words.struck import WORD, Sought, sought, without_numbers, without_parameters, without_quoted
 from exactly_once.errors import Reject
 from exactly_once.leaves import leaves
+from exactly_once.other_queues import advice_on
 
 __all__ = ["place_of", "trace_of", "words_of"]
 
