@@ -75,6 +75,9 @@ class TransactionGuard:
                         return standing(known, row)
                     if self._leases.traced_in(connection, row):
                         return Unfinished(known.owner or "")
+                    # the look ended what the session's hooks had set up, and the handler's transaction is to have it
+                    session.rollback()
+                    connection, dbapi, info, used = self._connected(session)
                     if not self._cleared(connection, row):
                         return standing(known, row)
                     won = dialect.claim(dbapi, info, row, wait_ms=self._wait_ms, savepoint=False)

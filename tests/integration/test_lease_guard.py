@@ -7,9 +7,9 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy import Connection, event, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
 from exactly_once import AsyncSteps, ExactlyOnce, Lease, LeaseLost, Message, Outcome, Reject, Retry, Steps, leases
 from exactly_once.failures.triage import Chosen, requeue
@@ -356,6 +356,36 @@ def test_a_handler_that_was_under_a_lease_goes_on_under_the_transaction_guard(sh
     assert shop.process(order(attempt=3)) is Outcome.DUPLICATE
     assert shop.process(order("A-2", attempt=2)) is Outcome.IN_PROGRESS
     assert shop.effects() == ["done"]
+    shop.borrow()
+
+
+def test_a_session_that_takes_over_what_a_lease_left_has_what_its_hooks_set_up(shop: Shop) -> None:
+    """The old row is cleared away in a transaction that a hook of the session's begins like any other, such as for a tenant."""
+
+    def fails(session: Session, step: Any, transaction: Any) -> None:
+        raise ValueError("no")
+
+    handles(shop, fails)
+    assert shop.process(order()) is Outcome.FAILED
+
+    class Theirs(Session):
+        pass
+
+    def hook(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+        connection.execute(insert(EFFECT).values(text="hook"))
+
+    event.listen(Theirs, "after_begin", hook)
+    shop.fresh_eo(
+        sessionmaker(shop.engine, class_=Theirs), async_sessionmaker(shop.async_engine, sync_session_class=Theirs)
+    )
+
+    def do(session: Session) -> None:
+        assert "hook" in session.scalars(select(EFFECT.c.text)).all()
+        put(session, "done")
+
+    shop.handles(do, retry=ONE_TRY)
+    assert shop.process(order(attempt=2)) is Outcome.PROCESSED, shop.failures()
+    assert {"hook", "done"} == set(shop.effects())
     shop.borrow()
 
 
