@@ -358,19 +358,20 @@ class Watch:
         self._forget()
         connection = self.connection
         if not connection.closed and not connection.invalidated and not self.given_back:
-            busy = self.busy or self.dialect.state(self.dbapi) is State.BUSY
-            if self.left in (Left.GONE, Left.BROKEN) or busy or self.changed is not None:
-                # whatever ended the transaction may have left its mark: autocommit, a procedure's locks, temporary tables;
-                # so did a statement that changed the session; and what is in the middle of a statement cannot be asked
-                if busy:
-                    self.dialect.cut(self.dbapi)
+            # whatever ended the transaction may have left its mark: autocommit, a procedure's locks, temporary tables; so did a
+            # statement that changed the session; and what is in the middle of a statement cannot be asked
+            marked = self.left in (Left.GONE, Left.BROKEN) or self.changed is not None
+            if self.busy or self.dialect.state(self.dbapi) is State.BUSY:
+                self.dialect.cut(self.dbapi)
                 connection.invalidate()
                 let_go(session)
                 return
             try:
+                # also of one that is closed next: SQLite keeps its locks until the last cursor of the handler's is collected
                 if self.dialect.state(self.dbapi) is not State.IDLE:
                     self.dbapi.rollback()
-                if self.dialect.state(self.dbapi) is not State.IDLE or (self.locked and not self._unlocked()):
+                idle = self.dialect.state(self.dbapi) is State.IDLE
+                if marked or not idle or (self.locked and not self._unlocked()):
                     connection.invalidate()
             except Exception as error:  # a dead connection: whatever it says, it must not be used again
                 connection.invalidate(error)

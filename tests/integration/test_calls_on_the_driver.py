@@ -4,8 +4,9 @@ The kind: the transaction that is open at the end is not the one of the claim. W
 COMMIT would keep the rest without a claim. On PostgreSQL the driver's own BEGIN tells, on SQLite and MariaDB a savepoint.
 """
 
+import sqlite3
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import Any
 
 import pytest
@@ -128,3 +129,23 @@ def test_a_conflict_that_rolls_back_on_sqlites_own_cursor_is_noticed(shop: Shop,
                 sends(session, f"INSERT OR ROLLBACK INTO only_one VALUES ('{text}')")
 
     assert_for_a_person(shop, *told_once(shop, way, do))
+
+
+@each_way
+@on("sqlite")  # which keeps the locks of a connection that was closed as long as one of its cursors is there
+def test_a_cursor_that_a_handler_keeps_does_not_lock_the_file_behind_it(shop: Shop, way: Way) -> None:
+    kept: list[Any] = []
+
+    def do(session: Session) -> None:
+        for text in ("one", "one", "two"):
+            cursor = driver_of(session).cursor()
+            kept.append(cursor)
+            with suppress(Exception):
+                cursor.execute(f"INSERT OR ROLLBACK INTO only_one VALUES ('{text}')")
+
+    runs, ends = told_once(shop, way, do)
+    assert kept
+    with closing(sqlite3.connect(shop.engine.url.database or "", timeout=0)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        other.rollback()
+    assert_for_a_person(shop, runs, ends)
