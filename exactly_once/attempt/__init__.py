@@ -34,6 +34,7 @@ def attempt(
     *,
     told: Callable[[BaseException], BaseException],
     also: Callable[[Session, int], object] | None = None,
+    failed_before: bool = False,
     enforce: bool = True,
 ) -> Ended:
     """Run one message once.
@@ -46,8 +47,9 @@ def attempt(
         row: Identity and fingerprint of the message; the owner is made here.
         handle: Calls the handler with the session it is handed.
         told: Gives what is told of an exception in its place: an exit that is nobody's to ask for. Hooks exit, too.
-        also: Something more to write in the same transaction, after the handler, also for a duplicate; called with the
-            session and the number of the claim.
+        also: Something more to write in the same transaction, after the handler; called with the session and the number of
+            the claim.
+        failed_before: It may have a failure row: `also` is written for a duplicate, too.
         enforce: False runs duplicates all the same, and says that it did.
 
     Returns:
@@ -87,7 +89,7 @@ def attempt(
                 session.rollback()
                 won, rows = Won(late=Late(session, dialect, None)), ()
             case Consumed(owner):
-                return _duplicate(session, open_ours, dialect, also, owner)
+                return _duplicate(session, open_ours, dialect, also if failed_before else None, owner)
             case Unfinished(owner):
                 return Ended(How.BROKEN, Misuse(UNFINISHED), owner=owner)
             case InProgress(again, remaining):
@@ -110,9 +112,8 @@ def attempt(
             else:
                 let_go(session)
         finally:
-            if (
-                won is not None and ended is None
-            ):  # cancelled, interrupted, told to exit: others may have the key at once
+            # cancelled, interrupted, told to exit: others may have the key at once
+            if won is not None and ended is None:
                 with suppress(Exception):
                     guard.release(won)
     released = True

@@ -253,6 +253,7 @@ class Delivering:
                 handle,
                 told=told_of,
                 also=also,
+                failed_before=before,
                 enforce=self._enforce,
             )
             if ended.how is How.TRANSIENT and self.store.is_foreign(ended.error):

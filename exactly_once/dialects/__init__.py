@@ -243,9 +243,6 @@ class Dialect(Protocol):
         It is to be thrown away after that. Never raises.
         """
 
-    def unlock(self, dbapi: Any) -> None:
-        """Let go of all locks of the session, in no transaction."""
-
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
         """Say whether this is still the transaction that `owner` began; None where nobody can tell. It is to end after that."""
 
@@ -307,7 +304,8 @@ class Dialect(Protocol):
     def limit_was_left(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
         """After a claim that a time limit ended: is it another one than the connection had when it was prepared?
 
-        That of a role, a database or an engine is on every connection, and no other one waits longer. Ends the transaction.
+        That of a role, a database, an engine or a listener is on every connection, and no other one waits longer. Ends the
+        transaction, and with it what was set for it alone.
         """
 
     def unstorable(self, error: BaseException) -> bool:

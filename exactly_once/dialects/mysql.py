@@ -411,14 +411,6 @@ class MySQL:
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
-    def unlock(self, dbapi: Any) -> None:
-        cursor = dbapi.cursor()
-        try:
-            cursor.execute("SELECT RELEASE_ALL_LOCKS() LIMIT 1")
-            cursor.fetchone()
-        finally:
-            cursor.close()
-
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
         return _released(dbapi, savepoint_of(owner))
 
@@ -527,7 +519,7 @@ class MySQL:
         cursor = dbapi.cursor()
         try:
             cursor.execute(LIMIT)
-            return bool([*cursor.fetchone()] != info[self].limit)
+            return cursor.fetchone()[0] not in (0, *info[self].limit)
         except ValueError:  # in a character set of results that was left there a number cannot be read
             return True
         finally:

@@ -357,9 +357,6 @@ class PostgreSQL:
         elif driver.lock.acquire(timeout=_NOTICED_S):
             driver.lock.release()
 
-    def unlock(self, dbapi: Any) -> None:
-        send(driver_of(dbapi), b"SELECT pg_catalog.pg_advisory_unlock_all()")
-
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
         # no procedure and no function can end the transaction block it is called in (2D000); a call on the driver can
         return False if _replaced(driver_of(dbapi)) else None
@@ -451,7 +448,10 @@ class PostgreSQL:
 
     def limit_was_left(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
         results = send(driver_of(dbapi), b"ROLLBACK;" + LIMIT.encode())
-        return bool(results[-1].get_value(0, 0) != info[self].limit)
+        return results[-1].get_value(0, 0) not in (
+            b"0",
+            info[self].limit,
+        )  # none of the session's: a hook's, by SET LOCAL
 
     def unstorable(self, error: BaseException) -> bool:
         return _sqlstate(error) in _UNSTORABLE

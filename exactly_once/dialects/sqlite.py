@@ -180,9 +180,6 @@ class SQLite:
                 # closing is not enough: as long as anybody refers to a cursor, SQLite keeps the transaction and its lock
                 await_only(driver.rollback())
 
-    def unlock(self, dbapi: Any) -> None:
-        """There are none."""
-
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
         return _released(dbapi)
 

@@ -131,7 +131,10 @@ class Watch:
         self.changed: str | None = None
         """The statement that changed the session for whoever has the connection next."""
         self.locked = False
-        """The session has a lock of its own, or had one: it outlives the transaction."""
+        """The session has a lock of its own, or had one: it outlives the transaction, and ends with the connection.
+
+        To let go of all of a session's locks instead would take those, too, that the application took as the connection was made.
+        """
         self.call: Any = None
         """What `Dialect.before_call` gave, while it is not known whether the transaction survived that statement."""
         self.ours = False
@@ -316,24 +319,11 @@ class Watch:
             # asked here: the session gives the connection back in a moment, and then it may be another's
             self.refused = self.dialect.refused(self.dbapi, error)
             raise
-        else:
-            self.committed = True
-            self.locked = self.locked and not self._unlocked()
         finally:
             if self.changed is not None or self.locked:
                 # closed when somebody would get it; at once where it holds a lock that somebody may wait for
                 self.connection.connection.invalidate(soft=not self.locked)
-
-    def _unlocked(self) -> bool:
-        """Let go of the locks of the session, in no transaction; False where that fails, and the connection is to be closed.
-
-        A crash before it: the server lets go of them with the connection.
-        """
-        try:
-            self.dialect.unlock(self.dbapi)
-        except Exception:  # it is closed, which does it as well
-            return False
-        return True
+        self.committed = True
 
     def _forget(self) -> None:
         for info in (
@@ -360,7 +350,7 @@ class Watch:
         if not connection.closed and not connection.invalidated and not self.given_back:
             # whatever ended the transaction may have left its mark: autocommit, a procedure's locks, temporary tables; so did a
             # statement that changed the session; and what is in the middle of a statement cannot be asked
-            marked = self.left in (Left.GONE, Left.BROKEN) or self.changed is not None
+            marked = self.left in (Left.GONE, Left.BROKEN) or self.changed is not None or self.locked
             if self.busy or self.dialect.state(self.dbapi) is State.BUSY:
                 self.dialect.cut(self.dbapi)
                 connection.invalidate()
@@ -370,8 +360,7 @@ class Watch:
                 # also of one that is closed next: SQLite keeps its locks until the last cursor of the handler's is collected
                 if self.dialect.state(self.dbapi) is not State.IDLE:
                     self.dbapi.rollback()
-                idle = self.dialect.state(self.dbapi) is State.IDLE
-                if marked or not idle or (self.locked and not self._unlocked()):
+                if marked or self.dialect.state(self.dbapi) is not State.IDLE:
                     connection.invalidate()
             except Exception as error:  # a dead connection: whatever it says, it must not be used again
                 connection.invalidate(error)

@@ -242,28 +242,55 @@ def test_a_lock_that_a_handler_took_for_its_session_is_let_go_of_when_it_ends(
         until(partial(_free, shop, asks), "the lock is free")
 
 
-@pytest.mark.parametrize("lock", ["postgres", "mariadb"])
+OWN = {
+    "postgres": (
+        "SELECT pg_advisory_lock_shared(4711)",
+        "SELECT pg_try_advisory_lock(4711)",
+        "SELECT pg_advisory_unlock_all()",
+        False,
+    ),
+    "mariadb": ("SELECT GET_LOCK('alive', 0)", "SELECT IS_FREE_LOCK('alive')", "SELECT 1", 0),
+}
+
+
+@each_way
+@pytest.mark.parametrize("lock", OWN)
 @pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
 @pytest.mark.parametrize("colour", COLOURS)
-def test_a_handler_that_locks_its_session_does_not_cost_a_connection_each(
-    request: pytest.FixtureRequest, lock: str, fails: bool, colour: str
+def test_a_lock_that_the_program_took_as_the_connection_was_made_stays_beside_a_handlers_own(
+    request: pytest.FixtureRequest, way: Way, lock: str, fails: bool, colour: str
 ) -> None:
-    takes, asks = LOCKS[lock]
+    """Such as "this program lives", which a migration waits for."""
+    own, asks, lets_go, held = OWN[lock]
     for shop in ground_on(request, lock, colour):
 
+        def connected(dbapi: Any, record: Any) -> None:
+            cursor = dbapi.cursor()
+            cursor.execute(own)
+            cursor.fetchall()
+            cursor.close()
+            dbapi.commit()
+
+        for engine in (shop.engine, shop.async_engine.sync_engine):
+            event.listen(engine, "connect", connected)
+
         def do(session: Session, no: Any) -> None:
-            session.execute(text(takes)).all()
+            if no == 2:
+                session.execute(text(LOCKS[lock][0])).all()
             put(session, str(no))
-            if fails:
+            if no == 2 and fails:
                 raise ZeroDivisionError
 
-        ALONE.handles(shop, do)
-        assert one_by_one(shop, ALONE, [1]) == [F if fails else P]
-        made: list[Any] = []
-        engine = shop.async_engine.sync_engine if shop.is_async else shop.engine
-        event.listen(engine, "connect", lambda dbapi, record: made.append(dbapi))  # noqa: B023
-        assert one_by_one(shop, ALONE, [2, 3]) == [F if fails else P] * 2
-        assert (made, _free(shop, asks)) == ([], True)
+        def is_free() -> Any:
+            with shop.outside.connect() as outside:  # noqa: B023
+                (free,) = outside.execute(text(asks)).one()
+                outside.execute(text(lets_go))
+                return free
+
+        way.handles(shop, do)
+        for no, expected in ((1, P), (2, F if fails else P), (3, P)):
+            assert one_by_one(shop, way, [no]) == [expected]
+            assert is_free() == held
 
 
 @pytest.mark.parametrize("colour", COLOURS)

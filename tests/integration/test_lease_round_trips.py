@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, event
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Lease, Outcome, Steps
@@ -59,6 +59,24 @@ def test_a_lease_without_a_session_costs_two_round_trips(shop: Shop) -> None:
         def handler(order: dict[str, str]) -> None: ...
 
     assert trips(shop, register) == 2
+
+
+def test_a_duplicate_takes_one_connection_and_one_round_trip(shop: Shop) -> None:
+    with Proxy(shop.url) as proxy:
+        engine = create_engine(proxy.url, pool_size=3)
+        eo = ExactlyOnce(engine, group=GROUP)
+
+        @eo.handler("orders", key="no", guard=LEASE)
+        def handler(session: Session) -> None:
+            put(session, "done")
+
+        assert [eo.process(order()) for _ in range(10)][-1] is Outcome.DUPLICATE
+        taken: list[object] = []
+        event.listen(engine, "checkout", lambda *given: taken.append(given))
+        before = proxy.round_trips
+        assert eo.process(order()) is Outcome.DUPLICATE
+        assert (len(taken), proxy.round_trips - before) == (1, 1)
+        engine.dispose()
 
 
 def test_a_step_costs_one_round_trip_and_one_at_most_once_two(shop: Shop) -> None:

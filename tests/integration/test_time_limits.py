@@ -114,6 +114,26 @@ def test_a_limit_that_every_connection_has_is_met_once(roomy: Shop, way: Way) ->
     shop.borrow()
 
 
+@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST], ids=str)
+@pytest.mark.parametrize("colour", COLOURS)
+def test_a_limit_that_a_listener_sets_for_each_transaction_is_met_once(
+    request: pytest.FixtureRequest, way: Way, colour: str
+) -> None:
+    made: list[int] = []
+    for shop in shops(request, "postgres", colour, pool_size=3):
+        for engine in (shop.engine, shop.async_engine.sync_engine):
+            event.listen(engine, "begin", lambda c: c.exec_driver_sql("SET LOCAL statement_timeout = 300"))
+        way.handles(shop, lambda session, no: put(session, str(no)), retry=THREE)
+        assert way.deliver(shop, [order(7)]) == [P]
+        for engine in (shop.engine, shop.async_engine.sync_engine):
+            event.listen(engine, "connect", lambda *_: made.append(1))
+        with another_runs(shop):
+            assert way.deliver(shop, [order(1, attempt=2)]) == [BUSY]
+        assert made == []
+        assert shop.failures() == []
+        shop.borrow()
+
+
 def _fill(shop: Shop, connections: int) -> None:
     """Open so many connections, and give them back."""
 
