@@ -245,10 +245,12 @@ class Recording:
             except Exception as problem:
                 if self.works(problem) is False:
                     return self.away(problem)
-                transient = self._store.dialect.trouble(problem) in (Trouble.TRANSIENT, Trouble.UNAVAILABLE)
-                if transient and tries < _RECORD_TRIES:
+                trouble = self._store.dialect.trouble(problem)
+                # whoever holds the table, or a limit of time: what is to be written is not what is wrong
+                waited = trouble is Trouble.TRANSIENT or self._store.dialect.timed_out(problem)
+                if (waited or trouble is Trouble.UNAVAILABLE) and tries < _RECORD_TRIES:
                     tries += 1
-                elif (shorter := failure.form.shorter) is not None:
+                elif not waited and (shorter := failure.form.shorter) is not None:
                     failure, tries = replace(failure, form=shorter), 1
                 else:
                     self._unrecorded(failure, problem)

@@ -290,7 +290,8 @@ def test_a_lock_that_the_program_took_as_the_connection_was_made_stays_beside_a_
         way.handles(shop, do)
         for no, expected in ((1, P), (2, F if fails else P), (3, P)):
             assert one_by_one(shop, way, [no]) == [expected]
-            assert is_free() == held
+            # behind the second the connection is closed; the next one takes the lock again
+            assert no == 2 or is_free() == held
 
 
 @pytest.mark.parametrize("colour", COLOURS)

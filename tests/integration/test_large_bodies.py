@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from sqlalchemy import event
 from sqlalchemy.orm import Session
 
 from exactly_once import Message, Outcome, Retry
-from tests.integration.shop import COLOURS, Shop, put, shops
+from tests.integration.shop import COLOURS, Shop, order, put, shops
 from tests.integration.test_connection_settings import column, run
 from tests.integration.threads import until
-from tests.integration.ways import ALONE
+from tests.integration.ways import ALONE, IN_A_GROUP, UNDER_A_LEASE, Way
 
 F, DEAD, P = Outcome.FAILED, Outcome.DEAD, Outcome.PROCESSED
 MIB = 1024 * 1024
@@ -91,3 +92,22 @@ def test_properties_that_no_statement_carries_are_told(mariadb: Shop) -> None:
     message = Message("orders", b'{"no": 1}', message_id="m", properties={"large": "x" * 3 * MIB})
     assert mariadb.process(message) is F
     assert "properties are not in this row" in mariadb.failure().error_text
+
+
+@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, UNDER_A_LEASE], ids=str)
+def test_a_large_message_waits_behind_a_failed_one_and_no_server_refuses_the_look(mariadb: Shop, way: Way) -> None:
+    errors: list[Any] = []
+    for engine in (mariadb.engine, mariadb.async_engine.sync_engine):
+        event.listen(engine, "handle_error", lambda context: errors.append(context.original_exception))
+
+    def do(session: Session, no: Any) -> None:
+        put(session, str(no))
+        if no == 1:
+            raise ZeroDivisionError
+
+    way.handles(mariadb, do, ordered=True, retry=Retry(immediate=0, max_attempts=1))
+    assert way.deliver(mariadb, [order(1, ordering_key="k")]) == [DEAD]
+    body = json.dumps({"no": 2, "text": "x" * 3 * MIB}).encode()
+    assert way.deliver(mariadb, [Message("orders", body, message_id="2", ordering_key="k")]) == [Outcome.WAITING]
+    assert way.deliver(mariadb, [order(3, ordering_key="other")]) == [P]
+    assert errors == []

@@ -5,16 +5,18 @@ PostgreSQL's statement_timeout, of a role, a database or an engine, and MariaDB'
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from threading import Event, Thread
 from time import monotonic
 from typing import Any
 
 import pytest
-from sqlalchemy import event, select
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy import create_engine, event, select
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, InProgress, Outcome, Retry
+from exactly_once.failures import FailureStore
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
 from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_LIST, UNDER_A_LEASE, Way
 
@@ -132,6 +134,71 @@ def test_a_limit_that_a_listener_sets_for_each_transaction_is_met_once(
         assert made == []
         assert shop.failures() == []
         shop.borrow()
+
+
+LOCKS = {
+    "postgres": ("LOCK TABLE message_failure IN ACCESS EXCLUSIVE MODE", {"options": "-c lock_timeout=100"}),
+    "mariadb": ("LOCK TABLES message_failure WRITE", {"init_command": "SET SESSION lock_wait_timeout = 1"}),
+    "sqlite": ("BEGIN IMMEDIATE", {"timeout": 0.1}),
+}
+
+
+@pytest.fixture(params=[(dialect, colour) for dialect in LOCKS for colour in COLOURS], ids=" ".join)
+def short_waits(request: pytest.FixtureRequest) -> Iterator[Shop]:
+    """Its connections wait for a lock for a tenth of a second, or a second."""
+    for shop in shops(request, *request.param, pool_size=3):
+        options: dict[str, Any] = {"pool_size": 3, "connect_args": LOCKS[shop.dialect][1]}
+        engine, async_engine = (
+            create_engine(shop.engine.url, **options),
+            create_async_engine(shop.async_engine.url, **options),
+        )
+        shop.fresh_eo(engine, async_engine)
+        yield shop
+        engine.dispose()
+        shop.await_(async_engine.dispose())
+
+
+def test_what_fails_while_somebody_has_the_table_of_failures_is_written_whole_or_not_at_all(
+    short_waits: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text in ASCII, for a database that takes no other, has another ordering key: the next message would pass this one."""
+    shop, record, tries = short_waits, FailureStore.record, count(1)
+    other = shop.outside.connect()
+
+    def let_go() -> None:
+        if not other.closed:
+            other.rollback()
+            if shop.dialect == "mariadb":
+                other.exec_driver_sql("UNLOCK TABLES")
+            other.close()
+
+    def recorded(self: Any, session: Session, *more: Any) -> Any:
+        if (tried := next(tries)) == 1:
+            other.exec_driver_sql(LOCKS[shop.dialect][0])
+        elif tried == 6:
+            let_go()
+        return record(self, session, *more)
+
+    monkeypatch.setattr(FailureStore, "record", recorded)
+    failing = [True]
+
+    def do(session: Session, no: Any) -> None:
+        if failing:
+            raise ValueError("no stock")
+        put(session, str(no))
+
+    ALONE.handles(shop, do, ordered=True, retry=Retry(immediate=0, delays=[60]))
+    try:
+        assert shop.process(order(1, ordering_key="café")) in (Outcome.FAILED, Outcome.WAITING)
+    finally:
+        let_go()
+    assert [(row.ordering_key, row.body) for row in shop.failures()] in ([], [("café", order(1).body)])
+    assert shop.process(order(1, attempt=2, ordering_key="café")) is Outcome.FAILED
+    assert [(row.ordering_key, row.body) for row in shop.failures()] == [("café", order(1).body)]
+    failing.clear()
+    assert shop.process(order(2, ordering_key="café")) is Outcome.WAITING
+    assert shop.process(order(1, attempt=3, ordering_key="café")) is P
+    assert shop.process(order(2, attempt=2, ordering_key="café")) is P
 
 
 def _fill(shop: Shop, connections: int) -> None:
