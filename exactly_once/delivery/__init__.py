@@ -440,8 +440,9 @@ class Delivering:
 
 def _exit_behind(error: BaseException) -> BaseException | None:
     """Return the exit that was told of as something else."""
-    cause = error.__cause__
-    return cause if isinstance(error, Misuse) and cause is not None and exit_in(cause) is not None else None
+    if not isinstance(error, Misuse) or (cause := error.__cause__) is None:
+        return None
+    return cause if exit_in(cause) is not None else None
 
 
 def _check_session(plan: Plan, store: Store) -> None:

@@ -107,6 +107,9 @@ class Claimer:
             if busy.lost:
                 # the server threw the caller's earlier work away with it: from here only a rollback is allowed
                 connection.invalidate(busy)
+            elif busy.cut and not is_firsthand(connection):
+                # by a limit of time, which whoever had it before may have left in it
+                connection.connection.invalidate(soft=True)
             raise errors.InProgress(
                 _told(row, "is being worked on by another transaction, which may still fail")
             ) from busy
