@@ -19,12 +19,13 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from exactly_once import ExactlyOnce, Lease, Outcome, Reject, Retry, RetryLater, StepError, Steps
-from tests.integration.shop import COLOURS, GROUP, ONLY, Shop, order, put, shops
+from tests.integration.shop import COLOURS, GROUP, ONLY, Shop, on, order, put, shops
 from tests.integration.test_ends_badly import Panic, by_itself, each_way, ground, thrice, until
 from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_LIST, UNDER_A_LEASE, Way
 
 __all__ = ["ground"]
 
+pytestmark = pytest.mark.nightly(meet=2)
 P, F, DEAD, W = Outcome.PROCESSED, Outcome.FAILED, Outcome.DEAD, Outcome.WAITING
 THREE = Retry(immediate=0, delays=[0.01], max_attempts=3)
 TASKS = "unhandled errors in a TaskGroup"
@@ -197,10 +198,8 @@ def test_a_deadlock_beside_another_error_is_a_failure(shop: Shop, way: Way) -> N
     assert "no stock" in shop.failure().error_text
 
 
+@on("postgres", colour="sync")  # the server sees all other such waits, or there is one writer
 def test_a_step_that_waits_in_a_group_for_the_handlers_own_session_is_told_so(shop: Shop) -> None:
-    if shop.dialect != "postgres" or shop.is_async:
-        pytest.skip("the server sees all other such waits, or there is one writer")
-
     @shop.eo.handler("orders", key="no", name="handler", guard=Lease(timedelta(seconds=30)), retry=THREE)
     def handle(session: Session, body: dict[str, Any], steps: Steps) -> None:
         def work(other: Session) -> None:
@@ -260,9 +259,8 @@ def test_a_group_with_what_is_no_exception_is_raised_on_when_it_is_written_down(
 
 
 @pytest.mark.parametrize("way", [ALONE, UNDER_A_LEASE, IN_A_GROUP], ids=str)
+@on(colour="async")  # a plain handler has no tasks
 def test_a_task_group_in_a_worker_rejects_and_asks_for_later(shop: Shop, way: Way) -> None:
-    if not shop.is_async:
-        pytest.skip("a plain handler has no tasks")
     runs: list[int] = []
     options: dict[str, Any] = {"guard": Lease(timedelta(seconds=30))} if way.lease else {}
     options |= {"batch": 10} if way.together else {}

@@ -18,6 +18,7 @@ from tests.integration.ways import ALONE, Way
 __all__ = ["ground"]
 
 F, DEAD = Outcome.FAILED, Outcome.DEAD
+pytestmark = pytest.mark.nightly(meet=2)
 POLICY = Policy(immediate=2, delays=[0.01], max_attempts=3)
 
 

@@ -21,6 +21,7 @@ from tests.integration.test_ends_badly import each_way, thrice, until
 from tests.integration.test_other_databases import asked
 from tests.integration.ways import ALONE, IN_A_STEP, UNDER_A_LEASE, WAYS, Way
 
+pytestmark = pytest.mark.nightly(meet=2)
 P, F, DEAD, WAITING = Outcome.PROCESSED, Outcome.FAILED, Outcome.DEAD, Outcome.WAITING
 THREE = Retry(immediate=0, delays=[0.01], max_attempts=3)
 _names = count(1)
