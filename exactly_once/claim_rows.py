@@ -9,8 +9,8 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Insert, Table, and_, delete, insert, update
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import IntegrityError
 
+from exactly_once.drivers_own import is_taken, original
 from exactly_once.schema import CONSUMED, CONSUMING, STEP_TRACE, UNFINISHED, Tables, utcnow
 
 __all__ = ["of", "take_back", "write", "writing", "written"]
@@ -46,8 +46,8 @@ def written(insertion: Callable[[], int]) -> bool:
     """Carry such a statement out, and say whether it made a row; MySQL and MariaDB raise where the key has one."""
     try:
         return insertion() == 1
-    except IntegrityError as error:  # it undoes that statement alone
-        if error.orig is None or error.orig.args[:1] != (_DUPLICATE_ENTRY,):
+    except Exception as error:  # it undoes that statement alone
+        if not is_taken(error) or original(error).args[:1] != (_DUPLICATE_ENTRY,):
             raise
         return False
 

@@ -23,6 +23,7 @@ from exactly_once.characters import narrow, utf8_args
 from exactly_once.dialects import ClaimRow, Dialect, Trouble, dialect_for
 from exactly_once.dialects.firsthand import kept_firsthand, watch_pool
 from exactly_once.dialects.place import schema_in
+from exactly_once.drivers_own import is_of_a_database, original
 from exactly_once.error_words import words_of
 from exactly_once.errors import ConfigurationError, MissingExtra, SchemaError, StoreUnavailable
 from exactly_once.failures import FailureStore
@@ -367,14 +368,6 @@ class Store:
                 if missing is None:
                     driver = connection.connection
                     dialect.prepare(driver.dbapi_connection, {}, wait_ms=1000)
-        except DBAPIError as error:
-            where = redacted(self.engine.url)
-            if dialect.trouble(error) is Trouble.UNAVAILABLE and not dialect.hopeless(error):
-                return f"{where} does not answer ({escaped(str(error.orig).strip(), 200)})"
-            raise ConfigurationError(
-                f"The database {where} cannot be used: {escaped(str(error.orig).strip(), 200)}. Check the URL, in"
-                " EXACTLY_ONCE_DATABASE or where it was given."
-            ) from error
         except TypeError as error:
             # SQLAlchemy reads bytes for text there, and knows no other way to say so
             raise ConfigurationError(
@@ -382,10 +375,18 @@ class Store:
                 " Give a URL in place of the engine, or: create_engine(..., connect_args={'client_encoding': 'utf8'})"
             ) from error
         except Exception as error:
+            where = redacted(self.engine.url)
+            if is_of_a_database(error):
+                said = escaped(str(original(error)).strip(), 200)
+                if dialect.trouble(error) is Trouble.UNAVAILABLE and not dialect.hopeless(error):
+                    return f"{where} does not answer ({said})"
+                raise ConfigurationError(
+                    f"The database {where} cannot be used: {said}. Check the URL, in EXACTLY_ONCE_DATABASE or where it was given."
+                ) from error
             if not self.unreached(error):
                 raise
             # of the application's own way to connect: what it asks for a token is away
-            return f"{redacted(self.engine.url)} does not answer ({escaped(words_of(error), 200)})"
+            return f"{where} does not answer ({escaped(words_of(error), 200)})"
         if missing is not None:
             raise SchemaError(missing)
         if lacking is not None and dialect.name == "mysql":

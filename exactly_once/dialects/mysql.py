@@ -51,6 +51,7 @@ from exactly_once.dialects import (
 )
 from exactly_once.dialects.keywords import Read, reader
 from exactly_once.dialects.statements import MARIADB, MYSQL
+from exactly_once.drivers_own import original
 from exactly_once.error_words.drivers import is_drivers
 from exactly_once.errors import ConfigurationError
 from exactly_once.mysql_clock import CLOCK_IS_RIGHT, RIGHT_CLOCK
@@ -622,14 +623,14 @@ def _refuse_autocommit(dbapi: Any) -> None:
 
 def _is_closed(error: BaseException) -> bool:
     """Both drivers say 0, and no more, of a connection they closed when it was lost; so a rollback hides what was lost."""
-    origin = error.orig if isinstance(error, DBAPIError) else error
+    origin = original(error)
     return type(origin).__name__ == "InterfaceError" and getattr(origin, "args", ())[:1] == (0,)
 
 
 def errno(error: BaseException) -> int | None:
     """Return the number of an error of the driver's; a KeyError(1213) of the application's has none."""
-    origin = error.orig if isinstance(error, DBAPIError) else error
-    if not isinstance(origin, BaseException) or not is_drivers(origin):
+    origin = original(error)
+    if not is_drivers(origin):
         return None
     args: tuple[Any, ...] = getattr(origin, "args", ())
     return (args[0] or None) if args and isinstance(args[0], int) else None

@@ -38,6 +38,7 @@ from sqlalchemy.util import await_only
 from exactly_once.dialects import LEARNT, ClaimBusy, ClaimRow, Gone, Known, State, Trace, Trouble
 from exactly_once.dialects.keywords import Read, reader
 from exactly_once.dialects.statements import POSTGRESQL
+from exactly_once.drivers_own import original
 from exactly_once.errors import ConfigurationError, Misuse
 from exactly_once.owner import savepoint_of
 from exactly_once.pooler import LINK
@@ -388,7 +389,7 @@ class PostgreSQL:
     def trouble(self, error: BaseException) -> Trouble:
         if isinstance(error, PoolTimeout):
             return Trouble.UNAVAILABLE
-        origin = error.orig if isinstance(error, DBAPIError) else error
+        origin = original(error)
         if not isinstance(origin, psycopg.Error):
             return Trouble.UNKNOWN
         code = origin.sqlstate
@@ -407,7 +408,7 @@ class PostgreSQL:
         return isinstance(error, (errors.UndefinedTable, errors.InvalidSchemaName))
 
     def refused(self, dbapi: Any, error: BaseException) -> bool:
-        origin = error.orig if isinstance(error, DBAPIError) else error
+        origin = original(error)
         if not isinstance(origin, psycopg.Error) or origin.sqlstate is None or origin.sqlstate.startswith(_UNSURE):
             return False  # a pooler answers 08P01 while its server may have committed
         idle = driver_of(dbapi).pgconn.transaction_status == TransactionStatus.IDLE
@@ -457,7 +458,7 @@ class PostgreSQL:
         return _sqlstate(error) in _UNSTORABLE
 
     def hopeless(self, error: BaseException) -> bool:
-        origin: Any = getattr(error, "orig", error)
+        origin = original(error)
         if origin.sqlstate is not None:
             return bool(origin.sqlstate[:2] == "28" or origin.sqlstate == "3D000")
         # libpq gives no SQLSTATE for a refused login, and its text is in the server's language: but it can tell a server
@@ -496,7 +497,7 @@ def _speaks_utf8(encoding: bytes | None) -> bool:
 
 
 def _sqlstate(error: BaseException) -> str | None:
-    state: str | None = getattr(getattr(error, "orig", error), "sqlstate", None)
+    state: str | None = getattr(original(error), "sqlstate", None)
     return state
 
 

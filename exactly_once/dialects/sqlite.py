@@ -19,13 +19,13 @@ from functools import cached_property
 from typing import Any, Final
 
 from sqlalchemy import Connection, Insert, Update
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.util import await_only
 
 from exactly_once.dialects import ClaimRow, Gone, Known, State, Trace, Trouble
 from exactly_once.dialects.keywords import Read, reader
 from exactly_once.dialects.statements import SQLITE
+from exactly_once.drivers_own import original
 from exactly_once.errors import ConfigurationError
 
 __all__ = ["BEGIN", "CLAIM", "KNOWN", "RELEASE", "SAVEPOINT", "SQLite"]
@@ -212,8 +212,7 @@ class SQLite:
     def trouble(self, error: BaseException) -> Trouble:
         if isinstance(error, PoolTimeout):
             return Trouble.UNAVAILABLE
-        origin = error.orig if isinstance(error, DBAPIError) else error
-        code = getattr(origin, "sqlite_errorcode", None)
+        code = getattr(original(error), "sqlite_errorcode", None)
         if code is None:
             return Trouble.UNKNOWN
         return Trouble.UNAVAILABLE if code & _PRIMARY in _UNAVAILABLE else Trouble.REFUSED
@@ -224,7 +223,7 @@ class SQLite:
 
     def refused(self, dbapi: Any, error: BaseException) -> bool:
         # an error of COMMIT leaves the transaction open, or rolled it back; what may be half on the disk is neither
-        code = getattr(error.orig if isinstance(error, DBAPIError) else error, "sqlite_errorcode", None)
+        code = getattr(original(error), "sqlite_errorcode", None)
         return code is not None and code & _PRIMARY != sqlite3.SQLITE_IOERR
 
     def in_our_name(self, connection: Connection, statement: Insert | Update, values: Mapping[str, Any]) -> int:
@@ -239,7 +238,7 @@ class SQLite:
         return connection.execute(statement, values, execution_options={"preserve_rowcount": True}).rowcount
 
     def no_room(self, error: BaseException) -> bool:
-        code = getattr(getattr(error, "orig", error), "sqlite_errorcode", None)
+        code = getattr(original(error), "sqlite_errorcode", None)
         return code is not None and code & _PRIMARY in _NO_ROOM
 
     def timed_out(self, error: BaseException) -> bool:
@@ -253,7 +252,7 @@ class SQLite:
 
     def hopeless(self, error: BaseException) -> bool:
         # a folder that is not there does not come by waiting
-        return getattr(getattr(error, "orig", error), "sqlite_errorcode", None) == sqlite3.SQLITE_CANTOPEN
+        return getattr(original(error), "sqlite_errorcode", None) == sqlite3.SQLITE_CANTOPEN
 
     def lost(self, dbapi: Any, info: MutableMapping[Any, Any], error: BaseException) -> bool:
         return not _driver(dbapi).in_transaction

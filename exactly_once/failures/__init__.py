@@ -36,12 +36,12 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from exactly_once import claim_rows
 from exactly_once.characters import characters_of
 from exactly_once.dialects import ClaimRow, Dialect
+from exactly_once.drivers_own import is_taken
 from exactly_once.error_words import place_of, words_of
 from exactly_once.failures.large import append, parts_of
 from exactly_once.fingerprint import TAG_BYTES
@@ -189,11 +189,11 @@ class FailureStore:
                 begin_bounded(session.connection())
                 recorded = self._record(session, failure, decide)
                 session.commit()
-            except IntegrityError:
+            except Exception as error:
+                if last or not is_taken(error):
+                    raise
                 # two deliveries of one message failed at the same moment; now the row is there to be updated
                 session.rollback()
-                if last:
-                    raise
             else:
                 return recorded
         raise AssertionError

@@ -44,7 +44,10 @@ def install(engine: Engine) -> None:
     for name in ("do_execute", "do_executemany"):
         event.listen(engine, name, _refusing(getattr(dialect, name)), insert=True)
     event.listen(engine, "do_execute_no_params", _refusing_bare(dialect.do_execute_no_params), insert=True)
-    event.listen(engine, "handle_error", _failed)
+    # first, for SQLAlchemy asks no other listener where one raises, as one does that translates errors; and those of all
+    # engines come before ours in any case, so errors of the driver's are seen where SQLAlchemy itself looks at them
+    event.listen(engine, "handle_error", _failed, insert=True)
+    dialect.is_disconnect = _seeing(dialect.is_disconnect)  # type: ignore[method-assign]
     # no event tells of COMMIT and ROLLBACK but the engine's own, so the dialect's two methods are replaced on this instance
     dialect.do_commit = _refusing_commit(dialect.do_commit)  # type: ignore[method-assign, assignment]
     dialect.do_rollback = _marking_rollback(dialect.do_rollback)  # type: ignore[method-assign, assignment]
@@ -136,17 +139,31 @@ def _failed(context: ExceptionContext) -> None:
     connection = context.connection
     if connection is None or connection.invalidated:
         return  # it has no `info` to ask, and asking raises, in the middle of the user's own rollback
-    watch = _watch_of(connection.connection)
-    if watch is not None and watch.connection is connection and watch.lost is None:
-        error = context.original_exception
-        if watch.dialect.lost(watch.dbapi, watch.info, error):
-            watch.lost = error
-        if watch.dialect.name == "sqlite" and not isinstance(error, Exception):
-            # cut off: the thread of the connection would go on with the statement, and keep the whole file from all others
-            watch.dialect.cut(watch.dbapi)
-        if watch.dialect.timed_out(error):
-            # the limit may be from whoever had the connection before: this message's next try shall not meet it again
-            watch.changed = watch.changed or "a limit of time"
+    _met(connection.connection, context.original_exception)
+
+
+def _seeing(is_disconnect: Callable[..., bool]) -> Callable[..., bool]:
+    def seen(error: Any, connection: Any, cursor: Any) -> bool:
+        if isinstance(connection, PoolProxiedConnection):  # a ping has the driver's own
+            _met(connection, error)
+        return is_disconnect(error, connection, cursor)
+
+    return seen
+
+
+def _met(pooled: PoolProxiedConnection, error: BaseException) -> None:
+    """Remember what an error of a statement did to the watched transaction."""
+    watch = _watch_of(pooled)
+    if watch is None or watch.lost is not None:
+        return
+    if watch.dialect.lost(watch.dbapi, watch.info, error):
+        watch.lost = error
+    if watch.dialect.name == "sqlite" and not isinstance(error, Exception):
+        # cut off: the thread of the connection would go on with the statement, and keep the whole file from all others
+        watch.dialect.cut(watch.dbapi)
+    if watch.dialect.timed_out(error):
+        # the limit may be from whoever had the connection before: this message's next try shall not meet it again
+        watch.changed = watch.changed or "a limit of time"
 
 
 def came_through(error: BaseException, engines: Sequence[Engine]) -> bool:

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
 from exactly_once import fork
 from exactly_once.dialects import Dialect, StepRow
+from exactly_once.drivers_own import is_of_a_database, is_taken, original
 from exactly_once.errors import ConfigurationError, LeaseLost, Misuse, StepError
 from exactly_once.guards.late import Late
 from exactly_once.guards.lease import insisting, still_ours
@@ -208,7 +208,9 @@ class StepLedger:
             connection = session.connection()
             try:
                 stored = self._local.record_in(connection, self._held, step, fenced=self._fenced)
-            except IntegrityError:
+            except Exception as error:
+                if not is_taken(error):
+                    raise
                 late.end(session)  # committed before, by this message: these effects are rolled back, and those stand
                 known = self._local.finished(self._held.row, begun.name)
                 if known is None:
@@ -249,8 +251,8 @@ class StepLedger:
         try:
             value = work(handed)
             session.flush()
-        except (DBAPIError, ExceptionGroup) as error:
-            states = {getattr(each.orig, "sqlstate", None) for each in leaves(error) if isinstance(each, DBAPIError)}
+        except Exception as error:
+            states = {getattr(original(each), "sqlstate", None) for each in leaves(error) if is_of_a_database(each)}
             if self._late.watch is not None and _LOCK_TIMEOUT in states:
                 raise Misuse(
                     f"A steps.transaction waited {_LOCK_WAIT_S} s for a row that is locked, probably by the handler's own"

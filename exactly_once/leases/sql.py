@@ -30,7 +30,6 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.exc import IntegrityError
 
 from exactly_once import claim_rows
 from exactly_once.dialects import (
@@ -46,6 +45,7 @@ from exactly_once.dialects import (
 )
 from exactly_once.dialects import raise_for_the_store as raise_for
 from exactly_once.dialects.firsthand import is_firsthand, kept_firsthand, ready
+from exactly_once.drivers_own import is_taken
 from exactly_once.errors import StoreUnavailable
 from exactly_once.leases import WAIT_MS, Held, Recorded, clock
 from exactly_once.pooler import begin_bounded
@@ -273,8 +273,10 @@ class SqlLeases:
         if not begun:
             try:
                 recorded = self._changed(lambda connection: self.record_in(connection, held, step))
-            except IntegrityError:
-                pass  # there is a row: this very one, whose answer was lost, or a stranger's
+            except Exception as error:
+                if not is_taken(error):
+                    raise
+                # there is a row: this very one, whose answer was lost, or a stranger's
             else:
                 return recorded
         return self._changed(lambda connection: self._finish(connection, held, step))
@@ -290,7 +292,7 @@ class SqlLeases:
                 before or after, and then sees it.
 
         Raises:
-            IntegrityError: The step has a row.
+            Exception: The step has a row, of which `is_taken` tells.
         """
         t, s = self._t, self._steps
         values: dict[str, Any] = {
@@ -471,9 +473,11 @@ class SqlLeases:
                     believed = is_firsthand(connection)
                     kept_firsthand(connection)
                     return do(connection)
-            except (IntegrityError, StoreUnavailable):
+            except StoreUnavailable:
                 raise
             except Exception as error:
+                if is_taken(error):
+                    raise
                 trouble = self._dialect.trouble(error)
                 if trouble is Trouble.TRANSIENT and tries < _TRIES:
                     # rolled back as a whole, so nothing else is lost with it: a deadlock's victim may simply ask again
@@ -489,7 +493,7 @@ class SqlLeases:
                 try:
                     yield connection
                 except BaseException as error:
-                    if not isinstance(error, IntegrityError) and self._dialect.trouble(error) is not Trouble.TRANSIENT:
+                    if not is_taken(error) and self._dialect.trouble(error) is not Trouble.TRANSIENT:
                         # a raw error passes SQLAlchemy by, which would hand the connection out again; whoever had it
                         # before may have left it changed; and what was cancelled is in the middle of a statement
                         connection.invalidate(error)

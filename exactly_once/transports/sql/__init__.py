@@ -25,10 +25,11 @@ from typing import Any, Final
 from uuid import uuid4
 
 from sqlalchemy import Connection, Engine, inspect
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
+from exactly_once.drivers_own import is_of_a_database
 from exactly_once.errors import ConfigurationError
 from exactly_once.message import Message
 from exactly_once.redaction import redacted
@@ -131,17 +132,19 @@ class SqlTransport:
                     for table in (self._database.sql.queue, self._database.sql.group)
                     if not look.has_table(table.name, schema=table.schema)
                 ]
-        except (DBAPIError, PoolTimeout) as error:
+        except ConfigurationError as error:
+            problems.append(str(error))
+        except (LookupError, ArgumentError) as error:
+            problems.append(f"sql:// needs the application's database: {error}. Set EXACTLY_ONCE_DATABASE.")
+        except Exception as error:
+            if not _is_away(error):
+                raise
             problems.append(
                 Away(
                     f"The database {url} of sql:// does not answer ({reason(error)})."
                     " Start it, or correct EXACTLY_ONCE_DATABASE."
                 )
             )
-        except ConfigurationError as error:
-            problems.append(str(error))
-        except (LookupError, ArgumentError) as error:
-            problems.append(f"sql:// needs the application's database: {error}. Set EXACTLY_ONCE_DATABASE.")
         return problems
 
     def subscribe(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[Consumer]:
@@ -282,7 +285,9 @@ class _SqlConsumer:
                 with self._database.begin() as connection:
                     for change in changes:
                         connection.execute(change)
-            except (DBAPIError, PoolTimeout) as error:
+            except Exception as error:
+                if not _is_away(error):
+                    raise
                 if left and not getattr(error, "connection_invalidated", False):
                     continue
                 _log.warning("topic %s: could not %s (%s)", self._wanted.topic, what, reason(error))
@@ -304,7 +309,9 @@ class _SqlConsumer:
         """A database that is away, or at odds with us for a moment, is logged once and found again by a later look."""
         try:
             yield
-        except (DBAPIError, PoolTimeout) as error:
+        except Exception as error:
+            if not _is_away(error):
+                raise
             if not self._away:
                 _log.warning("topic %s: cannot %s (%s); trying on", self._wanted.topic, what, reason(error))
             self._away = True
@@ -312,6 +319,10 @@ class _SqlConsumer:
             if self._away:
                 _log.warning("topic %s: the database answers again", self._wanted.topic)
             self._away = False
+
+
+def _is_away(error: Exception) -> bool:
+    return isinstance(error, PoolTimeout) or is_of_a_database(error)
 
 
 def _message(row: Any) -> Message:

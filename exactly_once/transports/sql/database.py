@@ -11,17 +11,18 @@ Called by `exactly_once.transports.sql` alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import cached_property
 from threading import Condition
 from typing import Any
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import OperationalError
 
 from exactly_once import fork
 from exactly_once.characters import characters_of
+from exactly_once.drivers_own import is_taken
 from exactly_once.pooler import begin_bounded
 from exactly_once.redaction import redacted
 from exactly_once.transports.sql.statements import NO_GROUP, Statements, statements
@@ -156,8 +157,12 @@ class Database:
                     return
             # in transactions of their own: on MySQL two who insert the same row inside theirs end in a deadlock
             for topic in sorted(missing):
-                with suppress(IntegrityError), self.begin() as connection:  # another may have made it meanwhile
-                    connection.execute(self.sql.add_group(topic, NO_GROUP))
+                try:
+                    with self.begin() as connection:
+                        connection.execute(self.sql.add_group(topic, NO_GROUP))
+                except Exception as error:
+                    if not is_taken(error):  # another may have made it meanwhile
+                        raise
 
     def _groups(self, connection: Connection, topics: Sequence[str]) -> dict[str, list[str]]:
         groups: dict[str, list[str]] = {topic: [] for topic in topics}

@@ -13,6 +13,7 @@ from uuid import uuid4
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from exactly_once.drivers_own import is_of_a_database, original
 from exactly_once.error_words import words_of
 from exactly_once.errors import TransportError
 from exactly_once.message import Message
@@ -58,7 +59,9 @@ class SqlProducer:
         texts = {"topic": message.topic, "tag": message.tag, "key": message.key, "ordering key": message.ordering_key}
         try:
             lacked = [name for name, text in texts.items() if text is not None and self._database.lacks(text)]
-        except (SQLAlchemyError, LookupError):
+        except Exception as error:
+            if not _is_of_the_database(error):
+                raise
             return None  # it is away: storing says so
         return ValueError(f"the database's character set lacks a character of the {lacked[0]}") if lacked else None
 
@@ -69,7 +72,9 @@ class SqlProducer:
             # an error of the COMMIT leaves unknown whether the rows are there: a second try may double them, and the
             # consumer's guard deals with that, as with any broker
             self._database.put(rows, delay)
-        except (SQLAlchemyError, LookupError) as error:
+        except Exception as error:
+            if not _is_of_the_database(error):
+                raise
             failure = TransportError(f"the database did not store it ({reason(error)})")
             failure.__cause__ = error
             return failure
@@ -80,6 +85,10 @@ class SqlProducer:
     def close(self) -> None:
         """Send nothing more; twice is once."""
         self._closed = True
+
+
+def _is_of_the_database(error: Exception) -> bool:
+    return isinstance(error, (SQLAlchemyError, LookupError)) or is_of_a_database(error)
 
 
 def _row(message: Message) -> dict[str, Any]:
@@ -136,6 +145,6 @@ def _unfit(what: str, text: str, limit: int) -> ValueError | None:
 
 def reason(error: BaseException) -> str:
     """The driver's own words in one line, without the statement's parameters (they are message bodies)."""
-    origin = getattr(error, "orig", None) or error
+    origin = original(error)
     words = words_of(origin).strip()
     return f"{type(origin).__name__}: {words.splitlines()[0] if words else 'no text'}"
