@@ -38,7 +38,6 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from exactly_once.dialects import (
-    COMMITTED_ALONE,
     LEARNT,
     ClaimBusy,
     ClaimRow,
@@ -49,6 +48,7 @@ from exactly_once.dialects import (
     Trouble,
     steps_of,
 )
+from exactly_once.dialects.committed import see_committed
 from exactly_once.dialects.keywords import Read, reader
 from exactly_once.dialects.statements import MARIADB, MYSQL
 from exactly_once.drivers_own import original
@@ -446,11 +446,11 @@ class MySQL:
             cursor.close()
 
     def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> Known | None:
+        if not wait:
+            see_committed(dbapi)
         cursor = dbapi.cursor()
         try:
             text = self._known if wait else self._known.removesuffix(_LOCKING)
-            if not wait:
-                cursor.execute(COMMITTED_ALONE)
             cursor.execute(text, identity(row))
             found = cursor.fetchone()
         finally:

@@ -91,7 +91,12 @@ class Claims:
         read = self._look % identity + (self._steps % identity if steps else b"")
         text = _BEGIN % wait_ms + self._dialect.durable + seen.settings + claim + take + read + b"COMMIT"
         try:
-            results = send(driver, text)
+            try:
+                results = send(driver, text)
+            except errors.ActiveSqlTransaction:
+                # a listener of the user's has begun one as the connection was taken, and its isolation is another one
+                send(driver, b"ROLLBACK")
+                results = send(driver, text)
         except errors.Error as error:
             if error.sqlstate is not None:
                 send(driver, b"ROLLBACK")

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from sqlalchemy import Column, ColumnElement, Connection, Row, Table, and_, exists, false, not_, or_, select, update
 
-from exactly_once.dialects import COMMITTED_ALONE
+from exactly_once.dialects.committed import see_committed
 from exactly_once.failures import RESOLVABLE, RUNNABLE, blocking
 from exactly_once.message import Message
 from exactly_once.schema import CONSUMED, Tables, utcnow
@@ -151,7 +151,7 @@ class DueFailures:
         # has failed before, with the failure rows locked that those handlers need in the end: a deadlock
         with begin() as connection:
             if connection.dialect.name in ("mysql", "mariadb"):
-                connection.exec_driver_sql(COMMITTED_ALONE)
+                see_committed(connection.connection.dbapi_connection)
             ids = connection.execute(processed.limit(_SWEPT_AT_ONCE)).scalars().all()
         if not ids:
             return 0

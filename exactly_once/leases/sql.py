@@ -39,11 +39,13 @@ from exactly_once.dialects import (
     Dialect,
     LeaseClaims,
     Leased,
+    State,
     StepRow,
     Trouble,
     lease_claims_for,
 )
 from exactly_once.dialects import raise_for_the_store as raise_for
+from exactly_once.dialects.committed import see_committed
 from exactly_once.dialects.firsthand import is_firsthand, kept_firsthand, ready
 from exactly_once.drivers_own import is_taken
 from exactly_once.errors import StoreUnavailable
@@ -88,7 +90,6 @@ class SqlLeases:
         self._engine, self._dialect, self._tables = engine, dialect, tables
         # elsewhere the server is told, at the check-in too: whoever is cancelled there loses the connection's place in the pool
         self._autocommit = dialect.name == "postgresql"
-        self._alone = engine.execution_options(isolation_level="AUTOCOMMIT") if self._autocommit else engine
 
     # made at the first claim, when it is known where the tables are
 
@@ -107,7 +108,7 @@ class SqlLeases:
     def claim(self, row: ClaimRow, token: str, lease: timedelta, *, also: bytes, steps: bool) -> Leased:
         """See `LeaseStore.claim`."""
         while True:
-            with self._speaking(self._engine) as connection:
+            with self._speaking() as connection:
                 used = ready(self._dialect, connection, wait_ms=WAIT_MS)
                 if used is None:
                     # whoever had it may have changed it in a way that would store a key as another one
@@ -240,7 +241,7 @@ class SqlLeases:
         )
         until = {"lease_until": utcnow(lease.total_seconds())}
         asked = clock()  # not when it is answered: a process that stands still in between would take it for fresh
-        with self._speaking(self._engine) as connection, connection.begin():
+        with self._speaking() as connection, connection.begin():
             kept_firsthand(connection)
             begin_bounded(connection)
             match self._dialect.name:
@@ -401,7 +402,7 @@ class SqlLeases:
     def resolve(self, row: ClaimRow, step: str, result: bytes) -> bool:
         """See `LeaseStore.resolve`."""
         t, s = self._t, self._steps
-        with self._speaking(self._engine) as connection, connection.begin():
+        with self._speaking() as connection, connection.begin():
             begin_bounded(connection)
             free = self._all(select(t.c.status).where(self._free(row)).with_for_update())
             if connection.execute(free).one_or_none() is None:
@@ -455,11 +456,7 @@ class SqlLeases:
         def look(connection: Connection) -> T:
             if self._dialect.asks_around_calls:
                 # before SQLAlchemy begins: a listener of the user's may send statements then, and it is refused behind them
-                cursor = connection.connection.cursor()
-                try:
-                    cursor.execute(COMMITTED_ALONE)
-                finally:
-                    cursor.close()
+                see_committed(connection.connection.dbapi_connection)
             return do(connection)
 
         return self._by_itself(look)
@@ -469,10 +466,18 @@ class SqlLeases:
         while True:
             believed = True
             try:
-                with self._speaking(self._alone) as connection:
+                with self._speaking() as connection:
                     believed = is_firsthand(connection)
                     kept_firsthand(connection)
-                    return do(connection)
+                    if not self._autocommit:
+                        return do(connection)
+                    if not self._was_begun(connection):
+                        connection.execution_options(isolation_level="AUTOCOMMIT")
+                        return do(connection)
+                    # the driver refuses to change it inside a transaction, and what was set for that one is to be had
+                    done = do(connection)
+                    connection.commit()
+                    return done
             except StoreUnavailable:
                 raise
             except Exception as error:
@@ -486,10 +491,16 @@ class SqlLeases:
                     raise
                 # else whoever had the connection, which is closed now, may have left a role or a time limit in it
 
+    def _was_begun(self, connection: Connection) -> bool:
+        """Say whether a listener of the user's has begun a transaction as the connection was made or taken: a ping will do."""
+        if connection.in_transaction():
+            return True
+        return self._dialect.state(connection.connection.dbapi_connection) is not State.IDLE
+
     @contextmanager
-    def _speaking(self, engine: Engine) -> Iterator[Connection]:
+    def _speaking(self) -> Iterator[Connection]:
         try:
-            with engine.connect() as connection:
+            with self._engine.connect() as connection:
                 try:
                     yield connection
                 except BaseException as error:

@@ -1,0 +1,35 @@
+"""Before a look on MySQL and MariaDB: only what is committed is to be seen, whatever the session or the engine was left in.
+
+Called by whatever looks: `mysql`, `leases.sql` and `failures.due`.
+"""
+
+from typing import Any, Final
+
+from exactly_once.dialects import COMMITTED_ALONE
+
+__all__ = ["see_committed"]
+
+_IN_A_TRANSACTION: Final = 1568
+
+
+def see_committed(dbapi: Any) -> None:
+    """Say it to the server, outside any transaction, for it is refused inside one.
+
+    A listener of the user's, such as one that pings as a connection is taken, may have begun one. The server alone knows: of
+    rows that PyMySQL reads it is told no status. That transaction is rolled back, as it would be after a look; a SET is no
+    part of it.
+
+    Args:
+        dbapi: The driver's connection.
+    """
+    cursor = dbapi.cursor()
+    try:
+        try:
+            cursor.execute(COMMITTED_ALONE)
+        except Exception as error:
+            if error.args[:1] != (_IN_A_TRANSACTION,):
+                raise
+            dbapi.rollback()
+            cursor.execute(COMMITTED_ALONE)
+    finally:
+        cursor.close()
