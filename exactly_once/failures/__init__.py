@@ -154,13 +154,21 @@ def _bodiless(t: Table) -> Any:
     return (t.c.properties == _NO_PROPERTIES).label("bodiless")
 
 
-def _known_by(text: str, characters: str) -> str:
+def _known_by(text: str, characters: str, most: int = KEY_BYTES) -> str:
+    """Return a text by which rows are found again, in so many bytes. Of what is returned it returns that very text."""
     kept = storable(text, None, characters) or ""
-    if len(kept.encode()) <= KEY_BYTES:
+    if len(kept.encode()) <= most:
         return kept
-    # two that begin alike are two messages: taken for one, a requeue would lose the other
+    # two that begin alike are two: of messages taken for one a requeue would lose the other, and of ordering keys taken for
+    # one the messages of the other would wait
     digest = sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:_DIGEST_CHARACTERS]
-    return f"{storable(kept, KEY_BYTES - _DIGEST_CHARACTERS - 1)}~{digest}"
+    return f"{storable(kept, most - _DIGEST_CHARACTERS - 1)}~{digest}"
+
+
+def _order_of(message: Message, t: Table, characters: str) -> str | None:
+    """Return what stands for a message's ordering key in its column."""
+    most: int = t.c.ordering_key.type.bytes  # type: ignore[attr-defined]
+    return None if message.ordering_key is None else _known_by(message.ordering_key, characters, most)
 
 
 class FailureStore:
@@ -351,7 +359,7 @@ class FailureStore:
         of_key = and_(
             t.c.consumer_group == failure.group,
             t.c.handler == failure.handler,
-            t.c.ordering_key == _fitting(failure.message.ordering_key, t.c.ordering_key, characters),
+            t.c.ordering_key == _order_of(failure.message, t, characters),
         )
         key = failure.failure_key_in(characters)
         known = self._identity(failure, key)
@@ -426,7 +434,7 @@ class FailureStore:
             "topic": _fitting(m.topic, t.topic, characters),
             "tag": _fitting(m.tag, t.tag, characters),
             "message_key": _fitting(m.key, t.message_key, characters),
-            "ordering_key": _fitting(m.ordering_key, t.ordering_key, characters),
+            "ordering_key": _order_of(m, self._t, characters),
             "message_id": storable(m.message_id, MESSAGE_ID_BYTES, characters),
             # one that no server takes (year 1, no time zone) is no reason to lose the message
             "born_at": m.born_at if form is Form.WHOLE else None,

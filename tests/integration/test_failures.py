@@ -24,6 +24,7 @@ from exactly_once.transport import Features
 from exactly_once.verdict import Ack, Redeliver
 from tests.integration.shop import GROUP, ONLY, Do, Shop, order, put
 from tests.integration.threads import Turn, in_thread
+from tests.integration.ways import requeued
 
 pytestmark = pytest.mark.nightly(meet=2)
 
@@ -404,6 +405,29 @@ def test_followers_of_a_failed_message_wait_in_the_store_and_run_in_order(shop: 
         work(shop)
     assert healed.ran == ["A-1", "A-2", "A-3"]
     assert states(shop) == ["resolved"] * 3
+
+
+@pytest.mark.parametrize("letter", ["x", "é", "中"])
+def test_two_ordering_keys_longer_than_their_column_that_begin_alike_are_two(shop: Shop, letter: str) -> None:
+    """Cut to the column they were one: the messages of the other key waited behind a dead one, for ever."""
+    a, b = ("tenant/" + letter * 255 + end for end in "ab")
+    flaky = Flaky("A-1")
+    flaky.register(shop, ordered=True, retry=Retry(immediate=0, max_attempts=1))
+
+    def outcome(no: str, key: str) -> Outcome:
+        return deliver(shop, order(no, ordering_key=key), UNSAFE).outcome
+
+    assert outcome("A-1", a) is Outcome.DEAD
+    assert outcome("B-1", b) is Outcome.PROCESSED
+    assert outcome("A-2", a) is Outcome.WAITING
+
+    with own_engines(shop):  # brought by the pump, whose messages have the key as the row has it
+        healed = Flaky()
+        healed.register(shop, ordered=True)
+        requeued(shop, [shop.failures()[0].id])
+        work(shop)
+    assert healed.ran == ["A-1", "A-2"]
+    assert states(shop) == ["resolved"] * 2
 
 
 def test_only_the_oldest_open_row_of_an_ordering_key_is_taken(shop: Shop) -> None:
