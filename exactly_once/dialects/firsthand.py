@@ -13,6 +13,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from exactly_once.dialects import LEARNT, Dialect, Trouble
 from exactly_once.fork import engines as forked_engines
+from exactly_once.interrupted import interrupted
 
 __all__ = ["is_changed", "is_firsthand", "kept_firsthand", "ready", "watch_pool"]
 
@@ -84,7 +85,7 @@ def ready(dialect: Dialect, connection: Connection, *, wait_ms: int) -> bool | N
     try:  # another application of this process has learnt from it, and others have had it since
         dialect.prepare(dbapi, info, wait_ms=wait_ms)
     except Exception as error:
-        if dialect.trouble(error) is Trouble.UNAVAILABLE:
+        if dialect.trouble(error) is Trouble.UNAVAILABLE or interrupted(error):
             raise
         return None
     return None if dialect.strange(dbapi, info) else True

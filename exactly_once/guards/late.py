@@ -12,6 +12,7 @@ from exactly_once.dialects.firsthand import ready
 from exactly_once.errors import Misuse
 from exactly_once.fork import engines as forked_engines
 from exactly_once.guards.watch import WATCHED, Shut, Watch, begin, elsewhere, let_go, over
+from exactly_once.interrupted import interrupted
 from exactly_once.leases import WAIT_MS, Held
 from exactly_once.owner import new_owner
 from exactly_once.unreached import unreached
@@ -98,7 +99,7 @@ class Late:
                 dialect.begin(dbapi, info, owner, trace)
             except Exception as error:
                 passes = dialect.trouble(error) in (Trouble.UNAVAILABLE, Trouble.TRANSIENT)
-                passes = passes or unreached(error, (connection.engine,))
+                passes = passes or unreached(error, (connection.engine,)) or interrupted(error)
                 if not used or not exchange or passes or dialect.unstorable(error):
                     raise
                 _exchange(connection)

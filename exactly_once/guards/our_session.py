@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from exactly_once.dialects import Dialect, Trouble
 from exactly_once.dialects.firsthand import is_changed, is_firsthand, kept_firsthand
 from exactly_once.guards.watch import let_go
+from exactly_once.interrupted import interrupted
 
 __all__ = ["in_our_session"]
 
@@ -31,7 +32,8 @@ def in_our_session(open_ours: Callable[[], tuple[Session, Any]], dialect: Dialec
         do: Given the session, whose transaction has sent nothing yet; done again from the start, so it commits last, if at all.
 
     Raises:
-        Exception: What `do` raised on a connection that is believed; at once where the server is away, or of a deadlock.
+        Exception: What `do` raised on a connection that is believed; at once where the server is away, of a deadlock, or
+            what a signal's handler raised.
     """
     while True:
         session, _ = open_ours()
@@ -45,7 +47,7 @@ def in_our_session(open_ours: Callable[[], tuple[Session, Any]], dialect: Dialec
             session.invalidate()
         except Exception as error:
             session.invalidate()
-            if believed or dialect.trouble(error) in _PASSED_ON:
+            if believed or dialect.trouble(error) in _PASSED_ON or interrupted(error):
                 raise
         finally:
             let_go(session)

@@ -29,6 +29,7 @@ from exactly_once.fingerprint import Differs, compare
 from exactly_once.guards import Claim, Conflict, Consumed, HookRaised, InProgress, OpenOurs, Unfinished, Won
 from exactly_once.guards.our_session import in_our_session
 from exactly_once.guards.watch import Watch, begin, elsewhere
+from exactly_once.interrupted import interrupted
 from exactly_once.leases.sql import SqlLeases
 from exactly_once.schema import CONSUMED, UNFINISHED
 from exactly_once.stops import asked_from_outside
@@ -183,19 +184,21 @@ class TransactionGuard:
         """After a claim that failed: come back where it is to be asked for on another connection.
 
         Whoever used the connection may have left a role, a time limit or AUTOCOMMIT in it; then no message is to be blamed. A
-        connection that nobody used before is believed. What an outage says is not asked again here: `delivery` looks.
+        connection that nobody used before is believed, and so is what a
+        signal's handler raised on any. What an outage says is not asked again here: `delivery` looks.
 
         Raises:
             Exception: What failed, in our words where it is an outage.
         """
         dialect = self._dialect
         away = dialect.trouble(error) is Trouble.UNAVAILABLE or unreached(error, (connection.engine,))
-        if used and not away and not dialect.unstorable(error):
+        if used and not away and not interrupted(error) and not dialect.unstorable(error):
             connection.invalidate()
             session.rollback()
             return
-        if away:
-            connection.invalidate(error)  # its raw error passed SQLAlchemy by, which would hand it out again
+        if away or interrupted(error):
+            # its raw error passed SQLAlchemy by, which would hand it out again, in the middle of a statement maybe
+            connection.invalidate(error)
         raise_for_the_store(dialect, error, connection.engine)
         raise error
 

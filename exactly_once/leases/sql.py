@@ -49,6 +49,7 @@ from exactly_once.dialects.committed import see_committed
 from exactly_once.dialects.firsthand import is_firsthand, kept_firsthand, ready
 from exactly_once.drivers_own import is_taken
 from exactly_once.errors import StoreUnavailable
+from exactly_once.interrupted import interrupted
 from exactly_once.leases import WAIT_MS, Held, Recorded, clock
 from exactly_once.pooler import begin_bounded
 from exactly_once.schema import (
@@ -128,7 +129,7 @@ class SqlLeases:
                                 return Leased(False, False, row.fingerprint, 0, _MOMENT)
                 except Exception as error:
                     away = self._dialect.trouble(error) is Trouble.UNAVAILABLE
-                    if not used or away or self._dialect.unstorable(error):
+                    if not used or away or interrupted(error) or self._dialect.unstorable(error):
                         raise
                     # whoever used the connection may have left a role or a time limit in it: asked again on another
                     connection.invalidate()
@@ -487,7 +488,7 @@ class SqlLeases:
                 if trouble is Trouble.TRANSIENT and tries < _TRIES:
                     # rolled back as a whole, so nothing else is lost with it: a deadlock's victim may simply ask again
                     tries += 1
-                elif believed or trouble in (Trouble.TRANSIENT, Trouble.UNAVAILABLE):
+                elif believed or trouble in (Trouble.TRANSIENT, Trouble.UNAVAILABLE) or interrupted(error):
                     raise
                 # else whoever had the connection, which is closed now, may have left a role or a time limit in it
 
