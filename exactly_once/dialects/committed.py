@@ -1,6 +1,6 @@
 """Before a look on MySQL and MariaDB: only what is committed is to be seen, whatever the session or the engine was left in.
 
-Called by whatever looks: `mysql`, `leases.sql` and `failures.due`.
+Called by whatever looks, `mysql`, `leases.sql` and `failures.due`, and by the broker in a table.
 """
 
 from typing import Any, Final

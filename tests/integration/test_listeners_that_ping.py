@@ -14,9 +14,11 @@ from sqlalchemy import Connection, event
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from exactly_once import AsyncSteps, Lease, Outcome, Retry, Steps
+from exactly_once import AsyncSteps, Lease, Message, Outcome, Retry, Steps
 from exactly_once.failures.due import DueFailures
 from exactly_once.schema import tables
+from exactly_once.transport import Receipt, Subscription
+from exactly_once.transports.sql import SqlTransport
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
 from tests.integration.ways import ALONE, UNDER_A_LEASE, WAYS, Way
 
@@ -159,6 +161,21 @@ def test_what_a_listener_sets_for_its_transaction_holds_for_our_statements(
 
         assert shop.process(order()) is P
         assert (len(calls), set(seen)) == (1, {"the tenant"})
+
+
+@each_question
+@each_moment
+@pytest.mark.parametrize("dialect", ["postgres", "mariadb", "sqlite"])
+def test_the_broker_in_a_table_sends_and_receives(
+    request: pytest.FixtureRequest, dialect: str, when: str, asks: str
+) -> None:
+    for shop in shops(request, dialect, "sync", pool_size=3):
+        listening(shop, when, asks)
+        broker = SqlTransport(lambda engine=shop.engine: engine)  # type: ignore[misc]
+        [consumer] = broker.subscribe(GROUP, [Subscription("orders")])
+        [answer] = broker.producer().send([Message("orders", b"sent")])
+        assert isinstance(answer, Receipt)
+        assert [each.message.body for each in consumer.receive(5, timedelta(seconds=5))] == [b"sent"]
 
 
 def test_the_sweep_of_failures_looks(request: pytest.FixtureRequest) -> None:

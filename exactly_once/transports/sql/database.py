@@ -15,13 +15,14 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import cached_property
 from threading import Condition
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import OperationalError
 
 from exactly_once import fork
 from exactly_once.characters import characters_of
+from exactly_once.dialects.committed import see_committed
 from exactly_once.drivers_own import is_taken
 from exactly_once.pooler import begin_bounded
 from exactly_once.redaction import redacted
@@ -55,6 +56,7 @@ class Bell:
             return self._changed.wait_for(lambda: self.count != since, seconds)
 
 
+_WORDS: Final = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED"
 _bells: dict[tuple[str, str | None, str], Bell] = {}
 
 
@@ -116,12 +118,10 @@ class Database:
         with self.engine.connect() as connection:
             if self.dialect == "postgresql":
                 _read_committed(connection)
+            elif self.dialect in ("mysql", "mariadb"):
+                _next_read_committed(connection)
             with connection.begin():
-                if self.dialect in ("mysql", "mariadb"):
-                    # of this transaction only; the engine's own option would cost two statements more, and raise the
-                    # driver's errors as they are
-                    connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
-                elif self.dialect == "sqlite" and not _in_transaction(connection):
+                if self.dialect == "sqlite" and not _in_transaction(connection):
                     # as a writer from the start: a reader that becomes one fails where it should wait
                     connection.exec_driver_sql("BEGIN IMMEDIATE")
                 elif self.dialect == "postgresql":
@@ -175,10 +175,28 @@ def _read_committed(connection: Connection) -> None:
     """Set the level in the driver, without a round trip; a connection found dead by this is thrown away."""
     driver = connection.dialect.loaded_dbapi
     try:
-        connection.execution_options(isolation_level="READ COMMITTED")
+        try:
+            connection.execution_options(isolation_level="READ COMMITTED")
+        except driver.ProgrammingError:
+            # a listener of the application's has asked the server as the connection was taken, and so begun a transaction
+            connection.connection.commit()
+            connection.execution_options(isolation_level="READ COMMITTED")
     except driver.Error as error:
         connection.invalidate(error)
-        raise OperationalError("SET TRANSACTION ISOLATION LEVEL READ COMMITTED", None, error) from error
+        raise OperationalError(_WORDS, None, error) from error
+
+
+def _next_read_committed(connection: Connection) -> None:
+    """Of the next transaction only; the engine's own option would cost two statements more.
+
+    Sent before SQLAlchemy begins that one, for a listener of the application's may send statements then.
+    """
+    dbapi: Any = connection.connection.dbapi_connection
+    try:
+        see_committed(dbapi)
+    except connection.dialect.loaded_dbapi.Error as error:
+        connection.invalidate(error)
+        raise OperationalError(_WORDS, None, error) from error
 
 
 def _in_transaction(connection: Connection) -> bool:
