@@ -20,7 +20,6 @@ from exactly_once.errors import BadKey, ConfigurationError, SchemaError, StoreUn
 from exactly_once.unreached import unreached
 
 __all__ = [
-    "COMMITTED_ALONE",
     "LEARNT",
     "ClaimBusy",
     "ClaimRow",
@@ -43,10 +42,6 @@ __all__ = [
 
 LEARNT: Final = "exactly_once.learnt"
 """In the `info` of a connection: what `Dialect.learn` was told, before anybody else had it."""
-COMMITTED_ALONE: Final = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED"
-"""Before a look on MySQL and MariaDB: it shows what is committed alone. A session that was left, or an engine that was made,
-READ UNCOMMITTED would show a claim that is then rolled back, and the message would be acknowledged as a duplicate.
-Nothing is written in that transaction: where the server writes its binary log in statements it refuses that (errno 1665)."""
 
 
 class ClaimRow(NamedTuple):

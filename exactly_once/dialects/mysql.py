@@ -48,13 +48,13 @@ from exactly_once.dialects import (
     Trouble,
     steps_of,
 )
-from exactly_once.dialects.committed import see_committed
 from exactly_once.dialects.keywords import Read, reader
 from exactly_once.dialects.statements import MARIADB, MYSQL
 from exactly_once.drivers_own import original
 from exactly_once.error_words.drivers import is_drivers
 from exactly_once.errors import ConfigurationError
 from exactly_once.mysql_clock import CLOCK_IS_RIGHT, RIGHT_CLOCK
+from exactly_once.mysql_committed import see_committed
 from exactly_once.owner import savepoint_of
 
 __all__ = [

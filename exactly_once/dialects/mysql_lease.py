@@ -9,9 +9,10 @@ from collections.abc import MutableMapping
 from datetime import UTC, timedelta
 from typing import Any, Final
 
-from exactly_once.dialects import COMMITTED_ALONE, ClaimBusy, ClaimRow, Dialect, Leased, StepRow, steps_of
+from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Leased, StepRow, steps_of
 from exactly_once.dialects.mysql import DUPLICATE, busy_of, digits, errno, identity
 from exactly_once.mysql_clock import CLOCK_IS_RIGHT, RIGHT_CLOCK
+from exactly_once.mysql_committed import COMMITTED_ALONE
 from exactly_once.schema import UNFINISHED
 
 __all__ = ["BREAK", "CLAIM", "LOOK", "STEPS", "TAKE", "TRACED", "Claims"]

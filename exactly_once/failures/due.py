@@ -13,9 +13,9 @@ from typing import Any, Final
 
 from sqlalchemy import Column, ColumnElement, Connection, Row, Table, and_, exists, false, not_, or_, select, update
 
-from exactly_once.dialects.committed import see_committed
 from exactly_once.failures import RESOLVABLE, RUNNABLE, blocking
 from exactly_once.message import Message
+from exactly_once.mysql_committed import see_committed
 from exactly_once.schema import CONSUMED, Tables, utcnow
 
 __all__ = ["DueFailures", "Taken", "message_of"]

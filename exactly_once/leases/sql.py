@@ -33,7 +33,6 @@ from sqlalchemy import (
 
 from exactly_once import claim_rows
 from exactly_once.dialects import (
-    COMMITTED_ALONE,
     ClaimBusy,
     ClaimRow,
     Dialect,
@@ -45,12 +44,12 @@ from exactly_once.dialects import (
     lease_claims_for,
 )
 from exactly_once.dialects import raise_for_the_store as raise_for
-from exactly_once.dialects.committed import see_committed
 from exactly_once.dialects.firsthand import is_firsthand, kept_firsthand, ready
 from exactly_once.drivers_own import is_taken
 from exactly_once.errors import StoreUnavailable
 from exactly_once.interrupted import interrupted
 from exactly_once.leases import WAIT_MS, Held, Recorded, clock
+from exactly_once.mysql_committed import COMMITTED_ALONE, see_committed
 from exactly_once.pooler import begin_bounded
 from exactly_once.schema import (
     CONSUMED,

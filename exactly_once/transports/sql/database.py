@@ -15,15 +15,15 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import cached_property
 from threading import Condition
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import OperationalError
 
 from exactly_once import fork
 from exactly_once.characters import characters_of
-from exactly_once.dialects.committed import see_committed
 from exactly_once.drivers_own import is_taken
+from exactly_once.mysql_committed import COMMITTED_ALONE, see_committed
 from exactly_once.pooler import begin_bounded
 from exactly_once.redaction import redacted
 from exactly_once.transports.sql.statements import NO_GROUP, Statements, statements
@@ -56,7 +56,6 @@ class Bell:
             return self._changed.wait_for(lambda: self.count != since, seconds)
 
 
-_WORDS: Final = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED"
 _bells: dict[tuple[str, str | None, str], Bell] = {}
 
 
@@ -183,7 +182,7 @@ def _read_committed(connection: Connection) -> None:
             connection.execution_options(isolation_level="READ COMMITTED")
     except driver.Error as error:
         connection.invalidate(error)
-        raise OperationalError(_WORDS, None, error) from error
+        raise OperationalError(COMMITTED_ALONE, None, error) from error
 
 
 def _next_read_committed(connection: Connection) -> None:
@@ -196,7 +195,7 @@ def _next_read_committed(connection: Connection) -> None:
         see_committed(dbapi)
     except connection.dialect.loaded_dbapi.Error as error:
         connection.invalidate(error)
-        raise OperationalError(_WORDS, None, error) from error
+        raise OperationalError(COMMITTED_ALONE, None, error) from error
 
 
 def _in_transaction(connection: Connection) -> bool:

@@ -5,9 +5,12 @@ Called by whatever looks, `mysql`, `leases.sql` and `failures.due`, and by the b
 
 from typing import Any, Final
 
-from exactly_once.dialects import COMMITTED_ALONE
+__all__ = ["COMMITTED_ALONE", "see_committed"]
 
-__all__ = ["see_committed"]
+COMMITTED_ALONE: Final = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED"
+"""Before a look on MySQL and MariaDB: it shows what is committed alone. A session that was left, or an engine that was made,
+READ UNCOMMITTED would show a claim that is then rolled back, and the message would be acknowledged as a duplicate.
+Nothing is written in that transaction: where the server writes its binary log in statements it refuses that (errno 1665)."""
 
 _IN_A_TRANSACTION: Final = 1568
 
