@@ -116,7 +116,9 @@ def run(
         if (watch := won.watch) is not None:
             watch.check(session)
             watch.committing()
-            session.commit()
+            type(session).commit(session)  # a handler may have put its own in the way, for a library that commits
+            if not watch.committed:
+                raise watch.uncommitted()  # noqa: TRY301
     except BaseException as error:
         if process is not fork.here:
             raise fork.inside() from error  # a child that the handler forked: all of it is the parent's to end

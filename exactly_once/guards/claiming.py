@@ -87,8 +87,10 @@ class Claimer:
         begun = dialect.state(dbapi) is not State.IDLE
         if watch is not None and watch.connection is not connection:
             watch = None  # of a handler that had this connection before
-        if watch is not None and not begun:
-            raise watch.ended()  # its transaction is over, and this would begin another
+        if watch is not None:
+            watch.admit()  # it is sent on the driver, where nothing else asks
+            if not begun:
+                raise watch.ended()  # its transaction is over, and this would begin another
         try:
             if dialect not in info or dialect.strange(dbapi, info):
                 forked_engines.used(engine, connection.connection)

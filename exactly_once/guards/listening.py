@@ -21,7 +21,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 from exactly_once.dialects import State
 from exactly_once.dialects.keywords import LOCK
 from exactly_once.guards.late import Late
-from exactly_once.guards.watch import AFTER, LEFT, SWALLOWED, WATCHED, Left, Watch
+from exactly_once.guards.watch import LEFT, SWALLOWED, WATCHED, Left, Watch
 from exactly_once.unreached import unreached
 
 __all__ = ["came_through", "install", "install_session"]
@@ -72,17 +72,7 @@ def _sending(statement: str, context: ExecutionContext, send: Callable[[], None]
         context.root_connection.connection.invalidate(soft=True)
     if watch is None or watch.connection is not context.root_connection:
         return None
-    if watch.committed:
-        raise watch.leave(Left.BROKEN, AFTER)
-    if watch.error is not None:
-        raise watch.error  # it has left already: what it sends now would be outside, or undone
-    if watch.shut is not None:
-        raise watch.shut.refusal()
-    if watch.held is not None:
-        watch.held.check()
-    if watch.lost is not None:
-        # the server threw the transaction away, and this statement would begin another, without the claim
-        raise watch.leave(Left.ROLLED_BACK, SWALLOWED)
+    watch.admit()
     dialect, dbapi = watch.dialect, watch.dbapi
     if dialect.state(dbapi) is State.IDLE:
         # ended since the last statement, or by it; this one would begin another transaction, which looks open at the

@@ -32,6 +32,7 @@ __all__ = [
     "HOME",
     "LEFT",
     "SWALLOWED",
+    "UNCOMMITTED",
     "WATCHED",
     "BrokenTransaction",
     "Left",
@@ -97,8 +98,8 @@ class Watch:
 
     __slots__ = (
         "begun", "busy", "call", "changed", "committed", "connection", "dbapi", "dialect", "error", "held", "info", "last",
-        "left", "locked", "lost", "ours", "owner", "pooled", "refused", "replaced", "rolled_back", "root", "rows", "sent", "shut",
-        "streams", "trace", "whole"
+        "left", "locked", "lost", "met", "ours", "owner", "pooled", "refused", "replaced", "rolled_back", "root", "rows", "sent",
+        "shut", "streams", "trace", "whole"
     )  # fmt: skip
 
     def __init__(
@@ -135,6 +136,8 @@ class Watch:
 
         To let go of all of a session's locks instead would take those, too, that the application took as the connection was made.
         """
+        self.met: Exception | None = None
+        """What our COMMIT met with."""
         self.call: Any = None
         """What `Dialect.before_call` gave, while it is not known whether the transaction survived that statement."""
         self.ours = False
@@ -282,6 +285,25 @@ class Watch:
         except Exception:  # the connection is lost: the row tells
             return
 
+    def admit(self) -> None:
+        """Raise what speaks against another statement in this transaction.
+
+        Raises:
+            Misuse: The handler left it, swallowed its end, or is in a step.
+            LeaseLost: Another run has the message.
+        """
+        if self.committed:
+            raise self.leave(Left.BROKEN, AFTER)
+        if self.error is not None:
+            raise self.error  # it has left already: what it sends now would be outside, or undone
+        if self.shut is not None:
+            raise self.shut.refusal()
+        if self.held is not None:
+            self.held.check()
+        if self.lost is not None:
+            # the server threw the transaction away, and this statement would begin another, without the claim
+            raise self.leave(Left.ROLLED_BACK, SWALLOWED)
+
     def is_over(self) -> bool:
         """Before the first rollback of SQLAlchemy's: something ended the transaction already, and no error says so."""
         known = self.ours or self.rolled_back or self.lost is not None or self.busy
@@ -316,6 +338,7 @@ class Watch:
             self.sent = False
             raise self.gone() from error
         except Exception as error:
+            self.met = error
             # asked here: the session gives the connection back in a moment, and then it may be another's
             self.refused = self.dialect.refused(self.dbapi, error)
             raise
@@ -324,6 +347,13 @@ class Watch:
                 # closed when somebody would get it; at once where it holds a lock that somebody may wait for
                 self.connection.connection.invalidate(soft=not self.locked)
         self.committed = True
+
+    def uncommitted(self) -> Exception:
+        """Return what to raise where `session.commit()` came back, and our COMMIT was not answered.
+
+        A class of the application's may override it: roll back and log, or do nothing while somebody is inside.
+        """
+        return self.met or Misuse(UNCOMMITTED)
 
     def _forget(self) -> None:
         for info in (
@@ -421,6 +451,11 @@ _ELSEWHERE: Final = (
     "The session's get_bind() chose an engine of its own, {chosen}, and exactly_once was given {home}: claims, effects and"
     " failures belong in one database, and are watched on its engine. Nothing ran. Where a message decides on the database, give"
     " exactly_once all of them by name, and route= (how-to: several-databases)."
+)
+UNCOMMITTED: Final = (
+    "session.commit() came back, and nothing was committed: the class of the session overrides commit(), or the handler replaced"
+    " it, and that one swallowed an error or sent no COMMIT. Nothing of this run is kept. Let commit() raise what it met, or give"
+    " exactly_once a plain sessionmaker."
 )
 LEFT: Final = (
     "The handler left the transaction it was given: session.rollback(), session.close(), `with session:` or close() of its"
