@@ -437,6 +437,11 @@ class Store:
                     "The database URL cannot be read. It looks like postgresql+psycopg://user:password@host/name."
                 ) from error
         bind = getattr(given, "kw", {}).get("bind", given)
+        if isinstance(bind, Connection) or hasattr(bind, "sync_connection"):
+            raise ConfigurationError(
+                f"exactly_once was given a {type(bind).__name__}, whose transaction is its caller's: a message takes effect when"
+                " its own is committed. Give it an engine, or a sessionmaker of one; in a transaction of your own use eo.claim."
+            )
         url: URL = getattr(bind, "sync_engine", bind).url
         return url
 

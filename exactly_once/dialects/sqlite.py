@@ -64,6 +64,16 @@ _UNAVAILABLE: Final = frozenset(
 _NO_ROOM: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR})
 
 
+# https://www.sqlite.org/pragma.html#pragma_synchronous: with a write-ahead log NORMAL waits for the disk at checkpoints alone
+_OFF: Final = 0
+_NORMAL: Final = 1
+
+
+def _is_wal(cursor: Any) -> bool:
+    cursor.execute("PRAGMA journal_mode")
+    return bool(cursor.fetchone()[0] == "wal")
+
+
 class SQLite:
     """See the module."""
 
@@ -156,8 +166,9 @@ class SQLite:
         """Have what is committed next wait for the disk: it cannot be changed inside a transaction."""
         if self._durable:
             cursor.execute("PRAGMA synchronous")
-            if cursor.fetchone()[0] == 0:
-                cursor.execute("PRAGMA synchronous = FULL")  # OFF loses acknowledged commits when the machine stops
+            (level,) = cursor.fetchone()
+            if level == _OFF or (level == _NORMAL and _is_wal(cursor)):
+                cursor.execute("PRAGMA synchronous = FULL")  # less loses acknowledged commits when the machine stops
 
     def commit(
         self,

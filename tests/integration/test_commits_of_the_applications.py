@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.util import greenlet_spawn
 
-from exactly_once import AsyncSteps, Lease, Outcome, Steps
+from exactly_once import AsyncSteps, ConfigurationError, Lease, Outcome, Steps
 from tests.integration.shop import COLOURS, DIALECTS, ONE_TRY, Shop, on, order, put, shops
 from tests.integration.ways import WAYS, Way
 
@@ -194,3 +194,23 @@ def test_a_claim_in_the_handlers_session_is_refused_inside_a_steps_callback(shop
     fails.clear()
     assert shop.process(order(attempt=2)) is Outcome.DEAD
     assert "part" not in shop.claims()
+
+
+def test_a_connection_of_the_callers_is_refused_with_what_to_give_instead(shop: Shop) -> None:
+    """Its transaction is another one's to commit."""
+
+    async def awaited() -> None:
+        async with shop.async_engine.connect() as connection:
+            shop.fresh_eo(None, async_sessionmaker(bind=connection))
+            shop.handles(lambda session: put(session, "never"))
+            await shop.eo.aprocess(order())
+
+    def plain() -> None:
+        with shop.engine.connect() as connection:
+            shop.fresh_eo(sessionmaker(bind=connection, join_transaction_mode="create_savepoint"))
+            shop.handles(lambda session: put(session, "never"))
+            shop.process(order())
+
+    with pytest.raises(ConfigurationError, match="Give it an engine, or a sessionmaker of one"):
+        shop.await_(awaited()) if shop.is_async else plain()
+    assert shop.effects() == []

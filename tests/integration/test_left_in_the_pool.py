@@ -397,8 +397,9 @@ def _slow(takes: str, session: Session, no: Any) -> None:
 @some_ways
 @pytest.mark.parametrize("colour", COLOURS)
 @pytest.mark.parametrize("uses_session", [True, False], ids=["with effects", "a claim alone"])
+@pytest.mark.parametrize("set_to", ["synchronous = OFF", "journal_mode = WAL; synchronous = NORMAL"])
 def test_on_sqlite_a_commit_of_ours_waits_for_the_disk_although_the_connection_does_not(
-    request: pytest.FixtureRequest, colour: str, way: Way, uses_session: bool
+    request: pytest.FixtureRequest, colour: str, way: Way, uses_session: bool, set_to: str
 ) -> None:
     for shop in shops(request, "sqlite", colour):  # of one connection, so that it can be asked afterwards
         for engine in (shop.engine, shop.async_engine.sync_engine):
@@ -406,7 +407,8 @@ def test_on_sqlite_a_commit_of_ours_waits_for_the_disk_although_the_connection_d
             @event.listens_for(engine, "connect")
             def connected(dbapi: Any, record: Any) -> None:
                 cursor = dbapi.cursor()
-                cursor.execute("PRAGMA synchronous = OFF")
+                for pragma in set_to.split("; "):
+                    cursor.execute(f"PRAGMA {pragma}")
                 cursor.close()
 
         way.handles(shop, lambda session, no: put(session, str(no)) if uses_session else None)
