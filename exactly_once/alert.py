@@ -4,7 +4,6 @@ An ERROR line in the log for each, and the application's own hook, `ExactlyOnce(
 `leases.renewal`, in whichever thread noticed.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,12 +12,13 @@ from typing import Literal
 
 from exactly_once.error_words import trace_of
 from exactly_once.errors import ConfigurationError
+from exactly_once.steady_log import steady
 from exactly_once.stops import asked_from_outside
 from exactly_once.wording import escaped
 
 __all__ = ["Alert", "Hook", "check_hook", "sound"]
 
-_log = logging.getLogger("exactly_once.alert")
+_log = steady("exactly_once.alert")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ It reads top to bottom as its story. Effects are the attempt's transaction and t
 them are `policy`'s, from values. Nothing here knows a broker: what the broker can do arrives as `Features`.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -42,6 +41,7 @@ from exactly_once.message import Message
 from exactly_once.other_queues import advice_on
 from exactly_once.outcome import Outcome
 from exactly_once.policy import Park, counts_as, retry_for, spent
+from exactly_once.steady_log import steady
 from exactly_once.steps import AsyncSteps, Steps
 from exactly_once.stops import exit_in, is_the_callers
 from exactly_once.store import Store
@@ -64,7 +64,7 @@ _LEARNT_LATE: Final = (
     " database went away before this could be seen. What the handler had written until then is there, and the rest is missing."
 )
 
-_log = logging.getLogger("exactly_once.failures")
+_log = steady("exactly_once.failures")
 
 
 class Delivering:

@@ -8,7 +8,6 @@ either; then all run alone at once, and the worker makes the next groups smaller
 alone from the start.
 """
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
@@ -31,6 +30,7 @@ from exactly_once.guards.watch import Watch
 from exactly_once.handler import Reading, check_result
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
+from exactly_once.steady_log import steady
 from exactly_once.stops import exit_in, stops
 from exactly_once.transport import Features
 from exactly_once.verdict import Hold
@@ -38,7 +38,7 @@ from exactly_once.wording import escaped
 
 __all__ = ["GroupDelivering", "stay"]
 
-_log = logging.getLogger("exactly_once.delivery")
+_log = steady("exactly_once.delivery")
 _WAITS_S: Final = 2.0
 """The longest a group waits for keys that other runs hold; those messages that would wait again are asked for later."""
 _CUT: Final = 8  # a group larger than this is cut in two; the messages of a smaller one run alone

@@ -25,6 +25,7 @@ from exactly_once.handler import Plan, Reading
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.policy import ByBroker, ByPump, Decision, Park, decide, wait_delay
+from exactly_once.steady_log import steady
 from exactly_once.store import Store
 from exactly_once.transport import Features
 from exactly_once.verdict import Ack, Hold, Keep, Redeliver, Said
@@ -43,7 +44,7 @@ _LOOK_LONGEST: Final = timedelta(seconds=5)
 _TELL_AGAIN_S: Final = 10.0
 _LOOKED_S: Final = 1.0  # so long a store that was seen not to work is not looked at again
 
-_log = logging.getLogger("exactly_once.failures")
+_log = steady("exactly_once.failures")
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,7 @@ _REPEATED_WORDS: Final = 3
 _MOST_WORDS: Final = 1000
 _LIBRARIES: Final = DRIVERS | {"sqlalchemy"}
 _SPEAK_OF_NAMES: Final = (SQLAlchemyError, AttributeError, NameError, ImportError, TypeError)
+_GOT: Final = re.compile(r"\bgot (?!<class ).*", re.DOTALL)
 _CUT: Final = "[cut: here stand values of a statement]"
 
 # asked of the base class, for a class of the application may have a property of that name, which raises
@@ -182,6 +183,8 @@ def _of_statement(error: StatementError) -> str:
 def _of_sqlalchemy(text: str, error: BaseException) -> str:
     """What SQLAlchemy says, or Python inside it: of what it quotes a name may stay, unless it speaks of what it was given."""
     text = _CLASS.sub(r"<class \1>", _without_errors(text, error))
+    if isinstance(error, ArgumentError):
+        text = _GOT.sub(f"got {_CUT}", text)  # the repr of an object of the application's, in whatever form
     names: list[str] = []
     if isinstance(error, _SPEAK_OF_NAMES) and not isinstance(error, (ArgumentError, CompileError)):
         names = [word.lower() for word in WORD.findall(text) if not word[0].isdigit()]

@@ -100,3 +100,22 @@ def test_a_coroutine_that_nobody_awaits_is_said(shop: Shop, caplog: pytest.LogCa
     with caplog.at_level(logging.ERROR, "exactly_once.alert"):
         assert shop.process(order()) is Outcome.DEAD
     assert "returned a coroutine" in caplog.text
+
+
+@pytest.mark.parametrize("batch", [None, 10])
+def test_a_filter_of_the_programs_logging_that_raises_changes_no_verdict(
+    shop: Shop, batch: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as one that reads a context variable of a request: a dead message would run again, for ever."""
+
+    def reads_the_request(record: logging.LogRecord) -> bool:
+        raise LookupError("no request here")
+
+    for name in ("failures", "alert", "delivery"):
+        monkeypatch.setattr(logging.getLogger(f"exactly_once.{name}"), "filters", [reads_the_request])
+    told: list[Alert] = []
+    shop.eo = ExactlyOnce(shop.url, group=GROUP, alert=told.append)
+    shop.handles(fails, batch=batch, retry=ONCE)
+    assert shop.process(order()) is Outcome.DEAD
+    assert (shop.failure().state, [alert.what for alert in told]) == ("dead", ["parked"])
+    assert "no request here" in capsys.readouterr().err

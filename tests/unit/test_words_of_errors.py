@@ -9,7 +9,8 @@ from typing import Any
 
 import pymysql
 import pytest
-from sqlalchemy.exc import IntegrityError, InvalidRequestError, PendingRollbackError, StatementError
+from sqlalchemy import column, select
+from sqlalchemy.exc import ArgumentError, IntegrityError, InvalidRequestError, PendingRollbackError, StatementError
 
 from exactly_once.alert import Alert, sound
 from exactly_once.error_words import place_of, trace_of, words_of
@@ -292,3 +293,14 @@ def test_a_hook_that_fails_in_the_database_is_logged_without_values(caplog: pyte
     assert "in hook" in told[1]
     assert "in raised" in told[2]
     assert not any(CARD in line for line in told)
+
+
+def test_an_entity_given_for_an_expression_is_not_told() -> None:
+    class Customer:
+        def __repr__(self) -> str:
+            return "<Customer Ann Smith>"
+
+    with pytest.raises(ArgumentError) as raised:
+        select(column("id")).where(Customer())  # type: ignore[arg-type]
+    assert "Ann" not in words_of(raised.value)
+    assert words_of(raised.value).startswith("SQL expression for WHERE/HAVING role expected, got ")
