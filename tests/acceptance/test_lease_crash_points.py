@@ -156,7 +156,7 @@ class Stage:
             else:
                 until(lambda: first.is_stopped, lambda: f"to stop at this step: {first.told()}")
                 second = self._stood_still(ending, story, database, name, first, marker)
-                self._until_consumed(story, database, victim)
+                self._until_consumed(story, database, victim, second)
                 first.send(signal.SIGTERM)
                 assert first.ended() in (0, 1), first.told()  # 1: it gave back what another run had
             until(
@@ -182,7 +182,7 @@ class Stage:
         match story.then:
             case "finished":
                 second = self._worker(ending, database, name)
-                self._until_consumed(story, database, victim)
+                self._until_consumed(story, database, victim, second)
                 goes_on()
             case "overtaken":
                 second = self._worker(ending, database, name, "claimed", "stop", str(self.folder / f"{name}.taken"))
@@ -215,8 +215,8 @@ class Stage:
         ending.callback(worker.end)
         return worker
 
-    def _until_consumed(self, story: Story, database: Engine, key: str) -> None:
-        until(lambda: self._records(story, database, key)[key].consumed, lambda: story)
+    def _until_consumed(self, story: Story, database: Engine, key: str, by: Worker) -> None:
+        until(lambda: self._records(story, database, key)[key].consumed, lambda: f"{story}: {by.told()}")
 
     def _records(self, story: Story, database: Engine, *keys: str) -> Mapping[str, Record]:
         if story.store == "sql":
