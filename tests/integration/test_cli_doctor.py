@@ -49,8 +49,8 @@ def same(session: Session, order: dict[str, Any]) -> None: ...
 def same(session: Session, order: dict[str, Any]) -> None: ...  # noqa: F811
 
 
-def program(database: Any, *, asynchronous: bool = False, durable: bool = True) -> ExactlyOnce:
-    eo = ExactlyOnce(database, group="doctor", durable=durable)
+def program(database: Any, *, asynchronous: bool = False, may_lose_commits: bool = False) -> ExactlyOnce:
+    eo = ExactlyOnce(database, group="doctor", may_lose_commits=may_lose_commits)
 
     def reserve(session: Session, order: dict[str, Any]) -> None: ...
 
@@ -211,7 +211,7 @@ def test_commits_that_a_crash_may_lose_are_warned_of_on_sqlite(sqlite_url: str) 
     engine.dispose()
     engine = create_engine(sqlite_url)
     event.listen(engine, "connect", lambda dbapi, _: dbapi.execute("PRAGMA synchronous = NORMAL"))
-    told = worst(look(program(engine, durable=False)))
+    told = worst(look(program(engine, may_lose_commits=True)))
     engine.dispose()
     assert "synchronous is 1, journal wal" in told
     assert "PRAGMA synchronous = FULL" in told
