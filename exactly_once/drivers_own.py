@@ -7,13 +7,12 @@ raised: what a handler raises from a driver's error is the handler's own word, a
 Called by whatever decides by an error of a database.
 """
 
-from collections.abc import Callable
 from typing import Any, Final
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from exactly_once.error_words.drivers import is_drivers
+from exactly_once.error_words.drivers import cause_of, is_drivers
 
 __all__ = ["is_of_a_database", "is_taken", "original"]
 
@@ -21,15 +20,13 @@ _RAISE: Final = frozenset(
     method.__code__
     for method in (Connection._handle_dbapi_exception, Connection._handle_dbapi_exception_noconnection)  # noqa: SLF001
 )
-# asked of the base class, for a class of the application may have a property of that name, which raises
-_cause_of: Final[Callable[[BaseException], BaseException | None]] = BaseException.__dict__["__cause__"].__get__
 
 
 def original(error: BaseException) -> Any:
     """Return the driver's own error that this one was made of; of any other error, itself."""
     if isinstance(error, DBAPIError):
         return error if error.orig is None else error.orig
-    cause = _cause_of(error)
+    cause = cause_of(error)
     return cause if cause is not None and is_drivers(cause) and _came_from_sqlalchemy(error) else error
 
 

@@ -85,10 +85,6 @@ class Ended:
 PROCESSED = Ended(How.PROCESSED)
 
 
-def _as_it_is(error: BaseException) -> BaseException:
-    return error
-
-
 def run(
     open_session: Open,
     session: Session,
@@ -98,7 +94,7 @@ def run(
     won: Won,
     handle: Callable[[], object],
     also: Callable[[Session, int], object] | None,
-    told: Callable[[BaseException], BaseException] = _as_it_is,
+    told: Callable[[BaseException], BaseException],
 ) -> Ended:
     """From the claim to the end of the COMMIT, and what follows it."""
     process = fork.here

@@ -49,13 +49,13 @@ from exactly_once.transport import Features
 from exactly_once.verdict import Redeliver
 from exactly_once.wording import escaped, storable
 
-__all__ = ["DUPLICATE", "EXITED", "FOREIGN", "PROCESSED", "Delivering", "Told"]
+__all__ = ["DUPLICATE", "FOREIGN", "PROCESSED", "Delivering", "Told", "as_mistake"]
 
 FOREIGN: Final = Features(redelivers=True, counts_attempts=False)
 """A consumer loop that is not ours: it brings a message back by itself, and nothing else is known of it."""
 
 _TRANSIENT_TRIES: Final = 4  # a deadlock's victim succeeds at its second try; four cover a hot row, no more
-EXITED: Final = (
+_EXITED: Final = (
     "The handler called sys.exit({code!r}), which would end the worker for every message; it was rolled back. Raise an"
     " exception to have it retried, Reject to park it."
 )
@@ -212,11 +212,7 @@ class Delivering:
 
         def told_of(error: BaseException) -> BaseException:
             # of a caller's loop the thread is the caller's, and a signal may have asked it to end
-            if (foreign and not beside) or (left := exit_in(error)) is None:
-                return error
-            told = Misuse(EXITED.format(code=left.code)).with_traceback(error.__traceback__)
-            told.__cause__ = error
-            return told
+            return error if foreign and not beside else as_mistake(error)
 
         def handle(handed: Any, won: Won) -> None:
             nonlocal sent
@@ -436,6 +432,15 @@ class Delivering:
         except Exception:  # changed by hand, or damaged: it is no message
             return False
         return (kept.key, kept.fingerprint) == (reading.key, reading.fingerprint)
+
+
+def as_mistake(error: BaseException) -> BaseException:
+    """Return what is told of an exit that is nobody's to ask for; any other exception as it is."""
+    if (left := exit_in(error)) is None:
+        return error
+    told = Misuse(_EXITED.format(code=left.code)).with_traceback(error.__traceback__)
+    told.__cause__ = error
+    return told
 
 
 def _exit_behind(error: BaseException) -> BaseException | None:

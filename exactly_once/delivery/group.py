@@ -18,7 +18,7 @@ from sqlalchemy.util import await_only
 
 from exactly_once.attempt.ending import Ended, How
 from exactly_once.attempt.group import GroupEnded, attempt_group
-from exactly_once.delivery import DUPLICATE, EXITED, PROCESSED, Delivering, Told
+from exactly_once.delivery import DUPLICATE, PROCESSED, Delivering, Told, as_mistake
 from exactly_once.delivery.member import GroupTold, Member
 from exactly_once.delivery.recording import Owed
 from exactly_once.dialects import ClaimRow, Trouble
@@ -31,7 +31,7 @@ from exactly_once.handler import Reading, check_result
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.steady_log import steady
-from exactly_once.stops import exit_in, stops
+from exactly_once.stops import stops
 from exactly_once.transport import Features
 from exactly_once.verdict import Hold
 from exactly_once.wording import escaped
@@ -252,18 +252,14 @@ class GroupDelivering(Delivering):
             try:
                 self._call_all(session, handed, self._in_order(ours), watch, run)
             except BaseException as error:
-                if (left := exit_in(error)) is not None:
-                    raise Misuse(EXITED.format(code=left.code)) from error
+                if (told := as_mistake(error)) is not error:
+                    raise told from error
                 if not stops(error):
                     raise
                 run.leave(error)
                 raise Misuse(
                     f"The handler raised {type(error).__name__}, which is none of its own to raise."
                 ) from error
-
-        def told_of(error: BaseException) -> BaseException:
-            left = exit_in(error)  # of a hook, in COMMIT
-            return error if left is None else Misuse(EXITED.format(code=left.code)).with_traceback(error.__traceback__)
 
         began = monotonic()
         patient = not run.waited_s
@@ -274,7 +270,7 @@ class GroupDelivering(Delivering):
             self.store.dialect,
             rows,
             handle,
-            told=told_of,
+            told=as_mistake,
             patient=patient,
             meanwhile=run.meanwhile,
         )

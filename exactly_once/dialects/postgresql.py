@@ -449,10 +449,8 @@ class PostgreSQL:
 
     def limit_was_left(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
         results = send(driver_of(dbapi), b"ROLLBACK;" + LIMIT.encode())
-        return results[-1].get_value(0, 0) not in (
-            b"0",
-            info[self].limit,
-        )  # none of the session's: a hook's, by SET LOCAL
+        # 0: none of the session's, so it was a hook's, by SET LOCAL
+        return results[-1].get_value(0, 0) not in (b"0", info[self].limit)
 
     def unstorable(self, error: BaseException) -> bool:
         return _sqlstate(error) in _UNSTORABLE

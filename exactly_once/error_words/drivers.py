@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from exactly_once.error_words.struck import bound, code_of, shown, without_bound, without_numbers, without_quoted
 
-__all__ = ["DRIVERS", "in_statement", "is_drivers", "of_driver"]
+__all__ = ["DRIVERS", "cause_of", "in_statement", "is_drivers", "of_driver"]
 
 DRIVERS: Final = frozenset(
     ("psycopg", "psycopg2", "asyncpg", "pymysql", "asyncmy", "aiomysql", "MySQLdb", "mysql", "sqlite3", "aiosqlite")
@@ -72,7 +72,7 @@ _RAISED: Final = "P0001"
 _SIGNALLED: Final = 1644
 _OF_A_CONSTRAINT: Final = "SQLITE_CONSTRAINT"
 _NAMES: Final = ("table_name", "column_name", "constraint_name", "schema_name", "datatype_name")
-_cause_of = BaseException.__dict__["__cause__"].__get__
+cause_of = BaseException.__dict__["__cause__"].__get__
 _args_of = BaseException.__dict__["args"].__get__
 
 
@@ -111,7 +111,7 @@ def of_driver(error: BaseException, statement: str | None = None, parameters: An
 
 
 def _drivers_own(error: BaseException) -> BaseException:
-    cause = _cause_of(error)
+    cause = cause_of(error)
     return cause if not is_drivers(error) and cause is not None and is_drivers(cause) else error
 
 

@@ -184,8 +184,8 @@ class TransactionGuard:
         """After a claim that failed: come back where it is to be asked for on another connection.
 
         Whoever used the connection may have left a role, a time limit or AUTOCOMMIT in it; then no message is to be blamed. A
-        connection that nobody used before is believed, and so is what a
-        signal's handler raised on any. What an outage says is not asked again here: `delivery` looks.
+        connection that nobody used before is believed, and so is what a signal's handler raised on any. What an outage says is
+        not asked again here: `delivery` looks.
 
         Raises:
             Exception: What failed, in our words where it is an outage.

@@ -27,12 +27,10 @@ from exactly_once.stops import asked_from_outside
 from exactly_once.wording import escaped
 
 __all__ = [
-    "AFTER",
     "CUT_OFF",
     "HOME",
     "LEFT",
     "SWALLOWED",
-    "UNCOMMITTED",
     "WATCHED",
     "BrokenTransaction",
     "Left",
