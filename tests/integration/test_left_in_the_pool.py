@@ -22,6 +22,7 @@ from tests.integration.shop import COLOURS, DIALECTS, GROUP, STOCK, Shop, order,
 from tests.integration.test_connection_settings import ground_on, one_by_one, run
 from tests.integration.threads import until
 from tests.integration.ways import ALONE, IN_A_GROUP, LEASE, UNDER_A_LEASE, WAYS, Way
+from tests.services.mariadb import MYSQLD
 
 pytestmark = pytest.mark.nightly(meet=2)
 
@@ -364,7 +365,10 @@ def test_a_limit_of_rows_hides_nothing_of_a_group_and_of_what_failed(mariadb: Sh
 
 SLOW = {
     "postgres": ("SELECT set_config('statement_timeout', '200ms', false)", "SELECT pg_sleep(0.5)"),
-    "mariadb": ("SET max_statement_time = 0.2", "SELECT SLEEP(0.5) FROM stock"),
+    "mariadb": (
+        "SET max_execution_time = 200" if MYSQLD else "SET max_statement_time = 0.2",
+        "SELECT SLEEP(0.5) FROM stock",
+    ),
 }
 
 

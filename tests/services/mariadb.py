@@ -68,6 +68,8 @@ class MariaDB:
         options = {**SETTINGS, **(settings or {})}
         options |= {"datadir": str(self._data), "port": str(self.port), "socket": str(self.directory / "socket")}
         options |= {"pid-file": str(self.directory / "pid"), "tmpdir": str(self.directory)}
+        if MYSQLD:
+            options["tls-version"] = ""  # PyMySQL would take the TLS it offers, and a proxy between them reads nothing
         program = MYSQLD or shutil.which("mariadbd", path=PLACES) or "mariadbd"
         self._child = Child(
             "MariaDB",
