@@ -2,10 +2,13 @@
 
 Whoever had it before, a handler or other code of the program on the same engine, may have left a role, a mode, a time limit or a
 character set in it. Learnt from there, it would be taken for what this server is, and messages be blamed for it. Found out by
-two events of the pool, at no round trip. Called by the guards, and by whatever speaks to a database in a session of our own.
+two events of the pool, at no round trip. Who looks for another connection believes one that was made since the look began,
+whoever had it meanwhile: a hook of the application's that writes in a session of its own as ours is rolled back has each before
+us, and the look would not end. Called by the guards, and by whatever speaks to a database in a session of our own.
 """
 
 from collections.abc import MutableMapping
+from itertools import count
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, event
@@ -15,11 +18,14 @@ from exactly_once.dialects import LEARNT, Dialect, Trouble
 from exactly_once.fork import engines as forked_engines
 from exactly_once.interrupted import interrupted
 
-__all__ = ["is_changed", "is_firsthand", "kept_firsthand", "ready", "watch_pool"]
+__all__ = ["is_changed", "is_firsthand", "kept_firsthand", "moment", "ready", "watch_pool"]
 
 _FIRSTHAND: Final = "exactly_once.firsthand"
 """In the `info` of a connection that nobody has given back yet, but we."""
 _BY_US: Final = "exactly_once.by_us"
+_MADE: Final = "exactly_once.made"
+"""In the `info` of a connection: the moment it was made."""
+_moments = count(1)
 
 
 def watch_pool(engine: Engine) -> None:
@@ -31,6 +37,7 @@ def watch_pool(engine: Engine) -> None:
 
 def _made(dbapi: Any, record: ConnectionPoolEntry) -> None:
     record.info[_FIRSTHAND] = True
+    record.info[_MADE] = moment()
 
 
 def _given_back(dbapi: Any, record: ConnectionPoolEntry) -> None:
@@ -39,9 +46,14 @@ def _given_back(dbapi: Any, record: ConnectionPoolEntry) -> None:
         del info[_FIRSTHAND]
 
 
-def is_firsthand(connection: Connection) -> bool:
-    """Say whether nobody had this connection before, but we."""
-    if _FIRSTHAND in connection.info:
+def moment() -> int:
+    """Return what tells which connections were made later; before a look for another connection begins."""
+    return next(_moments)
+
+
+def is_firsthand(connection: Connection, since: int | None = None) -> bool:
+    """Say whether nobody had this connection before, but we; or whether it was made since that moment."""
+    if _FIRSTHAND in connection.info or (since is not None and _is_made(connection, since)):
         return True
     watch_pool(connection.engine)  # the next one of a pool that nobody has told us of is known
     return False
@@ -53,31 +65,42 @@ def kept_firsthand(connection: Connection) -> None:
         connection.info[_BY_US] = True
 
 
-def is_changed(dialect: Dialect, connection: Connection) -> bool:
+def _is_made(connection: Connection, since: int) -> bool:
+    made: int = connection.info.get(_MADE, 0)
+    return made > since
+
+
+def is_changed(dialect: Dialect, connection: Connection, since: int) -> bool:
     """Say whether a connection is to be thrown away before it is used: it is not what it was, or nobody knows what it was."""
     info = connection.info
     if dialect in info:
         return dialect.strange(connection.connection.dbapi_connection, info)
-    return dialect.learns and LEARNT not in info and not is_firsthand(connection)
+    return dialect.learns and LEARNT not in info and not is_firsthand(connection, since)
 
 
-def ready(dialect: Dialect, connection: Connection, *, wait_ms: int) -> bool | None:
+def ready(dialect: Dialect, connection: Connection, *, wait_ms: int, since: int) -> bool | None:
     """Make a connection ready for a claim; say whether it was used before, and None where it is to be thrown away.
 
     What a connection that was used before does not take is asked for again on another one. What one that nobody had does not
     take is believed.
 
+    Args:
+        dialect: How its database is spoken to.
+        connection: Of the pool.
+        wait_ms: The longest that its claims wait.
+        since: When the look for a connection began, see `moment`.
+
     Raises:
         ConfigurationError: The server, or the engine, is set up so that no claim can be trusted.
     """
-    if is_changed(dialect, connection):
+    if is_changed(dialect, connection, since):
         return None
     dbapi: Any = connection.connection.dbapi_connection
     info: MutableMapping[Any, Any] = connection.info
     if dialect in info:
-        return True
+        return not _is_made(connection, since)
     forked_engines.used(connection.engine, connection.connection)
-    if not dialect.learns or is_firsthand(connection):
+    if not dialect.learns or is_firsthand(connection, since):
         if dialect.learns:
             info[LEARNT] = dialect.learn(dbapi)
         dialect.prepare(dbapi, info, wait_ms=wait_ms)

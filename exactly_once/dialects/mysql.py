@@ -78,6 +78,7 @@ __all__ = [
     "digits",
     "errno",
     "identity",
+    "refuse_autocommit",
     "together",
 ]
 
@@ -288,7 +289,7 @@ class MySQL:
             cursor.close()
 
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
-        _refuse_autocommit(dbapi)
+        refuse_autocommit(dbapi)
         seconds = max(1, -(-wait_ms // 1000))
         version, rollback_on_timeout, modes, *limit = info.get(LEARNT) or self.learn(dbapi)
         cursor = dbapi.cursor()
@@ -330,7 +331,7 @@ class MySQL:
     def claim(
         self, dbapi: Any, info: MutableMapping[Any, Any], row: ClaimRow, *, wait_ms: int, savepoint: bool
     ) -> bool:
-        _refuse_autocommit(dbapi)
+        refuse_autocommit(dbapi)
         seen: Seen = info[self]
         # the caller commits by themselves, and could finish nothing
         insert = seen.bound + self._claim.replace("{status}", "1" if savepoint else "2")
@@ -612,7 +613,12 @@ def _driver(dbapi: Any) -> Any:
     return getattr(dbapi, "driver_connection", None) or dbapi
 
 
-def _refuse_autocommit(dbapi: Any) -> None:
+def refuse_autocommit(dbapi: Any) -> None:
+    """Claim nothing on a connection that commits each statement by itself.
+
+    Raises:
+        ConfigurationError: It does.
+    """
     # the server says it with each answer, so it is asked at each claim: a session may have changed it since
     if _driver(dbapi).server_status & _AUTOCOMMIT:
         raise ConfigurationError(

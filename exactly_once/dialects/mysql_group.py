@@ -11,7 +11,7 @@ from datetime import UTC
 from typing import Any, Final
 
 from exactly_once.dialects import ClaimRow, Dialect, Known
-from exactly_once.dialects.mysql import BOUND, KEY, Seen, busy_of, digits, identity, together
+from exactly_once.dialects.mysql import BOUND, KEY, Seen, busy_of, digits, identity, refuse_autocommit, together
 from exactly_once.owner import savepoint_of
 
 __all__ = ["CLAIM", "KNOWN", "ROW", "Claims"]
@@ -50,6 +50,7 @@ class Claims:
         meanwhile: Iterable[object] = (),
     ) -> Mapping[str, Known | None]:
         """See `GroupClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
+        refuse_autocommit(dbapi)
         # in whole seconds; where the session alone can be bound, its bound holds here too
         seen: Seen = info[self._dialect]
         bound = BOUND.replace("{seconds}", f"{-(-wait_ms // 1000):d}") if seen.bound else ""

@@ -3,12 +3,14 @@
 Statements name it from then on. Without a name the server would look for the table along the search path of the connection
 (PostgreSQL) or in its current database (MySQL and MariaDB), and a handler that had the connection before may have changed
 either: claims would be written into another schema's table. For the same reason it is asked on a connection that no handler
-and no caller has had. Called by `store`, and by the first door for engines that are the caller's.
+and no caller has had, and that no `checkout` listener has set up: where it names the tenant, it would be the one who came
+first, another in each process. Called by `store`, and by the first door for engines that are the caller's.
 """
 
 from typing import Final
 
 from sqlalchemy import Engine, text
+from sqlalchemy.pool import NullPool
 
 from exactly_once.errors import ConfigurationError, SchemaError
 
@@ -21,13 +23,18 @@ _PATH: Final = text(
     " ORDER BY place.number"
 )
 _DATABASE: Final = text("SELECT DATABASE()")
+_BY_A_LISTENER: Final = (
+    ". Or, if a `checkout` listener of this engine's pool names their schema: what it sets may differ each time, so say it"
+    " yourself: ExactlyOnce(schema=...), or EXACTLY_ONCE_SCHEMA=..."
+)
 
 
 def schema_in(engine: Engine) -> str | None:
     """Return the schema (on MySQL and MariaDB the database) in which a new connection of this engine finds our tables.
 
     Args:
-        engine: Its pool is not used; a connection is made as the pool would make it, and closed.
+        engine: Its pool is not used; a connection is made as the pool would make it (`connect` listeners are called,
+            `checkout` listeners are not), and closed.
 
     Raises:
         SchemaError: There are no tables of ours.
@@ -35,7 +42,10 @@ def schema_in(engine: Engine) -> str | None:
     """
     if engine.dialect.name == "sqlite":
         return "main"  # else a temporary table, or one of an attached file, of the same name would be taken
-    apart = Engine(engine.pool.recreate(), engine.dialect, engine.url)
+    listeners = engine.pool.dispatch
+    as_made = [(each, name) for name in ("first_connect", "connect") for each in getattr(listeners, name)]
+    pool = NullPool(engine.pool._creator, events=as_made)  # noqa: SLF001
+    apart = Engine(pool, engine.dialect, engine.url)
     try:
         with apart.connect() as connection:
             if engine.dialect.name == "postgresql":
@@ -49,7 +59,7 @@ def schema_in(engine: Engine) -> str | None:
     if not found:
         raise SchemaError(
             "The tables of exactly_once are not in this database (looked for message_idempotent); nothing ran."
-            " Type: exactly-once db upgrade"
+            " Type: exactly-once db upgrade" + (_BY_A_LISTENER if listeners.checkout else "")
         )
     if len(found) > 1:
         raise ConfigurationError(

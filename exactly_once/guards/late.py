@@ -8,7 +8,7 @@ from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
 from exactly_once.dialects import Dialect, State, Trace, Trouble, raise_for_the_store
-from exactly_once.dialects.firsthand import ready
+from exactly_once.dialects.firsthand import moment, ready
 from exactly_once.errors import Misuse
 from exactly_once.fork import engines as forked_engines
 from exactly_once.guards.watch import WATCHED, Shut, Watch, begin, elsewhere, let_go, over
@@ -71,13 +71,14 @@ class Late:
         idle = dialect.state(connection.connection.dbapi_connection) is State.IDLE
         hooked = len(session.dispatch.after_begin) > 1 or bool(connection.dispatch.begin)  # one of them is ours
         exchange = idle and not hooked and "isolation_level" not in connection.get_execution_options()
-        while not self._begun_on(connection, owner, trace, exchange=exchange):
+        since = moment()
+        while not self._begun_on(connection, owner, trace, exchange=exchange, since=since):
             pass
         dbapi = connection.connection.dbapi_connection
         self.watch = Watch(connection, dialect, dbapi, owner, held=held, trace=trace)
         begin(session, self.watch)
 
-    def _begun_on(self, connection: Connection, owner: str, trace: Trace | None, *, exchange: bool) -> bool:
+    def _begun_on(self, connection: Connection, owner: str, trace: Trace | None, *, exchange: bool, since: int) -> bool:
         """Begin the transaction; False: there is another connection now, for whoever had this one left it changed.
 
         A role, a time limit or AUTOCOMMIT that was left there is no fault of this message's. A connection that nobody used
@@ -87,7 +88,7 @@ class Late:
         try:
             if dialect not in info and (wrong := elsewhere(self._session, connection)) is not None:
                 raise Misuse(wrong)  # noqa: TRY301
-            used = ready(dialect, connection, wait_ms=WAIT_MS)
+            used = ready(dialect, connection, wait_ms=WAIT_MS, since=since)
             if used is None:
                 if exchange:
                     _exchange(connection)

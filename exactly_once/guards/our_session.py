@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 from sqlalchemy.orm import Session
 
 from exactly_once.dialects import Dialect, Trouble
-from exactly_once.dialects.firsthand import is_changed, is_firsthand, kept_firsthand
+from exactly_once.dialects.firsthand import is_changed, is_firsthand, kept_firsthand, moment
 from exactly_once.guards.watch import let_go
 from exactly_once.interrupted import interrupted
 
@@ -35,14 +35,15 @@ def in_our_session(open_ours: Callable[[], tuple[Session, Any]], dialect: Dialec
         Exception: What `do` raised on a connection that is believed; at once where the server is away, of a deadlock, or
             what a signal's handler raised.
     """
+    since = moment()
     while True:
         session, _ = open_ours()
         believed = True
         try:
             connection = session.connection()
-            believed = is_firsthand(connection)
+            believed = is_firsthand(connection, since)
             kept_firsthand(connection)
-            if not is_changed(dialect, connection):
+            if not is_changed(dialect, connection, since):
                 return do(session)
             session.invalidate()
         except Exception as error:

@@ -23,7 +23,7 @@ from exactly_once.dialects import (
     group_claims_for,
     raise_for_the_store,
 )
-from exactly_once.dialects.firsthand import ready
+from exactly_once.dialects.firsthand import moment, ready
 from exactly_once.errors import Misuse
 from exactly_once.fingerprint import Differs, compare
 from exactly_once.guards import Claim, Conflict, Consumed, HookRaised, InProgress, OpenOurs, Unfinished, Won
@@ -65,9 +65,9 @@ class TransactionGuard:
 
     def claim(self, session: Session, row: ClaimRow) -> Claim:
         """See `Guard.claim`."""
-        dialect, won = self._dialect, False
+        dialect, won, since = self._dialect, False, moment()
         while not won:
-            connection, dbapi, info, used = self._connected(session)
+            connection, dbapi, info, used = self._connected(session, since)
             try:
                 won = dialect.claim(dbapi, info, row, wait_ms=self._wait_ms, savepoint=False)
                 if not won:
@@ -78,7 +78,7 @@ class TransactionGuard:
                         return Unfinished(known.owner or "")
                     # the look ended what the session's hooks had set up, and the handler's transaction is to have it
                     session.rollback()
-                    connection, dbapi, info, used = self._connected(session)
+                    connection, dbapi, info, used = self._connected(session, since)
                     if not self._cleared(connection, row):
                         return standing(known, row)
                     won = dialect.claim(dbapi, info, row, wait_ms=self._wait_ms, savepoint=False)
@@ -125,8 +125,9 @@ class TransactionGuard:
         # a short bound, or one key in progress would hold all the others
         wait_ms = min(self._wait_ms, _GROUP_WAIT_MS) if patient else 0
         standing_by_key: Mapping[str, Known | None] | None = None
+        since = moment()
         while standing_by_key is None:
-            connection, dbapi, info, used = self._connected(session)
+            connection, dbapi, info, used = self._connected(session, since)
             try:
                 standing_by_key = self._groups.claim(
                     dbapi, info, rows, owner=owner, wait_ms=wait_ms, meanwhile=meanwhile
@@ -151,15 +152,15 @@ class TransactionGuard:
     def _groups(self) -> GroupClaims:
         return group_claims_for(self._dialect)
 
-    def _connected(self, session: Session) -> tuple[Connection, Any, MutableMapping[Any, Any], bool]:
-        """Give the session's connection, prepared, and whether it was used before."""
+    def _connected(self, session: Session, since: int) -> tuple[Connection, Any, MutableMapping[Any, Any], bool]:
+        """Give the session's connection, prepared, and whether it was used before, and not made since that moment."""
         dialect = self._dialect
         try:
             # first, so that SQLAlchemy knows of the transaction we begin below it; costs no round trip
             connection = session.connection()
             if dialect not in connection.info and (wrong := elsewhere(session, connection)) is not None:
                 raise Misuse(wrong)  # noqa: TRY301
-            while (used := ready(dialect, connection, wait_ms=self._wait_ms)) is None:
+            while (used := ready(dialect, connection, wait_ms=self._wait_ms, since=since)) is None:
                 # whoever had it may have changed it in a way that would store a key as another one
                 connection.invalidate()
                 session.rollback()

@@ -44,7 +44,7 @@ from exactly_once.dialects import (
     lease_claims_for,
 )
 from exactly_once.dialects import raise_for_the_store as raise_for
-from exactly_once.dialects.firsthand import is_firsthand, kept_firsthand, ready
+from exactly_once.dialects.firsthand import is_firsthand, kept_firsthand, moment, ready
 from exactly_once.drivers_own import is_taken
 from exactly_once.errors import StoreUnavailable
 from exactly_once.interrupted import interrupted
@@ -107,9 +107,10 @@ class SqlLeases:
 
     def claim(self, row: ClaimRow, token: str, lease: timedelta, *, also: bytes, steps: bool) -> Leased:
         """See `LeaseStore.claim`."""
+        since = moment()
         while True:
             with self._speaking() as connection:
-                used = ready(self._dialect, connection, wait_ms=WAIT_MS)
+                used = ready(self._dialect, connection, wait_ms=WAIT_MS, since=since)
                 if used is None:
                     # whoever had it may have changed it in a way that would store a key as another one
                     connection.invalidate()
@@ -463,11 +464,12 @@ class SqlLeases:
 
     def _by_itself(self, do: Callable[[Connection], T]) -> T:
         tries = 0
+        since = moment()
         while True:
             believed = True
             try:
                 with self._speaking() as connection:
-                    believed = is_firsthand(connection)
+                    believed = is_firsthand(connection, since)
                     kept_firsthand(connection)
                     if not self._autocommit:
                         return do(connection)

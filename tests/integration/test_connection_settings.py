@@ -412,6 +412,53 @@ def test_another_database_that_a_handler_uses_moves_no_claim(
         server.drop(other)
 
 
+@pytest.mark.parametrize("door", ["process", "claim"])
+@pytest.mark.parametrize("dialect", ["postgres", "mariadb"])
+def test_the_place_of_our_tables_is_no_tenants_that_a_checkout_listener_names(
+    request: pytest.FixtureRequest, dialect: str, door: str
+) -> None:
+    """Which tenant came first differs between processes: one key was taken in the tables of each."""
+    for shop in ground_on(request, dialect, "sync"):
+        server: DatabaseServer = request.getfixturevalue(f"{'eo' if dialect == 'postgres' else dialect}_server")
+        others = [server.create() for _ in "ab"] if dialect == "mariadb" else []
+        tenants = [str(url.database) for url in others] or ["a", "b"]
+        if dialect == "postgres":
+            names = ("message_idempotent", "message_failure")
+            run(shop, *(f"CREATE SCHEMA {tenant}" for tenant in tenants))
+            run(shop, *(f"CREATE TABLE {t}.{name} (LIKE {name} INCLUDING ALL)" for t in tenants for name in names))
+        names_it = "SET search_path TO {}, public" if dialect == "postgres" else "USE {}"
+        ends: list[object] = []
+        try:
+            for first in tenants:  # as two processes that have begun with another tenant's message each
+                engine, now = create_engine(shop.url), [first]
+                event.listen(
+                    engine, "checkout", lambda dbapi, *_, now=now, names=names_it: _sent(dbapi, names.format(now[0]))
+                )
+                eo = ExactlyOnce(engine, group=GROUP)
+                eo.handler("orders", name="handler", key="no")(_nothing)
+                for tenant, no in ((first, f"{first}-1"), (tenants[0], "7")):
+                    now[0] = tenant
+                    if door == "process":
+                        ends.append(eo.process(order(no)))
+                    else:
+                        with Session(engine) as session, session.begin():
+                            ends.append(P if eo.claim(session, "handler", no) else D)
+                engine.dispose()
+            assert ends == [P, P, P, D]
+            assert len(shop.claims()) == 3
+        finally:
+            for url in others:
+                server.drop(url)
+
+
+def _nothing(session: Session) -> None: ...
+
+
+def _sent(dbapi: Any, statement: str) -> None:
+    dbapi.cursor().execute(statement)
+    dbapi.commit()
+
+
 def with_path(shop: Shop, path: str) -> tuple[Engine, Any]:
     more: dict[str, Any] = {"connect_args": {"options": f"-c search_path={path}"}}
     return create_engine(shop.url, **more), create_async_engine(shop.async_engine.url, **more)

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from exactly_once import ExactlyOnce, Outcome, Retry
 from exactly_once.testing.databases import DatabaseServer
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
-from tests.integration.ways import ALONE, IN_A_STEP, UNDER_A_LEASE, Way
+from tests.integration.ways import ALONE, IN_A_STEP, UNDER_A_LEASE, WAYS, Way
 
 pytestmark = pytest.mark.nightly(meet=2)
 
@@ -153,3 +154,42 @@ def test_a_hook_that_tidies_what_comes_back_finds_a_connection(
         way.handles(shop, do)
         assert [way.deliver(shop, [order(no)]) for no in range(4)] == [[Outcome.PROCESSED]] * 4
         assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("dialect", ["postgres", "mariadb"])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("on", ["after_begin", "after_rollback", "after_soft_rollback", "after_transaction_end"])
+@pytest.mark.parametrize("connections", [2, 4])
+def test_a_hook_that_writes_in_a_session_of_its_own_lets_our_look_for_a_connection_end(
+    request: pytest.FixtureRequest, way: Way, dialect: str, colour: str, on: str, connections: int
+) -> None:
+    """An audit's: it has each new connection of the pool before us, and no connection was ever the one looked for."""
+    made: list[int] = []
+    for shop in shops(request, dialect, colour, pool_size=connections, options={"pool_timeout": 5}):
+
+        class Mine(Session):
+            pass
+
+        engine: Any = shop.async_engine.sync_engine if shop.is_async else shop.engine
+        shop.fresh_eo(
+            sessionmaker(shop.engine, class_=Mine), async_sessionmaker(shop.async_engine, sync_session_class=Mine)
+        )
+
+        @event.listens_for(engine, "connect")
+        def counts(dbapi: Any, record: object) -> None:
+            made.append(1)
+            assert len(made) < 60, "made one connection after the other"
+
+        @event.listens_for(Mine, on)
+        def audits(session: Session, *given: object) -> None:
+            with Session(engine) as own:  # noqa: B023
+                put(own, "audit")
+                own.commit()
+
+        shop.borrow()  # other code of the program had the pool before the first claim
+        way.handles(shop, lambda session, no: put(session, str(no)), retry=THREE)
+        assert way.deliver(shop, [order(1), order(2)]) == [Outcome.PROCESSED] * 2
+        assert way.deliver(shop, [order(1, attempt=2), order(2, attempt=2)]) == [Outcome.DUPLICATE] * 2
+        assert [effect for effect in sorted(shop.effects()) if effect in "12"] == ["1", "2"]
+        assert shop.failures() == []

@@ -21,7 +21,7 @@ from exactly_once.testing.databases import DatabaseServer
 from tests.integration.shop import COLOURS, DIALECTS, GROUP, STOCK, Shop, order, put, shops
 from tests.integration.test_connection_settings import ground_on, one_by_one, run
 from tests.integration.threads import until
-from tests.integration.ways import ALONE, IN_A_GROUP, LEASE, UNDER_A_LEASE, WAYS, Way
+from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_LIST, LEASE, UNDER_A_LEASE, WAYS, Way
 from tests.services.mariadb import MYSQLD
 
 pytestmark = pytest.mark.nightly(meet=2)
@@ -75,6 +75,19 @@ def in_the_end(shop: Shop, way: Way, no: Any) -> Outcome:
     return outcome
 
 
+def several_meet(shop: Shop, way: Way, *, left: Callable[[], object]) -> None:
+    """What was left meets several messages of one claim, one of them a copy: a group of one is claimed as one alone."""
+    assert way.deliver(shop, [order(no) for no in (10, 11, 12)]) == [P, P, P]
+    left()
+    for _ in range(4):  # of one connection, an outage may be said, and ends by itself
+        ends = way.deliver(shop, [order(no) for no in (20, 21, 22, 10)])
+        if Outcome.WAITING not in ends:
+            break
+    assert ends == [P, P, P, D]
+    assert shop.failures() == []
+    assert sorted(shop.effects()) == ["10", "11", "12", "20", "21", "22"]
+
+
 # -- PostgreSQL --------------------------------------------------------------------------------------------------------
 
 LEFT = {
@@ -121,6 +134,15 @@ def test_what_other_code_of_the_program_left_in_the_pool_fails_no_message(postgr
     assert [in_the_end(postgres, way, no) for no in (2, 3, 4)] == [P, F, P]
     assert one_by_one(postgres, way, [1, 2, 4]) == [D, D, D]
     assert postgres.failure().error_class == "ZeroDivisionError"
+
+
+@pytest.mark.parametrize("way", [IN_A_GROUP, IN_A_LIST], ids=str)
+@pytest.mark.parametrize("left", [*LEFT, "autocommit of the driver's"])
+def test_what_was_left_in_the_pool_fails_none_of_several(postgres: Shop, way: Way, left: str) -> None:
+    way.handles(postgres, effect_of)
+    several_meet(
+        postgres, way, left=lambda: by_other_code(postgres, LEFT[left]) if left in LEFT else set_autocommit(postgres)
+    )
 
 
 @some_ways
@@ -308,6 +330,14 @@ def test_what_other_code_of_the_program_left_in_the_pool_of_mariadb_fails_no_mes
     again = one_by_one(mariadb, way, [1, 2, 3, 4, 5])
     assert again[0] is D
     assert sorted(mariadb.effects()) == ["1", "2", "3", "4", "5"], (first, again)
+
+
+@pytest.mark.parametrize("way", [IN_A_GROUP, IN_A_LIST], ids=str)
+@pytest.mark.parametrize("left", LEFT_ON_MARIADB)
+def test_what_was_left_in_the_pool_of_mariadb_fails_none_of_several(mariadb: Shop, way: Way, left: str) -> None:
+    effect = text(f"INSERT INTO `{mariadb.engine.url.database}`.effect (text) VALUES (:no)")
+    way.handles(mariadb, lambda session, no: session.execute(effect, {"no": str(no)}), retry=Retry(immediate=0))
+    several_meet(mariadb, way, left=lambda: by_other_code(mariadb, LEFT_ON_MARIADB[left]))
 
 
 @pytest.mark.parametrize("limit", [0, 1])
