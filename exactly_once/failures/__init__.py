@@ -223,10 +223,14 @@ class FailureStore:
             row = session.execute(known.where(t.c.id == row.id).with_for_update()).one()
         if row is not None and row.state == "discarded":
             return Park("discarded", "a person discarded this message"), row.attempts
-        earlier = row.attempts if row is not None else 0
+        # an earlier life of this key ended well (under a lock, or its claim was purged since): this is another message
+        open_ = row if row is not None and row.state != "resolved" else None
+        earlier = open_.attempts if open_ is not None else 0
         attempts = earlier + 1 if failure.counted else earlier
         # written once; or now, where it was not taken before
-        first, *more = self._content(session.connection(), failure, texts) if row is None or row.bodiless else (None,)
+        first, *more = (
+            self._content(session.connection(), failure, texts) if open_ is None or open_.bodiless else (None,)
+        )
         # nowhere but with the broker: it is not acknowledged, whoever would bring it again or keep it else
         bodiless = first is not None and "body" not in first
         decision = ByBroker(_BROUGHT_AGAIN) if bodiless else decide(attempts)
@@ -242,6 +246,9 @@ class FailureStore:
             values["claim_owner"] = failure.claim_owner
             self._claim(session, failure)
         values |= first or {}
+        if row is not None and open_ is None:
+            nobody_decided = dict.fromkeys(("decided_by", "decided_at", "decided_why"))
+            values = {"claim_owner": None, **nobody_decided, **self._new(failure, key, texts, form), **values}
         if row is not None:
             id_ = row.id
             session.execute(update(t).where(t.c.id == id_).values(**values))

@@ -161,7 +161,7 @@ class StepLedger:
         try:
             if self._late.reopen():
                 raise self._refuse(begun.name, f"{_USED}. {_SHUT}")
-            result, read_back = self._encoded(begun, value)
+            result, read_back = self._encoded(begun, value, rolls_back=False)
             self._store_(begun, StepRow(begun.name, begun.ordinal, True, result))
         finally:
             self._running = None
@@ -203,7 +203,7 @@ class StepLedger:
             late.check()
             if late.watch is not None:
                 late.watch.check(session)
-            result, _ = self._encoded(begun, value)
+            result, _ = self._encoded(begun, value, rolls_back=True)
             step = StepRow(begun.name, begun.ordinal, True, result)
             connection = session.connection()
             try:
@@ -286,7 +286,8 @@ class StepLedger:
         self._order.finish(begun.name)
         return value
 
-    def _encoded(self, begun: Begun, value: Any) -> tuple[bytes, Any]:
+    def _encoded(self, begun: Begun, value: Any, *, rolls_back: bool) -> tuple[bytes, Any]:
+        unkept = self._undone if rolls_back else self._unkept
         try:
             result = begun.coder.encode(value)
             read_back = begun.coder.decode(result)
@@ -294,16 +295,19 @@ class StepLedger:
             raise self._refuse(
                 begun.name,
                 f"returned a {type(value).__name__}, which cannot be stored as JSON and read back"
-                f" ({type(error).__name__}). {self._unkept(begun.name, 'give returns=, or return JSON')}",
+                f" ({type(error).__name__}). {unkept(begun.name, 'give returns=, or return JSON')}",
             ) from error
         if len(result) > RESULT_BYTES:
             # a server may refuse what is larger by cutting the connection, which looks like one that is away
             raise self._refuse(
                 begun.name,
                 f"returned {len(result):,} bytes of JSON, and at most {RESULT_BYTES:,} are kept."
-                f" {self._unkept(begun.name, 'store it elsewhere, and return where')}",
+                f" {unkept(begun.name, 'store it elsewhere, and return where')}",
             )
         return result, read_back
+
+    def _undone(self, step: str, mend: str) -> str:
+        return f"Its transaction was rolled back: {mend}, and type: {self._requeue()}"
 
     def _unkept(self, step: str, mend: str) -> str:
         return (
@@ -353,13 +357,15 @@ class StepLedger:
             )
 
     def _undecidable(self, name: str, attempt: int) -> StepError:
-        requeue = f"exactly-once failures requeue --key {_quoted(self._held.row.key)}"
         return self._refuse(
             name,
             f"was begun by attempt {attempt} and has no result: whether it happened is not known, and it is to happen at"
             f" most once. Look at the other side, then type: exactly-once steps resolve {self._named(name)} --result JSON,"
-            f" and {requeue}",
+            f" and {self._requeue()}",
         )
+
+    def _requeue(self) -> str:
+        return f"exactly-once failures requeue --key {_quoted(self._held.row.key)}"
 
     def _named(self, step: str) -> str:
         row = self._held.row

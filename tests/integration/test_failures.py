@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import count
-from json import loads
+from json import dumps, loads
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
-from exactly_once import ExactlyOnce, Message, Outcome, Reject, Retry, keys
+from exactly_once import ExactlyOnce, Lock, Message, Outcome, Reject, Retry, keys
 from exactly_once.delivery import Told
 from exactly_once.failures import FailureStore
 from exactly_once.failures.due import DueFailures
@@ -681,3 +681,42 @@ def test_rejects_of_handlers_park_with_the_reason_a_person_reads(shop: Shop) -> 
         work(shop, order())
     assert (shop.failure().state, shop.failure().error_text) == ("dead", "no such sku: 7")
     assert shop.rows(ONLY) == []
+
+
+@pytest.mark.parametrize("guard", ["lock", "none", "purged claim"])
+def test_a_failure_of_a_key_that_ended_well_before_is_another_life(shop: Shop, redis_url: str, guard: str) -> None:
+    """It is counted from one, and the row keeps the message that failed: an acknowledged one is nowhere else."""
+    if guard == "none":
+        shop.fresh_eo(enforce=False)
+    more: dict[str, Any] = {"guard": Lock(timedelta(seconds=30), store=redis_url)} if guard == "lock" else {}
+    bad = [True]
+
+    def do(session: Session) -> None:
+        if bad:
+            raise ValueError
+        put(session, "done")
+
+    name = f"handler-{next(_names)}-{shop.dialect}"
+    shop.handles(do, name=name, fingerprint=None, retry=Retry(immediate=0, delays=[0.01], max_attempts=2), **more)
+
+    def version(number: int, attempt: int = 1) -> Message:
+        body = dumps({"no": 1, "version": number}).encode()
+        return replace(order(1, attempt=attempt), body=body, message_id=f"m-{number}")
+
+    for number in (1, 2, 3):
+        assert shop.process(version(number)) is Outcome.FAILED, number
+        bad.clear()
+        assert shop.process(version(number, attempt=2)) is Outcome.PROCESSED
+        bad.append(True)
+        (row,) = shop.failures()
+        assert (row.state, row.attempts, row.message_id) == ("resolved", 1, f"m-{number}")
+        if guard == "purged claim":
+            with shop.outside.begin() as connection:
+                connection.execute(shop.tables.idempotent.delete())
+    assert [shop.process(version(4, attempt)) for attempt in (1, 2)] == [Outcome.FAILED, Outcome.DEAD]
+    (row,) = shop.failures()
+    assert (row.message_id, loads(row.body)["version"], row.attempts) == ("m-4", 4, 2)
+    bad.clear()
+    requeued(shop, [row.id])
+    assert shop.process(version(4, attempt=3)) is Outcome.PROCESSED
+    assert shop.failure().state == "resolved"

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
 from exactly_once import AsyncSteps, ExactlyOnce, Lease, LeaseLost, Message, Outcome, Reject, Retry, Steps, leases
 from exactly_once.failures.triage import Chosen, requeue
+from exactly_once.guards.step_ledger import RESULT_BYTES
 from exactly_once.schema import utcnow
 from exactly_once.testing import bound
 from tests.integration.lease_conformance import until
@@ -185,6 +186,33 @@ BAD: dict[str, tuple[Callable[..., object], str]] = {
 def _swallow(do: Callable[[], object]) -> None:
     with suppress(Exception):
         do()
+
+
+UNKEPT: dict[str, Callable[[Session], object]] = {
+    "not JSON": lambda inner: inner.execute(insert(EFFECT).values(text="reserved")),
+    "too large": lambda inner: (put(inner, "reserved"), "x" * RESULT_BYTES)[1],
+}
+
+
+@pytest.mark.parametrize("case", UNKEPT)
+def test_a_transaction_step_whose_result_cannot_be_kept_is_rolled_back_and_runs_again_once_mended(
+    shop: Shop, case: str
+) -> None:
+    """Nothing of it happened: a result written down for it by hand would leave it undone for good."""
+    work: list[Callable[[Session], object]] = [UNKEPT[case]]
+    handles(shop, lambda session, step, transaction: transaction("reserve", work[0]))
+    assert shop.process(order()) is Outcome.DEAD
+    assert shop.effects() == []
+    told = shop.failure().error_text
+    assert "was rolled back" in told
+    assert "exactly-once failures requeue --key A-1" in told
+    assert "resolve" not in told
+    work[0] = lambda inner: put(inner, "reserved")
+    with shop.outside.begin() as connection:
+        chosen = Chosen(group=GROUP, ids=[shop.failure().id])
+        assert requeue(connection, shop.tables, chosen, by="me", why=None, per_second=None).count == 1
+    assert shop.process(order(attempt=2)) is Outcome.PROCESSED
+    assert shop.effects() == ["reserved"]
 
 
 @pytest.mark.parametrize("case", BAD)
