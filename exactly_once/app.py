@@ -159,8 +159,9 @@ class ExactlyOnce(Registrations):
     ) -> bool:
         """Claim a key in the transaction you have: True the first time, False when it was done before.
 
-        Acknowledge the message only after your commit. With an AsyncSession:
-        `await session.run_sync(eo.claim, "reserve_stock", order.no)`.
+        Acknowledge the message only after your commit. It raises `Misuse` where it would not keep the claim, because an error
+        that ended the transaction was caught. Not seen is a procedure, DDL or a call on the driver that ends it in the midst.
+        With an AsyncSession: `await session.run_sync(eo.claim, "reserve_stock", order.no)`.
 
         Args:
             session: Begun or not; the claim is part of its transaction. Earlier work in it survives a refusal.
@@ -176,6 +177,7 @@ class ExactlyOnce(Registrations):
             InProgress: Another transaction holds the key and may still fail: do not acknowledge.
             PayloadConflict: The key was consumed with another payload.
             BadKey: The key is empty, too long, or neither text nor a whole number.
+            Misuse: The transaction of an earlier claim was thrown away by the database, and the error caught: roll back.
 
         Example:
             with Session(engine) as session, session.begin():

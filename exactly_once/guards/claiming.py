@@ -1,6 +1,7 @@
-"""Door 1: one claim in a transaction that is the caller's. Begins nothing it need not, ends nothing, watches nothing.
+"""Door 1: one claim in a transaction that is the caller's. Begins nothing it need not, and ends nothing.
 
-The claim travels inside a savepoint, so that a refusal leaves the caller's earlier work alone. The facade calls it.
+The claim travels inside a savepoint, so that a refusal leaves the caller's earlier work alone. What follows is the caller's; that
+their COMMIT keeps the claim is seen to by `behind`. The facade calls it.
 """
 
 from typing import Final
@@ -17,7 +18,7 @@ from exactly_once.dialects.place import schema_in
 from exactly_once.errors import ConfigurationError, PayloadConflict
 from exactly_once.fingerprint import differing_paths, maker
 from exactly_once.fork import engines as forked_engines
-from exactly_once.guards import Conflict, Consumed, Unfinished
+from exactly_once.guards import Conflict, Consumed, Unfinished, behind
 from exactly_once.guards.transaction import standing
 from exactly_once.guards.watch import WATCHED, Watch
 from exactly_once.keys import canonical, check_name
@@ -91,6 +92,8 @@ class Claimer:
             watch.admit()  # it is sent on the driver, where nothing else asks
             if not begun:
                 raise watch.ended()  # its transaction is over, and this would begin another
+        else:
+            behind.admit(connection)
         try:
             if dialect not in info or dialect.strange(dbapi, info):
                 forked_engines.used(engine, connection.connection)
@@ -103,6 +106,8 @@ class Claimer:
 
                 hold(connection)
             if dialect.claim(dbapi, info, row, wait_ms=wait_ms, savepoint=True):
+                if watch is None:
+                    behind.claimed(connection, dialect, row)
                 return True
             known = dialect.known(dbapi, row, end=False)
         except ClaimBusy as busy:

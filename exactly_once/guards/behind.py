@@ -1,0 +1,158 @@
+"""Behind a claim in the caller's transaction: a COMMIT that would not keep the claim is not sent.
+
+A caller may catch the error that ended their transaction and go on. PostgreSQL answers ROLLBACK to the COMMIT of an aborted
+transaction, and no error; MySQL and MariaDB undo all of it in a deadlock and begin another one with the next statement, and so do
+SQLite and its driver behind ON CONFLICT ROLLBACK. The claim would be gone, with nothing or only the later half of the work
+committed, and the message acknowledged. So the transaction is rolled back there, and the caller told.
+
+Asked are the driver's own word on its transaction, and the errors that pass: no round trip, and nothing for a statement that
+succeeds. Not seen is what ends a transaction without an error where another one is open by then: a procedure, DDL, a call on the
+driver. A process that dies on a line of this file has sent no COMMIT: claim and work are rolled back together.
+
+Called by `claiming`.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+from weakref import ReferenceType, WeakSet, ref
+
+from sqlalchemy import Connection, RootTransaction
+from sqlalchemy.pool import PoolProxiedConnection
+
+from exactly_once.dialects import ClaimRow, Dialect, State
+from exactly_once.error_words import words_of
+from exactly_once.errors import Misuse
+from exactly_once.wording import escaped
+
+__all__ = ["admit", "claimed"]
+
+_CLAIMED: Final = "exactly_once.claimed"
+"""Where the transaction that a claim stands in is kept, in the `info` of its connection."""
+_INSTALLED: "WeakSet[Any]" = WeakSet()
+_SHOWN: Final = 160  # characters of the server's error
+
+
+class _Claimed:
+    """A transaction of the caller's with at least one claim in it.
+
+    Args:
+        root: That transaction; weak, for a connection that nobody closes is given back when nobody refers to it.
+        dialect: How its database is spoken to.
+        row: The first claim, which is told in the error.
+    """
+
+    __slots__ = ("dialect", "lost", "root", "row")
+
+    def __init__(self, root: "ReferenceType[RootTransaction]", dialect: Dialect, row: ClaimRow) -> None:
+        self.root, self.dialect, self.row = root, dialect, row
+        self.lost = ""
+        """The error with which the server threw the transaction away, in words."""
+
+    def ended(self, dbapi: Any) -> str:
+        """Say why COMMIT would not keep the claim; empty where nothing speaks against it."""
+        if self.lost:
+            return _LOST.format(error=self.lost)
+        match self.dialect.state(dbapi):
+            case State.ABORTED:
+                return _ABORTED
+            case State.IDLE:
+                return _ENDED
+            case _:
+                return ""
+
+    def misuse(self, why: str) -> Misuse:
+        return Misuse(f"The key {escaped(self.row.key)!r} of {self.row.handler!r} was claimed, and {why}")
+
+
+def claimed(connection: Connection, dialect: Dialect, row: ClaimRow) -> None:
+    """Note a claim that stands in the transaction that this connection is in; its COMMIT is looked at from here on."""
+    if connection.dialect not in _INSTALLED:
+        _install(connection.dialect)
+    root = connection.get_transaction()
+    noted: _Claimed | None = connection.info.get(_CLAIMED)
+    if root is not None and (noted is None or noted.root() is not root):
+        connection.info[_CLAIMED] = _Claimed(ref(root), dialect, row)
+
+
+def admit(connection: Connection) -> None:
+    """Before another claim in the same transaction.
+
+    Raises:
+        Misuse: It was thrown away since the last one, and the caller caught the error.
+    """
+    noted = _noted(connection.connection)
+    if noted is not None and noted.lost:
+        raise noted.misuse(_LOST.format(error=noted.lost))
+
+
+def _met(pooled: PoolProxiedConnection, error: BaseException) -> None:
+    """Remember an error with which the server threw the transaction of a claim away."""
+    noted = _noted(pooled)
+    if noted is not None and not noted.lost and noted.dialect.lost(pooled.dbapi_connection, pooled.info, error):
+        # in words: the error would keep the caller's frames, and with them the session and its connection
+        noted.lost = escaped(f"{type(error).__name__}: {words_of(error)}", _SHOWN)
+
+
+def _noted(pooled: PoolProxiedConnection) -> _Claimed | None:
+    """Return what is noted of the transaction that this connection is in; None for the transaction of whoever had it before."""
+    try:
+        noted: _Claimed | None = pooled.info.get(_CLAIMED)
+    except NotImplementedError:
+        return None  # the engine's first look at its server, before the pool gives anything out
+    root = None if noted is None else noted.root()
+    if root is None or not root.is_active:
+        return None
+    connection = root.connection
+    if connection.closed or connection.invalidated or connection.connection is not pooled:
+        return None
+    return noted
+
+
+def _install(dialect: Any) -> None:
+    """Once an engine, on its dialect: a listener on the engine itself costs each of its connections something."""
+    _INSTALLED.add(dialect)
+    dialect.is_disconnect = _seeing(dialect.is_disconnect)
+    dialect.do_commit = _refusing(dialect.do_commit, dialect.do_rollback)
+
+
+def _seeing(is_disconnect: Callable[..., bool]) -> Callable[..., bool]:
+    def seen(error: Any, connection: Any, cursor: Any) -> bool:
+        if isinstance(connection, PoolProxiedConnection):  # a ping has the driver's own
+            _met(connection, error)
+        return is_disconnect(error, connection, cursor)
+
+    return seen
+
+
+def _refusing(
+    commit: Callable[[PoolProxiedConnection], None], roll_back: Callable[[PoolProxiedConnection], None]
+) -> Callable[[PoolProxiedConnection], None]:
+    def do_commit(pooled: PoolProxiedConnection) -> None:
+        noted = _noted(pooled)
+        if noted is not None:
+            del pooled.info[_CLAIMED]
+            if why := noted.ended(pooled.dbapi_connection):
+                # here, for SQLAlchemy takes a refused transaction for ended; where this fails the connection is lost, and that
+                # is the error
+                roll_back(pooled)
+                raise noted.misuse(why)
+        commit(pooled)
+
+    return do_commit
+
+
+_LOST: Final = (
+    "then a database error threw the whole transaction away, and it was caught ({error}). The claim is gone, with all that was"
+    " written before that error; what was written since is not committed either. Do not acknowledge the message. Let such an"
+    " error leave the transaction, and run all of it again: no savepoint outlives it."
+)
+_ABORTED: Final = (
+    "then a database error aborted the transaction, and it was caught: COMMIT would keep nothing, and say nothing. All of it is"
+    " rolled back, the claim too. Do not acknowledge the message. Let the error leave the transaction, or put the statement that"
+    " may fail into `with session.begin_nested():`."
+)
+_ENDED: Final = (
+    "its transaction had ended before your COMMIT: a procedure sent ROLLBACK or COMMIT, DDL committed by itself, or commit() or"
+    " rollback() was called on the driver's own connection. Whether the claim and its work stand is not known here. Do not"
+    " acknowledge the message: its next copy runs, or is a duplicate. Take that out of the transaction."
+)

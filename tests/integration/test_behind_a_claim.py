@@ -1,0 +1,441 @@
+"""Behind `eo.claim` the caller catches the error that ended their transaction, and commits.
+
+The kind: the claim is gone with the transaction, and COMMIT says nothing of it. PostgreSQL answers ROLLBACK to the COMMIT of an
+aborted transaction; MySQL and MariaDB have begun another one, and so has SQLite's driver; a procedure has rolled back. The caller
+would acknowledge a message of which nothing stands, or only the later half, which a copy writes again.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, insert, select, text, update
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from exactly_once import ExactlyOnce, Misuse
+from exactly_once.testing.databases import DatabaseServer
+from tests.integration.shop import COLOURS, EFFECT, GROUP, ONLY, STOCK, Shop, on, put
+from tests.integration.test_claim_door import in_session
+from tests.integration.threads import Turn, in_thread
+from tests.integration.ways import mariadb_procedures
+from tests.services import mariadb as mariadb_service
+from tests.services.need import require
+
+
+@pytest.fixture
+def eo() -> ExactlyOnce:
+    """It needs a group and nothing else: the claim goes where the session goes."""
+    return ExactlyOnce(group=GROUP)
+
+
+# -- how a caller's transaction is committed ---------------------------------------------------------------------------
+
+Do = Callable[[Session], object]
+
+
+def _session_begin(connection: Connection, do: Do) -> None:
+    with Session(connection.engine) as session, session.begin():
+        do(session)
+
+
+def _session_commit(connection: Connection, do: Do) -> None:
+    with Session(connection.engine) as session:
+        do(session)
+        session.commit()
+
+
+def _session_of_a_connection(connection: Connection, do: Do) -> None:
+    with connection.begin(), Session(connection) as session:
+        do(session)
+        session.flush()
+
+
+def _session_in_a_savepoint(connection: Connection, do: Do) -> None:
+    with connection.begin(), Session(connection, join_transaction_mode="create_savepoint") as session:
+        do(session)
+        with suppress(DBAPIError):  # its savepoint went with the transaction
+            session.commit()
+
+
+def _connection_commit(connection: Connection, do: Do) -> None:
+    with Session(connection) as session:
+        do(session)
+        connection.commit()
+
+
+ENDS = {
+    "session.begin": _session_begin,
+    "session.commit": _session_commit,
+    "connection.begin": _session_of_a_connection,
+    "joined in a savepoint": _session_in_a_savepoint,
+    "connection.commit": _connection_commit,
+}
+each_end = pytest.mark.parametrize("end", ENDS)
+
+
+def run(shop: Shop, end: str, do: Do) -> None:
+    """Do this in a transaction of the shop's colour that ends so."""
+    commits = ENDS[end]
+    own = commits in (_session_begin, _session_commit)
+
+    async def awaited() -> None:
+        if own:
+            async with AsyncSession(shop.async_engine) as session:
+                if commits is _session_commit:
+                    await session.run_sync(do)
+                    await session.commit()
+                    return
+                async with session.begin():
+                    await session.run_sync(do)
+            return
+        async with shop.async_engine.connect() as connection:
+            await connection.run_sync(commits, do)
+
+    if shop.is_async:
+        shop.await_(awaited())
+    elif own:
+        commits(shop.engine, do)  # type: ignore[arg-type]  # an engine is its own `engine`
+    else:
+        with shop.engine.connect() as connection:
+            commits(connection, do)
+
+
+def nothing_stands(shop: Shop) -> None:
+    shop.assert_kept(claims=[])
+
+
+def once_more(shop: Shop, end: str, eo: ExactlyOnce) -> None:
+    """What the redelivery does: it is the first."""
+    with shop.outside.begin() as connection:
+        connection.execute(EFFECT.delete())
+
+    def do(session: Session) -> None:
+        assert eo.claim(session, "handler", "A-1")
+        put(session, "again")
+
+    run(shop, end, do)
+    shop.assert_kept("again", claims=["A-1"])
+
+
+# -- the errors --------------------------------------------------------------------------------------------------------
+
+
+@each_end
+def test_an_error_that_is_caught_as_the_last_thing(shop: Shop, eo: ExactlyOnce, end: str) -> None:
+    with shop.outside.begin() as connection:
+        connection.execute(insert(ONLY).values(text="there"))
+
+    def do(session: Session) -> None:
+        assert eo.claim(session, "handler", "A-1")
+        put(session, "effect")
+        with suppress(IntegrityError):
+            session.execute(insert(ONLY).values(text="there"))
+
+    if shop.dialect != "postgres":  # elsewhere such an error undoes its statement alone
+        run(shop, end, do)
+        shop.assert_kept("effect", claims=["A-1"])
+        return
+    with pytest.raises(Misuse, match=r"'A-1' of 'handler'.*[Dd]o not acknowledge.*begin_nested"):
+        run(shop, end, do)
+    nothing_stands(shop)
+    once_more(shop, end, eo)
+
+
+@each_end
+@pytest.mark.parametrize("savepoint", [True, False])
+@on("postgres", "mariadb")
+def test_a_deadlock_that_is_caught(shop: Shop, eo: ExactlyOnce, end: str, savepoint: bool) -> None:
+    with shop.outside.begin() as connection:
+        connection.execute(insert(STOCK), [{"item": item, "amount": 9} for item in (1, 2)])
+    ours, theirs = Turn(), Turn()
+
+    def take(session: Any, item: int) -> None:
+        session.execute(update(STOCK).where(STOCK.c.item == item).values(amount=STOCK.c.amount - 1))
+
+    def other() -> None:
+        with shop.outside.begin() as connection:
+            if shop.dialect == "postgres":
+                connection.execute(text("SET LOCAL deadlock_timeout = '60s'"))
+            connection.execute(insert(STOCK), [{"item": item, "amount": 0} for item in range(100, 400)])
+            take(connection, 2)
+            theirs.come()
+            ours.wait()
+            take(connection, 1)
+
+    def both(session: Session) -> None:
+        theirs.wait()
+        take(session, 1)
+        ours.come()
+        take(session, 2)
+
+    met: list[object] = []
+
+    def do(session: Session) -> None:
+        assert eo.claim(session, "handler", "A-1")
+        put(session, "before")
+        try:
+            if savepoint:
+                with session.begin_nested():
+                    both(session)
+            else:
+                both(session)
+        except OperationalError as error:
+            met.append(error)
+        with suppress(DBAPIError):  # PostgreSQL refuses what follows by itself, where no savepoint was
+            put(session, "after")
+
+    with in_thread(other):
+        if shop.dialect == "postgres" and savepoint:
+            run(shop, end, do)
+            shop.assert_kept("before", "after", claims=["A-1"])
+            assert met
+            return
+        with pytest.raises(Misuse, match=r"'A-1' of 'handler'.*[Dd]o not acknowledge"):
+            run(shop, end, do)
+    assert met
+    nothing_stands(shop)
+    once_more(shop, end, eo)
+
+
+ROLLS_BACK = {
+    "ON CONFLICT ROLLBACK": "INSERT OR ROLLBACK INTO only_one (text) VALUES ('there')",
+    "RAISE(ROLLBACK)": "INSERT INTO only_one (text) VALUES ('never')",
+}
+
+
+@each_end
+@pytest.mark.parametrize("how", ROLLS_BACK)
+@pytest.mark.parametrize("goes_on", [True, False])
+@on("sqlite")
+def test_an_error_with_which_sqlite_rolls_back(shop: Shop, eo: ExactlyOnce, end: str, how: str, goes_on: bool) -> None:
+    with shop.outside.begin() as connection:
+        connection.execute(insert(ONLY).values(text="there"))
+        connection.execute(
+            text(
+                "CREATE TRIGGER IF NOT EXISTS never BEFORE INSERT ON only_one WHEN NEW.text = 'never'"
+                " BEGIN SELECT RAISE(ROLLBACK, 'never'); END"
+            )
+        )
+
+    def do(session: Session) -> None:
+        assert eo.claim(session, "handler", "A-1")
+        put(session, "before")
+        with suppress(IntegrityError):
+            session.execute(text(ROLLS_BACK[how]))
+        if goes_on:
+            put(session, "after")
+
+    with pytest.raises(Misuse, match=r"'A-1' of 'handler'.*[Dd]o not acknowledge"):
+        run(shop, end, do)
+    nothing_stands(shop)
+    once_more(shop, end, eo)
+
+
+# -- a MariaDB that undoes the whole transaction where others undo a statement -----------------------------------------
+
+SETTINGS = {"innodb-rollback-on-timeout": "ON", "innodb-snapshot-isolation": "ON"}
+
+
+@pytest.fixture(scope="module")
+def strict_server() -> Iterator[DatabaseServer]:
+    require(mariadb_service)
+    with mariadb_service.MariaDB(settings=SETTINGS) as server:
+        yield DatabaseServer(server.url, source="url")
+
+
+@pytest.fixture(scope="module", params=COLOURS)
+def strict_ground(request: pytest.FixtureRequest, strict_server: DatabaseServer) -> Iterator[Shop]:
+    url = strict_server.create()
+    with Shop("mariadb", request.param, url.render_as_string(hide_password=False)) as shop:
+        yield shop
+    strict_server.drop(url)
+
+
+@pytest.fixture
+def strict(strict_ground: Shop) -> Shop:
+    strict_ground.clear()
+    return strict_ground
+
+
+@pytest.mark.parametrize("error", ["lock wait timeout", "snapshot"])
+def test_an_error_that_costs_the_transaction_where_the_server_is_set_so(
+    strict: Shop, eo: ExactlyOnce, error: str
+) -> None:
+    with strict.outside.begin() as connection:
+        connection.execute(insert(STOCK), [{"item": 1, "amount": 9}])
+    met: list[object] = []
+
+    def take(session: Any) -> None:
+        session.execute(update(STOCK).where(STOCK.c.item == 1).values(amount=STOCK.c.amount - 1))
+
+    def do(session: Session) -> None:
+        session.execute(text("SET SESSION innodb_lock_wait_timeout = 1"))
+        session.execute(select(STOCK)).all()  # the snapshot
+        assert eo.claim(session, "handler", "A-1")
+        put(session, "before")
+        with strict.outside.connect() as other:
+            take(other)
+            if error == "snapshot":
+                other.commit()
+            try:
+                with session.begin_nested():
+                    take(session)
+            except OperationalError as caught:
+                met.append(caught)
+            other.rollback()
+        put(session, "after")
+
+    with pytest.raises(Misuse, match=r"'A-1' of 'handler'.*[Dd]o not acknowledge"):
+        run(strict, "session.begin", do)
+    assert met
+    nothing_stands(strict)
+    once_more(strict, "session.begin", eo)
+
+
+# -- what ended it without an error ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("procedure", ["gives_up", "commits"])
+@on("mariadb")
+def test_a_procedure_that_ended_the_transaction_as_the_last_thing(shop: Shop, eo: ExactlyOnce, procedure: str) -> None:
+    """Its EXIT HANDLER rolls back, as many do: the driver says that nothing is open, and COMMIT would say that all is well."""
+    mariadb_procedures(
+        shop,
+        gives_up=(
+            "() BEGIN DECLARE EXIT HANDLER FOR SQLEXCEPTION BEGIN ROLLBACK; END;"
+            " INSERT INTO staging VALUES (1); SIGNAL SQLSTATE '45000'; END"
+        ),
+        commits="() BEGIN COMMIT; END",
+    )
+
+    def do(session: Session) -> None:
+        if eo.claim(session, "handler", "A-1"):
+            put(session, "effect")
+            session.execute(text(f"CALL {procedure}()"))
+
+    with pytest.raises(Misuse, match=r"'A-1' of 'handler'.*[Dd]o not acknowledge"):
+        run(shop, "session.begin", do)
+    if procedure == "gives_up":
+        nothing_stands(shop)
+        once_more(shop, "session.begin", eo)
+    else:  # the copy finds that it was done
+        assert in_session(shop, lambda session: eo.claim(session, "handler", "A-1")) is False
+        shop.assert_kept("effect", claims=["A-1"])
+
+
+# -- what is no such error ---------------------------------------------------------------------------------------------
+
+
+def fails_in(session: Session) -> None:
+    """An error that aborts the transaction on PostgreSQL, and a statement elsewhere."""
+    session.execute(text("SELECT nothing FROM nowhere"))
+
+
+def test_the_error_itself_comes_out_where_the_caller_lets_it_out(shop: Shop, eo: ExactlyOnce) -> None:
+    def do(session: Session) -> None:
+        assert eo.claim(session, "handler", "A-1")
+        put(session, "effect")
+        fails_in(session)
+
+    with pytest.raises(DBAPIError):
+        in_session(shop, do)
+    nothing_stands(shop)
+
+
+def test_a_caller_who_rolls_back_and_runs_all_of_it_again_commits(shop: Shop, eo: ExactlyOnce) -> None:
+    def do(session: Session) -> None:
+        for last in (False, True):
+            assert eo.claim(session, "handler", "A-1")
+            put(session, "effect")
+            if not last:
+                with suppress(DBAPIError):
+                    fails_in(session)
+                session.rollback()
+
+    run(shop, "session.commit", do)
+    shop.assert_kept("effect", claims=["A-1"])
+
+
+@on("postgres")  # elsewhere such an error undoes its statement alone
+def test_a_refused_session_is_usable_after_its_rollback(shop: Shop, eo: ExactlyOnce) -> None:
+    def claims_in_vain(session: Session) -> None:
+        assert eo.claim(session, "handler", "A-1")
+        put(session, "lost")
+        with suppress(DBAPIError):
+            fails_in(session)
+
+    def claims(session: Session) -> None:
+        assert eo.claim(session, "handler", "A-1")
+        put(session, "effect")
+
+    async def awaited() -> None:
+        async with AsyncSession(shop.async_engine) as session:
+            await session.run_sync(claims_in_vain)
+            with pytest.raises(Misuse):
+                await session.commit()
+            await session.rollback()
+            await session.run_sync(claims)
+            await session.commit()
+
+    if shop.is_async:
+        shop.await_(awaited())
+    else:
+        with Session(shop.engine) as session:
+            claims_in_vain(session)
+            with pytest.raises(Misuse):
+                session.commit()
+            session.rollback()
+            claims(session)
+            session.commit()
+    shop.assert_kept("effect", claims=["A-1"])
+
+
+def test_a_transaction_without_a_claim_of_its_own_is_nobodys_business(shop: Shop, eo: ExactlyOnce) -> None:
+    def swallows(session: Session) -> None:
+        put(session, "in vain")
+        with suppress(DBAPIError):
+            fails_in(session)
+
+    def a_duplicate(session: Session) -> None:
+        assert eo.claim(session, "handler", "A-1") is False
+        swallows(session)
+
+    assert in_session(shop, lambda session: eo.claim(session, "handler", "A-1"))
+    in_session(shop, swallows)  # on the connection that the claim had
+    in_session(shop, a_duplicate)
+
+
+@on("sqlite")  # whose way to lose a transaction needs no second session
+def test_another_claim_behind_the_loss_is_refused(shop: Shop, eo: ExactlyOnce) -> None:
+    """Of a list of messages in one transaction, each in its savepoint."""
+    with shop.outside.begin() as connection:
+        connection.execute(insert(ONLY).values(text="there"))
+
+    def do(session: Session) -> None:
+        assert eo.claim(session, "handler", "A-1")
+        with suppress(IntegrityError):
+            session.execute(text(ROLLS_BACK["ON CONFLICT ROLLBACK"]))
+        for other in (eo, ExactlyOnce(group=GROUP)):
+            with pytest.raises(Misuse, match=r"'A-1' of 'handler'"):
+                other.claim(session, "handler", "A-2")
+
+    with pytest.raises(Misuse):
+        in_session(shop, do)
+    nothing_stands(shop)
+
+
+@on("postgres", "mariadb", colour="sync")  # SQLite has no two phases
+def test_a_prepared_transaction_is_refused_too(shop: Shop, eo: ExactlyOnce) -> None:
+    """Two phases: the server refuses to commit what it has not prepared."""
+    with shop.outside.begin() as connection:
+        connection.execute(insert(ONLY).values(text="there"))
+
+    with suppress(DBAPIError), Session(shop.engine, twophase=True) as session, session.begin():
+        assert eo.claim(session, "handler", "A-1")
+        put(session, "effect")
+        with suppress(IntegrityError):
+            session.execute(insert(ONLY).values(text="there"))
+    assert (shop.effects(), shop.claims()) in ((["effect"], ["A-1"]), ([], []))
