@@ -16,7 +16,6 @@ from datetime import timedelta
 from enum import Enum
 from typing import Any
 
-from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.orm import Session
 
 from exactly_once import fork
@@ -24,7 +23,7 @@ from exactly_once.dialects import ClaimRow, Dialect, Trouble
 from exactly_once.error_words import words_of
 from exactly_once.errors import LeaseLost, Misuse, RefusedResult, StoreUnavailable
 from exactly_once.guards import Consumed, Guard, Unfinished, Won
-from exactly_once.guards.watch import CUT_OFF, BrokenTransaction, Left, Watch
+from exactly_once.guards.watch import BrokenTransaction, Left, LostTransaction, Watch
 from exactly_once.leaves import leaves
 from exactly_once.stops import stops
 
@@ -149,15 +148,13 @@ def _left(
         # a hook of the user's, behind the server's answer: it is done
         return Ended(How.STOPPED, error, kept=True) if stops(error) else PROCESSED
     unsure = watch.sent and not watch.refused and not watch.committed
-    if watch.cut_off and all(isinstance(each, PendingRollbackError) for each in leaves(error)):
-        # SQLAlchemy says to roll back, which is not the handler's to do
-        error = Misuse(CUT_OFF).with_traceback(error.__traceback__)
     if not watch.sent:
         watch.ask()
+    why = watch.why(error)
     watch.end(session)
     if unsure:
         return _look_up(open_session, guard, rows, Ended(How.UNKNOWN, error, kept=True))
-    ended = _said(dialect, won, watch, error)
+    ended = _said(dialect, won, watch, error, why)
     if ended.how is not How.BROKEN and watch.rows and not watch.whole:
         ended = _stands(open_session, guard, watch, ended)
     if watch.doubtful and ended.how is not How.BROKEN:
@@ -166,21 +163,15 @@ def _left(
     return ended
 
 
-def _said(dialect: Dialect, won: Won, watch: Watch, error: BaseException) -> Ended:
+def _said(dialect: Dialect, won: Won, watch: Watch, error: BaseException, why: BaseException) -> Ended:
     """From what the watch saw, and then from what was raised."""
     stop = error if stops(error) else None
     if watch.left is Left.BROKEN:
         return _broken(watch.error or error, watch.owner, stop, block=watch.replaced or not watch.rows)
     if stop is not None:
         return Ended(How.STOPPED, stop)
-    if watch.left is Left.GONE:
-        return Ended(How.TRANSIENT, watch.error)  # it was shown that nothing was committed since
-    if watch.lost is not None:
-        # the server threw the transaction away (a deadlock): whatever the handler made of that error, try again
-        return Ended(How.TRANSIENT, watch.lost)
-    if watch.left is Left.REFUSED:
-        return Ended(How.FAILED, watch.error)  # also when the handler swallowed it, or wrapped it in its own
-    return replace(_raised(dialect, won, error), answered=watch.refused)
+    ended = _raised(dialect, won, why)
+    return replace(ended, answered=watch.refused) if why is error else ended
 
 
 def _raised(dialect: Dialect, won: Won, error: BaseException) -> Ended:
@@ -206,6 +197,8 @@ def _raised_alone(dialect: Dialect, won: Won, error: BaseException) -> Ended:
     if isinstance(error, BrokenTransaction):  # of a step; the handler may have been told to stop behind it
         stop = error.__cause__
         return _broken(error, None, stop if stop is not None and stops(stop) else None, block=True)
+    if isinstance(error, LostTransaction):
+        return Ended(How.TRANSIENT, error.error)
     if isinstance(error, RefusedResult):
         return Ended(How.REFUSED, error)
     if isinstance(error, LeaseLost):

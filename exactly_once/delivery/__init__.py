@@ -43,7 +43,7 @@ from exactly_once.outcome import Outcome
 from exactly_once.policy import Park, counts_as, retry_for, spent
 from exactly_once.steady_log import steady
 from exactly_once.steps import AsyncSteps, Steps
-from exactly_once.stops import exit_in, is_the_callers
+from exactly_once.stops import exit_in, is_the_callers, stops
 from exactly_once.store import Store
 from exactly_once.transport import Features
 from exactly_once.verdict import Redeliver
@@ -227,6 +227,8 @@ class Delivering:
                     broken = isinstance(ledger.error, BrokenTransaction)
                     if ledger.error is not None and (broken or isinstance(told, Exception)):
                         raise ledger.error from told  # what stopped a step; the handler's own may be made of it
+                    if ledger.why is not None and not stops(told):
+                        raise ledger.why from told
                 if told is not error:
                     raise told from error
                 raise

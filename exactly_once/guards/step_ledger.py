@@ -25,6 +25,7 @@ from exactly_once.leases.sql import SqlLeases
 from exactly_once.leaves import leaves
 from exactly_once.schema import STEP_BYTES
 from exactly_once.steps import Begun, coder, step_key
+from exactly_once.stops import stops
 from exactly_once.wording import escaped
 
 __all__ = ["StepLedger"]
@@ -71,6 +72,8 @@ class StepLedger:
         self._undecided: set[str] = set()
         self._running: str | None = None
         self.error: LeaseLost | StepError | BrokenTransaction | None = None
+        self.why: BaseException | None = None
+        """What ended the transaction of the last step, where that says more than what it raised; None once a step is finished."""
         self.sent = False
         """COMMIT of a step was sent, and failed: the database was there then."""
 
@@ -192,6 +195,7 @@ class StepLedger:
         return self._has_finished(begun, value)
 
     def _transacted(self, begun: Begun, work: Callable[[Any], Any]) -> bytes:
+        self.why = None
         session, handed = self._open()
         late = Late(session, self._dialect, self._held)
         result = b""
@@ -233,7 +237,7 @@ class StepLedger:
         return result
 
     def _is_committed(self, watch: Watch, error: BaseException) -> bool:
-        """Ask how the step's transaction was left.
+        """Ask how the step's transaction was left, as of an attempt: `Watch.why` says what its error means.
 
         Raises:
             BrokenTransaction: It was committed behind our back: the step is done in part, and the message is for a person.
@@ -246,6 +250,10 @@ class StepLedger:
         if watch.left is Left.BROKEN or watch.doubtful:
             self.error = BrokenTransaction(f"In a steps.transaction: {watch.error or error}")
             raise self.error from error
+        why = watch.why(error)
+        if why is not error and not stops(error):
+            # told when the handler fails: until then the error is the handler's own, who may run the step again, or do without
+            self.why = why
         return False
 
     def _worked(self, work: Callable[[Any], Any], handed: Any, session: Session) -> Any:
@@ -282,6 +290,7 @@ class StepLedger:
                 raise self._refuse(begun.name, "was recorded meanwhile, by a person or by another run. " + _REQUEUE)
 
     def _has_finished(self, begun: Begun, value: Any) -> Any:
+        self.why = None
         self._undecided.discard(begun.name)
         self._order.finish(begun.name)
         return value

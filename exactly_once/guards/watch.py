@@ -17,23 +17,25 @@ from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import ExecutionContext
+from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.orm import Session, SessionTransaction
 
 from exactly_once.dialects import ClaimRow, Dialect, Gone, State, Trace
 from exactly_once.errors import Misuse
 from exactly_once.leases import Held
+from exactly_once.leaves import leaves
 from exactly_once.redaction import redacted
 from exactly_once.stops import asked_from_outside
 from exactly_once.wording import escaped
 
 __all__ = [
-    "CUT_OFF",
     "HOME",
     "LEFT",
     "SWALLOWED",
     "WATCHED",
     "BrokenTransaction",
     "Left",
+    "LostTransaction",
     "Shut",
     "Watch",
     "begin",
@@ -65,6 +67,18 @@ _WORSE: Final = tuple(Left)
 
 class BrokenTransaction(Misuse):
     """Of a step: its transaction ended behind our back, and what came before may be committed; the message is for a person."""
+
+
+class LostTransaction(Exception):
+    """It was thrown away, with nothing of it committed: worth trying at once, whatever the handler made of the error.
+
+    Args:
+        error: What did it.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
 
 
 @dataclass(slots=True)
@@ -282,6 +296,24 @@ class Watch:
                 self.whole = bool(whole)
         except Exception:  # the connection is lost: the row tells
             return
+
+    def why(self, error: BaseException) -> BaseException:
+        """Return what ended the work, for which `error` was raised: what was seen of its transaction weighs more.
+
+        Of an attempt and of a step alike. Asked after `ask`, of what is not broken, and of nobody's stop.
+        """
+        if self.left is Left.GONE:
+            assert self.error is not None
+            return LostTransaction(self.error)  # it was shown that nothing was committed since
+        if self.lost is not None:
+            return LostTransaction(self.lost)
+        if self.left is Left.REFUSED:
+            assert self.error is not None
+            return self.error  # also when the handler swallowed it, or wrapped it in its own
+        if self.cut_off and all(isinstance(each, PendingRollbackError) for each in leaves(error)):
+            # SQLAlchemy says to roll back, which is not the handler's to do
+            return Misuse(CUT_OFF).with_traceback(error.__traceback__)
+        return error
 
     def admit(self) -> None:
         """Raise what speaks against another statement in this transaction.
