@@ -5,7 +5,7 @@ their COMMIT keeps the claim is seen to by `behind`. The facade calls it.
 """
 
 from typing import Final
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
@@ -75,9 +75,7 @@ class Claimer:
         engine = session.get_bind().engine
         dialect = self._dialects.get(engine)
         if dialect is None:
-            dialect = self._dialects[engine] = dialect_for(
-                engine, lambda: schema or schema_in(engine), durable=self._durable
-            )
+            dialect = self._dialects[engine] = self._speaking(engine, schema)
         try:
             connection = session.connection()
         except Exception as error:
@@ -158,6 +156,19 @@ class Claimer:
                 raise errors.InProgress(
                     _told(row, "is being worked on by another run: do not acknowledge the message, ask again later")
                 )
+
+    def _speaking(self, engine: Engine, schema: str | None) -> Dialect:
+        """Make what speaks to an engine. It is kept as long as the engine is, so it must not be what keeps the engine."""
+        known = ref(engine)
+
+        def named() -> str | None:
+            if schema:
+                return schema
+            used = known()
+            assert used is not None  # asked in a claim, whose session has it
+            return schema_in(used)
+
+        return dialect_for(engine, named, durable=self._durable)
 
 
 def _told(row: ClaimRow, what: str) -> str:
