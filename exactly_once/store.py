@@ -268,7 +268,8 @@ class Store:
     @cached_property
     def dialect(self) -> Dialect:
         """How this database is spoken to."""
-        return dialect_for(self.engine, lambda: self.place, durable=self._durable)
+        kept_as = f"{self.schema} {self.pooler}"
+        return dialect_for(self.engine, lambda: self.place, durable=self._durable, kept_as=kept_as)
 
     @cached_property
     def place(self) -> str | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
+from sys import intern
 from typing import Any, Final, NamedTuple, Protocol
 
 from sqlalchemy import Connection, Engine, Insert, Update
@@ -156,6 +157,12 @@ class Dialect(Protocol):
     """One database server through one driver. `dbapi` is SQLAlchemy's `dbapi_connection`, adapted where it is async."""
 
     name: str
+    kept_as: str
+    """Under which name `prepare` remembers in a connection's `info` what it saw.
+
+    It tells the settings that decide on that, and no more: what is remembered refers to no application, and however many there
+    are on one engine, one after the other, they find it there.
+    """
     asks_around_calls: bool
     """A statement whose text is not there to read can end the transaction unseen."""
     learns: bool
@@ -174,7 +181,7 @@ class Dialect(Protocol):
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
         """Look once at a connection we have not seen: refuse what cannot be claimed on, remember what later statements need.
 
-        Once for each dialect that claims on it. What is learnt already is not asked again.
+        Once for each `kept_as`. What is learnt already is not asked again.
         """
 
     def strange(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
@@ -433,13 +440,16 @@ def steps_of(table: str) -> str:
     return table.removesuffix("message_idempotent") + "message_step"
 
 
-def dialect_for(engine: Engine, schema: Callable[[], str | None], *, durable: bool = True) -> Dialect:
+def dialect_for(
+    engine: Engine, schema: Callable[[], str | None], *, durable: bool = True, kept_as: str = ""
+) -> Dialect:
     """Return the dialect that speaks to `engine`'s server through its driver.
 
     Args:
         engine: Of the application, or ours.
         schema: Names the database schema of our tables; asked at the first claim, and may connect for it.
         durable: Commits wait for the disk, whatever the session says.
+        kept_as: Tells the settings under which connections are looked at; see `Dialect.kept_as`.
 
     Raises:
         ConfigurationError: The driver was never tried; a claim through it might not be recognised as a duplicate.
@@ -461,7 +471,7 @@ def dialect_for(engine: Engine, schema: Callable[[], str | None], *, durable: bo
         named = schema()
         return f"{quote(named)}.message_idempotent" if named else "message_idempotent"
 
-    return make(table, durable=durable)
+    return make(table, durable=durable, kept_as=intern(f"exactly_once.seen {kept_as} {durable}"))
 
 
 def lease_claims_for(dialect: Dialect) -> LeaseClaims:

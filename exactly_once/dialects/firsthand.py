@@ -73,7 +73,7 @@ def _is_made(connection: Connection, since: int) -> bool:
 def is_changed(dialect: Dialect, connection: Connection, since: int) -> bool:
     """Say whether a connection is to be thrown away before it is used: it is not what it was, or nobody knows what it was."""
     info = connection.info
-    if dialect in info:
+    if dialect.kept_as in info:
         return dialect.strange(connection.connection.dbapi_connection, info)
     return dialect.learns and LEARNT not in info and not is_firsthand(connection, since)
 
@@ -97,7 +97,7 @@ def ready(dialect: Dialect, connection: Connection, *, wait_ms: int, since: int)
         return None
     dbapi: Any = connection.connection.dbapi_connection
     info: MutableMapping[Any, Any] = connection.info
-    if dialect in info:
+    if dialect.kept_as in info:
         return not _is_made(connection, since)
     forked_engines.used(connection.engine, connection.connection)
     if not dialect.learns or is_firsthand(connection, since):

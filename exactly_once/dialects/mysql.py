@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Final
 
 from sqlalchemy import Connection, Insert, Update
@@ -74,6 +74,7 @@ __all__ = [
     "UNTRACE",
     "MySQL",
     "Seen",
+    "bound",
     "busy_of",
     "digits",
     "errno",
@@ -225,7 +226,7 @@ class Seen:
     """What a connection told when we first saw it."""
 
     bound: str
-    """Bounds one statement's wait for locks; empty where only the session can be bound."""
+    """Bounds the wait for locks of a statement beside the claim; empty where only the session can be bound."""
     rollback_on_timeout: bool
     compound: bool
     """Several statements can be sent as one."""
@@ -246,8 +247,8 @@ class MySQL:
     asks_around_calls = True
     learns = True
 
-    def __init__(self, table: Callable[[], str], *, durable: bool = True) -> None:
-        self._table = table
+    def __init__(self, table: Callable[[], str], *, durable: bool, kept_as: str) -> None:
+        self._table, self.kept_as = table, kept_as
 
     @cached_property
     def table(self) -> str:
@@ -313,8 +314,8 @@ class MySQL:
             ansi_quotes="ANSI" in str(modes), version=_version(str(version))
         )
         compound = is_mariadb and "ORACLE" not in str(modes)  # which has another grammar
-        info[self] = Seen(
-            bound=BOUND.replace("{seconds}", f"{seconds:d}") if is_mariadb else "",
+        info[self.kept_as] = Seen(
+            bound=_bound(seconds) if is_mariadb else "",
             rollback_on_timeout=bool(rollback_on_timeout),
             compound=compound,
             clock=(CLOCK,) if compound else (),
@@ -332,9 +333,9 @@ class MySQL:
         self, dbapi: Any, info: MutableMapping[Any, Any], row: ClaimRow, *, wait_ms: int, savepoint: bool
     ) -> bool:
         refuse_autocommit(dbapi)
-        seen: Seen = info[self]
+        seen: Seen = info[self.kept_as]
         # the caller commits by themselves, and could finish nothing
-        insert = seen.bound + self._claim.replace("{status}", "1" if savepoint else "2")
+        insert = bound(seen, wait_ms) + self._claim.replace("{status}", "1" if savepoint else "2")
         values = (
             *identity(row), digits(row.message_id), digits(row.content), row.fingerprint.hex(), row.attempt - 1, row.owner,
             None if row.born_at is None else row.born_at.astimezone(UTC).replace(tzinfo=None),
@@ -360,7 +361,7 @@ class MySQL:
             cursor.close()
 
     def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
-        seen: Seen = info[self]
+        seen: Seen = info[self.kept_as]
         # START TRANSACTION would commit what a hook of the user's has written in this transaction already
         first = [BEGIN] if self.state(dbapi) is State.IDLE else []
         values: list[Any] = []
@@ -382,7 +383,7 @@ class MySQL:
         trace: Trace | None,
         send_commit: Callable[[], None],
     ) -> None:
-        seen: Seen = info[self]
+        seen: Seen = info[self.kept_as]
         release = f"RELEASE SAVEPOINT {savepoint_of(owner)}"
         finish, values = self._finishing(owner, rows, trace)
         count = len(rows) + (trace is not None)
@@ -417,7 +418,7 @@ class MySQL:
         return _released(dbapi, savepoint_of(owner))
 
     def before_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> Any:
-        seen: Seen = info[self]
+        seen: Seen = info[self.kept_as]
         cursor = dbapi.cursor()
         try:
             together(cursor, seen, f"SAVEPOINT {_inner(owner)}", seen.commits)
@@ -438,7 +439,7 @@ class MySQL:
     def committed_since(self, dbapi: Any, info: MutableMapping[Any, Any], before: Any) -> bool | None:
         if before is None:
             return None
-        seen: Seen = info[self]
+        seen: Seen = info[self.kept_as]
         cursor = dbapi.cursor()
         try:
             cursor.execute(seen.commits)
@@ -521,7 +522,7 @@ class MySQL:
         cursor = dbapi.cursor()
         try:
             cursor.execute(LIMIT)
-            return cursor.fetchone()[0] not in (0, *info[self].limit)
+            return cursor.fetchone()[0] not in (0, *info[self.kept_as].limit)
         except ValueError:  # in a character set of results that was left there a number cannot be read
             return True
         finally:
@@ -537,12 +538,22 @@ class MySQL:
         code = errno(error)
         if code is None:
             return isinstance(error, _GONE)  # a broken connection as asyncmy's streams raise it
-        return code in _LOST or (code == _LOCK_WAIT and info[self].rollback_on_timeout)
+        return code in _LOST or (code == _LOCK_WAIT and info[self.kept_as].rollback_on_timeout)
 
     def read(self, dbapi: Any, info: MutableMapping[Any, Any], statement: str) -> Read:
-        plain, escaped = info[self].readers
+        plain, escaped = info[self.kept_as].readers
         read: Callable[[str], Read] = plain if _driver(dbapi).server_status & _NO_BACKSLASH_ESCAPES else escaped
         return read(statement)
+
+
+def bound(seen: Seen, wait_ms: int) -> str:
+    """Bound one statement's wait for locks, in whole seconds; nothing where only the session can be bound."""
+    return _bound(-(-wait_ms // 1000)) if seen.bound else ""
+
+
+@lru_cache(maxsize=64)
+def _bound(seconds: int) -> str:
+    return BOUND.replace("{seconds}", f"{seconds:d}")
 
 
 def together(cursor: Any, seen: Seen, *statements: str, values: Sequence[Any] = ()) -> None:

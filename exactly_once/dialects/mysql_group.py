@@ -11,7 +11,7 @@ from datetime import UTC
 from typing import Any, Final
 
 from exactly_once.dialects import ClaimRow, Dialect, Known
-from exactly_once.dialects.mysql import BOUND, KEY, Seen, busy_of, digits, identity, refuse_autocommit, together
+from exactly_once.dialects.mysql import KEY, Seen, bound, busy_of, digits, identity, refuse_autocommit, together
 from exactly_once.owner import savepoint_of
 
 __all__ = ["CLAIM", "KNOWN", "ROW", "Claims"]
@@ -52,8 +52,8 @@ class Claims:
         """See `GroupClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
         refuse_autocommit(dbapi)
         # in whole seconds; where the session alone can be bound, its bound holds here too
-        seen: Seen = info[self._dialect]
-        bound = BOUND.replace("{seconds}", f"{-(-wait_ms // 1000):d}") if seen.bound else ""
+        seen: Seen = info[self._dialect.kept_as]
+        bounded = bound(seen, wait_ms)
         group, handler, _ = identity(rows[0])
         keys = [row.key.encode().hex() for row in rows]
         values: list[Any] = []
@@ -62,10 +62,10 @@ class Claims:
             values += (group, handler, key, digits(row.message_id), row.fingerprint.hex(), row.attempt - 1, owner, born)
         cursor = dbapi.cursor()
         try:
-            insert = bound + self._claim.replace("{rows}", ",".join([ROW] * len(rows)))
+            insert = bounded + self._claim.replace("{rows}", ",".join([ROW] * len(rows)))
             together(cursor, seen, *seen.clock, insert, f"SAVEPOINT {savepoint_of(owner)}", values=values)
             wanted = " UNION ALL ".join([KEY] * len(keys))
-            cursor.execute(bound + self._known.replace("{keys}", wanted), (*keys, group, handler))
+            cursor.execute(bounded + self._known.replace("{keys}", wanted), (*keys, group, handler))
             found = cursor.fetchall()
         except Exception as error:
             if (busy := busy_of(error)) is not None:

@@ -10,7 +10,7 @@ from datetime import UTC, timedelta
 from typing import Any, Final
 
 from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Leased, StepRow, steps_of
-from exactly_once.dialects.mysql import DUPLICATE, busy_of, digits, errno, identity
+from exactly_once.dialects.mysql import DUPLICATE, bound, busy_of, digits, errno, identity
 from exactly_once.mysql_clock import CLOCK_IS_RIGHT, RIGHT_CLOCK
 from exactly_once.mysql_committed import COMMITTED_ALONE
 from exactly_once.schema import UNFINISHED
@@ -74,7 +74,7 @@ class Claims:
         steps: bool,
     ) -> Leased:
         """See `LeaseClaims.claim`. A crash before COMMIT leaves nothing; one after it the claim, until its lease ends."""
-        bound = info[self._dialect].bound
+        bounded = bound(info[self._dialect.kept_as], wait_ms)
         named = identity(row)
         microseconds = lease // timedelta(microseconds=1)
         born = None if row.born_at is None else row.born_at.astimezone(UTC).replace(tzinfo=None)
@@ -83,10 +83,10 @@ class Claims:
         cursor = dbapi.cursor()
         try:
             try:
-                cursor.execute(bound + self._claim, claimed)
+                cursor.execute(bounded + self._claim, claimed)
                 if not cursor.rowcount:  # with the clock as somebody left it; the next statements go by it, too
                     cursor.execute(RIGHT_CLOCK)
-                    cursor.execute(bound + self._claim, claimed)
+                    cursor.execute(bounded + self._claim, claimed)
                 recorded = self._recorded(cursor, named) if steps else ()  # of a claim that was taken away by hand
                 dbapi.commit()
                 return Leased(True, False, row.fingerprint, 1, lease, recorded)
@@ -98,7 +98,7 @@ class Claims:
             if found is not None and _free(found):
                 dbapi.rollback()
                 taken = (digits(row.message_id), fingerprint, row.owner, token, microseconds)
-                cursor.execute(bound + self._take, (*taken, *named, fingerprint, also.hex()))
+                cursor.execute(bounded + self._take, (*taken, *named, fingerprint, also.hex()))
                 dbapi.commit()
                 # a crash before the trace is looked for: the lease runs out, and the next claim asks
                 found = self._looked(cursor, named)

@@ -200,8 +200,8 @@ class PostgreSQL:
     asks_around_calls = False
     learns = True
 
-    def __init__(self, table: Callable[[], str], *, durable: bool = True) -> None:
-        self._table, self.durable = table, DURABLE.encode() if durable else b""
+    def __init__(self, table: Callable[[], str], *, durable: bool, kept_as: str) -> None:
+        self._table, self.durable, self.kept_as = table, DURABLE.encode() if durable else b"", kept_as
         self._compiled: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
     @cached_property
@@ -250,7 +250,7 @@ class PostgreSQL:
             )
         learnt = told or self.learn(dbapi)
         begin = driver.pgconn.transaction_status == TransactionStatus.IDLE
-        info[self] = Seen(
+        info[self.kept_as] = Seen(
             # by default, so that it follows the server's configuration
             own_wait=b"DEFAULT" if link.pooled or learnt.waits == learnt.waits_by_default else b"%s" % learnt.waits,
             role=Escaping(driver.pgconn).escape_literal(b"none" if link.pooled or not learnt.role else learnt.role),
@@ -263,7 +263,7 @@ class PostgreSQL:
 
     def strange(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
         driver = driver_of(dbapi)
-        return bool(driver.autocommit) or _encoding(driver) != info[self].encoding
+        return bool(driver.autocommit) or _encoding(driver) != info[self.kept_as].encoding
 
     def _is_prepared(self, driver: Any) -> bool:
         try:
@@ -282,7 +282,7 @@ class PostgreSQL:
         driver = driver_of(dbapi)
         _refuse_autocommit(driver)
         pgconn = driver.pgconn
-        seen: Seen = info[self]
+        seen: Seen = info[self.kept_as]
         begin = pgconn.transaction_status == TransactionStatus.IDLE
         quote = Escaping(pgconn).escape_literal
         values = (
@@ -330,7 +330,7 @@ class PostgreSQL:
 
     def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
         driver = driver_of(dbapi)
-        send(driver, opening(driver, info[self]))
+        send(driver, opening(driver, info[self.kept_as]))
         listen(driver)
 
     def commit(
@@ -422,9 +422,9 @@ class PostgreSQL:
         text, given = str(compiled), compiled.construct_params(values)
         first, last = b"", []
         if not driver.autocommit:  # else it is a statement by itself, in no handler's transaction
-            if self not in connection.info:  # of a duplicate: nothing was claimed on it
+            if self.kept_as not in connection.info:  # of a duplicate: nothing was claimed on it
                 self.prepare(connection.connection.dbapi_connection, connection.info, wait_ms=0)
-            seen: Seen = connection.info[self]
+            seen: Seen = connection.info[self.kept_as]
             first, last = IN_OUR_NAME[0].replace("{role}", "%s").encode() % seen.role, [IN_OUR_NAME[1].encode()]
         cursor = (AsyncClientCursor if isinstance(driver, AsyncConnection) else ClientCursor)(driver)
         try:
@@ -450,7 +450,7 @@ class PostgreSQL:
     def limit_was_left(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
         results = send(driver_of(dbapi), b"ROLLBACK;" + LIMIT.encode())
         # 0: none of the session's, so it was a hook's, by SET LOCAL
-        return results[-1].get_value(0, 0) not in (b"0", info[self].limit)
+        return results[-1].get_value(0, 0) not in (b"0", info[self.kept_as].limit)
 
     def unstorable(self, error: BaseException) -> bool:
         return _sqlstate(error) in _UNSTORABLE

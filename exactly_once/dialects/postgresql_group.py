@@ -56,7 +56,7 @@ class Claims:
     ) -> Mapping[str, Known | None]:
         """See `GroupClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
         driver = driver_of(dbapi)
-        seen: Seen = info[self._dialect]
+        seen: Seen = info[self._dialect.kept_as]
         # else a hook of the user's has sent something, and the driver has begun
         begins = driver.pgconn.transaction_status == TransactionStatus.IDLE
         quote = Escaping(driver.pgconn).escape_literal

@@ -87,7 +87,7 @@ class Claims:
         born_at = b"NULL" if row.born_at is None else b"timestamptz " + quote(row.born_at.isoformat().encode())
         claim = self._claim % (*identity, *run, born_at)
         take = self._take % (*run, *identity, _bytea(row.fingerprint), _bytea(also))
-        seen: Seen = info[self._dialect]
+        seen: Seen = info[self._dialect.kept_as]
         read = self._look % identity + (self._steps % identity if steps else b"")
         text = _BEGIN % wait_ms + self._dialect.durable + seen.settings + claim + take + read + b"COMMIT"
         try:

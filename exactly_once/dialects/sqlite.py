@@ -81,8 +81,8 @@ class SQLite:
     asks_around_calls = False
     learns = False
 
-    def __init__(self, table: Callable[[], str], *, durable: bool = True) -> None:
-        self._table, self._durable = table, durable
+    def __init__(self, table: Callable[[], str], *, durable: bool, kept_as: str) -> None:
+        self._table, self._durable, self.kept_as = table, durable, kept_as
 
     @cached_property
     def table(self) -> str:
@@ -107,7 +107,7 @@ class SQLite:
         if hasattr(driver, "_tx") and not hasattr(driver, _UNDER_WAY):
             setattr(driver, _UNDER_WAY, 0)
             driver._execute = _counting(driver, driver._execute)  # noqa: SLF001
-        info[self] = True
+        info[self.kept_as] = True
 
     def strange(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
         return False

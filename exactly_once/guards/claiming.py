@@ -93,7 +93,7 @@ class Claimer:
         else:
             behind.admit(connection)
         try:
-            if dialect not in info or dialect.strange(dbapi, info):
+            if dialect.kept_as not in info or dialect.strange(dbapi, info):
                 forked_engines.used(engine, connection.connection)
                 if self._pooler:
                     info[SAID] = True
@@ -168,7 +168,7 @@ class Claimer:
             assert used is not None  # asked in a claim, whose session has it
             return schema_in(used)
 
-        return dialect_for(engine, named, durable=self._durable)
+        return dialect_for(engine, named, durable=self._durable, kept_as=f"claim {schema} {self._pooler}")
 
 
 def _told(row: ClaimRow, what: str) -> str:

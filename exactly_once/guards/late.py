@@ -86,14 +86,14 @@ class Late:
         """
         dialect, dbapi, info = self._dialect, connection.connection.dbapi_connection, connection.info
         try:
-            if dialect not in info and (wrong := elsewhere(self._session, connection)) is not None:
+            if (wrong := elsewhere(self._session, connection)) is not None:
                 raise Misuse(wrong)  # noqa: TRY301
             used = ready(dialect, connection, wait_ms=WAIT_MS, since=since)
             if used is None:
                 if exchange:
                     _exchange(connection)
                     return False
-                if dialect not in info:
+                if dialect.kept_as not in info:
                     forked_engines.used(connection.engine, connection.connection)
                     dialect.prepare(dbapi, info, wait_ms=WAIT_MS)
             try:

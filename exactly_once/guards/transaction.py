@@ -158,7 +158,7 @@ class TransactionGuard:
         try:
             # first, so that SQLAlchemy knows of the transaction we begin below it; costs no round trip
             connection = session.connection()
-            if dialect not in connection.info and (wrong := elsewhere(session, connection)) is not None:
+            if (wrong := elsewhere(session, connection)) is not None:
                 raise Misuse(wrong)  # noqa: TRY301
             while (used := ready(dialect, connection, wait_ms=self._wait_ms, since=since)) is None:
                 # whoever had it may have changed it in a way that would store a key as another one

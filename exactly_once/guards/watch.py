@@ -461,9 +461,10 @@ def let_go(session: Session) -> None:
 
 
 def elsewhere(session: Session, connection: Connection) -> str | None:
-    """Say what is wrong with a connection that is of no engine of the store's: get_bind() chose it. Asked once a connection.
+    """Say what is wrong with a connection that is of no engine of the store's: get_bind() chose it.
 
-    Failures, the pump and what is looked up are the store's; a claim in another database would be seen by none of them.
+    Failures, the pump and what is looked up are the store's; a claim in another database would be seen by none of them. Asked of
+    each message's: that the connection was claimed on before may have been for an application whose engine this is.
     """
     home: Engine = session.info.get(HOME, connection.engine)
     if home.dialect is connection.engine.dialect:

@@ -6,18 +6,24 @@ The kind: something is remembered of an engine or of its connections, and what i
 
 import gc
 from collections.abc import Iterator
-from typing import Any
+from datetime import timedelta
+from time import monotonic
+from typing import Any, ClassVar
 from weakref import ref
 
 import pytest
 from sqlalchemy import Engine, create_engine, make_url
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, sessionmaker
 
-from exactly_once import ExactlyOnce, Outcome
+from exactly_once import ExactlyOnce, InProgress, Outcome
+from exactly_once.leases import renewal
+from exactly_once.store import Store
 from tests.integration.shop import _ASYNC, COLOURS, DIALECTS, GROUP, Shop, order, put, shops
+from tests.integration.threads import until
+from tests.integration.ways import WAYS, Way
 
-P = Outcome.PROCESSED
+P, F = Outcome.PROCESSED, Outcome.FAILED
 MANY = 6
 
 
@@ -111,3 +117,83 @@ def test_the_connections_of_an_engine_that_was_dropped_are_ended(
             del engine
         gc.collect()
         assert open_now(shop) - before <= 1
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_an_application_of_each_request_is_let_go_of(shop: Shop, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(renewal, "_IDLE_S", 0.05)  # what renews leases ends by itself, once there are none for a while
+    known: list[ref[Any]] = []
+    sizes = []
+    for no in range(MANY):
+        eo = shop.fresh_eo()
+        way.handles(shop, lambda session, no: put(session, str(no)))
+        assert way.deliver(shop, [order(no)]) == [P]
+        known += [ref(eo), ref(the_store(eo)), ref(the_store(eo).dialect)]
+        sizes.append(len(remembered(shop)))
+        del eo
+    shop.fresh_eo()
+
+    def kept() -> list[Any]:
+        gc.collect()
+        return [found for each in known if (found := each()) is not None]
+
+    until(lambda: not kept(), "they are let go of")
+    assert sizes == sizes[:1] * MANY
+
+
+def the_store(eo: ExactlyOnce) -> Store:
+    (store,) = eo.stores.values()
+    return store
+
+
+def remembered(shop: Shop) -> list[Any]:
+    """The names under which something is kept of the pool's connection."""
+    if not shop.is_async:
+        with shop.engine.connect() as connection:
+            return list(connection.info)
+
+    async def aremembered() -> list[Any]:
+        async with shop.async_engine.connect() as connection:
+            return list((await connection.get_raw_connection()).info)
+
+    found: list[Any] = shop.await_(aremembered())
+    return found
+
+
+class Routing(Session):
+    """Sends each session where the class says, whichever engine its maker was given."""
+
+    to: ClassVar[Engine]
+
+    def get_bind(self, *_: Any, **__: Any) -> Engine:
+        return self.to
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_connection_that_another_application_has_claimed_on_is_not_taken_for_ones_own(
+    request: pytest.FixtureRequest, dialect: str, way: Way
+) -> None:
+    for here in shops(request, dialect, "sync"):
+        for there in shops(request, dialect, "sync"):
+            way.handles(there, lambda session, no: put(session, str(no)))
+            assert way.deliver(there, [order(1)]) == [P]
+            Routing.to = there.engine
+            here.fresh_eo(sessionmaker(here.engine, class_=Routing))
+            way.handles(here, lambda session, no: put(session, str(no)))
+            assert way.deliver(here, [order(2)]) == [F]
+            assert (here.effects(), there.effects(), there.claims()) == ([], ["1"], ["1"])
+
+
+def test_each_claim_of_mariadb_waits_as_long_as_it_says(request: pytest.FixtureRequest) -> None:
+    for shop in shops(request, "mariadb", "sync"):
+        waited = []
+        with shop.outside.connect() as other:
+            assert ExactlyOnce(group=GROUP).claim(Session(other), "handler", "A-1")
+            eo = ExactlyOnce(group=GROUP)
+            for wait in (1, 3, 1):
+                began = monotonic()
+                with Session(shop.engine) as session, pytest.raises(InProgress):
+                    eo.claim(session, "handler", "A-1", claim_wait=timedelta(seconds=wait))
+                waited.append(round(monotonic() - began))
+        assert waited == [1, 3, 1]
