@@ -178,10 +178,16 @@ class Dialect(Protocol):
     def learn(self, dbapi: Any) -> Any:
         """Ask a connection for what others may change in it; where `learns`, the answer is kept in its `info` under `LEARNT`."""
 
-    def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
+    def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int, varies: bool = False) -> None:
         """Look once at a connection we have not seen: refuse what cannot be claimed on, remember what later statements need.
 
         Once for each `kept_as`. What is learnt already is not asked again.
+
+        Args:
+            dbapi: The driver's connection.
+            info: The connection's.
+            wait_ms: The longest that a claim waits.
+            varies: The application sets its connections anew as they are taken: what is learnt now need not hold later.
         """
 
     def strange(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:

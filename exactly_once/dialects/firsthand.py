@@ -18,7 +18,7 @@ from exactly_once.dialects import LEARNT, Dialect, Trouble
 from exactly_once.fork import engines as forked_engines
 from exactly_once.interrupted import interrupted
 
-__all__ = ["is_changed", "is_firsthand", "kept_firsthand", "moment", "ready", "watch_pool"]
+__all__ = ["is_changed", "is_firsthand", "kept_firsthand", "moment", "ready", "varies", "watch_pool"]
 
 _FIRSTHAND: Final = "exactly_once.firsthand"
 """In the `info` of a connection that nobody has given back yet, but we."""
@@ -65,6 +65,21 @@ def kept_firsthand(connection: Connection) -> None:
         connection.info[_BY_US] = True
 
 
+def varies(connection: Connection) -> bool:
+    """Say whether listeners of the application's can set this connection anew for each transaction, by what the next one is for.
+
+    A role of each tenant, a time limit of each kind of work: what is learnt of such a connection holds for one transaction. Asked
+    once a connection, so a listener that is added later counts for those that are made after it.
+    """
+    pool, engine = connection.engine.pool.dispatch, connection.engine.dispatch
+    listened = (pool.checkout, pool.checkin, pool.reset, engine.engine_connect, engine.begin)
+    return any(not _is_ours(listener) for listeners in listened for listener in listeners)
+
+
+def _is_ours(listener: object) -> bool:
+    return str(getattr(listener, "__module__", "")).partition(".")[0] == "exactly_once"
+
+
 def _is_made(connection: Connection, since: int) -> bool:
     made: int = connection.info.get(_MADE, 0)
     return made > since
@@ -103,10 +118,10 @@ def ready(dialect: Dialect, connection: Connection, *, wait_ms: int, since: int)
     if not dialect.learns or is_firsthand(connection, since):
         if dialect.learns:
             info[LEARNT] = dialect.learn(dbapi)
-        dialect.prepare(dbapi, info, wait_ms=wait_ms)
+        dialect.prepare(dbapi, info, wait_ms=wait_ms, varies=varies(connection))
         return False
     try:  # another application of this process has learnt from it, and others have had it since
-        dialect.prepare(dbapi, info, wait_ms=wait_ms)
+        dialect.prepare(dbapi, info, wait_ms=wait_ms, varies=varies(connection))
     except Exception as error:
         if dialect.trouble(error) is Trouble.UNAVAILABLE or interrupted(error):
             raise

@@ -289,7 +289,7 @@ class MySQL:
         finally:
             cursor.close()
 
-    def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
+    def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int, varies: bool = False) -> None:
         refuse_autocommit(dbapi)
         seconds = max(1, -(-wait_ms // 1000))
         version, rollback_on_timeout, modes, *limit = info.get(LEARNT) or self.learn(dbapi)

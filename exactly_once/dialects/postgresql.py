@@ -36,6 +36,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.util import await_only
 
 from exactly_once.dialects import LEARNT, ClaimBusy, ClaimRow, Gone, Known, State, Trace, Trouble
+from exactly_once.dialects.firsthand import varies
 from exactly_once.dialects.keywords import Read, reader
 from exactly_once.dialects.statements import POSTGRESQL
 from exactly_once.drivers_own import original
@@ -52,12 +53,14 @@ __all__ = [
     "IN_OUR_NAME",
     "KNOWN",
     "LOOK",
+    "OWN_ROLE",
     "PostgreSQL",
     "Seen",
     "bounded",
     "busy_of",
     "driver_of",
     "listen",
+    "opened",
     "opening",
     "send",
     "template",
@@ -96,6 +99,14 @@ IN_OUR_NAME: Final = (
         " pg_catalog.set_config('role', {role}, true);"
     ),
     ";SELECT pg_catalog.set_config('role', pg_catalog.current_setting('exactly_once.role'), true)",
+)
+# where the application sets a role anew for each transaction, what is ours is what this one began with; kept in it
+OWN_ROLE: Final = (
+    "SELECT pg_catalog.set_config('exactly_once.own_role', pg_catalog.current_setting('role'), true);",
+    (
+        "coalesce(nullif(pg_catalog.current_setting('exactly_once.own_role', true), ''),"
+        " pg_catalog.current_setting('role'))"
+    ),
 )
 # for a statement with keys: the handler may have set what its own statements speak
 IN_UTF8: Final = (
@@ -176,6 +187,8 @@ class _Learnt(NamedTuple):
     durable: bytes | None
     limit: bytes | None
     encoding: bytes | None
+    open: bool
+    """In a transaction that others had begun: it may have been told what they had set for it alone."""
 
 
 @dataclass(slots=True)
@@ -184,13 +197,21 @@ class Seen:
 
     own_wait: bytes
     role: bytes
+    """An expression: the role of what is written in our name."""
     prepared: bool
     encoding: bytes | None
     """What the connection spoke then."""
     limit: bytes | None
     """The longest that a statement may take."""
     settings: bytes
-    """What goes with BEGIN behind a pooler, see `Link.settings`."""
+    """What goes with BEGIN: see `Link.settings`, and `vary`."""
+    varies: bool = False
+    """Role and bound are another transaction's in the next one: each keeps what it began with, and finds it again there."""
+
+    def vary(self) -> None:
+        """Believe no more what was learnt of role and bound: the application sets them anew for a transaction."""
+        if not self.varies:
+            self.varies, self.role, self.settings = True, _OWN_ROLE, self.settings + _KEEP_ROLE
 
 
 class PostgreSQL:
@@ -232,9 +253,9 @@ class PostgreSQL:
         begin = driver.pgconn.transaction_status == TransactionStatus.IDLE
         results = send(driver, b"BEGIN;" + LOOK.encode() + b";ROLLBACK" if begin else LOOK.encode())
         waits, waits_by_default, role, durable, limit = (results[1 if begin else 0].get_value(0, n) for n in range(5))
-        return _Learnt(waits, waits_by_default, role, durable, limit, _encoding(driver))
+        return _Learnt(waits, waits_by_default, role, durable, limit, _encoding(driver), not begin)
 
-    def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
+    def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int, varies: bool = False) -> None:
         from exactly_once.dialects.postgresql_pooler import look
 
         driver = driver_of(dbapi)
@@ -250,16 +271,19 @@ class PostgreSQL:
             )
         learnt = told or self.learn(dbapi)
         begin = driver.pgconn.transaction_status == TransactionStatus.IDLE
-        info[self.kept_as] = Seen(
+        varies = varies or learnt.open
+        durable = self.durable if varies else b"SET LOCAL synchronous_commit = on;"
+        seen = info[self.kept_as] = Seen(
             # by default, so that it follows the server's configuration
             own_wait=b"DEFAULT" if link.pooled or learnt.waits == learnt.waits_by_default else b"%s" % learnt.waits,
             role=Escaping(driver.pgconn).escape_literal(b"none" if link.pooled or not learnt.role else learnt.role),
             prepared=begin and driver.prepare_threshold is not None and self._is_prepared(driver),
             encoding=learnt.encoding,
             limit=learnt.limit,
-            settings=link.settings
-            + (b"SET LOCAL synchronous_commit = on;" if learnt.durable == b"off" and self.durable else b""),
+            settings=link.settings + (durable if learnt.durable == b"off" and self.durable else b""),
         )
+        if varies:
+            seen.vary()
 
     def strange(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
         driver = driver_of(dbapi)
@@ -301,11 +325,13 @@ class PostgreSQL:
             name = savepoint_of(row.owner).encode()
             save, release = b"SAVEPOINT %s;" % name, b";RELEASE SAVEPOINT %s" % name
         durable = self.durable if savepoint else b""
-        if begin:
-            first = opening(driver, seen) + durable + save + _BOUND % wait_ms
+        first = opening(driver, seen) if begin else b"" if savepoint else opened(seen)
+        if begin and not seen.varies:
+            first += durable + save + _BOUND % wait_ms
             last = _UNBOUND % seen.own_wait + release
         else:
-            first, last = durable + save + _BOUND_IN_OPEN % wait_ms, _UNBOUND_IN_OPEN + release
+            first += durable + save + _BOUND_IN_OPEN % wait_ms
+            last = _UNBOUND_IN_OPEN + release
         # a prepared statement is the connection's: in a transaction that is open already, a lost one would abort it
         prepared = begin and seen.prepared
         text = first + (self._prepared[1] if prepared else self._claim) % values + last
@@ -330,7 +356,10 @@ class PostgreSQL:
 
     def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
         driver = driver_of(dbapi)
-        send(driver, opening(driver, info[self.kept_as]))
+        seen: Seen = info[self.kept_as]
+        if driver.pgconn.transaction_status != TransactionStatus.IDLE:  # a hook of the user's has sent something
+            seen.vary()
+        send(driver, opening(driver, seen))
         listen(driver)
 
     def commit(
@@ -423,7 +452,8 @@ class PostgreSQL:
         first, last = b"", []
         if not driver.autocommit:  # else it is a statement by itself, in no handler's transaction
             if self.kept_as not in connection.info:  # of a duplicate: nothing was claimed on it
-                self.prepare(connection.connection.dbapi_connection, connection.info, wait_ms=0)
+                used = connection.connection.dbapi_connection
+                self.prepare(used, connection.info, wait_ms=0, varies=varies(connection))
             seen: Seen = connection.info[self.kept_as]
             first, last = IN_OUR_NAME[0].replace("{role}", "%s").encode() % seen.role, [IN_OUR_NAME[1].encode()]
         cursor = (AsyncClientCursor if isinstance(driver, AsyncConnection) else ClientCursor)(driver)
@@ -519,6 +549,12 @@ def opening(driver: Any, seen: Seen) -> bytes:
     return _begin(driver) + seen.settings
 
 
+def opened(seen: Seen) -> bytes:
+    """The same where a listener or a hook of the application's has begun it: what they set for it is what it began with."""
+    seen.vary()
+    return _KEEP_ROLE
+
+
 def bounded(text: bytes, seen: Seen, wait_ms: int, *, begins: bool = True) -> bytes:
     """Bound the lock waits of a statement; the handler finds the session's own bound again.
 
@@ -528,7 +564,7 @@ def bounded(text: bytes, seen: Seen, wait_ms: int, *, begins: bool = True) -> by
         wait_ms: The bound.
         begins: It is the first in a transaction of ours; else somebody may have set a bound in it before.
     """
-    if not begins:
+    if seen.varies or not begins:
         return _BOUND_IN_OPEN % wait_ms + text + _UNBOUND_IN_OPEN
     return _BOUND % wait_ms + text + _UNBOUND % seen.own_wait
 
@@ -562,6 +598,8 @@ _BOUND: Final = BOUND[0].replace("{wait_ms}", "%d").encode()
 _UNBOUND: Final = template(BOUND[1], ("own_wait",))
 _BOUND_IN_OPEN: Final = BOUND_IN_OPEN[0].replace("{wait_ms}", "%d").encode()
 _UNBOUND_IN_OPEN: Final = BOUND_IN_OPEN[1].encode()
+_KEEP_ROLE: Final = OWN_ROLE[0].encode()
+_OWN_ROLE: Final = OWN_ROLE[1].encode()
 
 
 def driver_of(dbapi: Any) -> Any:

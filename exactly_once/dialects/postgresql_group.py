@@ -13,7 +13,7 @@ from psycopg import errors
 from psycopg.pq import Escaping, TransactionStatus
 
 from exactly_once.dialects import ClaimRow, Dialect, Known
-from exactly_once.dialects.postgresql import Seen, bounded, busy_of, driver_of, listen, opening, send, template
+from exactly_once.dialects.postgresql import Seen, bounded, busy_of, driver_of, listen, opened, opening, send, template
 
 __all__ = ["CLAIM", "KNOWN", "Claims"]
 
@@ -75,7 +75,7 @@ class Claims:
         try:
             bound_ms = max(1, wait_ms)  # 0 would be for ever
             text = bounded(self._claim % values, seen, bound_ms, begins=begins)
-            results = send(driver, opening(driver, seen) + text if begins else text, meanwhile)
+            results = send(driver, (opening(driver, seen) if begins else opened(seen)) + text, meanwhile)
         except errors.Error as error:
             busy = busy_of(error)
             if busy is None:

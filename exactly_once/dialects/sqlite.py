@@ -100,7 +100,7 @@ class SQLite:
     def learn(self, dbapi: Any) -> None:
         """There is nothing to be learnt."""
 
-    def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int) -> None:
+    def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int, varies: bool = False) -> None:
         _refuse_autocommit(dbapi)
         driver = _driver(dbapi)
         # aiosqlite: a thread of its own, which says nothing of what it does; once, whoever else claims on it

@@ -8,7 +8,7 @@ from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
 from exactly_once.dialects import Dialect, State, Trace, Trouble, raise_for_the_store
-from exactly_once.dialects.firsthand import moment, ready
+from exactly_once.dialects.firsthand import moment, ready, varies
 from exactly_once.errors import Misuse
 from exactly_once.fork import engines as forked_engines
 from exactly_once.guards.watch import WATCHED, Shut, Watch, begin, elsewhere, let_go, over
@@ -95,7 +95,7 @@ class Late:
                     return False
                 if dialect.kept_as not in info:
                     forked_engines.used(connection.engine, connection.connection)
-                    dialect.prepare(dbapi, info, wait_ms=WAIT_MS)
+                    dialect.prepare(dbapi, info, wait_ms=WAIT_MS, varies=varies(connection))
             try:
                 dialect.begin(dbapi, info, owner, trace)
             except Exception as error:

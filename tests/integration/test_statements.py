@@ -53,6 +53,7 @@ def claim_texts(dialect: str) -> dict[str, list[str]]:
             "known": [postgresql.KNOWN],
             "with COMMIT": [postgresql.DURABLE],
             "around a statement of ours in a handler's transaction": list(postgresql.IN_OUR_NAME),
+            "where the application sets a role anew: kept with BEGIN, and used": list(postgresql.OWN_ROLE),
             "claim of a group": [postgresql_group.CLAIM],
             "known of a group": [postgresql_group.KNOWN],
         }

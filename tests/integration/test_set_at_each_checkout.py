@@ -1,0 +1,234 @@
+"""What an application sets anew in each connection as it is taken, by what it is taken for, is the transaction's and no longer.
+
+The kind: a role of each tenant, a time limit of each kind of work, set by a listener of the pool or the engine, or by a hook that
+begins transactions. Learnt once a connection, the first one's would be every later one's: a role that has left the shop, or
+another request's limit.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, event, text
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from exactly_once import Outcome, Retry
+from tests.integration.shop import COLOURS, Shop, order, put, shops
+from tests.integration.test_connection_settings import one_by_one, run
+from tests.integration.ways import WAYS, Way
+
+pytestmark = pytest.mark.nightly(meet=2)
+
+P, D, F = Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.FAILED
+THREE = Retry(immediate=0, delays=[0.01], max_attempts=5)
+each_way = pytest.mark.parametrize("way", WAYS, ids=str)
+
+Say = Callable[[], str | None]
+"""What is to be sent now, if anything."""
+
+
+@pytest.fixture(params=COLOURS)
+def shop(request: pytest.FixtureRequest) -> Iterator[Shop]:
+    yield from shops(request, "postgres", request.param)
+
+
+@pytest.fixture
+def tenants(shop: Shop, request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
+    """Two roles, and what each is called: roles are the whole server's."""
+    database = str(shop.engine.url.database)
+    names = {tenant: f"{database}_{tenant}" for tenant in "ab"}
+    for name in names.values():
+        run(shop, f"CREATE ROLE {name}")
+        for things in ("TABLES", "SEQUENCES"):
+            run(shop, f"GRANT ALL ON ALL {things} IN SCHEMA public TO {name}")
+    yield names
+    for name in names.values():
+        leaves(shop, name)
+
+
+def leaves(shop: Shop, role: str) -> None:
+    with shop.outside.begin() as connection:
+        if connection.execute(text("SELECT 1 FROM pg_roles WHERE rolname = :role"), {"role": role}).scalar():
+            connection.exec_driver_sql(f"DROP OWNED BY {role}")
+            connection.exec_driver_sql(f"DROP ROLE {role}")
+
+
+def engine_of(shop: Shop) -> Engine:
+    return shop.async_engine.sync_engine if shop.is_async else shop.engine
+
+
+def sends(dbapi: Any, statement: str | None) -> None:
+    """Send it on the driver's connection, for as long as it lasts."""
+    if dbapi is not None and statement is not None:
+        cursor = dbapi.cursor()
+        cursor.execute(statement)
+        cursor.close()
+        dbapi.commit()
+
+
+def at_checkout(shop: Shop, say: Say) -> None:
+    event.listen(engine_of(shop), "checkout", lambda dbapi, record, proxy: sends(dbapi, say()))
+
+
+def at_checkin(shop: Shop, say: Say) -> None:
+    event.listen(engine_of(shop), "checkin", lambda dbapi, record: sends(dbapi, say()))
+
+
+def as_sqlalchemy_takes_it(shop: Shop, say: Say) -> None:
+    event.listen(
+        engine_of(shop), "engine_connect", lambda connection: sends(connection.connection.dbapi_connection, say())
+    )
+
+
+def as_it_begins(shop: Shop, say: Say) -> None:
+    """In the transaction, for it alone; not in each."""
+
+    def begun(connection: Any) -> None:
+        statement = say()
+        if statement is not None:
+            connection.exec_driver_sql(statement.replace("SET", "SET LOCAL"))
+
+    event.listen(engine_of(shop), "begin", begun)
+
+
+PLACES = {"checkout": at_checkout, "engine_connect": as_sqlalchemy_takes_it, "begin": as_it_begins}
+each_place = pytest.mark.parametrize("place", PLACES)
+
+
+@each_way
+@each_place
+def test_a_role_of_each_tenant_of_which_the_first_one_leaves(
+    shop: Shop, tenants: dict[str, str], way: Way, place: str
+) -> None:
+    now = ["a"]
+    PLACES[place](shop, lambda: f"SET ROLE {tenants[now[0]]}")
+    at_checkin(shop, lambda: "RESET ROLE")
+    failing = {2, 4}
+
+    def do(session: Session, no: Any) -> None:
+        put(session, str(no))
+        if no in failing:
+            raise ZeroDivisionError
+
+    way.handles(shop, do, retry=THREE)
+    assert one_by_one(shop, way, [1, 2]) == [P, F]
+    now[0] = "b"
+    assert one_by_one(shop, way, [3, 4]) == [P, F]
+    leaves(shop, tenants["a"])
+    failing.clear()
+    assert way.deliver(shop, [order(4, attempt=2)]) == [P]
+    assert way.deliver(shop, [order(2, attempt=3)]) == [P]
+    assert one_by_one(shop, way, [5, 1]) == [P, D]
+    assert sorted(shop.effects()) == ["1", "2", "3", "4", "5"]
+    assert [row.state for row in shop.failures()] == ["resolved", "resolved"]
+
+
+@each_way
+@each_place
+def test_a_role_that_only_some_transactions_have(shop: Shop, tenants: dict[str, str], way: Way, place: str) -> None:
+    """What is written in our name has the role its transaction began with: in no other may a row of this shop be settled."""
+    now: list[str | None] = ["a"]
+    PLACES[place](shop, lambda: None if now[0] is None else f"SET ROLE {tenants[now[0]]}")
+    at_checkin(shop, lambda: "RESET ROLE")
+    failing, had = {1, 2}, []
+
+    def do(session: Session, no: Any) -> None:
+        had.append(session.execute(text("SELECT current_user")).scalar_one())
+        put(session, str(no))
+        if no in failing:
+            raise ZeroDivisionError
+        session.execute(text("RESET ROLE"))
+        session.execute(text(f"SET LOCAL ROLE {tenants['b']}"))
+
+    way.handles(shop, do, retry=THREE)
+    assert one_by_one(shop, way, [1]) == [F]
+    now[0] = None
+    assert one_by_one(shop, way, [2]) == [F]
+    failing.clear()
+    run(shop, f"REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {tenants['b']}")
+    now[0] = "a"
+    assert way.deliver(shop, [order(1, attempt=2)]) == [P]
+    now[0] = None
+    assert way.deliver(shop, [order(2, attempt=2)]) == [P]
+    assert [each == tenants["a"] for each in had] == [True, False, True, False]
+    assert [row.state for row in shop.failures()] == ["resolved", "resolved"]
+
+
+@each_way
+@each_place
+def test_a_limit_of_each_request_is_its_own(shop: Shop, way: Way, place: str) -> None:
+    now: list[str | None] = [None]
+    PLACES[place](shop, lambda: None if now[0] is None else f"SET lock_timeout = '{now[0]}'")
+    at_checkin(shop, lambda: "RESET lock_timeout")
+    found: list[str] = []
+    way.handles(shop, lambda session, no: found.append(session.execute(text("SHOW lock_timeout")).scalar_one()))
+    wanted = ["5s", "1s", None, "3s", "5s"]
+    for no, each in enumerate(wanted):
+        now[0] = each
+        assert one_by_one(shop, way, [no]) == [P]
+    assert found == [each or "0" for each in wanted]
+
+
+@each_way
+def test_a_limit_that_is_set_back_as_a_connection_is_given_back(shop: Shop, way: Way) -> None:
+    """Set as it was made, and gone when it is taken again: nobody is to get it from us."""
+    event.listen(engine_of(shop), "connect", lambda dbapi, record: sends(dbapi, "SET lock_timeout = '5s'"))
+    at_checkin(shop, lambda: "RESET lock_timeout")
+    found: list[str] = []
+    way.handles(shop, lambda session, no: found.append(session.execute(text("SHOW lock_timeout")).scalar_one()))
+    for no in range(4):
+        assert one_by_one(shop, way, [no]) == [P]
+    assert found[1:] == ["0"] * 3
+
+
+def claimed(shop: Shop, no: int, before: str | None = None) -> str:
+    """By `eo.claim` in a transaction of the caller's; returns the limit that is found behind it."""
+
+    def claims(session: Session) -> str:
+        if before is not None:
+            session.execute(text(before))
+        assert shop.eo.claim(session, "handler", f"A-{no}")
+        return str(session.execute(text("SHOW lock_timeout")).scalar_one())
+
+    async def aclaims() -> str:
+        async with AsyncSession(shop.async_engine) as session, session.begin():
+            return await session.run_sync(claims)
+
+    if shop.is_async:
+        found: str = shop.await_(aclaims())
+        return found
+    with Session(shop.engine) as session, session.begin():
+        return claims(session)
+
+
+@each_place
+def test_a_limit_of_each_request_is_its_own_behind_a_claim(shop: Shop, place: str) -> None:
+    now = ["5s"]
+    PLACES[place](shop, lambda: f"SET lock_timeout = '{now[0]}'")
+    for no, each in enumerate(("5s", "1s", "3s")):
+        now[0] = each
+        assert claimed(shop, no) == each
+
+
+def test_what_one_caller_set_for_a_transaction_is_not_the_next_ones(shop: Shop) -> None:
+    assert claimed(shop, 1, "SET LOCAL lock_timeout = '1s'") == "1s"
+    assert [claimed(shop, no) for no in (2, 3)] == ["0", "0"]
+
+
+def test_where_nobody_listens_but_we_nothing_more_is_sent(shop: Shop) -> None:
+    shop.handles(lambda session: put(session, "effect"))
+    assert [shop.process(order(no)) for no in (1, 2)] == [P, P]
+
+    def varies(connection: Any) -> list[bool]:
+        return [kept.varies for kept in connection.info.values() if hasattr(kept, "varies")]
+
+    async def avaries() -> list[bool]:
+        async with shop.async_engine.connect() as connection:
+            return await connection.run_sync(varies)
+
+    if shop.is_async:
+        assert shop.await_(avaries()) == [False]
+    else:
+        with shop.engine.connect() as connection:
+            assert varies(connection) == [False]
