@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
 from sqlalchemy import URL, Connection, Engine, NullPool, Table, create_engine, insert, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import reset_none
 
@@ -28,7 +27,7 @@ from exactly_once.error_words import words_of
 from exactly_once.errors import ConfigurationError, MissingExtra, SchemaError, StoreUnavailable
 from exactly_once.failures import FailureStore
 from exactly_once.fork import engines as forked_engines
-from exactly_once.guards.listening import came_through, install, install_session
+from exactly_once.guards.listening import install, install_session
 from exactly_once.guards.watch import HOME, elsewhere
 from exactly_once.owner import new_owner
 from exactly_once.pooler import prepare_threshold
@@ -36,6 +35,7 @@ from exactly_once.redaction import redacted
 from exactly_once.schema import CONSUMING, Tables, tables
 from exactly_once.stops import asked_from_outside
 from exactly_once.unreached import unreached
+from exactly_once.whose import came_through
 from exactly_once.wording import escaped
 
 if TYPE_CHECKING:
@@ -408,10 +408,9 @@ class Store:
         """Say whether an error was raised where a connection to this database was to be had, whoever wanted it."""
         return unreached(error, self._engines())
 
-    def is_foreign(self, error: BaseException | None) -> bool:
-        """Say whether another database, of the handler's own, gave it no connection; that says nothing of this one."""
-        unconnected = isinstance(error, PoolTimeout) or (isinstance(error, DBAPIError) and error.statement is None)
-        return error is not None and unconnected and not came_through(error, self._engines())
+    def is_foreign(self, error: BaseException) -> bool:
+        """Say whether an error of a database came from another one, of the handler's own; that says nothing of this one."""
+        return not came_through(error, self._engines())
 
     def close(self) -> None:
         """Close the engines we made; those we were given are their owner's."""

@@ -33,6 +33,7 @@ def attempt(
     handle: Callable[[Any, Won], object],
     *,
     told: Callable[[BaseException], BaseException],
+    foreign: Callable[[BaseException], bool],
     also: Callable[[Session, int], object] | None = None,
     failed_before: bool = False,
     enforce: bool = True,
@@ -47,6 +48,7 @@ def attempt(
         row: Identity and fingerprint of the message; the owner is made here.
         handle: Calls the handler with the session it is handed.
         told: Gives what is told of an exception in its place: an exit that is nobody's to ask for. Hooks exit, too.
+        foreign: Says whether an error of a database came from another one, of the handler's own.
         also: Something more to write in the same transaction, after the handler; called with the session and the number of
             the claim.
         failed_before: It may have a failure row: `also` is written for a duplicate, too.
@@ -97,7 +99,7 @@ def attempt(
             case Conflict(fingerprint):
                 return Ended(How.CONFLICT, fingerprint=fingerprint)
         assert won is not None
-        ended = run(open_ours, session, guard, dialect, rows, won, lambda: handle(handed, won), also, told)
+        ended = run(open_ours, session, guard, dialect, rows, won, lambda: handle(handed, won), also, told, foreign)
         if not rows and ended.how is How.PROCESSED:
             ended = replace(ended, again=True)
     finally:

@@ -94,6 +94,7 @@ def run(
     handle: Callable[[], object],
     also: Callable[[Session, int], object] | None,
     told: Callable[[BaseException], BaseException],
+    foreign: Callable[[BaseException], bool],
 ) -> Ended:
     """From the claim to the end of the COMMIT, and what follows it."""
     process = fork.here
@@ -117,7 +118,7 @@ def run(
     except BaseException as error:
         if process is not fork.here:
             raise fork.inside() from error  # a child that the handler forked: all of it is the parent's to end
-        ended = _left(open_session, session, guard, dialect, rows, won, told(error))
+        ended = _left(open_session, session, guard, dialect, rows, won, told(error), foreign)
         if ended is not PROCESSED:
             return ended
     try:
@@ -139,11 +140,12 @@ def _left(
     rows: Sequence[ClaimRow],
     won: Won,
     error: BaseException,
+    foreign: Callable[[BaseException], bool],
 ) -> Ended:
     """Say how an attempt ended that raised; what was seen of its transaction weighs more than what was raised."""
     watch = won.watch
     if watch is None:
-        return _raised(dialect, won, error)
+        return _raised(dialect, won, error, foreign)
     if watch.committed and watch.left is not Left.BROKEN:
         # a hook of the user's, behind the server's answer: it is done
         return Ended(How.STOPPED, error, kept=True) if stops(error) else PROCESSED
@@ -154,7 +156,7 @@ def _left(
     watch.end(session)
     if unsure:
         return _look_up(open_session, guard, rows, Ended(How.UNKNOWN, error, kept=True))
-    ended = _said(dialect, won, watch, error, why)
+    ended = _said(dialect, won, watch, error, why, foreign)
     if ended.how is not How.BROKEN and watch.rows and not watch.whole:
         ended = _stands(open_session, guard, watch, ended)
     if watch.doubtful and ended.how is not How.BROKEN:
@@ -163,18 +165,25 @@ def _left(
     return ended
 
 
-def _said(dialect: Dialect, won: Won, watch: Watch, error: BaseException, why: BaseException) -> Ended:
+def _said(
+    dialect: Dialect,
+    won: Won,
+    watch: Watch,
+    error: BaseException,
+    why: BaseException,
+    foreign: Callable[[BaseException], bool],
+) -> Ended:
     """From what the watch saw, and then from what was raised."""
     stop = error if stops(error) else None
     if watch.left is Left.BROKEN:
         return _broken(watch.error or error, watch.owner, stop, block=watch.replaced or not watch.rows)
     if stop is not None:
         return Ended(How.STOPPED, stop)
-    ended = _raised(dialect, won, why)
+    ended = _raised(dialect, won, why, foreign)
     return replace(ended, answered=watch.refused) if why is error else ended
 
 
-def _raised(dialect: Dialect, won: Won, error: BaseException) -> Ended:
+def _raised(dialect: Dialect, won: Won, error: BaseException, foreign: Callable[[BaseException], bool]) -> Ended:
     """From what was raised alone.
 
     A group ends as its exceptions would if all of them would end so. A broken transaction or a lost lease among them weighs more
@@ -182,7 +191,7 @@ def _raised(dialect: Dialect, won: Won, error: BaseException) -> Ended:
     """
     if stops(error):
         return Ended(How.STOPPED, error)
-    ends = [_raised_alone(dialect, won, each) for each in leaves(error)]
+    ends = [_raised_alone(dialect, won, each, foreign) for each in leaves(error)]
     if len(ends) == 1 and ends[0].error is error:
         return ends[0]
     for how in (How.BROKEN, How.LOST):
@@ -193,7 +202,7 @@ def _raised(dialect: Dialect, won: Won, error: BaseException) -> Ended:
     return next((each for each in ends if each.how is How.AWAY), ends[0])
 
 
-def _raised_alone(dialect: Dialect, won: Won, error: BaseException) -> Ended:
+def _raised_alone(dialect: Dialect, won: Won, error: BaseException, foreign: Callable[[BaseException], bool]) -> Ended:
     if isinstance(error, BrokenTransaction):  # of a step; the handler may have been told to stop behind it
         stop = error.__cause__
         return _broken(error, None, stop if stop is not None and stops(stop) else None, block=True)
@@ -209,6 +218,10 @@ def _raised_alone(dialect: Dialect, won: Won, error: BaseException) -> Ended:
         # a network error of the handler's own; the database's is in `lost`, or comes wrapped
         return Ended(How.FAILED, error)
     match dialect.trouble(error):
+        case Trouble.UNAVAILABLE if foreign(error) and not dialect.locked(error):
+            # it counts; and if the store is away as well, it cannot be written down, and the delivery is held. A lock is tried
+            # again at once, as any server's is
+            return Ended(How.FAILED, error)
         case Trouble.TRANSIENT | Trouble.UNAVAILABLE:
             return Ended(How.TRANSIENT, error)
         case _:

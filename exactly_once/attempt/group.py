@@ -44,6 +44,7 @@ def attempt_group(
     handle: Callable[[Session, Any, Mapping[str, object], Watch], object],
     *,
     told: Callable[[BaseException], BaseException],
+    foreign: Callable[[BaseException], bool],
     patient: bool = True,
     meanwhile: Iterable[object] = (),
 ) -> GroupEnded:
@@ -58,6 +59,7 @@ def attempt_group(
         handle: Calls the handler for the messages that may run: given the session, what the handler is handed of it, the
             keys that may not, and what watches the transaction.
         told: Gives what is told of an exception in its place.
+        foreign: Says whether an error of a database came from another one, of the handler's own.
         patient: Wait a moment for keys that another run holds; else not at all.
         meanwhile: Work to do while the server answers the claim, a step for each element.
 
@@ -95,7 +97,7 @@ def attempt_group(
         watch = won.watch
         assert watch is not None
         call = partial(handle, session, handed, others, watch)
-        ended = run(open_ours, session, guard, dialect, watch.rows, won, call, None, told)
+        ended = run(open_ours, session, guard, dialect, watch.rows, won, call, None, told, foreign)
         if ended.how is How.STOPPED:
             assert ended.error is not None
             raise ended.error

@@ -250,14 +250,12 @@ class Delivering:
                 row,
                 handle,
                 told=told_of,
+                foreign=self.store.is_foreign,
                 also=also,
                 failed_before=before,
                 enforce=self._enforce,
             )
-            if ended.how is How.TRANSIENT and self.store.is_foreign(ended.error):
-                # it counts; and if this store is away as well, it cannot be written down, and the delivery is held
-                ended = replace(ended, how=How.FAILED)
-            elif ended.how is How.FAILED and ended.error is not None and self.store.unreached(ended.error):
+            if ended.how is How.FAILED and ended.error is not None and self.store.unreached(ended.error):
                 ended = replace(ended, how=How.TRANSIENT)  # what was raised does not look like it
             match ended.how:
                 case How.PROCESSED:

@@ -271,6 +271,7 @@ class GroupDelivering(Delivering):
             rows,
             handle,
             told=as_mistake,
+            foreign=self.store.is_foreign,
             patient=patient,
             meanwhile=run.meanwhile,
         )

@@ -306,6 +306,9 @@ class Dialect(Protocol):
     def no_room(self, error: BaseException) -> bool:
         """Does the server say that it has no room left: a full disk, or a table of the handler's own that is full?"""
 
+    def locked(self, error: BaseException) -> bool:
+        """Is another transaction in the way, where `trouble` says that the database cannot work? SQLite locks the whole of it."""
+
     def timed_out(self, error: BaseException) -> bool:
         """Did a statement run into a limit of time, which the session may have from whoever had it before?"""
 

@@ -515,6 +515,9 @@ class MySQL:
     def no_room(self, error: BaseException) -> bool:
         return errno(error) in _NO_ROOM
 
+    def locked(self, error: BaseException) -> bool:
+        return False
+
     def timed_out(self, error: BaseException) -> bool:
         return errno(error) in _TIMED_OUT
 

@@ -43,6 +43,7 @@ from exactly_once.drivers_own import original
 from exactly_once.errors import ConfigurationError, Misuse
 from exactly_once.owner import savepoint_of
 from exactly_once.pooler import LINK
+from exactly_once.whose import is_of
 
 __all__ = [
     "BOUND",
@@ -468,11 +469,16 @@ class PostgreSQL:
         except errors.Error as error:
             if error.sqlstate == _READ_ONLY and _may_write(driver):
                 raise Misuse(_MADE_READ_ONLY) from error
-            raise DBAPIError.instance(text, None, error, psycopg.Error, dialect=connection.dialect) from error
+            told = DBAPIError.instance(text, None, error, psycopg.Error, dialect=connection.dialect)
+            is_of(told, connection.dialect)  # SQLAlchemy has not seen it
+            raise told from error
         return int(results[-1 - len(last)].command_tuples or 0)
 
     def no_room(self, error: BaseException) -> bool:
         return _sqlstate(error) == _DISK_FULL
+
+    def locked(self, error: BaseException) -> bool:
+        return False
 
     def timed_out(self, error: BaseException) -> bool:
         return _sqlstate(error) == _CANCELED

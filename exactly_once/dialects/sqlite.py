@@ -61,6 +61,7 @@ _UNAVAILABLE: Final = frozenset(
         sqlite3.SQLITE_READONLY,
     }
 )
+_LOCKED: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 _NO_ROOM: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR})
 
 
@@ -251,6 +252,10 @@ class SQLite:
     def no_room(self, error: BaseException) -> bool:
         code = getattr(original(error), "sqlite_errorcode", None)
         return code is not None and code & _PRIMARY in _NO_ROOM
+
+    def locked(self, error: BaseException) -> bool:
+        code = getattr(original(error), "sqlite_errorcode", None)
+        return code is not None and code & _PRIMARY in _LOCKED
 
     def timed_out(self, error: BaseException) -> bool:
         return False

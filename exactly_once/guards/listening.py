@@ -9,7 +9,7 @@ that is checked out, which cost more than all of the watching. Called by `store`
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final
 from weakref import WeakSet
 
@@ -22,14 +22,12 @@ from exactly_once.dialects import State
 from exactly_once.dialects.keywords import LOCK
 from exactly_once.guards.late import Late
 from exactly_once.guards.watch import LEFT, SWALLOWED, WATCHED, Left, Watch
-from exactly_once.unreached import unreached
+from exactly_once.whose import is_of, watch_made
 
-__all__ = ["came_through", "install", "install_session"]
+__all__ = ["install", "install_session"]
 
 _INSTALLED: "WeakSet[Any]" = WeakSet()
 _CLOCK: Final = re.compile(r"(?:\bSET|,|\bSESSION|@@(?:session\.)?)\s*`?timestamp`?\s*:?=", re.IGNORECASE)
-_OF: Final = "exactly_once_dialect"
-"""Where an error keeps the dialect of the engine that raised it: SQLAlchemy's own say nothing of it."""
 _Send = Callable[[PoolProxiedConnection], None]
 _Execute = Callable[..., None]
 
@@ -47,6 +45,7 @@ def install(engine: Engine) -> None:
     # first, for SQLAlchemy asks no other listener where one raises, as one does that translates errors; and those of all
     # engines come before ours in any case, so errors of the driver's are seen where SQLAlchemy itself looks at them
     event.listen(engine, "handle_error", _failed, insert=True)
+    watch_made(engine)
     dialect.is_disconnect = _seeing(dialect.is_disconnect)  # type: ignore[method-assign]
     # no event tells of COMMIT and ROLLBACK but the engine's own, so the dialect's two methods are replaced on this instance
     dialect.do_commit = _refusing_commit(dialect.do_commit)  # type: ignore[method-assign, assignment]
@@ -125,7 +124,7 @@ def _counting(send: _Execute) -> _Execute:
 
 def _failed(context: ExceptionContext) -> None:
     if context.sqlalchemy_exception is not None:
-        vars(context.sqlalchemy_exception)[_OF] = context.dialect
+        is_of(context.sqlalchemy_exception, context.dialect)
     connection = context.connection
     if connection is None or connection.invalidated:
         return  # it has no `info` to ask, and asking raises, in the middle of the user's own rollback
@@ -154,14 +153,6 @@ def _met(pooled: PoolProxiedConnection, error: BaseException) -> None:
     if watch.dialect.timed_out(error):
         # the limit may be from whoever had the connection before: this message's next try shall not meet it again
         watch.changed = watch.changed or "a limit of time"
-
-
-def came_through(error: BaseException, engines: Sequence[Engine]) -> bool:
-    """Say whether an error of SQLAlchemy's came out of one of these engines; they are listened to.
-
-    Of a pool that had no connection free no event tells: where it was raised does.
-    """
-    return any(vars(error).get(_OF) is engine.dialect for engine in engines) or unreached(error, engines)
 
 
 def _watch_of(pooled: PoolProxiedConnection) -> Watch | None:
