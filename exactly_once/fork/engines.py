@@ -18,12 +18,13 @@ from typing import Any, Final
 from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Engine, event
+from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from exactly_once import fork
 from exactly_once.errors import ForkedProcess
 
-__all__ = ["given", "seen", "used"]
+__all__ = ["given", "made", "seen", "used"]
 
 _STOP_S: Final = 1.0  # an idle connection's thread has nothing to do but to close it
 
@@ -32,8 +33,16 @@ _HELD: Final[set[str]] = set()
 """SQLite files in which a transaction was open when this process was forked."""
 
 
+def made(engine: Engine) -> Engine:
+    """Return the engine that create_engine made: one with options of its own shares its pool, and lives for a request maybe."""
+    while isinstance(engine, OptionEngine):
+        engine = engine._proxied  # noqa: SLF001
+    return engine
+
+
 def seen(engine: Engine) -> None:
     """Have children begin with a new pool; once an engine. Connections it opened before are known when they are `used`."""
+    engine = made(engine)
     if engine not in _SEEN and not _in_memory(engine):
         _SEEN[engine] = _Seen(engine)
 
@@ -53,6 +62,7 @@ def given(database: Any) -> None:
 
 def used(engine: Engine, connection: PoolProxiedConnection) -> None:
     """Know of a connection that may have been opened before its engine was seen."""
+    engine = made(engine)
     seen(engine)
     record = getattr(connection, "_connection_record", None)
     known = _SEEN.get(engine)

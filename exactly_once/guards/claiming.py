@@ -72,7 +72,7 @@ class Claimer:
             b"" if payload is None else _BODY.of(message, parsed),
             owner=new_owner(),
         )
-        engine = session.get_bind().engine
+        engine = forked_engines.made(session.get_bind().engine)
         dialect = self._dialects.get(engine)
         if dialect is None:
             dialect = self._dialects[engine] = self._speaking(engine, schema)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from weakref import ref
 
 import pytest
-from sqlalchemy import Engine, create_engine, make_url
+from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -91,6 +91,26 @@ def test_an_engine_of_each_tenant_is_let_go_of(shop: Shop, door: str) -> None:
         del engine
     gc.collect()
     assert [each() for each in known[:-1]] == [None] * (MANY - 1)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_options_of_each_request_cost_no_connection_and_no_memory(request: pytest.FixtureRequest, dialect: str) -> None:
+    """`Session(engine.execution_options(...))`: the engine is another one each time, and its pool the same."""
+    for shop in shops(request, dialect, "sync", pool_size=3):
+        eo, made, listeners = ExactlyOnce(group=GROUP), [], set()
+        known: list[ref[Any]] = []
+        event.listen(shop.engine, "connect", lambda *_, made=made: made.append(1))
+        for no in range(MANY):
+            engine = shop.engine.execution_options(request=no)
+            known.append(ref(engine))
+            with Session(engine) as session, session.begin():
+                assert eo.claim(session, "handler", f"A-{no}")
+            listeners.add(len(list(shop.engine.pool.dispatch.connect)))
+            del engine, session
+        gc.collect()
+        assert [each() for each in known[:-1]] == [None] * (MANY - 1)
+        assert len(made) <= 2  # its own, and the one that finds the place of our tables
+        assert len(listeners) == 1
 
 
 @pytest.mark.filterwarnings("ignore")  # of connections that nobody closed: that is the story
