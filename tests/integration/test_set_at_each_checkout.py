@@ -17,6 +17,7 @@ from exactly_once import Outcome, Retry
 from tests.integration.shop import COLOURS, Shop, order, put, shops
 from tests.integration.test_connection_settings import one_by_one, run
 from tests.integration.ways import WAYS, Way
+from tests.services.mariadb import MYSQLD
 
 pytestmark = pytest.mark.nightly(meet=2)
 
@@ -180,6 +181,41 @@ def test_a_limit_that_is_set_back_as_a_connection_is_given_back(shop: Shop, way:
     for no in range(4):
         assert one_by_one(shop, way, [no]) == [P]
     assert found[1:] == ["0"] * 3
+
+
+@each_way
+@pytest.mark.skipif(bool(MYSQLD), reason="MySQL bounds the session: its first claim decides")
+@pytest.mark.parametrize("colour", COLOURS)
+def test_limits_and_a_role_of_each_request_on_mariadb(request: pytest.FixtureRequest, colour: str, way: Way) -> None:
+    """Nothing of them is learnt there, and each bound of ours is of one statement."""
+    shows = (
+        "SELECT CONCAT_WS(' ', @@innodb_lock_wait_timeout, @@lock_wait_timeout, @@max_statement_time, CURRENT_ROLE())"
+    )
+    for shop in shops(request, "mariadb", colour):
+        role = f"{shop.engine.url.database}_a"[-30:]
+        run(shop, f"CREATE ROLE {role}")
+        now = [5]
+        for name in ("innodb_lock_wait_timeout", "lock_wait_timeout", "max_statement_time"):
+            at_checkout(shop, lambda name=name, now=now: f"SET SESSION {name} = {now[0]}")  # type: ignore[misc]
+        at_checkout(shop, lambda role=role, now=now: f"SET ROLE {role if now[0] == 5 else 'NONE'}")  # type: ignore[misc]
+        found: list[str] = []
+        failing = {1, 2}
+
+        def do(session: Session, no: Any, found: list[str] = found, failing: set[int] = failing) -> None:
+            found.append(str(session.execute(text(shows)).scalar_one()))
+            if no in failing:
+                raise ZeroDivisionError
+
+        way.handles(shop, do, retry=THREE)
+        assert one_by_one(shop, way, [1]) == [F]
+        now[0] = 7
+        assert one_by_one(shop, way, [2]) == [F]
+        run(shop, f"DROP ROLE {role}")
+        failing.clear()
+        assert way.deliver(shop, [order(1, attempt=2)]) == [P]
+        now[0] = 9
+        assert way.deliver(shop, [order(2, attempt=2)]) == [P]
+        assert found == [f"5 5 5.000000 {role}", "7 7 7.000000", "7 7 7.000000", "9 9 9.000000"]
 
 
 def claimed(shop: Shop, no: int, before: str | None = None) -> str:
