@@ -207,14 +207,15 @@ def install_session(session_class: Any) -> None:
     if session_class in _INSTALLED:
         return
     _INSTALLED.add(session_class)
+    event.listen(session_class, "after_begin", _begun)
 
-    @event.listens_for(session_class, "after_begin")
-    def begun(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
-        watch: Watch | Late | None = session.info.get(WATCHED)
-        if isinstance(watch, Late):
-            watch.began(session, connection)
-        elif watch is not None and (connection is not watch.connection or watch.left is not Left.NOT):
-            raise watch.leave(Left.REFUSED, _SECOND)
+
+def _begun(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+    watch: Watch | Late | None = session.info.get(WATCHED)
+    if isinstance(watch, Late):
+        watch.began(session, connection)
+    elif watch is not None and (connection is not watch.connection or watch.left is not Left.NOT):
+        raise watch.leave(Left.REFUSED, _SECOND)
 
 
 _COMMITTED: Final = (
