@@ -111,7 +111,7 @@ class Watch:
     __slots__ = (
         "begun", "busy", "call", "changed", "committed", "connection", "dbapi", "dialect", "error", "held", "info", "last",
         "left", "locked", "lost", "met", "ours", "owner", "pooled", "refused", "replaced", "rolled_back", "root", "rows", "sent",
-        "shut", "streams", "trace", "whole"
+        "shut", "stopped", "streams", "trace", "whole"
     )  # fmt: skip
 
     def __init__(
@@ -135,6 +135,8 @@ class Watch:
         self.begun: SessionTransaction | None = None
         self.left = Left.NOT
         self.error: Misuse | None = None
+        self.stopped = False
+        """`error` is of a try to leave, the first that was noticed, and what is raised after that is made of it."""
         self.lost: BaseException | None = None
         """The error with which the server threw the transaction away."""
         self.last = ""
@@ -178,6 +180,7 @@ class Watch:
         """Remember the worst that happened; the first error is the one that names the line."""
         if self.error is None:
             self.error = Misuse(text)
+            self.stopped = how is Left.REFUSED
         if _WORSE.index(how) > _WORSE.index(self.left):
             self.left = how
         return self.error
@@ -307,9 +310,9 @@ class Watch:
             return LostTransaction(self.error)  # it was shown that nothing was committed since
         if self.lost is not None:
             return LostTransaction(self.lost)
-        if self.left is Left.REFUSED:
+        if self.stopped:
             assert self.error is not None
-            return self.error  # also when the handler swallowed it, or wrapped it in its own
+            return self.error  # also when the handler swallowed it, or rolled back for it and wrapped it in its own
         if self.cut_off and all(isinstance(each, PendingRollbackError) for each in leaves(error)):
             # SQLAlchemy says to roll back, which is not the handler's to do
             return Misuse(CUT_OFF).with_traceback(error.__traceback__)

@@ -46,7 +46,7 @@ class RepositoryError(Exception):
 
 
 @each_way
-@pytest.mark.parametrize("rolls_back", [False])
+@pytest.mark.parametrize("rolls_back", [False, True])
 @pytest.mark.parametrize("line", ["commit", "COMMIT"])
 def test_a_repository_that_commits_and_wraps_what_that_met_is_told_its_line(
     shop: Shop, way: Way, line: str, rolls_back: bool
