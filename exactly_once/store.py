@@ -293,40 +293,43 @@ class Store:
             self._wants_room = True
 
     def answers(self) -> bool:
-        """Say whether the database can be reached and written to now; for threads.
+        """Say whether the database can be reached and written to now; for threads."""
+        return self.look(insists=True)
 
-        Where no new connection is to be had, one of the pool's has to do: it may hold the last that the server gives us.
-        """
-        well = self.look()
-        if well is None:
-            try:
-                with self.engine.connect() as connection:
-                    return self._writes(connection)
-            except Exception:  # whatever it says: it does not answer
-                return False
-        return well
-
-    def look(self, *, is_async: bool = False) -> bool | None:
-        """Say whether a row can be written through a new connection, which is rolled back; None if there is none to be had.
+    def look(self, *, is_async: bool = False, insists: bool = False) -> bool:
+        """Say whether a row can be written, which is rolled back: through a new connection.
 
         New, because a session keeps what the server's defaults were as it began: a pool filled while the database was
-        read only would say so for ever. For the same reason, once it can, older connections are not used again.
+        read only would say so for ever. For the same reason, once it can, older connections are not used again; but those of a
+        database that had no room are as good as new ones.
+
+        Where the server gives no new one, one of the pool's has to do: it may hold the last that are given to us.
 
         Args:
             is_async: Called in a greenlet of the loop; else in a thread.
+            insists: The pool is asked, whatever kept a new connection from being made. A server that vanished is waited for as
+                long as the connection's own limits say, so messages do not ask so.
         """
         engine = self.async_engine.sync_engine if is_async else self.engine
+        had_no_room = self._wants_room
         apart = Engine(engine.pool.recreate(), engine.dialect, engine.url)
         try:
             with apart.connect() as connection:
                 well = self._writes(connection)
-        except Exception:  # whatever it says: no connection
-            return None
+        except Exception as error:
+            return (insists or self.dialect.gives_no_more(error)) and self._writes_through(engine)
         finally:
             apart.dispose()
-        if well:
+        if well and not had_no_room:
             self._forget_connections()
         return well
+
+    def _writes_through(self, engine: Engine) -> bool:
+        try:
+            with engine.connect() as connection:
+                return self._writes(connection)
+        except Exception:  # whatever it says: it does not answer
+            return False
 
     def _writes(self, connection: Connection) -> bool:
         wants_room = self._wants_room

@@ -322,6 +322,9 @@ class Dialect(Protocol):
     def unstorable(self, error: BaseException) -> bool:
         """Does it say that a text has characters which this database, or the connection to it, lacks?"""
 
+    def gives_no_more(self, error: BaseException) -> bool:
+        """Did connecting fail for a reason that says nothing of the connections there are: too many of them, say?"""
+
     def hopeless(self, error: BaseException) -> bool:
         """Did connecting fail for a reason that waiting does not mend: no such user, password or database?"""
 

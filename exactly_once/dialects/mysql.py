@@ -534,6 +534,9 @@ class MySQL:
     def unstorable(self, error: BaseException) -> bool:
         return errno(error) in _UNSTORABLE
 
+    def gives_no_more(self, error: BaseException) -> bool:
+        return errno(error) in (1040, 1203, 1226)  # too many connections: of all, of this user; a limit of this user's
+
     def hopeless(self, error: BaseException) -> bool:
         return errno(error) in (1044, 1045, 1049, 1698)  # access denied, unknown database
 

@@ -491,6 +491,11 @@ class PostgreSQL:
     def unstorable(self, error: BaseException) -> bool:
         return _sqlstate(error) in _UNSTORABLE
 
+    def gives_no_more(self, error: BaseException) -> bool:
+        # libpq does not say why; but where somebody answered, or nobody listens, an older connection tells at once, too
+        origin = original(error)
+        return isinstance(origin, psycopg.OperationalError) and not isinstance(origin, errors.ConnectionTimeout)
+
     def hopeless(self, error: BaseException) -> bool:
         origin = original(error)
         if origin.sqlstate is not None:

@@ -266,6 +266,9 @@ class SQLite:
     def unstorable(self, error: BaseException) -> bool:
         return False  # it takes any text that Python can encode
 
+    def gives_no_more(self, error: BaseException) -> bool:
+        return False  # there is no limit but the process's own
+
     def hopeless(self, error: BaseException) -> bool:
         # a folder that is not there does not come by waiting
         return getattr(original(error), "sqlite_errorcode", None) == sqlite3.SQLITE_CANTOPEN

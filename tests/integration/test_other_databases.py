@@ -195,7 +195,7 @@ def test_a_drivers_own_connection_that_is_refused_fails_its_message_once_a_deliv
 def refusal(dialect: str, code: str) -> str:
     """A statement that is answered as if the server could not work now."""
     if dialect == "mariadb":
-        return f"BEGIN NOT ATOMIC SIGNAL SQLSTATE '45000' SET MYSQL_ERRNO = {code}; END"
+        return f"SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = {code}, MESSAGE_TEXT = 'it cannot work now'"
     return f"DO $$ BEGIN RAISE EXCEPTION 'it cannot work now' USING ERRCODE = '{code}'; END $$"
 
 
@@ -297,7 +297,34 @@ def test_it_is_counted_also_where_the_store_has_all_connections_it_is_given(
     assert (shop.failure().state, shop.failure().attempts) == ("dead", 3)
 
 
-# -- what comes through the store's own connections is the store's matter ---------------------------------------------
+# -- what comes through the store's own connections is the store's matter, and is looked into --------------------------
+
+
+@pytest.mark.parametrize("nth", range(3))
+@pytest.mark.parametrize("way", [ALONE, UNDER_A_LEASE], ids=str)
+def test_a_look_needs_no_connection_more_than_there_are(
+    few: tuple[Shop, Engine | AsyncEngine], way: Way, nth: int
+) -> None:
+    """A full table of the handler's own says what a full disk says: the store is looked at, and it can work."""
+    shop, _ = few
+    statement = text(refusal(shop.dialect, CODES[shop.dialect][nth]))
+    way.handles(shop, lambda session, no: session.execute(statement), retry=THREE)
+    assert thrice(shop, way) == [F, F, DEAD]
+    assert (shop.failure().state, shop.failure().attempts) == ("dead", 3)
+
+
+@on("postgres", "mariadb", colour="sync")
+def test_a_full_table_of_the_handlers_own_costs_its_neighbours_no_connection(shop: Shop) -> None:
+    mine = {"postgres": "SELECT pg_backend_pid()", "mariadb": "SELECT CONNECTION_ID()"}[shop.dialect]
+    ids: set[int] = set()
+
+    def do(session: Session, no: Any) -> None:
+        ids.add(session.execute(text(mine)).scalar_one())
+        session.execute(text(refusal(shop.dialect, CODES[shop.dialect][1])))
+
+    ALONE.handles(shop, do, retry=THREE)
+    assert [shop.process(order(no)) for no in range(5)] == [F] * 5
+    assert len(ids) == 1
 
 
 def cut(shop: Shop, session: Session) -> None:
