@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from json import dumps
 from random import uniform
 from time import monotonic, sleep
@@ -23,6 +24,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from exactly_once import fork
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, InProgress, StoreUnavailable
+from exactly_once.finishing import finished
 from exactly_once.keys import canonical
 from exactly_once.redis_connection import RedisConnection
 from exactly_once.wording import escaped
@@ -116,7 +118,7 @@ class RedisLock:
             except BaseException as error:
                 if not isinstance(error, Exception):  # cancelled: it may be ours, and nobody would release it
                     with suppress(Exception):
-                        self._free(token, awaiting)
+                        finished(partial(self._free, token, awaiting))
                 raise
             if won:
                 self._token, self._since, self._awaiting, self._process = token, asked, awaiting, fork.here
@@ -208,7 +210,7 @@ class RedisLock:
             raise
         except BaseException:  # cancelled on the way: it may not have arrived
             with suppress(Exception):
-                free(self._keys, [token])
+                finished(partial(free, self._keys, [token]))
             raise
 
     def _not_free(self, left_ms: int) -> InProgress:

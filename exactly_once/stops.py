@@ -4,11 +4,17 @@ The one place where that is decided. Called wherever code of the application's i
 """
 
 import sys
+from collections.abc import MutableMapping
 from threading import current_thread, main_thread
+from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 from exactly_once.leaves import leaves
 
-__all__ = ["asked_from_outside", "exit_in", "is_the_callers", "stops"]
+__all__ = ["INSTEAD_OF", "asked_from_outside", "exit_in", "is_the_callers", "stops"]
+
+INSTEAD_OF: Final[MutableMapping[Any, Any]] = WeakKeyDictionary()
+"""Of a task that finishes the work of another one, that one: it is what was asked to end."""
 
 
 def stops(error: BaseException, *, exits: bool = True) -> bool:
@@ -35,7 +41,7 @@ def stops(error: BaseException, *, exits: bool = True) -> bool:
         task = asyncio.current_task()
     except RuntimeError:  # no loop in this thread: nobody was asked to cancel anything
         return False
-    return task is not None and task.cancelling() > 0
+    return task is not None and (task.cancelling() > 0 or INSTEAD_OF.get(task, task).cancelling() > 0)
 
 
 def exit_in(error: BaseException) -> SystemExit | None:

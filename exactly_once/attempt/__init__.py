@@ -7,6 +7,7 @@ does: see `ending`.
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -15,6 +16,7 @@ from exactly_once import fork
 from exactly_once.attempt.ending import Ended, How, Open, run
 from exactly_once.dialects import ClaimRow, Dialect, Trouble
 from exactly_once.errors import ConfigurationError, Misuse, StoreUnavailable
+from exactly_once.finishing import finish, finished
 from exactly_once.guards import Conflict, Consumed, Guard, HookRaised, InProgress, Unfinished, Won
 from exactly_once.guards.late import Late
 from exactly_once.guards.our_session import in_our_session
@@ -117,11 +119,12 @@ def attempt(
             # cancelled, interrupted, told to exit: others may have the key at once
             if won is not None and ended is None:
                 with suppress(Exception):
-                    guard.release(won)
+                    finished(partial(guard.release, won))
     released = True
     if ended.how is not How.PROCESSED and not ended.kept:
         # after the session's end: its transaction may hold the lock on our own row
-        released = guard.release(won, broken=ended.how is How.BROKEN)
+        released, cancelled = finish(partial(guard.release, won, broken=ended.how is How.BROKEN))
+        ended = ended.stopped_by(cancelled)
     match ended.how:
         case How.STOPPED:
             assert ended.error is not None
@@ -129,7 +132,7 @@ def attempt(
         case How.BROKEN:
             return ended if ended.owner is not None else replace(ended, owner=row.owner)
         case _:
-            return ended if released else Ended(How.LOST, ended.error)
+            return ended if released else Ended(How.LOST, ended.error, stop=ended.stop)
 
 
 def _duplicate(

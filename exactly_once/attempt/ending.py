@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -22,6 +23,7 @@ from exactly_once import fork
 from exactly_once.dialects import ClaimRow, Dialect, Trouble
 from exactly_once.error_words import words_of
 from exactly_once.errors import LeaseLost, Misuse, RefusedResult, StoreUnavailable
+from exactly_once.finishing import finish
 from exactly_once.guards import Consumed, Guard, Unfinished, Won
 from exactly_once.guards.watch import BrokenTransaction, Left, LostTransaction, Watch
 from exactly_once.leaves import leaves
@@ -80,6 +82,10 @@ class Ended:
     answered: bool = False
     """The server refused our COMMIT and still answers: what the error says of the server is not believed without a look."""
 
+    def stopped_by(self, error: BaseException | None) -> "Ended":
+        """Return the same, with what is to be raised on if nothing is yet."""
+        return self if error is None or self.stop is not None else replace(self, stop=error)
+
 
 PROCESSED = Ended(How.PROCESSED)
 
@@ -97,7 +103,7 @@ def run(
     foreign: Callable[[BaseException], bool],
 ) -> Ended:
     """From the claim to the end of the COMMIT, and what follows it."""
-    process = fork.here
+    process, ended = fork.here, PROCESSED
     try:
         handle()
         if won.late is not None:
@@ -118,18 +124,24 @@ def run(
     except BaseException as error:
         if process is not fork.here:
             raise fork.inside() from error  # a child that the handler forked: all of it is the parent's to end
-        ended = _left(open_session, session, guard, dialect, rows, won, told(error), foreign)
-        if ended is not PROCESSED:
+        # cancelled in here once more, the server would not be told to roll back, and what was committed not be noticed
+        left = partial(_left, open_session, session, guard, dialect, rows, won, told(error), foreign)
+        ended, cancelled = finish(left)
+        ended = ended.stopped_by(cancelled)
+        if ended.how is not How.PROCESSED:
             return ended
     try:
-        guard.consume(won)
+        if ended is PROCESSED:
+            guard.consume(won)
+        else:
+            finish(partial(guard.consume, won))
     except StoreUnavailable as error:
-        return Ended(How.AWAY, error, kept=True)
+        return Ended(How.AWAY, error, kept=True, stop=ended.stop)
     except LeaseLost as error:
-        return Ended(How.LOST, error)
+        return Ended(How.LOST, error, stop=ended.stop)
     except Exception as error:  # committed, and not known to be marked: the redelivery finds out
-        return Ended(How.UNKNOWN, error, kept=True)
-    return PROCESSED
+        return Ended(How.UNKNOWN, error, kept=True, stop=ended.stop)
+    return ended
 
 
 def _left(
@@ -155,7 +167,8 @@ def _left(
     why = watch.why(error)
     watch.end(session)
     if unsure:
-        return _look_up(open_session, guard, rows, Ended(How.UNKNOWN, error, kept=True))
+        found = _look_up(open_session, guard, rows, Ended(How.UNKNOWN, error, kept=True))
+        return found.stopped_by(error if stops(error) else None)
     ended = _said(dialect, won, watch, error, why, foreign)
     if ended.how is not How.BROKEN and watch.rows and not watch.whole:
         ended = _stands(open_session, guard, watch, ended)

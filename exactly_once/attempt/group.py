@@ -24,6 +24,8 @@ __all__ = ["GroupEnded", "attempt_group"]
 
 _BUSY = Ended(How.IN_PROGRESS)
 _NONE_WON = Ended(How.DUPLICATE)
+_NOTHING_KEPT = (How.FAILED, How.TRANSIENT, How.REFUSED)
+"""Of these nothing is written down for the group: its messages would only be tried again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,8 @@ def attempt_group(
         if ended.how is How.STOPPED:
             assert ended.error is not None
             raise ended.error
+        if ended.stop is not None and ended.how in _NOTHING_KEPT:
+            raise ended.stop
         return GroupEnded(ended, others)
     finally:
         if process is not fork.here:

@@ -6,6 +6,7 @@ them are `policy`'s, from values. Nothing here knows a broker: what the broker c
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 from sqlalchemy import Row
@@ -30,6 +31,7 @@ from exactly_once.errors import (
 )
 from exactly_once.failures import MESSAGE_ID_BYTES, Place
 from exactly_once.failures.due import message_of
+from exactly_once.finishing import finish
 from exactly_once.guards import Consumed, Guard, Unfinished, Won
 from exactly_once.guards.our_session import in_our_session
 from exactly_once.guards.step_ledger import StepLedger
@@ -257,6 +259,8 @@ class Delivering:
             )
             if ended.how is How.FAILED and ended.error is not None and self.store.unreached(ended.error):
                 ended = replace(ended, how=How.TRANSIENT)  # what was raised does not look like it
+            if ended.stop is not None and ended.how is How.TRANSIENT:
+                raise ended.stop
             match ended.how:
                 case How.PROCESSED:
                     self.recording.paid(row.key)
@@ -265,6 +269,8 @@ class Delivering:
                         self.recording.succeeded(row.key)
                     if ended.again:
                         _log.warning("duplicate_ran handler=%s key=%s enforce=False", row.handler, escaped(row.key))
+                    if ended.stop is not None:
+                        raise ended.stop
                     return PROCESSED
                 case How.DUPLICATE:
                     if self.recording.owes and ended.owner is not None and self.recording.is_owed(row.key, ended.owner):
@@ -272,6 +278,8 @@ class Delivering:
                         return self._broken(error, ended.owner, message, reading)
                     self.recording.paid(row.key)
                     self.recording.known(row.key)
+                    if ended.stop is not None:
+                        raise ended.stop
                     return DUPLICATE
                 case How.AWAY:
                     if ended.owner is not None:
@@ -289,10 +297,15 @@ class Delivering:
                     # it can by now: what was said of the store may have been true a moment ago. Said once more, it is a
                     # failure of this message
                     looked, transient = True, 1
-                case How.FAILED if immediate < self._immediate(ended.error, foreign):
+                case How.FAILED if ended.stop is None and immediate < self._immediate(ended.error, foreign):
                     immediate += 1
-                case _:
+                case How.IN_PROGRESS:
                     return self._ended(ended, message, reading, features, foreign)
+                case _:
+                    told, cancelled = finish(partial(self._ended, ended, message, reading, features, foreign))
+                    if (stop := ended.stop or cancelled) is not None:
+                        raise stop
+                    return told
 
     def _ended(self, ended: Ended, message: Message, reading: Reading, features: Features, foreign: bool) -> Told:
         if ended.how is not How.BROKEN and reading.key is not None:
@@ -315,10 +328,7 @@ class Delivering:
             case How.BROKEN:
                 assert ended.error is not None
                 assert ended.owner is not None
-                told = self._broken(ended.error, ended.owner, message, reading, block=ended.block)
-                if ended.stop is not None:
-                    raise ended.stop
-                return told
+                return self._broken(ended.error, ended.owner, message, reading, block=ended.block)
             case _:
                 assert ended.error is not None
                 told = self.recording.failed(message, reading, ended.error, features, foreign)

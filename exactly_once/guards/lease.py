@@ -7,9 +7,11 @@ session's mark, which the next claim finds; a run that used no session leaves no
 """
 
 import logging
+from asyncio import CancelledError
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from time import monotonic
 from typing import Final, TypeVar
 from uuid import uuid4
@@ -20,6 +22,7 @@ from sqlalchemy.orm import Session
 from exactly_once.dialects import ClaimRow, Dialect
 from exactly_once.error_words import words_of
 from exactly_once.errors import StoreUnavailable
+from exactly_once.finishing import finished
 from exactly_once.guards import Claim, Conflict, Consumed, InProgress, OpenOurs, Unfinished, Won
 from exactly_once.guards.late import Late
 from exactly_once.leases import Held, LeaseStore, Standing, clock, judge
@@ -33,6 +36,7 @@ T = TypeVar("T")
 
 _LOCKED_S: Final = 0.05
 _PAUSE_S: Final = (0.1, 2.0)
+_LET_GO_S: Final = 1.0
 
 _log = logging.getLogger("exactly_once.leases")
 
@@ -72,11 +76,15 @@ class LeaseGuard:
         """See `Guard.claim`. A crash after it leaves the lease to run out, and the next claim takes it over."""
         token = uuid4().hex
         began, asked = monotonic(), clock()
-        seen = self._store.claim(row, token, self._lease, also=row.fingerprint, steps=self._steps)
-        standing = judge(seen, row.fingerprint)
-        if standing is Standing.FREE:  # the handler's fingerprint= was changed since it was last tried
-            seen = self._store.claim(row, token, self._lease, also=seen.fingerprint, steps=self._steps)
+        try:
+            seen = self._store.claim(row, token, self._lease, also=row.fingerprint, steps=self._steps)
             standing = judge(seen, row.fingerprint)
+            if standing is Standing.FREE:  # the handler's fingerprint= was changed since it was last tried
+                seen = self._store.claim(row, token, self._lease, also=seen.fingerprint, steps=self._steps)
+                standing = judge(seen, row.fingerprint)
+        except CancelledError:  # it may be ours all the same, and nobody would let go of it
+            self._let_go(Held(row, token, 0, self._lease))
+            raise
         match standing:
             case Standing.WON:
                 held = Held(
@@ -108,8 +116,7 @@ class LeaseGuard:
             # of an earlier run, whose claim says nothing of what it had committed
             traced = (known is None or not known.consumed) and self._local.traced(row)
         except BaseException:
-            with suppress(Exception):  # it runs out; what was raised first is what happened
-                self._store.release(held)
+            self._let_go(held)
             raise
         if traced:
             self._store.release(held)
@@ -127,6 +134,14 @@ class LeaseGuard:
                 return Unfinished(known.unfinished or "")
             case _:
                 return Consumed()
+
+    def _let_go(self, held: Held) -> None:
+        """After a claim that something ended: what was raised first is what happened, and a lease runs out by itself.
+
+        What the claim waited for may still be in the way.
+        """
+        with suppress(BaseException):
+            finished(partial(self._store.release, held), within_s=_LET_GO_S)
 
     def complete(self, session: Session, won: Won) -> Consumed | None:
         """See `Guard.complete`."""

@@ -7,6 +7,7 @@ swallows it. Made by `delivery` for each attempt of a handler that asks for `Ste
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from sqlalchemy.orm import Session
@@ -15,6 +16,7 @@ from exactly_once import fork
 from exactly_once.dialects import Dialect, StepRow
 from exactly_once.drivers_own import is_of_a_database, is_taken, original
 from exactly_once.errors import ConfigurationError, LeaseLost, Misuse, StepError
+from exactly_once.finishing import finished
 from exactly_once.guards.late import Late
 from exactly_once.guards.lease import insisting, still_ours
 from exactly_once.guards.step_order import StepOrder
@@ -230,11 +232,17 @@ class StepLedger:
             if not watch.committed:
                 raise watch.uncommitted()  # noqa: TRY301
         except BaseException as error:
-            if late.watch is None or not self._is_committed(late.watch, error):
+            if not finished(partial(self._left, late, session, error)):
                 raise  # else a hook of the user's raised, behind the server's answer
         finally:
             late.end(session)
         return result
+
+    def _left(self, late: Late, session: Session, error: BaseException) -> bool:
+        try:
+            return late.watch is not None and self._is_committed(late.watch, error)
+        finally:
+            late.end(session)
 
     def _is_committed(self, watch: Watch, error: BaseException) -> bool:
         """Ask how the step's transaction was left, as of an attempt: `Watch.why` says what its error means.

@@ -148,10 +148,19 @@ def _cancellation_kept() -> Iterator[None]:
         yield
     except Exception as error:
         if task.cancelling() > before:
-            raise asyncio.CancelledError from error
+            raise _cancellation() from error
         raise
     if task.cancelling() > before:
-        raise asyncio.CancelledError
+        raise _cancellation()
+
+
+def _cancellation() -> asyncio.CancelledError:
+    """Return what stands for one that was swallowed. A scope of anyio cancels again, and knows its own ones by their text."""
+    try:
+        await_only(asyncio.sleep(0))
+    except asyncio.CancelledError as error:
+        return error
+    return asyncio.CancelledError()
 
 
 async def _until_the_loop_ends(pool: Any) -> AsyncGenerator[None, None]:

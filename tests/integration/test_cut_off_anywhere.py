@@ -1,4 +1,4 @@
-"""A run under a lease is cut off at any moment: by one cancellation, by one that comes again, by a signal's exception.
+"""A run is cut off at any moment: by one cancellation, by one that comes again (at each await: anyio), by a signal's exception.
 
 The kind: the connection that a statement of ours has used is being given back, and that takes a conversation with the server (a
 session's setting put back, a rollback). Whoever is cut off there loses the connection's place in the pool: some timeouts later
@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from exactly_once import Outcome
 from tests.integration.shop import DIALECTS, Shop, order, put, shops
-from tests.integration.ways import IN_A_STEP, UNDER_A_LEASE, Way
+from tests.integration.ways import ALONE, IN_A_STEP, UNDER_A_LEASE, Way
 
 LEASED = (UNDER_A_LEASE, IN_A_STEP)
 LONGEST = 200
@@ -58,7 +58,9 @@ def at_this_moment(shop: Shop, no: str, at: int, times: int) -> bool:
         async def awaited() -> None:
             await run
 
-        await asyncio.wait([asyncio.ensure_future(awaited())])
+        task = asyncio.ensure_future(awaited())
+        await asyncio.wait([task])
+        assert not times or run.suspended < at or task.cancelled(), f"the cancellation at suspension {at} was lost"
         return run
 
     gc.collect()
@@ -77,8 +79,8 @@ def ashop(request: pytest.FixtureRequest) -> Iterator[Shop]:
 
 
 @pytest.mark.parametrize("ends", ["processed", "failed"])
-@pytest.mark.parametrize("times", [1, 2])
-@pytest.mark.parametrize("way", LEASED, ids=str)
+@pytest.mark.parametrize("times", [1, 2, LONGEST])
+@pytest.mark.parametrize("way", [ALONE, *LEASED], ids=str)
 def test_a_cancellation_at_any_moment_gives_every_place_in_the_pool_back(
     ashop: Shop, way: Way, times: int, ends: str
 ) -> None:
