@@ -29,7 +29,7 @@ from weakref import WeakKeyDictionary
 
 import psycopg
 from psycopg import AsyncClientCursor, AsyncConnection, ClientCursor, errors, generators
-from psycopg.pq import Escaping, ExecStatus, PGconn, Ping, TransactionStatus
+from psycopg.pq import Escaping, ExecStatus, TransactionStatus
 from sqlalchemy import Connection, Insert, Update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -147,6 +147,7 @@ _TRANSIENT: Final = frozenset({"40001", "40P01", "55P03"})
 # the classes of an ERROR after which the transaction is certainly gone; 40003 says of itself that it does not know
 _REFUSING_CLASSES: Final = frozenset({"21", "22", "23", "25", "2B", "40", "42", "44", "54", "55", "P0", "HV"})
 _READ_ONLY: Final = "25006"
+_NO_DATABASE: Final = "3D000"
 _MADE_READ_ONLY: Final = (
     "The handler made its transaction read only (SET TRANSACTION READ ONLY, or set_config('transaction_read_only', ...)), and"
     " what we write with its COMMIT was refused: that an earlier failure is settled, or that its lease or step is done. Nothing"
@@ -156,7 +157,7 @@ _MADE_READ_ONLY: Final = (
 _UNAVAILABLE: Final = frozenset(
     {
         _READ_ONLY,  # read_only_sql_transaction: a standby, or default_transaction_read_only
-        "3D000",  # invalid_catalog_name: being restored, or a wrong name (see `hopeless`)
+        _NO_DATABASE,  # invalid_catalog_name: being restored, or a wrong name (see `hopeless`)
         "57P01",  # admin_shutdown
         "57P02",  # crash_shutdown
         "57P03",  # cannot_connect_now
@@ -497,16 +498,13 @@ class PostgreSQL:
         return isinstance(origin, psycopg.OperationalError) and not isinstance(origin, errors.ConnectionTimeout)
 
     def hopeless(self, error: BaseException) -> bool:
+        from exactly_once.dialects.postgresql_refusal import why
+
         origin = original(error)
-        if origin.sqlstate is not None:
-            return bool(origin.sqlstate[:2] == "28" or origin.sqlstate == "3D000")
-        # libpq gives no SQLSTATE for a refused login, and its text is in the server's language: but it can tell a server
-        # that accepts connections, and so refused *us*, from one that is away or starting
-        refused_by = getattr(origin, "pgconn", None)
-        if refused_by is None or isinstance(origin, errors.ConnectionTimeout):
-            return False  # a busy machine, not a wrong setting
-        where = b"host=%s port=%s connect_timeout=2" % (refused_by.hostaddr or refused_by.host, refused_by.port)
-        return bool(PGconn.ping(where) == Ping.OK)
+        code: str = origin.sqlstate or why(origin)
+        if code == _NO_DATABASE or not code:
+            return bool(code)
+        return code not in _UNAVAILABLE and code[:2] not in _UNAVAILABLE_CLASSES
 
     def lost(self, dbapi: Any, info: MutableMapping[Any, Any], error: BaseException) -> bool:
         return False  # an error aborts the transaction, and the status says so until it is rolled back

@@ -36,9 +36,10 @@ class PgBouncer:
         url: SQLAlchemy URL of the database, on TCP.
         server_connections: How many connections to the server all clients share.
         mode: For how long a client keeps one: "transaction" or "session".
+        clients: How many it takes.
     """
 
-    def __init__(self, url: str, *, server_connections: int, mode: str = "transaction") -> None:
+    def __init__(self, url: str, *, server_connections: int, mode: str = "transaction", clients: int = 200) -> None:
         if reason := missing():
             raise ServerFailed(f"PgBouncer cannot run: {reason}.")
         behind = make_url(url)
@@ -52,7 +53,7 @@ class PgBouncer:
             f" user={behind.username} {f'password={behind.password}' if behind.password else ''}\n"
             "[pgbouncer]\n"
             f"listen_addr = 127.0.0.1\nlisten_port = {self.port}\nunix_socket_dir =\nauth_type = any\n"
-            f"pool_mode = {mode}\ndefault_pool_size = {server_connections}\nmax_client_conn = 200\n"
+            f"pool_mode = {mode}\ndefault_pool_size = {server_connections}\nmax_client_conn = {clients}\n"
         )
         if account:
             for path in (self._directory, file):
