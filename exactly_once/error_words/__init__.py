@@ -11,8 +11,9 @@ Never raises, whatever the error's own methods do. Called by everything that wri
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from difflib import SequenceMatcher
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from traceback import format_tb
@@ -22,7 +23,15 @@ from typing import Final
 from sqlalchemy.exc import ArgumentError, CompileError, DBAPIError, SQLAlchemyError, StatementError
 
 from exactly_once.error_words.drivers import DRIVERS, in_statement, is_drivers, of_driver
-from exactly_once.error_words.struck import WORD, Sought, sought, without_numbers, without_parameters, without_quoted
+from exactly_once.error_words.struck import (
+    TOO_MUCH,
+    WORD,
+    Sought,
+    sought,
+    without_numbers,
+    without_parameters,
+    without_quoted,
+)
 from exactly_once.errors import Reject
 from exactly_once.leaves import leaves
 from exactly_once.other_queues import advice_on
@@ -74,7 +83,7 @@ def words_of(error: BaseException) -> str:
     found, beside = leaves(error), _bound_behind(error)
     told = [_cut(f"{_named(each, beside)}{place_of(each)}") for each in found[:_MOST_MEMBERS]]
     more = f"; and {len(found) - _MOST_MEMBERS} more" if len(found) > _MOST_MEMBERS else ""
-    return f"{_cut(_own_words(error))}: {'; '.join(told)}{more}"
+    return f"{_cut(_own_words(error, beside))}: {'; '.join(told)}{more}"
 
 
 def _named(error: BaseException, beside: Sought | None) -> str:
@@ -87,10 +96,13 @@ def _cut(text: str) -> str:
 
 
 def _own_words(error: BaseException, beside: Sought | None = None) -> str:
-    """What an error says itself, without what was bound behind the others of its group, of which it may tell."""
+    """What an error says itself, without what was bound behind the others of its group, of which it may tell.
+
+    What is bound behind a group is looked through once, for all that is in it: `beside` has what is bound behind `error`, too.
+    """
     try:
         if isinstance(error, StatementError):
-            return _of_statement(error)
+            return _of_statement(error, _is_too_much(beside))
         if is_drivers(error):
             return of_driver(error)
         words = _without_values(str(error), error, beside)
@@ -100,6 +112,10 @@ def _own_words(error: BaseException, beside: Sought | None = None) -> str:
         raise
     except BaseException as problem:  # noqa: BLE001, RUF100  (its own __str__, which may raise anything)
         return f"(its text cannot be read: {type(problem).__name__})"
+
+
+def _is_too_much(values: Sought | None) -> bool:
+    return values is not None and values.words is None
 
 
 def place_of(error: BaseException) -> str:
@@ -151,15 +167,15 @@ def trace_of(error: BaseException) -> str:
         seen.add(id(at))
         frames = _trace_of(at)
         above = "Traceback (most recent call last):\n" + "".join(format_tb(frames)) if frames is not None else ""
-        told.append(f"{above}{type(at).__qualname__}: {_own_words(at)}{_members_of(at)}")
+        beside = _bound_behind(at) if isinstance(at, BaseExceptionGroup) else None
+        told.append(f"{above}{type(at).__qualname__}: {_own_words(at, beside)}{_members_of(at, beside)}")
         at = _cause_of(at) or (None if _hides_context(at) else _context_of(at))
     return "\n\nThen, because of it:\n\n".join(reversed(told))
 
 
-def _members_of(error: BaseException) -> str:
+def _members_of(error: BaseException, beside: Sought | None) -> str:
     if not isinstance(error, BaseExceptionGroup):
         return ""
-    beside = _bound_behind(error)
     return "".join(
         f"\n  | {type(each).__qualname__}: {_own_words(each, beside)}{place_of(each)}"
         for each in leaves(error)[:_MOST_ERRORS]
@@ -169,10 +185,10 @@ def _members_of(error: BaseException) -> str:
 # -- errors of a database --------------------------------------------------------------------------------------------
 
 
-def _of_statement(error: StatementError) -> str:
+def _of_statement(error: StatementError, too_much: bool = False) -> str:
     orig = error.orig
     if orig is not None and (isinstance(error, DBAPIError) or is_drivers(orig)):
-        words = of_driver(orig, error.statement, error.params)
+        words = of_driver(orig, error.statement, TOO_MUCH if too_much else error.params)
     elif orig is None or isinstance(orig, SQLAlchemyError):
         words = _of_sqlalchemy(str(error.args[0]) if orig is None else str(orig), orig or error)
     else:  # a value that could not be made ready for the driver, and its text says which
@@ -206,10 +222,12 @@ def _without_errors(text: str, error: BaseException, beside: Sought | None = Non
     """Put into a text, for each database error it was made of, what may be told of that."""
     if not text:
         return text
-    told: list[str] = []
+    if _is_too_much(beside):
+        return _CUT
+    told: list[Callable[[], str]] = []
     for quoted in _behind(error):
         here = f"{_HERE}{len(told)}{_HERE}"
-        told.append(words_of(quoted))
+        told.append(partial(words_of, quoted))
         for form in sorted(_forms(quoted), key=len, reverse=True):
             if len(form) > 3 and form in text:
                 text = text.replace(form, here)
@@ -218,12 +236,12 @@ def _without_errors(text: str, error: BaseException, beside: Sought | None = Non
         ) >= 0:  # in other spacing, cut short, a field of it: how it ends is not known
             text = f"{text[:start]}{here}"
         if isinstance(quoted, StatementError) and quoted.statement and quoted.statement in text:
-            told.append(in_statement(quoted.orig, quoted.statement).strip())
+            told.append(partial(_statement_of, quoted.orig, quoted.statement))
             text = text.replace(quoted.statement, f"{_HERE}{len(told) - 1}{_HERE}")
-    for values in (_bound_behind(error), beside):
-        if values is not None:
-            struck = without_parameters(text, values)
-            text = _CUT if struck is None else struck
+    values = _bound_behind(error) if beside is None else beside
+    if values is not None:
+        struck = without_parameters(text, values)
+        text = _CUT if struck is None else struck
     found = _CLASS_IN_TEXT.search(text)
     mark = _MARK_IN_TEXT.search(text)
     if found and (mark or found[1][1:].partition(".")[0] in DRIVERS):
@@ -235,8 +253,13 @@ def _without_errors(text: str, error: BaseException, beside: Sought | None = Non
     if 0 <= entry < key:
         text = f"{text[:entry]}duplicate entry{text[key + 1 :]}"
     for number, words in enumerate(told):
-        text = text.replace(f"{_HERE}{number}{_HERE}", words)
+        if (here := f"{_HERE}{number}{_HERE}") in text:
+            text = text.replace(here, words())
     return text.replace(_HERE, "")  # of a place that was cut through
+
+
+def _statement_of(orig: BaseException | None, statement: str) -> str:
+    return in_statement(orig, statement).strip()
 
 
 def _quotes_from(text: str, error: BaseException) -> int:
@@ -267,8 +290,15 @@ def _behind(error: BaseException) -> Iterator[BaseException]:
 def _bound_behind(error: BaseException) -> Sought | None:
     """What was bound to the statements that failed behind an error."""
     try:
-        found = [each.params for each in _behind(error) if isinstance(each, StatementError) and each.params]
-        return sought(found) if found else None
+        # from each member of a group anew: one whose errors have no end hides none of the others
+        starts = (error, *leaves(error)) if isinstance(error, BaseExceptionGroup) else (error,)
+        behind = {
+            id(each): each.params
+            for start in starts
+            for each in (*_behind(start), *((start,) if start is not error else ()))
+            if isinstance(each, StatementError) and each.params
+        }
+        return sought(list(behind.values())) if behind else None
     except Exception:  # a value's own text
         return Sought(None, None)
 

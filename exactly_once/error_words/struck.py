@@ -11,9 +11,11 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 __all__ = [
+    "TOO_MUCH",
     "WORD",
     "Sought",
     "bound",
@@ -27,6 +29,8 @@ __all__ = [
 ]
 
 WORD: Final = re.compile(r"\w+")
+TOO_MUCH: Final = object()
+"""In the place of what was bound, where there is too much of it to look through."""
 STRUCK: Final = "..."
 # five digits in a row, or nine in groups, as cards and telephones are written; a date has eight
 _NUMBER: Final = re.compile(r"\d{5,}|\d(?:[\s./\u2010-\u2015-]{0,3}\d){8,}")
@@ -36,6 +40,7 @@ _ENDS: Final = {'"': '"', "'": "'", "`": "`", "«": "»", "»": "«", "„": "�
 _EVERY_MARK: Final = frozenset("".join((*_ENDS, *_ENDS.values())))
 _DIGIT: Final = re.compile(r"\d")
 _LEAST_WORD: Final = 3
+_LONGEST_WORD: Final = 255  # of a developer, and of a customer's value in one piece
 _LEAST_PIECE: Final = 5  # of a word: 't' || :name
 _MOST_CHARACTERS: Final = 2_000_000  # of what is bound; more is not looked through, and nothing of the sentence is told
 _STATEMENT_CHARACTERS: Final = 500
@@ -113,6 +118,8 @@ def _end_of_comment(statement: str, at: int) -> int:
 
 def bound(parameters: Any) -> frozenset[str] | None:
     """Return the words of all values bound to a statement, in small letters; None where there are too many to look through."""
+    if parameters is TOO_MUCH:
+        return None
     found: set[str] = set()
     left = _MOST_CHARACTERS
     for value in _values(parameters):
@@ -151,11 +158,13 @@ def without_bound(text: str, values: frozenset[str], known: Iterable[str], *, ow
     marks = [n for n, mark in enumerate(text) if mark in _EVERY_MARK and not _is_apostrophe(text, n)]
     first, last = (0, len(text)) if own_words else (marks[0], marks[-1]) if marks else (len(text), 0)
 
+    begins = cache(lambda: _begins(values))
+
     def strike(found: re.Match[str]) -> str:
         word = found[0].lower()
         if word in kept or len(word) < _LEAST_WORD or not (first <= found.start() < last or _DIGIT.search(word)):
             return found[0]
-        return STRUCK if word in values or _has_piece(word, values) else found[0]
+        return STRUCK if word in values or _has_piece(word, values, begins()) else found[0]
 
     return WORD.sub(strike, text)
 
@@ -238,13 +247,20 @@ def _forms(value: Any) -> Iterator[str]:
             yield form
 
 
-def _has_piece(word: str, values: frozenset[str]) -> bool:
+def _has_piece(word: str, values: frozenset[str], begins: frozenset[str]) -> bool:
     most = len(word)
+    if most > _LONGEST_WORD:
+        return True  # nobody's word, and to look at each piece of it would take seconds
     return any(
         word[start:end] in values
-        for start in range(most)
-        for end in range(start + _LEAST_PIECE, min(most, start + 255) + 1)
+        for start in range(most - _LEAST_PIECE + 1)
+        if word[start : start + _LEAST_PIECE] in begins
+        for end in range(start + _LEAST_PIECE, most + 1)
     )
+
+
+def _begins(values: frozenset[str]) -> frozenset[str]:
+    return frozenset(word[:_LEAST_PIECE] for word in values if len(word) >= _LEAST_PIECE)
 
 
 def without_quoted(text: str, known: Iterable[str]) -> str:

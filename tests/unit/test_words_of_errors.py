@@ -155,6 +155,40 @@ def test_a_large_group_of_errors_with_much_behind_each_is_told_soon() -> None:
     assert monotonic() - began < 5
 
 
+def test_what_is_bound_behind_a_group_is_looked_through_once_for_all_of_it() -> None:
+    def behind(number: int) -> Exception:
+        rows = [{"name": f"Smith-{number}-{n} of Sheffield", "no": 10_000_000 + n} for n in range(5000)]
+        driver = IntegrityError("INSERT INTO t VALUES (:name, :no)", rows, Exception())
+        return raised(RuntimeError(f"not saved: {'y' * 19_000} Smith-{number}-{number} of Sheffield"), driver)
+
+    group = ExceptionGroup("several", [behind(number) for number in range(10)])
+    for words in (words_of, trace_of):
+        began = monotonic()
+        told = words(group)
+        assert monotonic() - began < 5
+        assert "RuntimeError: not saved: ..." in told
+        assert "Sheffield" not in told
+
+
+def test_of_a_group_with_too_much_bound_behind_it_no_text_is_told() -> None:
+    def behind(number: int) -> Exception:
+        return raised(RuntimeError("Carpenter"), IntegrityError("INSERT", ["Carpenter", "x" * 300_000], Exception()))
+
+    group = ExceptionGroup("Carpenter", [behind(number) for number in range(10)])
+    assert "Carpenter" not in words_of(group)
+    assert "Carpenter" not in trace_of(group)
+
+
+def test_an_error_with_no_end_hides_none_of_what_is_bound_behind_the_others() -> None:
+    endless: Exception = ValueError("endless")
+    at: BaseException = endless
+    for number in range(200):
+        at.__cause__ = at = ValueError(str(number))
+    values = raised(RuntimeError("x"), IntegrityError("INSERT", ["Carpenter"], Exception()))
+    group = ExceptionGroup("tasks", [values, RuntimeError("of Carpenter"), endless])
+    assert "Carpenter" not in words_of(group)
+
+
 @pytest.mark.parametrize(
     ("statement", "doubled", "says"),
     [
