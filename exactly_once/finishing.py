@@ -6,7 +6,8 @@ is done. A process that dies meanwhile leaves what it held to run out. Called fo
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
 
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
@@ -56,11 +57,17 @@ async def _in_its_own_task(do: Callable[[], T], within_s: float | None) -> "tupl
     asking = asyncio.current_task()
     assert asking is not None
 
-    async def done() -> T:
+    async def done() -> Callable[[], T]:
         task = asyncio.current_task()
         assert task is not None
         INSTEAD_OF[task] = INSTEAD_OF.get(asking, asking)
-        return await greenlet_spawn(do)
+        try:
+            value = await greenlet_spawn(do)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # out of a task, an exit or an interrupt would end the loop, past whoever waits here
+            return partial(_raise, error)
+        return lambda: value
 
     loop = asyncio.get_running_loop()
     task = loop.create_task(done())
@@ -77,12 +84,17 @@ async def _in_its_own_task(do: Callable[[], T], within_s: float | None) -> "tupl
             until = None
             task.cancel()
     if cancellation is None:
-        return task.result(), None
+        return task.result()(), None
     if task.cancelled():
         raise cancellation
-    if (raised := task.exception()) is not None:
+    try:
+        return task.result()(), cancellation
+    except BaseException as raised:
         raise cancellation from raised
-    return task.result(), cancellation
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
 
 
 def _in_a_task() -> bool:

@@ -28,6 +28,7 @@ from sqlalchemy import (
     Update,
     and_,
     bindparam,
+    delete,
     func,
     insert,
     literal,
@@ -190,7 +191,7 @@ class FailureStore:
             decide: From the number of failures, this one included, what is to happen.
 
         Returns:
-            The decision that was stored, and the number of failures. A row a person discarded stays discarded.
+            The decision that was stored, and the number of failures. A message that a person discarded stays discarded.
         """
         for last in (False, True):
             try:
@@ -213,24 +214,26 @@ class FailureStore:
         identity = self._identity(failure, key)
         texts = characters if form is Form.WHOLE else _ASCII
         known = all_rows(
-            select(t.c.id, t.c.attempts, t.c.state, _bodiless(t)),
+            select(t.c.id, t.c.attempts, t.c.state, t.c.message_id, _bodiless(t)),
             session.connection().dialect.name,
         )
         row = session.execute(known.where(identity)).one_or_none()
         if row is not None:
             # locked by its id, and only when it is there: on InnoDB a locking read of nothing locks the gap around it,
             # and two messages that fail for the first time would deadlock on each other's gap
-            row = session.execute(known.where(t.c.id == row.id).with_for_update()).one()
-        if row is not None and row.state == "discarded":
-            return Park("discarded", "a person discarded this message"), row.attempts
-        # an earlier life of this key ended well (under a lock, or its claim was purged since): this is another message
-        open_ = row if row is not None and row.state != "resolved" else None
-        earlier = open_.attempts if open_ is not None else 0
+            row = session.execute(known.where(t.c.id == row.id).with_for_update()).one_or_none()
+        if row is not None and row.state in CLOSED:
+            again = row.message_id == storable(failure.message.message_id, MESSAGE_ID_BYTES, texts)
+            if row.state == "discarded" and again:
+                return Park("discarded", "a person discarded this message"), row.attempts
+            # under a lock, or once its claim was purged, a key comes another day: another message, with a place in the order,
+            # and an id, of its own
+            session.execute(delete(t).where(t.c.id == row.id))
+            row = None
+        earlier = row.attempts if row is not None else 0
         attempts = earlier + 1 if failure.counted else earlier
         # written once; or now, where it was not taken before
-        first, *more = (
-            self._content(session.connection(), failure, texts) if open_ is None or open_.bodiless else (None,)
-        )
+        first, *more = self._content(session.connection(), failure, texts) if row is None or row.bodiless else (None,)
         # nowhere but with the broker: it is not acknowledged, whoever would bring it again or keep it else
         bodiless = first is not None and "body" not in first
         decision = ByBroker(_BROUGHT_AGAIN) if bodiless else decide(attempts)
@@ -246,9 +249,6 @@ class FailureStore:
             values["claim_owner"] = failure.claim_owner
             self._claim(session, failure)
         values |= first or {}
-        if row is not None and open_ is None:
-            nobody_decided = dict.fromkeys(("decided_by", "decided_at", "decided_why"))
-            values = {"claim_owner": None, **nobody_decided, **self._new(failure, key, texts, form), **values}
         if row is not None:
             id_ = row.id
             session.execute(update(t).where(t.c.id == id_).values(**values))
@@ -370,7 +370,7 @@ class FailureStore:
         )
         key = failure.failure_key_in(characters)
         known = self._identity(failure, key)
-        mine = select(t.c.id).where(known).scalar_subquery()
+        mine = select(t.c.id).where(known, t.c.state.in_(OPEN)).scalar_subquery()
         open_ = select(t.c.id).where(of_key, blocking(t, after_dead_wait=after_dead_wait), not_(known))
         wanted: Select[Any] = select(open_.order_by(t.c.id).limit(1).scalar_subquery(), mine)
         first, own = session.execute(all_rows(wanted, session.connection().dialect.name)).one()

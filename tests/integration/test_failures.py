@@ -19,12 +19,13 @@ from exactly_once import ExactlyOnce, Lock, Message, Outcome, Reject, Retry, key
 from exactly_once.delivery import Told
 from exactly_once.failures import FailureStore
 from exactly_once.failures.due import DueFailures
+from exactly_once.failures.triage import Chosen, discard
 from exactly_once.runner import run_all
 from exactly_once.transport import Features
 from exactly_once.verdict import Ack, Redeliver
-from tests.integration.shop import GROUP, ONLY, Do, Shop, order, put
+from tests.integration.shop import EFFECT, GROUP, ONLY, Do, Shop, order, put
 from tests.integration.threads import Turn, in_thread
-from tests.integration.ways import requeued
+from tests.integration.ways import ALONE, requeued
 
 pytestmark = pytest.mark.nightly(meet=2)
 
@@ -720,3 +721,67 @@ def test_a_failure_of_a_key_that_ended_well_before_is_another_life(shop: Shop, r
     requeued(shop, [row.id])
     assert shop.process(version(4, attempt=3)) is Outcome.PROCESSED
     assert shop.failure().state == "resolved"
+
+
+@pytest.mark.parametrize("guard", ["lock", "purged claim"])
+def test_what_a_person_discarded_swallows_no_message_of_another_day(shop: Shop, redis_url: str, guard: str) -> None:
+    bad = [True]
+
+    def do(session: Session) -> None:
+        if bad:
+            raise ValueError
+        put(session, "done")
+
+    more: dict[str, Any] = {"guard": Lock(timedelta(seconds=30), store=redis_url)} if guard == "lock" else {}
+    retry = Retry(immediate=0, delays=[0.01], max_attempts=2)
+    shop.handles(do, name=f"handler-{next(_names)}-{shop.dialect}", retry=retry, **more)
+    assert [shop.process(order(1, attempt=n)) for n in (1, 2)] == [Outcome.FAILED, Outcome.DEAD]
+    with shop.outside.begin() as connection:
+        assert discard(connection, shop.tables, Chosen(group=GROUP), by="me", why="not today") == 1
+        connection.execute(shop.tables.idempotent.delete())
+    # the broker brings the very same one once more, in the middle of whose run it may have been discarded
+    assert shop.process(order(1, attempt=3)) is Outcome.DEAD
+    assert shop.failure().state == "discarded"
+    assert shop.process(order(1, message_id="of-another-day")) is Outcome.FAILED
+    row = shop.failure()
+    assert (row.state, row.attempts, row.message_id, row.decided_by) == ("retrying", 1, "of-another-day", None)
+    bad.clear()
+    assert shop.process(order(1, attempt=2, message_id="of-another-day")) is Outcome.PROCESSED
+    assert shop.effects() == ["done"]
+
+
+@pytest.mark.parametrize("guard", ["lock", "purged claim"])
+def test_a_key_that_ended_well_before_has_no_place_in_the_order_from_then(
+    shop: Shop, redis_url: str, guard: str
+) -> None:
+    failing = {1}
+
+    def do(session: Session, no: Any) -> None:
+        put(session, str(no))
+        if no in failing:
+            raise ValueError(no)
+
+    def of(no: int, attempt: int = 1) -> Message:
+        return order(no, attempt=attempt, ordering_key="item 7")
+
+    more: dict[str, Any] = {"guard": Lock(timedelta(seconds=30), store=redis_url)} if guard == "lock" else {}
+    retry = Retry(immediate=0, delays=[0.01], max_attempts=2)
+    name = f"handler-{next(_names)}-{shop.dialect}"
+    ALONE.handles(shop, do, name=name, ordered=True, retry=retry, **more)
+    assert deliver(shop, of(1), BROKER).outcome is Outcome.FAILED
+    failing.clear()
+    assert deliver(shop, of(1, 2), BROKER).outcome is Outcome.PROCESSED
+    with shop.outside.begin() as connection:
+        connection.execute(shop.tables.idempotent.delete())
+        connection.execute(EFFECT.delete())
+    failing.add(2)
+    assert [deliver(shop, of(2, n), BROKER).outcome for n in (1, 2)] == [Outcome.FAILED, Outcome.DEAD]
+    # the first one's text comes another day: it is behind the second, which a person must decide
+    assert [deliver(shop, of(1, n), BROKER).outcome for n in (1, 2, 3, 4)] == [Outcome.WAITING] * 4
+    assert sorted(row.state for row in shop.failures()) == ["dead", "waiting"]
+    failing.clear()
+    (dead,) = (row for row in shop.failures() if row.state == "dead")
+    requeued(shop, [dead.id])
+    assert deliver(shop, of(2, 1), BROKER).outcome is Outcome.PROCESSED
+    assert deliver(shop, of(1, 1), BROKER).outcome is Outcome.PROCESSED
+    assert shop.effects() == ["2", "1"]

@@ -122,3 +122,18 @@ def test_it_takes_no_longer_than_it_may(monkeypatch: pytest.MonkeyPatch, cancell
             in_a_loop(lambda: finish(hangs, within_s=0.1))
     assert monotonic() - began < 10
     assert ended == ["cut off"]
+
+
+@pytest.mark.parametrize("exits", [SystemExit, KeyboardInterrupt])
+def test_an_exit_reaches_who_waits_for_it_and_ends_no_loop(exits: type[BaseException]) -> None:
+    def leave() -> None:
+        await_only(asyncio.sleep(0))
+        raise exits
+
+    async def run() -> str:
+        with pytest.raises(exits):
+            await greenlet_spawn(finish, leave)
+        await asyncio.sleep(0)
+        return "goes on"
+
+    assert asyncio.run(run()) == "goes on"
