@@ -7,7 +7,7 @@ is done. A process that dies meanwhile leaves what it held to run out. Called fo
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
@@ -40,7 +40,10 @@ def finish(do: Callable[[], T], *, within_s: float | None = None) -> "tuple[T, a
     """
     if not in_greenlet() or not _in_a_task():
         return do(), None
-    return await_only(_in_its_own_task(do, within_s))
+    from greenlet import getcurrent  # type: ignore[import-untyped]
+
+    # the caller's context and no copy: a hook of the application's may set back what it set as the run began
+    return await_only(_in_its_own_task(do, within_s, getcurrent().gr_context))
 
 
 def finished(do: Callable[[], T], *, within_s: float | None = None) -> T:
@@ -51,7 +54,9 @@ def finished(do: Callable[[], T], *, within_s: float | None = None) -> T:
     return value
 
 
-async def _in_its_own_task(do: Callable[[], T], within_s: float | None) -> "tuple[T, asyncio.CancelledError | None]":
+async def _in_its_own_task(
+    do: Callable[[], T], within_s: float | None, context: Any
+) -> "tuple[T, asyncio.CancelledError | None]":
     import asyncio
 
     asking = asyncio.current_task()
@@ -65,12 +70,14 @@ async def _in_its_own_task(do: Callable[[], T], within_s: float | None) -> "tupl
             value = await greenlet_spawn(do)
         except asyncio.CancelledError:
             raise
-        except BaseException as error:  # out of a task, an exit or an interrupt would end the loop, past whoever waits here
+        except (
+            BaseException
+        ) as error:  # out of a task, an exit or an interrupt would end the loop, past whoever waits here
             return partial(_raise, error)
         return lambda: value
 
     loop = asyncio.get_running_loop()
-    task = loop.create_task(done())
+    task = loop.create_task(done(), context=context)
     cancellation: asyncio.CancelledError | None = None
     until = None if within_s is None else loop.time() + within_s
     while not task.done():

@@ -210,7 +210,8 @@ _UNSTORABLE: Final = frozenset({1366, 1977, 3854})
 # after these nobody knows whether COMMIT happened: shutting down, interrupted, killed, the connection ended
 _UNSURE: Final = frozenset({1053, 1077, 1079, 1152, 1158, 1159, 1160, 1161, 1184, 1317, 1927, 4031})
 _GONE: Final = (ConnectionError, TimeoutError, EOFError)
-_LOST: Final = frozenset({_DEADLOCK, _CHANGED, 1317, 1927, 2006, 2013, 2055})
+# not ER_QUERY_INTERRUPTED: KILL QUERY undoes its statement alone
+_LOST: Final = frozenset({_DEADLOCK, _CHANGED, 1927, 2006, 2013, 2055})
 
 
 def busy_of(error: BaseException, *, lost: bool = False) -> ClaimBusy | None:

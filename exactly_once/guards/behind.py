@@ -113,6 +113,7 @@ def _install(dialect: Any) -> None:
     _INSTALLED.add(dialect)
     dialect.is_disconnect = _seeing(dialect.is_disconnect)
     dialect.do_commit = _refusing(dialect.do_commit, dialect.do_rollback)
+    dialect.do_prepare_twophase = _refusing_to_prepare(dialect.do_prepare_twophase)
 
 
 def _seeing(is_disconnect: Callable[..., bool]) -> Callable[..., bool]:
@@ -139,6 +140,17 @@ def _refusing(
         commit(pooled)
 
     return do_commit
+
+
+def _refusing_to_prepare(prepare: Callable[[Connection, Any], None]) -> Callable[[Connection, Any], None]:
+    def do_prepare_twophase(connection: Connection, xid: Any) -> None:
+        # PostgreSQL answers ROLLBACK here, too; and while one is not prepared, SQLAlchemy can roll the other databases back
+        noted = _noted(connection.connection)
+        if noted is not None and (why := noted.ended(connection.connection.dbapi_connection)):
+            raise noted.misuse(why)
+        prepare(connection, xid)
+
+    return do_prepare_twophase
 
 
 _LOST: Final = (

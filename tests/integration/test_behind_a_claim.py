@@ -10,16 +10,17 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, insert, select, text, update
+from sqlalchemy import Connection, create_engine, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Misuse
 from exactly_once.testing.databases import DatabaseServer
+from exactly_once.testing.postgres import EmbeddedPostgres
 from tests.integration.shop import COLOURS, EFFECT, GROUP, ONLY, STOCK, Shop, on, put
 from tests.integration.test_claim_door import in_session
-from tests.integration.threads import Turn, in_thread
+from tests.integration.threads import Turn, in_thread, until
 from tests.integration.ways import mariadb_procedures
 from tests.services import mariadb as mariadb_service
 from tests.services.need import require
@@ -439,3 +440,62 @@ def test_a_prepared_transaction_is_refused_too(shop: Shop, eo: ExactlyOnce) -> N
         with suppress(IntegrityError):
             session.execute(insert(ONLY).values(text="there"))
     assert (shop.effects(), shop.claims()) in ((["effect"], ["A-1"]), ([], []))
+
+
+def test_what_cannot_be_prepared_keeps_no_half_in_another_database() -> None:
+    """Two phases over two databases of PostgreSQL: PREPARE of an aborted transaction answers ROLLBACK, and no error."""
+    with EmbeddedPostgres(settings={"max_prepared_transactions": "8"}) as own:
+        server = DatabaseServer(own.url, source="url")
+        first, second = (create_engine(server.create()) for _ in "ab")
+        EFFECT.metadata.create_all(first)
+        EFFECT.metadata.create_all(second)
+        eo = ExactlyOnce(group=GROUP)
+
+        def do(key: str) -> None:
+            with Session(first, twophase=True) as session, session.begin():
+                assert eo.claim(session, "handler", key)
+                session.execute(insert(EFFECT).values(text="there"), bind_arguments={"bind": second})
+                with suppress(DBAPIError):
+                    session.execute(text("SELECT 1 / 0"), bind_arguments={"bind": first})
+
+        for no in range(12):  # which of them SQLAlchemy prepares first is chance
+            with pytest.raises(Misuse, match=f"'A-{no}' of 'handler'"):
+                do(f"A-{no}")
+        for engine in (first, second):
+            with engine.connect() as connection:
+                assert connection.execute(select(EFFECT)).all() == []
+                assert connection.execute(text("SELECT gid FROM pg_prepared_xacts")).all() == []
+            engine.dispose()
+
+
+@on("mariadb")
+def test_a_statement_that_is_killed_in_a_savepoint_undoes_itself_alone(shop: Shop, eo: ExactlyOnce) -> None:
+    """KILL QUERY, by a watchdog of long statements."""
+
+    def do(session: Session) -> None:
+        assert eo.claim(session, "handler", "A-1")
+        put(session, "before")
+        killed_once(shop, session)
+        put(session, "after")
+
+    in_session(shop, do)
+    shop.assert_kept("before", "after", claims=["A-1"])
+
+
+def killed_once(shop: Shop, session: Session) -> None:
+    """A statement of this session is killed, in a savepoint."""
+    number = session.execute(text("SELECT CONNECTION_ID()")).scalar_one()
+    looks = text(f"SELECT count(*) FROM information_schema.processlist WHERE id = {number} AND info LIKE '%SLEEP%'")
+
+    def watchdog() -> None:
+        with shop.outside.connect() as outside:
+            until(lambda: bool(outside.execute(looks).scalar_one()), "it runs")
+            outside.execute(text(f"KILL QUERY {number}"))
+
+    def half() -> None:
+        with session.begin_nested():
+            put(session, "half")
+            session.execute(text("UPDATE effect SET text = SLEEP(20)"))
+
+    with in_thread(watchdog), pytest.raises(DBAPIError):
+        half()

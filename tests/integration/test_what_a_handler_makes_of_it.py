@@ -6,17 +6,21 @@ run again at once and not counted, and a line to delete is named in the row: alo
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Iterator
+from contextvars import ContextVar, Token
 from typing import Any
 
 import pytest
-from sqlalchemy import insert, text, update
+from sqlalchemy import event, insert, text, update
 from sqlalchemy.exc import DBAPIError, OperationalError
-from sqlalchemy.orm import Session
+from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from exactly_once import AsyncSteps, Outcome, Reject, Steps
 from tests.integration.shop import COLOURS, DIALECTS, ONE_TRY, STOCK, Shop, on, order, put, shops
+from tests.integration.test_behind_a_claim import killed_once
 from tests.integration.threads import Turn, in_thread
 from tests.integration.ways import LEASE, WAYS, Way, mariadb_procedures
 
@@ -291,3 +295,56 @@ def test_a_step_that_was_lost_and_what_the_handler_does_behind_it(shop: Shop, th
         assert (outcome, shop.failures()) == (P, [])
     assert shop.effects() == ["step"]
     assert len(runs) == (2 if then == "wraps" else 1)
+
+
+@each_way
+@on("mariadb")
+def test_a_statement_that_is_killed_in_a_savepoint_ends_no_handler(shop: Shop, way: Way) -> None:
+    def do(session: Session, no: Any) -> None:
+        put(session, f"{no} before")
+        killed_once(shop, session)
+        put(session, f"{no} after")
+
+    way.handles(shop, do)
+    assert way.deliver(shop, [order(1)]) == [P], [(row.error_class, row.error_text) for row in shop.failures()]
+    assert shop.effects() == ["1 before", "1 after"]
+    shop.borrow()
+
+
+@each_way
+@on(colour="async")
+def test_what_a_hook_sets_in_its_context_is_set_back_where_the_handler_failed(shop: Shop, way: Way) -> None:
+    """As a transaction begins, and as it ends: the next message in this task would find what the last one left."""
+    current: ContextVar[object] = ContextVar("current", default=None)
+    seen: list[object] = []
+    began = deque[tuple[Session, Token[object]]]()
+
+    class Mine(Session):
+        pass
+
+    def begins(session: Session, transaction: SessionTransaction, connection: object) -> None:
+        if transaction.parent is None and type(session) is Mine:  # none of ours, which ends without hooks
+            began.append((session, current.set(session)))
+
+    def ends(session: Session, transaction: SessionTransaction) -> None:
+        if began and began[-1][0] is session and transaction.parent is None:
+            current.reset(began.pop()[1])
+
+    def do(session: Session, no: Any) -> None:
+        put(session, str(no))
+        if no == 1:
+            raise ValueError
+
+    async def both() -> None:
+        for no in (1, 2):
+            seen.append(current.get())
+            await shop.eo.aprocess(order(no))
+        seen.append(current.get())
+
+    shop.fresh_eo(None, async_sessionmaker(shop.async_engine, sync_session_class=Mine))
+    way.handles(shop, do)
+    event.listen(Mine, "after_begin", begins)
+    event.listen(Mine, "after_transaction_end", ends)
+    shop.await_(both())
+    assert seen == [None] * 3
+    assert shop.effects() == ["2"]

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from time import monotonic
 from typing import Any
 
@@ -137,3 +138,17 @@ def test_an_exit_reaches_who_waits_for_it_and_ends_no_loop(exits: type[BaseExcep
         return "goes on"
 
     assert asyncio.run(run()) == "goes on"
+
+
+def test_what_it_sets_in_its_context_is_set_for_who_waits() -> None:
+    """A hook of the application's sets a variable as a transaction begins, and sets it back as it ends."""
+    tenant: ContextVar[str] = ContextVar("tenant", default="nobody")
+
+    def run() -> tuple[str, str]:
+        was = tenant.set("seven")
+        finish(lambda: tenant.reset(was))
+        between = tenant.get()
+        finish(lambda: (tenant.set("eight"), await_only(asyncio.sleep(0))))
+        return between, tenant.get()
+
+    assert in_a_loop(run) == ("nobody", "eight")
