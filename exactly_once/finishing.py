@@ -67,7 +67,7 @@ async def _in_its_own_task(
         assert task is not None
         INSTEAD_OF[task] = INSTEAD_OF.get(asking, asking)
         try:
-            value = await greenlet_spawn(do)
+            value = await greenlet_spawn(_in_context, context, do)
         except asyncio.CancelledError:
             raise
         except (
@@ -77,7 +77,7 @@ async def _in_its_own_task(
         return lambda: value
 
     loop = asyncio.get_running_loop()
-    task = loop.create_task(done(), context=context)
+    task = loop.create_task(done())
     cancellation: asyncio.CancelledError | None = None
     until = None if within_s is None else loop.time() + within_s
     while not task.done():
@@ -98,6 +98,14 @@ async def _in_its_own_task(
         return task.result()(), cancellation
     except BaseException as raised:
         raise cancellation from raised
+
+
+def _in_context(context: Any, do: Callable[[], T]) -> T:
+    """Not the task's own context, which not every factory of tasks takes; one that starts at once could not enter it."""
+    from greenlet import getcurrent
+
+    getcurrent().gr_context = context
+    return do()
 
 
 def _raise(error: BaseException) -> NoReturn:

@@ -90,7 +90,13 @@ BOUND_IN_OPEN: Final = (
 )
 LOOK: Final = (
     "SELECT setting, reset_val, current_setting('role'), current_setting('synchronous_commit'),"
-    " current_setting('statement_timeout') FROM pg_settings WHERE name = 'lock_timeout'"
+    " current_setting('statement_timeout'),"
+    # of this user in this database, of this user, of the database, of all; pg_settings does not show it
+    " (SELECT substr(given, 6) FROM pg_db_role_setting, unnest(setconfig) AS given WHERE given LIKE 'role=%'"
+    " AND (setrole = 0 OR setrole = (SELECT oid FROM pg_roles WHERE rolname = session_user))"
+    " AND (setdatabase = 0 OR setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database()))"
+    " ORDER BY setrole = 0, setdatabase = 0 LIMIT 1)"
+    " FROM pg_settings WHERE name = 'lock_timeout'"
 )
 LIMIT: Final = "SELECT pg_catalog.current_setting('statement_timeout')"
 # a role that the handler took for itself (SET LOCAL ROLE, or a function that sets it) is not ours
@@ -186,6 +192,8 @@ class _Learnt(NamedTuple):
     waits: bytes | None
     waits_by_default: bytes | None
     role: bytes | None
+    role_by_default: bytes | None
+    """With which a session of this user begins (ALTER ROLE ... SET role); behind a pooler any session may be the next."""
     durable: bytes | None
     limit: bytes | None
     encoding: bytes | None
@@ -254,8 +262,9 @@ class PostgreSQL:
         driver = driver_of(dbapi)
         begin = driver.pgconn.transaction_status == TransactionStatus.IDLE
         results = send(driver, b"BEGIN;" + LOOK.encode() + b";ROLLBACK" if begin else LOOK.encode())
-        waits, waits_by_default, role, durable, limit = (results[1 if begin else 0].get_value(0, n) for n in range(5))
-        return _Learnt(waits, waits_by_default, role, durable, limit, _encoding(driver), not begin)
+        told = [results[1 if begin else 0].get_value(0, n) for n in range(6)]
+        waits, waits_by_default, role, durable, limit, role_by_default = told
+        return _Learnt(waits, waits_by_default, role, role_by_default, durable, limit, _encoding(driver), not begin)
 
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int, varies: bool = False) -> None:
         from exactly_once.dialects.postgresql_pooler import look
@@ -278,7 +287,9 @@ class PostgreSQL:
         seen = info[self.kept_as] = Seen(
             # by default, so that it follows the server's configuration
             own_wait=b"DEFAULT" if link.pooled or learnt.waits == learnt.waits_by_default else b"%s" % learnt.waits,
-            role=Escaping(driver.pgconn).escape_literal(b"none" if link.pooled or not learnt.role else learnt.role),
+            role=Escaping(driver.pgconn).escape_literal(
+                (learnt.role_by_default if link.pooled else learnt.role) or b"none"
+            ),
             prepared=begin and driver.prepare_threshold is not None and self._is_prepared(driver),
             encoding=learnt.encoding,
             limit=learnt.limit,

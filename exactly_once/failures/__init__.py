@@ -224,7 +224,7 @@ class FailureStore:
             row = session.execute(known.where(t.c.id == row.id).with_for_update()).one_or_none()
         if row is not None and row.state in CLOSED:
             again = row.message_id == storable(failure.message.message_id, MESSAGE_ID_BYTES, texts)
-            if row.state == "discarded" and again:
+            if row.state == "discarded" and (again or self._is_claimed(session, failure)):
                 return Park("discarded", "a person discarded this message"), row.attempts
             # under a lock, or once its claim was purged, a key comes another day: another message, with a place in the order,
             # and an id, of its own
@@ -258,6 +258,15 @@ class FailureStore:
         for part in more:
             append(session.connection(), t, id_, part)
         return decision, attempts
+
+    def _is_claimed(self, session: Session, failure: Failure) -> bool:
+        """Of a discarded key: as long as the claim that was written for it stands, a resend under another id is a copy."""
+        if failure.key is None:
+            return False
+        claims = self._tables().idempotent
+        stands = claim_rows.of(claims, failure.group, failure.handler, failure.key)
+        known = select(claims.c.status).where(stands)
+        return session.execute(all_rows(known, session.connection().dialect.name)).first() is not None
 
     def _claim(self, session: Session, failure: Failure) -> None:
         """Let the claim of a broken message stand, so that no copy of it runs before a person has looked.

@@ -750,6 +750,19 @@ def test_what_a_person_discarded_swallows_no_message_of_another_day(shop: Shop, 
     assert shop.effects() == ["done"]
 
 
+def test_what_a_person_discarded_stays_discarded_for_a_producers_resend(shop: Shop) -> None:
+    """Under another id. Its key was consumed with another payload, so that nothing but this row knows of the decision."""
+    shop.handles(lambda session: put(session, "done"), key=keys.message_key())
+    assert shop.process(Message("orders", b'{"no": 1}', key="A-1", message_id="id-0")) is Outcome.PROCESSED
+    bad = Message("orders", b'{"no": 2}', key="A-1", message_id="id-1")
+    assert shop.process(bad) is Outcome.DEAD
+    with shop.outside.begin() as connection:
+        assert discard(connection, shop.tables, Chosen(group=GROUP), by="me", why="wrong") == 1
+    shop.process(replace(bad, message_id="id-2"))
+    row = shop.failure()
+    assert (row.state, row.message_id, row.decided_by) == ("discarded", "id-1", "me")
+
+
 @pytest.mark.parametrize("guard", ["lock", "purged claim"])
 def test_a_key_that_ended_well_before_has_no_place_in_the_order_from_then(
     shop: Shop, redis_url: str, guard: str

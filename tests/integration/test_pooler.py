@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from time import monotonic
 from typing import Any
@@ -525,3 +526,66 @@ def test_the_doctor_says_that_it_sees_none_and_how_to_say_that_there_is_one(
 
 def looked_at(eo: ExactlyOnce) -> list[Finding]:
     return list(examine(eo, eo.transport("sql://")))
+
+
+@pytest.mark.parametrize("guard", ["transaction", "lease"])
+def test_a_user_whose_sessions_begin_in_another_role_writes_failures_and_steps(
+    eo_server: DatabaseServer, guard: str
+) -> None:
+    """ALTER ROLE ... SET role, as for the users that Vault makes: the rights are that role's alone."""
+    from tests.services import pgbouncer
+
+    require(pgbouncer)
+    url = eo_server.create()
+    user, owner = f"{url.database}_user", f"{url.database}_owner"
+    admin = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        for statement in (
+            f"CREATE ROLE {owner}",
+            f"CREATE ROLE {user} LOGIN NOINHERIT PASSWORD 'x'",
+            f"GRANT {owner} TO {user}",
+            f"ALTER ROLE {user} SET role = '{owner}'",
+            f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {owner}",
+            f"GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO {owner}",
+        ):
+            connection.execute(text(statement))
+    given = make_url(url).set(username=user, password="x").render_as_string(hide_password=False)
+    try:
+        with PgBouncer(given, server_connections=2) as pooler:
+            engine, bad = create_engine(pooler.url), [True]
+            eo = ExactlyOnce(engine, group="shop")
+
+            def fails() -> None:
+                if bad:
+                    raise ZeroDivisionError
+
+            options: dict[str, Any] = {"name": "handler", "key": "no", "retry": Retry(immediate=0, delays=[0.01])}
+            if guard == "lease":
+
+                @eo.handler("orders", guard=Lease(timedelta(seconds=30)), **options)
+                def stepwise(steps: Steps) -> None:
+                    steps.run("first", lambda key: 1)
+                    fails()
+            else:
+
+                @eo.handler("orders", **options)
+                def plain(session: Session) -> None:
+                    session.execute(text("SELECT 1"))
+                    fails()
+
+            message = Message("orders", b'{"no": 1}', message_id="id-1")
+            assert eo.process(message) is Outcome.FAILED
+            bad.clear()
+            assert eo.process(replace(message, attempt=2)) is Outcome.PROCESSED
+            with admin.connect() as connection:
+                assert connection.execute(text("SELECT error_class, state FROM message_failure")).all() == [
+                    ("ZeroDivisionError", "resolved")
+                ]
+            engine.dispose()
+    finally:
+        with admin.connect() as connection:
+            for role in (user, owner):
+                connection.execute(text(f"DROP OWNED BY {role}"))
+                connection.execute(text(f"DROP ROLE {role}"))
+        admin.dispose()
+        eo_server.drop(url)

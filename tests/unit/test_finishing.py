@@ -152,3 +152,25 @@ def test_what_it_sets_in_its_context_is_set_for_who_waits() -> None:
         return between, tenant.get()
 
     assert in_a_loop(run) == ("nobody", "eight")
+
+
+@pytest.mark.parametrize("factory", ["of two arguments", "eager"])
+def test_a_factory_of_tasks_makes_no_difference(factory: str) -> None:
+    tenant: ContextVar[str] = ContextVar("tenant", default="nobody")
+
+    async def run() -> tuple[str, str]:
+        loop: Any = asyncio.get_running_loop()
+        if factory == "eager":
+            loop.set_task_factory(getattr(asyncio, "eager_task_factory", None))  # there since Python 3.12
+        else:
+            loop.set_task_factory(lambda loop, coro: asyncio.Task(coro, loop=loop))
+
+        def both() -> str:
+            was = tenant.set("seven")
+            value, _ = finish(lambda: work([]))
+            finish(lambda: tenant.reset(was))
+            return value
+
+        return await greenlet_spawn(both), tenant.get()
+
+    assert asyncio.run(asyncio.wait_for(run(), 10)) == ("result", "nobody")
