@@ -16,9 +16,9 @@ def chosen(given: Sequence[Mapping[str, object]], meet: int) -> list[int]:
 
     Args:
         given: Of each combination, its values by the names of their parameters. A tuple is several values.
-        meet: How many.
+        meet: How many; or all there are, of a test with fewer parameters.
     """
-    left = {place: set(combinations(_values(one), meet)) for place, one in enumerate(given)}
+    left = {place: set(_meetings(one, meet)) for place, one in enumerate(given)}
     places: list[int] = []
     while left:
         best = max(left, key=lambda place: len(left[place]))  # of several, the first
@@ -27,6 +27,12 @@ def chosen(given: Sequence[Mapping[str, object]], meet: int) -> list[int]:
             places.append(best)
         left = {place: more for place, each in left.items() if (more := each - met)}
     return sorted(places)
+
+
+def _meetings(one: Mapping[str, object], meet: int) -> Iterator[tuple[object, ...]]:
+    values = list(_values(one))
+    # where a test has fewer parameters than are to meet, each value of them is one
+    return combinations(values, min(meet, len(values)))
 
 
 def _values(one: Mapping[str, object]) -> Iterator[tuple[str, int, object]]:

@@ -13,6 +13,7 @@ messages alive. Called by `guards.lease` and the command line.
 
 import time
 from collections.abc import Sequence
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
@@ -57,6 +58,8 @@ class Held:
     """It is being completed or let go of: that its token is gone proves nothing."""
     process: object = field(default_factory=lambda: fork.here)
     """Whose it is: a child that is forked meanwhile has a copy, and may do nothing with it."""
+    context: Context = field(default_factory=copy_context)
+    """The run's: listeners of the application's, which find its tenant there, are called where it is renewed, too."""
 
     def error(self) -> LeaseLost:
         """Say that it is lost."""

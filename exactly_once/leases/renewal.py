@@ -107,7 +107,8 @@ class Renewal:
         again = min(_AGAIN_S, group[0].lease.total_seconds() / 3 / _TOGETHER)
         lost: set[Held] = set()
         try:
-            lost = set(self.store.renew(group))
+            # in the context of a run: a listener of the engine's may want its tenant, and any of these has the rights
+            lost = set(group[0].context.run(self.store.renew, group))
         except StoreUnavailable as error:
             _log.warning("leases_not_renewed store=%s count=%d error=%s", self.store.name, len(group), error)
         except Exception as error:  # this thread must go on: without it every lease of the process is lost

@@ -478,7 +478,8 @@ class SqlLeases:
                         return do(connection)
                     # the driver refuses to change it inside a transaction, and what was set for that one is to be had
                     done = do(connection)
-                    connection.commit()
+                    # of the driver's: what is sent on it alone begins nothing that SQLAlchemy would commit
+                    connection.connection.commit()
                     return done
             except StoreUnavailable:
                 raise

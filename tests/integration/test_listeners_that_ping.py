@@ -10,7 +10,7 @@ from time import sleep
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, event
+from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -20,6 +20,7 @@ from exactly_once.schema import tables
 from exactly_once.transport import Receipt, Subscription
 from exactly_once.transports.sql import SqlTransport
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
+from tests.integration.test_connection_settings import run
 from tests.integration.ways import ALONE, UNDER_A_LEASE, WAYS, Way
 
 pytestmark = pytest.mark.nightly(meet=2)
@@ -151,16 +152,14 @@ def test_what_a_listener_sets_for_its_transaction_holds_for_our_statements(
     for shop in shops(request, "postgres", colour):
         calls = with_a_step(shop, Lease(timedelta(seconds=30)))
         listening(shop, "checkout", "SELECT set_config('application_name', 'the tenant', true)")
-        seen: list[str] = []
-
-        @event.listens_for(shop.async_engine.sync_engine if shop.is_async else shop.engine, "before_cursor_execute")
-        def asked(connection: Connection, cursor: Any, statement: str, *_: object, seen: list[str] = seen) -> None:
-            if "message_step" in statement:
-                cursor.execute("SELECT current_setting('application_name')")
-                seen.extend(cursor.fetchone())
-
+        run(  # as a step is recorded, who is it for?
+            shop,
+            "CREATE FUNCTION noted() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " INSERT INTO effect (text) VALUES (current_setting('application_name')); RETURN NULL; END $$",
+            "CREATE TRIGGER noted AFTER INSERT OR UPDATE ON message_step FOR EACH ROW EXECUTE FUNCTION noted()",
+        )
         assert shop.process(order()) is P
-        assert (len(calls), set(seen)) == (1, {"the tenant"})
+        assert (len(calls), sorted(set(shop.effects()))) == (1, ["paid", "the tenant"])
 
 
 @each_question

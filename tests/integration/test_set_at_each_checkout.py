@@ -6,6 +6,9 @@ another request's limit.
 """
 
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from datetime import timedelta
+from time import sleep
 from typing import Any
 
 import pytest
@@ -13,10 +16,10 @@ from sqlalchemy import Engine, event, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from exactly_once import Outcome, Retry
+from exactly_once import Lease, Outcome, Retry
 from tests.integration.shop import COLOURS, Shop, order, put, shops
 from tests.integration.test_connection_settings import one_by_one, run
-from tests.integration.ways import WAYS, Way
+from tests.integration.ways import UNDER_A_LEASE, WAYS, Way
 from tests.services.mariadb import MYSQLD
 
 pytestmark = pytest.mark.nightly(meet=2)
@@ -268,3 +271,25 @@ def test_where_nobody_listens_but_we_nothing_more_is_sent(shop: Shop) -> None:
     else:
         with shop.engine.connect() as connection:
             assert varies(connection) == [False]
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_a_lease_is_renewed_where_a_listener_wants_the_tenant_of_the_run(
+    request: pytest.FixtureRequest, colour: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a context variable, which the thread that renews did not have: another worker took a sound run over."""
+    tenant: ContextVar[str] = ContextVar("tenant")
+    for shop in shops(request, "postgres", colour, pool_size=4):
+
+        def runs(session: Session, no: object) -> None:
+            put(session, str(no))
+            sleep(2)
+
+        UNDER_A_LEASE.handles(shop, runs, guard=Lease(timedelta(seconds=1)))
+        for engine in (shop.engine, shop.async_engine.sync_engine):
+            event.listen(engine, "checkout", lambda *_: tenant.get() and None)
+        was = tenant.set("seven")
+        assert UNDER_A_LEASE.deliver(shop, [order(1)]) == [Outcome.PROCESSED]
+        tenant.reset(was)
+    assert "leases_not_renewed" not in caplog.text
+    assert "lease_lost" not in caplog.text

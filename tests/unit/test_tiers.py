@@ -124,3 +124,10 @@ def test_the_chosen_let_all_meet_that_can_and_are_few_and_the_same_each_time(mee
     assert met(places) == met(range(len(given)))
     assert len(places) < len(given) / (12 if meet == 2 else 4)
     assert places == chosen(given, meet)
+
+
+@pytest.mark.parametrize("meet", [2, 3])
+def test_a_test_with_fewer_parameters_than_are_to_meet_runs_with_each_value(meet: int) -> None:
+    """It met with nothing, and was not collected at all."""
+    assert chosen([{"colour": "sync"}, {"colour": "async"}], meet) == [0, 1]
+    assert chosen([{}], meet) == [0]
