@@ -70,9 +70,8 @@ async def _in_its_own_task(
             value = await greenlet_spawn(_in_context, context, do)
         except asyncio.CancelledError:
             raise
-        except (
-            BaseException
-        ) as error:  # out of a task, an exit or an interrupt would end the loop, past whoever waits here
+        except BaseException as error:
+            # out of a task, an exit or an interrupt would end the loop, past whoever waits here
             return partial(_raise, error)
         return lambda: value
 

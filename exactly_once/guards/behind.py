@@ -22,6 +22,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 from exactly_once.dialects import ClaimRow, Dialect, State
 from exactly_once.error_words import words_of
 from exactly_once.errors import Misuse
+from exactly_once.guards.listening import seeing
 from exactly_once.wording import escaped
 
 __all__ = ["admit", "claimed"]
@@ -111,18 +112,9 @@ def _noted(pooled: PoolProxiedConnection) -> _Claimed | None:
 def _install(dialect: Any) -> None:
     """Once an engine, on its dialect: a listener on the engine itself costs each of its connections something."""
     _INSTALLED.add(dialect)
-    dialect.is_disconnect = _seeing(dialect.is_disconnect)
+    dialect.is_disconnect = seeing(dialect.is_disconnect, _met)
     dialect.do_commit = _refusing(dialect.do_commit, dialect.do_rollback)
     dialect.do_prepare_twophase = _refusing_to_prepare(dialect.do_prepare_twophase)
-
-
-def _seeing(is_disconnect: Callable[..., bool]) -> Callable[..., bool]:
-    def seen(error: Any, connection: Any, cursor: Any) -> bool:
-        if isinstance(connection, PoolProxiedConnection):  # a ping has the driver's own
-            _met(connection, error)
-        return is_disconnect(error, connection, cursor)
-
-    return seen
 
 
 def _refusing(

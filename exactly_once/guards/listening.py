@@ -24,7 +24,7 @@ from exactly_once.guards.late import Late
 from exactly_once.guards.watch import LEFT, SWALLOWED, WATCHED, Left, Watch
 from exactly_once.whose import is_of, watch_made
 
-__all__ = ["install", "install_session"]
+__all__ = ["install", "install_session", "seeing"]
 
 _INSTALLED: "WeakSet[Any]" = WeakSet()
 _CLOCK: Final = re.compile(r"(?:\bSET|,|\bSESSION|@@(?:session\.)?)\s*`?timestamp`?\s*:?=", re.IGNORECASE)
@@ -46,7 +46,7 @@ def install(engine: Engine) -> None:
     # engines come before ours in any case, so errors of the driver's are seen where SQLAlchemy itself looks at them
     event.listen(engine, "handle_error", _failed, insert=True)
     watch_made(engine)
-    dialect.is_disconnect = _seeing(dialect.is_disconnect)  # type: ignore[method-assign]
+    dialect.is_disconnect = seeing(dialect.is_disconnect, _met)  # type: ignore[method-assign]
     # no event tells of COMMIT and ROLLBACK but the engine's own, so the dialect's two methods are replaced on this instance
     dialect.do_commit = _refusing_commit(dialect.do_commit)  # type: ignore[method-assign, assignment]
     dialect.do_rollback = _marking_rollback(dialect.do_rollback)  # type: ignore[method-assign, assignment]
@@ -131,10 +131,14 @@ def _failed(context: ExceptionContext) -> None:
     _met(connection.connection, context.original_exception)
 
 
-def _seeing(is_disconnect: Callable[..., bool]) -> Callable[..., bool]:
+def seeing(
+    is_disconnect: Callable[..., bool], met: Callable[[PoolProxiedConnection, BaseException], None]
+) -> Callable[..., bool]:
+    """Return what SQLAlchemy asks of each error of the driver's, first told to `met` with its connection."""
+
     def seen(error: Any, connection: Any, cursor: Any) -> bool:
         if isinstance(connection, PoolProxiedConnection):  # a ping has the driver's own
-            _met(connection, error)
+            met(connection, error)
         return is_disconnect(error, connection, cursor)
 
     return seen

@@ -8,6 +8,8 @@ from sqlalchemy import Engine, create_engine, make_url
 
 from exactly_once.testing.databases import DatabaseServer
 from tests.integration.shop import COLOURS, DIALECTS, Shop, shops
+from tests.services import mariadb as mariadb_service
+from tests.services.need import require
 
 # the files that take longest: one that began at the end would run alone, with the other processes idle
 FIRST = (
@@ -80,3 +82,28 @@ def shop(ground: Shop) -> Shop:
     """That shop, emptied."""
     ground.clear()
     return ground
+
+
+_STRICT = {"innodb-rollback-on-timeout": "ON", "innodb-snapshot-isolation": "ON"}
+
+
+@pytest.fixture(scope="module")
+def strict_server() -> Iterator[DatabaseServer]:
+    """A MariaDB that undoes the whole transaction where others undo a statement."""
+    require(mariadb_service)
+    with mariadb_service.MariaDB(settings=_STRICT) as server:
+        yield DatabaseServer(server.url, source="url")
+
+
+@pytest.fixture(scope="module", params=COLOURS)
+def strict_ground(request: pytest.FixtureRequest, strict_server: DatabaseServer) -> Iterator[Shop]:
+    url = strict_server.create()
+    with Shop("mariadb", request.param, url.render_as_string(hide_password=False)) as shop:
+        yield shop
+    strict_server.drop(url)
+
+
+@pytest.fixture
+def strict(strict_ground: Shop) -> Shop:
+    strict_ground.clear()
+    return strict_ground

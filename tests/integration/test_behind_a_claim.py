@@ -5,7 +5,7 @@ aborted transaction; MySQL and MariaDB have begun another one, and so has SQLite
 would acknowledge a message of which nothing stands, or only the later half, which a copy writes again.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -18,12 +18,10 @@ from sqlalchemy.orm import Session
 from exactly_once import ExactlyOnce, Misuse
 from exactly_once.testing.databases import DatabaseServer
 from exactly_once.testing.postgres import EmbeddedPostgres
-from tests.integration.shop import COLOURS, EFFECT, GROUP, ONLY, STOCK, Shop, on, put
+from tests.integration.shop import EFFECT, GROUP, ONLY, STOCK, Shop, on, put
 from tests.integration.test_claim_door import in_session
 from tests.integration.threads import Turn, in_thread, until
 from tests.integration.ways import mariadb_procedures
-from tests.services import mariadb as mariadb_service
-from tests.services.need import require
 
 
 @pytest.fixture
@@ -236,29 +234,6 @@ def test_an_error_with_which_sqlite_rolls_back(shop: Shop, eo: ExactlyOnce, end:
 
 
 # -- a MariaDB that undoes the whole transaction where others undo a statement -----------------------------------------
-
-SETTINGS = {"innodb-rollback-on-timeout": "ON", "innodb-snapshot-isolation": "ON"}
-
-
-@pytest.fixture(scope="module")
-def strict_server() -> Iterator[DatabaseServer]:
-    require(mariadb_service)
-    with mariadb_service.MariaDB(settings=SETTINGS) as server:
-        yield DatabaseServer(server.url, source="url")
-
-
-@pytest.fixture(scope="module", params=COLOURS)
-def strict_ground(request: pytest.FixtureRequest, strict_server: DatabaseServer) -> Iterator[Shop]:
-    url = strict_server.create()
-    with Shop("mariadb", request.param, url.render_as_string(hide_password=False)) as shop:
-        yield shop
-    strict_server.drop(url)
-
-
-@pytest.fixture
-def strict(strict_ground: Shop) -> Shop:
-    strict_ground.clear()
-    return strict_ground
 
 
 @pytest.mark.parametrize("error", ["lock wait timeout", "snapshot"])

@@ -6,7 +6,7 @@ mostly undoes one statement: then nothing but a rollback may follow, or the late
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -17,12 +17,9 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from exactly_once import ConfigurationError, ExactlyOnce, InProgress, Lease, Message, Outcome
-from exactly_once.testing.databases import DatabaseServer
-from tests.integration.shop import COLOURS, EFFECT, GROUP, STOCK, Shop, order, put
+from tests.integration.shop import EFFECT, GROUP, STOCK, Shop, order, put
 from tests.integration.test_claim_door import in_session
 from tests.integration.threads import Turn, in_thread
-from tests.services import mariadb as mariadb_service
-from tests.services.need import require
 
 SECOND = timedelta(seconds=1)
 
@@ -103,31 +100,6 @@ def test_a_handlers_engine_in_autocommit_is_refused_although_its_connection_was_
 
 
 # -- a claim that costs the caller their transaction -------------------------------------------------------------------
-
-
-SETTINGS = {"innodb-rollback-on-timeout": "ON", "innodb-snapshot-isolation": "ON"}
-
-
-@pytest.fixture(scope="module")
-def strict_server() -> Iterator[DatabaseServer]:
-    """A MariaDB that undoes the whole transaction where others undo a statement."""
-    require(mariadb_service)
-    with mariadb_service.MariaDB(settings=SETTINGS) as server:
-        yield DatabaseServer(server.url, source="url")
-
-
-@pytest.fixture(scope="module", params=COLOURS)
-def strict_ground(request: pytest.FixtureRequest, strict_server: DatabaseServer) -> Iterator[Shop]:
-    url = strict_server.create()
-    with Shop("mariadb", request.param, url.render_as_string(hide_password=False)) as shop:
-        yield shop
-    strict_server.drop(url)
-
-
-@pytest.fixture
-def strict(strict_ground: Shop) -> Shop:
-    strict_ground.clear()
-    return strict_ground
 
 
 def nothing_but_a_rollback(shop: Shop, claims: Callable[[Session], object], *, may_be_done: bool = False) -> None:
