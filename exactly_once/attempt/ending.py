@@ -105,6 +105,8 @@ def run(
     """From the claim to the end of the COMMIT, and what follows it."""
     process, ended = fork.here, PROCESSED
     try:
+        if won.late is not None:
+            won.late.begin()
         handle()
         if won.late is not None:
             won.late.check()
@@ -167,7 +169,8 @@ def _left(
     why = watch.why(error)
     watch.end(session)
     if unsure:
-        found = _look_up(open_session, guard, rows, Ended(How.UNKNOWN, error, kept=True))
+        # where the connection's end decides it, no lease is kept: to let go of one waits for that, and changes no finished claim
+        found = _look_up(open_session, guard, rows, Ended(How.UNKNOWN, error, kept=not dialect.embedded))
         return found.stopped_by(error if stops(error) else None)
     ended = _said(dialect, won, watch, error, why, foreign)
     if ended.how is not How.BROKEN and watch.rows and not watch.whole:

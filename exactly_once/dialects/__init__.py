@@ -165,6 +165,8 @@ class Dialect(Protocol):
     """
     asks_around_calls: bool
     """A statement whose text is not there to read can end the transaction unseen."""
+    embedded: bool
+    """The database is a library in this process: nothing that was sent goes on once its connection is closed."""
     learns: bool
     """`prepare` learns what others may have changed in the connection: it is asked of one that nobody had."""
 
@@ -415,10 +417,18 @@ def raise_for_the_store(dialect: Dialect, error: BaseException, engine: Engine, 
         SchemaError: There is no table to claim in: no message is to blame, and none is to be counted.
         BadKey: The key has characters that the database lacks; no retry mends that.
     """
-    if dialect.trouble(error) is Trouble.UNAVAILABLE or unreached(error, (engine,)):
+    if dialect.trouble(error) is Trouble.UNAVAILABLE:
         raise StoreUnavailable(
             f"The database does not answer ({type(error).__name__}); nothing ran.", store=store
         ) from error
+    if unreached(error, (engine,)):
+        told = StoreUnavailable(
+            f"No connection to the database was given: {type(error).__name__} was raised as one was made or taken. A listener of"
+            " the engine's raised it, or its creator=; nothing ran.",
+            store=store,
+        )
+        told.by_application = True
+        raise told from error
     if dialect.no_table(error):
         raise SchemaError(
             f"The tables of exactly_once are not in this database (looked for {dialect.table}); nothing ran."

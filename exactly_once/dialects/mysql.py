@@ -246,6 +246,7 @@ class MySQL:
 
     name = "mysql"
     asks_around_calls = True
+    embedded = False
     learns = True
 
     def __init__(self, table: Callable[[], str], *, durable: bool, kept_as: str) -> None:

@@ -229,6 +229,7 @@ class PostgreSQL:
 
     name = "postgresql"
     asks_around_calls = False
+    embedded = False
     learns = True
 
     def __init__(self, table: Callable[[], str], *, durable: bool, kept_as: str) -> None:

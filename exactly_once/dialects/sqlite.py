@@ -80,6 +80,7 @@ class SQLite:
 
     name = "sqlite"
     asks_around_calls = False
+    embedded = True
     learns = False
 
     def __init__(self, table: Callable[[], str], *, durable: bool, kept_as: str) -> None:
@@ -142,7 +143,9 @@ class SQLite:
                     born,
                 ),
             )
-            return bool(cursor.rowcount)
+            # an old setting of SQLite's (PRAGMA count_changes) gives the number as a row
+            counted = cursor.fetchone()
+            return bool(cursor.rowcount if counted is None else counted[0])
         finally:
             cursor.close()
 

@@ -97,6 +97,10 @@ def test_a_cancellation_at_any_moment_gives_every_place_in_the_pool_back(
         assert at < LONGEST
     assert ashop.process(order("neighbour")) is Outcome.PROCESSED
     ashop.borrow()
+    # none keeps its lease: whether it was committed is known, also where COMMIT was cut off
+    for no in range(1, at):
+        again = ashop.process(order(f"cut off at {no}"))
+        assert again in (Outcome.DUPLICATE, Outcome.FAILED if ends == "failed" else Outcome.PROCESSED), no
 
 
 class Signalled(Exception):

@@ -450,6 +450,19 @@ def test_on_sqlite_a_commit_of_ours_waits_for_the_disk_although_the_connection_d
         assert _synchronous(shop) == 2
 
 
+@pytest.mark.parametrize("way", [way for way in WAYS if not way.lease], ids=str)
+@pytest.mark.parametrize("colour", COLOURS)
+def test_on_sqlite_rows_that_tell_a_statements_count_make_no_claim_a_duplicate(
+    request: pytest.FixtureRequest, colour: str, way: Way
+) -> None:
+    for shop in shops(request, "sqlite", colour):
+        way.handles(shop, lambda session, no: put(session, str(no)))
+        by_other_code(shop, "PRAGMA count_changes = ON")
+        assert way.deliver(shop, [order(1), order(2)]) == [P, P]
+        assert way.deliver(shop, [order(1), order(3)]) == [D, P]
+        assert shop.effects() == ["1", "2", "3"]
+
+
 def _synchronous(shop: Shop) -> int:
     async def ask() -> int:
         async with shop.async_engine.connect() as connection:
