@@ -34,6 +34,14 @@ class Late:
         self._unwritten: set[int] = set()
         session.info[WATCHED] = self
 
+    def begin(self) -> None:
+        """Have the session say that a transaction is begun, as under a claim: code that asks nests by savepoints.
+
+        SQLAlchemy takes the connection at the first statement. Hooks of the application's may raise here.
+        """
+        if not self._session.in_transaction():
+            self._session.begin()
+
     def close_for(self, why: str) -> None:
         """Let the session not be used until `reopen`.
 
@@ -125,6 +133,8 @@ class Late:
             Misuse: It was no error of the database's, and the handler went on.
         """
         if self.failed is None:
+            if self.watch is None and not self._pending():
+                self._session.close()  # nothing was done in it: its hooks are not told of a rollback
             return
         if isinstance(self.failed, Exception):
             raise self.failed

@@ -205,6 +205,7 @@ class StepLedger:
             if self._late.watch is not None and self._dialect.name == "postgresql":
                 # a row that the handler's own session has changed: the server cannot see that we wait for ourselves
                 session.connection().exec_driver_sql(_LOCK_WAIT)
+            late.begin()
             value = self._worked(work, handed, session)
             late.check()
             if late.watch is not None:

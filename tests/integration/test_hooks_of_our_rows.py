@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session, registry, sessionmaker
 from exactly_once import Outcome, Retry
 from tests.integration.shop import EFFECT, Shop, order, put
 from tests.integration.test_ends_badly import each_way, thrice, until
-from tests.integration.ways import Way
+from tests.integration.ways import IN_A_STEP, WAYS, Way
 
 pytestmark = pytest.mark.nightly(meet=2)
 
@@ -101,6 +101,20 @@ def test_a_hook_that_always_refuses_is_a_failure_that_counts(shop: Shop, way: Wa
         assert shop.failure().attempts == 3
     assert shop.effects() == []
     shop.borrow()
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way.lease], ids=str)
+@pytest.mark.parametrize("name", ["after_begin", "after_commit", "after_rollback", "after_soft_rollback"])
+def test_a_session_that_a_handler_under_a_lease_did_not_use_tells_no_hook_of_its_end(
+    shop: Shop, way: Way, name: str
+) -> None:
+    told: list[str] = []
+
+    with hooked(shop, "their class", name, lambda *_: told.append(name)):
+        way.handles(shop, lambda session, no: None)
+        assert way.deliver(shop, [order(1), order(2)]) == [Outcome.PROCESSED] * 2
+    # a step's is used for its record
+    assert told == ([name] * 2 if way is IN_A_STEP and "rollback" not in name else [])
 
 
 class Panic(BaseException):

@@ -188,11 +188,39 @@ def test_a_swallowed_error_is_told_as_such_also_of_a_message_that_failed_before(
         assert "swallowed a database error" in shop.failure().error_text
 
 
-def test_begin_is_refused_by_the_session_itself(shop: Shop) -> None:
-    shop.handles(between(lambda session: session.begin(), swallow=False))
-    assert shop.process(order()) is Outcome.FAILED
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_begin_is_refused_by_the_session_itself(shop: Shop, way: Way) -> None:
+    """Also where the transaction begins with the first statement, which comes behind it."""
+
+    def begins(session: Session, no: object) -> None:
+        with session.begin():
+            put(session, "effect")
+
+    way.handles(shop, begins)
+    assert way.deliver(shop, [order()]) == [Outcome.FAILED]
     assert shop.failure().error_class == "InvalidRequestError"
-    shop.assert_kept(claims=[])
+    assert shop.effects() == []
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_code_that_begins_where_nothing_is_begun_nests_in_each_way(shop: Shop, way: Way) -> None:
+    """As many repositories have it. Under a lease nothing was begun, and its end was told as commit()."""
+
+    def inner(session: Session) -> Any:
+        return session.begin_nested() if session.in_transaction() else session.begin()
+
+    def do(session: Session, no: object) -> None:
+        with inner(session):
+            put(session, f"{no} a")
+        with suppress(KeyError), inner(session):
+            put(session, "undone")
+            raise KeyError
+        with inner(session):
+            put(session, f"{no} b")
+
+    way.handles(shop, do)
+    assert way.deliver(shop, [order(1), order(2)]) == [Outcome.PROCESSED] * 2
+    assert sorted(shop.effects()) == ["1 a", "1 b", "2 a", "2 b"]
 
 
 # -- async sessions have the same verbs, awaited -----------------------------------------------------------------------
