@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from exactly_once import errors
 from exactly_once.body import parse_json
 from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, State, Trouble, dialect_for, raise_for_the_store
-from exactly_once.dialects.firsthand import is_firsthand, varies
+from exactly_once.dialects.firsthand import is_firsthand
 from exactly_once.dialects.place import schema_in
 from exactly_once.errors import ConfigurationError, PayloadConflict
 from exactly_once.fingerprint import differing_paths, maker
@@ -97,7 +97,9 @@ class Claimer:
                 forked_engines.used(engine, connection.connection)
                 if self._pooler:
                     info[SAID] = True
-                dialect.prepare(dbapi, info, wait_ms=wait_ms, varies=varies(connection))
+                # the caller's connection, who may have set a role or a bound in it before, and may set it back later: each claim
+                # finds what there is, and puts it back
+                dialect.prepare(dbapi, info, wait_ms=wait_ms, varies=True)
             if dialect.name == "sqlite" and watch is None and begun:
                 # in a handler BEGIN was sent by us, and else it is sent with the claim
                 from exactly_once.dialects.sqlite_savepoint import hold

@@ -12,12 +12,12 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import insert, select, text, update
+from sqlalchemy import Connection, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from exactly_once import ConfigurationError, ExactlyOnce, InProgress, Lease, Message, Outcome
-from tests.integration.shop import EFFECT, GROUP, STOCK, Shop, order, put
+from tests.integration.shop import EFFECT, GROUP, STOCK, Shop, on, order, put
 from tests.integration.test_claim_door import in_session
 from tests.integration.threads import Turn, in_thread
 
@@ -363,6 +363,39 @@ def test_behind_that_transaction_savepoints_are_the_callers_again(shop: Shop, eo
         in_session(shop, works)
     assert sent
     shop.assert_kept(claims=["A-1"])
+
+
+@on("postgres")
+def test_a_job_that_set_its_session_and_sets_it_back_has_nothing_put_into_a_later_one(
+    shop: Shop, eo: ExactlyOnce
+) -> None:
+    """A connection that is fresh from the server is the caller's from then on: what one claim finds, the next need not."""
+    shown = "SELECT current_setting('lock_timeout')"
+
+    def job(connection: Connection) -> None:
+        connection.exec_driver_sql("SET lock_timeout = '1s'")
+        connection.commit()
+        with Session(bind=connection) as session, session.begin():
+            assert eo.claim(session, "job", "1")
+            assert session.execute(text(shown)).scalar_one() == "1s"
+        connection.exec_driver_sql("RESET lock_timeout")
+        connection.commit()
+
+    def request(session: Session) -> Any:
+        assert eo.claim(session, "request", "1")
+        return session.execute(text(shown)).scalar_one()
+
+    async def ajob(fresh: Shop) -> None:
+        async with fresh.async_engine.connect() as connection:
+            await connection.run_sync(job)
+
+    with Shop(shop.dialect, shop.colour, shop.url) as fresh:
+        if fresh.is_async:
+            fresh.await_(ajob(fresh))
+        else:
+            with fresh.engine.connect() as connection:
+                job(connection)
+        assert in_session(fresh, request) == "0"
 
 
 def test_a_handlers_first_statement_in_a_savepoint_stands_or_falls_with_its_message(shop: Shop) -> None:
