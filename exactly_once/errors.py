@@ -129,6 +129,9 @@ class StoreUnavailable(ExactlyOnceError):
     asked_by_handler = False
     """What the handler asked itself, with `eo.claim` or `eo.lock`, does not answer; that says nothing of its message's store."""
 
+    by_application = False
+    """Code of the application's raised as a connection was made or taken (`creator=`, a listener): no word of the server."""
+
     def __init__(self, text: str, *, store: str | None = None) -> None:
         super().__init__(text)
         self.store = store

@@ -6,7 +6,7 @@ not renewed any more: it runs out, another run may take the message over, and a 
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from threading import Condition, Thread
 from time import monotonic
@@ -107,8 +107,7 @@ class Renewal:
         again = min(_AGAIN_S, group[0].lease.total_seconds() / 3 / _TOGETHER)
         lost: set[Held] = set()
         try:
-            # in the context of a run: a listener of the engine's may want its tenant, and any of these has the rights
-            lost = set(group[0].context.run(self.store.renew, group))
+            lost = self._asked(group)
         except StoreUnavailable as error:
             _log.warning("leases_not_renewed store=%s count=%d error=%s", self.store.name, len(group), error)
         except Exception as error:  # this thread must go on: without it every lease of the process is lost
@@ -133,6 +132,19 @@ class Renewal:
                 else:
                     # not renewed and not lost: locked by its own step at this moment, or the store is away
                     self._due[held] = self._next(held, now) if held.renewed >= asked else min(now + again, _end(held))
+
+    def _asked(self, group: Sequence[Held]) -> set[Held]:
+        """Renew them, in the context of a run: a listener of the engine's may want its tenant, and any of these has the rights.
+
+        One that a listener refuses must not cost the others their leases.
+        """
+        for held in group[:-1]:
+            try:
+                return set(held.context.run(self.store.renew, group))
+            except StoreUnavailable as error:
+                if not error.by_application:
+                    raise
+        return set(group[-1].context.run(self.store.renew, group))
 
     def _overran(self, held: Held) -> None:
         assert held.max_run is not None

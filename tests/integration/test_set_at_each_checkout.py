@@ -5,9 +5,11 @@ begins transactions. Learnt once a connection, the first one's would be every la
 another request's limit.
 """
 
+import asyncio
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from datetime import timedelta
+from functools import partial
 from time import sleep
 from typing import Any
 
@@ -15,10 +17,12 @@ import pytest
 from sqlalchemy import Engine, event, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
 
 from exactly_once import Lease, Outcome, Retry
 from tests.integration.shop import COLOURS, Shop, order, put, shops
 from tests.integration.test_connection_settings import one_by_one, run
+from tests.integration.threads import in_thread, until
 from tests.integration.ways import UNDER_A_LEASE, WAYS, Way
 from tests.services.mariadb import MYSQLD
 
@@ -293,3 +297,61 @@ def test_a_lease_is_renewed_where_a_listener_wants_the_tenant_of_the_run(
         tenant.reset(was)
     assert "leases_not_renewed" not in caplog.text
     assert "lease_lost" not in caplog.text
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_a_run_whose_tenant_a_listener_refuses_costs_no_other_run_its_lease(
+    request: pytest.FixtureRequest, colour: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of a process are renewed together, and the first one's tenant was asked for alone."""
+    tenant: ContextVar[str] = ContextVar("tenant")
+    gone: set[str] = set()
+
+    def refuses(*_: object) -> None:
+        if tenant.get() in gone:
+            raise LookupError("no such tenant")
+
+    for shop in shops(request, "postgres", colour, pool_size=6):
+        here: set[object] = set()
+        ends: dict[str, Outcome] = {}
+
+        def waits(seconds: float, is_async: bool = shop.is_async) -> None:
+            if is_async:
+                await_only(asyncio.sleep(seconds))
+            else:
+                sleep(seconds)
+
+        def runs(session: Session, no: object, here: set[object] = here, waits: Any = waits) -> None:
+            put(session, str(no))
+            here.add(no)
+            while len(here) < 2:
+                waits(0.01)
+            gone.add("first")
+            waits(2)
+
+        def delivers(no: str, shop: Shop = shop, ends: dict[str, Outcome] = ends) -> None:
+            tenant.set(no)
+            ends[no] = shop.eo.process(order(no))
+
+        async def adelivers(no: str, shop: Shop = shop, ends: dict[str, Outcome] = ends) -> None:
+            tenant.set(no)
+            ends[no] = await shop.eo.aprocess(order(no))
+
+        async def both(adelivers: Any = adelivers, here: set[object] = here) -> None:
+            first = asyncio.create_task(adelivers("first"))
+            while not here:
+                await asyncio.sleep(0.01)
+            await asyncio.gather(first, adelivers("second"))
+
+        UNDER_A_LEASE.handles(shop, runs, guard=Lease(timedelta(seconds=1)))
+        for engine in (shop.engine, shop.async_engine.sync_engine):
+            event.listen(engine, "checkout", refuses)
+        if shop.is_async:
+            shop.await_(both())
+        else:
+            with in_thread(partial(delivers, "first")):
+                until(lambda here=here: here, "the first run")  # type: ignore[misc]
+                delivers("second")
+        assert ends == dict.fromkeys(("first", "second"), Outcome.PROCESSED)
+        gone.clear()
+    assert "leases_not_renewed" not in caplog.text
