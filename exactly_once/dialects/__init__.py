@@ -423,8 +423,8 @@ def raise_for_the_store(dialect: Dialect, error: BaseException, engine: Engine, 
         ) from error
     if unreached(error, (engine,)):
         told = StoreUnavailable(
-            f"No connection to the database was given: {type(error).__name__} was raised as one was made or taken. A listener of"
-            " the engine's raised it, or its creator=; nothing ran.",
+            f"No connection to the database was given: {type(error).__name__} was raised as one was made or taken, by a listener"
+            " of the engine's, by its creator=, or by the driver; nothing ran.",
             store=store,
         )
         told.by_application = True
