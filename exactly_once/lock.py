@@ -7,7 +7,6 @@ by the facade, for `eo.lock`.
 """
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -27,6 +26,7 @@ from exactly_once.errors import ConfigurationError, ExactlyOnceError, InProgress
 from exactly_once.finishing import finished
 from exactly_once.keys import canonical
 from exactly_once.redis_connection import RedisConnection
+from exactly_once.steady_log import steady
 from exactly_once.wording import escaped
 
 __all__ = ["RedisLock"]
@@ -48,7 +48,7 @@ if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) 
 return 0
 """
 
-_log = logging.getLogger("exactly_once.lock")
+_log = steady("exactly_once.lock")
 
 
 class RedisLock:

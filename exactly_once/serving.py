@@ -5,7 +5,6 @@ receiving. A server that does not answer yet is waited for; a wrong setting is r
 Made by the facade; used with `with`, by `eo.run` and by the command line.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -25,6 +24,7 @@ from exactly_once.errors import (
 )
 from exactly_once.routing import Router
 from exactly_once.runner import Runner
+from exactly_once.steady_log import steady
 from exactly_once.store import Store, claims_twice, lacking_characters
 from exactly_once.transport import Away, Transport
 from exactly_once.worker import Counts, Worker
@@ -45,7 +45,7 @@ _REFUSED_S: Final = 8.0
 _RETURNING_S: Final = 60.0
 """The same, since the server was last seen not to answer."""
 
-_log = logging.getLogger("exactly_once.worker")
+_log = steady("exactly_once.worker")
 
 
 class Serving:

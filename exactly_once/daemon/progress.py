@@ -4,7 +4,6 @@ Reads counts and nothing else; a failure with its key is logged where it happens
 line's `run` alone, with a thread of its own.
 """
 
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final, TextIO
 
 from exactly_once.outcome import Outcome
+from exactly_once.steady_log import steady
 from exactly_once.worker import Counts
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ EVERY: Final = timedelta(seconds=1)
 _REDRAW_S: Final = 0.25
 _FAILURES: Final = (Outcome.FAILED.value, Outcome.DEAD.value)
 
-_log = logging.getLogger("exactly_once.progress")
+_log = steady("exactly_once.progress")
 
 
 def is_terminal(stream: TextIO) -> bool:

@@ -4,7 +4,6 @@ Never starts or stops threads of the worker's, never exits where returning will 
 command line, in the main thread, for Python runs signal handlers nowhere else.
 """
 
-import logging
 import os
 import selectors
 import signal
@@ -19,6 +18,7 @@ from typing import Any, Final, Generic, NoReturn, Protocol, TypeVar
 from exactly_once import fork
 from exactly_once.daemon.heartbeat import HeartbeatSender
 from exactly_once.errors import ConfigurationError
+from exactly_once.steady_log import steady
 
 __all__ = ["KILLED", "SUPERVISED", "run_until_signal", "signals_wake"]
 
@@ -32,7 +32,7 @@ a child that was asked once. Ending it at once is the supervisor's business, whi
 """
 _LOOK_S: Final = 0.5
 
-_log = logging.getLogger("exactly_once.worker")
+_log = steady("exactly_once.worker")
 T = TypeVar("T")
 
 

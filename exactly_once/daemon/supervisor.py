@@ -10,7 +10,6 @@ hand comes back from the broker.
 """
 
 import ctypes
-import logging
 import os
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from typing import Final
 from exactly_once.daemon.health import Health
 from exactly_once.daemon.heartbeat import REPORT_TO, HeartbeatReader, open_heartbeat
 from exactly_once.daemon.signals import KILLED, SUPERVISED, leave, signals_wake
+from exactly_once.steady_log import steady
 
 __all__ = ["child_command", "supervise"]
 
@@ -36,7 +36,7 @@ GRACE: Final = timedelta(seconds=30)
 WRONG_USAGE: Final = 2
 _PR_SET_PDEATHSIG: Final = 1  # <sys/prctl.h>
 
-_log = logging.getLogger("exactly_once.processes")
+_log = steady("exactly_once.processes")
 
 
 class _Child:

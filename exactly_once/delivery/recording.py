@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from exactly_once.alert import Alert, Hook, sound
 from exactly_once.dialects import Trouble
 from exactly_once.error_words import words_of
-from exactly_once.errors import Reject
+from exactly_once.errors import Reject, StoreUnavailable
 from exactly_once.failures import Failure, text_of
 from exactly_once.guards.our_session import in_our_session
 from exactly_once.handler import Plan, Reading
@@ -336,7 +336,7 @@ class Recording:
         if error is not None:
             self._store.seen(error)
         now = monotonic()
-        store = getattr(error, "store", None) or self._store.name
+        store = (error.store if isinstance(error, StoreUnavailable) else None) or self._store.name
         if now >= self._tell_away_at:
             self._tell_away_at = now + _TELL_AGAIN_S
             words = "" if error is None else words_of(error)

@@ -546,8 +546,8 @@ def _speaks_utf8(encoding: bytes | None) -> bool:
 
 
 def _sqlstate(error: BaseException) -> str | None:
-    state: str | None = getattr(original(error), "sqlstate", None)
-    return state
+    own = original(error)  # an attribute of an exception that is not the driver's may be whatever its class makes of it
+    return own.sqlstate if isinstance(own, errors.Error) else None
 
 
 def listen(driver: Any) -> None:

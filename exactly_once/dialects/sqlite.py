@@ -227,7 +227,7 @@ class SQLite:
     def trouble(self, error: BaseException) -> Trouble:
         if isinstance(error, PoolTimeout):
             return Trouble.UNAVAILABLE
-        code = getattr(original(error), "sqlite_errorcode", None)
+        code = _code(error)
         if code is None:
             return Trouble.UNKNOWN
         return Trouble.UNAVAILABLE if code & _PRIMARY in _UNAVAILABLE else Trouble.REFUSED
@@ -238,7 +238,7 @@ class SQLite:
 
     def refused(self, dbapi: Any, error: BaseException) -> bool:
         # an error of COMMIT leaves the transaction open, or rolled it back; what may be half on the disk is neither
-        code = getattr(original(error), "sqlite_errorcode", None)
+        code = _code(error)
         return code is not None and code & _PRIMARY != sqlite3.SQLITE_IOERR
 
     def in_our_name(self, connection: Connection, statement: Insert | Update, values: Mapping[str, Any]) -> int:
@@ -253,11 +253,11 @@ class SQLite:
         return connection.execute(statement, values, execution_options={"preserve_rowcount": True}).rowcount
 
     def no_room(self, error: BaseException) -> bool:
-        code = getattr(original(error), "sqlite_errorcode", None)
+        code = _code(error)
         return code is not None and code & _PRIMARY in _NO_ROOM
 
     def locked(self, error: BaseException) -> bool:
-        code = getattr(original(error), "sqlite_errorcode", None)
+        code = _code(error)
         return code is not None and code & _PRIMARY in _LOCKED
 
     def timed_out(self, error: BaseException) -> bool:
@@ -274,13 +274,19 @@ class SQLite:
 
     def hopeless(self, error: BaseException) -> bool:
         # a folder that is not there does not come by waiting
-        return getattr(original(error), "sqlite_errorcode", None) == sqlite3.SQLITE_CANTOPEN
+        return _code(error) == sqlite3.SQLITE_CANTOPEN
 
     def lost(self, dbapi: Any, info: MutableMapping[Any, Any], error: BaseException) -> bool:
         return not _driver(dbapi).in_transaction
 
     def read(self, dbapi: Any, info: MutableMapping[Any, Any], statement: str) -> Read:
         return _READ(statement)
+
+
+def _code(error: BaseException) -> int | None:
+    """Of an error of the driver's; an attribute of any other exception may be whatever its class makes of it."""
+    own = original(error)
+    return getattr(own, "sqlite_errorcode", None) if isinstance(own, sqlite3.Error) else None
 
 
 def _released(dbapi: Any) -> bool:

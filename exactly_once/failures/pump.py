@@ -6,7 +6,6 @@ hands them out for the one handler that failed. What became of a message is writ
 decides between two runs. The worker is the only caller.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,6 +19,7 @@ from exactly_once.dialects.firsthand import kept_firsthand
 from exactly_once.error_words import words_of
 from exactly_once.failures.due import DueFailures, Taken, message_of
 from exactly_once.pooler import begin_bounded
+from exactly_once.steady_log import steady
 from exactly_once.transport import Delivery, Features
 from exactly_once.verdict import Redeliver, Verdict
 from exactly_once.wording import escaped
@@ -32,7 +32,7 @@ _SWEEP_S: Final = 30.0
 _FEATURES: Final = Features(redelivers=False, counts_attempts=False, ordered=True, tags=False, properties=True)
 
 
-_log = logging.getLogger("exactly_once.pump")
+_log = steady("exactly_once.pump")
 
 
 class _NotRead(Exception):

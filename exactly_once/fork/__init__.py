@@ -7,16 +7,16 @@ for. Owners are known by weak references, so this keeps none of them alive. `eng
 """
 
 import ctypes
-import logging
 import os
 from typing import Any, Final, NoReturn, Protocol
 from weakref import ref
 
 from exactly_once.errors import ForkedProcess
+from exactly_once.steady_log import steady
 
 __all__ = ["Owner", "end", "forget", "here", "inside", "pin", "tell"]
 
-_log = logging.getLogger("exactly_once.fork")
+_log = steady("exactly_once.fork")
 
 
 class Owner(Protocol):

@@ -6,7 +6,6 @@ message over it changes no row, and nothing is committed. Elsewhere it follows t
 session's mark, which the next claim finds; a run that used no session leaves none, and runs again. Called by `attempt`.
 """
 
-import logging
 from asyncio import CancelledError
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,6 +27,7 @@ from exactly_once.guards.late import Late
 from exactly_once.leases import Held, LeaseStore, Standing, clock, judge
 from exactly_once.leases.renewal import Renewal
 from exactly_once.leases.sql import SqlLeases
+from exactly_once.steady_log import steady
 from exactly_once.wording import escaped
 
 __all__ = ["LeaseGuard", "insisting", "still_ours"]
@@ -38,7 +38,7 @@ _LOCKED_S: Final = 0.05
 _PAUSE_S: Final = (0.1, 2.0)
 _LET_GO_S: Final = 1.0
 
-_log = logging.getLogger("exactly_once.leases")
+_log = steady("exactly_once.leases")
 
 
 class LeaseGuard:

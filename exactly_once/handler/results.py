@@ -6,7 +6,6 @@ Called by the handler's parameters and by whoever calls handlers.
 """
 
 import inspect
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
@@ -21,6 +20,7 @@ from sqlalchemy.sql import Executable
 from exactly_once.body import shown
 from exactly_once.errors import ConfigurationError, Misuse, RefusedResult
 from exactly_once.handler.hints import Hints, signature
+from exactly_once.steady_log import steady
 from exactly_once.wording import escaped
 
 __all__ = ["check_result", "check_returns"]
@@ -30,7 +30,7 @@ _ANSWERS: Final = (bool, Number, str, bytes, bytearray, memoryview, Enum, BaseEx
 _INSTEAD: Final = "raise an exception to have the message tried again, Reject(reason) to keep it for a person"
 _MOST_LAYERS: Final = 100  # an alias may mean itself
 
-_log = logging.getLogger("exactly_once.handler")
+_log = steady("exactly_once.handler")
 _told: set[str] = set()
 
 

@@ -5,7 +5,6 @@ are lost and says so in `Held.lost`, which the message's session and steps look 
 not renewed any more: it runs out, another run may take the message over, and a person is told. Decides nothing else.
 """
 
-import logging
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from threading import Condition, Thread
@@ -17,6 +16,7 @@ from exactly_once.alert import Alert, Hook, sound
 from exactly_once.error_words import trace_of
 from exactly_once.errors import StoreUnavailable
 from exactly_once.leases import Held, LeaseStore, clock
+from exactly_once.steady_log import steady
 from exactly_once.wording import escaped
 
 __all__ = ["Renewal"]
@@ -25,7 +25,7 @@ _IDLE_S: Final = 60.0
 _AGAIN_S: Final = 1.0  # a store that did not answer is asked again after this, or sooner where the lease is short
 _TOGETHER: Final = 4  # what is due within a quarter of a third is renewed along
 
-_log = logging.getLogger("exactly_once.leases")
+_log = steady("exactly_once.leases")
 
 
 class Renewal:

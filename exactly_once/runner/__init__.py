@@ -6,7 +6,6 @@ has a transaction of its own, or shares one with others of its handler (`groupin
 `delivery` does. The worker calls `run`.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -28,6 +27,7 @@ from exactly_once.outcome import Outcome
 from exactly_once.runner.grouping import Grouping, Waiting
 from exactly_once.runner.pending import Pending
 from exactly_once.runner.together import Part, Parts, together
+from exactly_once.steady_log import steady
 from exactly_once.transport import Delivery, Features
 from exactly_once.verdict import Ending, Keep, Said
 
@@ -42,7 +42,7 @@ Find = Callable[[Delivery], Sequence[Delivering]]
 
 _One = tuple[Delivery, Features, Sequence[Delivering], Pending]
 
-_log = logging.getLogger("exactly_once.worker")
+_log = steady("exactly_once.worker")
 _LOOK_S: Final = 0.001
 _NO_LIMIT: Final[Any] = nullcontext()
 

@@ -12,7 +12,6 @@ If the process dies on any line here, what was in hand comes back from the broke
 what of it is done. Made by `serving`.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +20,7 @@ from threading import Condition, Event
 from time import monotonic
 from typing import Final
 
+from exactly_once.steady_log import steady
 from exactly_once.transport import Consumer, Delivery, Features
 from exactly_once.verdict import Ack, Ending, Hold, Keep, Redeliver
 from exactly_once.worker.capacity import Capacity
@@ -45,7 +45,7 @@ AGAIN: Final = timedelta(seconds=1)
 LAST_SETTLE_S: Final = 10.0
 """How long `stop` waits for the last settle of all consumers, and then for their close, before it leaves without."""
 
-_log = logging.getLogger("exactly_once.worker")
+_log = steady("exactly_once.worker")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,20 +3,20 @@
 Never receives, never settles, never decides. Called by the worker alone.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Thread, current_thread
 from time import monotonic
 
 from exactly_once.error_words import trace_of
+from exactly_once.steady_log import steady
 from exactly_once.worker.capacity import Seat
 from exactly_once.worker.log_throttle import ThrottledLog
 from exactly_once.worker.unsettled import Unsettled
 
 __all__ = ["Lane", "join", "lasting", "on_each"]
 
-_log = logging.getLogger("exactly_once.worker")
+_log = steady("exactly_once.worker")
 
 
 @dataclass(eq=False, slots=True)

@@ -4,12 +4,12 @@ Called by the threads that never give up (receiving, settling, probing a store):
 meets the same error many times a second, and a disk full of it would be a second outage.
 """
 
-import logging
 from datetime import timedelta
 from time import monotonic
 from typing import Final
 
 from exactly_once.error_words import trace_of
+from exactly_once.steady_log import Log
 
 __all__ = ["ThrottledLog"]
 
@@ -24,11 +24,11 @@ class ThrottledLog:
         every: The least time between two lines of one kind.
 
     Example:
-        >>> log = ThrottledLog(logging.getLogger("doctest"))
+        >>> log = ThrottledLog(steady("doctest"))
         >>> log.warning("receive", "The broker is away: %s", "refused")
     """
 
-    def __init__(self, log: logging.Logger, every: timedelta = _EVERY) -> None:
+    def __init__(self, log: Log, every: timedelta = _EVERY) -> None:
         self._log, self._every = log, every.total_seconds()
         self._next: dict[str, float] = {}
         self._left_out: dict[str, int] = {}

@@ -4,13 +4,13 @@ One thread for each outage, which ends with it. Never receives, never settles, n
 delivery attempts. Called by the worker, which receives nothing while there is an outage.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Condition, Thread
 from time import monotonic
 from typing import Final
 
+from exactly_once.steady_log import steady
 from exactly_once.transport import Delivery
 from exactly_once.worker.log_throttle import ThrottledLog
 from exactly_once.worker.unsettled import Unsettled
@@ -22,7 +22,7 @@ PROBE_S: Final = (0.2, 5.0)
 
 Waiting = dict[Delivery, Unsettled]
 
-_log = logging.getLogger("exactly_once.worker")
+_log = steady("exactly_once.worker")
 
 
 @dataclass(eq=False, slots=True)

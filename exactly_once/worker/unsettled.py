@@ -8,7 +8,6 @@ Settled once, without a lock: whoever takes the delivery out of `held` (`dict.po
 verdict counts; a run that ends after its message was given back finds nothing there and is ignored.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -16,6 +15,7 @@ from queue import Empty, SimpleQueue
 from time import monotonic, sleep
 from typing import Final
 
+from exactly_once.steady_log import steady
 from exactly_once.transport import Consumer, Delivery
 from exactly_once.verdict import Ack, Ending, Verdict
 from exactly_once.worker.log_throttle import ThrottledLog
@@ -60,7 +60,7 @@ class Unsettled:
         self.turned = monotonic()
         self._look = 0.0
         self._settled = settled
-        self._throttled = ThrottledLog(logging.getLogger("exactly_once.worker"))
+        self._throttled = ThrottledLog(steady("exactly_once.worker"))
 
     def take(self, deliveries: Sequence[Delivery]) -> None:
         """Note what a receive returned; called by the receiving thread under the worker's lock."""

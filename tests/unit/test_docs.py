@@ -227,6 +227,20 @@ def test_each_crash_point_that_is_tested_is_explained() -> None:
     assert set(crash_shop.POINTS) <= explained
 
 
+def test_each_logger_of_the_package_is_one_that_raises_nothing() -> None:
+    own = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "exactly_once").rglob("*.py")
+        if "logging.getLogger(" in path.read_text()
+    }
+    # its own place; levels of other packages' loggers, and filters on them
+    assert own == {
+        "exactly_once/steady_log.py",
+        "exactly_once/cli/run.py",
+        "exactly_once/transports/rocketmq5/wall.py",
+    }
+
+
 def test_each_room_is_named_in_contributing() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     package = ROOT / "exactly_once"

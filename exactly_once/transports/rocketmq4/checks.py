@@ -4,11 +4,11 @@ It asks the servers and never believes the client, which starts without any of t
 starting point of a group that has none.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from exactly_once.errors import TransportError
+from exactly_once.steady_log import steady
 from exactly_once.transport import Away, Subscription
 from exactly_once.transports.rocketmq4.admin import Admin, Queue, Refused
 from exactly_once.transports.rocketmq4.messages import Names
@@ -19,7 +19,7 @@ ENDLESS: Final = 2147483647
 """The retryMaxTimes that never runs out: past any other the broker throws the message away, for want of a field that this
 client does not send. We never use that retry, but another member of the group may."""
 
-_log = logging.getLogger(__name__)
+_log = steady(__name__)
 
 
 def problems(

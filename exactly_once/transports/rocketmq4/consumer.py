@@ -20,7 +20,6 @@ transport. What is walled off, and why:
 
 import atexit
 import ctypes
-import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -34,6 +33,7 @@ from exactly_once import fork
 from exactly_once.error_words import trace_of
 from exactly_once.errors import TransportError
 from exactly_once.message import Message
+from exactly_once.steady_log import steady
 from exactly_once.transport import Delivery, Features, Subscription
 from exactly_once.transports.handoff import Handoff
 from exactly_once.transports.inflight import InFlight
@@ -44,7 +44,7 @@ from exactly_once.verdict import Verdict
 
 __all__ = ["RocketMQ4Consumer"]
 
-_log = logging.getLogger(__name__)
+_log = steady(__name__)
 
 CONSUME_SUCCESS: Final = 0
 RECONSUME_LATER: Final = 1

@@ -16,7 +16,6 @@ What is walled off, and why:
 
 import atexit
 import ctypes
-import logging
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -28,6 +27,7 @@ from typing import Any, Final
 from exactly_once import fork
 from exactly_once.errors import ForkedProcess, TransportError
 from exactly_once.message import Message
+from exactly_once.steady_log import steady
 from exactly_once.transport import Receipt
 from exactly_once.transports.rocketmq4.connection import Connection
 from exactly_once.transports.rocketmq4.library import CallFailed, enter
@@ -41,7 +41,7 @@ from exactly_once.transports.rocketmq4.messages import (
 
 __all__ = ["RocketMQ4Producer"]
 
-_log = logging.getLogger(__name__)
+_log = steady(__name__)
 
 TRY_FOR_S: Final = 1.0
 AGAIN_AFTER_S: Final = 0.05

@@ -4,7 +4,6 @@ Called by the consumer. Whatever fails here, the broker's own timer is the net: 
 line in the log is all that is owed.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from time import monotonic
@@ -12,11 +11,12 @@ from typing import Any, Final
 
 from rocketmq.grpc_protocol import Code
 
+from exactly_once.steady_log import steady
 from exactly_once.transports.rocketmq5.session import Grip, describe
 
 __all__ = ["FINE", "begun", "refused_acknowledgements", "refused_renewals", "tell"]
 
-log = logging.getLogger(__name__)
+log = steady(__name__)
 
 FINE: Final = frozenset({Code.OK, Code.MULTIPLE_RESULTS, Code.MESSAGE_NOT_FOUND})
 PATIENCE_S: Final = 8.0  # calls carry their own deadline of 5 s; this bounds a loop that is stuck

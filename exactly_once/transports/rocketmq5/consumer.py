@@ -13,7 +13,6 @@ follower thereby cannot be here while its predecessor is unsettled or due later,
 its predecessor failed. Its price: a failed message holds back its queue, not only its own key.
 """
 
-import logging
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
@@ -32,6 +31,7 @@ from rocketmq.grpc_protocol import Code
 
 from exactly_once.foreign import text_of
 from exactly_once.message import Message
+from exactly_once.steady_log import steady
 from exactly_once.transport import Delivery, Features, Subscription
 from exactly_once.transports.rocketmq5.answers import (
     FINE,
@@ -47,7 +47,7 @@ from exactly_once.verdict import Ack, Verdict
 
 __all__ = ["RocketMQ5Consumer"]
 
-log = logging.getLogger(__name__)
+log = steady(__name__)
 
 MOST_POLLS: Final = 4  # a broker, without order: as many as the one event loop of the client can decode
 MOST_ORDERED_POLLS: Final = 16

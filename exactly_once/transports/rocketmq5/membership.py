@@ -7,20 +7,20 @@ stays dead and every receive fails with 50001. So the first failure throws the s
 soon as a fresh connection is accepted.
 """
 
-import logging
 from collections.abc import Sequence
 from threading import Event, Lock
 from time import monotonic
 from typing import Final
 
 from exactly_once import fork
+from exactly_once.steady_log import steady
 from exactly_once.transport import Subscription
 from exactly_once.transports.rocketmq5.endpoints import Endpoints, reachable
 from exactly_once.transports.rocketmq5.session import Session, describe
 
 __all__ = ["Membership"]
 
-log = logging.getLogger(__name__)
+log = steady(__name__)
 
 FIRST_PAUSE_S: Final = 0.25
 LONGEST_PAUSE_S: Final = 1.0  # between two tries to reach a proxy that is away

@@ -26,6 +26,7 @@ from types import ModuleType
 
 from exactly_once import fork
 from exactly_once.errors import ConfigurationError, ForkedProcess, MissingExtra
+from exactly_once.steady_log import steady
 
 __all__ = ["CLIENT_LOGGER", "build", "enter", "forked", "missing", "require"]
 
@@ -80,10 +81,11 @@ def build() -> None:
             logger = logging.getLogger(CLIENT_LOGGER)
             if logger.level == logging.NOTSET:
                 logger.setLevel(logging.CRITICAL + 1)
-            # the client calls the deprecated `warn`, which ends its thread where warnings are errors
-            logger.warn = logger.warning  # type: ignore[method-assign]
+            # what a filter raises would end the client's thread; so would the deprecated `warn`, where warnings are errors
+            log = steady(CLIENT_LOGGER)
+            log.warn = log.warning  # type: ignore[method-assign]
             stand_in = ModuleType(_LOG_MODULE, "Stands in for the client's module, which reconfigures all logging.")
-            stand_in.logger = logger  # type: ignore[attr-defined]
+            stand_in.logger = log  # type: ignore[attr-defined]
             sys.modules[_LOG_MODULE] = stand_in
         futures = logging.getLogger("concurrent.futures")
         if not any(isinstance(one, _NotFromTheClient) for one in futures.filters):

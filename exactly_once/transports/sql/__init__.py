@@ -15,7 +15,6 @@ never joins a handler's.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,6 +32,7 @@ from exactly_once.drivers_own import is_of_a_database
 from exactly_once.errors import ConfigurationError
 from exactly_once.message import Message
 from exactly_once.redaction import redacted
+from exactly_once.steady_log import steady
 from exactly_once.transport import Away, BrokerProducer, Consumer, Delivery, Features, Subscription, Surroundings
 from exactly_once.transports.sql.database import Database
 from exactly_once.transports.sql.producer import SqlProducer, reason, refused, refused_group
@@ -42,7 +42,7 @@ from exactly_once.verdict import Ack, Verdict
 
 __all__ = ["SqlTransport"]
 
-_log = logging.getLogger("exactly_once.transports.sql")
+_log = steady("exactly_once.transports.sql")
 
 _FEATURES: Final = Features(
     redelivers=True,
