@@ -89,6 +89,8 @@ class Serving:
             for warning in plan.warnings:
                 _log.warning("%s", warning)
         deadline = monotonic() + patience.total_seconds()
+        for store in router.stores.values():
+            store.check_threads()
         for name, store in router.stores.items():
             _until(
                 self._asked,

@@ -16,6 +16,9 @@ Log = logging.LoggerAdapter[logging.Logger]
 
 
 class _Steady(Log):
+    def process(self, msg: object, kwargs: Any) -> tuple[object, Any]:
+        return msg, kwargs  # `extra` is the line's own
+
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
         try:
             super().log(level, msg, *args, stacklevel=kwargs.pop("stacklevel", 1) + 1, **kwargs)

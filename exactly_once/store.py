@@ -12,7 +12,7 @@ from time import time
 from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
-from sqlalchemy import URL, Connection, Engine, NullPool, Table, create_engine, insert, make_url
+from sqlalchemy import URL, Connection, Engine, NullPool, StaticPool, Table, create_engine, insert, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import reset_none
@@ -353,6 +353,22 @@ class Store:
         """Those that were used."""
         made = (self.__dict__.get(name) for name in ("engine", "engine_apart", "async_engine"))
         return [getattr(engine, "sync_engine", engine) for engine in made if engine is not None]
+
+    def check_threads(self) -> None:
+        """Refuse what the threads of a worker cannot share.
+
+        Raises:
+            ConfigurationError: All of them would use one connection at once; a driver ends the process for less.
+        """
+        for engine in (self.engine, *self._engines()):
+            kept = engine.url.database or ":memory:"
+            in_memory = engine.dialect.name == "sqlite" and (":memory:" in kept or "mode=memory" in str(engine.url))
+            if in_memory or isinstance(engine.pool, StaticPool):
+                raise ConfigurationError(
+                    f"The engine of {redacted(engine.url)} has one connection (a database in memory, or StaticPool), and the"
+                    " threads of a worker would use it at once. Give it a file: sqlite:///orders.db. For eo.process in one"
+                    " thread it may stay."
+                )
 
     def problem(self) -> str | None:
         """Look whether this database can be used: None if so, else what is waited for (it does not answer).

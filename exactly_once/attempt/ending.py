@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 from exactly_once import fork
 from exactly_once.dialects import ClaimRow, Dialect, Trouble
 from exactly_once.error_words import words_of
-from exactly_once.errors import LeaseLost, Misuse, RefusedResult, StoreUnavailable
+from exactly_once.errors import InProgress, LeaseLost, Misuse, RefusedResult, StoreUnavailable
 from exactly_once.finishing import finish
 from exactly_once.guards import Consumed, Guard, Unfinished, Won
 from exactly_once.guards.watch import BrokenTransaction, Left, LostTransaction, Watch
@@ -228,6 +228,10 @@ def _raised_alone(dialect: Dialect, won: Won, error: BaseException, foreign: Cal
         return Ended(How.REFUSED, error)
     if isinstance(error, LeaseLost):
         return Ended(How.LOST, error)
+    if isinstance(error, InProgress):
+        return Ended(
+            How.IN_PROGRESS, error
+        )  # of a part that the handler claims, or a lock that it takes: not now, no failure
     if won.late is not None and isinstance(error, StoreUnavailable) and not error.asked_by_handler:
         return Ended(How.AWAY, error)  # of a step, or of the session's first statement
     if isinstance(error, (OSError, EOFError)):

@@ -123,6 +123,7 @@ class State(Enum):
     OPEN = "in a transaction"
     BUSY = "in the middle of a statement, or of reading its rows"
     ABORTED = "in a transaction that can only be rolled back"
+    CLOSED = "closed by whoever has the connection, and not by the server: what was committed before is not known"
 
 
 class Trouble(Enum):

@@ -427,7 +427,9 @@ class PostgreSQL:
         )
 
     def state(self, dbapi: Any) -> State:
-        return _STATES[driver_of(dbapi).pgconn.transaction_status]
+        driver = driver_of(dbapi)
+        state = _STATES[driver.pgconn.transaction_status]
+        return State.CLOSED if state is State.ABORTED and driver.closed and not driver.broken else state
 
     def trouble(self, error: BaseException) -> Trouble:
         if isinstance(error, PoolTimeout):

@@ -220,8 +220,11 @@ class SQLite:
 
     def state(self, dbapi: Any) -> State:
         driver = _driver(dbapi)
-        if not driver.in_transaction:
-            return State.IDLE
+        try:
+            if not driver.in_transaction:
+                return State.IDLE
+        except (sqlite3.ProgrammingError, ValueError):  # of sqlite3, and of aiosqlite
+            return State.CLOSED
         return State.BUSY if getattr(driver, _UNDER_WAY, 0) else State.OPEN
 
     def trouble(self, error: BaseException) -> Trouble:
@@ -277,7 +280,7 @@ class SQLite:
         return _code(error) == sqlite3.SQLITE_CANTOPEN
 
     def lost(self, dbapi: Any, info: MutableMapping[Any, Any], error: BaseException) -> bool:
-        return not _driver(dbapi).in_transaction
+        return self.state(dbapi) is State.IDLE
 
     def read(self, dbapi: Any, info: MutableMapping[Any, Any], statement: str) -> Read:
         return _READ(statement)

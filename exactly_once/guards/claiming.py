@@ -113,6 +113,8 @@ class Claimer:
         except ClaimBusy as busy:
             if busy.lost:
                 # the server threw the caller's earlier work away with it: from here only a rollback is allowed
+                if watch is not None:
+                    watch.lost = busy  # of a handler: it runs again at once, whatever it makes of this error
                 connection.invalidate(busy)
             elif busy.cut and not is_firsthand(connection):
                 # by a limit of time, which whoever had it before may have left in it

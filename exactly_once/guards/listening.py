@@ -73,10 +73,12 @@ def _sending(statement: str, context: ExecutionContext, send: Callable[[], None]
         return None
     watch.admit()
     dialect, dbapi = watch.dialect, watch.dbapi
-    if dialect.state(dbapi) is State.IDLE:
+    if (state := dialect.state(dbapi)) is State.IDLE:
         # ended since the last statement, or by it; this one would begin another transaction, which looks open at the
         # end: after a rollback its effects would be kept without the claim
         raise watch.ended()
+    if state is State.CLOSED:
+        raise watch.closed()
     if watch.call is not None:
         watch.called(sends=True)
     watch.last = statement
@@ -149,6 +151,9 @@ def _met(pooled: PoolProxiedConnection, error: BaseException) -> None:
     watch = _watch_of(pooled)
     if watch is None or watch.lost is not None:
         return
+    if watch.dialect.state(watch.dbapi) is State.CLOSED:
+        watch.closed()  # asked now, for SQLAlchemy closes it next
+        return
     if watch.dialect.lost(watch.dbapi, watch.info, error):
         watch.lost = error
     if watch.dialect.name == "sqlite" and not isinstance(error, Exception):
@@ -181,8 +186,12 @@ def _refusing_commit(send: _Send) -> _Send:
             raise watch.error  # of a hook that swallowed it
         # the last look, after every hook of the user's has run: COMMIT of an aborted transaction succeeds and keeps nothing
         state = watch.dialect.state(watch.dbapi)
+        if state is State.IDLE:
+            raise watch.ended()
+        if state is State.CLOSED:
+            raise watch.closed()
         if state is not State.OPEN:
-            raise watch.leave(Left.BROKEN if state is State.IDLE else Left.ROLLED_BACK, SWALLOWED)
+            raise watch.leave(Left.ROLLED_BACK, SWALLOWED)
         watch.commit(lambda: send(dbapi_connection))
 
     return do_commit

@@ -190,6 +190,14 @@ class Watch:
         self.replaced = True  # more may have been committed since, without a claim
         return self.leave(Left.BROKEN, _ENDED + self._shown(_LAST))
 
+    def closed(self) -> Misuse:
+        """The handler closed the driver's connection. What it committed before, the claim's row tells, where there is one."""
+        misuse = self.leave(Left.ROLLED_BACK if self.rows else Left.BROKEN, _CLOSED)
+        self.stopped = (
+            True  # what is raised after that says that the connection is closed, as if the server had ended it
+        )
+        return misuse
+
     def gone(self) -> Misuse:
         """A witness says that the claim's transaction is not there any more, though one is open."""
         named = self._shown(_LAST)
@@ -248,6 +256,8 @@ class Watch:
             return self.leave(Left.ROLLED_BACK, SWALLOWED)
         if state is State.IDLE:
             return self.ended()
+        if state is State.CLOSED:
+            return self.closed()
         if session.get_transaction() is not self.begun:  # another one, on whatever connection; or none at all
             return self.leave(Left.ROLLED_BACK, LEFT)
         return None
@@ -292,6 +302,8 @@ class Watch:
                 return  # the error that ended the last statement says it: nothing was sent since
             if state is State.IDLE and not self.rolled_back:
                 self.ended()
+            elif state is State.CLOSED:
+                self.closed()
             elif state is State.OPEN and not self.rolled_back:
                 whole = self.dialect.intact(self.dbapi, self.info, self.owner)
                 if whole is False:
@@ -510,6 +522,10 @@ _ENDED: Final = (
     "A statement of the handler ended the transaction behind SQLAlchemy's back (a COMMIT inside a procedure or a"
     " multi-statement text, a call on the driver, or DDL that commits by itself). What came before it may be committed."
     " Take it out of the handler."
+)
+_CLOSED: Final = (
+    "The handler closed the driver's own connection (close(), or psycopg's `with connection:`, which commits and closes): its"
+    " transaction ended there. Delete that line; the connection is given back for you."
 )
 _GONE: Final = (
     "The transaction that the claim was written in ended behind SQLAlchemy's back, and another one is open in its place:"
