@@ -1,6 +1,6 @@
 """A handler claims keys of its own with `eo.claim`, for the parts of its message, and another run has one of them.
 
-The kind: what `eo.claim` says to a handler is about somebody else's run. That is no failure of its message, and a deadlock's victim
+The kind: what `eo.claim` says to a handler is about another run. That is no failure of its message, and a deadlock's victim
 runs again at once, whatever the handler makes of the error.
 """
 
