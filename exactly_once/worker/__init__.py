@@ -23,6 +23,7 @@ from typing import Final
 from exactly_once.steady_log import steady
 from exactly_once.transport import Consumer, Delivery, Features
 from exactly_once.verdict import Ack, Ending, Hold, Keep, Redeliver
+from exactly_once.wording import escaped
 from exactly_once.worker.capacity import Capacity
 from exactly_once.worker.kept import Kept
 from exactly_once.worker.lane import Lane, join, lasting, on_each
@@ -307,7 +308,9 @@ class Worker:
         if self._stopping:
             self._give_back(unsettled, delivery)
         elif unsettled.finish(delivery, Redeliver(AGAIN)):
-            self._throttled.warning("run", "A run broke; its message will be brought again.", error=error)
+            message = delivery.message
+            text = "A run broke; its message will be brought again: topic=%s message_id=%s"
+            self._throttled.warning("run", text, escaped(message.topic), escaped(message.message_id), error=error)
 
     def _give_back(self, unsettled: Unsettled, delivery: Delivery) -> None:
         """Outside the lock, for a run's callbacks may want locks of their own.
