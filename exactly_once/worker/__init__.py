@@ -310,7 +310,9 @@ class Worker:
         elif unsettled.finish(delivery, Redeliver(AGAIN)):
             message = delivery.message
             text = "A run broke; its message will be brought again: topic=%s message_id=%s"
-            self._throttled.warning("run", text, escaped(message.topic), escaped(message.message_id), error=error)
+            self._throttled.warning(
+                "run", text, escaped(message.topic), escaped(message.message_id or "none"), error=error
+            )
 
     def _give_back(self, unsettled: Unsettled, delivery: Delivery) -> None:
         """Outside the lock, for a run's callbacks may want locks of their own.
