@@ -21,7 +21,7 @@ from exactly_once import loops
 from exactly_once.characters import narrow, utf8_args
 from exactly_once.dialects import ClaimRow, Dialect, Trouble, dialect_for
 from exactly_once.dialects.firsthand import kept_firsthand, watch_pool
-from exactly_once.dialects.place import schema_in
+from exactly_once.dialects.place import as_sessions_begin, schema_in
 from exactly_once.drivers_own import is_of_a_database, original
 from exactly_once.error_words import words_of
 from exactly_once.errors import ConfigurationError, MissingExtra, SchemaError, StoreUnavailable
@@ -382,6 +382,8 @@ class Store:
         try:
             with self.engine.connect() as connection:
                 kept_firsthand(connection)
+                if dialect.name == "postgresql":
+                    as_sessions_begin(connection)
                 missing = check(connection, self.schema)
                 lacking = narrow(connection)
                 connection.rollback()

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Final, TypeVar
 
-from sqlalchemy import URL, Connection, Dialect, Engine, create_engine, make_url, pool, text
+from sqlalchemy import URL, Connection, Dialect, Engine, create_engine, event, make_url, pool, text
 
 from exactly_once.characters import utf8_args
 from exactly_once.errors import ConfigurationError, SchemaError
@@ -67,6 +67,7 @@ def with_connection(database: Database, work: Callable[[Connection], T]) -> T:
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(lambda: asyncio.run(_on_async(url, work))).result()
     engine = create_engine(url, poolclass=pool.NullPool, connect_args=utf8_args(url) | _unprepared(url))
+    _begin_as_sessions_do(engine)
     with _plain(engine).connect() as connection:
         return work(connection)
 
@@ -75,10 +76,19 @@ async def _on_async(url: URL, work: Callable[[Connection], T]) -> T:
     from sqlalchemy.ext.asyncio import create_async_engine
 
     engine = create_async_engine(url, poolclass=pool.NullPool, connect_args=utf8_args(url) | _unprepared(url))
+    _begin_as_sessions_do(engine.sync_engine)
     if engine.dialect.name != "sqlite":
         engine = engine.execution_options(isolation_level="READ COMMITTED")
     async with engine.connect() as connection:
         return await connection.run_sync(work)
+
+
+def _begin_as_sessions_do(engine: Engine) -> None:
+    """Have the role and the search path that strangers left behind a pooler decide nothing; a caller's engine is as it is."""
+    if _is_psycopg(engine.dialect):
+        from exactly_once.dialects.place import as_sessions_begin
+
+        event.listen(engine, "begin", as_sessions_begin)
 
 
 def _unprepared(url: URL) -> dict[str, None]:
