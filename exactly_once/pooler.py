@@ -3,8 +3,10 @@
 Behind a pooler of transactions nothing belongs to a session: the next transaction may be on another of the server's
 connections, and a stranger gets ours. A name that was prepared there is missing, or is a stranger's statement; a setting
 that was made there bounds the stranger. So nothing is prepared by name, and what is set is set with BEGIN, for one
-transaction. The words for it, and that BEGIN; it asks nothing. `dialects.postgresql_pooler` finds out, once a connection;
-the rooms that begin transactions of their own on PostgreSQL call `begin_bounded`.
+transaction. What a stranger has left (a mode, a role, a time limit) goes away with the server's connection only, and a pooler
+throws that one away whose client is gone in the middle of a transaction: so where something of ours fails, its connection is
+closed before it is rolled back. The words for it, and that BEGIN; it asks nothing. `dialects.postgresql_pooler` finds out, once
+a connection; the rooms that begin transactions of their own on PostgreSQL call `begin_bounded`.
 """
 
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from exactly_once.errors import ConfigurationError
 from exactly_once.mysql_clock import put_right
 from exactly_once.wording import escaped
 
-__all__ = ["IDLE_MS", "LINK", "SAID", "Link", "begin_bounded", "prepare_threshold"]
+__all__ = ["IDLE_MS", "LINK", "SAID", "Link", "begin_bounded", "is_pooled", "prepare_threshold"]
 
 IDLE_MS: Final = 600_000
 """The server ends a transaction in which nothing was said for so long: a program that vanished holds its locks no longer."""
@@ -38,6 +40,12 @@ class Link:
     """The SET LOCAL that go with BEGIN of each transaction of ours, since the session cannot hold them; else empty."""
     begin: Callable[[Any], None]
     """Sends BEGIN through the driver's connection, with these settings and for a durable commit, in one round trip."""
+
+
+def is_pooled(connection: Connection) -> bool:
+    """Say whether a connection reaches its server through a pooler, as far as we know."""
+    link: Link | None = connection.info.get(LINK)
+    return link is not None and link.pooled
 
 
 def begin_bounded(connection: Connection) -> None:

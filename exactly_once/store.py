@@ -336,6 +336,7 @@ class Store:
         try:
             _try_to_write(connection, self.tables.idempotent, rows=_ROOM_ROWS if wants_room else 1)
         except Exception as error:
+            connection.invalidate()  # before it is rolled back: else a pooler keeps the server's as a stranger has left it
             # what is refused to us for another reason is not mended by waiting: whoever asks next is told
             if self.dialect.trouble(error) is not Trouble.REFUSED:
                 return False

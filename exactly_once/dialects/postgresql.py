@@ -42,7 +42,7 @@ from exactly_once.dialects.statements import POSTGRESQL
 from exactly_once.drivers_own import original
 from exactly_once.errors import ConfigurationError, Misuse
 from exactly_once.owner import savepoint_of
-from exactly_once.pooler import LINK
+from exactly_once.pooler import LINK, Link
 from exactly_once.whose import is_of
 
 __all__ = [
@@ -482,7 +482,8 @@ class PostgreSQL:
             written = cursor.mogrify(text, given).encode()
             results = send(driver, self.durable + first + written + b"".join(last))
         except errors.Error as error:
-            if error.sqlstate == _READ_ONLY and _may_write(driver):
+            link: Link | None = connection.info.get(LINK)
+            if error.sqlstate == _READ_ONLY and _may_write(driver, pooled=link is not None and link.pooled):
                 raise Misuse(_MADE_READ_ONLY) from error
             told = DBAPIError.instance(text, None, error, psycopg.Error, dialect=connection.dialect)
             is_of(told, connection.dialect)  # SQLAlchemy has not seen it
@@ -529,8 +530,16 @@ class PostgreSQL:
         return (_READ if conforming == b"on" else _READ_ESCAPED)(statement)
 
 
-def _may_write(driver: Any) -> bool:
-    """Say whether the server and the session may write, as the server reports it by itself since PostgreSQL 14."""
+def _may_write(driver: Any, *, pooled: bool) -> bool:
+    """Say whether the server and the session may write, as the server reports it by itself since PostgreSQL 14.
+
+    A pooler does not report it of the connection that it lends, which a stranger may have left otherwise: there another
+    transaction is asked that begins on the same one. It is left open, for the pooler throws away what is given up in the middle.
+    """
+    if pooled:
+        if driver.autocommit:
+            return False  # a statement alone: no handler has set anything in it
+        return bool(send(driver, b"ROLLBACK;BEGIN;SHOW transaction_read_only")[-1].get_value(0, 0) == b"off")
     names = (b"in_hot_standby", b"default_transaction_read_only")
     return all(driver.pgconn.parameter_status(name) == b"off" for name in names)
 

@@ -98,11 +98,10 @@ class Claims:
                 send(driver, b"ROLLBACK")
                 results = send(driver, text)
         except errors.Error as error:
-            if error.sqlstate is not None:
-                send(driver, b"ROLLBACK")
             busy = busy_of(error)
             if busy is None:
-                raise
+                raise  # in the open transaction: the connection is thrown away, and a pooler throws its own away then, too
+            send(driver, b"ROLLBACK")
             raise busy from error
         found, recorded = (results[-3], results[-2]) if steps else (results[-2], None)
         if not found.ntuples:

@@ -11,15 +11,19 @@ from collections.abc import MutableMapping
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
+from psycopg import errors
 from sqlalchemy import Engine, event
 
 from exactly_once.dialects.postgresql import DURABLE, Seen, driver_of, opening, send
+from exactly_once.drivers_own import original
 from exactly_once.pooler import IDLE_MS, LINK, SAID, Link
 
-__all__ = ["look", "look_at_each"]
+__all__ = ["look", "look_at_each", "may_be_left"]
 
 # what the session would have if nobody had set anything in it: behind a pooler strangers did
 _OWN: Final = b"SELECT reset_val FROM pg_settings WHERE name = 'idle_in_transaction_session_timeout'"
+# a mode, a role, a time limit
+_BY_WHAT_WAS_LEFT: Final = (errors.ReadOnlySqlTransaction, errors.InsufficientPrivilege, errors.QueryCanceled)
 # set for the database, or left by a handler: psycopg reads times in this style alone
 _ISO: Final = b"SET LOCAL datestyle = ISO;"
 _seen: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()  # by the engine's dialect: whether a pooler was said
@@ -75,6 +79,12 @@ def look(dbapi: Any, info: MutableMapping[Any, Any], *, ours: bool = False, said
             send(driver, b"SET " + idle)
     link = info[LINK] = Link(pooled, settings, _Begin(settings))
     return link
+
+
+def may_be_left(error: BaseException) -> bool:
+    """Say whether a stranger may be to blame for a server's refusal, by what was left on the connection that we got of it."""
+    own = original(error)
+    return isinstance(own, _BY_WHAT_WAS_LEFT)
 
 
 def _stricter(own_ms: int) -> int:

@@ -143,14 +143,13 @@ class Pump:
     @contextmanager
     def _begun(self) -> Iterator[Connection]:
         """Begin a transaction; a connection on which something fails is closed, for a handler may have left it changed."""
-        with self._engine.connect() as connection:
+        with self._engine.connect() as connection, connection.begin():
+            kept_firsthand(connection)
+            begin_bounded(connection)
             try:
-                with connection.begin():
-                    kept_firsthand(connection)
-                    begin_bounded(connection)
-                    yield connection
+                yield connection
             except Exception:
-                connection.invalidate()
+                connection.invalidate()  # before it is rolled back: else a pooler keeps the server's as it is
                 raise
 
     def settle(self, verdicts: Sequence[tuple[Delivery, Verdict]]) -> None:

@@ -50,7 +50,7 @@ from exactly_once.errors import StoreUnavailable
 from exactly_once.interrupted import interrupted
 from exactly_once.leases import WAIT_MS, Held, Recorded, clock
 from exactly_once.mysql_committed import COMMITTED_ALONE, see_committed
-from exactly_once.pooler import begin_bounded
+from exactly_once.pooler import begin_bounded, is_pooled
 from exactly_once.schema import (
     CONSUMED,
     CONSUMING,
@@ -72,6 +72,7 @@ AT_ONCE: Final = 5000
 """So many leases are renewed by one statement: each is three parameters, of which PostgreSQL takes 65,535."""
 _MOMENT: Final = timedelta(seconds=1)
 _TRIES: Final = 3  # more, of a statement that was a deadlock's victim
+_LEFT: Final = 5  # more, behind a pooler, of one that the server refused: a stranger may have changed its connections
 _BEATS: Final = 4  # a renewal is given a quarter of the time between two of them
 
 
@@ -242,9 +243,7 @@ class SqlLeases:
         )
         until = {"lease_until": utcnow(lease.total_seconds())}
         asked = clock()  # not when it is answered: a process that stands still in between would take it for fresh
-        with self._speaking() as connection, connection.begin():
-            kept_firsthand(connection)
-            begin_bounded(connection)
+        with self._speaking() as connection, self._begun(connection):
             match self._dialect.name:
                 case "postgresql":
                     bound = round(lease.total_seconds() * 1000 / 3 / _BEATS)
@@ -403,8 +402,7 @@ class SqlLeases:
     def resolve(self, row: ClaimRow, step: str, result: bytes) -> bool:
         """See `LeaseStore.resolve`."""
         t, s = self._t, self._steps
-        with self._speaking() as connection, connection.begin():
-            begin_bounded(connection)
+        with self._speaking() as connection, self._begun(connection):
             free = self._all(select(t.c.status).where(self._free(row)).with_for_update())
             if connection.execute(free).one_or_none() is None:
                 return False
@@ -463,16 +461,19 @@ class SqlLeases:
         return self._by_itself(look)
 
     def _by_itself(self, do: Callable[[Connection], T]) -> T:
-        tries = 0
+        tries = left = 0
         since = moment()
         while True:
-            believed = True
+            believed, pooled = True, False
             try:
                 with self._speaking() as connection:
-                    believed = is_firsthand(connection, since)
+                    believed, pooled = is_firsthand(connection, since), is_pooled(connection)
                     kept_firsthand(connection)
                     if not self._autocommit:
                         return do(connection)
+                    if left:
+                        with self._begun(connection):
+                            return do(connection)
                     if not self._was_begun(connection):
                         connection.execution_options(isolation_level="AUTOCOMMIT")
                         return do(connection)
@@ -481,10 +482,12 @@ class SqlLeases:
                     # of the driver's: what is sent on it alone begins nothing that SQLAlchemy would commit
                     connection.connection.commit()
                     return done
-            except StoreUnavailable:
-                raise
             except Exception as error:
-                if is_taken(error):
+                if pooled and left < _LEFT and _may_be_left(error):
+                    # alone it left the server's connection as it found it; in a transaction the pooler throws that one away
+                    left += 1
+                    continue
+                if is_taken(error) or isinstance(error, StoreUnavailable):
                     raise
                 trouble = self._dialect.trouble(error)
                 if trouble is Trouble.TRANSIENT and tries < _TRIES:
@@ -501,20 +504,41 @@ class SqlLeases:
         return self._dialect.state(connection.connection.dbapi_connection) is not State.IDLE
 
     @contextmanager
+    def _begun(self, connection: Connection) -> Iterator[None]:
+        """A transaction of ours; where something fails in it the connection is closed before anything is rolled back."""
+        with connection.begin():
+            kept_firsthand(connection)
+            begin_bounded(connection)
+            try:
+                yield
+            except BaseException as error:
+                self._throw_away(connection, error)
+                raise
+
+    def _throw_away(self, connection: Connection, error: BaseException) -> None:
+        if not is_taken(error) and self._dialect.trouble(error) is not Trouble.TRANSIENT:
+            # a raw error passes SQLAlchemy by, which would hand the connection out again; whoever had it before may have
+            # left it changed; and what was cancelled is in the middle of a statement
+            connection.invalidate(error)
+
+    @contextmanager
     def _speaking(self) -> Iterator[Connection]:
         try:
             with self._engine.connect() as connection:
                 try:
                     yield connection
                 except BaseException as error:
-                    if not is_taken(error) and self._dialect.trouble(error) is not Trouble.TRANSIENT:
-                        # a raw error passes SQLAlchemy by, which would hand the connection out again; whoever had it
-                        # before may have left it changed; and what was cancelled is in the middle of a statement
-                        connection.invalidate(error)
+                    self._throw_away(connection, error)
                     raise
         except Exception as error:
             raise_for(self._dialect, error, self._engine, self.name)
             raise
+
+
+def _may_be_left(error: BaseException) -> bool:
+    from exactly_once.dialects.postgresql_pooler import may_be_left
+
+    return may_be_left(error.__cause__ or error if isinstance(error, StoreUnavailable) else error)
 
 
 def _one(connection: Connection, change: Any) -> bool:

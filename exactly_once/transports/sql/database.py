@@ -18,13 +18,13 @@ from threading import Condition
 from typing import Any
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from exactly_once import fork
 from exactly_once.characters import characters_of
 from exactly_once.drivers_own import is_taken
 from exactly_once.mysql_committed import COMMITTED_ALONE, see_committed
-from exactly_once.pooler import begin_bounded
+from exactly_once.pooler import begin_bounded, is_pooled
 from exactly_once.redaction import redacted
 from exactly_once.transports.sql.statements import NO_GROUP, Statements, statements
 from exactly_once.wording import storable
@@ -125,7 +125,13 @@ class Database:
                     connection.exec_driver_sql("BEGIN IMMEDIATE")
                 elif self.dialect == "postgresql":
                     begin_bounded(connection)
-                yield connection
+                try:
+                    yield connection
+                except DBAPIError:
+                    if is_pooled(connection):
+                        # before it is rolled back: else the pooler keeps the server's as a stranger has left it
+                        connection.invalidate()
+                    raise
 
     def join(self, topic: str, group: str) -> None:
         """Write that the group wants the topic from now on; the first also gets what was sent before."""
