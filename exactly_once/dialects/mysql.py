@@ -17,6 +17,9 @@ commit leaves a row that says so; under a lease, whose claim was committed befor
 CALL stands a savepoint more, so that the error can name that CALL. On MariaDB each of these travels with a statement that is
 sent anyway, in one compound statement; MySQL has none, and pays a round trip each.
 
+A handler may have taken another role (SET ROLE), without the rights to our tables. That is found out by a denial, which does
+nothing to a transaction: our role is set, and the statement sent again. So it costs nobody else anything.
+
 asyncmy sends several statements in one text. A procedure that commits, called behind the first of them, is seen only once
 that first one's result was closed.
 
@@ -70,6 +73,7 @@ __all__ = [
     "KNOWN",
     "PREPARE",
     "READ",
+    "ROLE",
     "TRACE",
     "UNTRACE",
     "MySQL",
@@ -121,7 +125,11 @@ KNOWN: Final = (
 )
 BEGIN: Final = "START TRANSACTION"
 # of each SELECT a limit, or sql_select_limit holds, which somebody may have left in the session
-PREPARE: Final = "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode/*M!100100 , @@max_statement_time*/ LIMIT 1"
+PREPARE: Final = (
+    "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode/*!80000 , CURRENT_ROLE()*//*M!100005 , CURRENT_ROLE()*/"
+    "/*M!100100 , @@max_statement_time*/ LIMIT 1"
+)
+ROLE: Final = ("SELECT CURRENT_ROLE() LIMIT 1", "SET ROLE {role}")
 LIMIT: Final = "SELECT @@max_statement_time LIMIT 1"
 # what changes with each commit of this session: how often it sent what is not known to commit nothing. The binary log would
 # tell for less, but not of what is kept out of it. MySQL has these counters in no table, and SHOW cannot add them up
@@ -201,6 +209,8 @@ _UNAVAILABLE: Final = frozenset(
         4031,  # ER_CLIENT_INTERACTION_TIMEOUT
     }
 )
+# on a database, a table, a column
+_DENIED: Final = frozenset({1044, 1142, 1143})
 # MariaDB's max_statement_time, MySQL's max_execution_time
 _TIMED_OUT: Final = frozenset({_CUT, 3024})
 _NO_ROOM: Final = frozenset({3, 20, 1021, 1026, 1030, 1114})
@@ -237,6 +247,8 @@ class Seen:
     """Reads what changes with each commit of this session."""
     limit: list[Any]
     """The longest that a statement may take; empty on MySQL, whose limit is for SELECT alone."""
+    role: str
+    """The role of what is written in our name, as SET ROLE takes it; empty where the server has none."""
     readers: tuple[Callable[[str], Read], Callable[[str], Read]]
     """What reads a handler's statements: where a backslash in a string is a character, and where it escapes."""
 
@@ -294,7 +306,7 @@ class MySQL:
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int, varies: bool = False) -> None:
         refuse_autocommit(dbapi)
         seconds = max(1, -(-wait_ms // 1000))
-        version, rollback_on_timeout, modes, *limit = info.get(LEARNT) or self.learn(dbapi)
+        version, rollback_on_timeout, modes, *more = info.get(LEARNT) or self.learn(dbapi)
         cursor = dbapi.cursor()
         try:
             if "STRICT" not in str(modes):
@@ -324,7 +336,8 @@ class MySQL:
             commits=COMMITS.replace("{read}", READ["MariaDB" if is_mariadb else "MySQL"]).replace(
                 "{limit}", " LIMIT 1" if is_mariadb else ""
             ),
-            limit=limit,
+            limit=more[1:],
+            role=_role(more[0], is_mariadb=is_mariadb) if more else "",
             readers=(reader(grammar._replace(backslash=False)), reader(grammar._replace(backslash=True))),
         )
 
@@ -394,11 +407,22 @@ class MySQL:
             if seen.compound:
                 # a crash before the server has read it: all is rolled back; after it: all is done
                 finished = (finish, _FINISHED.replace("{count}", str(count))) if finish else ()
-                together(cursor, seen, release, *finished, _COMMIT, values=values)
+                try:
+                    together(cursor, seen, release, *finished, _COMMIT, values=values)
+                except Exception as error:
+                    if not _took_another_role(cursor, seen, error):
+                        raise
+                    # the savepoint was there, and is released; nothing came behind it
+                    together(cursor, seen, *finished, _COMMIT, values=values)
                 return
             cursor.execute(release)
             if finish:
-                cursor.execute(finish, values)
+                try:
+                    cursor.execute(finish, values)
+                except Exception as error:
+                    if not _took_another_role(cursor, seen, error):
+                        raise
+                    cursor.execute(finish, values)
                 count -= cursor.rowcount
         except Exception as error:
             if errno(error) in (_NO_SAVEPOINT, _SIGNALLED):
@@ -511,8 +535,29 @@ class MySQL:
         return True
 
     def in_our_name(self, connection: Connection, statement: Insert | Update, values: Mapping[str, Any]) -> int:
-        # asked to keep it: of an INSERT the driver forgets how many rows it made, and says -1
-        return connection.execute(statement, values, execution_options={"preserve_rowcount": True}).rowcount
+        seen: Seen | None = connection.info.get(self.kept_as)
+
+        def executed() -> int:
+            # asked to keep it: of an INSERT the driver forgets how many rows it made, and says -1
+            return connection.execute(statement, values, execution_options={"preserve_rowcount": True}).rowcount
+
+        try:
+            return executed()
+        except DBAPIError as error:
+            if seen is None or errno(error) not in _DENIED:
+                raise
+            dbapi: Any = connection.connection.dbapi_connection
+            cursor = dbapi.cursor()
+            try:
+                theirs = _took_another_role(cursor, seen, error)
+                if not theirs:
+                    raise
+                try:
+                    return executed()
+                finally:
+                    cursor.execute(theirs)
+            finally:
+                cursor.close()
 
     def no_room(self, error: BaseException) -> bool:
         return errno(error) in _NO_ROOM
@@ -583,6 +628,30 @@ def identity(row: ClaimRow) -> tuple[str, str, str]:
 def digits(value: str | bytes | None) -> str | None:
     """Return a value for UNHEX: in digits no character set and no mode of the session's makes another one of it."""
     return None if value is None else (value.encode() if isinstance(value, str) else value).hex()
+
+
+def _took_another_role(cursor: Any, seen: Seen, error: BaseException) -> str:
+    """After a denial, put our own role in the place of one that the handler took; return what gives it theirs again.
+
+    Empty where there is no other role to take. It is asked after a denial alone, for it costs round trips; and a statement
+    that is denied has done nothing.
+    """
+    if errno(error) not in _DENIED or not seen.role:
+        return ""
+    cursor.execute(ROLE[0])
+    theirs = _role(cursor.fetchone()[0], is_mariadb=bool(seen.bound))
+    if theirs == seen.role:
+        return ""
+    cursor.execute(ROLE[1].replace("{role}", seen.role))
+    return ROLE[1].replace("{role}", theirs)
+
+
+def _role(told: Any, *, is_mariadb: bool) -> str:
+    """Return what CURRENT_ROLE() said as SET ROLE takes it. MySQL says it so already, of several too."""
+    role = told.decode() if isinstance(told, bytes) else told
+    if not is_mariadb or not role:
+        return role or "NONE"
+    return "`" + role.replace("`", "``") + "`"
 
 
 def _version(text: str) -> int:
