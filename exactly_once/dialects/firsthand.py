@@ -17,6 +17,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from exactly_once.dialects import LEARNT, Dialect, Trouble
 from exactly_once.fork import engines as forked_engines
 from exactly_once.interrupted import interrupted
+from exactly_once.pooler import is_pooled
 
 __all__ = ["is_changed", "is_firsthand", "kept_firsthand", "moment", "ready", "varies", "watch_pool"]
 
@@ -25,6 +26,7 @@ _FIRSTHAND: Final = "exactly_once.firsthand"
 _BY_US: Final = "exactly_once.by_us"
 _MADE: Final = "exactly_once.made"
 """In the `info` of a connection: the moment it was made."""
+_LENT: Final = 16
 _moments = count(1)
 
 
@@ -52,11 +54,23 @@ def moment() -> int:
 
 
 def is_firsthand(connection: Connection, since: int | None = None) -> bool:
-    """Say whether nobody had this connection before, but we; or whether it was made since that moment."""
+    """Say whether nobody had this connection before, but we; or whether it was made since that moment.
+
+    Behind a pooler that says nothing of the server's; there one is believed that was made some moments later.
+    """
+    return _is_new(connection, since) and not _is_lent(connection, since)
+
+
+def _is_new(connection: Connection, since: int | None) -> bool:
     if _FIRSTHAND in connection.info or (since is not None and _is_made(connection, since)):
         return True
     watch_pool(connection.engine)  # the next one of a pool that nobody has told us of is known
     return False
+
+
+def _is_lent(connection: Connection, since: int | None) -> bool:
+    """Behind a pooler a new connection has one of the server's that strangers had; but a look for another one must end."""
+    return is_pooled(connection) and (since is None or not _is_made(connection, since + _LENT))
 
 
 def kept_firsthand(connection: Connection) -> None:
@@ -90,7 +104,7 @@ def is_changed(dialect: Dialect, connection: Connection, since: int) -> bool:
     info = connection.info
     if dialect.kept_as in info:
         return dialect.strange(connection.connection.dbapi_connection, info)
-    return dialect.learns and LEARNT not in info and not is_firsthand(connection, since)
+    return dialect.learns and LEARNT not in info and not _is_new(connection, since)
 
 
 def ready(dialect: Dialect, connection: Connection, *, wait_ms: int, since: int) -> bool | None:
@@ -113,13 +127,18 @@ def ready(dialect: Dialect, connection: Connection, *, wait_ms: int, since: int)
     dbapi: Any = connection.connection.dbapi_connection
     info: MutableMapping[Any, Any] = connection.info
     if dialect.kept_as in info:
-        return not _is_made(connection, since)
+        return not _is_made(connection, since) or _is_lent(connection, since)
     forked_engines.used(connection.engine, connection.connection)
-    if not dialect.learns or is_firsthand(connection, since):
-        if dialect.learns:
-            info[LEARNT] = dialect.learn(dbapi)
-        dialect.prepare(dbapi, info, wait_ms=wait_ms, varies=varies(connection))
-        return False
+    if not dialect.learns or _is_new(connection, since):
+        try:
+            if dialect.learns:
+                info[LEARNT] = dialect.learn(dbapi)
+            dialect.prepare(dbapi, info, wait_ms=wait_ms, varies=varies(connection))
+        except Exception as error:
+            if _is_lent(connection, since) and dialect.timed_out(error):
+                return None
+            raise
+        return _is_lent(connection, since)
     try:  # another application of this process has learnt from it, and others have had it since
         dialect.prepare(dbapi, info, wait_ms=wait_ms, varies=varies(connection))
     except Exception as error:

@@ -99,6 +99,7 @@ LOOK: Final = (
     " FROM pg_settings WHERE name = 'lock_timeout'"
 )
 LIMIT: Final = "SELECT pg_catalog.current_setting('statement_timeout')"
+_LENT_LIMIT: Final = b"ROLLBACK;BEGIN;SELECT setting <> reset_val FROM pg_settings WHERE name = 'statement_timeout'"
 # a role that the handler took for itself (SET LOCAL ROLE, or a function that sets it) is not ours
 IN_OUR_NAME: Final = (
     (
@@ -500,6 +501,9 @@ class PostgreSQL:
         return _sqlstate(error) == _CANCELED
 
     def limit_was_left(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
+        if info[LINK].pooled:
+            # a stranger's is any that a session does not begin with; left open, so that the pooler throws its connection away
+            return bool(send(driver_of(dbapi), _LENT_LIMIT)[-1].get_value(0, 0) == b"t")
         results = send(driver_of(dbapi), b"ROLLBACK;" + LIMIT.encode())
         # 0: none of the session's, so it was a hook's, by SET LOCAL
         return results[-1].get_value(0, 0) not in (b"0", info[self.kept_as].limit)

@@ -156,3 +156,42 @@ def test_steps_are_recorded_though_a_stranger_left_connections_read_only(behind:
     ends = [eo.process(Message("orders", b'{"no": 1}')) for _ in range(3 * SERVER_CONNECTIONS)]
     assert ends[-1] is Outcome.DUPLICATE, (ends, called)
     assert there(behind) == [1]
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("what", ["role", "time limit"])
+def test_no_claim_fails_by_a_role_or_a_time_limit_that_a_stranger_left(
+    behind: PgBouncer,  # noqa: F811
+    what: str,
+    guard: str,
+    colour: str,
+) -> None:
+    stranger = f"stranger_{behind.direct.url.database[-8:]}"  # type: ignore[attr-defined]
+    with behind.direct.begin() as connection:  # type: ignore[attr-defined]
+        connection.execute(text(f"CREATE ROLE {stranger}"))
+        connection.execute(text(f"GRANT INSERT, SELECT ON ledger_0 TO {stranger}"))
+        if what == "time limit":
+            # so that each claim takes longer than what was left
+            connection.execute(
+                text(
+                    "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS"
+                    " $$ BEGIN PERFORM pg_sleep(0.3); RETURN NEW; END $$"
+                )
+            )
+            connection.execute(
+                text(
+                    "CREATE TRIGGER slow BEFORE INSERT ON message_idempotent FOR EACH STATEMENT EXECUTE FUNCTION slow()"
+                )
+            )
+    with program(behind, guard, colour) as shop:
+        for no in range(1, 4):
+            left(
+                behind, f"SET ROLE {stranger}" if what == "role" else "SET statement_timeout = 150", SERVER_CONNECTIONS
+            )
+            assert shop.process(no) is Outcome.PROCESSED
+        assert [shop.process(no) for no in (1, 2, 3)] == [Outcome.DUPLICATE] * 3
+    assert there(behind) == [1, 2, 3]
+    with behind.direct.begin() as connection:  # type: ignore[attr-defined]
+        connection.execute(text(f"DROP OWNED BY {stranger}"))
+        connection.execute(text(f"DROP ROLE {stranger}"))
