@@ -20,7 +20,7 @@ from sqlalchemy.pool import reset_none
 from exactly_once import loops
 from exactly_once.characters import narrow, utf8_args
 from exactly_once.dialects import ClaimRow, Dialect, Trouble, dialect_for
-from exactly_once.dialects.firsthand import kept_firsthand, watch_pool
+from exactly_once.dialects.firsthand import is_firsthand, kept_firsthand, moment, watch_pool
 from exactly_once.dialects.place import as_sessions_begin, schema_in
 from exactly_once.drivers_own import is_of_a_database, original
 from exactly_once.error_words import words_of
@@ -29,6 +29,7 @@ from exactly_once.failures import FailureStore
 from exactly_once.fork import engines as forked_engines
 from exactly_once.guards.listening import install, install_session
 from exactly_once.guards.watch import HOME, elsewhere
+from exactly_once.interrupted import interrupted
 from exactly_once.owner import new_owner
 from exactly_once.pooler import prepare_threshold
 from exactly_once.redaction import redacted
@@ -377,20 +378,9 @@ class Store:
         Raises:
             ConfigurationError: Waiting would not mend it: no such user or database, or the schema is missing or old.
         """
-        from exactly_once.alembic import check
-
         dialect = self.dialect
         try:
-            with self.engine.connect() as connection:
-                kept_firsthand(connection)
-                if dialect.name == "postgresql":
-                    as_sessions_begin(connection)
-                missing = check(connection, self.schema)
-                lacking = narrow(connection)
-                connection.rollback()
-                if missing is None:
-                    driver = connection.connection
-                    dialect.prepare(driver.dbapi_connection, {}, wait_ms=1000)
+            missing, lacking = self._found()
         except TypeError as error:
             # SQLAlchemy reads bytes for text there, and knows no other way to say so
             raise ConfigurationError(
@@ -421,6 +411,30 @@ class Store:
             )
         self.lacking = lacking
         return None
+
+    def _found(self) -> tuple[str | None, str | None]:
+        """Say what the tables miss and which character set is too narrow; of another connection where others had this one."""
+        from exactly_once.alembic import check
+
+        dialect, since = self.dialect, moment()
+        while True:
+            with self.engine.connect() as connection:
+                believed = is_firsthand(connection, since)
+                kept_firsthand(connection)
+                try:
+                    if dialect.name == "postgresql":
+                        as_sessions_begin(connection)
+                    missing, lacking = check(connection, self.schema), narrow(connection)
+                    connection.rollback()
+                    if missing is None:
+                        dialect.prepare(connection.connection.dbapi_connection, {}, wait_ms=1000)
+                except Exception as error:
+                    if believed or dialect.trouble(error) is Trouble.UNAVAILABLE or interrupted(error):
+                        raise
+                else:
+                    if believed or (missing is None and lacking is None):
+                        return missing, lacking
+                connection.invalidate()
 
     def away(self, error: BaseException) -> bool:
         """Say whether an error means that the database does not answer."""

@@ -129,7 +129,7 @@ def ready(dialect: Dialect, connection: Connection, *, wait_ms: int, since: int)
     if dialect.kept_as in info:
         return not _is_made(connection, since) or _is_lent(connection, since)
     forked_engines.used(connection.engine, connection.connection)
-    if not dialect.learns or _is_new(connection, since):
+    if _is_new(connection, since):
         try:
             if dialect.learns:
                 info[LEARNT] = dialect.learn(dbapi)
@@ -139,7 +139,7 @@ def ready(dialect: Dialect, connection: Connection, *, wait_ms: int, since: int)
                 return None
             raise
         return _is_lent(connection, since)
-    try:  # another application of this process has learnt from it, and others have had it since
+    try:  # others have had it, since another application of this process learnt from it or where there is nothing to learn
         dialect.prepare(dbapi, info, wait_ms=wait_ms, varies=varies(connection))
     except Exception as error:
         if dialect.trouble(error) is Trouble.UNAVAILABLE or interrupted(error):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -16,6 +16,7 @@ from exactly_once import Outcome, Retry
 from tests.integration.shop import COLOURS, Shop, order, shops
 from tests.integration.test_connection_settings import run
 from tests.integration.test_left_in_the_pool import by_other_code, set_autocommit
+from tests.integration.threads import until
 from tests.integration.ways import ALONE, IN_A_GROUP, UNDER_A_LEASE, Way
 
 pytestmark = pytest.mark.nightly(meet=2)
@@ -32,6 +33,7 @@ LEFT = {
     "mariadb limit of rows": "SET sql_select_limit = 0",
     "mariadb locked tables": "LOCK TABLES effect WRITE",
     "mariadb autocommit": "SET autocommit = 1",
+    "sqlite autocommit": "",
 }
 
 
@@ -67,10 +69,30 @@ def left(request: pytest.FixtureRequest) -> Iterator[tuple[Shop, str]]:
 
 
 def leave(shop: Shop, what: str) -> None:
-    if LEFT[what]:
+    if shop.dialect == "sqlite":
+        vacuum(shop)
+    elif LEFT[what]:
         by_other_code(shop, LEFT[what])
     else:
         set_autocommit(shop)
+
+
+def vacuum(shop: Shop) -> None:
+    """As it is done on the driver, which begins no transaction of its own from then on."""
+
+    async def by_await() -> None:
+        async with shop.async_engine.connect() as connection:
+            driver: Any = (await connection.get_raw_connection()).driver_connection
+            driver.isolation_level = None
+            await driver.execute("VACUUM")
+
+    if shop.is_async:
+        shop.await_(by_await())
+        return
+    with shop.engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        driver.isolation_level = None
+        driver.execute("VACUUM")
 
 
 def effect_of(session: Session, no: Any) -> None:
@@ -136,6 +158,35 @@ def test_a_failure_and_a_duplicate_are_written_down_whatever_was_left(left: tupl
     assert delivered(shop, way, "中", 5) is D
     row = shop.failure()
     assert (row.business_key, row.attempts, row.state) == ("中", 3, "resolved")
+
+
+@pytest.mark.parametrize("hook", ["begin", "engine_connect"])
+def test_under_a_lease_what_was_left_is_met_once_where_hooks_keep_the_connection(
+    left: tuple[Shop, str], hook: str
+) -> None:
+    """What a hook has set on the connection of a handler would be lost with it: it is not exchanged, and nobody gets it again."""
+    shop, what = left
+    for engine in (shop.engine, shop.async_engine.sync_engine):
+        event.listen(engine, hook, lambda connection: None)
+    UNDER_A_LEASE.handles(shop, effect_of, retry=Retry(immediate=0, max_attempts=9))
+    leave(shop, what)
+    ends = [delivered(shop, UNDER_A_LEASE, 1, attempt) for attempt in (1, 2, 3)]
+    assert ends[1:] in ([P, D], [D, D])
+    assert shop.effects() == ["1"]
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_a_worker_starts_although_the_driver_of_sqlite_was_left_in_autocommit(
+    request: pytest.FixtureRequest, colour: str
+) -> None:
+    for shop in shops(request, "sqlite", colour, pool_size=5):
+        ALONE.handles(shop, effect_of)
+        vacuum(shop)
+        name = f"memory://left-before-us-{colour}"
+        with shop.eo.worker(name, concurrency=1), shop.eo.producer(name) as producer:
+            producer.send(order("1"))
+            until(lambda shop=shop: shop.effects() == ["1"], "it has run")
+        assert shop.failures() == []
 
 
 @pytest.mark.parametrize("seen", [False, True])
