@@ -40,6 +40,7 @@ from sqlalchemy import Connection, Insert, Update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from exactly_once import contended
 from exactly_once.dialects import (
     LEARNT,
     ClaimBusy,
@@ -160,7 +161,6 @@ _LOCK_WAIT: Final = 1205
 _CUT: Final = 1969  # MariaDB's max_statement_time; MySQL's limit is for SELECT alone
 _DEADLOCK: Final = 1213
 _CHANGED: Final = 1020  # MariaDB's innodb_snapshot_isolation: the row changed since this transaction's snapshot
-_TRANSIENT: Final = frozenset({_LOCK_WAIT, _DEADLOCK, _CHANGED})
 # what says that the server cannot work now, whichever message asks; some of it may be of one statement alone, so a failure
 # is taken for an outage only after a look
 _UNAVAILABLE: Final = frozenset(
@@ -229,7 +229,7 @@ def busy_of(error: BaseException, *, lost: bool = False) -> ClaimBusy | None:
     code = errno(error)
     if code == _CUT:
         return ClaimBusy(again=False, lost=lost, cut=True)
-    return ClaimBusy(again=code != _LOCK_WAIT, lost=lost) if code in _TRANSIENT else None
+    return ClaimBusy(again=code != _LOCK_WAIT, lost=lost) if code in contended.MYSQL else None
 
 
 @dataclass(slots=True)
@@ -511,7 +511,7 @@ class MySQL:
             gone = isinstance(error, _GONE) or (isinstance(error, DBAPIError) and error.connection_invalidated)
             gone = gone or _is_closed(error)
             return Trouble.UNAVAILABLE if gone else Trouble.UNKNOWN
-        if code in _TRANSIENT:
+        if code in contended.MYSQL:
             return Trouble.TRANSIENT
         if code in _UNAVAILABLE:
             return Trouble.UNAVAILABLE

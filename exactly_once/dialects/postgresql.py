@@ -35,6 +35,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.util import await_only
 
+from exactly_once import contended
 from exactly_once.dialects import LEARNT, ClaimBusy, ClaimRow, Gone, Known, State, Trace, Trouble
 from exactly_once.dialects.firsthand import varies
 from exactly_once.dialects.keywords import Read, reader
@@ -150,7 +151,6 @@ _STATES: Final = {
 }
 _BUSY: Final = frozenset({"55P03", "40001", "40P01"})
 _CUT: Final = "57014"  # query_canceled: statement_timeout, or somebody's pg_cancel_backend
-_TRANSIENT: Final = frozenset({"40001", "40P01", "55P03"})
 # the classes of an ERROR after which the transaction is certainly gone; 40003 says of itself that it does not know
 _REFUSING_CLASSES: Final = frozenset({"21", "22", "23", "25", "2B", "40", "42", "44", "54", "55", "P0", "HV"})
 _READ_ONLY: Final = "25006"
@@ -442,7 +442,7 @@ class PostgreSQL:
         if code is None:
             # no SQLSTATE means no server spoke: psycopg lost the connection, or never had one
             return Trouble.UNAVAILABLE if isinstance(origin, psycopg.OperationalError) else Trouble.UNKNOWN
-        if code in _TRANSIENT:
+        if code in contended.POSTGRESQL:
             return Trouble.TRANSIENT
         if code in _UNAVAILABLE or code[:2] in _UNAVAILABLE_CLASSES:
             return Trouble.UNAVAILABLE

@@ -280,7 +280,7 @@ def told_in_transactions(eo: ExactlyOnce, url: str) -> dict[str, tuple[str, str]
                 producer.send(Message(topic, b'{"no": 1}'))
         assert worker.drain()["processed"] == 4
         queue = QueueDatabase(lambda: eo.stores["default"].engine, None)
-        with queue.begin() as connection:
+        with queue.engine.connect() as connection, queue.begun(connection):
             asked(connection, "queue")
         store = eo.stores["default"]
         session, _ = store.open()
@@ -377,10 +377,10 @@ def test_a_connection_of_the_queue_that_died_is_made_anew_behind_a_pooler(behind
     with eo.stores["default"].engine.connect() as connection:
         dbapi: Any = connection.connection.dbapi_connection
     shutdown(dbapi.pgconn.socket)
-    with pytest.raises(DBAPIError) as error, queue.begin():
+    with pytest.raises(DBAPIError) as error, queue.engine.connect() as connection, queue.begun(connection):
         pass
     assert error.value.connection_invalidated
-    with queue.begin() as connection:
+    with queue.engine.connect() as connection, queue.begun(connection):
         assert connection.execute(text("SELECT 1")).scalar_one() == 1
 
 

@@ -136,7 +136,7 @@ def test_a_join_waits_for_a_send_that_has_read_the_groups(engine: Engine, topic:
     database = Database(lambda: engine, None)
     sql = database.sql
     with ThreadPoolExecutor(1) as pool:
-        with database.begin() as connection:
+        with engine.connect() as connection, database.begun(connection):
             connection.execute(sql.gate([topic], alone=False)).all()
             assert connection.execute(sql.groups([topic])).all() == []
             joining = pool.submit(joined, engine, "late", Subscription(topic))
@@ -155,7 +155,7 @@ def test_a_send_waits_for_a_join_under_way_and_sees_its_group(engine: Engine, to
     database = Database(lambda: engine, None)
     sql = database.sql
     with ThreadPoolExecutor(1) as pool:
-        with database.begin() as connection:
+        with engine.connect() as connection, database.begun(connection):
             connection.execute(sql.gate([topic], alone=True)).all()
             connection.execute(sql.add_group(topic, "g"))
             sending = pool.submit(sent, engine, [Message(topic, b"seen")])
@@ -272,7 +272,7 @@ def test_a_producer_does_not_wait_for_a_receiver_under_way(engine: Engine, topic
     joined(engine, "g", Subscription(topic))
     sent(engine, [Message(topic, b"x")])
     database = Database(lambda: engine, None)
-    with ThreadPoolExecutor(1) as pool, database.begin() as connection:
+    with ThreadPoolExecutor(1) as pool, engine.connect() as connection, database.begun(connection):
         connection.execute(database.sql.due(Look("g", Subscription(topic), 10))).all()
         pool.submit(sent, engine, [Message(topic, b"y")]).result(10)
 

@@ -125,13 +125,10 @@ class SqlTransport:
             url = redacted(engine.url)
             if isinstance(engine.pool, (StaticPool, SingletonThreadPool)):
                 problems.append(f"The database {url} lives in memory, where threads cannot share it. Give it a file.")
-            with engine.connect() as connection:
-                look = inspect(connection)
-                problems += [
-                    f"The table {table.fullname} is missing in {url}. Type: exactly-once db upgrade"
-                    for table in (self._database.sql.queue, self._database.sql.group)
-                    if not look.has_table(table.name, schema=table.schema)
-                ]
+            problems += [
+                f"The table {name} is missing in {url}. Type: exactly-once db upgrade"
+                for name in self._database.seen(self._missing)
+            ]
         except ConfigurationError as error:
             problems.append(str(error))
         except (LookupError, ArgumentError) as error:
@@ -146,6 +143,10 @@ class SqlTransport:
                 )
             )
         return problems
+
+    def _missing(self, connection: Connection) -> Sequence[str]:
+        look, sql = inspect(connection), self._database.sql
+        return [t.fullname for t in (sql.queue, sql.group) if not look.has_table(t.name, schema=t.schema)]
 
     def subscribe(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[Consumer]:
         """Join the group; one consumer a topic. Where the database is away, the first `receive` that reaches it joins."""
@@ -223,10 +224,11 @@ class _SqlConsumer:
     def _taken(self, limit: int, token: str) -> Sequence[Any]:
         database, sql, group, wanted = self._database, self._database.sql, self._group, self._wanted
         if database.dialect == "sqlite":
-            with database.reads() as connection:
-                if connection.execute(sql.any_due(group, wanted)).first() is None:
-                    return ()
-        with database.begin() as connection:
+            due = sql.any_due(group, wanted)
+            if database.seen(lambda connection: connection.execute(due).first()) is None:
+                return ()
+
+        def taken(connection: Connection) -> Sequence[Any]:
             if not wanted.ordered:
                 return self._looked(connection, Look(group, wanted, limit), token)
             edge = connection.execute(sql.edge(group, wanted)).scalar()
@@ -237,6 +239,8 @@ class _SqlConsumer:
             found = connection.execute(sql.heads(group, wanted, limit + _SPARE)).scalars().all()
             found = [*found, *connection.execute(sql.keyless(group, wanted, limit + _SPARE)).scalars()]
             return self._looked(connection, Look(group, wanted, limit, among=tuple(found)), token) if found else ()
+
+        return database.done(taken)
 
     def _looked(self, connection: Connection, look: Look, token: str) -> Sequence[Any]:
         sql = self._database.sql
@@ -280,11 +284,13 @@ class _SqlConsumer:
         self._bell.ring()
 
     def _change(self, changes: Sequence[Any], what: str) -> None:
+        def change(connection: Connection) -> None:
+            for each in changes:
+                connection.execute(each)
+
         for left in reversed(range(_SETTLE_TRIES)):
             try:
-                with self._database.begin() as connection:
-                    for change in changes:
-                        connection.execute(change)
+                self._database.done(change)
             except Exception as error:
                 if not _is_away(error):
                     raise
@@ -299,10 +305,13 @@ class _SqlConsumer:
             return
         self._tidy_at = monotonic() + _TIDY_EVERY_S
         sql = self._database.sql
-        with self._database.begin() as connection:
-            old = sql.unwanted(self._group, self._wanted, _UNWANTED_AGE, _TIDY_ROWS)
+        old = sql.unwanted(self._group, self._wanted, _UNWANTED_AGE, _TIDY_ROWS)
+
+        def tidied(connection: Connection) -> None:
             if ids := connection.execute(old).scalars().all():
                 connection.execute(sql.drop(), {"ids": ids})
+
+        self._database.done(tidied)
 
     @contextmanager
     def _survive(self, what: str) -> Iterator[None]:

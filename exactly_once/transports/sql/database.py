@@ -1,6 +1,7 @@
 """The application's database as the broker in a table uses it: short transactions, joins and sends, and wake-ups.
 
-READ COMMITTED on servers, one writer from the start on SQLite; never part of a handler's transaction. A send and a join
+READ COMMITTED on servers, one writer from the start on SQLite; never part of a handler's transaction. All of it passes by
+`Database.seen` and `Database.done`, which do not believe a connection that others had. A send and a join
 are put in order by the topic's *gate row*, shared by sends and locked alone by a join: either the send commits before
 the join and its message is found by it, or it sees the new group. Without that a send that saw no group could commit
 after the join, and its message would lie there for nobody.
@@ -11,18 +12,21 @@ Called by `exactly_once.transports.sql` alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import cached_property
 from threading import Condition
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from exactly_once import fork
 from exactly_once.characters import characters_of
+from exactly_once.contended import is_contended
 from exactly_once.drivers_own import is_taken
+from exactly_once.had_before import is_firsthand, kept_firsthand, moment
+from exactly_once.interrupted import interrupted
 from exactly_once.mysql_committed import COMMITTED_ALONE, see_committed
 from exactly_once.pooler import begin_bounded, is_pooled
 from exactly_once.redaction import redacted
@@ -30,6 +34,8 @@ from exactly_once.transports.sql.statements import NO_GROUP, Statements, stateme
 from exactly_once.wording import storable
 
 __all__ = ["Bell", "Database"]
+
+T = TypeVar("T")
 
 
 class Bell:
@@ -93,17 +99,59 @@ class Database:
         """The statements for this kind of server."""
         return statements(self._schema, self.dialect)
 
-    def reads(self) -> AbstractContextManager[Connection]:
-        """A connection to look with."""
-        return self.engine.connect()
+    def seen(self, do: Callable[[Connection], T]) -> T:
+        """Look at something; see `done`."""
+        return self._asked(do, writes=False)
+
+    def done(self, do: Callable[[Connection], T]) -> T:
+        """Do something in a transaction of its own, which is committed then.
+
+        Whoever had the connection before may have left a role, a time limit, READ ONLY or locked tables in it. So what fails
+        there is done again on another connection, until one that nobody had refuses it, too. A connection that refused is closed.
+
+        Args:
+            do: Given the connection; done again from the start.
+
+        Raises:
+            Exception: What `do` raised on a connection that is believed. At once: that a row is there, that another
+                transaction was in the way, that the connection was lost, what a signal's handler raised, and any error of
+                the COMMIT, behind which the work may be done already.
+        """
+        return self._asked(do, writes=True)
+
+    def _asked(self, do: Callable[[Connection], T], *, writes: bool) -> T:
+        since = moment()
+        while True:
+            with self.engine.connect() as connection:
+                believed = is_firsthand(connection, since)
+                kept_firsthand(connection)
+                committing, lost = False, None
+                try:
+                    with self.begun(connection) if writes else nullcontext():
+                        try:
+                            found = do(connection)
+                        except Exception:
+                            lost = connection.invalidated  # behind a pooler it is closed next in any case
+                            raise
+                        committing = writes
+                except Exception as error:
+                    if is_taken(error):
+                        raise
+                    contended = is_contended(error)
+                    lost = connection.invalidated if lost is None else lost
+                    if not lost and not (believed and contended):
+                        connection.invalidate(error)
+                    if believed or lost or contended or committing or interrupted(error):
+                        raise
+                else:
+                    return found
 
     def lacks(self, text: str) -> bool:
         """Say whether the database's character set lacks a character of this text; asked once, of texts not in ASCII."""
         if text.isascii():
             return False
         if self._characters is None:
-            with self.reads() as connection:
-                self._characters = characters_of(connection)
+            self._characters = self.seen(characters_of)
         return storable(text, characters=self._characters) != text
 
     def bell(self, topic: str) -> Bell:
@@ -112,30 +160,30 @@ class Database:
         return _bells.get(where) or _bells.setdefault(where, Bell())  # one step for all threads, without a lock
 
     @contextmanager
-    def begin(self) -> Iterator[Connection]:
-        """A transaction, committed in the end."""
-        with self.engine.connect() as connection:
-            if self.dialect == "postgresql":
-                _read_committed(connection)
-            elif self.dialect in ("mysql", "mariadb"):
-                _next_read_committed(connection)
-            with connection.begin():
-                if self.dialect == "sqlite" and not _in_transaction(connection):
-                    # as a writer from the start: a reader that becomes one fails where it should wait
-                    connection.exec_driver_sql("BEGIN IMMEDIATE")
-                elif self.dialect == "postgresql":
-                    begin_bounded(connection)
-                try:
-                    yield connection
-                except DBAPIError:
-                    if is_pooled(connection):
-                        # before it is rolled back: else the pooler keeps the server's as a stranger has left it
-                        connection.invalidate()
-                    raise
+    def begun(self, connection: Connection) -> Iterator[None]:
+        """A transaction on a connection that has sent nothing yet, committed in the end."""
+        if self.dialect == "postgresql":
+            _read_committed(connection)
+        elif self.dialect in ("mysql", "mariadb"):
+            _next_read_committed(connection)
+        with connection.begin():
+            if self.dialect == "sqlite" and not _in_transaction(connection):
+                # as a writer from the start: a reader that becomes one fails where it should wait
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            elif self.dialect == "postgresql":
+                begin_bounded(connection)
+            try:
+                yield
+            except DBAPIError:
+                if is_pooled(connection):
+                    # before it is rolled back: else the pooler keeps the server's as a stranger has left it
+                    connection.invalidate()
+                raise
 
     def join(self, topic: str, group: str) -> None:
         """Write that the group wants the topic from now on; the first also gets what was sent before."""
-        with self._behind_gates([topic], alone=True) as connection:
+
+        def joined(connection: Connection) -> None:
             groups = self._groups(connection, [topic])[topic]
             if group in groups:
                 return
@@ -143,28 +191,34 @@ class Database:
             if not groups:
                 connection.execute(self.sql.adopt(topic, group))
 
+        self._behind_gates([topic], joined, alone=True)
+
     def put(self, rows: Sequence[Mapping[str, Any]], delay: timedelta) -> None:
         """Store each row once for each group of its topic, in one transaction."""
         topics = sorted({row["topic"] for row in rows})
-        with self._behind_gates(topics, alone=False) as connection:
+
+        def stored(connection: Connection) -> None:
             groups = self._groups(connection, topics)
             copies = [{**row, "consumer_group": group} for row in rows for group in groups[row["topic"]] or [NO_GROUP]]
             connection.execute(self.sql.put(delay), copies)
 
-    @contextmanager
-    def _behind_gates(self, topics: Sequence[str], *, alone: bool) -> Iterator[Connection]:
-        """A transaction that holds the topics' gate rows; they are made first where they are missing."""
-        while True:
-            with self.begin() as connection:
-                missing = set(topics) - set(connection.execute(self.sql.gate(topics, alone=alone)).scalars())
-                if not missing:
-                    yield connection
-                    return
+        self._behind_gates(topics, stored, alone=False)
+
+    def _behind_gates(self, topics: Sequence[str], do: Callable[[Connection], None], *, alone: bool) -> None:
+        """Do it in a transaction that holds the topics' gate rows; they are made first where they are missing."""
+
+        def held(connection: Connection) -> set[str]:
+            missing = set(topics) - set(connection.execute(self.sql.gate(topics, alone=alone)).scalars())
+            if not missing:
+                do(connection)
+            return missing
+
+        while missing := self.done(held):
             # in transactions of their own: on MySQL two who insert the same row inside theirs end in a deadlock
             for topic in sorted(missing):
+                made = self.sql.add_group(topic, NO_GROUP)
                 try:
-                    with self.begin() as connection:
-                        connection.execute(self.sql.add_group(topic, NO_GROUP))
+                    self.done(lambda connection, made=made: connection.execute(made))  # type: ignore[misc]
                 except Exception as error:
                     if not is_taken(error):  # another may have made it meanwhile
                         raise
