@@ -1,10 +1,11 @@
 """The application's database as the broker in a table uses it: short transactions, joins and sends, and wake-ups.
 
 READ COMMITTED on servers, one writer from the start on SQLite; never part of a handler's transaction. All of it passes by
-`Database.seen` and `Database.done`, which do not believe a connection that others had. A send and a join
-are put in order by the topic's *gate row*, shared by sends and locked alone by a join: either the send commits before
-the join and its message is found by it, or it sees the new group. Without that a send that saw no group could commit
-after the join, and its message would lie there for nobody.
+`Database.seen` and `Database.done`, which do not believe a connection that others had.
+
+A send and a join are put in order by the topic's *gate row*, shared by sends and locked alone by a join: either the send
+commits before the join and its message is found by it, or it sees the new group. Without that a send that saw no group
+could commit after the join, and its message would lie there for nobody.
 
 Called by `exactly_once.transports.sql` alone.
 """
@@ -107,7 +108,7 @@ class Database:
         """Do something in a transaction of its own, which is committed then.
 
         Whoever had the connection before may have left a role, a time limit, READ ONLY or locked tables in it. So what fails
-        there is done again on another connection, until one that nobody had refuses it, too. A connection that refused is closed.
+        there is done again on another connection, until one that nobody had refuses it, too. One that refused is closed.
 
         Args:
             do: Given the connection; done again from the start.
