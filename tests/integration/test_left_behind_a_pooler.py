@@ -189,7 +189,9 @@ def test_no_claim_fails_by_a_role_or_a_time_limit_that_a_stranger_left(
             left(
                 behind, f"SET ROLE {stranger}" if what == "role" else "SET statement_timeout = 150", SERVER_CONNECTIONS
             )
-            assert shop.process(no) is Outcome.PROCESSED
+            # on a machine that is busy what we ask a new connection first meets the limit, too: an outage, and no failure
+            end = next(end for end in iter(lambda no=no: shop.process(no), None) if end is not Outcome.WAITING)  # type: ignore[misc]
+            assert end is Outcome.PROCESSED
         assert [shop.process(no) for no in (1, 2, 3)] == [Outcome.DUPLICATE] * 3
     assert there(behind) == [1, 2, 3]
     with behind.direct.begin() as connection:  # type: ignore[attr-defined]
