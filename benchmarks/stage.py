@@ -21,7 +21,7 @@ __all__ = ["Database", "Stage", "machine"]
 
 # what a shop would run with: a commit that returned is on the disk
 SETTINGS: Final = {"fsync": "on", "full_page_writes": "on", "synchronous_commit": "on", "shared_buffers": "256MB"}
-PACKAGES: Final = ("exactly-once", "sqlalchemy", "psycopg", "pydantic", "rocketmq-python-client", "dbos")
+PACKAGES: Final = ("sqlalchemy-exactly-once", "sqlalchemy", "psycopg", "pydantic", "rocketmq-python-client", "dbos")
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,9 +90,17 @@ _ROOMS = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = import_module(f"{__name__}.keys") if name == "keys" else None
-    if found is None:
-        found = getattr(import_module(f"{__name__}.{_ROOMS.get(name, 'errors')}"), name)
+    try:
+        if name == "keys":
+            found = import_module(f"{__name__}.keys")
+        else:
+            found = getattr(import_module(f"{__name__}.{_ROOMS.get(name, 'errors')}"), name)
+    except (ImportError, AttributeError) as error:
+        from exactly_once.installation import clash
+
+        if (told := clash()) is not None:  # another project's files lie over some of ours
+            raise ImportError(f"{error}. {told}") from error
+        raise
     globals()[name] = found  # asked once
     return found
 

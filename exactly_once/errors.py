@@ -66,7 +66,9 @@ class MissingExtra(ConfigurationError):
     """An optional package is not installed; the text is the command that installs it."""
 
     def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} needs a package that is not installed. Type: pip install 'exactly-once[{extra}]'")
+        from exactly_once.installation import to_install
+
+        super().__init__(f"{what} needs a package that is not installed. Type: {to_install(extra)}")
         self.extra = extra
 
 

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if traceback:
             raise
-        text, code = _told(error)
+        text, code = _clash(error) or _told(error)
         typer.echo(text, err=True)
         raise SystemExit(code) from None
 
@@ -77,14 +77,22 @@ def _application(verb: str | None) -> Any:
 
 def _say_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
+        from exactly_once.installation import version
 
-        typer.echo(f"exactly_once {version('exactly-once')}")
+        typer.echo(f"exactly_once {version()}")
         raise typer.Exit
 
 
 def _not_now() -> None:
     raise AssertionError("a verb that was not asked for")
+
+
+def _clash(error: Exception) -> tuple[str, int] | None:
+    """Of a name or a module that is not there: whether another project's files lie over ours."""
+    from exactly_once.installation import clash
+
+    told = clash() if isinstance(error, ImportError) else None
+    return None if told is None else (f"{error}. {told}", 2)
 
 
 def _told(error: Exception) -> tuple[str, int]:

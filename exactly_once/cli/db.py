@@ -18,6 +18,7 @@ from exactly_once import alembic
 from exactly_once.alembic.lock import with_connection
 from exactly_once.config import Config, load
 from exactly_once.errors import ConfigurationError, SchemaError
+from exactly_once.installation import to_install
 from exactly_once.redaction import redacted
 
 __all__ = ["app"]
@@ -182,7 +183,7 @@ def _sentence(error: Exception) -> str:
         case ModuleNotFoundError():
             return (
                 f"The URL asks for the driver {error.name}, which is not installed. Name another in it, as in "
-                "mysql+pymysql://, or type: pip install 'exactly-once[mysql,sqlite]'"
+                f"mysql+pymysql://, or type: {to_install('mysql,sqlite')}"
             )
         case OSError():
             return f"The database does not answer: {error.strerror or error}. Mend that, then type the command again."

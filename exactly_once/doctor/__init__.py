@@ -12,6 +12,7 @@ from exactly_once.doctor.finding import Finding, Mark
 from exactly_once.doctor.redis import findings_for_redis
 from exactly_once.errors import ConfigurationError, TransportError
 from exactly_once.handler import Plan
+from exactly_once.installation import clash
 from exactly_once.redis_connection import RedisConnection
 from exactly_once.routing import decorated_above
 from exactly_once.transport import Transport
@@ -27,6 +28,8 @@ def examine(eo: ExactlyOnce, transport: Transport | None) -> Iterator[Finding]:
         eo: The application.
         transport: Its broker; None looks at no broker.
     """
+    if (clashes := clash()) is not None:
+        yield Finding(Mark.FAIL, clashes)
     try:
         plans = eo.plans
     except ConfigurationError as error:

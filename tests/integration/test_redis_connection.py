@@ -19,6 +19,7 @@ import pytest
 from sqlalchemy.util import greenlet_spawn
 
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, MissingExtra, StoreUnavailable
+from exactly_once.installation import to_install
 from exactly_once.redis_connection import RedisConnection, pools
 from exactly_once.testing.child import free_ports, wait_until
 from tests.services import redis as redis_service
@@ -530,6 +531,6 @@ def test_without_the_client_the_command_that_installs_it_is_told(module: str, mo
     connection = RedisConnection("redis://:hunter2@127.0.0.1:1/0")
     monkeypatch.setitem(sys.modules, module, None)
     ask = both(connection)[module == "redis.asyncio"]
-    with pytest.raises(MissingExtra, match=re.escape("pip install 'exactly-once[redis]'")) as raised:
+    with pytest.raises(MissingExtra, match=re.escape(to_install("redis"))) as raised:
         ask()
     assert "hunter2" not in str(raised.value)

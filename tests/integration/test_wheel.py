@@ -1,19 +1,22 @@
 """The wheel works where there is no checkout: built, installed into an environment of its own, run from elsewhere."""
 
+import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
 
+from exactly_once.installation import DISTRIBUTION
 from tests.integration.user_project import ROOT, make_project
 
 
@@ -25,13 +28,23 @@ class Installed:
     site: Path
 
     def run(self, *arguments: str, folder: Path, env: Mapping[str, str] | None = None) -> str:
+        ended = self.ended(*arguments, folder=folder, env=env)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        return ended.stdout
+
+    def ended(
+        self, *arguments: str, folder: Path, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         # no PYTHONPATH, and -I would not see the packages below: what is left is what an owner of the wheel has
         bare = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "EXACTLY_ONCE_"))}
-        result = subprocess.run(
+        return subprocess.run(
             [*arguments], cwd=folder, env=bare | dict(env or {}), capture_output=True, text=True, timeout=120
         )
-        assert result.returncode == 0, result.stdout + result.stderr
-        return result.stdout
+
+    @property
+    def metadata(self) -> Path:
+        (found,) = self.site.glob("sqlalchemy_exactly_once-*.dist-info")
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +116,85 @@ def test_the_installed_package_writes_into_a_users_history_and_alembic_runs_it(
     command = (str(installed.python), "-m", "alembic", "upgrade", "head")
     installed.run(*command, folder=project.folder, env={"SHOP_DATABASE": project.url})
     assert {"message_idempotent", "exactly_once_version", "alembic_version"} <= tables_in(project.folder / "x.db")
+
+
+# -- how it was installed ------------------------------------------------------------------------------------------------
+
+ORIGINS = {
+    "from an index": (None, f"pip install '{DISTRIBUTION}[redis]'"),
+    "in the checkout": ({"url": "file://{here}", "dir_info": {}}, "pip install '.[redis]'"),
+    "in the checkout, to edit": (
+        {"url": "file://{here}", "dir_info": {"editable": True}},
+        "pip install -e '.[redis]'",
+    ),
+    "elsewhere in a checkout": ({"url": "file:///home/me/a%20b", "dir_info": {}}, "pip install '/home/me/a b[redis]'"),
+    "from a wheel": ({"url": "file:///tmp/x.whl", "archive_info": {}}, f"pip install '{DISTRIBUTION}[redis]'"),
+    "from git": (
+        {"url": "https://me:secret@example.org/it.git", "vcs_info": {"vcs": "git"}},
+        f"pip install '{DISTRIBUTION}[redis] @ git+https://example.org/it.git'",
+    ),
+}
+
+
+@pytest.mark.parametrize("made", ORIGINS)
+def test_an_error_names_the_command_by_which_this_installation_was_made(
+    installed: Installed, tmp_path: Path, made: str
+) -> None:
+    origin, command = ORIGINS[made]
+    written = installed.metadata / "direct_url.json"
+    before = written.read_bytes()
+    try:
+        if origin is None:
+            written.unlink()
+        else:
+            written.write_text(json.dumps(origin).replace("{here}", str(tmp_path)))
+        code = "from exactly_once import MissingExtra; print(MissingExtra('Redis', 'redis'))"
+        told = installed.run(str(installed.python), "-c", code, folder=tmp_path)
+    finally:
+        written.write_bytes(before)
+    assert told == f"Redis needs a package that is not installed. Type: {command}\n"
+
+
+@pytest.fixture
+def beside_the_other(installed: Installed) -> Iterator[Path]:
+    """Another project's distribution is installed, whose package has our name; what it overwrites is put back."""
+    package, metadata = installed.site / "exactly_once", installed.site / "exactly_once-0.2.1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.4\nName: exactly-once\nVersion: 0.2.1\n")
+    kept = {name: (package / name).read_bytes() for name in ("__init__.py", "errors.py", "keys.py")}
+    yield package
+    for name, content in kept.items():
+        (package / name).write_bytes(content)
+    shutil.rmtree(metadata)
+
+
+def test_doctor_names_another_projects_package_of_our_name(
+    installed: Installed, beside_the_other: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "app.py").write_text(
+        "from exactly_once import ExactlyOnce\neo = ExactlyOnce('sqlite:///x.db', group='g')\n"
+    )
+    command = (str(installed.python), "-m", "exactly_once", "doctor", "--app", "app:eo")
+    ended = installed.ended(*command, folder=tmp_path)
+    assert ended.returncode == 1
+    assert "FAIL  Two distributions are installed that both bring a package exactly_once" in ended.stdout
+    assert "pip uninstall exactly-once && pip install --force-reinstall --no-deps" in ended.stdout
+
+
+@pytest.mark.parametrize("overwritten", [["errors.py"], ["__init__.py", "errors.py", "keys.py"]], ids=" ".join)
+def test_where_its_files_lie_over_ours_the_command_names_it(
+    installed: Installed, beside_the_other: Path, tmp_path: Path, overwritten: list[str]
+) -> None:
+    for name in overwritten:
+        (beside_the_other / name).write_text("class DuplicateInFlight(Exception): ...\n")
+    command = (str(installed.python), "-m", "exactly_once", "doctor", "--app", "app:eo")
+    (tmp_path / "app.py").write_text("eo = None\n")
+    ended = installed.ended(*command, folder=tmp_path)
+    assert ended.returncode == 2
+    assert "Two distributions are installed that both bring a package exactly_once" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    if "__init__.py" not in overwritten:
+        code = "from exactly_once import ConfigurationError"
+        ended = installed.ended(str(installed.python), "-c", code, folder=tmp_path)
+        assert "ImportError: " in ended.stderr
+        assert "pip uninstall exactly-once" in ended.stderr

@@ -32,6 +32,7 @@ from typing import Any, Final
 
 from exactly_once import fork
 from exactly_once.errors import ConfigurationError, ForkedProcess, MissingExtra
+from exactly_once.installation import to_install
 from exactly_once.rocketmq4_body import BodyOf, body_reader
 from exactly_once.transports.inflight import default_directory
 
@@ -260,7 +261,7 @@ def _refuse_another_client() -> None:
         raise ConfigurationError(
             f"The package `rocketmq` at {package} is rocketmq-python-client, the client of rocketmq://. rocketmq4:// "
             "needs rocketmq-client-python, and both are called `rocketmq`: they need two environments. Make another one "
-            "and type there: pip install 'exactly-once[rocketmq4]'"
+            f"and type there: {to_install('rocketmq4')}"
         )
 
 

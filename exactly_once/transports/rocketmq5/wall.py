@@ -26,6 +26,7 @@ from types import ModuleType
 
 from exactly_once import fork
 from exactly_once.errors import ConfigurationError, ForkedProcess, MissingExtra
+from exactly_once.installation import source
 from exactly_once.steady_log import steady
 
 __all__ = ["CLIENT_LOGGER", "build", "enter", "forked", "missing", "require"]
@@ -58,7 +59,7 @@ def require() -> None:
     raise ConfigurationError(
         "rocketmq:// needs the package rocketmq-python-client, but the installed package `rocketmq` is another one "
         "(rocketmq-client-python, which serves rocketmq4://). Both claim the same name, so each needs an environment of "
-        "its own. Type: python -m venv rocketmq5 && rocketmq5/bin/pip install 'exactly-once[rocketmq]', or use rocketmq4://."
+        f"its own. Type: python -m venv rocketmq5 && rocketmq5/bin/pip install {source('rocketmq')}, or use rocketmq4://."
     )
 
 
