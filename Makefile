@@ -25,7 +25,7 @@ help:
 	@echo 'make nightly      the long versions of tests, by hand, with their figures (two hours)'
 	@echo 'make lint         ruff, mypy --strict, what users type, import contracts; make format mends what ruff can'
 	@echo 'make bench        the figures, against dedupe written by hand'
-	@echo 'make servers      fetch the RocketMQ server (Maven); make clean removes all that make has made'
+	@echo 'make servers      fetch the RocketMQ server and its Java client (Maven); make clean removes all that make has made'
 
 $(VENV)/.made: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Python 3.11 or newer is needed; name it: make PYTHON=python3.12 ...'; exit 1; }
@@ -153,7 +153,7 @@ bench: venvs
 	$(PY) -m benchmarks $(BENCH_OPTIONS)
 
 servers: $(VENV)/.made
-	$(PY) -c 'from tests.services.rocketmq import fetch_jars; print(fetch_jars())'
+	$(PY) -c 'from tests.services import java_producer, rocketmq; print(rocketmq.fetch_jars(), java_producer.fetch_jars())'
 
 clean:
 	rm -rf $(VENV) $(VENV4) .servers build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -7,7 +7,7 @@ the second message would be taken for a duplicate of the first. Called by everyt
 from datetime import UTC, datetime
 from typing import Any, Final
 
-__all__ = ["moment_of", "text_of"]
+__all__ = ["formerly", "keys_of", "moment_of", "text_of"]
 
 _AS_HEX: Final = "\ufdd0"
 """Unicode keeps this one for a program's own use: no text that is meant to be read begins with it."""
@@ -40,6 +40,50 @@ def text_of(raw: Any) -> Any:
     if isinstance(raw, str) and raw.startswith(_AS_HEX):
         return _AS_HEX + raw.encode("utf-8", "surrogatepass").hex()
     return raw
+
+
+def keys_of(raw: Any) -> Any:
+    """Return RocketMQ's keys of one message as one text: in order, each once, a blank between two.
+
+    Clients hand them out as a text in the sender's order, or as a set, which has none. Spelled alike by every reader, a message
+    has one key, whichever client brings it.
+
+    Args:
+        raw: The text or its bytes, with blanks between keys; or the keys. Anything else is returned as it is.
+
+    Example:
+        >>> keys_of(b"order-7 buyer-3"), keys_of({"order-7", "buyer-3"}), keys_of(b"order-7 ")
+        ('buyer-3 order-7', 'buyer-3 order-7', 'order-7')
+    """
+    if isinstance(raw, bytes):
+        if b" " not in raw:
+            return text_of(raw)  # what nearly every message has
+        parts: Any = raw.split(b" ")
+    elif isinstance(raw, str):
+        parts = raw.split(" ")
+    elif isinstance(raw, (set, frozenset, list, tuple)):
+        if len(raw) == 1:
+            (raw,) = raw
+            return keys_of(raw)
+        parts = [part for each in raw for part in each.split(" ")]
+    else:
+        return raw
+    return " ".join(sorted({text_of(part) for part in parts if part}))
+
+
+def formerly(text: str) -> str:
+    """Return what `text_of` gave in the release before: of bytes that are no UTF-8 a text that others shared.
+
+    Example:
+        >>> formerly(text_of(bytes([0x8a, 0x91]))) == formerly(text_of(bytes([0x8b, 0x92])))
+        True
+    """
+    if not text.startswith(_AS_HEX):
+        return text
+    try:
+        return bytes.fromhex(text[1:]).decode("utf-8", "replace")
+    except ValueError:  # of no client: somebody made it by hand
+        return text
 
 
 def moment_of(milliseconds: Any) -> datetime | None:

@@ -10,11 +10,12 @@ A key is compared byte by byte on every server: case, accents, trailing spaces c
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from json import dumps
+from json import dumps, loads
 from typing import Any, Final, TypeAlias
 
 from exactly_once.error_words import words_of
 from exactly_once.errors import BadKey, ConfigurationError
+from exactly_once.foreign import keys_of
 from exactly_once.message import Message
 from exactly_once.schema import KEY_BYTES
 from exactly_once.stops import asked_from_outside
@@ -29,6 +30,7 @@ __all__ = [
     "check_key",
     "check_name",
     "extractor",
+    "is_former",
     "message_key",
     "path",
     "property",
@@ -322,6 +324,25 @@ def extractor(key: KeySpec, option: str = "key") -> KeyRule:
         opaque=any(isinstance(part, _Call) for part in parts),
         needs_json=bool(paths),
     )
+
+
+def is_former(rule: KeyRule, key: str) -> bool:
+    """Say whether a key is spelled as only the release before spells it: several keys in another order, or bytes replaced.
+
+    Example:
+        >>> is_former(extractor(message_key()), "order-7 buyer-3"), is_former(extractor("no"), "order-7 buyer-3")
+        (True, False)
+    """
+    try:
+        texts = [key] if len(rule.parts) == 1 else loads(key)
+    except ValueError:  # claimed before its handler's key had several parts
+        return False
+    for part, text in zip(rule.parts, texts, strict=False):
+        if isinstance(part, _MessageKey) and " " in text and keys_of(text) != text:
+            return True
+        if isinstance(part, (_MessageKey, _Property, _Tag)) and "\ufffd" in text:
+            return True
+    return False
 
 
 def _part(given: object, option: str) -> KeyPart:

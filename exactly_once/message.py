@@ -1,14 +1,14 @@
 """One message as the application sees it, whatever broker carried it. Data only."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final, NoReturn
 
 from exactly_once.errors import BadBody
-from exactly_once.foreign import moment_of, text_of
+from exactly_once.foreign import formerly, keys_of, moment_of, text_of
 
-__all__ = ["Message"]
+__all__ = ["Message", "with_former"]
 
 
 class _Properties(dict[str, str]):
@@ -49,6 +49,8 @@ class Message:
         born_at: When the producer made it, by the producer's clock, timezone-aware; kept in UTC. One that no database stores
             (before the year 1000, after 9998) is None.
         attempt: The delivery count as the broker tells it, from 1.
+        former: Set by what reads a broker's message: those fields that the release before spelled otherwise, as it did. What was
+            begun under that spelling ends under it. It goes with the next release.
 
     The fields are checked here, where the line to mend is: a message of other types could later be neither stored nor
     acknowledged. Subclasses of str, bytes and int are kept as the plain value: an Enum of texts as its text.
@@ -71,6 +73,7 @@ class Message:
     message_id: str | None = field(default=None, kw_only=True)
     born_at: datetime | None = field(default=None, kw_only=True)
     attempt: int = field(default=1, kw_only=True)
+    former: Mapping[str, Any] | None = field(default=None, kw_only=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # once for each message, so in the order of what is likely: each line is one look at a type
@@ -111,17 +114,19 @@ class Message:
         """
         if received.corrupted:
             raise BadBody(f"The body of message {received.message_id} of {received.topic} does not match its checksum.")
-        return cls(
+        keys = received.keys  # a set; nearly always of one
+        message = cls(
             received.topic,
             received.body,
             tag=text_of(received.tag),
-            key=text_of(" ".join(sorted(received.keys))) or None,  # a set; nearly always of one
+            key=keys_of(keys) or None,
             ordering_key=text_of(received.message_group),
             properties={name: text_of(value) for name, value in received.properties.items()},
             message_id=received.message_id,
             born_at=moment_of(received.born_timestamp),
             attempt=received.delivery_attempt or 1,
         )
+        return with_former(message, " ".join(sorted(keys)))
 
     @classmethod
     def from_rocketmq4(cls, received: Any, *, properties: Iterable[str] = ()) -> "Message":
@@ -142,17 +147,19 @@ class Message:
         """
         from exactly_once.rocketmq4_body import ORDERING_PROPERTY, named_properties, whole_body  # brings ctypes
 
-        return cls(
+        keys = received.keys
+        message = cls(
             received.topic,
             whole_body(received),
             tag=text_of(received.tags) or None,  # empty: this client does not tell it from none
-            key=text_of(received.keys) or None,
+            key=keys_of(keys) or None,
             ordering_key=text_of(received.get_property(ORDERING_PROPERTY)) or None,
             properties=dict(named_properties(received.get_property, properties)),
             message_id=received.id,
             born_at=moment_of(received.born_timestamp),
             attempt=1 + received.reconsume_times,
         )
+        return with_former(message, keys)
 
     @classmethod
     def from_kafka(cls, received: Any) -> "Message":
@@ -170,8 +177,9 @@ class Message:
             outcome = await eo.aprocess(Message.from_kafka(consumer.poll(1.0)))
         """
         kind, moment_ms = received.timestamp()
-        key = text_of(received.key())
-        return cls(
+        sent = received.key()
+        key = text_of(sent)
+        message = cls(
             received.topic(),
             received.value(),
             key=key,
@@ -181,6 +189,28 @@ class Message:
             message_id=f"{received.topic()}/{received.partition()}/{received.offset()}",
             born_at=moment_of(moment_ms) if kind else None,
         )
+        return with_former(message, sent)
+
+
+def with_former(message: Message, keys: bytes | str | None) -> Message:
+    """Return a message with `former` set, where the release before spelled its key, tag or properties otherwise.
+
+    Args:
+        message: As a broker's client handed it out, read.
+        keys: Its message key, as it came.
+    """
+    found: dict[str, Any] = {}
+    before = keys.decode("utf-8", "replace") if isinstance(keys, bytes) else keys
+    if before and before != message.key:
+        found["key"] = before
+    for name, text in (("tag", message.tag), ("ordering_key", message.ordering_key)):
+        if text is not None and (spelled := formerly(text)) is not text:
+            found[name] = spelled
+    if message.properties:
+        properties = {name: formerly(text) for name, text in message.properties.items()}
+        if properties != message.properties:
+            found["properties"] = properties
+    return message if not found else replace(message, former=found)
 
 
 def _text(name: str, value: object) -> str | None:

@@ -4,7 +4,7 @@ It reads top to bottom as its story. Effects are the attempt's transaction and t
 them are `policy`'s, from values. Nothing here knows a broker: what the broker can do arrives as `Features`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
@@ -156,6 +156,9 @@ class Delivering:
             return self.recording.failed(message, reading, reading.error, features, foreign)
         row = self.row(message, reading)
         try:
+            if message.former is not None:
+                message, reading = self._as_begun(message, message.former, reading)
+                row = self.row(message, reading)
             if not pumped and spent(message.attempt, features):
                 return self._spent(message, reading, row, features, foreign)
             if self.recording.owes and (owed := self.recording.owed(row.key)) is not None and owed.error is not None:
@@ -179,7 +182,7 @@ class Delivering:
         except ConfigurationError:
             raise  # of the program or the server: no message is to be blamed for it
         except Exception as error:  # a statement of ours before the attempt: nothing ran, so nothing is acknowledged
-            _log.error("message_not_run handler=%s key=%s\n%s", self.plan.name, escaped(reading.key), trace_of(error))
+            _log.error("message_not_run handler=%s key=%s\n%s", self.plan.name, escaped(row.key), trace_of(error))
             return Told(Outcome.WAITING, Redeliver(UNRECORDED))
 
     def row(self, message: Message, reading: Reading) -> ClaimRow:
@@ -418,6 +421,28 @@ class Delivering:
         if told.verdict == ACK:
             self.recording.paid(reading.key)
         return told
+
+    def _as_begun(self, message: Message, former: Mapping[str, Any], reading: Reading) -> tuple[Message, Reading]:
+        """Return a message as the release before spelled it, where it was begun so: its claim and its failures stand there."""
+        if message.message_id is None:
+            return message, reading  # several keys may have had that one spelling, and nothing tells whose the claim is
+        before = replace(message, former=None, **former)
+        read = self.plan.read(before)
+        key, id_ = read.key, message.message_id
+        if key is None or key == reading.key:
+            return message, reading
+        begun = self.store.failures.begun
+        try:
+            found = in_our_session(
+                self._ours, self.store.dialect, lambda session: begun(session, self.group, self.plan.name, key, id_)
+            )
+        except Exception as error:
+            if self.store.away(error):
+                raise StoreUnavailable("The database does not answer; nothing ran.") from error
+            if isinstance(error, UnicodeEncodeError) or self.store.dialect.unstorable(error):
+                return message, reading  # nothing can stand under it
+            raise
+        return (before, read) if found else (message, reading)
 
     def _place(self, message: Message, reading: Reading) -> Place:
         failure = self.recording.failure(message, reading, Reject(""))

@@ -95,7 +95,13 @@ class GroupDelivering(Delivering):
             row, message = member.row, member.message
             waits = blocking and message.ordering_key is not None
             # what came before may be what failed, or killed the process: its company would pay for it again
-            if row is None or waits or self.recording.came_before(message, row.key) or self._owes(row):
+            if (
+                row is None
+                or waits
+                or message.former is not None
+                or self.recording.came_before(message, row.key)
+                or self._owes(row)
+            ):
                 alone.append(member)
             elif row.key in together:
                 repeats.append((member, together[row.key]))

@@ -10,6 +10,7 @@ from sqlalchemy import Engine, func, select, text
 from sqlalchemy.util import greenlet_spawn
 
 from exactly_once.doctor.finding import Finding, Mark
+from exactly_once.doctor.spellings import former_spellings
 from exactly_once.error_words import words_of
 from exactly_once.errors import ExactlyOnceError
 from exactly_once.handler import Lease, Plan
@@ -63,6 +64,7 @@ def findings_for_database(store: Store, group: str, plans: tuple[Plan, ...], con
                 Mark.WARN, f"{where}: its clock and this machine's differ by {skew:.0f} s; only log times mislead"
             )
         yield from _unknown_handlers(connection, store, group, plans)
+        yield from former_spellings(connection, store, group, plans)
         yield from _isolation(where, store, connection, plans)
     yield _pool(where, store.engine, concurrency, steps=any(plan.takes_steps for plan in plans))
 

@@ -410,6 +410,22 @@ class FailureStore:
         rows = session.execute(all_rows(found, session.connection().dialect.name)).all()
         return tuple(row.id for row in rows if row.body == message.body and is_its_own(row))
 
+    def begun(self, session: Session, group: str, handler: str, key: str, message_id: str) -> bool:
+        """Say whether a message of this id has a claim, or a failure, under this key."""
+        claims, t = self._tables().idempotent, self._t
+        characters = characters_of(session.connection())
+        claimed = select(claims.c.status).where(
+            claim_rows.of(claims, group, handler, key),
+            claims.c.message_id == storable(message_id, MESSAGE_ID_BYTES, "ascii"),
+        )
+        failed = select(t.c.id).where(
+            t.c.consumer_group == group,
+            t.c.handler == handler,
+            t.c.failure_key == "k:" + _known_by(key, characters),
+            t.c.message_id == storable(message_id, MESSAGE_ID_BYTES, characters),
+        )
+        return any(session.execute(found.limit(1)).first() is not None for found in (claimed, failed))
+
     def any_blocking(self, session: Session, group: str, handler: str, *, after_dead_wait: bool) -> bool:
         """Say whether any ordering key of this handler may be blocked: mostly none is, and one look tells for all."""
         t = self._t

@@ -20,7 +20,7 @@ from typing import Any, Self
 from exactly_once.testing.child import Child, ServerFailed, free_ports, wait_until
 from tests.services.rocketmq_admin import Admin, Kind
 
-__all__ = ["RocketMQ", "fetch_jars", "missing"]
+__all__ = ["RocketMQ", "fetch_jars", "fetched", "missing"]
 
 ROOT = Path(__file__).parents[2]
 POM = Path(__file__).with_name("pom.xml")
@@ -89,25 +89,35 @@ def missing() -> str | None:
 
 def fetch_jars() -> Path:
     """Bring the server's jars from Maven Central unless they are here, and return their folder."""
-    lib = jars()
+    return fetched(POM, jars(), "rocketmq-proxy-*.jar")
+
+
+def fetched(pom: Path, lib: Path, sign: str) -> Path:
+    """Bring the jars that a pom.xml names from Maven Central unless they are here, and return their folder.
+
+    Args:
+        pom: What to bring.
+        lib: Where to.
+        sign: Matches a jar that is there when all are.
+    """
     lib.parent.mkdir(parents=True, exist_ok=True)
-    with (lib.parent / "rocketmq.lock").open("w") as lock:
+    with (lib.parent / f"{lib.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if list(lib.glob("rocketmq-proxy-*.jar")):
+        if list(lib.glob(sign)):
             return lib
         # to the side, then renamed: a Maven that was interrupted must not leave half a server behind
         aside = lib.with_suffix(".new")
         shutil.rmtree(aside, ignore_errors=True)
         maven = subprocess.run(
             [
-                *("mvn", "-B", "-q", "-f", str(POM), f"{MAVEN_DEPENDENCY_PLUGIN}:copy-dependencies"),
+                *("mvn", "-B", "-q", "-f", str(pom), f"{MAVEN_DEPENDENCY_PLUGIN}:copy-dependencies"),
                 *("-DincludeScope=runtime", f"-DoutputDirectory={aside}"),
             ],
             capture_output=True,
             text=True,
         )
         if maven.returncode != 0:
-            raise ServerFailed(f"Maven could not fetch RocketMQ's jars:\n{(maven.stdout + maven.stderr)[-2000:]}")
+            raise ServerFailed(f"Maven could not fetch the jars of {pom}:\n{(maven.stdout + maven.stderr)[-2000:]}")
         shutil.rmtree(lib, ignore_errors=True)
         aside.rename(lib)
     return lib

@@ -265,3 +265,48 @@ def test_a_time_out_of_range_is_none(moment: Any) -> None:
 def test_a_field_the_client_has_already_decoded_to_an_object_is_refused_by_its_name() -> None:
     with pytest.raises(TypeError, match="the key of a message is str or None, not int"):
         Message.from_kafka(Received(key=12, headers=None, timestamp=(0, 0)))  # type: ignore[arg-type]
+
+
+# -- several keys of one message are spelled in one way --------------------------------------------------------------
+
+SEVERAL = [
+    ("order-7 buyer-3", "buyer-3 order-7"),
+    ("buyer-3 order-7", "buyer-3 order-7"),
+    ("order-7 buyer-3 order-7", "buyer-3 order-7"),
+    (" order-7  buyer-3 ", "buyer-3 order-7"),
+    ("order-7 ", "order-7"),
+    ("order-7", "order-7"),
+    ("Zürich Aarau", "Aarau Zürich"),
+    ("a\tb", "a\tb"),
+    ("\ufdd0x a", "a \ufdd0efb79078"),
+]
+
+
+@pytest.mark.parametrize(("sent", "spelled"), SEVERAL, ids=[repr(sent) for sent, _ in SEVERAL])
+def test_every_reader_spells_several_keys_alike(sent: str, spelled: str) -> None:
+    assert Message.from_rocketmq4(received4(keys=sent.encode())).key == spelled
+    assert Message.from_rocketmq(received5(keys=set(sent.split(" ")))).key == spelled
+
+
+def test_keys_of_blanks_alone_are_none() -> None:
+    assert Message.from_rocketmq4(received4(keys=b"  ")).key is None
+    assert Message.from_rocketmq(received5(keys={""})).key is None
+
+
+def test_several_keys_one_of_which_is_no_text_stay_apart() -> None:
+    found = [rocketmq4_key(raw) for raw in (b"a \x8a\x91", b"a \x8b\x92", b"\x8a\x91 a")]
+    assert found == ["a \ufdd08a91", "a \ufdd08b92", "a \ufdd08a91"]
+
+
+def test_what_the_release_before_spelled_otherwise_goes_along() -> None:
+    message = Message.from_rocketmq4(received4(keys=b"b a", tags=b"\xff", properties={"h": b"\xfe"}), properties=["h"])
+    assert message.former == {"key": "b a", "tag": "\ufffd", "properties": {"h": "\ufffd"}}
+    assert Message.from_kafka(Received(key=b"\xff", headers=[("h", b"x")], timestamp=(0, 0))).former == {
+        "key": "\ufffd",
+        "ordering_key": "\ufffd",
+    }
+    assert Message.from_kafka(Received(key=b"b a", headers=None, timestamp=(0, 0))).former is None
+    assert Message.from_rocketmq4(received4(keys=b"a")).former is None
+    assert Message.from_rocketmq(received5(keys={"b", "a"})).former is None, "it was sorted there before"
+    assert replace(message, attempt=2).former == message.former
+    assert message == replace(message, former=None)

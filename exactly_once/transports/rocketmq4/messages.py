@@ -14,8 +14,8 @@ from functools import lru_cache
 from typing import Final
 
 from exactly_once.errors import ConfigurationError
-from exactly_once.foreign import moment_of, text_of
-from exactly_once.message import Message
+from exactly_once.foreign import keys_of, moment_of, text_of
+from exactly_once.message import Message, with_former
 from exactly_once.rocketmq4_body import NAMES_PROPERTY, ORDERING_PROPERTY, named_properties
 from exactly_once.transports.rocketmq4.library import Library
 
@@ -77,7 +77,7 @@ def message_reader(library: Library, names: Names, properties: Sequence[str]) ->
         properties: Property names to read from messages of producers other than ours.
     """
     call, body = library.call, library.body
-    topic_of, tags_of, keys_of = call.GetMessageTopic, call.GetMessageTags, call.GetMessageKeys
+    topic_of, tags_of, keys_of_message = call.GetMessageTopic, call.GetMessageTags, call.GetMessageKeys
     id_of, born_of, property_of = call.GetMessageId, call.GetMessageBornTimestamp, call.GetMessageProperty
     always = tuple(properties)
 
@@ -90,16 +90,18 @@ def message_reader(library: Library, names: Names, properties: Sequence[str]) ->
             raw: bytes | None = property_of(handle, name.encode())
             return raw
 
-        return Message(
+        keys = keys_of_message(handle)
+        message = Message(
             topic_name(topic_of(handle)),
             body(handle),
             tag=text_of(tags_of(handle)) or None,  # empty: the library does not tell it from none
-            key=text_of(keys_of(handle)) or None,
+            key=keys_of(keys) or None,
             ordering_key=text_of(value(ORDERING_PROPERTY)) or None,
             properties=named_properties(value, always),
             message_id=text_of(id_of(handle)) or None,
             born_at=moment_of(born_of(handle)),
         )
+        return with_former(message, keys)
 
     return read
 

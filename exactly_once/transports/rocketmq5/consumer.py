@@ -29,8 +29,7 @@ from typing import Any, Final
 from rocketmq import Message as ReceivedMessage
 from rocketmq.grpc_protocol import Code
 
-from exactly_once.foreign import text_of
-from exactly_once.message import Message
+from exactly_once.message import Message, with_former
 from exactly_once.steady_log import steady
 from exactly_once.transport import Delivery, Features, Subscription
 from exactly_once.transports.rocketmq5.answers import (
@@ -305,8 +304,8 @@ def _message(raw: Any, topic: str) -> Message:
     if message.topic != topic:  # handlers know it without its namespace, which the proxy may or may not have taken off
         message = replace(message, topic=topic)
     keys = raw.system_properties.keys
-    # the broker splits a message key at its spaces, and the client's set forgets their order
-    return replace(message, key=text_of(" ".join(keys))) if len(keys) > 1 else message
+    # several were spelled in the sender's order, which the client's set forgets
+    return with_former(message, " ".join(keys)) if len(keys) > 1 else message
 
 
 def _whole_seconds(delay: timedelta) -> int:
