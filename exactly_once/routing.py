@@ -12,7 +12,7 @@ from exactly_once.alert import Hook
 from exactly_once.delivery import FOREIGN, Delivering, Told
 from exactly_once.delivery.group import GroupDelivering
 from exactly_once.error_words import words_of
-from exactly_once.errors import ConfigurationError, Reject
+from exactly_once.errors import ConfigurationError, ExactlyOnceError, Reject
 from exactly_once.failures.due import DueFailures
 from exactly_once.failures.pump import Pump
 from exactly_once.handler import Plan
@@ -33,12 +33,12 @@ Route = Callable[[Message], str]
 _NONE: Final[tuple[Delivering, ...]] = ()
 
 
-class _Unrouted(Delivering):
-    """Keeps a message that could not be routed in the first database, for a person; never runs its handler."""
+class _Kept(Delivering):
+    """Keeps a message for a person that could not be routed, in the first database, or read; never runs its handler."""
 
-    def __init__(self, inner: Delivering, reason: str) -> None:
+    def __init__(self, inner: Delivering, error: ExactlyOnceError) -> None:
         super().__init__(inner.plan, inner.store, inner.group, leases=inner.leases, alert=inner.alert)
-        self._reason = reason
+        self._error = error
 
     def run(
         self,
@@ -49,7 +49,7 @@ class _Unrouted(Delivering):
         foreign: bool = False,
         beside: bool = False,
     ) -> Told:
-        return self.recording.failed(message, self.plan.read(message), Reject(self._reason), features, foreign)
+        return self.recording.failed(message, self.plan.read(message), self._error, features, foreign)
 
 
 class Router:
@@ -97,9 +97,17 @@ class Router:
 
     def find(self, delivery: Delivery) -> Sequence[Delivering]:
         """Return the handlers a delivery is for; of a message that comes from the failure store, the one that failed."""
+        if delivery.unread is not None:
+            return [_Kept(each, delivery.unread) for each in self._of_unread(delivery)]
         if delivery.handler is not None:
             return self._failed_before(delivery, delivery.handler)
         return self.matching(delivery.message)
+
+    def _of_unread(self, delivery: Delivery) -> Sequence[Delivering]:
+        """Return who is to keep it. Not even its tag may be known: then every handler of the topic, or nobody would."""
+        if delivery.handler is not None:
+            return self._failed_before(delivery, delivery.handler)
+        return self.matching(delivery.message) or self._topics[self._first].get(delivery.message.topic, _NONE)
 
     def _failed_before(self, delivery: Delivery, handler: str) -> Sequence[Delivering]:
         """Ask route= again: what could not be routed was kept in the first database, and is to run in its own.
@@ -112,7 +120,7 @@ class Router:
         found = self._names[kept_in if unknown else str(name)].get(handler)
         if found is None:
             return _NONE
-        return (_Unrouted(found, self._unknown(name)),) if unknown else (found,)
+        return (_Kept(found, Reject(self._unknown(name))),) if unknown else (found,)
 
     def matching(self, message: Message) -> Sequence[Delivering]:
         """Return the handlers of a message on the database it is routed to."""
@@ -121,7 +129,7 @@ class Router:
             name = self._named(message)
             if name not in self._topics:
                 reason = self._unknown(name)
-                return [_Unrouted(each, reason) for each in self._matching(self._topics[self._first], message)]
+                return [_Kept(each, Reject(reason)) for each in self._matching(self._topics[self._first], message)]
             topics = self._topics[name]
         return self._matching(topics, message)
 

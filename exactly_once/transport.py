@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from sqlalchemy import Engine
 
+from exactly_once.errors import BadBody
 from exactly_once.message import Message
 from exactly_once.verdict import Verdict
 
@@ -33,12 +34,13 @@ class Delivery:
 
     `receipt` is the transport's own (a receipt handle, a row id); nobody else looks inside. `handler` is None for a
     broker's delivery, which every matching handler sees, and a name when the failure store brings a message back for
-    that handler alone.
+    that handler alone. `unread` says why the body could not be read: it stands there as it came, and no handler runs.
     """
 
     message: Message
     receipt: Any
     handler: str | None = None
+    unread: BadBody | None = None
 
 
 @dataclass(frozen=True, slots=True)

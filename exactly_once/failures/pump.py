@@ -18,6 +18,7 @@ from sqlalchemy import Connection, Engine
 from exactly_once.dialects.firsthand import kept_firsthand
 from exactly_once.error_words import words_of
 from exactly_once.failures.due import DueFailures, Taken, message_of
+from exactly_once.packed import opened
 from exactly_once.pooler import begin_bounded
 from exactly_once.steady_log import steady
 from exactly_once.transport import Delivery, Features
@@ -123,7 +124,7 @@ class Pump:
                 connection, self._group, self._handlers, self._ordered, self._waits, limit=limit, lease=_LEASE
             ):
                 try:
-                    message = message_of(row)
+                    message, unread = opened(message_of(row))
                 except Exception as error:
                     if every:
                         raise _NotRead from error
@@ -137,7 +138,7 @@ class Pump:
                         row.id,
                     )
                     continue
-                got.append(Delivery(message, (self._name, row.id, Taken.of(row)), row.handler))
+                got.append(Delivery(message, (self._name, row.id, Taken.of(row)), row.handler, unread))
         return got
 
     @contextmanager

@@ -1,15 +1,26 @@
 """What Apache's client for Java sends, through `rocketmq://`: the same message as through any other door."""
 
-import pytest
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import pytest
+from sqlalchemy import Row, select
+from sqlalchemy.orm import Session
+
+from exactly_once import ExactlyOnce
+from exactly_once.failures import triage
 from exactly_once.message import Message
 from exactly_once.transport import Subscription
 from exactly_once.transports.rocketmq5 import wall
 from exactly_once.verdict import Ack
-from tests.acceptance.test_rocketmq5_walls import Broker, bare_receive, receive
+from tests.acceptance.test_rocketmq5_walls import Broker, bare_receive, receive, until
 from tests.services import java_producer
 from tests.services.need import need, require
 from tests.services.rocketmq import RocketMQ
+
+LZ4, ZSTD = b"\x04\x22\x4d\x18", b"\x28\xb5\x2f\xfd"
 
 
 @pytest.fixture(autouse=True)
@@ -36,3 +47,89 @@ def test_several_keys_of_a_java_producer_are_one_key_through_both_doors(broker: 
         assert (delivery.message.key, delivery.message.tag) == ("buyer-3 order-7", "created")
         assert delivery.message.former == {"key": "order-7 buyer-3 order-7"}
         ours.settle([(delivery, Ack())])
+
+
+# -- bodies that Java's client has packed -----------------------------------------------------------------------------
+
+
+class Shop:
+    """An application with one handler on a topic of its own, and what it did."""
+
+    def __init__(self, broker: Broker, database: str) -> None:
+        self.topic, self.group = broker.names()
+        self.url = f"rocketmq://{broker.server.grpc}?invisible_s=10"
+        self.eo = ExactlyOnce(database, group=self.group)
+        self.handled: list[dict[str, str]] = []
+        self.eo.handler(self.topic, key="no")(self.reserve)
+
+    def reserve(self, session: Session, order: dict[str, str]) -> None:
+        self.handled.append(order)
+
+    def work_until(self, condition: Callable[[], object]) -> Mapping[str, int]:
+        with self.eo.worker(self.url) as worker:
+            until("done", condition)
+            return worker.drain()
+
+    def failures(self) -> Sequence[Row[Any]]:
+        store = self.eo.stores["default"]
+        with store.engine.connect() as connection:
+            return connection.execute(select(store.tables.failure)).all()
+
+
+@pytest.fixture
+def shop(broker: Broker, sqlite_url: str) -> Shop:
+    return Shop(broker, sqlite_url)
+
+
+@pytest.fixture
+def nothing_unpacks(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("lz4", "lz4.frame", "zstandard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("compression", "magic"), [("LZ4", LZ4), ("ZSTD", ZSTD)])
+def test_a_body_that_nothing_here_unpacks_is_a_dead_letter_whole_and_runs_once_it_can(
+    broker: Broker, shop: Shop, nothing_unpacks: pytest.MonkeyPatch, compression: str, magic: bytes
+) -> None:
+    id_, body = java_producer.send(broker.server, shop.topic, keys="A-1", size=6000, compression=compression)
+    outcomes = shop.work_until(shop.failures)
+    assert {name: count for name, count in outcomes.items() if count} == {"dead": 1}
+    (row,) = shop.failures()
+    assert (row.state, row.error_class, row.message_id, row.message_key) == ("dead", "BadBody", id_, "A-1")
+    assert row.body.startswith(magic)
+    assert len(row.body) < len(body)
+    assert json.loads(row.properties)["eo-unread"] == compression.lower()
+    assert "[compression]" in row.error_text
+    assert shop.handled == []
+    nothing_unpacks.undo()
+    with shop.eo.stores["default"].engine.begin() as connection:
+        chosen = triage.Chosen(group=shop.group)
+        triage.requeue(connection, shop.eo.stores["default"].tables, chosen, by="me", why=None, per_second=None)
+    shop.work_until(lambda: shop.handled)
+    assert shop.handled == [json.loads(body)]
+    assert [row.state for row in shop.failures()] == ["resolved"]
+
+
+@pytest.mark.parametrize("compression", ["LZ4", "ZSTD", "ZLIB"])
+def test_a_body_that_java_has_packed_is_read(broker: Broker, shop: Shop, compression: str) -> None:
+    _, body = java_producer.send(broker.server, shop.topic, keys="A-1", size=6000, compression=compression)
+    shop.work_until(lambda: shop.handled or shop.failures())
+    assert shop.handled == [json.loads(body)]
+    assert shop.failures() == []
+
+
+def test_a_body_that_is_damaged_is_a_dead_letter_and_stays_one(broker: Broker, shop: Shop) -> None:
+    sent = {"producerGroup": "walls", "topic": shop.topic, "defaultTopic": "TBW102", "defaultTopicQueueNums": 4}
+    sent |= {"queueId": 0, "flag": 0, "reconsumeTimes": 0, "unitMode": "false", "batch": "false"}
+    with broker.server.admin() as remoting:
+        for packed, body in ((1, LZ4 + b"and no frame"), (0x101, ZSTD), (1, b"not packed at all")):
+            remoting.demand(10, sent | {"sysFlag": packed, "bornTimestamp": 1, "properties": ""}, body)
+    shop.work_until(lambda: len(shop.failures()) == 3)
+    bodies = sorted(row.body for row in shop.failures())
+    assert bodies == sorted([LZ4 + b"and no frame", ZSTD, b"not packed at all"])
+    with shop.eo.stores["default"].engine.begin() as connection:
+        chosen = triage.Chosen(group=shop.group)
+        triage.requeue(connection, shop.eo.stores["default"].tables, chosen, by="me", why=None, per_second=None)
+    shop.work_until(lambda: [row.state for row in shop.failures()] == ["dead"] * 3)
+    assert (shop.handled, sorted(row.body for row in shop.failures())) == ([], bodies)

@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from tests.services.rocketmq import RocketMQ
 
 ROOT = Path(__file__).parents[2]
 SECOND = timedelta(seconds=1)
-_names = count()
+_names = iter(lambda: os.urandom(4).hex(), "")  # other files import this one, and share its server
 
 
 @pytest.fixture(autouse=True)
@@ -520,12 +519,11 @@ def test_one_message_that_cannot_be_unpacked_does_not_take_the_others_along(brok
             with suppress(Exception):
                 found += bare.receive(32, 30)
         assert found == []  # all three are lost to it, each time they come
-    with broker.consumer(other, Subscription(topic)) as ours, root_log() as heard:
-        bodies: list[bytes | None] = []
-        while len(bodies) < 2:
-            bodies += [d.message.body for d in receive(ours)]
-        assert sorted(b or b"" for b in bodies) == [b"good", b"plain"]
-        assert any("cannot be unpacked" in r.getMessage() for r in heard.records)
+    with broker.consumer(other, Subscription(topic)) as ours:
+        found_: dict[bytes | None, bool] = {}
+        while len(found_) < 3:
+            found_ |= {d.message.body: d.unread is None for d in receive(ours)}
+        assert found_ == {b"good": True, b"plain": True, b"not packed at all": False}
 
 
 def test_several_keys_are_spelled_alike_through_every_door(broker: Broker) -> None:

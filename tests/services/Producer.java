@@ -12,6 +12,11 @@ public class Producer {
     public static void main(String[] given) throws Exception {
         var producer = new DefaultMQProducer("java-" + System.nanoTime());
         producer.setNamesrvAddr(given[0]);
+        producer.setSendMsgTimeout(60_000); // a busy machine takes long for the first one
+        Thread.setDefaultUncaughtExceptionHandler((thread, error) -> {
+            error.printStackTrace();
+            Runtime.getRuntime().halt(1); // the client's threads would keep this process
+        });
         producer.start();
         var body = new StringBuilder("{\"no\":\"" + given[3] + "\",\"filling\":\"");
         while (body.length() < Integer.parseInt(given[4])) body.append("filling ");

@@ -10,6 +10,7 @@
 | `session` | one client in one group, and the few calls we make through it |
 | `membership` | a session while there is one, and a new one after its proxy restarted |
 | `consumer`, `answers` | receiving, settling, order, outages |
+| `reading` | what came off the wire, as a message; or as bytes that cannot be read |
 | `producer` | sending once, many at a time |
 | `advice`, `checks` | what is wrong before a start, and the command that mends it |
 

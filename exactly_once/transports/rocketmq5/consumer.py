@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from math import ceil
@@ -26,12 +25,11 @@ from threading import Lock
 from time import monotonic
 from typing import Any, Final
 
-from rocketmq import Message as ReceivedMessage
 from rocketmq.grpc_protocol import Code
 
-from exactly_once.message import Message, with_former
 from exactly_once.steady_log import steady
 from exactly_once.transport import Delivery, Features, Subscription
+from exactly_once.transports.rocketmq5 import reading
 from exactly_once.transports.rocketmq5.answers import (
     FINE,
     begun,
@@ -243,25 +241,14 @@ class RocketMQ5Consumer:
                 self._ready.append((raw, Grip(place.message_id, place.receipt_handle, poll.endpoints, now)))
 
     def _take(self, limit: int) -> list[Delivery]:
-        """Make deliveries of what is here; the client's own conversion checks sums and unpacks bodies."""
+        """Make deliveries of what is here."""
         with self._lock:
             if self._stopped:
                 return []
             found = [self._ready.popleft() for _ in range(min(limit, len(self._ready)))]
         if any(self._aged(one) for one in found):
             found = self._still_ours(found)
-        deliveries = []
-        for raw, grip in found:
-            try:
-                deliveries.append(Delivery(_message(raw, self._mine.topic), grip))
-            except Exception as error:
-                # one bad body: the client would have lost the whole batch for it. Left alone it is delivered until the
-                # broker moves it to the group's dead-letter queue, where a person finds it.
-                log.error(  # noqa: TRY400
-                    "Message %s of %s cannot be unpacked (%s); it is not acknowledged, and ends in %%DLQ%%%s.",
-                    *(grip.message_id, self._mine.topic, describe(error), self._proxies.named(self._group)),
-                )
-        return deliveries
+        return [reading.delivery(raw, self._mine.topic, grip) for raw, grip in found]
 
     def _keep(self) -> None:
         """Take in what ended, and keep it invisible, for the worker is full."""
@@ -297,15 +284,6 @@ class RocketMQ5Consumer:
         if session is not None:
             asked = [(grip, begun(session.hide, topic, grip, seconds)) for grip in grips]
             tell(topic, refused_renewals(asked), what)
-
-
-def _message(raw: Any, topic: str) -> Message:
-    message = Message.from_rocketmq(ReceivedMessage().fromProtobuf(raw))
-    if message.topic != topic:  # handlers know it without its namespace, which the proxy may or may not have taken off
-        message = replace(message, topic=topic)
-    keys = raw.system_properties.keys
-    # several were spelled in the sender's order, which the client's set forgets
-    return with_former(message, " ".join(keys)) if len(keys) > 1 else message
 
 
 def _whole_seconds(delay: timedelta) -> int:

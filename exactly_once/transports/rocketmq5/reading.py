@@ -1,0 +1,83 @@
+"""Makes deliveries of what came off the wire. Never raises: a message that cannot be read is handed out as it came, and says so.
+
+The client's own conversion checks sums and unpacks what zlib has packed; it knows neither LZ4 nor ZSTD, which Java's client
+writes, and raises for the whole batch where one body is bad. Called by the consumer.
+"""
+
+from dataclasses import replace
+from typing import Any, Final
+
+from rocketmq import Message as ReceivedMessage
+from rocketmq.grpc_protocol import Encoding
+
+from exactly_once import packed
+from exactly_once.errors import BadBody
+from exactly_once.message import Message, with_former
+from exactly_once.transport import Delivery
+from exactly_once.transports.rocketmq5.session import Grip, describe
+
+__all__ = ["delivery"]
+
+_DAMAGED: Final = "damaged"
+
+
+class _Unchecked:
+    """A received message whose body is taken as it is."""
+
+    corrupted = False
+
+    def __init__(self, received: Any) -> None:
+        self._received = received
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._received, name)
+
+
+def delivery(raw: Any, topic: str, grip: Grip) -> Delivery:
+    """Return a delivery of one message.
+
+    Args:
+        raw: As it came off the wire.
+        topic: As handlers know it, without its namespace, which the proxy may or may not have taken off.
+        grip: What holds it.
+    """
+    # the proxy says GZIP of whatever is packed
+    is_packed = raw.system_properties.body_encoding == Encoding.GZIP
+    compression = packed.named(raw.body) if is_packed else None
+    if compression is None:
+        try:
+            return Delivery(_message(raw, ReceivedMessage().fromProtobuf(raw), topic), grip)
+        except Exception as error:
+            return _unread(raw, topic, grip, error)
+    try:
+        received = ReceivedMessage().fromProtobuf(_as_it_came(raw))
+        message = _message(raw, received, topic)  # the sum is that of the packed body
+        return Delivery(replace(message, body=packed.unpacked(compression, raw.body)), grip)
+    except Exception as error:
+        return _unread(raw, topic, grip, error, compression)
+
+
+def _unread(raw: Any, topic: str, grip: Grip, error: Exception, compression: str = _DAMAGED) -> Delivery:
+    told = error if isinstance(error, BadBody) else BadBody(f"The message cannot be read: {describe(error)}.")
+    try:
+        received = ReceivedMessage().fromProtobuf(_as_it_came(raw))
+        message = _message(raw, _Unchecked(received), topic)
+    except Exception:  # not even its properties: what names it is kept, and its bytes
+        message = Message(topic, raw.body, message_id=grip.message_id)
+    return Delivery(packed.unread(message, compression), grip, unread=told)
+
+
+def _as_it_came(raw: Any) -> Any:
+    plain = type(raw)()
+    plain.CopyFrom(raw)
+    plain.system_properties.body_encoding = Encoding.IDENTITY
+    return plain
+
+
+def _message(raw: Any, received: Any, topic: str) -> Message:
+    message = Message.from_rocketmq(received)
+    if message.topic != topic:
+        message = replace(message, topic=topic)
+    keys = raw.system_properties.keys
+    # several were spelled in the sender's order, which the client's set forgets
+    return with_former(message, " ".join(keys)) if len(keys) > 1 else message
