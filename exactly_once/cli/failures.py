@@ -3,19 +3,24 @@
 import getpass
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 from sqlalchemy import Connection, Row
 
 from exactly_once.app import ExactlyOnce
+from exactly_once.cli.recorded import Progressing
 from exactly_once.cli.reference import application, one_store
+from exactly_once.dialects import Trouble
 from exactly_once.errors import ConfigurationError
-from exactly_once.failures import OPEN, triage
+from exactly_once.failures import OPEN, decisions, triage
+from exactly_once.failures.decisions import Database, Part
 from exactly_once.failures.triage import Chosen
 from exactly_once.schema import Tables
+from exactly_once.store import Store
 from exactly_once.wording import escaped
 
 __all__ = ["app"]
@@ -23,6 +28,7 @@ __all__ = ["app"]
 app = typer.Typer(help="Messages that failed.", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 _BODY_CHARACTERS = 2000
+_NAMED = 20
 
 AppOption = Annotated[
     str | None, typer.Option("--app", "-a", metavar="MODULE:NAME", help="Else group and database from the settings.")
@@ -42,10 +48,14 @@ Reason = Annotated[str | None, typer.Option("--reason", help="Why; kept with the
 
 @contextmanager
 def _on(reference: str | None, group: str | None, database: str | None) -> Iterator[tuple[Connection, Tables, str]]:
-    eo = application(reference) if reference else ExactlyOnce()
-    store = one_store(eo, database)
+    store, name = _store(reference, group, database)
     with store.engine.begin() as connection:
-        yield connection, store.tables, group or eo.group
+        yield connection, store.tables, name
+
+
+def _store(reference: str | None, group: str | None, database: str | None) -> tuple[Store, str]:
+    eo = application(reference) if reference else ExactlyOnce()
+    return one_store(eo, database), group or eo.group
 
 
 @app.command("list")
@@ -153,9 +163,10 @@ def requeue(
     if rate is not None and not rate > 0:  # nor nan
         raise ConfigurationError("--rate is a number above zero, of messages a second.")
     _named(ids, handler, error_class, key, state, every)
-    with _on(app, group, database) as (connection, tables, name):
-        chosen = _chosen(name, ids, handler, error_class, key, state)
-        done = triage.requeue(connection, tables, chosen, by=_who(), why=reason, per_second=rate)
+    store, name = _store(app, group, database)
+    chosen = _chosen(name, ids, handler, error_class, key, state)
+    decide = partial(decisions.requeue, by=_who(), why=reason, per_second=rate)
+    done = _carried_out(store, chosen, decide, "requeued")
     if done.left_out:
         typer.echo(
             f"{done.left_out} broken one(s) left as they are: part of their effects is committed. Look at each: exactly-once"
@@ -168,7 +179,7 @@ def requeue(
             " worker runs them, or discard them.",
             err=True,
         )
-    _said(done.count, "requeued; a running worker tries them when they are due")
+    _said(done, "requeued; a running worker tries them when they are due")
 
 
 @app.command()
@@ -186,9 +197,9 @@ def discard(
 ) -> None:
     """Settle them for good: neither they nor another copy of them will run."""
     _named(ids, handler, error_class, key, state, every)
-    with _on(app, group, database) as (connection, tables, name):
-        chosen = _chosen(name, ids, handler, error_class, key, state)
-        done = triage.discard(connection, tables, chosen, by=_who(), why=reason)
+    store, name = _store(app, group, database)
+    chosen = _chosen(name, ids, handler, error_class, key, state)
+    done = _carried_out(store, chosen, partial(decisions.discard, by=_who(), why=reason), "discarded")
     _said(done, "discarded; their keys count as consumed")
 
 
@@ -210,11 +221,52 @@ def _chosen(
     )
 
 
-def _said(done: int, what: str) -> None:
-    if not done:
+def _carried_out(
+    store: Store, chosen: Chosen, decide: Callable[[Database, Chosen, Sequence[int]], Iterator[Part]], what: str
+) -> Part:
+    """Decide part by part, showing how far it is; where it is cut off, say what was done."""
+    database = Database(
+        store.engine.begin, store.tables, lambda error: store.dialect.trouble(error) is Trouble.TRANSIENT
+    )
+    with store.engine.begin() as connection:
+        ids = triage.ids(connection, store.tables, chosen)
+    done, seen = Part(), 0
+    try:
+        with Progressing(len(ids), what, "failures") as progress:
+            for part in decide(database, chosen, ids):
+                done += part
+                seen += part.count + part.left_out + part.settled + len(part.running)
+                progress.show(seen, done.count)
+    except BaseException:
+        if done.count:
+            typer.echo(
+                f"{done.count} of {len(ids)} were {what}, and stay so; the others are as they were. Type the command again"
+                " for them.",
+                err=True,
+            )
+        raise
+    return done
+
+
+def _said(done: Part, what: str) -> None:
+    if done.settled:
+        typer.echo(
+            f"{done.settled} left as they are: processed meanwhile, or decided by somebody else, before their turn came.",
+            err=True,
+        )
+    if done.running:
+        more = f" and {len(done.running) - _NAMED} more" if len(done.running) > _NAMED else ""
+        typer.echo(
+            f"{len(done.running)} left as they are: a worker is running them now"
+            f" ({', '.join(map(str, done.running[:_NAMED]))}{more}). Type the command again when it has finished.",
+            err=True,
+        )
+    if not (done.count or done.left_out or done.settled or done.running):
         typer.echo("No failure matches. Type: exactly-once failures list", err=True)
         raise SystemExit(1)
-    typer.echo(f"{done} {what}")
+    typer.echo(f"{done.count} {what}")
+    if not done.count or done.running:
+        raise SystemExit(1)
 
 
 def _who() -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Final
 import typer
 
 from exactly_once.app import ExactlyOnce
-from exactly_once.cli.recorded import BadLine, Progressing, messages, opened
+from exactly_once.cli.recorded import BadLine, Progressing, messages, opened, size_of
 from exactly_once.cli.reference import AppOption, application, usable
 from exactly_once.error_words import words_of
 from exactly_once.message import Message
@@ -121,7 +121,7 @@ def command(
     with opened(file) as stream:
         feeding = _Feeding(eo, concurrency or eo.config.concurrency.value)
         try:
-            with Progressing(file, "process") as progress:
+            with Progressing(size_of(file), "process") as progress:
                 read = 0
                 for line, read, message in messages(stream, topic):
                     if isinstance(message, BadLine):

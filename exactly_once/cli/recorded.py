@@ -15,7 +15,7 @@ from exactly_once.errors import ConfigurationError
 from exactly_once.message import Message
 from exactly_once.wording import escaped, listed, probably
 
-__all__ = ["BadLine", "Progressing", "messages", "opened"]
+__all__ = ["BadLine", "Progressing", "messages", "opened", "size_of"]
 
 NAMES: Final = (
     "topic", "body", "body_base64", "tag", "key", "ordering_key", "properties", "message_id", "born_at",
@@ -38,6 +38,11 @@ def opened(file: str) -> Iterator[IO[bytes]]:
         except OSError as error:
             raise ConfigurationError(f"{file} cannot be read: {error.strerror}.") from error
         yield stream
+
+
+def size_of(file: str) -> int | None:
+    """Return how many bytes there are to read; None of standard input."""
+    return None if file == "-" else Path(file).stat().st_size
 
 
 def messages(stream: IO[bytes], topic: str | None) -> Iterator[tuple[int, int, Message | BadLine]]:
@@ -114,19 +119,24 @@ def _moment(text: object) -> datetime | None:
 
 
 class Progressing:
-    """A progress bar over a file's bytes, on a terminal; silent elsewhere."""
+    """A progress bar, on a terminal; silent elsewhere.
 
-    def __init__(self, file: str, about: str) -> None:
+    Args:
+        total: All there is to go through; None where nobody knows.
+        about: What is done.
+        of: What is counted beside it.
+    """
+
+    def __init__(self, total: int | None, about: str, of: str = "messages") -> None:
         import sys
 
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        total = None if file == "-" else Path(file).stat().st_size
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.fields[done]} messages"),
+            TextColumn(f"{{task.fields[done]}} {of}"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
             disable=not sys.stderr.isatty(),
@@ -141,5 +151,5 @@ class Progressing:
         self._bar.stop()
 
     def show(self, read: int, done: int) -> None:
-        """Move on to `read` bytes and `done` messages."""
+        """Move on to `read` of the total, and `done` of what is counted."""
         self._bar.update(self._task, completed=read, done=done)

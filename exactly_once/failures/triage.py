@@ -1,11 +1,12 @@
 """What a person decides about failed messages: list, look, requeue, discard; and a handler that got another name.
 
-Each is one transaction. `requeue` only sets a time: a running worker's pump runs the message then, under its claim like
-any other. `discard` writes the claim row beside the decision, or the broker's next copy would run what a person settled.
+Each is a part of the caller's transaction; `decisions` makes several of many rows. `requeue` only sets a time: a running
+worker's pump runs the message then, under its claim like any other. `discard` writes the claim row beside the decision, or the
+broker's next copy would run what a person settled. Neither reads a body.
 
 A *broken* message's claim was committed by its handler, with half of its effects. Requeued, it would pass for a duplicate
 and be closed without having run, so `requeue` takes that claim back; therefore it touches broken ones only where a person
-names them. Called by the command line.
+names them. Called by `decisions` and by the command line.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,9 +23,26 @@ from exactly_once.schema import CONSUMED, CONSUMING, DISCARDED, KEY_BYTES, UNFIN
 from exactly_once.wording import escaped, probably, storable
 from exactly_once.wording import listed as named
 
-__all__ = ["Chosen", "Requeued", "count", "discard", "listed", "rename", "requeue", "shown"]
+__all__ = [
+    "ChangedMeanwhile",
+    "Chosen",
+    "Requeued",
+    "count",
+    "discard",
+    "ids",
+    "listed",
+    "refuse_settled",
+    "rename",
+    "requeue",
+    "shown",
+]
 
 _IDENTITY: Final = ("id", "state", "consumer_group", "handler", "business_key", "claim_owner", "last_failed_at")
+_CLAIMED: Final = (*_IDENTITY, "message_id", "fingerprint", "attempts", "born_at")
+
+
+class ChangedMeanwhile(Exception):
+    """A failure that was to be discarded is no longer as it was chosen. Its claim is written already: roll back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +59,8 @@ class Chosen:
     error_class: str | None = None
     key: str | None = None
     states: Sequence[str] = OPEN
+    part: Sequence[int] = ()
+    """Those among them, by id, that one transaction is about; else all."""
 
     def __post_init__(self) -> None:
         for state in self.states:
@@ -56,6 +76,8 @@ class Chosen:
         narrow: list[ColumnElement[bool]] = [t.c.consumer_group == self.group, t.c.state.in_(self.states)]
         if self.ids:
             narrow.append(t.c.id.in_(self.ids))
+        if self.part:
+            narrow.append(t.c.id.in_(self.part))
         if self.handler is not None:
             narrow.append(t.c.handler == self.handler)
         if self.error_class is not None:
@@ -82,6 +104,13 @@ def count(connection: Connection, tables: Tables, chosen: Chosen) -> int:
     ).scalar_one()
 
 
+def ids(connection: Connection, tables: Tables, chosen: Chosen) -> Sequence[int]:
+    """Return their ids, oldest first."""
+    t = tables.failure
+    found = select(t.c.id).where(chosen.where(connection, t)).order_by(t.c.id)
+    return connection.execute(all_rows(found, connection.dialect.name)).scalars().all()
+
+
 def shown(connection: Connection, tables: Tables, group: str, id_: int) -> Row[Any] | None:
     """Return one failure, whole, in whichever state."""
     t = tables.failure
@@ -101,8 +130,28 @@ class Requeued:
     """Broken ones that would have matched, and were not named."""
 
 
+def refuse_settled(chosen: Chosen) -> None:
+    """Refuse to requeue what is settled.
+
+    Raises:
+        ConfigurationError: A settled state was chosen: its claim stands, so it would not run.
+    """
+    if settled := [state for state in chosen.states if state in CLOSED]:
+        raise ConfigurationError(
+            f"What is {' or '.join(settled)} cannot be requeued: its key counts as consumed, so it would pass for a"
+            " duplicate. Have the producer send it under another key."
+        )
+
+
 def requeue(
-    connection: Connection, tables: Tables, chosen: Chosen, *, by: str, why: str | None, per_second: float | None
+    connection: Connection,
+    tables: Tables,
+    chosen: Chosen,
+    *,
+    by: str,
+    why: str | None,
+    per_second: float | None,
+    later: float = 0.0,
 ) -> Requeued:
     """Let the pump run these again, oldest first.
 
@@ -115,15 +164,12 @@ def requeue(
         by: Who decided.
         why: For what reason.
         per_second: At most so many a second fall due, by the server's clock; None is all at once.
+        later: In so many seconds the first of them falls due.
 
     Raises:
         ConfigurationError: A settled state was chosen: its claim stands, so it would not run.
     """
-    if settled := [state for state in chosen.states if state in CLOSED]:
-        raise ConfigurationError(
-            f"What is {' or '.join(settled)} cannot be requeued: its key counts as consumed, so it would pass for a"
-            " duplicate. Have the producer send it under another key."
-        )
+    refuse_settled(chosen)
     t = tables.failure
     broken_too = bool(chosen.ids) or tuple(chosen.states) != OPEN
     meant = select(*(t.c[name] for name in _IDENTITY)).where(chosen.where(connection, t)).order_by(t.c.id)
@@ -141,30 +187,43 @@ def requeue(
                 row.claim_owner,
                 until=row.last_failed_at,
             )
-    for number, row in enumerate(wanted):
-        due = utcnow(number / per_second) if per_second else utcnow()
-        connection.execute(
-            update(t)
-            .where(t.c.id == row.id)
-            .values(state="requeued", next_attempt_at=due, **_decided(connection, by, why))
-        )
+    decided = {"state": "requeued", **_decided(connection, by, why)}
+    if per_second is None:
+        _write(connection, t, [row.id for row in wanted], decided | {"next_attempt_at": utcnow()})
+    else:
+        for number, row in enumerate(wanted):
+            _write(connection, t, [row.id], decided | {"next_attempt_at": utcnow(later + number / per_second)})
     return Requeued(count=len(wanted), broken=len(broken), left_out=len(rows) - len(wanted))
 
 
 def discard(connection: Connection, tables: Tables, chosen: Chosen, *, by: str, why: str | None) -> int:
-    """Settle these for good, and return how many: they do not run again, and neither does another copy of them."""
+    """Settle these for good, and return how many: they do not run again, and neither does another copy of them.
+
+    The claims come first and the failures after them, in the order in which a run of the message writes both: the other way
+    round each would wait for the other.
+
+    Raises:
+        ChangedMeanwhile: One of them was processed, or decided by somebody else, while this waited for its claim.
+    """
     t = tables.failure
-    meant = select(t).where(chosen.where(connection, t)).order_by(t.c.id).with_for_update()
+    meant = select(*(t.c[name] for name in _CLAIMED)).where(chosen.where(connection, t))
     rows = connection.execute(all_rows(meant, connection.dialect.name)).all()
-    for row in rows:
-        if row.business_key is not None:
-            _claim(connection, tables.idempotent, row)
-        connection.execute(
-            update(t)
-            .where(t.c.id == row.id)
-            .values(state="discarded", next_attempt_at=None, **_decided(connection, by, why))
-        )
-    return len(rows)
+    # by key, as groups of messages claim
+    for row in sorted((row for row in rows if row.business_key is not None), key=lambda row: row.business_key.encode()):
+        _claim(connection, tables.idempotent, row)
+    found = [row.id for row in rows]
+    if not found:
+        return 0
+    still = select(t.c.id).where(t.c.id.in_(found), chosen.where(connection, t)).order_by(t.c.id).with_for_update()
+    if len(connection.execute(all_rows(still, connection.dialect.name)).all()) != len(found):
+        raise ChangedMeanwhile
+    _write(connection, t, found, {"state": "discarded", "next_attempt_at": None, **_decided(connection, by, why)})
+    return len(found)
+
+
+def _write(connection: Connection, t: Table, ids_: Sequence[int], values: Mapping[str, Any]) -> None:
+    if ids_:
+        connection.execute(update(t).where(t.c.id.in_(ids_)).values(values))
 
 
 def _claim(connection: Connection, claims: Table, row: Row[Any]) -> None:
