@@ -11,7 +11,6 @@ in production. Values are checked here, nothing is opened. Called by the facade 
 """
 
 import os
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,12 +22,12 @@ from exactly_once.handler import Plan
 from exactly_once.policy import Retry
 from exactly_once.redaction import redacted
 from exactly_once.settings import SECRET, SETTINGS
+from exactly_once.settings_file import CONFIG_VARIABLE, settings_table, told
 from exactly_once.wording import escaped, listed, probably
 
 __all__ = ["Config", "HandlerSettings", "Setting", "load", "redacted"]
 
 PREFIX: Final = "EXACTLY_ONCE_"
-CONFIG_VARIABLE: Final = "EXACTLY_ONCE_CONFIG"
 TEST_PREFIX: Final = "EXACTLY_ONCE_TEST_"  # read by exactly_once.testing, not by us
 NO_SETTINGS: Final = frozenset(
     {
@@ -145,7 +144,8 @@ def load(
         directory: Where to look for pyproject.toml, and in the folders above; the current one by default.
 
     Raises:
-        ConfigurationError: A name is unknown, a value is wrong, or a named file cannot be read.
+        ConfigurationError: A name is unknown, a value is wrong, a named file cannot be read, or one that was found is another
+            user's.
 
     Example:
         >>> load(environ={"EXACTLY_ONCE_GROUP": "inventory"}, directory="/").group
@@ -157,7 +157,7 @@ def load(
     _known(given, SETTINGS, "the program's settings")
     for name, value in given.items():
         found[name] = Setting(_checked(name, value, f"{name}= in the program"), "code")
-    table, path = _table(config or variables.get(CONFIG_VARIABLE) or None, Path(directory or Path.cwd()))
+    table, path = settings_table(config or variables.get(CONFIG_VARIABLE) or None, Path(directory or Path.cwd()))
     handlers = _handlers(table.pop("handlers", {}), path)
     found |= _layer(table, _file_names(), f"file {path}", "{source}, {name}", relative_to=path.parent)
     ours = {name: value for name, value in variables.items() if name.startswith(PREFIX) and name not in NO_SETTINGS}
@@ -204,7 +204,7 @@ def _secret(path: Path, where: str) -> str:
     try:
         return path.read_text(encoding="utf-8").strip()  # editors and `echo` end a file with a newline
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{where} names the file {path}, which cannot be read: {_told(error)}") from error
+        raise ConfigurationError(f"{where} names the file {path}, which cannot be read: {told(error)}") from error
 
 
 def _checked(name: str, value: object, where: str) -> Any:
@@ -217,41 +217,6 @@ def _checked(name: str, value: object, where: str) -> Any:
         raise ConfigurationError(f"{where}:{shown} is not valid: {error}") from None
     except ConfigurationError as error:
         raise ConfigurationError(f"{where}: {error}") from error
-
-
-def _table(named: str | Path | None, directory: Path) -> tuple[dict[str, Any], Path]:
-    """The settings in the file, and the file: the one that is named, else the nearest pyproject.toml."""
-    if named is not None:
-        path = Path(named)
-        content = _toml(path)
-        inner = _section(content, path)
-        if inner is None and path.name != "pyproject.toml":
-            inner = content
-        return dict(inner or {}), path
-    for folder in (directory.absolute(), *directory.absolute().parents):
-        path = folder / "pyproject.toml"
-        if path.is_file():
-            return dict(_section(_toml(path), path) or {}), path
-    return {}, directory / "pyproject.toml"
-
-
-def _section(content: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None:
-    tool = content.get("tool", {})
-    section = tool.get("exactly_once", tool.get("exactly-once")) if isinstance(tool, Mapping) else None
-    if section is not None and not isinstance(section, Mapping):
-        raise ConfigurationError(f"{path}: [tool.exactly_once] must be a table")
-    return section
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
-        raise ConfigurationError(f"the settings file {path} cannot be read: {_told(error)}") from error
-
-
-def _told(error: Exception) -> str:
-    return (error.strerror or type(error).__name__) if isinstance(error, OSError) else escaped(str(error), 200)
 
 
 def _handlers(given: object, path: Path) -> dict[str, HandlerSettings]:

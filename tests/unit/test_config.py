@@ -1,5 +1,7 @@
 """Settings: which value holds, where it came from, and that secrets are not printed."""
 
+import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import make_url
 
+from exactly_once import settings_file
 from exactly_once.config import Config, load, redacted
 from exactly_once.errors import ConfigurationError
 from exactly_once.handler import Plan, plan
@@ -212,6 +215,65 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
 def test_a_pyproject_of_another_program_is_no_error(tmp_path: Path) -> None:
     project(tmp_path, '[tool.other]\ngroup = "x"\n')
     assert read(tmp_path).group.value is None
+
+
+@pytest.fixture
+def another_users(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], int]:
+    """Gives a file to another user; where only root may, who runs the program becomes another one."""
+
+    def give(path: Path) -> int:
+        if os.geteuid() == 0:
+            os.chown(path, 4711, -1)
+        else:
+            me = os.geteuid()
+            monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+        return path.stat().st_uid
+
+    return give
+
+
+@pytest.mark.parametrize("below", ["", "job/of/mine"])
+def test_a_pyproject_of_another_user_that_was_found_is_refused(
+    tmp_path: Path, below: str, another_users: Callable[[Path], int]
+) -> None:
+    tmp_path.chmod(0o1777)  # as /tmp is
+    path = project(tmp_path, '[tool.exactly_once]\nimports = ["evil"]\ngroup = "theirs"\n')
+    owner = another_users(path)
+    folder = tmp_path / below
+    folder.mkdir(parents=True, exist_ok=True)
+    said = refused(folder, code={"group": "mine"})
+    assert f"{path} belongs to another user (uid {owner};" in said
+    assert f"EXACTLY_ONCE_CONFIG={path}" in said
+    assert read(folder, {"EXACTLY_ONCE_CONFIG": str(path)}).group.value == "theirs"
+
+
+def test_a_pyproject_of_another_user_that_says_nothing_to_us_is_no_error(
+    tmp_path: Path, another_users: Callable[[Path], int]
+) -> None:
+    another_users(project(tmp_path, '[tool.other]\ngroup = "x"\n'))
+    assert read(tmp_path, code={"group": "mine"}).group.value == "mine"
+
+
+@pytest.mark.parametrize(
+    ("owner", "me", "sudo", "trusted"),
+    [
+        (1000, 1000, None, True),
+        (0, 1000, None, True),  # installed by root, as images are
+        (1001, 1000, None, False),
+        (1001, 0, None, False),
+        (1001, 0, "1001", True),
+        (1001, 0, "1000", False),
+        (1001, 1000, "1001", False),  # the variable of an ordinary user proves nothing
+    ],
+)
+def test_whose_settings_are_believed(
+    monkeypatch: pytest.MonkeyPatch, owner: int, me: int, sudo: str | None, trusted: bool
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: me)
+    monkeypatch.delenv("SUDO_UID", raising=False)
+    if sudo is not None:
+        monkeypatch.setenv("SUDO_UID", sudo)
+    assert settings_file._is_trusted(owner) is trusted
 
 
 def reserve(message: Message) -> None: ...
