@@ -10,10 +10,12 @@ Code says what a program is, settings where it runs; a handler's topic, tag, ret
 in production. Values are checked here, nothing is opened. Called by the facade and the command line, never at import.
 """
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
@@ -21,11 +23,14 @@ from exactly_once.errors import ConfigurationError
 from exactly_once.handler import Plan
 from exactly_once.policy import Retry
 from exactly_once.redaction import redacted
+from exactly_once.service_links import service_links
 from exactly_once.settings import SECRET, SETTINGS
 from exactly_once.settings_file import CONFIG_VARIABLE, settings_table, told
 from exactly_once.wording import escaped, listed, probably
 
 __all__ = ["Config", "HandlerSettings", "Setting", "load", "redacted"]
+
+_log = logging.getLogger("exactly_once.config")
 
 PREFIX: Final = "EXACTLY_ONCE_"
 TEST_PREFIX: Final = "EXACTLY_ONCE_TEST_"  # read by exactly_once.testing, not by us
@@ -162,11 +167,25 @@ def load(
     found |= _layer(table, _file_names(), f"file {path}", "{source}, {name}", relative_to=path.parent)
     ours = {name: value for name, value in variables.items() if name.startswith(PREFIX) and name not in NO_SETTINGS}
     ours = {name: value for name, value in ours.items() if not name.startswith(TEST_PREFIX) and value != ""}
+    if links := service_links(ours, PREFIX):
+        _say_ignored(links)
+        ours = {name: value for name, value in ours.items() if name not in links}
     by_variable = {PREFIX + name.upper(): target for name, target in _file_names().items()}
     found |= _layer(ours, by_variable, "environment", "{source} {name}", relative_to=Path())
     every = {name: found.get(name, Setting(default, DEFAULT)) for name, (_, default) in SETTINGS.items()}
     every["drain_timeout"] = every.pop("drain_timeout_s")
     return Config(**every, handlers=handlers)
+
+
+@lru_cache
+def _say_ignored(links: tuple[str, ...]) -> None:
+    """Say it once in a process, however many applications it has."""
+    _log.warning(
+        "settings: %s %s left out: Kubernetes sets such variables in each pod for a Service of that name. They are no settings;"
+        " enableServiceLinks: false in the pod's spec keeps them away.",
+        listed(links, most=3),
+        "is" if len(links) == 1 else "are",
+    )
 
 
 def _file_names() -> dict[str, str]:

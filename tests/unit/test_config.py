@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import make_url
 
+from exactly_once import config as config_module
 from exactly_once import settings_file
 from exactly_once.config import Config, load, redacted
 from exactly_once.errors import ConfigurationError
@@ -215,6 +216,52 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
 def test_a_pyproject_of_another_program_is_no_error(tmp_path: Path) -> None:
     project(tmp_path, '[tool.other]\ngroup = "x"\n')
     assert read(tmp_path).group.value is None
+
+
+LINKS = {
+    "EXACTLY_ONCE_SERVICE_HOST": "10.0.0.11",
+    "EXACTLY_ONCE_SERVICE_PORT": "80",
+    "EXACTLY_ONCE_SERVICE_PORT_HEALTH_CHECK": "8080",
+    "EXACTLY_ONCE_PORT": "tcp://10.0.0.11:80",
+    "EXACTLY_ONCE_PORT_80_TCP": "tcp://10.0.0.11:80",
+    "EXACTLY_ONCE_PORT_80_TCP_PROTO": "tcp",
+    "EXACTLY_ONCE_PORT_80_TCP_PORT": "80",
+    "EXACTLY_ONCE_PORT_80_TCP_ADDR": "10.0.0.11",
+    "EXACTLY_ONCE_PORT_53_UDP": "udp://[fd00::11]:53",
+    # of a Service named exactly-once-redis
+    "EXACTLY_ONCE_REDIS_SERVICE_HOST": "fd00::12",
+    "EXACTLY_ONCE_REDIS_SERVICE_PORT": "6379",
+    "EXACTLY_ONCE_REDIS_PORT": "tcp://[fd00::12]:6379",
+    "EXACTLY_ONCE_REDIS_PORT_6379_TCP_ADDR": "fd00::12",
+}
+
+
+def test_what_kubernetes_says_of_a_service_of_our_name_is_left_out_with_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config_module._say_ignored.cache_clear()
+    config = read(tmp_path, LINKS | {"EXACTLY_ONCE_GROUP": "g"})
+    read(tmp_path, LINKS)
+    assert config.group.value == "g"
+    assert (config.redis.value, config.health.value) == (None, None)
+    (line,) = caplog.messages
+    assert line.startswith(
+        "settings: EXACTLY_ONCE_PORT, EXACTLY_ONCE_PORT_53_UDP, EXACTLY_ONCE_PORT_80_TCP and 10 more"
+    )
+    assert "Kubernetes" in line
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"EXACTLY_ONCE_PORT": "8080"},
+        {"EXACTLY_ONCE_PORT": "http://10.0.0.11:80"},
+        {"EXACTLY_ONCE_HEALTH_HOST": "10.0.0.11"},
+        {"EXACTLY_ONCE_PORT_80": "80"},
+    ],
+)
+def test_what_a_person_wrote_is_still_an_error(tmp_path: Path, wrong: dict[str, str]) -> None:
+    assert f"there is no setting '{next(iter(wrong))}'" in refused(tmp_path, LINKS | wrong)
 
 
 @pytest.fixture
