@@ -1,9 +1,14 @@
-"""URLs without their secrets, for logs, errors and `exactly-once handlers`. Pure."""
+"""URLs without their secrets, for logs, errors and `exactly-once handlers`; and drivers' words without them.
+
+A password with an `@` that was not escaped is cut in two by whoever reads the URL: the driver takes the rest for a host, and says
+that there is none of that name. Such secrets are remembered, each part of them, and struck out of what drivers say.
+"""
 
 import re
 from typing import Final, Protocol
+from urllib.parse import unquote
 
-__all__ = ["redacted"]
+__all__ = ["redacted", "remember", "struck"]
 
 HIDDEN: Final = "***"
 # sslkey= and the like name files; every other "key" in a query is treated as a secret
@@ -11,10 +16,20 @@ _SECRET_NAME: Final = re.compile(
     r"pass|pwd|secret|token|credential|signature|private|(?<!ssl)(?<!ssl_)(?<!ssl-)(?<!tls)(?<!tls_)key|^sk$|^ak$",
     re.IGNORECASE,
 )
+# where a URL is cut by whoever reads it
+_CUTS: Final = re.compile(r"[@:/?#&=\[\],]")
+_SHORT: Final = 4
+"""A part of fewer characters is struck where it stands alone: else each sentence would lose its letters."""
+_remembered: set[str] = set()
 
 
 class _Url(Protocol):
     """SQLAlchemy's URL, which knows of the password in its place and of none in the query."""
+
+    @property
+    def database(self) -> str | None: ...
+    @property
+    def password(self) -> str | None: ...
 
     def render_as_string(self, hide_password: bool) -> str: ...
 
@@ -29,24 +44,81 @@ def redacted(url: str | _Url) -> str:
         >>> redacted("rocketmq4://me:pa@ss@ns1:9876,ns2:9876?namespace=eu&secret_key=x")
         'rocketmq4://me:***@ns1:9876,ns2:9876?namespace=eu&secret_key=***'
     """
-    text = url if isinstance(url, str) else url.render_as_string(hide_password=False)
+    text = _text_of(url)
     scheme, separator, rest = text.partition("://")
     if not separator:
-        return text
-    userinfo, at, after = rest.rpartition("@")
-    user, colon, _ = userinfo.partition(":")
+        userinfo, at, place = text.rpartition("@")
+        user, colon, _ = userinfo.partition(":")
+        return f"{user}:{HIDDEN}@{place}" if at and colon else text
     # the last @ of all, even behind a "?": a password may hold an unescaped one. A file has a path and no password.
-    if at and colon and not rest.startswith("/"):
-        scheme, rest = f"{scheme}://{user}:{HIDDEN}", f"@{after}"
+    if _secret_of(rest):
+        user = rest.partition(":")[0]
+        scheme, rest = f"{scheme}://{user}:{HIDDEN}", f"@{rest.rpartition('@')[2]}"
     else:
         scheme = f"{scheme}://"
     head, question, query = rest.partition("?")
     return f"{scheme}{head}{question}{_without_secrets(query)}"
 
 
+def remember(url: str | _Url, read: str | None) -> None:
+    """Keep a secret of this URL for `struck`, unless it was read as it is meant.
+
+    Args:
+        url: As it was written, or as it was read.
+        read: What was taken for its password.
+    """
+    secret = _secret_of(_text_of(url).partition("://")[2])
+    if secret and unquote(secret) != read:
+        for text in (secret, unquote(secret)):
+            _remembered.update(filter(None, (text, *_CUTS.split(text))))
+
+
+def struck(text: str) -> str:
+    """Return what a driver says, without any part of the secrets that were misread.
+
+    Example:
+        >>> remember("postgresql://me:pa@ss@db/shop", "pa")
+        >>> struck("failed to resolve host 'ss@db'")
+        "failed to resolve host '***@db'"
+    """
+    for part in sorted(_remembered, key=len, reverse=True):
+        for form in {part, repr(part)[1:-1]}:  # as drivers quote
+            alone = rf"(?<!\w){re.escape(form)}(?!\w)"
+            text = text.replace(form, HIDDEN) if len(form) >= _SHORT else re.sub(alone, HIDDEN, text)
+    return text
+
+
+def _text_of(url: str | _Url) -> str:
+    if isinstance(url, str):
+        return url
+    text = url.render_as_string(hide_password=False)
+    # what was read as a database's name may be a part of the password, and is rendered with %40
+    if url.database and "@" in url.database and "://" in text and not text.partition("://")[2].startswith("/"):
+        head, _, query = text.partition("?")
+        text = f"{unquote(head) if url.password is None else _unquoted_path(head)}{'?' if query else ''}{query}"
+    return text
+
+
+def _unquoted_path(head: str) -> str:
+    """Return a URL up to its query with its path as it is meant; user and password stay as they are written."""
+    userinfo, at, place = head.partition("@")
+    return f"{userinfo}{at}{unquote(place)}"
+
+
+def _secret_of(rest: str) -> str:
+    """Return what stands for a password behind `://`, as written; too much of it rather than too little."""
+    userinfo, _, _ = rest.rpartition("@")
+    return "" if rest.startswith("/") else userinfo.partition(":")[2]
+
+
 def _without_secrets(query: str) -> str:
-    hidden = []
+    hidden: list[str] = []
+    secret = False
     for pair in query.split("&"):
         name, equals, _ = pair.partition("=")
-        hidden.append(f"{name}={HIDDEN}" if equals and _SECRET_NAME.search(name) else pair)
+        if equals:
+            secret = bool(_SECRET_NAME.search(name))
+            hidden.append(f"{name}={HIDDEN}" if secret else pair)
+        elif not secret:  # else it is the rest of a secret that holds an unescaped &
+            hidden.append(pair)
     return "&".join(hidden)

@@ -12,13 +12,14 @@ from time import time
 from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
-from sqlalchemy import URL, Connection, Engine, NullPool, StaticPool, Table, create_engine, insert, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy import URL, Connection, Engine, NullPool, StaticPool, Table, create_engine, insert
+from sqlalchemy.exc import NoSuchModuleError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import reset_none
 
 from exactly_once import loops
 from exactly_once.characters import narrow, utf8_args
+from exactly_once.database_url import database_url
 from exactly_once.dialects import ClaimRow, Dialect, Trouble, dialect_for
 from exactly_once.dialects.firsthand import is_firsthand, kept_firsthand, moment, watch_pool
 from exactly_once.dialects.place import as_sessions_begin, schema_in
@@ -32,7 +33,7 @@ from exactly_once.guards.watch import HOME, elsewhere
 from exactly_once.interrupted import interrupted
 from exactly_once.owner import new_owner
 from exactly_once.pooler import prepare_threshold
-from exactly_once.redaction import redacted
+from exactly_once.redaction import redacted, remember, struck
 from exactly_once.schema import CONSUMING, Tables, tables
 from exactly_once.stops import asked_from_outside
 from exactly_once.unreached import unreached
@@ -390,7 +391,7 @@ class Store:
         except Exception as error:
             where = redacted(self.engine.url)
             if is_of_a_database(error):
-                said = escaped(str(original(error)).strip(), 200)
+                said = escaped(struck(str(original(error)).strip()), 200)
                 if dialect.trouble(error) is Trouble.UNAVAILABLE and not dialect.hopeless(error):
                     return f"{where} does not answer ({said})"
                 raise ConfigurationError(
@@ -454,6 +455,7 @@ class Store:
             engine.dispose(close=engine.dialect.is_async is False)
 
     def _watched(self, engine: Engine) -> Engine:
+        remember(engine.url, engine.url.password)
         install(engine)
         watch_pool(engine)
         if (engine.dialect.name, engine.dialect.driver.removesuffix("_async")) == ("postgresql", "psycopg"):
@@ -465,13 +467,7 @@ class Store:
 
     def _url(self, given: Any) -> URL:
         if isinstance(given, (str, URL)):
-            try:
-                return make_url(given)
-            except ArgumentError as error:
-                # its text would repeat the URL, password included
-                raise ConfigurationError(
-                    "The database URL cannot be read. It looks like postgresql+psycopg://user:password@host/name."
-                ) from error
+            return database_url(given)
         bind = getattr(given, "kw", {}).get("bind", given)
         if isinstance(bind, Connection) or hasattr(bind, "sync_connection"):
             raise ConfigurationError(

@@ -16,9 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Final, TypeVar
 
-from sqlalchemy import URL, Connection, Dialect, Engine, create_engine, event, make_url, pool, text
+from sqlalchemy import URL, Connection, Dialect, Engine, create_engine, event, pool, text
 
 from exactly_once.characters import utf8_args
+from exactly_once.database_url import database_url
 from exactly_once.errors import ConfigurationError, SchemaError
 from exactly_once.pooler import IDLE_MS, LINK
 
@@ -61,7 +62,7 @@ def with_connection(database: Database, work: Callable[[Connection], T]) -> T:
             f"{type(database).__name__} is async, and this function is not. Type: "
             "async with engine.connect() as connection: await connection.run_sync(exactly_once.alembic.upgrade)"
         )
-    url = make_url(database)
+    url = database_url(database)
     if url.get_dialect().is_async:
         # in a thread of its own: the caller's thread may be running a loop, and asyncio allows one a thread
         with ThreadPoolExecutor(1) as thread:

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from sqlalchemy import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy import URL
+from sqlalchemy.exc import DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from exactly_once import alembic
 from exactly_once.alembic.lock import with_connection
 from exactly_once.config import Config, load
+from exactly_once.database_url import database_url
 from exactly_once.errors import ConfigurationError, SchemaError
 from exactly_once.installation import to_install
-from exactly_once.redaction import redacted
+from exactly_once.redaction import redacted, struck
 
 __all__ = ["app"]
 
@@ -123,14 +124,9 @@ def _told(database: str | None, schema: str | None) -> tuple[list[URL], str | No
     """The databases and the schema: what the command line says, else the settings."""
     try:
         settings = load()
-        urls = [_kept(make_url(url)) for url in ([database] if database else _urls(settings))]
+        urls = [_kept(database_url(url)) for url in ([database] if database else _urls(settings))]
     except ConfigurationError as error:
         raise typer.BadParameter(str(error)) from error
-    except ArgumentError as error:
-        # the text itself is not repeated: what cannot be read as a URL may still hold a password
-        raise typer.BadParameter(
-            "The database is not a URL that can be read. It looks like postgresql+psycopg://user:password@host:5432/database"
-        ) from error
     return urls, schema or settings.schema.value
 
 
@@ -174,7 +170,7 @@ def _one_paragraph(*, wrong_usage: tuple[type[Exception], ...] = ()) -> Iterator
 def _sentence(error: Exception) -> str:
     match error:
         case DBAPIError():
-            first = str(error.orig).strip().splitlines()[0] if error.orig else type(error).__name__
+            first = struck(str(error.orig).strip()).splitlines()[0] if error.orig else type(error).__name__
             return f"The database refused, or does not answer: {first}. Mend that, then type the command again."
         case NoSuchModuleError():
             return (

@@ -7,6 +7,7 @@ import re
 from typing import Any, Final
 
 from exactly_once.error_words.struck import bound, code_of, shown, without_bound, without_numbers, without_quoted
+from exactly_once.redaction import struck
 
 __all__ = ["DRIVERS", "cause_of", "in_statement", "is_drivers", "of_driver"]
 
@@ -97,7 +98,10 @@ def of_driver(error: BaseException, statement: str | None = None, parameters: An
         statement: The statement's text, where it is known.
         parameters: What was bound to it.
     """
-    error = _drivers_own(error)
+    return struck(_told(_drivers_own(error), statement, parameters))
+
+
+def _told(error: BaseException, statement: str | None, parameters: Any) -> str:
     values = bound(parameters)
     if (args := _mysqls(error)) is not None:
         return _of_mysql(*args, code_of(statement, doubled=True), values)

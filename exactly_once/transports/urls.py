@@ -138,9 +138,13 @@ def parse(url: str, *, options: Iterable[str] = (), secrets: Iterable[str] = (),
 
 def _options(scheme: str, query: str, known: frozenset[str], secrets: frozenset[str]) -> dict[str, str]:
     found: dict[str, str] = {}
+    before = ""
     for part in filter(None, query.split("&")):
-        name, _, text = part.partition("=")
+        name, equals, text = part.partition("=")
         name, text = unquote(name), unquote(text)
+        if not equals and before in secrets:  # the rest of that secret: it is not repeated
+            raise ConfigurationError(f"The option {before} of the {scheme} URL holds an &, which is written %26.")
+        before = name
         from_file = name.endswith("_file") and name.removesuffix("_file") in secrets
         target = name.removesuffix("_file") if from_file else name
         if target not in known:
