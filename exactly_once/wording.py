@@ -1,10 +1,11 @@
 """Small pieces of error sentences: a stranger's text made safe to print or to store, and what was probably meant. Pure."""
 
+import json
 import re
 from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["EVERY", "THREE_BYTES", "escaped", "listed", "probably", "storable"]
+__all__ = ["EVERY", "THREE_BYTES", "escaped", "json_line", "listed", "probably", "storable"]
 
 EVERY: Final = "utf-8"
 """The character set that has every character."""
@@ -25,6 +26,19 @@ def escaped(text: str, limit: int = 60) -> str:
     if not cut.isprintable():
         cut = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
     return cut + "..." if len(text) > limit else cut
+
+
+def json_line(value: object) -> str:
+    """Return JSON in one line for a terminal or a pipe; readable letters of any script stay, what steers a terminal does not.
+
+    JSON itself escapes what is below the blank, and passes what turns the direction of writing, colours or clears.
+
+    Example:
+        >>> json_line({"key": "caf\u00e9 \u202e"})
+        '{"key": "caf\u00e9 \\\\u202e"}'
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def listed(names: Iterable[str], *, most: int = 12) -> str:

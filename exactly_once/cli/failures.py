@@ -1,7 +1,6 @@
 """`exactly-once failures`: what failed and why, and what a person decides about it."""
 
 import getpass
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from exactly_once.failures.decisions import Database, Part
 from exactly_once.failures.triage import Chosen
 from exactly_once.schema import Tables
 from exactly_once.store import Store
-from exactly_once.wording import escaped
+from exactly_once.wording import escaped, json_line
 
 __all__ = ["app"]
 
@@ -77,7 +76,7 @@ def list_(
         total = triage.count(connection, tables, chosen)
     if as_json:
         for row in rows:
-            typer.echo(json.dumps({name: _plain(value) for name, value in row._asdict().items()}, ensure_ascii=False))
+            typer.echo(json_line({name: _plain(value) for name, value in row._asdict().items()}))
         return
     if sys.stdout.isatty():
         _table(rows)

@@ -22,7 +22,7 @@ from exactly_once.keys import check_key, check_name
 from exactly_once.lease_stores import sql_leases
 from exactly_once.leases import LeaseStore
 from exactly_once.schema import STEP_BYTES
-from exactly_once.wording import escaped, listed, probably
+from exactly_once.wording import escaped, json_line, listed, probably
 
 __all__ = ["app"]
 
@@ -51,7 +51,7 @@ def show(
         _nothing(key, app)
     for row, _, seen in found:
         if as_json:
-            typer.echo(json.dumps(_plain(row, seen), ensure_ascii=False))
+            typer.echo(json_line(_plain(row, seen)))
             continue
         typer.echo(f"{escaped(row.handler)}  {escaped(row.key, 255)}  {_state(seen)}")
         for step in seen.steps:

@@ -173,6 +173,18 @@ def test_what_a_person_discarded_does_not_run_when_the_producer_sends_it_again(s
     assert shop.orders() == []
 
 
+def test_json_steers_no_terminal_and_is_the_same_text(shop: Shop) -> None:
+    key = "鑫-\x9b31m\u202egro\u2066\u200b\u2028\x7f\U000e0041é"
+    body = json.dumps({"topic": "orders", "body": {"order_no": key}, "message_id": key}) + "\n"
+    (shop.folder / "shop.py").write_text(SHOP.replace('== "bad"', "!= 0"))
+    shop("process", "-", "-a", "shop:eo", stdin=body)
+    (line,) = shop("failures", "list", "--json", "-g", "cli").stdout.splitlines()
+    assert line.isprintable()
+    assert "鑫-" in line
+    assert "é" in line
+    assert json.loads(line)["business_key"] == key
+
+
 def test_requeue_at_a_rate_spreads_the_times_over_the_servers_clock(shop: Shop) -> None:
     records = "".join(
         json.dumps({"topic": "orders", "body": {"no": n}, "message_id": f"m{n}"}) + "\n" for n in range(5)

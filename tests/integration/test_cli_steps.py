@@ -79,11 +79,13 @@ def test_a_person_looks_resolves_and_requeues_and_nothing_is_repeated(desk: Desk
     assert "--result is not JSON" in desk.command("steps", "resolve", "A-1", "charge", "--result", "paid", *app, code=2)
     wrong = desk.command("steps", "resolve", "A-1", "charg", "--result", "1", *app, code=2)
     assert "no record of a step 'charg'. Did you mean 'charge'?" in wrong
-    assert "failures requeue" in desk.command("steps", "resolve", "A-1", "charge", "--result", '"paid"', *app)
-    assert json.loads(desk.command("steps", "show", "A-1", "--json", *app))["steps"][1]["result"] == "paid"
+    assert "failures requeue" in desk.command("steps", "resolve", "A-1", "charge", "--result", '"paid\u202e"', *app)
+    told = desk.command("steps", "show", "A-1", "--json", *app).strip()
+    assert json.loads(told)["steps"][1]["result"] == "paid\u202e"
+    assert told.isprintable(), "it would turn the direction of the terminal's line"
     desk.command("failures", "requeue", "--key", "A-1")
     desk.types("-c", "import shop\nwith shop.eo.worker('memory://desk') as worker: worker.drain()")
-    assert desk.calls == ["lock", "mail paid"]
+    assert desk.calls == ["lock", "mail paid\u202e"]
     assert "consumed" in desk.command("steps", "show", "A-1", *app)
     refused = desk.command("steps", "resolve", "A-1", "charge", "--result", "1", *app, code=1)
     assert "Nothing was recorded: 'A-1' of checkout is consumed" in refused
