@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from threading import Event
@@ -16,11 +17,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from sqlalchemy.orm import Session
 
+from exactly_once import ExactlyOnce, keys
+from exactly_once.alembic import upgrade
 from exactly_once.errors import ConfigurationError, TransportError
 from exactly_once.message import Message
 from exactly_once.testing.child import wait_until
-from exactly_once.transport import Consumer, Delivery, Receipt, Subscription, Surroundings, Transport
+from exactly_once.transport import Away, Consumer, Delivery, Receipt, Subscription, Surroundings, Transport
 from exactly_once.transports import transport_from
 from exactly_once.transports.rocketmq4.admin import Admin
 from exactly_once.transports.rocketmq4.checks import fix_starting_points
@@ -28,6 +32,7 @@ from exactly_once.transports.rocketmq4.messages import Names
 from exactly_once.verdict import Ack, Redeliver
 from tests.services.rocketmq import ROOT, RocketMQ
 from tests.services.rocketmq4_client import need_client, shares
+from tests.services.rocketmq_admin import Admin as ServerAdmin
 
 ENDLESS = 2147483647
 BINARY = b"a\0b\xff\0"
@@ -636,6 +641,79 @@ def test_the_second_name_server_is_asked_when_the_first_does_not_answer(place: P
     assert len(take(consumers[0], 1)) == 1
     producer.close()
     leave(consumers)
+
+
+def test_a_topic_without_a_route_is_an_outage_until_a_broker_has_said_that_it_has_none(place: Place) -> None:
+    """A name server forgets the topics of a broker that restarts: whoever starts then must wait, and stop for nothing."""
+    server, subscription = place.server, [Subscription(place.topic)]
+    server.kill_proxy()
+    try:
+        names = Admin([server.name_server])
+        wait_until(lambda: not names.queues(place.topic), what="the name server forgets the topic", patience_s=30)
+        away = list(place.transport().check(place.group, subscription))
+    finally:
+        server.start()
+    back = list(place.transport().check(place.group, subscription))
+    missing = list(place.transport().check(place.group, [Subscription("never-made")]))
+    assert [type(problem) for problem in away] == [Away]
+    assert "no broker" in away[0]
+    assert "mqadmin clusterList" in away[0]
+    assert back == []
+    assert [type(problem) for problem in missing] == [str]
+    assert "topic never-made does not exist" in missing[0]
+
+
+def test_a_name_server_that_has_just_started_does_not_speak_for_the_others(place: Place) -> None:
+    """Each name server hears from each broker every 30 s: a new one knows no topic for so long."""
+    young = RocketMQ()
+    try:
+        young.start_name_server()
+        both = f"rocketmq4://{young.name_server},{place.server.name_server}"
+        together = list(transport_from(both, Surroundings()).check(place.group, [Subscription(place.topic)]))
+        alone = transport_from(f"rocketmq4://{young.name_server}", Surroundings())
+        [problem] = alone.check(place.group, [Subscription(place.topic)])
+    finally:
+        young.stop()
+    assert together == []
+    assert isinstance(problem, Away)
+
+
+def test_a_topic_that_only_the_broker_knows_yet_is_waited_for(place: Place) -> None:
+    with ServerAdmin(place.server.name_server) as names:
+        names.delete_route(place.topic)
+    [problem] = place.transport().check(place.group, [Subscription(place.topic)])
+    assert isinstance(problem, Away)
+    assert f"broker-a has the topic {place.topic}" in problem
+
+
+def test_a_worker_started_while_the_only_broker_restarts_waits_and_then_works(place: Place, tmp_path: Path) -> None:
+    server, done = place.server, Event()
+    database = f"sqlite:///{tmp_path / 'shop.db'}"
+    upgrade(database)
+    eo = ExactlyOnce(database, group=place.group)
+
+    @eo.handler(place.topic, key=keys.message_key())
+    def handle(session: Session, message: Message) -> None:
+        done.set()
+
+    server.kill_proxy()
+    try:
+        names = Admin([server.name_server])
+        wait_until(lambda: not names.queues(place.topic), what="the name server forgets the topic", patience_s=30)
+        with ThreadPoolExecutor(1) as pool:
+            worker = eo.worker(f"rocketmq4://{server.name_server}")
+            starting = pool.submit(worker.start)
+            sleep(12)  # longer than what a server that is up and refuses is given
+            assert not starting.done()
+            server.start()
+            starting.result(60)
+    finally:
+        server.start()
+    try:
+        place.send(b"{}", key="K-1")
+        assert done.wait(60)
+    finally:
+        worker.stop()
 
 
 def test_a_foreign_producer_s_properties_are_read_by_name(place: Place) -> None:

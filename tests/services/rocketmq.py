@@ -186,6 +186,12 @@ class RocketMQ:
             self.kill()
             raise
 
+    def start_name_server(self) -> None:
+        """Start the name server alone: it knows no broker."""
+        lib = fetch_jars()
+        self._write_configuration()
+        self._start_name_server(lib)
+
     def stop(self) -> None:
         """End both processes; a temporary directory is deleted."""
         self.kill()

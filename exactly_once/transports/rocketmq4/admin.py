@@ -28,12 +28,15 @@ GET_MAX_OFFSET: Final = 30
 GET_CONSUMERS_OF_GROUP: Final = 38
 UNLOCK_QUEUES: Final = 42
 GET_ROUTE_BY_TOPIC: Final = 105
+GET_BROKERS: Final = 106
 # not 352, which asks for one group: a broker that makes groups by itself makes it then, with its own defaults
 GET_ALL_GROUPS: Final = 201
+GET_TOPIC_CONFIG: Final = 351
 
 SUCCESS: Final = 0
 TOPIC_UNKNOWN: Final = 17
 OFFSET_UNKNOWN: Final = 22
+READABLE: Final = 4  # a bit of a topic's permissions
 TIMEOUT_S: Final = 3.0
 VERSION: Final = 500  # any that knows JSON headers; the server adapts to nothing else here
 
@@ -75,26 +78,57 @@ class Admin:
         self._keys = keys
 
     def queues(self, topic: str) -> Sequence[Queue]:
-        """Return the topic's queues that can be read; none if the name servers do not know the topic.
+        """Return the topic's queues that can be read; none if no name server that answers knows the topic.
 
         Raises:
             TransportError: No name server answers.
         """
+        fields = {"topic": topic, "acceptStandardJsonOnly": "true"}
+        routes = (_json(reply.body) for reply in self._named(GET_ROUTE_BY_TOPIC, fields))
+        return next((found for route in routes if (found := list(_queues(topic, route)))), [])
+
+    def brokers(self) -> Mapping[str, str | None]:
+        """Return the address of each broker's master, or None where the name servers know only its slaves.
+
+        A broker that is away is not named: name servers forget it as its connection ends.
+
+        Raises:
+            TransportError: No name server answers.
+        """
+        found: dict[str, str | None] = {}
+        for reply in self._named(GET_BROKERS, {}):
+            for name, broker in (_json(reply.body).get("brokerAddrTable") or {}).items():
+                found[name] = broker["brokerAddrs"].get("0") or found.get(name)
+        return found
+
+    def has_readable(self, address: str, topic: str) -> bool:
+        """Return whether a broker has the topic, readable; one that does not tell has not."""
+        try:
+            return bool(
+                int(_json(self._ask(address, GET_TOPIC_CONFIG, {"topic": topic}).body).get("perm", 0)) & READABLE
+            )
+        except Refused:
+            return False
+
+    def _named(self, code: int, fields: Mapping[str, str]) -> Iterator[_Reply]:
+        """Yield what each name server answers that is up; those that do not know the topic yield nothing."""
         failed: Exception | None = None
+        answered = False
         for address in self._name_servers:
             try:
-                reply = self._ask(address, GET_ROUTE_BY_TOPIC, {"topic": topic, "acceptStandardJsonOnly": "true"})
+                reply = self._ask(address, code, fields)
             except Refused as error:
-                if error.code == TOPIC_UNKNOWN:
-                    return []
+                answered = answered or error.code == TOPIC_UNKNOWN
                 failed = error
             except (OSError, TransportError) as error:
                 failed = error
             else:
-                return list(_queues(topic, _json(reply.body)))
-        raise TransportError(
-            f"No RocketMQ name server answers at {', '.join(self._name_servers)}: {failed}"
-        ) from failed
+                answered = True
+                yield reply
+        if not answered:
+            raise TransportError(
+                f"No RocketMQ name server answers at {', '.join(self._name_servers)}: {failed}"
+            ) from failed
 
     def group(self, address: str, group: str) -> Mapping[str, Any] | None:
         """Return a group's settings on one broker, or None where it has none."""
@@ -196,6 +230,6 @@ def _queues(topic: str, route: Mapping[str, Any]) -> Iterator[Queue]:
     masters = {broker["brokerName"]: broker["brokerAddrs"].get("0") for broker in route.get("brokerDatas") or []}
     for part in route.get("queueDatas") or []:
         address = masters.get(part["brokerName"])
-        if address and part["perm"] & 4:  # readable
+        if address and part["perm"] & READABLE:
             for number in range(part["readQueueNums"]):
                 yield Queue(topic, part["brokerName"], number, address)

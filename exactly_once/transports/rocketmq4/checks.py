@@ -36,10 +36,7 @@ def problems(
             yield Away(f"{error}. Start it, or correct the hosts of the rocketmq4:// URL.")
             return
         if not queues:
-            yield (
-                f"The RocketMQ topic {topic} does not exist, or cannot be read. Type: "
-                f"mqadmin updateTopic -n '{servers}' -c CLUSTER -t '{topic}' (CLUSTER as in mqadmin clusterList)"
-            )
+            yield _no_route(admin, servers, topic)
         brokers.update({queue.broker: queue.address for queue in queues})
     wanted = names.outside(group)
     for broker, address in sorted(brokers.items()):
@@ -51,6 +48,41 @@ def problems(
             yield Away(f"The RocketMQ broker {broker} at {address} does not answer: {error}. Start it.")
         else:
             yield from _group_problems(servers, broker, address, wanted, settings)
+
+
+def _no_route(admin: Admin, servers: str, topic: str) -> str:
+    """Say what it means that no name server knows where to read the topic.
+
+    A name server knows a topic only from the brokers that are up: it forgets those of one that restarts, and a new name
+    server hears from each within 30 s. So it is a missing topic when the brokers say so, and an outage until then.
+    """
+    try:
+        brokers = admin.brokers()
+    except TransportError as error:
+        return Away(f"{error}. Start it, or correct the hosts of the rocketmq4:// URL.")
+    if not brokers:
+        return Away(
+            f"The RocketMQ name server at {servers} knows no broker yet, and so no topic {topic}. A broker that restarts"
+            f" registers by itself; look with: mqadmin clusterList -n '{servers}'"
+        )
+    for broker, address in sorted(brokers.items()):
+        if address is None:
+            return Away(
+                f"The RocketMQ name server knows only slaves of the broker {broker}, and no place to read topic {topic}."
+                " Start its master."
+            )
+        try:
+            has = admin.has_readable(address, topic)
+        except (OSError, TransportError) as error:
+            return Away(f"The RocketMQ broker {broker} at {address} does not answer: {error}. Start it.")
+        if has:
+            return Away(
+                f"The RocketMQ broker {broker} has the topic {topic}, and the name server does not know it yet."
+            )
+    return (
+        f"The RocketMQ topic {topic} does not exist, or cannot be read. Type: "
+        f"mqadmin updateTopic -n '{servers}' -c CLUSTER -t '{topic}' (CLUSTER as in mqadmin clusterList)"
+    )
 
 
 def _group_problems(
