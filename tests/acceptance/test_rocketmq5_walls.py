@@ -633,6 +633,88 @@ def test_what_can_never_be_sent_is_refused_with_the_way_out(broker: Broker) -> N
     assert "closed" in str(closed)
 
 
+def test_messages_without_a_key_or_a_delay_share_requests_and_each_is_received_as_it_was_sent(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = requests_of(monkeypatch)
+    (topic, group), (other, _) = broker.names(), broker.names()
+    sent = [
+        Message(topic, b"body-%d\0\xff" % n, tag=f"T{n % 3}", key=f"K-{n} buyer", properties={"n": str(n), "ü": "ö"})
+        for n in range(70)
+    ]
+    with broker.consumer(group, Subscription(topic)) as ours:
+        until("joined", lambda: broker.took(Message(topic, b"first", key="first")) and receive(ours))
+        sizes.clear()
+        mixed = broker.send(*sent[:40], Message(other, b"x"), *sent[40:])
+        receipts = mixed[:40] + mixed[41:]
+        found: dict[str, Message] = {}
+        while len(found) < len(sent):
+            got = receive(ours)
+            ours.settle([(delivery, Ack()) for delivery in got])
+            found |= {d.message.message_id or "": d.message for d in got if (d.message.body or b"").startswith(b"body")}
+    assert sorted(sizes) == [1, 6, 32, 32]
+    assert mixed[40].topic == other
+    for receipt, message in zip(receipts, sent, strict=True):
+        came = found[receipt.message_id]
+        assert (came.body, came.tag, came.properties) == (message.body, message.tag, message.properties)
+        assert set((came.key or "").split()) == set((message.key or "").split())
+
+
+def test_large_messages_do_not_make_a_request_that_the_broker_refuses(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = requests_of(monkeypatch)
+    topic, _ = broker.names()
+    broker.send(*[Message(topic, b"x" * 300_000) for _ in range(32)], Message(topic, b"y" * 4_000_000))
+    assert sum(sizes) == 33
+    assert max(sizes) <= 3
+
+
+def test_of_messages_in_one_request_only_the_refused_one_fails(broker: Broker) -> None:
+    topic, _ = broker.names()
+    producer = broker.ours().producer()
+    answers = producer.send([Message(topic, b"x", tag="a|b" if n == 5 else "fine") for n in range(10)])
+    nowhere = producer.send([Message("walls-nowhere", b"x") for _ in range(3)])
+    producer.close()
+    assert [isinstance(answer, Receipt) for answer in answers] == [n != 5 for n in range(10)]
+    assert isinstance(answers[5], ValueError)
+    assert "tag" in str(answers[5])
+    assert ["mqadmin updateTopic" in str(answer) for answer in nowhere] == [True] * 3
+
+
+def test_a_broker_that_takes_smaller_bodies_than_usual_takes_each_message_alone(broker: Broker) -> None:
+    topic, _ = broker.names()
+    with broker.server.admin() as admin:
+        admin.configure(maxMessageSize=100_000)
+    try:
+        receipts = broker.send(*[Message(topic, b"x" * 20_000) for _ in range(12)])
+    finally:
+        with broker.server.admin() as admin:
+            admin.configure(maxMessageSize=4 * 1024 * 1024)
+    assert len({receipt.message_id for receipt in receipts}) == 12
+
+
+def requests_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many messages each request carried, as they are sent; they are sent all the same."""
+    from rocketmq.grpc_protocol import MessagingServiceStub
+
+    sizes: list[int] = []
+    plain = MessagingServiceStub.__init__
+
+    def counting(stub: Any, channel: Any) -> None:
+        plain(stub, channel)
+        send = stub.SendMessage
+
+        def counted(request: Any, **more: Any) -> Any:
+            sizes.append(len(request.messages))
+            return send(request, **more)
+
+        stub.SendMessage = counted
+
+    monkeypatch.setattr(MessagingServiceStub, "__init__", counting)
+    return sizes
+
+
 # -- a server as it comes ---------------------------------------------------------------------------------------------
 
 USER = {"username": "shop", "password": "12345678"}

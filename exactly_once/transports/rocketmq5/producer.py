@@ -1,15 +1,17 @@
-"""Sends over RocketMQ 5, one try a message, many at a time.
+"""Sends over RocketMQ 5, one try a message, many in a request and many requests at a time.
 
 It never sends anything twice: the client's own `send` tries three times inside one call, and a try that timed out may
 have been stored, so its retries are ours to decide on and not its. Called by the facade's producer and by whoever keeps
 the contract of `transport.BrokerProducer`.
 
 One call of `send` is one coroutine on the client's event loop, with a bounded number of requests under way. Messages of
-one topic and ordering key are sent one after the other, each after the broker has stored the one before.
+one topic and ordering key are sent one after the other, each after the broker has stored the one before. Others of one
+topic share requests: the broker stores such a request as a whole or refuses it as a whole, and after a refusal each of
+its messages is sent alone, so that one that cannot be sent costs no other.
 """
 
 import asyncio
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import CancelledError
 from datetime import UTC, datetime, timedelta
 from threading import Lock
@@ -17,8 +19,7 @@ from typing import Any, Final
 from zlib import crc32
 
 from rocketmq import Producer
-from rocketmq.grpc_protocol import Code, Encoding, MessageType, QueryRouteRequest, SendMessageRequest
-from rocketmq.v5.util import MessageIdCodec, Misc
+from rocketmq.grpc_protocol import Code, QueryRouteRequest
 
 from exactly_once import fork
 from exactly_once.errors import ForkedProcess, TransportError
@@ -26,14 +27,23 @@ from exactly_once.message import Message
 from exactly_once.transport import Features, Receipt
 from exactly_once.transports.rocketmq5.advice import about_send, about_topic
 from exactly_once.transports.rocketmq5.endpoints import Endpoints, reachable
+from exactly_once.transports.rocketmq5.requests import Job, request_of, together
 from exactly_once.transports.rocketmq5.session import REQUEST_TIMEOUT_S, configuration, describe
 
 __all__ = ["RocketMQ5Producer"]
 
 MOST_UNDER_WAY: Final = 64  # requests of one call of `send`; more only wait in the client's one event loop
 
-Job = tuple[int, Message, Any]
-"""Its place in the answer, the message, the request."""
+# the broker answered, and may have stored them all the same: sent again they would be there twice
+_PERHAPS_STORED: Final = frozenset(
+    {Code.MASTER_PERSISTENCE_TIMEOUT, Code.SLAVE_PERSISTENCE_TIMEOUT, Code.HA_NOT_AVAILABLE, Code.PROXY_TIMEOUT}
+    | {Code.REQUEST_TIMEOUT}
+)
+# the reason is no message's own: each alone would be told the same
+_OF_NO_MESSAGE: Final = frozenset({Code.TOPIC_NOT_FOUND, Code.UNAUTHORIZED, Code.FORBIDDEN, Code.TOO_MANY_REQUESTS})
+
+Chain = list[list[Job]]
+"""What is sent one after the other, each item in one request."""
 
 
 class RocketMQ5Producer:
@@ -63,34 +73,38 @@ class RocketMQ5Producer:
         if isinstance(client, Exception):
             return [client] * len(messages)
         deliver_at = datetime.now(UTC) + delay if delay and delay > timedelta(0) else None
-        chains: dict[object, list[Job]] = {}
+        ordered: dict[tuple[str, str], Chain] = {}
+        others: dict[str, list[Job]] = {}
+        cut: set[tuple[str, str]] = set()
         for index, message in enumerate(messages):
+            key = (message.topic, message.ordering_key) if message.ordering_key else None
             wrong = self._wrong(message, delay)
-            if wrong is None:
-                request = self._request(message, deliver_at)
-                # of one ordering key one chain; without a key each message is its own
-                chain = (message.topic, message.ordering_key) if message.ordering_key else index
-                chains.setdefault(chain, []).append((index, message, request))
-            else:
+            if wrong is not None:
                 answers[index] = wrong
-                if message.ordering_key:
-                    # its followers must not overtake it: a chain of which a link is refused is cut there
-                    chains.setdefault((message.topic, message.ordering_key), []).append((index, message, None))
+                if key is not None:
+                    cut.add(key)  # its followers must not overtake it
+            elif key is None:
+                others.setdefault(message.topic, []).append((index, message))
+            elif key in cut:
+                answers[index] = _behind_another(message)
+            else:
+                ordered.setdefault(key, []).append([(index, message)])
+        chains = [*ordered.values()]
+        for jobs in others.values():
+            # the broker delays no message that shares a request
+            chains += [[part] for part in (together(jobs) if deliver_at is None else ([job] for job in jobs))]
         if not chains:
             return answers
-        routes = {
-            topic: self._endpoints(client, topic) for topic in {m.topic for c in chains.values() for _, m, _ in c}
-        }
-        work = iter(chains.values())
+        routes = {topic: self._endpoints(client, topic) for topic in {topic for topic, _ in ordered} | others.keys()}
         try:
-            self._on_loop(client, self._send_all(client, work, len(chains), routes, answers))
+            self._on_loop(client, self._send_all(client, chains, routes, deliver_at, answers))
         except (CancelledError, RuntimeError):
             # another thread's send had no answer, and shut this client down with all that was under way, ours too
             lost = _NoAnswerError(
                 f"The connection to RocketMQ at {self._proxies} was given up meanwhile. Whether the message was stored is not"
                 " known."
             )
-            for index in (index for chain in chains.values() for index, _, request in chain if request is not None):
+            for index in (index for chain in chains for part in chain for index, _ in part):
                 if not isinstance(answers[index], Receipt):
                     answers[index] = lost
         if any(isinstance(answer, _NoAnswerError) for answer in answers):
@@ -175,53 +189,59 @@ class RocketMQ5Producer:
     async def _send_all(
         self,
         client: Any,
-        work: Iterator[list[Job]],
-        count: int,
+        chains: Sequence[Chain],
         routes: dict[str, Any],
+        deliver_at: datetime | None,
         answers: list[Receipt | Exception],
     ) -> None:
+        work = iter(enumerate(chains))  # shared by all lanes; one loop thread, so no lock
+
         async def lane() -> None:
-            for chain in work:  # shared by all lanes; one loop thread, so no lock
-                await self._send_chain(client, chain, routes, answers)
+            for number, chain in work:
+                failed = False
+                for jobs in chain:
+                    if failed:
+                        [(index, message)] = jobs
+                        answers[index] = _behind_another(message)
+                        continue
+                    got = await self._send_together(client, jobs, routes[jobs[0][1].topic], number, deliver_at)
+                    for (index, _), answer in zip(jobs, got, strict=True):
+                        answers[index] = answer
+                        failed = failed or isinstance(answer, Exception)
 
-        await asyncio.gather(*(lane() for _ in range(min(count, MOST_UNDER_WAY))))
+        await asyncio.gather(*(lane() for _ in range(min(len(chains), MOST_UNDER_WAY))))
 
-    async def _send_chain(
-        self, client: Any, chain: list[Job], routes: dict[str, Any], answers: list[Receipt | Exception]
-    ) -> None:
-        failed = False
-        for index, message, request in chain:
-            if failed:
-                if request is not None:
-                    answers[index] = TransportError(
-                        f"Not sent: an earlier message of ordering key {message.ordering_key!r} could not be sent."
-                    )
-                continue
-            if request is not None:
-                answers[index] = await self._send_one(client, index, message, request, routes[message.topic])
-            failed = request is None or isinstance(answers[index], Exception)
-
-    async def _send_one(
-        self, client: Any, index: int, message: Message, request: Any, route: Any
-    ) -> Receipt | Exception:
+    async def _send_together(
+        self, client: Any, jobs: list[Job], route: Any, number: int, deliver_at: datetime | None
+    ) -> Sequence[Receipt | Exception]:
+        """Send these in one request, and each alone where that is refused for what may be one message's fault."""
         if isinstance(route, Exception):
-            return route
+            return [route] * len(jobs)
+        topic, ordering_key = jobs[0][1].topic, jobs[0][1].ordering_key
         # alike in every process, so that one key is never at two proxies at a time
-        spread = crc32(message.ordering_key.encode()) if message.ordering_key else index
+        spread = crc32(ordering_key.encode()) if ordering_key else number
         endpoints = route[spread % len(route)]
+        request = request_of(self._proxies, jobs, deliver_at)
         try:
             stub = client.rpc_client.retrieve_or_create_channel(endpoints).async_stub
             response = await stub.SendMessage(request, metadata=client.sign(), timeout=REQUEST_TIMEOUT_S)
         except Exception as error:
-            return _NoAnswerError(
+            lost = _NoAnswerError(
                 f"RocketMQ at {self._proxies} did not answer: {describe(error)}. Whether the message was stored is not known."
             )
-        entry = response.entries[0] if response.entries else response
-        if response.status.code == Code.OK and entry.status.code == Code.OK:
-            return Receipt(message.topic, entry.message_id)
-        return about_send(
-            self._proxies, message.topic, response.status if response.status.code != Code.OK else entry.status
+            return [lost] * len(jobs)
+        status = next(
+            (one for one in (response.status, *(entry.status for entry in response.entries)) if one.code != Code.OK),
+            None,
         )
+        if status is None:
+            # the id that a consumer sees is the one we gave; of several the broker names only the first's
+            return [Receipt(topic, one.system_properties.message_id) for one in request.messages]
+        if len(jobs) == 1 or status.code in _PERHAPS_STORED | _OF_NO_MESSAGE:
+            return [about_send(self._proxies, topic, status) for _ in jobs]
+        return [
+            answer for job in jobs for answer in await self._send_together(client, [job], route, number, deliver_at)
+        ]
 
     def _wrong(self, message: Message, delay: timedelta | None) -> ValueError | None:
         """Say why the broker would refuse this; asked here because its own answers name neither limit nor way out."""
@@ -239,31 +259,9 @@ class RocketMQ5Producer:
             return ValueError(f"{name} has an ordering key and a delay; RocketMQ takes one or the other.")
         return None
 
-    def _request(self, message: Message, deliver_at: datetime | None) -> Any:
-        request = SendMessageRequest()
-        one = request.messages.add()
-        one.topic.name = self._proxies.named(message.topic)
-        one.body = message.body
-        if message.properties:
-            one.user_properties.update(message.properties)
-        system = one.system_properties
-        if message.tag:
-            system.tag = message.tag
-        if message.key:
-            system.keys.append(message.key)
-        system.message_id = MessageIdCodec().next_message_id()
-        system.born_timestamp.GetCurrentTime()  # the client would cut it to whole seconds
-        system.born_host = Misc.get_local_ip()
-        system.body_encoding = Encoding.IDENTITY
-        if message.ordering_key:
-            system.message_group = message.ordering_key
-            system.message_type = MessageType.FIFO
-        elif deliver_at is not None:
-            system.delivery_timestamp.FromDatetime(deliver_at)
-            system.message_type = MessageType.DELAY
-        else:
-            system.message_type = MessageType.NORMAL
-        return request
+
+def _behind_another(message: Message) -> TransportError:
+    return TransportError(f"Not sent: an earlier message of ordering key {message.ordering_key!r} could not be sent.")
 
 
 class _NoAnswerError(TransportError):
