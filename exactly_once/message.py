@@ -7,6 +7,7 @@ from typing import Any, Final, NoReturn
 
 from exactly_once.errors import BadBody
 from exactly_once.foreign import formerly, keys_of, moment_of, text_of
+from exactly_once.rocketmq_properties import ORDERING_PROPERTY, listed_properties, named_properties
 
 __all__ = ["Message", "with_former"]
 
@@ -121,7 +122,7 @@ class Message:
             tag=text_of(received.tag),
             key=keys_of(keys) or None,
             ordering_key=text_of(received.message_group),
-            properties={name: text_of(value) for name, value in received.properties.items()},
+            properties=listed_properties(received.properties) if received.properties else _NONE,
             message_id=received.message_id,
             born_at=moment_of(received.born_timestamp),
             attempt=received.delivery_attempt or 1,
@@ -145,7 +146,7 @@ class Message:
         Example:
             return SUCCESS if eo.process(Message.from_rocketmq4(m)).acknowledge else LATER
         """
-        from exactly_once.rocketmq4_body import ORDERING_PROPERTY, named_properties, whole_body  # brings ctypes
+        from exactly_once.rocketmq4_body import whole_body  # brings ctypes
 
         keys = received.keys
         message = cls(

@@ -1,4 +1,4 @@
-"""Reads the body and properties of a message of `rocketmq-client-python`. Opens nothing; imports no client library.
+"""Reads the body of a message of `rocketmq-client-python`. Opens nothing; imports no client library.
 
 The client's own `.body` is a C string: it ends at the first NUL byte, and what follows is silently lost. Called by
 `Message.from_rocketmq4` and by the rocketmq4 transport.
@@ -9,21 +9,14 @@ its characters. Neither is believed: each is tried on bodies of ours first, and 
 """
 
 import ctypes
-import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Final
 
 from exactly_once.errors import ConfigurationError
-from exactly_once.foreign import text_of
 
-__all__ = ["NAMES_PROPERTY", "ORDERING_PROPERTY", "body_reader", "named_properties", "whole_body"]
-
-NAMES_PROPERTY: Final = "eo-names"
-"""Our producer lists a message's property names here: the client can read a property, but not list them."""
-ORDERING_PROPERTY: Final = "__SHARDINGKEY"
-"""Where RocketMQ's clients keep the key whose messages stay in order (version 5 calls it the message group)."""
+__all__ = ["body_reader", "whole_body"]
 
 # length, capacity and reference count stand before the characters, one machine word each
 _LENGTH_BEFORE_TEXT: Final = 3 * ctypes.sizeof(ctypes.c_size_t)
@@ -50,31 +43,6 @@ def whole_body(message: Any) -> bytes:
     if handle is None or ffi is None:
         return bytes(message.body or b"")
     return body_reader(ffi.dll._name)(handle)  # noqa: SLF001  (where ctypes keeps a library's path)
-
-
-def named_properties(value_of: Callable[[str], bytes | None], also: Iterable[str] = ()) -> Mapping[str, str]:
-    """Return a message's own properties: those our producer listed, and those asked for by name.
-
-    Args:
-        value_of: Reads one property; nothing or b"" where there is none.
-        also: Names to read from messages of other producers, which list nothing.
-    """
-    found: dict[str, str] = {}
-    for name in _names_in(value_of(NAMES_PROPERTY) or b""):
-        found[name] = text_of(value_of(name) or b"")
-    for name in also:
-        if name not in found and (value := value_of(name)):
-            found[name] = text_of(value)
-    return found
-
-
-@lru_cache(maxsize=1024)
-def _names_in(listed: bytes) -> tuple[str, ...]:
-    try:
-        names = json.loads(listed) if listed else []
-    except ValueError:
-        return ()  # somebody else's property of that name
-    return tuple(name for name in names if isinstance(name, str)) if isinstance(names, list) else ()
 
 
 @lru_cache(maxsize=4)

@@ -33,6 +33,7 @@ from exactly_once.verdict import Ack, Redeliver
 from tests.services.rocketmq import ROOT, RocketMQ
 from tests.services.rocketmq4_client import need_client, shares
 from tests.services.rocketmq_admin import Admin as ServerAdmin
+from tests.services.rocketmq_java import java_sends
 
 ENDLESS = 2147483647
 BINARY = b"a\0b\xff\0"
@@ -731,6 +732,25 @@ def test_a_foreign_producer_s_properties_are_read_by_name(place: Place) -> None:
     producer.shutdown()
     leave(consumers)
     assert dict(delivery.message.properties) == {"trace": "t-1"}
+
+
+def test_properties_of_a_java_producer_come_as_they_were_sent_where_they_are_named(rocketmq: RocketMQ) -> None:
+    place = Place(rocketmq)
+    rocketmq.create_topic(f"{place.topic}-tx", "TRANSACTION")
+    named = "?properties=city,blank,empty,absent"
+    consumers = place.transport(named).subscribe(place.group, [Subscription(place.topic)])
+    java_sends(rocketmq, place.topic, f"{place.topic}-tx")
+    [delivery] = take(consumers[0], 1)
+    leave(consumers)
+    assert (delivery.message.ordering_key, dict(delivery.message.properties)) == ("A", {"city": "Köln", "blank": " "})
+
+
+def test_a_group_that_is_new_to_a_young_topic_begins_at_its_first_message(place: Place) -> None:
+    place.send(*[b"%d" % n for n in range(5)])
+    consumers = place.transport().subscribe(place.group, [Subscription(place.topic)])
+    found = take(consumers[0], 5)
+    leave(consumers)
+    assert sorted(delivery.message.body or b"" for delivery in found) == [b"0", b"1", b"2", b"3", b"4"]
 
 
 def test_a_child_of_a_process_that_used_librocketmq_is_refused_in_a_sentence_and_does_not_hang(place: Place) -> None:

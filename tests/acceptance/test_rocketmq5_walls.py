@@ -28,6 +28,7 @@ from exactly_once.transports.rocketmq5 import wall
 from exactly_once.verdict import Ack, Redeliver
 from tests.services.need import need
 from tests.services.rocketmq import RocketMQ
+from tests.services.rocketmq_java import java_sends
 
 ROOT = Path(__file__).parents[2]
 SECOND = timedelta(seconds=1)
@@ -549,6 +550,54 @@ def test_a_received_message_of_the_bare_client_becomes_ours(broker: Broker) -> N
     assert message.born_at.utcoffset() == timedelta(0)
     assert (message.topic, message.body, message.tag, message.key) == (topic, b"\x00\xff", "t", "k")
     assert (dict(message.properties), message.message_id, message.attempt) == (properties, receipt.message_id, 1)
+
+
+def test_properties_come_as_they_were_sent_and_the_broker_s_own_do_not(broker: Broker) -> None:
+    """RocketMQ drops a property with an empty value, and hands out its ordering key among the properties."""
+    (topic, group), (fifo, ordered) = broker.names(), broker.names("FIFO", orderly=True)
+    properties = {"empty": "", "blank": " ", "around": " a ", "city": "Köln"}
+    with broker.consumer(group, Subscription(topic)) as ours:
+        broker.send(Message(topic, b"x", properties=properties), Message(topic, b"y", properties={"n": "1"}))
+        found: dict[bytes | None, Message] = {}
+        while len(found) < 2:
+            found |= {delivery.message.body: delivery.message for delivery in receive(ours)}
+    with broker.consumer(ordered, Subscription(fifo, ordered=True)) as ours:
+        broker.send(Message(fifo, b"z", ordering_key="A", properties={"empty": ""}))
+        [delivery] = receive(ours, 1)
+    assert dict(found[b"x"].properties) == properties
+    assert dict(found[b"y"].properties) == {"n": "1"}
+    assert (delivery.message.ordering_key, dict(delivery.message.properties)) == ("A", {"empty": ""})
+
+
+def test_properties_of_a_java_producer_come_without_those_of_its_client(broker: Broker) -> None:
+    topic, group = broker.names()
+    transactions, other = broker.names("TRANSACTION")
+    java_sends(broker.server, topic, transactions)
+    with broker.consumer(group, Subscription(topic)) as ours:
+        [delivery] = receive(ours)
+    with broker.consumer(other, Subscription(transactions)) as ours:
+        [committed] = receive(ours)
+    assert (delivery.message.ordering_key, dict(delivery.message.properties)) == ("A", {"city": "Köln", "blank": " "})
+    assert dict(committed.message.properties) == {"city": "Köln", "blank": " "}
+
+
+def test_a_property_that_rocketmq_would_take_for_its_own_is_refused(broker: Broker) -> None:
+    topic, _ = broker.names()
+    producer = broker.ours().producer()
+    names = ["", "eo-names", "__SHARDINGKEY", "__transactionId__", "KEYS"]
+    answers = producer.send([Message(topic, b"x", properties={name: "v"}) for name in names])
+    producer.close()
+    assert ["RocketMQ's own" in str(answer) for answer in answers] == [True] * len(names)
+
+
+def test_a_group_that_is_new_to_a_young_topic_begins_at_its_first_message(broker: Broker) -> None:
+    topic, group = broker.names()
+    broker.send(*[Message(topic, b"%d" % n) for n in range(5)])
+    with broker.consumer(group, Subscription(topic)) as ours:
+        found: list[Delivery] = []
+        while len(found) < 5:
+            found += receive(ours)
+    assert sorted(delivery.message.body or b"" for delivery in found) == [b"0", b"1", b"2", b"3", b"4"]
 
 
 # -- order ------------------------------------------------------------------------------------------------------------

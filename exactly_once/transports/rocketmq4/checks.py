@@ -101,10 +101,12 @@ def _group_problems(
 
 
 def fix_starting_points(admin: Admin, names: Names, group: str, subscriptions: Sequence[Subscription]) -> None:
-    """Give a new group its place in each queue: behind the last message, before it joins.
+    """Give a new group its place in each queue where the broker says that it has none: behind the last message.
 
-    Left to itself the client starts there too, but notes the place only with its first stored offset, seconds later. A
-    process killed before that comes back behind the *new* last message, and what it had received is never seen again.
+    The broker says so of a queue whose first message has left its memory or its disk; of a young one it says 0, and the
+    group begins at the first message. Left to itself the client starts at these places too, but notes them only with its
+    first stored offset, seconds later. A process killed before that comes back behind the *new* last message, and what it
+    had received is never seen again.
     """
     for subscription in subscriptions:
         try:

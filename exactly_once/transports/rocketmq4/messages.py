@@ -1,12 +1,10 @@
 """Between librocketmq's messages and ours. Opens and sends nothing; called by the rocketmq4 consumer and producer.
 
-librocketmq's C interface reads a property by name and cannot list them. So our producer writes the names of a
-message's properties into one more property, `eo-names`, beside the properties themselves: a Java or gRPC consumer finds
-them as usual, and ours finds their names. Of a foreign producer's messages only the properties asked for by name
-(`properties=` in the URL) are seen, and those that this package itself writes.
+librocketmq's C interface reads a property by name and cannot list them. So the names of a message's properties travel
+beside them, see `exactly_once.rocketmq_properties`: a Java consumer finds the properties as usual. Of a foreign producer's
+messages only those asked for by name (`properties=` in the URL) are seen, and those that this package itself writes.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +14,7 @@ from typing import Final
 from exactly_once.errors import ConfigurationError
 from exactly_once.foreign import keys_of, moment_of, text_of
 from exactly_once.message import Message, with_former
-from exactly_once.rocketmq4_body import NAMES_PROPERTY, ORDERING_PROPERTY, named_properties
+from exactly_once.rocketmq_properties import ORDERING_PROPERTY, internal, named_properties, with_names
 from exactly_once.transports.rocketmq4.library import Library
 
 __all__ = [
@@ -42,13 +40,6 @@ DELAY_LEVELS: Final[tuple[timedelta, ...]] = (
 """The broker's `messageDelayLevel` as it comes; level 1 is the first. No other delay exists in this protocol."""
 _UNITS: Final = {"s": _S, "m": _M, "h": _H, "d": 24 * _H}
 
-# names the broker and the clients use themselves; setting one would change how the message is carried
-_RESERVED: Final = frozenset(
-    {"KEYS", "TAGS", "WAIT", "DELAY", "RETRY_TOPIC", "REAL_TOPIC", "REAL_QID", "TRAN_MSG", "PGROUP", "MIN_OFFSET"}
-    | {"MAX_OFFSET", "BUYER_ID", "ORIGIN_MESSAGE_ID", "TRANSFER_FLAG", "CORRECTION_FLAG", "MQ2_FLAG", "TRACE_ON"}
-    | {"RECONSUME_TIME", "MSG_REGION", "UNIQ_KEY", "MAX_RECONSUME_TIMES", "CONSUME_START_TIME", "INSTANCE_ID"}
-    | {"TIMER_DELAY_SEC", "TIMER_DELIVER_MS", "TIMER_DELAY_MS", ORDERING_PROPERTY, NAMES_PROPERTY}
-)
 # they end a name, a value or a property on the wire, or a string in C
 _SEPARATORS: Final = ("\0", "\1", "\2")
 
@@ -197,10 +188,9 @@ def _checked_properties(message: Message) -> dict[str, str]:
     if not message.properties:
         return {}
     for name in message.properties:
-        if not name or name in _RESERVED:
+        if not name or internal(name):
             raise ValueError(f"The property name {name!r} is RocketMQ's own; give it another one.")
-    listed = json.dumps(list(message.properties), ensure_ascii=False, separators=(",", ":"))
-    every = {**message.properties, NAMES_PROPERTY: listed}
+    every = with_names(message.properties)
     if sum(len(n.encode()) + len(v.encode()) + 2 for n, v in every.items()) > MAX_PROPERTIES_BYTES:
         raise ValueError(f"The properties of a message for {message.topic} exceed {MAX_PROPERTIES_BYTES} bytes.")
     return every

@@ -24,6 +24,7 @@ from rocketmq.grpc_protocol import Code, QueryRouteRequest
 from exactly_once import fork
 from exactly_once.errors import ForkedProcess, TransportError
 from exactly_once.message import Message
+from exactly_once.rocketmq_properties import internal
 from exactly_once.transport import Features, Receipt
 from exactly_once.transports.rocketmq5.advice import about_send, about_topic
 from exactly_once.transports.rocketmq5.endpoints import Endpoints, reachable
@@ -255,6 +256,9 @@ class RocketMQ5Producer:
             )
         if delay is not None and longest is not None and delay > longest:
             return ValueError(f"{name} asks for a delay of {delay}; RocketMQ delays by {longest} at most.")
+        for property_name in message.properties:
+            if not property_name or internal(property_name):
+                return ValueError(f"The property name {property_name!r} is RocketMQ's own; give it another one.")
         if delay and delay > timedelta(0) and message.ordering_key:
             return ValueError(f"{name} has an ordering key and a delay; RocketMQ takes one or the other.")
         return None

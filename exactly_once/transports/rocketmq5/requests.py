@@ -12,6 +12,7 @@ from rocketmq.grpc_protocol import Encoding, MessageType, SendMessageRequest
 from rocketmq.v5.util import MessageIdCodec, Misc
 
 from exactly_once.message import Message
+from exactly_once.rocketmq_properties import with_names
 from exactly_once.transports.rocketmq5.endpoints import Endpoints
 
 __all__ = ["Job", "request_of", "together"]
@@ -51,7 +52,9 @@ def _fill(one: Any, proxies: Endpoints, message: Message, deliver_at: datetime |
     one.topic.name = proxies.named(message.topic)
     one.body = message.body
     if message.properties:
-        one.user_properties.update(message.properties)
+        # an empty value is dropped on the way, and its name with it
+        plain = all(message.properties.values())
+        one.user_properties.update(message.properties if plain else with_names(message.properties))
     system = one.system_properties
     if message.tag:
         system.tag = message.tag
