@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, func, select, text, update
+from sqlalchemy import Engine, bindparam, create_engine, func, insert, select, text, update
 
 from exactly_once.errors import ConfigurationError
 from exactly_once.message import Message
@@ -290,6 +290,45 @@ def test_keys_behind_a_long_backlog_of_held_back_ones_flow(engine: Engine, topic
     assert bodies(consumer.receive(10, SECOND)) == [b"x"]
 
 
+@pytest.mark.parametrize("keys", [10, 3 * WINDOW])
+@pytest.mark.parametrize("tags", [(), ("wanted",)])
+def test_new_keys_are_found_past_any_number_of_stuck_ones(
+    engine: Engine, topic: str, keys: int, tags: tuple[str, ...]
+) -> None:
+    consumer = joined(engine, "g", Subscription(topic, tags=tags, ordered=True))
+    for of_a_key in range(2 if keys > WINDOW else 300):
+        stuff(engine, topic, [f"stuck-{key:05}" for key in range(keys)], late=of_a_key == 0, tag="wanted")
+    new = [f"a-{n}" for n in range(10)] + [f"z-{n}" for n in range(10)] + ["stuck-00005-new", ""]
+    stuff(engine, topic, new, tag="wanted")
+    q = tables().queue
+    with engine.begin() as connection:
+        connection.execute(update(q).where(q.c.topic == topic, q.c.ordering_key == "z-9").values(ordering_key=None))
+    found: list[str] = []
+    for _ in range(keys // WINDOW + 3):
+        got = consumer.receive(len(new), NOW)
+        found += [delivery.message.ordering_key or "none" for delivery in got]
+        consumer.settle([(delivery, Ack()) for delivery in got])
+    assert sorted(found) == sorted("none" if key in ("z-9", "") else key for key in new)
+
+
+def stuff(engine: Engine, topic: str, keys: Sequence[str], *, late: bool = False, tag: str | None = None) -> None:
+    """Write one row for each key, all with one time, as a statement of many rows does."""
+    q = statements(None, engine.dialect.name).queue
+    row = {
+        "consumer_group": "g",
+        "topic": topic,
+        "tag": tag,
+        "body": b"",
+        "properties": "{}",
+        "attempts": 0,
+    }
+    with engine.begin() as connection:
+        now = connection.execute(select(utcnow(3600 if late else -3600))).scalar_one()
+        connection.execute(
+            insert(q), [row | {"ordering_key": key, "message_id": key, "deliver_at": now} for key in keys]
+        )
+
+
 def test_a_row_of_an_unwanted_tag_does_not_hold_its_key_back(engine: Engine, topic: str) -> None:
     consumer = joined(engine, "g", Subscription(topic, ("created",), ordered=True))
     sent(
@@ -475,11 +514,68 @@ def test_a_backlog_of_few_keys_without_statistics_is_looked_through_quickly(post
         assert len(consumer.receive(10, SECOND)) == 2
         wanted = Subscription("t", ordered=True)
         with engine.connect() as connection:
-            edge = connection.execute(statements(None, "postgresql").edge("g", wanted)).scalar_one()
+            edge = tuple(connection.execute(statements(None, "postgresql").edge("g", wanted)).one())
             plan = explain(
                 connection, statements(None, "postgresql").take(Look("g", wanted, 9, until=edge), "t", SECOND)
             )
         assert buffers(plan) < 10 * WINDOW, plan
+
+
+KEYS, ROWS_OF_A_KEY = 500, 200
+
+
+@pytest.fixture(scope="module")
+def stuck(engine: Engine) -> Engine:
+    """500 keys whose first message waits for its next try, with 199 due ones behind each, all of one moment."""
+    numbers = {
+        "postgresql": "generate_series(0, {last}) AS n",
+        "mysql": "(SELECT seq AS n FROM seq_0_to_{last}) AS numbers",
+        "sqlite": "(WITH RECURSIVE c(n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM c WHERE n < {last}) SELECT n FROM c) AS c",
+    }[engine.dialect.name].format(last=KEYS * ROWS_OF_A_KEY - 1)
+    with engine.begin() as connection:
+        due, later = (connection.execute(select(utcnow(seconds))).scalar_one() for seconds in (-3600, 3600))
+        connection.execute(
+            text(
+                "INSERT INTO message_queue (consumer_group, topic, ordering_key, body, properties, message_id, deliver_at)"
+                f" SELECT 'g', 'stuck', CAST(1000 + n % {KEYS} AS CHAR(4)), 'x', '{{}}', CAST(n AS CHAR(9)),"
+                f" CASE WHEN n < {KEYS} THEN :later ELSE :due END FROM {numbers}"
+            ).bindparams(bindparam("due", due, utcnow.type), bindparam("later", later, utcnow.type))
+        )
+    return engine
+
+
+def test_looking_past_stuck_keys_takes_a_step_a_key_and_none_for_the_rows_behind_it(stuck: Engine) -> None:
+    wanted = Subscription("stuck", ordered=True)
+    sql = statements(None, stuck.dialect.name)
+    with stuck.connect() as connection:
+        edge = connection.execute(sql.edge("g", wanted)).one()
+        assert connection.execute(sql.due(Look("g", wanted, 9, until=(edge.deliver_at, edge.id)))).all() == []
+        found = connection.execute(sql.heads("g", wanted, None)).all()
+        assert [(row.ordering_key, row.id) for row in found] == [(str(1000 + key), None) for key in range(KEYS)]
+        match stuck.dialect.name:
+            case "postgresql":
+                plan = explain(connection, sql.heads("g", wanted, None))
+                assert "Seq Scan" not in plan, plan
+                assert plan.count("ix_message_queue_order") == 3, plan
+                assert buffers(plan) < 20 * KEYS, plan
+                assert "ix_message_queue_order" in explain(connection, sql.keyless("g", wanted, 9))
+                assert buffers(explain(connection, sql.keyless("g", wanted, 9))) < 50
+            case "mysql":
+                # the server counts what it reads: of each key two rows of the index, and its first message
+                before = handler_reads(connection)
+                connection.execute(sql.heads("g", wanted, None)).all()
+                connection.execute(sql.keyless("g", wanted, 9)).all()
+                assert handler_reads(connection) - before < 10 * KEYS
+            case _:
+                compiled = sql.heads("g", wanted, None).compile(connection, compile_kwargs={"literal_binds": True})
+                plan = str(connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {compiled}").all())
+                assert plan.count("ix_message_queue_order") == 3, plan
+                assert "SCAN message_queue" not in plan, plan
+
+
+def handler_reads(connection: Any) -> int:
+    counted = connection.execute(text("SHOW SESSION STATUS LIKE 'Handler_read%'")).all()
+    return sum(int(value) for _, value in counted)
 
 
 def test_looking_for_nothing_does_not_walk_over_what_is_delayed(full: Engine) -> None:

@@ -36,7 +36,7 @@ from exactly_once.steady_log import steady
 from exactly_once.transport import Away, BrokerProducer, Consumer, Delivery, Features, Subscription, Surroundings
 from exactly_once.transports.sql.database import Database
 from exactly_once.transports.sql.producer import SqlProducer, reason, refused, refused_group
-from exactly_once.transports.sql.statements import Look
+from exactly_once.transports.sql.statements import WINDOW, Look
 from exactly_once.transports.urls import parse
 from exactly_once.verdict import Ack, Verdict
 
@@ -174,6 +174,7 @@ class _SqlConsumer:
         self._joined = self._stopped = self._away = False
         self._pause_s = _FIRST_PAUSE_S
         self._tidy_at = 0.0
+        self._far: str | None = None  # the ordering key at which the last look far behind ended
 
     @property
     def features(self) -> Features:
@@ -231,13 +232,16 @@ class _SqlConsumer:
         def taken(connection: Connection) -> Sequence[Any]:
             if not wanted.ordered:
                 return self._looked(connection, Look(group, wanted, limit), token)
-            edge = connection.execute(sql.edge(group, wanted)).scalar()
-            rows = self._looked(connection, Look(group, wanted, limit, until=edge), token)
+            edge = connection.execute(sql.edge(group, wanted)).first()
+            until = None if edge is None else (edge.deliver_at, edge.id)
+            rows = self._looked(connection, Look(group, wanted, limit, until=until), token)
             if rows or edge is None:
                 return rows
-            # what has been due the longest is all held back by its keys: look further
-            found = connection.execute(sql.heads(group, wanted, limit + _SPARE)).scalars().all()
-            found = [*found, *connection.execute(sql.keyless(group, wanted, limit + _SPARE)).scalars()]
+            # what has been due the longest is all held back by its keys: look further, each time where the last look ended
+            heads = connection.execute(sql.heads(group, wanted, self._far)).all()
+            self._far = heads[-1].ordering_key if len(heads) == WINDOW else None
+            found = [row.id for row in heads if row.id is not None][: limit + _SPARE]
+            found += connection.execute(sql.keyless(group, wanted, limit + _SPARE)).scalars()
             return self._looked(connection, Look(group, wanted, limit, among=tuple(found)), token) if found else ()
 
         return database.done(taken)

@@ -16,8 +16,9 @@ was changed meanwhile; MySQL and MariaDB lock, then update. SQLite has one write
 
 Cost. Free rows are found in the order of an index, the first `limit` of them. Behind a few busy keys with a long backlog
 each row would have to be asked whether an earlier one of its key exists: 700 ms for 100,000 rows. So in an ordered group
-only the `WINDOW` rows that are due the longest are asked, up to the moment that `edge` tells; when they are all held
-back, `heads` and `keyless` name rows further on, and these are asked.
+only the `WINDOW` rows that are due the longest are asked, up to the row that `edge` tells; when they are all held back,
+`heads` and `keyless` name rows further on, and these are asked. `heads` goes from key to key in the index of the order, a step
+a key however many rows it has, and `WINDOW` keys at a time: a million rows behind a thousand stuck keys cost a thousand steps.
 """
 
 from __future__ import annotations
@@ -29,16 +30,20 @@ from functools import lru_cache
 from typing import Any, Final
 
 from sqlalchemy import (
+    CTE,
     ColumnElement,
     Delete,
     Insert,
+    Integer,
+    ScalarSelect,
     Select,
+    Subquery,
     Update,
     and_,
     bindparam,
     delete,
-    func,
     insert,
+    literal,
     or_,
     select,
     tuple_,
@@ -62,13 +67,14 @@ WINDOW: Final = 1000
 class Look:
     """Which of a group's rows a receiver may take, and how many.
 
-    `until` asks only what is due up to then, `among` only these rows; for ordered groups, see the module.
+    `until` asks only what is due as long as that row, by its time and id, `among` only these rows; for ordered groups, see the
+    module.
     """
 
     group: str
     wanted: Subscription
     limit: int
-    until: datetime | None = None
+    until: tuple[datetime, int] | None = None
     among: tuple[int, ...] | None = None
 
 
@@ -99,24 +105,52 @@ class Statements:
         return select(self.queue.c.id).where(*self._due(group, wanted)).limit(1)
 
     def edge(self, group: str, wanted: Subscription) -> Select[Any]:
-        """Since when the first row behind the window is due; no row when fewer are due than that."""
+        """The first row behind the window: since when it is due, and its id. No row when fewer are due than that."""
         q = self.queue
-        due = select(q.c.deliver_at).where(*self._due(group, wanted))
+        due = select(q.c.deliver_at, q.c.id).where(*self._due(group, wanted))
         return due.order_by(q.c.deliver_at, q.c.id).offset(WINDOW).limit(1)
 
-    def heads(self, group: str, wanted: Subscription, limit: int) -> Select[Any]:
-        """Which rows are the first of their ordering key, and due."""
-        q, other = self.queue, self.queue.alias("other")
-        mine = [other.c.consumer_group == group, other.c.topic == wanted.topic, other.c.ordering_key.is_not(None)]
+    def heads(self, group: str, wanted: Subscription, after: str | None) -> Select[Any]:
+        """The next `WINDOW` ordering keys behind `after`, in their order, each with its first row if that is due."""
+        q, keys = self.queue, self._keys(group, wanted.topic, after)
+        mine, first = self._of_topic(group, wanted.topic)
+        mine.append(first.c.ordering_key == keys.c.ordering_key)
         if wanted.tags:
-            mine.append(other.c.tag.in_(wanted.tags))
-        head = select(func.min(other.c.id).label("id")).where(*mine).group_by(other.c.ordering_key).subquery("head")
-        return select(q.c.id).join(head, head.c.id == q.c.id).where(q.c.deliver_at <= self._now()).limit(limit)
+            mine.append(first.c.tag.in_(wanted.tags))
+        head = select(first.c.id).where(*mine).order_by(first.c.id).limit(1).correlate(keys).scalar_subquery()
+        heads = select(keys.c.ordering_key, head.label("id")).where(keys.c.ordering_key.is_not(None)).subquery("heads")
+        is_due = and_(q.c.id == heads.c.id, q.c.deliver_at <= self._now())
+        return select(heads.c.ordering_key, q.c.id).outerjoin_from(heads, q, is_due).order_by(heads.c.ordering_key)
+
+    def _keys(self, group: str, topic: str, after: str | None) -> CTE | Subquery:
+        """So many ordering keys, one step in the index of the order for each, and none for its other rows."""
+        mine, other = self._of_topic(group, topic)
+        behind = other.c.ordering_key.is_not(None) if after is None else other.c.ordering_key > after
+        if self._dialect in ("mysql", "mariadb"):
+            # grouped by all columns that the index begins with, or each of its rows is read
+            of_index = (other.c.consumer_group, other.c.topic, other.c.ordering_key)
+            keys = select(other.c.ordering_key).where(*mine, behind).group_by(*of_index)
+            return keys.order_by(other.c.ordering_key).limit(WINDOW).subquery("key_of_topic")
+
+        def next_key(condition: ColumnElement[bool]) -> ScalarSelect[Any]:
+            found = select(other.c.ordering_key).where(*mine, condition).order_by(other.c.ordering_key).limit(1)
+            return found.correlate_except(other).scalar_subquery()
+
+        one = literal(1, Integer())
+        step = select(next_key(behind).label("ordering_key"), one.label("number")).cte("key_of_topic", recursive=True)
+        further = select(next_key(other.c.ordering_key > step.c.ordering_key), step.c.number + one)
+        return step.union_all(further.where(step.c.ordering_key.is_not(None), step.c.number < WINDOW))
+
+    def _of_topic(self, group: str, topic: str) -> tuple[list[ColumnElement[bool]], Any]:
+        other = self.queue.alias("other")
+        return [other.c.consumer_group == group, other.c.topic == topic], other
 
     def keyless(self, group: str, wanted: Subscription, limit: int) -> Select[Any]:
         """Which rows have no ordering key, and are due."""
         q = self.queue
-        return select(q.c.id).where(*self._due(group, wanted), q.c.ordering_key.is_(None)).limit(limit)
+        # in the order of the index that has them together: by that of the times all that is due is walked over to find none
+        found = select(q.c.id).where(*self._due(group, wanted), q.c.ordering_key.is_(None))
+        return found.order_by(q.c.ordering_key, q.c.id).limit(limit)
 
     def hold(self, ids: Sequence[int], token: str, invisible: timedelta) -> Update:
         """Take locked rows."""
@@ -161,12 +195,20 @@ class Statements:
     def _free(self, look: Look) -> list[ColumnElement[bool]]:
         q, conditions = self.queue, self._due(look.group, look.wanted)
         if look.until is not None:
-            conditions.append(q.c.deliver_at <= look.until)
+            conditions += self._not_after(*look.until)
         if look.among is not None:
             conditions.append(q.c.id.in_(look.among))
         if look.wanted.ordered:
             conditions.append(self._first_of_its_key(look.group, look.wanted))
         return conditions
+
+    def _not_after(self, deliver_at: datetime, id_: int) -> list[ColumnElement[bool]]:
+        """As long due as that row. By its id, too: all that one statement wrote may have one time."""
+        q = self.queue
+        moment = literal(deliver_at, q.c.deliver_at.type)
+        if self._dialect in ("mysql", "mariadb"):  # they look up no pairs in an index
+            return [q.c.deliver_at <= moment, or_(q.c.deliver_at < moment, q.c.id <= id_)]
+        return [tuple_(q.c.deliver_at, q.c.id) <= tuple_(moment, literal(id_))]
 
     def _first_of_its_key(self, group: str, wanted: Subscription) -> ColumnElement[bool]:
         q, first = self.queue, self.queue.alias("first_of_key")
