@@ -8,7 +8,7 @@ Made by the facade; used with `with`, by `eo.run` and by the command line.
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
-from threading import Event
+from threading import Event, Thread
 from time import monotonic
 from types import TracebackType
 from typing import Final
@@ -26,7 +26,7 @@ from exactly_once.routing import Router
 from exactly_once.runner import Runner
 from exactly_once.steady_log import steady
 from exactly_once.store import Store, claims_twice, lacking_characters
-from exactly_once.transport import Away, Transport
+from exactly_once.transport import Away, Subscription, Transport
 from exactly_once.worker import Counts, Worker
 
 __all__ = ["Serving"]
@@ -44,6 +44,10 @@ _REFUSED_S: Final = 8.0
 """A server that is up and refuses us may be out of connections, or a topic not made yet, for a moment: so long."""
 _RETURNING_S: Final = 60.0
 """The same, since the server was last seen not to answer."""
+
+_CONCERNED_S: Final = 3600.0
+"""How often what costs the group messages is looked for and told again."""
+_CONCERNED_ENDS_S: Final = 1.0
 
 _log = steady("exactly_once.worker")
 
@@ -68,12 +72,13 @@ class Serving:
         self._asked = Event()
         self._worker: Worker | None = None
         self._runner: Runner | None = None
+        self._concerned: Thread | None = None
         self._process = fork.here
         fork.tell(self)
 
     def forked(self) -> None:
         """In a process just forked: the worker is the parent's, and stopping it here is nothing."""
-        self._asked, self._worker, self._runner = Event(), None, None
+        self._asked, self._worker, self._runner, self._concerned = Event(), None, None, None
 
     # -- starting and stopping ---------------------------------------------------------------------------------------
 
@@ -113,6 +118,7 @@ class Serving:
             return "\n".join(problems) or None
 
         _until(self._asked, deadline, broker, "the broker", TransportError)
+        self._concerns(subscriptions)
         runner = router.runner(self._concurrency)
         try:
             consumers = [*self._transport.subscribe(router.group, subscriptions), *router.pumps()]
@@ -129,6 +135,8 @@ class Serving:
             runner.stop()
             raise
         self._runner, self._worker = runner, worker
+        self._concerned = Thread(target=self._look_again, args=(subscriptions,), name="eo-concerns", daemon=True)
+        self._concerned.start()
         _log.info(
             "worker_started group=%s topics=%s handlers=%s concurrency=%d",
             router.group,
@@ -137,6 +145,15 @@ class Serving:
             self._concurrency,
         )
 
+    def _concerns(self, subscriptions: Sequence[Subscription]) -> None:
+        for concern in self._transport.concerns(self._router.group, subscriptions):
+            _log.warning("%s", concern)
+
+    def _look_again(self, subscriptions: Sequence[Subscription]) -> None:
+        # whoever joins later does not tell us, and a line of a start is forgotten
+        while not self._asked.wait(_CONCERNED_S):
+            self._concerns(subscriptions)
+
     def stop(self) -> int:
         """Stop receiving, finish what runs, give back the rest; returns how many were given back. Twice is once."""
         self._asked.set()
@@ -144,6 +161,8 @@ class Serving:
             return 0
         given_back = self._worker.stop()
         self._runner.stop()
+        if self._concerned is not None:
+            self._concerned.join(_CONCERNED_ENDS_S)  # one that is asking a broker is left to end by itself
         return given_back
 
     def __enter__(self) -> "Serving":

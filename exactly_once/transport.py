@@ -157,6 +157,12 @@ class Transport(Protocol):
         without a server is not believed: this asks the server.
         """
 
+    def concerns(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
+        """Say what does not keep the group from receiving, and costs it messages: others of it that subscribe otherwise.
+
+        Asked at a start, by `doctor`, and every hour while a worker runs. Empty where no server tells. Raises nothing.
+        """
+
     def subscribe(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[Consumer]:
         """Join the group; as many consumers as want a receiving thread of their own (one, or one per topic)."""
 

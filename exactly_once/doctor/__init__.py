@@ -81,6 +81,8 @@ def _broker(eo: ExactlyOnce, transport: Transport) -> Iterator[Finding]:
         return
     for problem in problems:
         yield Finding(Mark.FAIL, problem)
+    for concern in transport.concerns(eo.group, eo.subscriptions()):
+        yield Finding(Mark.WARN, concern)
     if not problems:
         yield Finding(Mark.OK, "The broker answers; topics and group are as they must be")
     span = transport.features.redelivery_span

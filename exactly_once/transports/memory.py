@@ -150,6 +150,10 @@ class MemoryTransport:
         foreign = self._broker.foreign()
         return () if foreign is None else (str(foreign),)
 
+    def concerns(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
+        """Return nothing: a message waits until a member of its group takes it."""
+        return ()
+
     def subscribe(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[Consumer]:
         """Join the group; one consumer for all topics."""
         if (foreign := self._broker.foreign()) is not None:

@@ -19,14 +19,15 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import Session
 
-from exactly_once import ExactlyOnce, keys
+from exactly_once import ExactlyOnce, keys, serving
 from exactly_once.alembic import upgrade
+from exactly_once.doctor import Mark, examine
 from exactly_once.errors import ConfigurationError, TransportError
 from exactly_once.message import Message
 from exactly_once.testing.child import wait_until
 from exactly_once.transport import Away, Consumer, Delivery, Receipt, Subscription, Surroundings, Transport
 from exactly_once.transports import transport_from
-from exactly_once.transports.rocketmq4.admin import Admin
+from exactly_once.transports.remoting import Admin
 from exactly_once.transports.rocketmq4.checks import fix_starting_points
 from exactly_once.transports.rocketmq4.messages import Names
 from exactly_once.verdict import Ack, Redeliver
@@ -751,6 +752,66 @@ def test_a_group_that_is_new_to_a_young_topic_begins_at_its_first_message(place:
     found = take(consumers[0], 5)
     leave(consumers)
     assert sorted(delivery.message.body or b"" for delivery in found) == [b"0", b"1", b"2", b"3", b"4"]
+
+
+def test_a_member_that_wants_other_tags_is_told_at_the_start_by_doctor_and_again(
+    place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a group loses messages: what the member that reads a queue does not want is skipped for all of it."""
+    url = f"rocketmq4://{place.server.name_server}"
+    mine = [Subscription(place.topic, ("created",))]
+    assert place.transport().concerns(place.group, mine) == ()
+    database = f"sqlite:///{tmp_path / 'shop.db'}"
+    upgrade(database)
+    eo = ExactlyOnce(database, group=place.group)
+    eo.handler(place.topic, tag="created", key=keys.message_key(), name="first")(_nothing)
+    monkeypatch.setattr(serving, "_CONCERNED_S", 1.0)
+    others = place.transport().subscribe(place.group, [Subscription(place.topic, ("paid", "cancelled"))])
+    try:
+        found = [finding for finding in examine(eo, eo.transport(url)) if "LOSES MESSAGES" in finding.text]
+        with eo.worker(url):
+            told = [record.getMessage() for record in caplog.records if "LOSES MESSAGES" in record.getMessage()]
+            wait_until(
+                lambda: len([r for r in caplog.records if "LOSES MESSAGES" in r.getMessage()]) > 2,
+                what="told again",
+                patience_s=30,
+            )
+    finally:
+        leave(others)
+    assert [finding.mark for finding in found] == [Mark.WARN]
+    [text] = told
+    assert f"This program wants {place.topic} (created)" in text
+    assert f"wants {place.topic} (cancelled || paid)" in text
+    assert "group of its own" in text
+    wait_until(lambda: place.transport().concerns(place.group, mine) == (), what="nobody is there", patience_s=30)
+
+
+def test_members_that_subscribe_alike_are_no_concern_and_an_older_one_is_seen_behind_a_later(place: Place) -> None:
+    mine, other = Subscription(place.topic, ("b", "a")), Subscription(place.topic)
+    transport = place.transport()
+    members = [transport.subscribe(place.group, [mine]), transport.subscribe(place.group, [mine])]
+    try:
+        wait_until(lambda: _members_of(place) == 2, what="both joined", patience_s=30)
+        alike = transport.concerns(place.group, [mine])
+        members.append(transport.subscribe(place.group, [other]))
+        wait_until(lambda: _members_of(place) == 3, what="the third joined", patience_s=30)
+        [of_the_first] = transport.concerns(place.group, [mine])
+        # the broker keeps the last subscription of the group: the members themselves tell theirs
+        [of_the_last] = transport.concerns(place.group, [other])
+    finally:
+        for each in members:
+            leave(each)
+    assert alike == ()
+    assert f"wants {place.topic} (*)" in of_the_first
+    assert of_the_last.count(f"wants {place.topic} (a || b)") == 2
+
+
+def _nothing(session: Session, message: Message) -> None: ...
+
+
+def _members_of(place: Place) -> int:
+    admin = Admin([place.server.name_server])
+    return len(admin.members(place.server.broker, place.group)[0])
 
 
 def test_a_child_of_a_process_that_used_librocketmq_is_refused_in_a_sentence_and_does_not_hang(place: Place) -> None:

@@ -10,7 +10,7 @@
 | `connection`, `messages` | what each client is told; messages in and out |
 | `consumer` | receiving, and leaving without losing what is unfinished |
 | `producer` | sending once |
-| `admin`, `checks` | asking the servers themselves; what is wrong before a start, and the command that mends it |
+| `checks` | what is wrong before a start, and the command that mends it: the servers themselves are asked |
 
 Making a transport opens nothing and does not load librocketmq.
 
@@ -28,12 +28,14 @@ How it differs from other transports:
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from exactly_once.errors import ConfigurationError
 from exactly_once.transport import BrokerProducer, Consumer, Features, Subscription, Surroundings
-from exactly_once.transports.rocketmq4.admin import Admin
+from exactly_once.transports.members import subscribed_otherwise
+from exactly_once.transports.remoting import Admin
 from exactly_once.transports.rocketmq4.checks import fix_starting_points, locks_of, problems
 from exactly_once.transports.rocketmq4.connection import Connection
 from exactly_once.transports.rocketmq4.messages import DELAY_LEVELS, MAX_BODY_BYTES, Names, levels
@@ -125,6 +127,11 @@ class RocketMQ4Transport:
 
         load()
         return list(problems(self._admin, self._names, self._url.endpoints, group, subscriptions))
+
+    def concerns(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
+        """Ask whether other members of the group subscribe otherwise; see `transport.Transport`."""
+        wanted = [replace(each, topic=self._names.outside(each.topic)) for each in subscriptions]
+        return subscribed_otherwise(self._admin, self._names.outside(group), wanted)
 
     def subscribe(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[Consumer]:
         """Join the group with one consumer for all topics: clients of one group must subscribe alike.

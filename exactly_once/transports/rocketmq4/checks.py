@@ -10,7 +10,7 @@ from typing import Any, Final
 from exactly_once.errors import TransportError
 from exactly_once.steady_log import steady
 from exactly_once.transport import Away, Subscription
-from exactly_once.transports.rocketmq4.admin import Admin, Queue, Refused
+from exactly_once.transports.remoting import Admin, Queue, Refused
 from exactly_once.transports.rocketmq4.messages import Names
 
 __all__ = ["fix_starting_points", "locks_of", "problems"]

@@ -1,7 +1,7 @@
 """RocketMQ 5 over gRPC: the transport of `rocketmq://HOST:8081`, through the official `rocketmq-python-client` 5.
 
     rocketmq://HOST:8081[;HOST:8081...]?namespace=..&access_key=..&secret_key=..|secret_key_file=..
-                                        &invisible_s=30&max_attempts=16
+                                        &invisible_s=30&max_attempts=16&name_servers=NS1:9876,NS2:9876
 
 | room | what it is for |
 |---|---|
@@ -21,19 +21,23 @@ Sources: the protocol `apache/rocketmq-apis` (messaging service v2); the limits 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from ipaddress import IPv4Address
 from typing import Final
 
 from exactly_once.errors import ConfigurationError
 from exactly_once.transport import BrokerProducer, Consumer, Features, Subscription, Surroundings
+from exactly_once.transports.members import subscribed_otherwise
+from exactly_once.transports.remoting import Admin
 from exactly_once.transports.rocketmq5 import wall
 from exactly_once.transports.rocketmq5.endpoints import Endpoints
-from exactly_once.transports.urls import parse
+from exactly_once.transports.urls import ParsedURL, parse
 
 __all__ = ["RocketMQ5Transport"]
 
 DEFAULT_PORT: Final = 8081
+NAME_SERVER_PORT: Final = 9876
 # long enough that a worker which renews each third survives a slow database; a killed worker's messages wait for it.
 # Proxies refuse less than 10 s unless minInvisibleTimeMillsForRecv says otherwise.
 DEFAULT_INVISIBLE: Final = timedelta(seconds=30)
@@ -53,10 +57,13 @@ class RocketMQ5Transport:
         proxies: Where the proxies are, and as whom we come.
         invisible: How long a delivery stays away unless extended; whole seconds.
         max_attempts: How many deliveries may run; the group must allow one more.
+        admin: Asks name servers and brokers what a proxy does not tell; None where the URL names none.
     """
 
-    def __init__(self, proxies: Endpoints, *, invisible: timedelta, max_attempts: int) -> None:
-        self._proxies, self._invisible = proxies, invisible
+    def __init__(
+        self, proxies: Endpoints, *, invisible: timedelta, max_attempts: int, admin: Admin | None = None
+    ) -> None:
+        self._proxies, self._invisible, self._admin = proxies, invisible, admin
         self._features = Features(
             redelivers=True,
             counts_attempts=True,
@@ -90,7 +97,7 @@ class RocketMQ5Transport:
         place_text, question, query = url.partition("?")
         given = parse(
             place_text.replace(";", ",") + question + query,
-            options=["namespace", "access_key", "invisible_s", "max_attempts"],
+            options=["namespace", "access_key", "invisible_s", "max_attempts", "name_servers"],
             secrets=["secret_key"],
             default_port=DEFAULT_PORT,
         )
@@ -122,7 +129,12 @@ class RocketMQ5Transport:
             given.options.get("access_key", ""),
             given.options.get("secret_key", ""),
         )
-        return cls(proxies, invisible=invisible, max_attempts=given.whole("max_attempts", DEFAULT_MAX_ATTEMPTS))
+        return cls(
+            proxies,
+            invisible=invisible,
+            max_attempts=given.whole("max_attempts", DEFAULT_MAX_ATTEMPTS),
+            admin=_admin(given),
+        )
 
     @property
     def features(self) -> Features:
@@ -134,6 +146,13 @@ class RocketMQ5Transport:
         from exactly_once.transports.rocketmq5.checks import problems
 
         return problems(self._proxies, group, subscriptions, max_attempts=self._features.max_attempts or 0)
+
+    def concerns(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
+        """Ask whether other members of the group subscribe otherwise, where the URL names name servers."""
+        if self._admin is None:
+            return ()
+        wanted = [replace(each, topic=self._proxies.named(each.topic)) for each in subscriptions]
+        return subscribed_otherwise(self._admin, self._proxies.named(group), wanted)
 
     def subscribe(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[Consumer]:
         """Join the group, with one consumer for each topic: one for several would wait for the idle ones in turn."""
@@ -151,6 +170,16 @@ class RocketMQ5Transport:
         from exactly_once.transports.rocketmq5.producer import RocketMQ5Producer
 
         return RocketMQ5Producer(self._proxies, self._features)
+
+
+def _admin(given: ParsedURL) -> Admin | None:
+    if "name_servers" not in given.options:
+        return None
+    places = parse(
+        f"rocketmq4://{given.options['name_servers']}", options=[], secrets=[], default_port=NAME_SERVER_PORT
+    )
+    access, secret = given.options.get("access_key"), given.options.get("secret_key")
+    return Admin(places.endpoints, (access, secret) if access is not None and secret is not None else None)
 
 
 def _is_ipv4(host: str) -> bool:

@@ -148,6 +148,10 @@ class SqlTransport:
         look, sql = inspect(connection), self._database.sql
         return [t.fullname for t in (sql.queue, sql.group) if not look.has_table(t.name, schema=t.schema)]
 
+    def concerns(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
+        """Return nothing: a message waits until a member of its group takes it."""
+        return ()
+
     def subscribe(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[Consumer]:
         """Join the group; one consumer a topic. Where the database is away, the first `receive` that reaches it joins."""
         for error in (refused_group(group), *(refused(topic=s.topic) for s in subscriptions)):

@@ -1,7 +1,8 @@
 """Asks RocketMQ's name server and brokers over their remoting protocol: routes, groups, places in queues.
 
 It sends and receives no messages. Called by the rocketmq4 transport, because librocketmq "starts" without a server,
-without the topic and without the group, and then does nothing. Each request has a connection of its own and a timeout.
+without the topic and without the group, and then does nothing; and by the rocketmq5 transport where its URL names name
+servers, for what gRPC does not tell. Each request has a connection of its own and a timeout.
 
 A frame is: total length, header length (its top byte 0 says JSON), header, body; lengths are big-endian 32 bits. The
 request codes are those of `RequestCode` in Apache RocketMQ, the same in 4.x and 5.x.
@@ -14,13 +15,13 @@ import json
 import re
 import socket
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from exactly_once.errors import TransportError
 
-__all__ = ["Admin", "Queue", "Refused"]
+__all__ = ["Admin", "Queue", "Refused", "Wanted"]
 
 QUERY_CONSUMER_OFFSET: Final = 14
 UPDATE_CONSUMER_OFFSET: Final = 15
@@ -31,14 +32,21 @@ GET_ROUTE_BY_TOPIC: Final = 105
 GET_BROKERS: Final = 106
 # not 352, which asks for one group: a broker that makes groups by itself makes it then, with its own defaults
 GET_ALL_GROUPS: Final = 201
+GET_CONNECTIONS_OF_GROUP: Final = 203
+GET_RUNNING_INFO_OF_CONSUMER: Final = 307
 GET_TOPIC_CONFIG: Final = 351
 
 SUCCESS: Final = 0
 TOPIC_UNKNOWN: Final = 17
 OFFSET_UNKNOWN: Final = 22
+RETRIES: Final = "%RETRY%"
 READABLE: Final = 4  # a bit of a topic's permissions
 TIMEOUT_S: Final = 3.0
 VERSION: Final = 500  # any that knows JSON headers; the server adapts to nothing else here
+
+
+Wanted = Mapping[str, str]
+"""A subscription: the tag expression of each topic, "*" for all, tags sorted."""
 
 
 class Refused(TransportError):
@@ -169,6 +177,29 @@ class Admin:
         except Refused:
             return []
 
+    def members(self, address: str, group: str) -> tuple[Sequence[str], Wanted]:
+        """Return the identities of a group's members, and the last subscription of the group, as one broker knows them."""
+        try:
+            told = _json(self._ask(address, GET_CONNECTIONS_OF_GROUP, {"consumerGroup": group}).body)
+        except Refused:  # nobody is there
+            return (), {}
+        table = told.get("subscriptionTable") or {}
+        return [each["clientId"] for each in told.get("connectionSet") or []], _wanted(table.values())
+
+    def subscription(self, address: str, group: str, member: str) -> Wanted | None:
+        """Ask one member, through its broker, what it subscribes to; None if it does not tell."""
+        fields = {"consumerGroup": group, "clientId": member, "jstackEnable": "false"}
+        try:
+            told = self._ask(address, GET_RUNNING_INFO_OF_CONSUMER, fields).body.decode("utf-8", "replace")
+        except (OSError, TransportError):
+            return None
+        # the whole is no JSON (tables have objects for names), but this list is
+        begin = told.find("[", told.find('"subscriptionSet"'))
+        try:
+            return _wanted(json.JSONDecoder().raw_decode(told, begin)[0]) if '"subscriptionSet"' in told else None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+
     def unlock(self, address: str, group: str, consumer: str, queues: Sequence[Queue]) -> None:
         """Release a member's locks on queues, held or not."""
         locked = [{"topic": q.topic, "brokerName": q.broker, "queueId": q.number} for q in queues]
@@ -224,6 +255,15 @@ def _json(body: bytes) -> Mapping[str, Any]:
         # older servers write maps with bare numbers as names: {"brokerAddrs":{0:"10.0.0.1:10911"}}
         found = json.loads(re.sub(rb"([{,])\s*(\d+)\s*:", rb'\1"\2":', body))
     return found if isinstance(found, dict) else {}
+
+
+def _wanted(subscriptions: Iterable[Mapping[str, Any]]) -> Wanted:
+    found = {}
+    for each in subscriptions:
+        if not each["topic"].startswith(RETRIES):  # every member has that one, and gets all of it
+            tags = sorted(filter(None, (tag.strip() for tag in (each.get("subString") or "*").split("||"))))
+            found[each["topic"]] = " || ".join(tags) or "*"
+    return found
 
 
 def _queues(topic: str, route: Mapping[str, Any]) -> Iterator[Queue]:
