@@ -30,7 +30,9 @@ class _Stderr(logging.StreamHandler[TextIO]):
 
 
 def log_to_stderr() -> None:
-    """Send log lines to standard error; a library never does this by itself."""
+    """Send log lines to standard error, where the application has not said where they go; called once it is imported."""
+    if logging.getLogger().handlers:
+        return
     handler = _Stderr()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -51,15 +53,16 @@ def command(
 ) -> None:
     """Run a worker until SIGTERM or Ctrl-C: receive, handle, acknowledge.
 
+    Log lines go where the application's own logging sends them; where it configures none, to standard error.
     Exits 0 when stopped, 1 when messages were given back unfinished, 143 on a second signal.
     """
-    log_to_stderr()
     eo = application(app)
     serving = eo.worker(
         transport,
         concurrency=concurrency,
         drain_timeout=None if drain_timeout is None else timedelta(seconds=drain_timeout),
     )
+    log_to_stderr()  # `imports=` are imported by now, too
     number = processes or eo.config.processes.value
     address = health or eo.config.health.value
     if number > 1:

@@ -105,3 +105,55 @@ def test_one_health_port_from_the_settings_answers_for_all_processes(
     supervisor.send_signal(signal.SIGTERM)
     _, said = supervisor.communicate(timeout=60)
     assert supervisor.returncode == 0, said
+
+
+# -- logging ---------------------------------------------------------------------------------------------------------------
+
+APPLICATION = """
+from exactly_once import ExactlyOnce
+eo = ExactlyOnce(group="logging", imports=["loghandlers"])
+"""
+HANDLERS = """
+from sqlalchemy.orm import Session
+from logapp import eo
+
+@eo.handler("orders", key="no")
+def reserve(session: Session, order: dict) -> None: ...
+"""
+OWN = """
+import logging
+logging.basicConfig(level=logging.INFO, format="MINE %(name)s %(message)s")
+"""
+
+
+@pytest.mark.parametrize("configures", ["logapp", "loghandlers", "nobody"])
+def test_an_application_that_configures_logging_is_listened_to(
+    configures: str, sqlite_url: str, tmp_path: Path
+) -> None:
+    for name, text in (("logapp", APPLICATION), ("loghandlers", HANDLERS)):
+        (tmp_path / f"{name}.py").write_text(text + (OWN if name == configures else ""))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("EXACTLY_ONCE_")}
+    environment |= {"EXACTLY_ONCE_DATABASE": sqlite_url, "PYTHONPATH": str(ROOT), "EXACTLY_ONCE_TRANSPORT": "sql://"}
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "exactly_once", "run", "logapp:eo"],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert worker.stderr is not None
+        first = worker.stderr.readline()
+        worker.send_signal(signal.SIGTERM)
+        _, rest = worker.communicate(timeout=60)
+    finally:
+        worker.kill()
+        worker.communicate()
+    assert worker.returncode == 0, first + rest
+    begins = (
+        " INFO exactly_once.worker worker_started "
+        if configures == "nobody"
+        else "MINE exactly_once.worker worker_started "
+    )
+    assert begins in first
+    assert ("MINE" in rest) == (configures != "nobody")
