@@ -41,9 +41,9 @@ GROUPS_IN_HAND: Final = 3
 """Groups in hand for each handler that has them: one runs, one forms, and one is being acknowledged."""
 _WAITS_S: Final = (0.2, 5.0)
 _REFUSED_S: Final = 8.0
-"""A server that is up and refuses us may be out of connections, or a topic not made yet, for a moment: so long."""
+"""A broker that is up may lack a topic or group that whoever started it makes in a moment: so long."""
 _RETURNING_S: Final = 60.0
-"""The same, since the server was last seen not to answer."""
+"""What a server refuses since it was last seen not to answer may still be on its way: so long."""
 
 _CONCERNED_S: Final = 3600.0
 """How often what costs the group messages is looked for and told again."""
@@ -93,31 +93,13 @@ class Serving:
         for plan in router.plans:
             for warning in plan.warnings:
                 _log.warning("%s", warning)
-        deadline = monotonic() + patience.total_seconds()
         for store in router.stores.values():
             store.check_threads()
-        for name, store in router.stores.items():
-            _until(
-                self._asked,
-                deadline,
-                partial(_database_problem, store, router.group),
-                f"the database {name!r}",
-                StoreUnavailable,
-            )
+        subscriptions = router.subscriptions()
+        self._look_at_servers(monotonic() + patience.total_seconds(), subscriptions)
         for name, store in router.stores.items():
             if store.lacking is not None:
                 _log.warning("%s", lacking_characters(name, store.lacking))
-        for name, problem in router.leases.problems():
-            _until(self._asked, deadline, problem, f"the store of leases {name}", StoreUnavailable)
-        subscriptions = router.subscriptions()
-
-        def broker() -> str | None:
-            problems = self._transport.check(router.group, subscriptions)
-            if any(not isinstance(problem, Away) for problem in problems):
-                raise ConfigurationError("\n".join(problems))
-            return "\n".join(problems) or None
-
-        _until(self._asked, deadline, broker, "the broker", TransportError)
         self._concerns(subscriptions)
         runner = router.runner(self._concurrency)
         try:
@@ -153,6 +135,43 @@ class Serving:
         # whoever joins later does not tell us, and a line of a start is forgotten
         while not self._asked.wait(_CONCERNED_S):
             self._concerns(subscriptions)
+
+    def _look_at_servers(self, deadline: float, subscriptions: Sequence[Subscription]) -> None:
+        """Wait for each server in turn. Of what waiting does not mend, all is told at once: also of those behind it."""
+        router = self._router
+
+        def broker() -> str | None:
+            problems = self._transport.check(router.group, subscriptions)
+            if any(not isinstance(problem, Away) for problem in problems):
+                raise _Refused("\n".join(problems))
+            return "\n".join(problems) or None
+
+        looks: list[tuple[str, Callable[[], str | None], type[ExactlyOnceError]]] = [
+            (f"the database {name!r}", partial(_database_problem, store, router.group), StoreUnavailable)
+            for name, store in router.stores.items()
+        ]
+        looks += [
+            (f"the store of leases {name}", problem, StoreUnavailable) for name, problem in router.leases.problems()
+        ]
+        looks.append(("the broker", broker, TransportError))
+        wrong: list[ConfigurationError] = []
+        behind: list[str] = []
+        for what, look, vain in looks:
+            if wrong:
+                behind += _seen(look)
+                continue
+            try:
+                _until(self._asked, deadline, look, what, vain)
+            except ForkedProcess:
+                raise
+            except ConfigurationError as error:
+                wrong.append(error)
+        if wrong:
+            said = str(wrong[0])
+            for line in "\n".join(behind).splitlines():
+                if (line.partition("Type: ")[2] or line) not in said:  # one command may mend both
+                    said += f"\n{line}"
+            raise wrong[0] if said == str(wrong[0]) else ConfigurationError(said) from wrong[0]
 
     def stop(self) -> int:
         """Stop receiving, finish what runs, give back the rest; returns how many were given back. Twice is once."""
@@ -250,33 +269,59 @@ def _database_problem(store: Store, group: str) -> str | None:
     return None
 
 
+class _Refused(ConfigurationError):
+    """The broker answers, and is not as it must be; it may have started a moment ago, and be so in another."""
+
+
+def _seen(look: Callable[[], str | None]) -> Sequence[str]:
+    """Look once, and say what is to be told beside what is known to be wrong already."""
+    try:
+        problem = look()
+    except ExactlyOnceError as error:
+        problem = str(error)
+    except Exception:  # it may only follow from what is wrong already, and whoever mends that is told of it next time
+        problem = None
+    return () if problem is None else (problem,)
+
+
 def _until(
     asked: Event, deadline: float, look: Callable[[], str | None], what: str, vain: type[ExactlyOnceError]
 ) -> None:
-    """Look until there is no problem; `look` raises for what waiting does not mend, returns what it may."""
+    """Look until there is no problem; `look` raises for what waiting does not mend, returns what it may.
+
+    What is wrong at the first look is told at once. A broker, and a server that did not answer before, may refuse for a while
+    what it is about to have: a name server answers before its broker has registered.
+    """
     wait = _WAITS_S[0]
-    said = False
-    refused_until = monotonic() + _REFUSED_S
+    told: bool | None = None
+    refused_until: float | None = None
     while True:
+        refused = False
         try:
             problem = look()
-            # what is just coming back may refuse for a while: a name server answers before its broker has registered
-            refused_until = max(refused_until, monotonic() + _RETURNING_S)
+            refused_until = monotonic() + _RETURNING_S
         except TransportError as error:
-            problem = str(error)
+            problem, refused_until = str(error), monotonic() + _RETURNING_S
         except (SchemaError, ForkedProcess):
             raise
         except ConfigurationError as error:
+            if refused_until is None:
+                refused_until = monotonic() + (_REFUSED_S if isinstance(error, _Refused) else 0)
             if monotonic() >= refused_until:
                 raise
-            problem = str(error)
+            problem, refused = str(error), True
         if problem is None:
             return
+        left = max(0.0, refused_until - monotonic()) if refused else wait
         if monotonic() >= deadline:
             raise vain(f"Waited in vain for {what}: {problem}")
-        if not said:
+        if refused and told is not True:
+            _log.error(
+                "Not as it must be; looking again for %.0f s, in case it has only just started. %s", left, problem
+            )
+        elif not refused and told is not False:
             _log.warning("Waiting for %s: %s", what, problem)
-            said = True
-        if asked.wait(wait):
+        told = refused
+        if asked.wait(min(wait, left)):
             raise vain(f"Stopped while waiting for {what}.")
         wait = min(2 * wait, _WAITS_S[1])

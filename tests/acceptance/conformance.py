@@ -823,6 +823,15 @@ class TopicConformance:
         problems = harness.transport().check(missing, [Subscription(harness.topic())])
         assert any(missing in problem for problem in problems), problems
 
+    def test_check_names_a_group_and_all_topics_that_do_not_exist_at_once(self, harness: Harness) -> None:
+        group, *topics = [f"{harness.group()}-missing", f"{harness.topic()}-missing", f"{harness.topic()}-missing"]
+        problems = harness.transport().check(group, [Subscription(topic) for topic in topics])
+        assert [next(name for name in (*topics, group) if f" {name} " in problem) for problem in problems] == [
+            *topics,
+            group,
+        ]
+        assert all("Type: mqadmin update" in problem for problem in problems), problems
+
 
 def _until(harness: Harness, done: Callable[[], bool], what: str, *, longest: timedelta | None = None) -> None:
     """Wait for something that several threads bring about."""

@@ -821,7 +821,8 @@ def test_access_keys_namespaces_and_the_default_polling_time(rocketmq: RocketMQ,
         [refused] = ours("access_key=shop&secret_key=wrong-secret").check("inventory", wanted)
         assert "wrong-secret" not in refused
         until("the user is known", lambda: not ours(good).check("inventory", wanted))
-        [missing] = ours(f"{good}&namespace=blue").check("inventory", wanted)
+        [missing, group] = ours(f"{good}&namespace=blue").check("inventory", wanted)
+        assert "-g blue%inventory" in group
         assert "-t blue%orders" in missing  # a stock proxy would ignore the client's namespace and use plain `orders`
 
         producer = ours(f"{good}&namespace=red").producer()

@@ -3,22 +3,27 @@
 libpq tells no SQLSTATE of that. In a rolling deploy the old workers have what the role may have, and the new one waits for it.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import timedelta
+from pathlib import Path
 from threading import Timer
+from time import monotonic
 from typing import Any
 
 import psycopg
 import pytest
 from sqlalchemy import URL, make_url
+from sqlalchemy.orm import Session
 
 import exactly_once.alembic
-from exactly_once import ExactlyOnce
+from exactly_once import ExactlyOnce, serving
 from exactly_once.dialects import postgresql_refusal
 from exactly_once.errors import ConfigurationError
 from exactly_once.store import Store
 from exactly_once.testing.postgres import EmbeddedPostgres
+from exactly_once.transport import Transport
 from tests.services.need import need
 from tests.services.pgbouncer import PgBouncer, missing
 
@@ -164,3 +169,93 @@ def test_a_worker_starts_once_the_workers_before_it_have_ended(server: EmbeddedP
                 pass
         finally:
             timer.join()
+
+
+# -- told at once --------------------------------------------------------------------------------------------------------
+
+
+def started_in_vain(database: str, transport: str) -> tuple[float, str]:
+    """How long a start took that is refused, and what it said."""
+    eo = ExactlyOnce(database, group="refused")
+
+    @eo.handler("orders", key="no")
+    def reserve(session: Session, order: dict[str, Any]) -> None: ...
+
+    began = monotonic()
+    with pytest.raises(ConfigurationError) as refused:
+        eo.worker(transport).start()
+    return monotonic() - began, str(refused.value)
+
+
+def test_another_client_of_the_same_name_is_told_at_once_and_not_waited_for(
+    sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "rocketmq" / "v5").mkdir(parents=True)
+    (tmp_path / "rocketmq" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "rocketmq", raising=False)
+    took, said = started_in_vain(sqlite_url, "rocketmq4://127.0.0.1:1")
+    assert "rocketmq-python-client, the client of rocketmq://" in said
+    assert took < 4
+    assert "Waiting for" not in caplog.text
+
+
+def test_a_wrong_database_is_told_at_once(server: EmbeddedPostgres, caplog: pytest.LogCaptureFixture) -> None:
+    took, said = started_in_vain(str(to(server, database="nowhere")).replace("***", "few"), "sql://")
+    assert "nowhere cannot be used" in said
+    assert took < 4
+    assert "Waiting for" not in caplog.text
+
+
+def test_all_that_is_wrong_is_told_in_one_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "rocketmq" / "v5").mkdir(parents=True)
+    (tmp_path / "rocketmq" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "rocketmq", raising=False)
+    took, said = started_in_vain(f"sqlite:///{tmp_path / 'new.db'}", "rocketmq4://127.0.0.1:1")
+    tables, broker = said.split("\n")
+    assert "exactly-once db upgrade" in tables
+    assert "rocketmq-python-client, the client of rocketmq://" in broker
+    assert took < 4
+    _, said = started_in_vain(f"sqlite:///{tmp_path / 'new.db'}", "sql://")
+    assert said == tables, "said once, though both look for tables"
+
+
+class Lacking:
+    """A broker that answers and has not what a group needs; at the second look it has, or it has not."""
+
+    def __init__(self, real: Transport, *, made: bool) -> None:
+        self._real, self._made, self.looks = real, made, 0
+
+    def check(self, group: str, subscriptions: Any) -> list[str]:
+        self.looks += 1
+        return [] if self._made and self.looks > 1 else ["Topic orders does not exist. Type: make topic orders"]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_what_a_broker_lacks_is_told_at_once_and_looked_for_for_a_moment(
+    made: bool, sqlite_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(serving, "_REFUSED_S", 8.0 if made else 0.5)
+    eo = ExactlyOnce(sqlite_url, group="refused")
+
+    @eo.handler("orders", key="no")
+    def reserve(session: Session, order: dict[str, Any]) -> None: ...
+
+    lacking: Any = Lacking(eo.transport("sql://"), made=made)
+    monkeypatch.setattr(eo, "transport", lambda url: lacking)
+    worker = eo.worker("sql://")
+    if made:
+        with worker:
+            assert lacking.looks == 2
+    else:
+        with pytest.raises(ConfigurationError, match="make topic orders"):
+            worker.start()
+    [record] = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "make topic orders" in record.getMessage()
+    assert "Waiting for" not in caplog.text

@@ -5,6 +5,7 @@ starting point of a group that has none.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from exactly_once.errors import TransportError
@@ -38,6 +39,9 @@ def problems(
         if not queues:
             yield _no_route(admin, servers, topic)
         brokers.update({queue.broker: queue.address for queue in queues})
+    if not brokers:  # no topic is there: the group is looked for where it will be, so that both are made in one go
+        with suppress(TransportError):
+            brokers = {name: address for name, address in admin.brokers().items() if address is not None}
     wanted = names.outside(group)
     for broker, address in sorted(brokers.items()):
         try:

@@ -6,6 +6,7 @@ connection, a route for each topic, and the settings that the proxy sends to a g
 
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Final
 
 from rocketmq.grpc_protocol import Code, MessageType
 
@@ -15,6 +16,15 @@ from exactly_once.transports.rocketmq5.endpoints import Endpoints, reachable
 from exactly_once.transports.rocketmq5.session import Session, describe
 
 __all__ = ["problems"]
+
+DEFAULT_RETRIES: Final = 16
+"""The retryMaxTimes of a group that is made without one; it gives one delivery more."""
+
+
+class _Absent(str):
+    """A topic that is not there."""
+
+    __slots__ = ()
 
 
 def problems(proxies: Endpoints, group: str, subscriptions: Sequence[Subscription], *, max_attempts: int) -> list[str]:
@@ -42,12 +52,14 @@ def _ask(
         with suppress(Exception):
             session.queues(subscription.topic)
     if not session.routed:
-        # the client tells the proxies of a topic's route about the group, so nothing can be said without any topic
-        return found
+        if not all(isinstance(problem, _Absent) for problem in found):
+            return found  # who is not let in, or gets no answer, learns nothing of the group either
+        session.introduce()
     if not session.joined():
+        retries = max_attempts if max_attempts > DEFAULT_RETRIES else None
         found.append(
             f"Group {group} does not exist at {proxies}: nothing would ever be received. Type: "
-            + about_group(proxies, group, ordered=any(s.ordered for s in subscriptions))
+            + about_group(proxies, group, ordered=any(s.ordered for s in subscriptions), retries=retries)
         )
         return found
     ordered = [s.topic for s in subscriptions if s.ordered]
@@ -73,7 +85,7 @@ def _topic_problem(session: Session, proxies: Endpoints, subscription: Subscript
     except Exception as error:
         return Away(f"RocketMQ at {proxies} did not answer when asked for topic {topic}: {describe(error)}.")
     if answer.status.code == Code.TOPIC_NOT_FOUND:
-        return f"Topic {topic} does not exist at {proxies}. Type: {about_topic(proxies, topic, kind)}"
+        return _Absent(f"Topic {topic} does not exist at {proxies}. Type: {about_topic(proxies, topic, kind)}")
     if answer.status.code in (Code.UNAUTHORIZED, Code.FORBIDDEN):
         return (
             f"RocketMQ at {proxies} refused us topic {topic} ({describe(answer.status)}). "

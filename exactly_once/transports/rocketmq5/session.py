@@ -146,6 +146,10 @@ class Session:
         """Any of the topics has a route, so that there is a proxy to tell about the group."""
         return bool(self._client.route_manager.get_all_endpoints())
 
+    def introduce(self) -> None:
+        """Tell the proxies of the URL about the group: the client tells those of a topic's route, and there may be no topic."""
+        self._client.on_new_endpoints(self._client.client_configuration.rpc_endpoints)
+
     def joined(self) -> bool:
         """Wait for the proxy's settings; False when it does not know the group."""
         assert self._client.settled is not None
