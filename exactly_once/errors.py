@@ -100,7 +100,10 @@ class BadBody(ExactlyOnceError):
 
 
 class Misuse(ExactlyOnceError):
-    """A handler committed, rolled back or left the transaction it was given."""
+    """A handler committed, rolled back, left or began the transaction it was given."""
+
+    at_each_run = False
+    """The handler's code does so in each run, whatever the message: no retry mends it."""
 
 
 class LeaseLost(ExactlyOnceError):

@@ -20,7 +20,16 @@ from datetime import timedelta
 from typing import Final, Literal, TypeAlias
 
 from exactly_once.error_words import words_of
-from exactly_once.errors import BadBody, BadKey, ConfigurationError, PayloadConflict, Reject, RetryLater, StepError
+from exactly_once.errors import (
+    BadBody,
+    BadKey,
+    ConfigurationError,
+    Misuse,
+    PayloadConflict,
+    Reject,
+    RetryLater,
+    StepError,
+)
 from exactly_once.leaves import leaves
 from exactly_once.outcome import Outcome
 from exactly_once.transport import Features
@@ -172,11 +181,15 @@ def counts_as(error: BaseException, spec: RetrySpec) -> BaseException:
         return error
     if later := [each for each in found if isinstance(each, RetryLater)]:
         return max(later, key=lambda each: _delay_of(_DEFAULT, each, 1))
-    mended = [each for each in found if not isinstance(each, _NOT_MENDED)]
+    mended = [each for each in found if not _is_not_mended(each)]
     return max(mended or found, key=lambda each: retry_for(spec, each).max_attempts)
 
 
 _NOT_MENDED: Final = (Reject, BadKey, BadBody, PayloadConflict, StepError)  # by any retry
+
+
+def _is_not_mended(error: BaseException) -> bool:
+    return isinstance(error, _NOT_MENDED) or (isinstance(error, Misuse) and error.at_each_run)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,13 +238,13 @@ def decide(
 
     Returns:
         `Park` at once for what no retry mends (`Reject`, no key, no readable body, another payload under a
-        known key, a step that must not be guessed)
+        known key, a step that must not be guessed, a mistake of the handler's that each run makes)
         and after `max_attempts`; else who tries again, and when. Of a group `counts_as` says which of its exceptions decides.
     """
     one = counts_as(error, retry)
     if isinstance(one, Reject):
         return Park("dead", f"rejected by the handler: {words_of(one)}")
-    if isinstance(one, _NOT_MENDED):
+    if _is_not_mended(one):
         return Park("dead", words_of(one))
     policy = retry_for(retry, one)
     if attempts >= policy.max_attempts:

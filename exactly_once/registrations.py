@@ -4,14 +4,17 @@ A plan is made where the decorator stands, so that a mistake is an error at impo
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import wraps
+from inspect import Signature, signature
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from exactly_once.errors import ConfigurationError
 from exactly_once.handler import Plan, plan
 from exactly_once.policy import RetrySpec
+from exactly_once.wording import probably
 
 if TYPE_CHECKING:
     from exactly_once.fingerprint import FingerprintSpec
@@ -23,12 +26,51 @@ __all__ = ["Registrations"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def _explained(register: F) -> F:
+    """Have a call with wrong arguments told with what to write, in place of Python's own words about them."""
+    takes = signature(register)
+
+    @wraps(register)
+    def call(*arguments: Any, **named: Any) -> Any:
+        try:
+            takes.bind(*arguments, **named)
+        except TypeError as error:
+            raise ConfigurationError(
+                _wrong_call(register.__name__, takes, arguments[1:], named) or str(error)
+            ) from error
+        return register(*arguments, **named)
+
+    return cast("F", call)
+
+
+def _wrong_call(name: str, takes: Signature, arguments: Sequence[object], named: Mapping[str, object]) -> str | None:
+    known = [each for each in takes.parameters if each != "self"]
+    example = f'@eo.{name}("orders", key="order_no")'
+    if unknown := [each for each in named if each not in known]:
+        return f"@eo.{name} has no argument {unknown[0]}=.{probably(unknown[0], known)} It takes: {', '.join(known)}."
+    if len(arguments) > 1:
+        return f"@eo.{name} takes one argument without a name, the topic. Write {example}"
+    given = arguments[0] if arguments else named.get("topic")
+    if callable(given):
+        function = getattr(given, "__name__", "the function")
+        return f"@eo.{name} stands above {function!r} alone: it must be told the topic and the key. Write {example}"
+    if given is None:
+        return f"@eo.{name} must be told the topic. Write {example}"
+    if "key" not in named:
+        return (
+            f"@eo.{name}({given!r}) must be told the key: what names the event, and makes two copies of it one. Write"
+            f' @eo.{name}({given!r}, key="order_no") for a member of the body, or key=keys.message_key().'
+        )
+    return None
+
+
 class Registrations:
     """The handlers of one application, by name."""
 
     def __init__(self) -> None:
         self._plans: dict[str, Plan] = {}
 
+    @_explained
     def handler(
         self,
         topic: str,
@@ -79,7 +121,7 @@ class Registrations:
             ...     ...
         """
         return self._registering(
-            sys._getframe(1),  # noqa: SLF001  (annotations may name classes that live in the caller's function only)
+            sys._getframe(2),  # noqa: SLF001  (annotations may name classes that live in the caller's function only)
             topic=topic,
             tag=tag,
             key=key,
@@ -95,6 +137,7 @@ class Registrations:
             linger=linger,
         )
 
+    @_explained
     def batch_handler(
         self,
         topic: str,
@@ -137,7 +180,7 @@ class Registrations:
             ...     ...
         """
         return self._registering(
-            sys._getframe(1),  # noqa: SLF001
+            sys._getframe(2),  # noqa: SLF001
             topic=topic,
             tag=tag,
             key=key,

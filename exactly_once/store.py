@@ -118,6 +118,11 @@ class _OurSession(Session):
     dispatch = _OneHook()  # type: ignore[assignment]
 
 
+_WHERE: Final = (
+    "where it was given: EXACTLY_ONCE_DATABASE (or ..._ASYNC_DATABASE, ..._FILE), the settings file, or the code."
+)
+
+
 class Store:
     """One database and the ways into it.
 
@@ -395,7 +400,7 @@ class Store:
                 if dialect.trouble(error) is Trouble.UNAVAILABLE and not dialect.hopeless(error):
                     return f"{where} does not answer ({said})"
                 raise ConfigurationError(
-                    f"The database {where} cannot be used: {said}. Check the URL, in EXACTLY_ONCE_DATABASE or where it was given."
+                    f"The database {where} cannot be used: {said}. Check the URL {_WHERE}"
                 ) from error
             if not self.unreached(error):
                 raise
@@ -467,7 +472,10 @@ class Store:
 
     def _url(self, given: Any) -> URL:
         if isinstance(given, (str, URL)):
-            return database_url(given)
+            try:
+                return database_url(given)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"{error} Mend it {_WHERE}") from None
         bind = getattr(given, "kw", {}).get("bind", given)
         if isinstance(bind, Connection) or hasattr(bind, "sync_connection"):
             raise ConfigurationError(
@@ -498,7 +506,7 @@ class Store:
                 "postgresql+psycopg" if url.drivername.startswith("postgres") else "postgresql+psycopg, mysql or sqlite"
             )
             raise ConfigurationError(
-                f"SQLAlchemy knows no database {url.drivername!r}. Write {wanted}://user:password@host/name."
+                f"SQLAlchemy knows no database {url.drivername!r}. Write {wanted}://user:password@host/name {_WHERE}"
             ) from error
 
     def _options(self, url: URL) -> dict[str, Any]:

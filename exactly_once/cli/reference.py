@@ -55,9 +55,28 @@ def application(reference: str) -> ExactlyOnce:
         found = getattr(found, name, None)  # type: ignore[assignment]
     if isinstance(found, ExactlyOnce):
         return found
+    raise ConfigurationError(_not_there(module_name, module, attribute, found))
+
+
+def _not_there(module_name: str, module: object, attribute: str, found: object) -> str:
     there = sorted(name for name, value in vars(module).items() if isinstance(value, ExactlyOnce))
     have = f"It has: {', '.join(f'{module_name}:{name}' for name in there)}." if there else "It has no such object."
-    raise ConfigurationError(f"{module_name} has no ExactlyOnce object named {attribute!r}. {have}")
+    if found is None:
+        return f"{module_name} has no ExactlyOnce object named {attribute!r}. {have}"
+    kind = (
+        "class"
+        if isinstance(found, type)
+        else "function"
+        if callable(found)
+        else f"value of type {type(found).__name__}"
+    )
+    is_what = f"is a {kind}, and no ExactlyOnce object"
+    if callable(found) and not there:
+        return (
+            f"{module_name}:{attribute} {is_what}. A command imports, and calls nothing: write at the end of {module_name}"
+            f" `eo = {attribute}()`, or what of that is the ExactlyOnce, and type {module_name}:eo"
+        )
+    return f"{module_name}:{attribute} {is_what}. {have}"
 
 
 def _where(error: BaseException) -> str:

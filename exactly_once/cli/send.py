@@ -1,5 +1,6 @@
 """`exactly-once send`: one message from the command line, or those of a file, with a receipt for each."""
 
+import os
 from datetime import timedelta
 from typing import Annotated
 
@@ -23,7 +24,9 @@ def command(
     ] = None,
     transport: TransportOption = None,
     topic: Annotated[str | None, typer.Option("--topic", help="Of the message, or for lines that name none.")] = None,
-    body: Annotated[str | None, typer.Option("--body", help="The body of one message, as text.")] = None,
+    body: Annotated[
+        str | None, typer.Option("--body", help="The body of one message: the bytes as you type them.")
+    ] = None,
     tag: Annotated[str | None, typer.Option("--tag")] = None,
     key: Annotated[str | None, typer.Option("--key", help="The message key.")] = None,
     ordering_key: Annotated[str | None, typer.Option("--ordering-key")] = None,
@@ -54,7 +57,7 @@ def command(
         if body is not None:
             one = Message(
                 topic or "",
-                body.encode(),
+                os.fsencode(body),  # the bytes as they were typed, also what is no UTF-8
                 tag=tag,
                 key=key,
                 ordering_key=ordering_key,

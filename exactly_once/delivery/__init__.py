@@ -16,6 +16,7 @@ from sqlalchemy.util import await_only
 from exactly_once.alert import Hook
 from exactly_once.attempt import UNFINISHED, Ended, How, attempt
 from exactly_once.attempt.ending import Open
+from exactly_once.delivery.begun import begun_already
 from exactly_once.delivery.recording import ACK, DUPLICATE, PROCESSED, UNRECORDED, Owed, Recording, Told
 from exactly_once.dialects import ClaimRow
 from exactly_once.error_words import trace_of, words_of
@@ -217,7 +218,7 @@ class Delivering:
 
         def told_of(error: BaseException) -> BaseException:
             # of a caller's loop the thread is the caller's, and a signal may have asked it to end
-            return error if foreign and not beside else as_mistake(error)
+            return (begun_already(error) or error) if foreign and not beside else as_mistake(error)
 
         def handle(handed: Any, won: Won) -> None:
             nonlocal sent
@@ -348,6 +349,8 @@ class Delivering:
         one = counts_as(error, self.plan.retry)
         if isinstance(one, (Reject, RetryLater, StepError)) or advice_on(one):
             return 0
+        if isinstance(one, Misuse) and one.at_each_run:
+            return 0
         if foreign and is_the_callers(error):  # a limit of the caller's: a second run would have none
             return 0
         return retry_for(self.plan.retry, one).immediate
@@ -470,9 +473,9 @@ class Delivering:
 
 
 def as_mistake(error: BaseException) -> BaseException:
-    """Return what is told of an exit that is nobody's to ask for; any other exception as it is."""
+    """Return what is told of an exit that is nobody's to ask for, or of a second begin(); any other exception as it is."""
     if (left := exit_in(error)) is None:
-        return error
+        return begun_already(error) or error
     told = Misuse(_EXITED.format(code=left.code)).with_traceback(error.__traceback__)
     told.__cause__ = error
     return told

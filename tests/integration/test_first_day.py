@@ -1,13 +1,16 @@
 """Mistakes of a first day, at each door: one sentence that says what to type, and nothing is lost or blamed on a message."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -16,6 +19,7 @@ from typer.testing import CliRunner
 
 from exactly_once import ConfigurationError, ExactlyOnce, Message, Outcome, Retry
 from exactly_once.cli import db, failures, send
+from exactly_once.cli.reference import application
 from exactly_once.errors import SchemaError, StoreUnavailable
 from exactly_once.testing.child import free_ports
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
@@ -124,6 +128,97 @@ def test_a_module_to_import_that_is_not_there_is_named_with_its_setting(tmp_path
     eo = ExactlyOnce("sqlite:///x.db", group=GROUP, imports=["shop_nowhere.handlers"])
     with pytest.raises(ConfigurationError, match=r"no module 'shop_nowhere'.*imports=.*PYTHONPATH"):
         eo.process(order())
+
+
+# -- where a handler is registered ----------------------------------------------------------------------------------------
+
+WRONG_CALLS: dict[str, tuple[Any, str]] = {
+    "bare": (lambda eo: eo.handler(make_one), r"stands above 'make_one' alone.*@eo.handler\(\"orders\", key="),
+    "bare batch": (lambda eo: eo.batch_handler(make_one), r"@eo.batch_handler stands above 'make_one' alone"),
+    "keys=": (lambda eo: eo.handler("orders", keys="no"), r"no argument keys=. Did you mean 'key'\?"),
+    "tags=": (lambda eo: eo.handler("orders", key="no", tags=["a"]), r"no argument tags=. Did you mean 'tag'\?"),
+    "no key": (lambda eo: eo.handler("orders"), r"@eo.handler\('orders'\) must be told the key"),
+    "no topic": (lambda eo: eo.handler(key="no"), r"must be told the topic"),
+    "two places": (lambda eo: eo.handler("orders", "no"), r"takes one argument without a name, the topic"),
+}
+
+
+def make_one() -> ExactlyOnce:
+    return ExactlyOnce(group=GROUP)
+
+
+@pytest.mark.parametrize("call", WRONG_CALLS)
+def test_a_decorator_with_wrong_arguments_says_what_to_write(call: str) -> None:
+    wrong, says = WRONG_CALLS[call]
+    with pytest.raises(ConfigurationError, match=says):
+        wrong(make_one())
+
+
+def test_classes_of_the_function_around_a_handler_are_known() -> None:
+    class Order(BaseModel):
+        no: str
+
+    eo = make_one()
+
+    @eo.handler("orders", key="no")
+    def reserve(session: Session, order: "Order") -> None: ...
+
+    assert eo._plans["reserve"].body_annotation is Order
+
+
+# -- what a command is given ---------------------------------------------------------------------------------------------
+
+
+def test_a_function_that_makes_the_application_is_no_application(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = """
+        from exactly_once import ExactlyOnce
+        def create_app(): return ExactlyOnce(group="g")
+        class Settings: eo = create_app()
+        settings = 3
+    """
+    (tmp_path / "made_by_a_function.py").write_text(dedent(program))
+    (tmp_path / "made_and_named.py").write_text("from made_by_a_function import *\neo = create_app()\n")
+    monkeypatch.chdir(tmp_path)
+    for reference, says in (
+        (
+            "made_by_a_function:create_app",
+            "is a function, and no ExactlyOnce object. A command imports, and calls nothing:",
+        ),
+        ("made_by_a_function:create_app", "`eo = create_app()`"),
+        ("made_by_a_function:settings", "is a value of type int, and no ExactlyOnce object. It has no such object"),
+        ("made_and_named:create_app", "is a function, and no ExactlyOnce object. It has: made_and_named:eo."),
+        ("made_by_a_function:nothing", "has no ExactlyOnce object named 'nothing'"),
+    ):
+        with pytest.raises(ConfigurationError) as refused:
+            application(reference)
+        assert says in str(refused.value)
+    assert application("made_by_a_function:Settings.eo").group == "g"
+
+
+@pytest.mark.parametrize("url", ["postgres://shop:hidden@db/shop", "mssqll://shop:hidden@db/shop", "not a url hidden"])
+def test_a_database_url_that_names_none_says_where_it_may_be_set(url: str) -> None:
+    eo = ExactlyOnce(url, group=GROUP)
+
+    @eo.handler("orders", key="no")
+    def handler(session: Session) -> None: ...
+
+    with pytest.raises(ConfigurationError, match="EXACTLY_ONCE_DATABASE") as refused:
+        eo.process(order())
+    assert "postgresql+psycopg" in str(refused.value)
+    assert "hidden" not in str(refused.value)
+
+
+def test_a_body_is_sent_as_it_was_typed(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_command = Typer()
+    one_command.command()(send.command)
+    monkeypatch.setenv("EXACTLY_ONCE_DATABASE", sqlite_url)
+    typed = os.fsdecode(b"caf\xe9 \xff")
+    told = CliRunner().invoke(one_command, ["--transport", "sql://", "--topic", "orders", "--body", typed])
+    assert told.exit_code == 0, told.output
+    with create_engine(sqlite_url).connect() as connection:
+        assert connection.execute(text("SELECT body FROM message_queue")).scalar_one() == b"caf\xe9 \xff"
 
 
 # -- a handler's own bug -------------------------------------------------------------------------------------------------

@@ -189,16 +189,23 @@ def test_a_swallowed_error_is_told_as_such_also_of_a_message_that_failed_before(
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_begin_is_refused_by_the_session_itself(shop: Shop, way: Way) -> None:
+def test_begin_is_told_as_a_mistake_of_the_handler_and_not_run_again(shop: Shop, way: Way) -> None:
     """Also where the transaction begins with the first statement, which comes behind it."""
 
+    runs: list[str] = []
+
     def begins(session: Session, no: object) -> None:
+        runs.append("run")
         with session.begin():
             put(session, "effect")
 
     way.handles(shop, begins)
-    assert way.deliver(shop, [order()]) == [Outcome.FAILED]
-    assert shop.failure().error_class == "InvalidRequestError"
+    assert way.deliver(shop, [order()]) == [Outcome.DEAD]
+    failure = shop.failure()
+    assert (failure.error_class, failure.state, failure.attempts) == ("Misuse", "dead", 1)
+    assert "Take the line with session.begin() away" in failure.error_text
+    assert f"test_misuse.py:{begins.__code__.co_firstlineno + 2} in begins" in failure.error_text
+    assert runs == ["run"], "it would end so each time"
     assert shop.effects() == []
 
 
