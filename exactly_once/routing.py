@@ -186,6 +186,7 @@ class Router:
             threads=concurrency,
             needs_loop=any(plan.is_async for plan in self.plans),
             limits={plan.name: plan.concurrency for plan in self.plans if plan.concurrency is not None},
+            handlers=[plan.name for plan in self.plans],
         )
 
     def pumps(self) -> Sequence[Consumer]:

@@ -111,6 +111,7 @@ class Serving:
                 drain_timeout=self.drain_timeout,
                 answers=router.answers,
                 observe=runner.observe,
+                observe_handlers=runner.observe_handlers,
             )
             worker.start()
         except BaseException:
@@ -229,7 +230,8 @@ class Serving:
         """Wait until nothing is left to do, for tests: every source empty, nothing in hand, no retry due.
 
         Returns:
-            Deliveries by outcome, since the start.
+            Deliveries by outcome, since the start. Of several handlers it is the one that says most: what each made of them
+            is in `counts.handlers`.
 
         Raises:
             TimeoutError: It did not come to that; the text says what is still in hand.

@@ -6,6 +6,7 @@ has a transaction of its own, or shares one with others of its handler (`groupin
 `delivery` does. The worker calls `run`.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -98,14 +99,26 @@ class Runner:
         threads: How many deliveries run at once on threads, and as many on the loop.
         needs_loop: There are async handlers.
         limits: Of each handler with `concurrency=`, how many of it run at once.
+        handlers: Their names, for the counts of those that have run nothing yet.
     """
 
-    def __init__(self, find: Find, *, threads: int, needs_loop: bool, limits: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        find: Find,
+        *,
+        threads: int,
+        needs_loop: bool,
+        limits: Mapping[str, int],
+        handlers: Sequence[str] = (),
+    ) -> None:
         self._find = find
         self._work: SimpleQueue[_One | Grouping | None] = SimpleQueue()
         self._groupings: dict[GroupDelivering, Grouping] = {}
         self._limits = {name: BoundedSemaphore(most) for name, most in limits.items()}
-        self._counts: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
+        self._counts = _no_counts()
+        self._of_handlers: defaultdict[str, dict[Outcome, int]] = defaultdict(
+            _no_counts, {name: _no_counts() for name in handlers}
+        )
         self._counting = Lock()
         self._stopping = False
         self._process = fork.here
@@ -145,14 +158,19 @@ class Runner:
         self, delivery: Delivery, features: Features, found: Sequence[Delivering], future: Pending
     ) -> Ending:
         if self._loop is not None and any(each.plan.is_async for each in found):
-            coroutine = self._atold if isinstance(future, Part) else self._arun
-            return self._on_loop(coroutine(delivery, features, found))
+            if isinstance(future, Part):
+                return self._on_loop(self._atold(delivery, features, found, noted=True))
+            return self._on_loop(self._arun(delivery, features, found))
         self._work.put((delivery, features, found, future))
         return future
 
     def observe(self) -> Mapping[str, int]:
         """How many deliveries ended how, since the start; one that is kept has not ended, however often it is looked at."""
-        return {outcome.value: count for outcome, count in self._counts.items()}
+        return _by_name(self._counts)
+
+    def observe_handlers(self) -> Mapping[str, Mapping[str, int]]:
+        """The same for each handler by itself: what became of each delivery that it wanted."""
+        return {name: _by_name(counts) for name, counts in self._of_handlers.copy().items()}
 
     def stop(self) -> None:
         """End the threads and the loop; what still runs is cancelled (async) or left to end unheard (threads)."""
@@ -182,33 +200,42 @@ class Runner:
                 self._same_process()
                 future.set_exception(error)
             else:
-                self._end(future, told)
+                self._end(future, told, found[0].plan.name if len(found) == 1 else None)
             del work, delivery, found, future
 
-    def _end(self, future: Pending, told: Told) -> None:
+    def _end(self, future: Pending, told: Told, handler: str | None = None) -> None:
+        """End a delivery; or its part, of one handler."""
         if isinstance(future, Part):
+            if handler is not None:
+                self._note(handler, told)
             future.set_result(told)
             return
-        self._count(told)
+        self._count(told, handler)
         future.set_result(told.verdict)
 
-    def _count(self, told: Told) -> None:
+    def _count(self, told: Told, handler: str | None) -> None:
+        """Count a delivery; where it is for one handler, for that one, too."""
         if not isinstance(told.verdict, Keep):
             with self._counting:
                 self._counts[told.outcome] += 1
+                if handler is not None:
+                    self._of_handlers[handler][told.outcome] += 1
+
+    def _note(self, handler: str, told: Told) -> None:
+        """Count for one of several handlers."""
+        if not isinstance(told.verdict, Keep):
+            with self._counting:
+                self._of_handlers[handler][told.outcome] += 1
 
     def _limited(self, delivery: Delivery, features: Features, found: Sequence[Delivering]) -> Told:
         pumped = delivery.handler is not None
-        if not self._limits:
-            return run_all(found, delivery.message, features, pumped=pumped)
         told: list[Told] = []
         for each in found:
-            limit = self._limits.get(each.plan.name)
-            if limit is None:
+            limit = self._limits.get(each.plan.name, _NO_LIMIT) if self._limits else _NO_LIMIT
+            with limit:
                 told.append(each.run(delivery.message, features, pumped=pumped))
-            else:
-                with limit:
-                    told.append(each.run(delivery.message, features, pumped=pumped))
+            if len(found) > 1:
+                self._note(each.plan.name, told[-1])
         return together(told)
 
     # -- groups ------------------------------------------------------------------------------------------------------
@@ -274,7 +301,7 @@ class Runner:
                 if isinstance(told, BaseException):
                     one.future.set_exception(told)
                 else:
-                    self._end(one.future, told)
+                    self._end(one.future, told, grouping.handler.plan.name)
         except BaseException as error:  # the worker takes it for "bring it again"; neither thread nor loop ends of it
             self._same_process()
             for one in group:
@@ -362,11 +389,12 @@ class Runner:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     async def _arun(self, delivery: Delivery, features: Features, found: Sequence[Delivering]) -> Said:
-        one = await self._atold(delivery, features, found)
-        self._count(one)
+        alone = len(found) == 1
+        one = await self._atold(delivery, features, found, noted=not alone)
+        self._count(one, found[0].plan.name if alone else None)
         return one.verdict
 
-    async def _atold(self, delivery: Delivery, features: Features, found: Sequence[Delivering]) -> Told:
+    async def _atold(self, delivery: Delivery, features: Features, found: Sequence[Delivering], *, noted: bool) -> Told:
         pumped = delivery.handler is not None
         told: list[Told] = []
         async with self._places:
@@ -380,4 +408,14 @@ class Runner:
                             told.append(await arun_all((each,), delivery.message, features, pumped=pumped))
                 finally:
                     self._same_process()
+                if noted:
+                    self._note(each.plan.name, told[-1])
         return together(told)
+
+
+def _no_counts() -> dict[Outcome, int]:
+    return dict.fromkeys(Outcome, 0)
+
+
+def _by_name(counts: Mapping[Outcome, int]) -> Mapping[str, int]:
+    return {outcome.value: count for outcome, count in counts.items()}

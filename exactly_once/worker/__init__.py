@@ -13,7 +13,7 @@ what of it is done. Made by `serving`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from threading import Condition, Event
@@ -63,7 +63,9 @@ class Counts:
     outages: tuple[str, ...]
     """The stores that do not answer."""
     outcomes: Mapping[str, int]
-    """What `observe` said: messages by outcome."""
+    """What `observe` said: messages by outcome; of several handlers the one that says most."""
+    handlers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """What `observe_handlers` said: the same for each handler by itself."""
 
 
 class Worker:
@@ -77,6 +79,7 @@ class Worker:
         drain_timeout: How long `stop` lets running messages finish.
         answers: Whether the store of this name answers again; called in a thread of its own, may block or raise.
         observe: Gives the counts by outcome, put into `counts` unchanged.
+        observe_handlers: Gives them for each handler.
         poll: The longest a quiet receive waits.
 
     Example:
@@ -96,11 +99,13 @@ class Worker:
         drain_timeout: timedelta,
         answers: Callable[[str], bool] = lambda store: True,
         observe: Callable[[], Mapping[str, int]] = dict,
+        observe_handlers: Callable[[], Mapping[str, Mapping[str, int]]] = dict,
         poll: timedelta = POLL,
     ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity is the most messages in hand and must be at least 1, not {capacity}")
-        self._run, self._observe, self._drain_timeout = run, observe, drain_timeout
+        self._run, self._drain_timeout = run, drain_timeout
+        self._observe, self._observe_handlers = observe, observe_handlers
         self._poll, self._wait = poll, poll if capacity > len(consumers) else min(poll, SHORT_POLL)
         self._changed = Condition()
         self._outages = Outages(answers, self._run_again, self._changed, lambda: self._stopping)
@@ -201,6 +206,7 @@ class Worker:
             held=self._outages.held,
             outages=self._outages.stores,
             outcomes=self._observe(),
+            handlers=self._observe_handlers(),
         )
 
     def stuck(self, after: timedelta) -> Sequence[str]:

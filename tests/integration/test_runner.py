@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from threading import Lock
 from time import sleep
+from typing import Any
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -61,3 +62,44 @@ def test_no_more_run_at_once_than_asked_for_although_more_are_in_hand(shop: Shop
         outcomes = worker.drain(timedelta(seconds=30))
     assert outcomes["processed"] == MESSAGES
     assert running.most == AT_ONCE
+
+
+@pytest.mark.parametrize("kind", ["alone", "one at a time", "in groups", "in lists"])
+def test_what_became_of_copies_is_counted_for_each_handler(shop: Shop, kind: str) -> None:
+    """Of three copies one is processed by each handler, though not one copy by both: so by delivery nobody can count."""
+    options: dict[str, Any] = {"one at a time": {"concurrency": 1}, "in groups": {"batch": 5}}.get(kind, {})
+    names = ["first", "second"]
+    for name in names:
+        if shop.is_async:
+
+            async def awaited(session: AsyncSession, orders: list[dict[str, Any]]) -> None:
+                await asyncio.sleep(0)
+
+            async def awaited_alone(session: AsyncSession, order: dict[str, Any]) -> None:
+                await asyncio.sleep(0)
+
+            plain, plain_alone = awaited, awaited_alone
+        else:
+
+            def plain(session: Session, orders: list[dict[str, Any]]) -> None: ...
+
+            def plain_alone(session: Session, order: dict[str, Any]) -> None: ...
+
+        if kind == "in lists" and name == "first":
+            shop.eo.batch_handler("orders", key="no", name=name)(plain)
+        else:
+            shop.eo.handler("orders", key="no", name=name, **options)(plain_alone)
+    shop.eo.handler("others", key="no", name="idle")(plain_alone)
+    url = f"memory://copies-{shop.colour}-{kind}"
+    with shop.eo.producer(url) as producer:
+        producer.send_all([Message("orders", b'{"no": %d}' % n) for n in range(10) for _ in range(3)])
+    with shop.eo.worker(url, concurrency=AT_ONCE) as worker:
+        outcomes = worker.drain(timedelta(seconds=30))
+        handlers = worker.counts.handlers
+    assert outcomes["processed"] + outcomes["duplicate"] == 30
+    said = {name: {outcome: n for outcome, n in counts.items() if n} for name, counts in handlers.items()}
+    assert said == {
+        "first": {"processed": 10, "duplicate": 20},
+        "second": {"processed": 10, "duplicate": 20},
+        "idle": {},
+    }
