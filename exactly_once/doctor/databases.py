@@ -9,6 +9,7 @@ from typing import Any, Final
 from sqlalchemy import Engine, func, select, text
 from sqlalchemy.util import greenlet_spawn
 
+from exactly_once.doctor.conflicts import conflicts_of_times
 from exactly_once.doctor.finding import Finding, Mark
 from exactly_once.doctor.spellings import former_spellings
 from exactly_once.error_words import words_of
@@ -65,6 +66,7 @@ def findings_for_database(store: Store, group: str, plans: tuple[Plan, ...], con
             )
         yield from _unknown_handlers(connection, store, group, plans)
         yield from former_spellings(connection, store, group, plans)
+        yield from conflicts_of_times(connection, store.tables, group, plans)
         yield from _isolation(where, store, connection, plans)
     yield _pool(where, store.engine, concurrency, steps=any(plan.takes_steps for plan in plans))
 

@@ -1,5 +1,6 @@
 """The doctor finds each thing that is broken in a real database, says what to type, and finds nothing in a healthy one."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -238,6 +239,28 @@ def test_claims_of_a_handler_that_is_gone_name_the_command_that_moves_them(sqlit
     told = worst(look(eo))
     assert "exactly-once handlers rename reserv NEW" in told
     assert "Did you mean 'reserve'" in told
+
+
+@pytest.mark.parametrize("dialect", ["postgres", "mariadb", "sqlite"])
+def test_copies_that_differ_only_in_times_are_told_with_the_fingerprint_to_write(
+    dialect: str, request: pytest.FixtureRequest
+) -> None:
+    eo = program(request.getfixturevalue(f"{dialect}_url"))
+
+    def said(**members: Any) -> str:
+        order = {"no": "A-1", "sku": "chair", "sent_at": "2026-01-31T12:00:00Z", "meta": {"ts": 1_769_860_800}}
+        eo.process(Message("orders", json.dumps({**order, **members}).encode()))
+        return "".join(finding.text for finding in look(eo) if "conflict with" in finding.text)
+
+    assert said() == ""
+    assert said() == "", "a copy is a duplicate"
+    told = said(sent_at="2026-01-31T12:00:05.123+01:00")
+    assert "that conflict with a consumed key (1 were read) differ from it in times alone: sent_at. They look" in told
+    assert "fingerprint=['meta', 'no', 'sku']" in told
+    told = said(sent_at="Sat, 31 Jan 2026 12:00:09 GMT", meta={"ts": 1_769_860_809_000})
+    assert "(2 were read) differ from it in times alone: meta.ts, sent_at." in told
+    assert "fingerprint=['no', 'sku']" in told
+    assert said(sku="table") == "", "one that is another order: nothing is to be said of all of them"
 
 
 def test_no_handlers_is_a_finding(sqlite_url: str) -> None:
