@@ -18,7 +18,7 @@ from exactly_once.error_words import words_of
 from exactly_once.errors import BadBody, MissingExtra
 from exactly_once.message import Message
 
-__all__ = ["UNREAD", "named", "opened", "unpacked", "unread"]
+__all__ = ["MOST_BYTES", "UNREAD", "named", "opened", "unpacked", "unread"]
 
 UNREAD: Final = "eo-unread"
 """The property of a kept message whose body stands there as it came; its value is the compression's name, or another reason."""

@@ -23,6 +23,7 @@ from threading import Lock
 from time import monotonic
 from typing import Final
 
+from exactly_once.errors import BadBody
 from exactly_once.message import Message
 from exactly_once.transport import Delivery
 from exactly_once.transports.inflight import InFlight
@@ -36,10 +37,10 @@ ALONE_WITHIN_S: Final = 10.0  # so long the others' work is waited for; afterwar
 class _Held:
     """One message, and the client's thread that waits with it."""
 
-    __slots__ = ("accepted", "gate", "message", "name", "place")
+    __slots__ = ("accepted", "gate", "message", "name", "place", "unread")
 
-    def __init__(self, message: Message) -> None:
-        self.message = message
+    def __init__(self, message: Message, unread: BadBody | None = None) -> None:
+        self.message, self.unread = message, unread
         self.name = message.message_id or ""
         self.place: int | None = None  # in the journal, while in hand
         self.accepted = False
@@ -70,9 +71,14 @@ class Handoff:
 
     # the client's side
 
-    def offer(self, message: Message) -> bool:
-        """Wait until the message is settled; True: acknowledge it, False: give it back. Never raises."""
-        return self._wait(_Held(message), handed_out=True)
+    def offer(self, message: Message, unread: BadBody | None = None) -> bool:
+        """Wait until the message is settled; True: acknowledge it, False: give it back. Never raises.
+
+        Args:
+            message: What came.
+            unread: Why its body could not be read.
+        """
+        return self._wait(_Held(message, unread), handed_out=True)
 
     def keep(self) -> bool:
         """Wait with a message that nobody can be given, until `release`; always False."""
@@ -201,4 +207,4 @@ class Handoff:
         self._in_hand += 1
         deaths = self._in_flight.deaths(held.name)
         message = replace(held.message, attempt=1 + deaths) if deaths else held.message
-        return Delivery(message, held)
+        return Delivery(message, held, unread=held.unread)

@@ -36,6 +36,7 @@ NAME_BYTES: Final = PLACE_BYTES - 1
 # before messages are handed out, peers' journals are looked at unless that was just done: about 10 microseconds for each
 # peer. A broker brings a dead process' message to the next one within some 10 ms, and a death must be known by then.
 LOOK_EVERY_S: Final = 0.01
+LATELY_S: Final = 3600.0
 FORGET_AFTER_S: Final = 7 * 86400.0  # a suspect nobody has seen for a week is gone from the broker
 
 
@@ -117,6 +118,14 @@ class InFlight:
                 self._count_the_dead()
         self._refresh()
 
+    @property
+    def died_lately(self) -> bool:
+        """A process of this group died here within `LATELY_S`, in whatever way."""
+        try:
+            return (self._directory / "died").stat().st_mtime > time() - LATELY_S
+        except FileNotFoundError:
+            return False
+
     def close(self) -> None:
         """Leave. What is still in hand is not accused: this process ends in good order."""
         fork.forget(self)  # a child would close whatever has the number of our file by then
@@ -132,6 +141,7 @@ class InFlight:
                 continue  # a peer may have been quicker than we were
             for name in _names(path.read_bytes()):
                 table[name] = (table.get(name, (0, 0.0))[0] + 1, time())
+            (self._directory / "died").touch()
             # counted before it is removed: dying between the two counts it twice, which is found out by an
             # acknowledgement, where the other order would never count it
             self._write(table)

@@ -1,8 +1,8 @@
 """Asks RocketMQ's name server and brokers over their remoting protocol: routes, groups, places in queues.
 
-It sends and receives no messages. Called by the rocketmq4 transport, because librocketmq "starts" without a server,
-without the topic and without the group, and then does nothing; and by the rocketmq5 transport where its URL names name
-servers, for what gRPC does not tell. Each request has a connection of its own and a timeout.
+It sends no messages, and receives some only to look at them (`rocketmq4.ahead`). Called by the rocketmq4 transport, because
+librocketmq "starts" without a server, without the topic and without the group, and then does nothing; and by the rocketmq5
+transport where its URL names name servers, for what gRPC does not tell. Each request has a connection of its own and a timeout.
 
 A frame is: total length, header length (its top byte 0 says JSON), header, body; lengths are big-endian 32 bits. The
 request codes are those of `RequestCode` in Apache RocketMQ, the same in 4.x and 5.x.
@@ -23,6 +23,7 @@ from exactly_once.errors import TransportError
 
 __all__ = ["Admin", "Queue", "Refused", "Wanted"]
 
+PULL_MESSAGE: Final = 11
 QUERY_CONSUMER_OFFSET: Final = 14
 UPDATE_CONSUMER_OFFSET: Final = 15
 GET_MAX_OFFSET: Final = 30
@@ -41,6 +42,9 @@ TOPIC_UNKNOWN: Final = 17
 OFFSET_UNKNOWN: Final = 22
 RETRIES: Final = "%RETRY%"
 READABLE: Final = 4  # a bit of a topic's permissions
+NOTHING_FOUND: Final = (19, 20, 21)  # at the end; none that the filter lets through; the place is no more
+SUBSCRIPTION_GIVEN: Final = 4
+MOST_PER_PULL: Final = 32  # a broker gives no more, unless it is told to
 TIMEOUT_S: Final = 3.0
 VERSION: Final = 500  # any that knows JSON headers; the server adapts to nothing else here
 
@@ -162,11 +166,44 @@ class Admin:
                 return None
             raise
 
+    def end(self, queue: Queue) -> int:
+        """Return the offset that the queue's next message will get."""
+        fields = {"topic": queue.topic, "queueId": str(queue.number)}
+        return int(self._ask(queue.address, GET_MAX_OFFSET, fields).fields["offset"])
+
     def put_at_end(self, group: str, queue: Queue) -> None:
         """Make a group stand behind a queue's last message."""
-        fields = {"topic": queue.topic, "queueId": str(queue.number)}
-        end = self._ask(queue.address, GET_MAX_OFFSET, fields).fields["offset"]
-        self._ask(queue.address, UPDATE_CONSUMER_OFFSET, {**fields, "consumerGroup": group, "commitOffset": end})
+        self._put(group, queue, self.end(queue))
+
+    def move(self, group: str, queue: Queue, offset: int) -> None:
+        """Make a group stand at an offset, unless it stands farther already."""
+        place = self.place(group, queue)
+        if place is None or place < offset:
+            self._put(group, queue, offset)
+
+    def _put(self, group: str, queue: Queue, offset: int) -> None:
+        fields = {"topic": queue.topic, "queueId": str(queue.number), "consumerGroup": group}
+        self._ask(queue.address, UPDATE_CONSUMER_OFFSET, {**fields, "commitOffset": str(offset)})
+
+    def pull(self, group: str, queue: Queue, offset: int, expression: str) -> tuple[bytes, int]:
+        """Return some messages from an offset on, as they stand in the broker's log, and where to go on; moves nobody.
+
+        Args:
+            group: Who may read them; it need not be a member.
+            queue: Of which queue.
+            offset: From where on.
+            expression: Tags, "a || b", or "*" for every message. The broker compares hashes: look at the tag, too.
+        """
+        fields = {
+            "consumerGroup": group,
+            "topic": queue.topic,
+            "queueId": str(queue.number),
+            "queueOffset": str(offset),
+        }
+        fields |= {"maxMsgNums": str(MOST_PER_PULL), "sysFlag": str(SUBSCRIPTION_GIVEN), "commitOffset": "0"}
+        fields |= {"suspendTimeoutMillis": "0", "subscription": expression, "subVersion": "0", "expressionType": "TAG"}
+        reply = self._ask(queue.address, PULL_MESSAGE, fields, fine=NOTHING_FOUND)
+        return reply.body, int(reply.fields["nextBeginOffset"])
 
     def consumers(self, address: str, group: str) -> Sequence[str]:
         """Return the identities of a group's members, as one broker knows them; none if it knows no such group."""
@@ -206,7 +243,9 @@ class Admin:
         body = {"consumerGroup": group, "clientId": consumer, "mqSet": locked, "onlyThisBroker": False}
         self._ask(address, UNLOCK_QUEUES, {}, json.dumps(body).encode())
 
-    def _ask(self, address: str, code: int, fields: Mapping[str, str], body: bytes = b"") -> _Reply:
+    def _ask(
+        self, address: str, code: int, fields: Mapping[str, str], body: bytes = b"", *, fine: Sequence[int] = ()
+    ) -> _Reply:
         header = {
             "code": code,
             "language": "OTHER",
@@ -228,9 +267,9 @@ class Admin:
                     # a server sends requests of its own on any connection; the lowest bit marks an answer
                     if answer.get("opaque") == 1 and answer.get("flag", 0) & 1:
                         break
-        if answer["code"] != SUCCESS:
+        if answer["code"] != SUCCESS and answer["code"] not in fine:
             raise Refused(address, code, answer["code"], (answer.get("remark") or "").partition("\n")[0])
-        return _Reply(answer.get("extFields") or {}, rest[length:])
+        return _Reply(answer.get("extFields") or {}, rest[length:] if answer["code"] == SUCCESS else b"")
 
     def _signed(self, fields: Mapping[str, str], body: bytes) -> Mapping[str, str]:
         if self._keys is None:

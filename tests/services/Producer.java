@@ -13,6 +13,7 @@ public class Producer {
         var producer = new DefaultMQProducer("java-" + System.nanoTime());
         producer.setNamesrvAddr(given[0]);
         producer.setSendMsgTimeout(60_000); // a busy machine takes long for the first one
+        producer.setMqClientApiTimeout(60_000);
         Thread.setDefaultUncaughtExceptionHandler((thread, error) -> {
             error.printStackTrace();
             Runtime.getRuntime().halt(1); // the client's threads would keep this process

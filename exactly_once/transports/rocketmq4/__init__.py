@@ -10,6 +10,7 @@
 | `connection`, `messages` | what each client is told; messages in and out |
 | `consumer` | receiving, and leaving without losing what is unfinished |
 | `producer` | sending once |
+| `ahead`, `stored` | what the client would die of, read in its place; messages as they stand in the broker's log |
 | `checks` | what is wrong before a start, and the command that mends it: the servers themselves are asked |
 
 Making a transport opens nothing and does not load librocketmq.
@@ -141,6 +142,7 @@ class RocketMQ4Transport:
             TransportError: The client refused to start.
         """
         from exactly_once.transports.inflight import InFlight
+        from exactly_once.transports.rocketmq4.ahead import Ahead, look_ahead
         from exactly_once.transports.rocketmq4.consumer import RocketMQ4Consumer
 
         connection = self._connection()
@@ -152,14 +154,20 @@ class RocketMQ4Transport:
         def before_leaving(instance: str) -> Callable[[], None]:
             return locks_of(self._admin, self._names, group, topics, instance) if ordered else lambda: None
 
+        in_flight = InFlight(self._state_directory(group), threads)
+        ahead: Ahead | None = None
+        if found := look_ahead(self._admin, self._names, group, subscriptions, died=in_flight.died_lately):
+            theirs = self._names.outside(group)
+            ahead = Ahead(*(self._admin, self._names, theirs, found), properties=self._properties, at_once=threads)
         return [
             RocketMQ4Consumer(
                 *(connection, group, subscriptions),
-                in_flight=InFlight(self._state_directory(group), threads),
+                in_flight=in_flight,
                 features=self._features,
                 threads=threads,
                 properties=self._properties,
                 before_leaving=before_leaving,
+                ahead=ahead,
             )
         ]
 

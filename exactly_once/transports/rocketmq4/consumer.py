@@ -15,6 +15,8 @@ transport. What is walled off, and why:
   message. A group with one ordered topic is ordered in all.
 * **References are kept for ever.** A collected consumer is a segmentation fault, since native threads hold its address.
 * **Only outside a callback, and once, is the client shut down.** Inside one it aborts the process.
+* **A body that is packed, and not by zlib, ends the process** before any callback. `ahead` reads such messages in the client's
+  place, and the client joins when they are settled.
 * A pulled list is worked off by one thread, one message at a time: parallelism is at most the number of lists at hand.
 """
 
@@ -24,6 +26,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from itertools import count
 from threading import Event, Lock, Thread
 from time import monotonic, sleep
@@ -37,6 +40,7 @@ from exactly_once.steady_log import steady
 from exactly_once.transport import Delivery, Features, Subscription
 from exactly_once.transports.handoff import Handoff
 from exactly_once.transports.inflight import InFlight
+from exactly_once.transports.rocketmq4.ahead import Ahead
 from exactly_once.transports.rocketmq4.connection import Connection
 from exactly_once.transports.rocketmq4.library import CallFailed, enter, leave_without_it
 from exactly_once.transports.rocketmq4.messages import message_reader
@@ -64,7 +68,7 @@ class RocketMQ4Consumer:
     """A `Consumer` over librocketmq: the client's threads wait in the hand-off until their messages are settled.
 
     Raises:
-        TransportError: librocketmq refused to start; nothing is left behind.
+        TransportError: librocketmq refused to start; nothing is left behind. From `receive`, where it starts only then.
         ForkedProcess: No client can work in this process.
     """
 
@@ -81,6 +85,7 @@ class RocketMQ4Consumer:
         threads: int,
         properties: Sequence[str],
         before_leaving: Callable[[str], Callable[[], None]],
+        ahead: Ahead | None = None,
     ) -> None:
         enter()
         self.features = features
@@ -98,14 +103,16 @@ class RocketMQ4Consumer:
         self._callback = _Callback(self._on_message)
         self._handle: int = library.call.CreatePushConsumer(connection.names.outside(group).encode())
         _kept.append(self)
-        try:
-            self._start(connection, subscriptions, threads)
-        except CallFailed as error:
-            in_flight.close()
-            raise TransportError(
-                f"The RocketMQ client could not join group {group} through {connection.name_servers}: {error}. "
-                "Nothing was received."
-            ) from error
+        self._ahead = ahead
+        self._join: Callable[[], None] | None = partial(self._joined, connection, group, subscriptions, threads)
+        if ahead is None:
+            try:
+                self._join_group()
+            except TransportError:
+                in_flight.close()
+                raise
+        else:
+            ahead.start(self._handoff.offer)
         # leaving waits for every callback, and those wait for us: a thread of its own; started now, because at the
         # interpreter's exit, which is when a forgotten consumer leaves, no thread can be started any more
         self._go, self._left = Event(), Event()
@@ -117,6 +124,24 @@ class RocketMQ4Consumer:
         """In a process just forked: the member is the parent, and leaving is its business."""
         atexit.unregister(self.close)
         self._closing, self._closed = Lock(), True
+
+    def _join_group(self) -> None:
+        """Let the client join, once nothing is in front of the group that it would die of."""
+        if self._ahead is not None and not self._ahead.done:
+            return
+        with self._closing:
+            if self._join is not None and not self._closed:
+                self._join()
+                self._join = None
+
+    def _joined(self, connection: Connection, group: str, subscriptions: Sequence[Subscription], threads: int) -> None:
+        try:
+            self._start(connection, subscriptions, threads)
+        except CallFailed as error:
+            raise TransportError(
+                f"The RocketMQ client could not join group {group} through {connection.name_servers}: {error}. "
+                "Nothing was received."
+            ) from error
 
     def _start(self, connection: Connection, subscriptions: Sequence[Subscription], threads: int) -> None:
         call, check, handle = self._library.call, self._library.check, self._handle
@@ -149,6 +174,8 @@ class RocketMQ4Consumer:
 
     def receive(self, limit: int, wait: timedelta) -> Sequence[Delivery]:
         """Hand out up to `limit` messages whose native threads wait for their verdict."""
+        if self._join is not None:
+            self._join_group()
         return self._handoff.receive(limit, wait)
 
     def settle(self, verdicts: Sequence[tuple[Delivery, Verdict]]) -> None:
@@ -171,6 +198,11 @@ class RocketMQ4Consumer:
         atexit.unregister(self.close)
         self._handoff.stop()
         left = self._left
+        if self._join is not None:
+            # no client has joined, and what reads in its place moves the group behind nothing that is not settled
+            assert self._ahead is not None
+            self._ahead.leave()
+            self._handoff.release()
         self._go.set()
         until = monotonic() + LEAVE_WITHIN_S
         released = False
@@ -185,6 +217,9 @@ class RocketMQ4Consumer:
 
     def _leave(self) -> None:
         self._go.wait()
+        if self._join is not None:
+            self._left.set()
+            return
         try:
             afterwards = self._prepared()
             self._library.check("ShutdownPushConsumer", self._library.call.ShutdownPushConsumer(self._handle))

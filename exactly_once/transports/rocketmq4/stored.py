@@ -1,0 +1,113 @@
+"""Messages as they stand in a broker's log, taken apart without librocketmq. Opens nothing; called by `ahead`.
+
+The format is that of `MessageDecoder` in Apache RocketMQ, the same in 4.x and 5.x: numbers are big-endian; the second of the two
+magic numbers has two bytes for the length of the topic.
+"""
+
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Final, NamedTuple
+
+from exactly_once import packed
+from exactly_once.errors import BadBody
+from exactly_once.foreign import keys_of, moment_of, text_of
+from exactly_once.message import Message, with_former
+from exactly_once.rocketmq_properties import ORDERING_PROPERTY, named_properties
+
+__all__ = ["Stored", "opened", "stored_in"]
+
+_MAGIC_2: Final = 0xDAA320AB
+_PACKED: Final = 0x1  # in the flags: the body is compressed
+_BORN_V6, _STORED_V6 = 0x10, 0x20  # an address has 16 bytes
+_HEAD: Final = struct.Struct(">IIIIIQQI")  # size, magic, checksum, queue, flag, offset, place in the log, flags
+_V4, _V6 = 8, 20  # bytes of an address with its port
+
+
+class Stored(NamedTuple):
+    """One message."""
+
+    topic: bytes
+    offset: int
+    is_packed: bool
+    body: bytes
+    properties: Mapping[bytes, bytes]
+    born_ms: int
+    place: str
+    """Names it where its producer gave it no id."""
+
+    @property
+    def deadly(self) -> bool:
+        """librocketmq takes every packed body for one of zlib, and ends the process where it is none."""
+        return self.is_packed and _inflated(self.body) is None
+
+    @property
+    def tag(self) -> str | None:
+        """Its tag."""
+        return text_of(self.properties.get(b"TAGS")) or None
+
+
+def stored_in(data: bytes) -> Iterator[Stored]:
+    """Yield the messages that a broker answered with."""
+    start = 0
+    while start < len(data):
+        size, magic, _, _, _, offset, physical, flags = _HEAD.unpack_from(data, start)
+        at = start + _HEAD.size
+        (born_ms,) = struct.unpack_from(">Q", data, at)
+        at += 8 + (_V6 if flags & _BORN_V6 else _V4) + 8
+        host = data[at : at + (_V6 if flags & _STORED_V6 else _V4)]
+        at += len(host) + 4 + 8
+        (length,) = struct.unpack_from(">I", data, at)
+        body = data[at + 4 : at + 4 + length]
+        at += 4 + length
+        width = 2 if magic == _MAGIC_2 else 1
+        length = int.from_bytes(data[at : at + width], "big")
+        topic = data[at + width : at + width + length]
+        at += width + length
+        (length,) = struct.unpack_from(">H", data, at)
+        pairs = (pair.partition(b"\1") for pair in data[at + 2 : at + 2 + length].split(b"\2") if pair)
+        properties = {name: value for name, _, value in pairs}
+        place = (host + struct.pack(">Q", physical)).hex().upper()
+        yield Stored(topic, offset, bool(flags & _PACKED), body, properties, born_ms, place)
+        start += size
+
+
+def opened(stored: Stored, inside: Callable[[str], str], also: tuple[str, ...]) -> tuple[Message, BadBody | None]:
+    """Return the message as librocketmq would have given it to us; or with its body as it came, and why.
+
+    Args:
+        stored: As it stands in the log.
+        inside: From the broker's name of a topic to ours.
+        also: Property names to read from messages of producers other than ours.
+    """
+
+    def value(name: str) -> bytes | None:
+        return stored.properties.get(name.encode())
+
+    keys = value("KEYS") or b""
+    message = Message(
+        inside((value("RETRY_TOPIC") or stored.topic).decode("utf-8", "replace")),
+        stored.body,
+        tag=stored.tag,
+        key=keys_of(keys) or None,
+        ordering_key=text_of(value(ORDERING_PROPERTY)) or None,
+        properties=named_properties(value, also),
+        message_id=text_of(value("UNIQ_KEY")) or stored.place,
+        born_at=moment_of(stored.born_ms),
+    )
+    message = with_former(message, keys)
+    if not stored.is_packed:
+        return message, None
+    if (body := _inflated(stored.body)) is not None:
+        return replace(message, body=body), None
+    return packed.opened(packed.unread(message, packed.named(stored.body) or "damaged"))
+
+
+def _inflated(body: bytes) -> bytes | None:
+    reader = zlib.decompressobj()
+    try:
+        found = reader.decompress(body, packed.MOST_BYTES)
+    except zlib.error:
+        return None
+    return found if reader.eof else None
