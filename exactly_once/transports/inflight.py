@@ -29,13 +29,16 @@ from typing import Final
 from exactly_once import fork
 from exactly_once.errors import ConfigurationError
 
-__all__ = ["InFlight", "default_directory", "private_directory"]
+__all__ = ["InFlight", "default_directory", "journal_directory", "private_directory", "why_it_goes"]
 
 PLACE_BYTES: Final = 128  # one message in hand: the length of its name in one byte, then the name
 NAME_BYTES: Final = PLACE_BYTES - 1
 # before messages are handed out, peers' journals are looked at unless that was just done: about 10 microseconds for each
 # peer. A broker brings a dead process' message to the next one within some 10 ms, and a death must be known by then.
 LOOK_EVERY_S: Final = 0.01
+# what container engines leave in a container; Kubernetes sets the variable
+CONTAINER: Final = (Path("/.dockerenv"), Path("/run/.containerenv"))
+IN_CLUSTER: Final = "KUBERNETES_SERVICE_HOST"
 LATELY_S: Final = 3600.0
 FORGET_AFTER_S: Final = 7 * 86400.0  # a suspect nobody has seen for a week is gone from the broker
 
@@ -199,10 +202,60 @@ def private_directory(path: Path) -> Path:
     return path
 
 
+def journal_directory(*names: str) -> Path:
+    """Return where the journals of one group belong, when nobody says: where they are found again after a restart.
+
+    That is what systemd gives a service with StateDirectory=, else the user's folder for the state of programs. The temporary
+    folder is the last resort: a service with PrivateTmp= has another one after each restart.
+    """
+    for root in _lasting():
+        try:
+            found = private_directory(root / "exactly-once")
+        except ConfigurationError:
+            continue  # no home, or not ours to write to
+        if os.access(found, os.W_OK | os.X_OK):
+            return found / _digest(names)
+    return default_directory(*names)
+
+
 def default_directory(*names: str) -> Path:
-    """Return where the journals of one group belong, when nobody says: under the user's temporary directory."""
-    root = private_directory(Path(tempfile.gettempdir()) / f"exactly-once-{os.geteuid()}")
-    return root / blake2b("\0".join(names).encode(), digest_size=12).hexdigest()
+    """Return a place under the user's temporary directory."""
+    return private_directory(_temporary()) / _digest(names)
+
+
+def why_it_goes(directory: Path, *, markers: tuple[Path, ...] = CONTAINER, system: Path = Path("/")) -> str | None:
+    """Say why a directory, and the journals in it, may not be there after a restart; None where nothing speaks for that.
+
+    Args:
+        directory: Of the journals.
+        markers: One of these is there in a container.
+        system: Where the container's own file system is.
+    """
+    if _temporary() in (directory, *directory.parents):
+        return "it is in the temporary folder, which may be another one after a restart"
+    contained = IN_CLUSTER in os.environ or any(marker.exists() for marker in markers)
+    there = next(path for path in (directory, *directory.parents) if path.exists())
+    if contained and there.stat().st_dev == system.stat().st_dev:
+        return "it goes with this container"
+    return None
+
+
+def _temporary() -> Path:
+    return Path(tempfile.gettempdir()) / f"exactly-once-{os.geteuid()}"
+
+
+def _lasting() -> Iterator[Path]:
+    if given := os.environ.get("STATE_DIRECTORY"):
+        yield Path(given.partition(":")[0])
+    if named := os.environ.get("XDG_STATE_HOME"):
+        yield Path(named)
+    else:
+        with suppress(RuntimeError):  # a user without a home
+            yield Path.home() / ".local" / "state"
+
+
+def _digest(names: tuple[str, ...]) -> str:
+    return blake2b("\0".join(names).encode(), digest_size=12).hexdigest()
 
 
 def _is_dead(path: Path) -> bool:

@@ -1,16 +1,18 @@
 """The journal of what is in hand: real processes, really killed; no broker."""
 
 import fcntl
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from exactly_once.errors import ConfigurationError
 from exactly_once.testing.child import wait_until
-from exactly_once.transports.inflight import InFlight
+from exactly_once.transports.inflight import InFlight, journal_directory, why_it_goes
 
 POISON = "0100007F000033EC000060BDD96B0100"
 HOLDER = """
@@ -132,3 +134,69 @@ def test_a_link_to_a_directory_is_refused(directory: Path, tmp_path: Path) -> No
     directory.symlink_to(tmp_path / "real")
     with pytest.raises(ConfigurationError, match="must be a directory"):
         InFlight(directory, 1)
+
+
+# -- where journals are, when nobody says -----------------------------------------------------------------------------
+
+DIES = """
+import os
+from exactly_once.transports.inflight import InFlight, journal_directory
+journal = InFlight(journal_directory("broker", "group"), 4)
+print(journal.deaths("poison"), flush=True)
+journal.take("poison")
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("given", ["HOME", "XDG_STATE_HOME", "STATE_DIRECTORY"])
+def test_what_killed_a_service_is_known_after_a_restart_with_another_temporary_folder(
+    tmp_path: Path, given: str
+) -> None:
+    told = []
+    for n in range(3):
+        (tmp_path / f"tmp{n}").mkdir()
+        environment = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            given: str(tmp_path / "stays"),
+        }
+        environment |= {"TMPDIR": str(tmp_path / f"tmp{n}")}
+        ended = subprocess.run(
+            [sys.executable, "-c", DIES], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        told.append(ended.stdout.strip())
+        assert not list((tmp_path / f"tmp{n}").iterdir())
+    assert told == ["0", "1", "2"]
+
+
+def test_a_service_that_may_write_nowhere_else_has_its_journal_in_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))  # no folder, and none can be made below
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    directory = journal_directory("broker", "group")
+    assert directory.is_relative_to(tmp_path)
+    assert "temporary folder" in (why_it_goes(directory) or "")
+
+
+def test_a_folder_that_goes_with_its_container_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    marker = tmp_path / "marker"
+    directory = tmp_path / "state" / "group"
+    assert why_it_goes(directory, markers=(marker,), system=tmp_path) is None
+    marker.touch()
+    assert why_it_goes(directory, markers=(marker,), system=tmp_path) == "it goes with this container"
+    assert why_it_goes(Path("/dev/shm/group"), markers=(marker,), system=tmp_path) is None, "a volume of its own"
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert why_it_goes(directory, markers=(), system=tmp_path) == "it goes with this container"
+
+
+def test_that_a_process_died_lately_is_known_to_those_who_did_not_find_it(directory: Path) -> None:
+    peer = InFlight(directory, 4)
+    assert not peer.died_lately
+    kill(holder(directory, POISON))
+    looked(peer)
+    assert InFlight(directory, 4).died_lately

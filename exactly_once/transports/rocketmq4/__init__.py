@@ -28,6 +28,7 @@ How it differs from other transports:
 * An ordered group handles one message of a queue at a time, so as many at once as its topics have queues.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,8 @@ from exactly_once.transports.rocketmq4.messages import DELAY_LEVELS, MAX_BODY_BY
 from exactly_once.transports.urls import ParsedURL, parse
 
 __all__ = ["RocketMQ4Transport", "threads_for"]
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_PORT: Final = 9876
 DEFAULT_THREADS: Final = 20
@@ -141,7 +144,7 @@ class RocketMQ4Transport:
             ConfigurationError: librocketmq is missing or cannot be used, or the state directory cannot.
             TransportError: The client refused to start.
         """
-        from exactly_once.transports.inflight import InFlight
+        from exactly_once.transports.inflight import InFlight, why_it_goes
         from exactly_once.transports.rocketmq4.ahead import Ahead, look_ahead
         from exactly_once.transports.rocketmq4.consumer import RocketMQ4Consumer
 
@@ -154,7 +157,15 @@ class RocketMQ4Transport:
         def before_leaving(instance: str) -> Callable[[], None]:
             return locks_of(self._admin, self._names, group, topics, instance) if ordered else lambda: None
 
-        in_flight = InFlight(self._state_directory(group), threads)
+        directory = self._state_directory(group)
+        if why := why_it_goes(directory):
+            _log.warning(
+                "What is in hand is written down in %s, and %s: a message that ends its process each time is then never known for"
+                " one. Name a folder that stays, shared by the group's processes (in Kubernetes an emptyDir will do):"
+                " ?state_dir=/var/lib/exactly-once",
+                *(directory, why),
+            )
+        in_flight = InFlight(directory, threads)
         ahead: Ahead | None = None
         if found := look_ahead(self._admin, self._names, group, subscriptions, died=in_flight.died_lately):
             theirs = self._names.outside(group)
@@ -192,8 +203,8 @@ class RocketMQ4Transport:
         )
 
     def _state_directory(self, group: str) -> Path:
-        from exactly_once.transports.inflight import default_directory
+        from exactly_once.transports.inflight import journal_directory
 
         named = self._url.options.get("state_dir")
         name = self._names.outside(group)
-        return Path(named) / name.replace("/", "_") if named else default_directory(*sorted(self._url.endpoints), name)
+        return Path(named) / name.replace("/", "_") if named else journal_directory(*sorted(self._url.endpoints), name)
