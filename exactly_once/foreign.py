@@ -7,9 +7,9 @@ the second message would be taken for a duplicate of the first. Called by everyt
 from datetime import UTC, datetime
 from typing import Any, Final
 
-__all__ = ["formerly", "keys_of", "moment_of", "text_of"]
+__all__ = ["AS_HEX", "formerly", "keys_of", "moment_of", "text_of"]
 
-_AS_HEX: Final = "\ufdd0"
+AS_HEX: Final = "\ufdd0"
 """Unicode keeps this one for a program's own use: no text that is meant to be read begins with it."""
 _END_MS: Final = 253_402_300_800_000  # the year 10000, which neither Python nor a database can write
 
@@ -33,12 +33,12 @@ def text_of(raw: Any) -> Any:
         try:
             text = raw.decode()
         except UnicodeDecodeError:
-            return _AS_HEX + raw.hex()
-        if text.isascii() or not text.startswith(_AS_HEX):
+            return AS_HEX + raw.hex()
+        if text.isascii() or not text.startswith(AS_HEX):
             return text
-        return _AS_HEX + raw.hex()
-    if isinstance(raw, str) and raw.startswith(_AS_HEX):
-        return _AS_HEX + raw.encode("utf-8", "surrogatepass").hex()
+        return AS_HEX + raw.hex()
+    if isinstance(raw, str) and raw.startswith(AS_HEX):
+        return AS_HEX + raw.encode("utf-8", "surrogatepass").hex()
     return raw
 
 
@@ -78,7 +78,7 @@ def formerly(text: str) -> str:
         >>> formerly(text_of(bytes([0x8a, 0x91]))) == formerly(text_of(bytes([0x8b, 0x92])))
         True
     """
-    if not text.startswith(_AS_HEX):
+    if not text.startswith(AS_HEX):
         return text
     try:
         return bytes.fromhex(text[1:]).decode("utf-8", "replace")

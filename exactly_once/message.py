@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any, Final, NoReturn
 
 from exactly_once.errors import BadBody
-from exactly_once.foreign import formerly, keys_of, moment_of, text_of
+from exactly_once.foreign import AS_HEX, formerly, keys_of, moment_of, text_of
 from exactly_once.rocketmq_properties import ORDERING_PROPERTY, listed_properties, named_properties
 
 __all__ = ["Message", "with_former"]
@@ -200,17 +200,15 @@ def with_former(message: Message, keys: bytes | str | None) -> Message:
         message: As a broker's client handed it out, read.
         keys: Its message key, as it came.
     """
-    found: dict[str, Any] = {}
     before = keys.decode("utf-8", "replace") if isinstance(keys, bytes) else keys
-    if before and before != message.key:
-        found["key"] = before
-    for name, text in (("tag", message.tag), ("ordering_key", message.ordering_key)):
-        if text is not None and (spelled := formerly(text)) is not text:
-            found[name] = spelled
-    if message.properties:
-        properties = {name: formerly(text) for name, text in message.properties.items()}
-        if properties != message.properties:
-            found["properties"] = properties
+    found: dict[str, Any] = {"key": before} if before and before != message.key else {}
+    # once for each message, and nearly never found: each line is one look for one character
+    if message.tag is not None and AS_HEX in message.tag:
+        found["tag"] = formerly(message.tag)
+    if message.ordering_key is not None and AS_HEX in message.ordering_key:
+        found["ordering_key"] = formerly(message.ordering_key)
+    if message.properties and AS_HEX in "".join(message.properties.values()):
+        found["properties"] = {name: formerly(text) for name, text in message.properties.items()}
     return message if not found else replace(message, former=found)
 
 

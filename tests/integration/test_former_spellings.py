@@ -46,6 +46,13 @@ def test_what_was_done_under_its_former_key_is_a_duplicate(shop: Shop, key: Any,
     assert len(shop.claims()) == 1
 
 
+def test_under_a_lease_in_redis_too_where_the_handler_writes_to_its_database(shop: Shop, redis_url: str) -> None:
+    shop.handles(effect, key=keys.message_key(), guard=Lease(timedelta(minutes=1), store=redis_url))
+    assert shop.process(before()) is Outcome.PROCESSED
+    assert shop.process(now()) is Outcome.DUPLICATE
+    assert shop.effects() == ["effect"]
+
+
 def test_another_message_of_that_former_key_runs(shop: Shop) -> None:
     shop.handles(effect, key=keys.message_key(), fingerprint=None)
     assert shop.process(before(b"\x8a\x91", message_id="id-1")) is Outcome.PROCESSED
