@@ -29,7 +29,8 @@ from exactly_once.transports.rocketmq4.stored import Stored, opened, stored_in
 __all__ = ["Ahead", "Stretch", "look_ahead"]
 
 LOOKS_S: Final = 3.0
-LOOKS_AFTER_A_DEATH_S: Final = 60.0
+# what ends a process stands at most some seconds of work, and what the client fetches ahead, behind the stored place
+LOOKS_AFTER_A_DEATH_S: Final = 15.0
 _AGAIN_S: Final = 1.0
 
 _log = logging.getLogger(__name__)
