@@ -15,7 +15,9 @@ from sys import intern
 from typing import Any, Final, NamedTuple, Protocol
 
 from sqlalchemy import Connection, Engine, Insert, Update
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from exactly_once.crowded import none_free
 from exactly_once.dialects.keywords import Read
 from exactly_once.errors import BadKey, ConfigurationError, SchemaError, StoreUnavailable
 from exactly_once.unreached import unreached
@@ -418,6 +420,8 @@ def raise_for_the_store(dialect: Dialect, error: BaseException, engine: Engine, 
         SchemaError: There is no table to claim in: no message is to blame, and none is to be counted.
         BadKey: The key has characters that the database lacks; no retry mends that.
     """
+    if isinstance(error, PoolTimeout):
+        raise StoreUnavailable(none_free(engine), store=store) from error
     if dialect.trouble(error) is Trouble.UNAVAILABLE:
         raise StoreUnavailable(
             f"The database does not answer ({type(error).__name__}); nothing ran.", store=store

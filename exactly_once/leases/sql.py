@@ -32,6 +32,7 @@ from sqlalchemy import (
 )
 
 from exactly_once import claim_rows
+from exactly_once.crowded import all_taken, is_news
 from exactly_once.dialects import (
     ClaimBusy,
     ClaimRow,
@@ -63,10 +64,13 @@ from exactly_once.schema import (
     all_rows,
     utcnow,
 )
+from exactly_once.steady_log import steady
 
 __all__ = ["SqlLeases"]
 
 T = TypeVar("T")
+
+_log = steady("exactly_once.leases")
 
 AT_ONCE: Final = 5000
 """So many leases are renewed by one statement: each is three parameters, of which PostgreSQL takes 65,535."""
@@ -271,6 +275,7 @@ class SqlLeases:
 
     def record(self, held: Held, step: StepRow, *, begun: bool = False) -> Recorded:
         """See `LeaseStore.record`."""
+        self._say_if_crowded()
         if not begun:
             try:
                 recorded = self._changed(lambda connection: self.record_in(connection, held, step))
@@ -417,6 +422,20 @@ class SqlLeases:
                 at = {"ordinal": 0 if last is None else last + 1, "attempt": row.attempt, "created_at": utcnow()}
                 connection.execute(insert(s).values(values | at | done))
             return True
+
+    def _say_if_crowded(self) -> None:
+        """Say at once that a step's connection must be waited for: mostly by whoever holds another one with a session."""
+        most = all_taken(self._engine)
+        if most is None or not is_news(self._engine):
+            return
+        _log.warning(
+            "pool_exhausted store=%s connections=%d: a step needs a connection beside that of its handler's session, and all are"
+            " in use. Handlers that hold one and wait for another wait for each other, as long as the pool lets them"
+            " (pool_timeout, 30 s by default). Give create_engine(..., pool_size=) as many as run at once and 4 more, of a URL"
+            " EXACTLY_ONCE_CONCURRENCY as many as the threads that call process(); or call it from fewer threads.",
+            self.name,
+            most,
+        )
 
     # -- how it is asked ---------------------------------------------------------------------------------------------
 
