@@ -4,6 +4,7 @@ import getpass
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -40,6 +41,9 @@ Ids = Annotated[list[int] | None, typer.Argument(metavar="[ID]...")]
 Handler = Annotated[str | None, typer.Option("--handler", help="Only this handler's.")]
 ErrorClass = Annotated[str | None, typer.Option("--error-class", help="Only with this error, such as TimeoutError.")]
 Key = Annotated[str | None, typer.Option("--key", help="Only of this business key.")]
+Overdue = Annotated[
+    bool, typer.Option("--overdue", help="Only those the broker was to bring again, and has not for 13 hours.")
+]
 State = Annotated[list[str] | None, typer.Option("--state", help="Only in this state; may be repeated.")]
 All = Annotated[bool, typer.Option("--all", help="All that the other options leave.")]
 Reason = Annotated[str | None, typer.Option("--reason", help="Why; kept with the message.")]
@@ -62,6 +66,7 @@ def list_(
     handler: Handler = None,
     error_class: ErrorClass = None,
     key: Key = None,
+    overdue: Overdue = False,
     state: State = None,
     limit: Annotated[int, typer.Option("--limit", min=1)] = 100,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
@@ -71,9 +76,10 @@ def list_(
 ) -> None:
     """List what is not settled, newest first."""
     with _on(app, group, database) as (connection, tables, name):
-        chosen = Chosen(group=name, handler=handler, error_class=error_class, key=key, states=tuple(state or OPEN))
+        chosen = _chosen(name, None, handler, error_class, key, overdue, state)
         rows = triage.listed(connection, tables, chosen, limit=limit)
         total = triage.count(connection, tables, chosen)
+        late = triage.count(connection, tables, replace(chosen, overdue=True))
     if as_json:
         for row in rows:
             typer.echo(json_line({name: _plain(value) for name, value in row._asdict().items()}))
@@ -84,6 +90,13 @@ def list_(
         for row in rows:
             typer.echo("\t".join(_columns(row)))
     typer.echo(f"{len(rows)} of {total} failure(s) of group {name}", err=True)
+    if late:
+        typer.echo(
+            f"{late} of them overdue: the broker was to bring them again, and has not for 13 hours or longer. Another program of"
+            " the group did them, or no worker ran, or the broker gave up. See which, then: exactly-once failures discard"
+            " --overdue (they were done), or requeue --overdue (they were not)",
+            err=True,
+        )
 
 
 def _columns(row: Row[Any]) -> list[str]:
@@ -93,7 +106,9 @@ def _columns(row: Row[Any]) -> list[str]:
         escaped(row.handler),
         escaped(row.business_key or row.message_id or "", 60),
         str(row.attempts),
-        "" if row.next_attempt_at is None else f"{row.next_attempt_at:%Y-%m-%d %H:%M:%S}",
+        ("overdue" if row.overdue else "")
+        if row.next_attempt_at is None
+        else f"{row.next_attempt_at:%Y-%m-%d %H:%M:%S}",
         f"{row.last_failed_at:%Y-%m-%d %H:%M:%S}",
         escaped(f"{row.error_class}: {row.error_text}", 120),
     ]
@@ -144,6 +159,7 @@ def requeue(
     handler: Handler = None,
     error_class: ErrorClass = None,
     key: Key = None,
+    overdue: Overdue = False,
     state: State = None,
     every: All = False,
     rate: Annotated[
@@ -161,9 +177,9 @@ def requeue(
     """
     if rate is not None and not rate > 0:  # nor nan
         raise ConfigurationError("--rate is a number above zero, of messages a second.")
-    _named(ids, handler, error_class, key, state, every)
+    _named(ids, handler, error_class, key, overdue, state, every)
     store, name = _store(app, group, database)
-    chosen = _chosen(name, ids, handler, error_class, key, state)
+    chosen = _chosen(name, ids, handler, error_class, key, overdue, state)
     decide = partial(decisions.requeue, by=_who(), why=reason, per_second=rate)
     done = _carried_out(store, chosen, decide, "requeued")
     if done.left_out:
@@ -187,6 +203,7 @@ def discard(
     handler: Handler = None,
     error_class: ErrorClass = None,
     key: Key = None,
+    overdue: Overdue = False,
     state: State = None,
     every: All = False,
     reason: Reason = None,
@@ -195,16 +212,16 @@ def discard(
     database: DatabaseOption = None,
 ) -> None:
     """Settle them for good: neither they nor another copy of them will run."""
-    _named(ids, handler, error_class, key, state, every)
+    _named(ids, handler, error_class, key, overdue, state, every)
     store, name = _store(app, group, database)
-    chosen = _chosen(name, ids, handler, error_class, key, state)
+    chosen = _chosen(name, ids, handler, error_class, key, overdue, state)
     done = _carried_out(store, chosen, partial(decisions.discard, by=_who(), why=reason), "discarded")
     _said(done, "discarded; their keys count as consumed")
 
 
 def _named(ids: Any, *narrow: Any) -> None:
     if not ids and not any(narrow):
-        raise ConfigurationError("Say which: ids, --handler, --error-class, --key or --state; or --all.")
+        raise ConfigurationError("Say which: ids, --handler, --error-class, --key, --overdue or --state; or --all.")
 
 
 def _chosen(
@@ -213,10 +230,17 @@ def _chosen(
     handler: str | None,
     error_class: str | None,
     key: str | None,
+    overdue: bool,
     state: list[str] | None,
 ) -> Chosen:
     return Chosen(
-        group=group, ids=ids or (), handler=handler, error_class=error_class, key=key, states=tuple(state or OPEN)
+        group=group,
+        ids=ids or (),
+        handler=handler,
+        error_class=error_class,
+        key=key,
+        overdue=overdue,
+        states=tuple(state or OPEN),
     )
 
 

@@ -14,6 +14,7 @@ from exactly_once.doctor.finding import Finding, Mark
 from exactly_once.doctor.spellings import former_spellings
 from exactly_once.error_words import words_of
 from exactly_once.errors import ExactlyOnceError
+from exactly_once.failures import triage
 from exactly_once.handler import Lease, Plan
 from exactly_once.pooler import LINK, Link, begin_bounded
 from exactly_once.redaction import redacted
@@ -67,6 +68,7 @@ def findings_for_database(store: Store, group: str, plans: tuple[Plan, ...], con
         yield from _unknown_handlers(connection, store, group, plans)
         yield from former_spellings(connection, store, group, plans)
         yield from conflicts_of_times(connection, store.tables, group, plans)
+        yield from _overdue(where, store, connection, group)
         yield from _isolation(where, store, connection, plans)
     yield _pool(where, store.engine, concurrency, steps=any(plan.takes_steps for plan in plans))
 
@@ -220,6 +222,17 @@ def _unknown_handlers(connection: Any, store: Store, group: str, plans: tuple[Pl
                 f"There are claims of a handler {escaped(last)!r}, which is not registered.{probably(last, known)} If it"
                 f" was renamed: exactly-once handlers rename {escaped(last)} NEW",
             )
+
+
+def _overdue(where: str, store: Store, connection: Any, group: str) -> Iterator[Finding]:
+    late = triage.count(connection, store.tables, triage.Chosen(group=group, overdue=True))
+    if late:
+        yield Finding(
+            Mark.WARN,
+            f"{where}: {late} failed message(s) were to be brought again by the broker, and were not for 13 hours or longer:"
+            " another program of the group did them, or no worker ran, or the broker gave up. Of an ordered handler they hold"
+            " up all that follow. Look: exactly-once failures list --overdue",
+        )
 
 
 def _isolation(where: str, store: Store, connection: Any, plans: tuple[Plan, ...]) -> Iterator[Finding]:

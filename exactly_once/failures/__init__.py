@@ -52,12 +52,26 @@ from exactly_once.pooler import begin_bounded
 from exactly_once.schema import CONSUMED, KEY_BYTES, UNFINISHED, Tables, all_rows, utcnow
 from exactly_once.wording import EVERY, storable
 
-__all__ = ["CLOSED", "OPEN", "Failure", "FailureStore", "Form", "Place", "blocking", "place_of", "text_of", "words_of"]
+__all__ = [
+    "CLOSED",
+    "OPEN",
+    "Failure",
+    "FailureStore",
+    "Form",
+    "Place",
+    "blocking",
+    "overdue",
+    "place_of",
+    "text_of",
+    "words_of",
+]
 
 OPEN: Final = ("retrying", "waiting", "requeued", "dead", "broken")
 RUNNABLE: Final = ("retrying", "waiting", "requeued")
 RESOLVABLE: Final = (*RUNNABLE, "dead")
 CLOSED: Final = ("resolved", "discarded")
+_OVERDUE: Final = timedelta(hours=13)
+"""No broker is asked for a longer delay than 12 hours: what takes longer is due from here."""
 
 MESSAGE_ID_BYTES: Final = 255
 _ERROR_TEXT_CHARACTERS: Final = 4000  # enough for a person; a validation error of a large body can be megabytes
@@ -142,6 +156,19 @@ def blocking(t: FromClause, *, after_dead_wait: bool) -> ColumnElement[bool]:
     if after_dead_wait:
         return t.c.state.in_(OPEN)
     return and_(t.c.state.in_(RUNNABLE), or_(t.c.state != "waiting", t.c.next_attempt_at.is_not(None)))
+
+
+def overdue(t: FromClause) -> ColumnElement[bool]:
+    """The rows whose broker was to bring the message again, and has not for longer than it ever waits.
+
+    Another program of the group did it (a Java listener, which writes nothing here), or no worker ran, or the broker has
+    given up. Nobody can tell these apart from here, and closing one that was not done would lose it: a person decides.
+    """
+    return and_(
+        t.c.state.in_(("retrying", "waiting")),
+        t.c.next_attempt_at.is_(None),
+        t.c.last_failed_at < utcnow(-_OVERDUE.total_seconds()),
+    )
 
 
 def _tag(t: Table) -> Any:

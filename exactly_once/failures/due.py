@@ -11,7 +11,21 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import Column, ColumnElement, Connection, Row, Table, and_, exists, false, not_, or_, select, update
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    Row,
+    Table,
+    and_,
+    exists,
+    false,
+    func,
+    not_,
+    or_,
+    select,
+    update,
+)
 
 from exactly_once.failures import RESOLVABLE, RUNNABLE, blocking
 from exactly_once.message import Message
@@ -141,7 +155,12 @@ class DueFailures:
             c.c.consumer_group == t.c.consumer_group,
             c.c.handler == t.c.handler,
             c.c.business_key == t.c.business_key,
-            c.c.fingerprint == t.c.fingerprint,
+            # one that says nothing of its payload, as another program writes it, is compared with nothing: what is to run
+            # again would be its duplicate. A dead one may be another payload's, and a person has not looked yet.
+            or_(
+                c.c.fingerprint == t.c.fingerprint,
+                and_(func.length(c.c.fingerprint) == 0, t.c.state.in_(RUNNABLE)),
+            ),
             c.c.status == CONSUMED,
         )
         processed = select(t.c.id).where(

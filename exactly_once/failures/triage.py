@@ -18,7 +18,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Table, and_, exists, func
 from exactly_once import claim_rows
 from exactly_once.characters import characters_of
 from exactly_once.errors import ConfigurationError
-from exactly_once.failures import CLOSED, OPEN
+from exactly_once.failures import CLOSED, OPEN, overdue
 from exactly_once.schema import CONSUMED, CONSUMING, DISCARDED, KEY_BYTES, UNFINISHED, Tables, all_rows, utcnow
 from exactly_once.wording import escaped, probably, storable
 from exactly_once.wording import listed as named
@@ -58,6 +58,8 @@ class Chosen:
     handler: str | None = None
     error_class: str | None = None
     key: str | None = None
+    overdue: bool = False
+    """Only those that their broker was to bring again, and has not for so long that it never will."""
     states: Sequence[str] = OPEN
     part: Sequence[int] = ()
     """Those among them, by id, that one transaction is about; else all."""
@@ -84,13 +86,16 @@ class Chosen:
             narrow.append(t.c.error_class == storable(self.error_class, None, characters, limit=255))
         if self.key is not None:
             narrow.append(t.c.business_key == storable(self.key, KEY_BYTES, characters))
+        if self.overdue:
+            narrow.append(overdue(t))
         return and_(*narrow)
 
 
 def listed(connection: Connection, tables: Tables, chosen: Chosen, *, limit: int) -> Sequence[Row[Any]]:
-    """Return failures, newest first, without their bodies."""
+    """Return failures, newest first, without their bodies; and of each whether it is overdue."""
     t = tables.failure
-    columns = [column for column in t.c if column.name not in ("body", "properties", "fingerprint")]
+    columns: list[Any] = [column for column in t.c if column.name not in ("body", "properties", "fingerprint")]
+    columns.append(overdue(t).label("overdue"))
     return connection.execute(
         select(*columns).where(chosen.where(connection, t)).order_by(t.c.id.desc()).limit(limit)
     ).all()
