@@ -11,7 +11,7 @@ from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, scoped_session
 
 from exactly_once.errors import ConfigurationError, StoreUnavailable
 from exactly_once.fork import engines as forked_engines
@@ -64,8 +64,8 @@ class ExactlyOnce(Registrations):
     """Runs SQLAlchemy handlers so that each message takes effect exactly once in the database.
 
     Args:
-        database: A URL, an Engine, a sessionmaker, or several of these by name: `{"eu": ..., "us": ...}`, whose first is
-            the default and keeps what cannot be routed. None: from EXACTLY_ONCE_DATABASE or the settings file.
+        database: A URL, an Engine, a sessionmaker, a scoped_session, or several of these by name: `{"eu": ..., "us": ...}`,
+            whose first is the default and keeps what cannot be routed. None: from EXACTLY_ONCE_DATABASE or the settings file.
         async_database: An AsyncEngine or async_sessionmaker for async handlers; None derives it from `database`.
         redis: The URL of a Redis, for locks and for leases kept there. None: from EXACTLY_ONCE_REDIS or the settings file.
         group: The consumer group: one part of every claim's identity. None: from EXACTLY_ONCE_GROUP or the settings file.
@@ -150,7 +150,7 @@ class ExactlyOnce(Registrations):
 
     def claim(
         self,
-        session: Session,
+        session: "Session | scoped_session[Any]",
         handler: str,
         key: object,
         *,
@@ -164,7 +164,8 @@ class ExactlyOnce(Registrations):
         With an AsyncSession: `await session.run_sync(eo.claim, "reserve_stock", order.no)`.
 
         Args:
-            session: Begun or not; the claim is part of its transaction. Earlier work in it survives a refusal.
+            session: Begun or not; the claim is part of its transaction. Earlier work in it survives a refusal. Of a
+                `scoped_session` (Flask-SQLAlchemy's `db.session`) it is the one of this thread or request.
             handler: What the claim is for; with the group and the key it is the identity.
             key: The business key, or a tuple of parts.
             payload: The message's body, to be told of another payload under a known key.
@@ -176,7 +177,7 @@ class ExactlyOnce(Registrations):
         Raises:
             InProgress: Another transaction holds the key and may still fail: do not acknowledge.
             PayloadConflict: The key was consumed with another payload.
-            BadKey: The key is empty, too long, or neither text nor a whole number.
+            BadKey: The key is empty, too long, or neither text, a whole number nor a UUID.
             Misuse: The transaction of an earlier claim was thrown away by the database, and the error caught: roll back.
 
         Example:
@@ -317,7 +318,7 @@ class ExactlyOnce(Registrations):
         overlaps with the next. What must happen once is claimed instead.
 
         Args:
-            key: What is locked: a text or whole number, or a tuple of these. Other groups' locks are others.
+            key: What is locked: a text, whole number or UUID, or a tuple of these. Other groups' locks are others.
             expires: The longest it is held; it is not prolonged.
             wait: How long to wait for a lock that another holds.
             store: The URL of the Redis. None: from EXACTLY_ONCE_REDIS.

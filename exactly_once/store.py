@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from sqlalchemy import URL, Connection, Engine, NullPool, StaticPool, Table, create_engine, insert
 from sqlalchemy.exc import NoSuchModuleError
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import reset_none
 
 from exactly_once import loops
@@ -69,6 +69,7 @@ _SYNC: Final = {
 }
 _EXTRA: Final = {"mysql": "mysql", "mariadb": "mysql", "sqlite": "sqlite"}
 
+_FLASK: Final = "With Flask-SQLAlchemy: with app.app_context(): eo.bind(db.engine)"
 _CONNECT_S: Final = 5  # a server that does not accept within this is away
 # 6 MiB in InnoDB's pages: more than the 4 by which it lets a table grow, so that writing it takes room from the disk. In
 # rows that fit into a page: it ends the server where a larger value found no room and is to be rolled back
@@ -482,7 +483,12 @@ class Store:
                 f"exactly_once was given a {type(bind).__name__}, whose transaction is its caller's: a message takes effect when"
                 " its own is committed. Give it an engine, or a sessionmaker of one; in a transaction of your own use eo.claim."
             )
-        url: URL = getattr(bind, "sync_engine", bind).url
+        url = getattr(getattr(bind, "sync_engine", bind), "url", None)
+        if not isinstance(url, URL):
+            raise ConfigurationError(
+                f"exactly_once was given a {type(bind).__name__}, which names no database. Give it a URL, an engine, or a"
+                f" sessionmaker of one. {_FLASK}"
+            )
         return url
 
     def _driver(self, url: URL, table: dict[str, str]) -> str:
@@ -544,6 +550,7 @@ class Store:
 
 def _sides(database: Any, async_database: Any) -> tuple[Any, Any]:
     """Sort what was given into the threads' side and asyncio's, refusing what cannot keep the promise."""
+    database, async_database = _made_by(database), _made_by(async_database)
     if async_database is None and (
         hasattr(database, "sync_engine") or hasattr(getattr(database, "class_", None), "run_sync")
     ):
@@ -571,8 +578,14 @@ def _sides(database: Any, async_database: Any) -> tuple[Any, Any]:
                 " gets the engine."
             )
         if given is not None and isinstance(given, sessionmaker) and kw.get("bind") is None:
-            raise ConfigurationError("The sessionmaker has no bind=. Type: sessionmaker(engine)")
+            raise ConfigurationError(f"The sessionmaker has no bind=. Type: sessionmaker(engine). {_FLASK}")
     return database, async_database
+
+
+def _made_by(given: Any) -> Any:
+    """Return what makes the sessions of a scoped_session, async or not; anything else as it is."""
+    scoped = isinstance(given, scoped_session) or type(given).__name__ == "async_scoped_session"
+    return given.session_factory if scoped else given
 
 
 def _resets_nothing(bind: Any) -> bool:

@@ -495,8 +495,10 @@ def _check_session(plan: Plan, store: Store) -> None:
     made = store.makes(plan.is_async)
     if not issubclass(made, wanted):
         maker = "async_sessionmaker" if plan.is_async else "sessionmaker"
+        one_name = wanted.__name__ == made.__name__  # SQLModel's is called Session, too
+        wants, makes = (f"{each.__module__}.{each.__name__}" if one_name else each.__name__ for each in (wanted, made))
         raise ConfigurationError(
-            f"The handler {plan.name!r} wants a {wanted.__name__}, and the database {store.name!r} makes {made.__name__}."
+            f"The handler {plan.name!r} wants a {wants}, and the database {store.name!r} makes {makes}."
             f" Give exactly_once {maker}(engine, class_={wanted.__name__}), or write"
-            f" `session: {'AsyncSession' if plan.is_async else 'Session'}`."
+            f" `session: {'AsyncSession' if plan.is_async else 'Session'}`{' of SQLAlchemy' if one_name else ''}."
         )

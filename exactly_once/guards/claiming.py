@@ -4,11 +4,11 @@ The claim travels inside a savepoint, so that a refusal leaves the caller's earl
 their COMMIT keeps the claim is seen to by `behind`. The facade calls it.
 """
 
-from typing import Final
+from typing import Any, Final
 from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Engine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, scoped_session
 
 from exactly_once import errors
 from exactly_once.body import parse_json
@@ -47,7 +47,7 @@ class Claimer:
 
     def claim(
         self,
-        session: Session,
+        session: "Session | scoped_session[Any]",
         group: str,
         handler: str,
         key: object,
@@ -57,9 +57,12 @@ class Claimer:
         schema: str | None,
     ) -> bool:
         """See `ExactlyOnce.claim`."""
+        if isinstance(session, scoped_session):
+            session = session()  # the one of this thread, task or request
         if not isinstance(session, Session):
+            of_scope = " (of an async_scoped_session: session = scoped())" if hasattr(session, "registry") else ""
             raise ConfigurationError(
-                f"eo.claim was given a {type(session).__name__}, not a Session. With an AsyncSession:"
+                f"eo.claim was given a {type(session).__name__}, not a Session. With an AsyncSession{of_scope}:"
                 " await session.run_sync(eo.claim, handler, key)"
             )
         check_name(handler, HANDLER_BYTES, "handler")

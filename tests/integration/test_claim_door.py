@@ -3,16 +3,17 @@
 from collections.abc import Callable
 from datetime import timedelta
 from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from exactly_once import ConfigurationError, ExactlyOnce, InProgress, Outcome, PayloadConflict
 from exactly_once.errors import BadKey
-from tests.integration.shop import GROUP, Shop, order, put, shops
+from tests.integration.shop import GROUP, Shop, on, order, put, shops
 
 QUICK = timedelta(milliseconds=200)
 
@@ -210,3 +211,66 @@ def test_what_is_no_session_is_refused_with_what_to_type(shop: Shop, eo: Exactly
         eo.claim(AsyncSession(shop.async_engine), "handler", "A-1")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="Session"):
         eo.claim(shop.engine, "handler", "A-1")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match=r"session = scoped\(\).*run_sync"):
+        eo.claim(async_scoped_session(async_sessionmaker(shop.async_engine), lambda: 1), "handler", "A-1")  # type: ignore[arg-type]
+
+
+@on(colour="sync")
+def test_a_scoped_session_is_the_session_of_its_scope(shop: Shop, eo: ExactlyOnce) -> None:
+    """As `db.session` of Flask-SQLAlchemy is one."""
+    scoped = scoped_session(sessionmaker(shop.engine))
+    claimed = []
+    for _ in range(2):
+        claimed.append(eo.claim(scoped, "handler", "A-1"))
+        if claimed[-1]:
+            scoped.execute(text("SELECT 1"))
+            put(scoped(), "effect")
+        scoped.commit()
+        scoped.remove()
+    assert claimed == [True, False]
+    shop.assert_kept("effect", claims=["A-1"])
+
+
+@on(colour="sync")
+def test_a_scoped_session_names_the_database_of_its_sessions(shop: Shop) -> None:
+    class Theirs(Session):
+        pass
+
+    eo = ExactlyOnce(group=GROUP)
+    eo.bind(scoped_session(sessionmaker(shop.engine, class_=Theirs)))
+    seen: list[type[Session]] = []
+
+    @eo.handler("orders", key="no")
+    def reserve(session: Session) -> None:
+        seen.append(type(session))
+
+    assert [eo.process(order("A-1")) for _ in range(2)] == [Outcome.PROCESSED, Outcome.DUPLICATE]
+    assert [issubclass(each, Theirs) for each in seen] == [True]
+
+
+class OfAnApplication(Session):
+    """As Flask-SQLAlchemy makes it: the engine is known inside an application's context only."""
+
+    def __init__(self, db: object, **options: Any) -> None:
+        super().__init__(**options)
+
+
+NO_DATABASE: dict[str, Any] = {
+    "db.session of Flask-SQLAlchemy": scoped_session(sessionmaker(class_=OfAnApplication, db=1)),
+    "db of Flask-SQLAlchemy": SimpleNamespace(session=1),
+    "a session": Session(),
+    "a maker without an engine": async_sessionmaker(),
+    "a function that makes sessions": scoped_session(Session),
+}
+
+
+@pytest.mark.parametrize("which", NO_DATABASE)
+def test_what_names_no_database_is_told_what_to_give(which: str) -> None:
+    eo = ExactlyOnce(group=GROUP)
+    eo.bind(NO_DATABASE[which])
+
+    @eo.handler("orders", key="no")
+    def reserve(session: Session) -> None: ...
+
+    with pytest.raises(ConfigurationError, match=r"sessionmaker.*app_context\(\): eo.bind\(db.engine\)"):
+        eo.process(order("A-1"))

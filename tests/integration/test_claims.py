@@ -556,6 +556,26 @@ def test_a_session_class_that_the_database_does_not_make_is_refused_before_anyth
     assert (shop.effects(), shop.failures()) == ([], [])
 
 
+def test_two_session_classes_of_one_name_are_told_apart_by_their_modules(shop: Shop) -> None:
+    """SQLModel's are called Session and AsyncSession, too."""
+    base: Any = AsyncSession if shop.is_async else Session
+    theirs = type(base.__name__, (base,), {"__module__": "sqlmodel.session"})
+    eo = shop.fresh_eo(shop.engine, shop.async_engine)
+
+    def plain(session: Any) -> None: ...
+
+    async def awaited(session: Any) -> None: ...
+
+    handler = awaited if shop.is_async else plain
+    handler.__annotations__["session"] = theirs
+    eo.handler("orders", key="no")(handler)
+    name = base.__name__
+    with pytest.raises(ConfigurationError) as refused:
+        shop.process(order())
+    assert f"wants a sqlmodel.session.{name}, and the database 'default' makes sqlalchemy." in str(refused.value)
+    assert f"`session: {name}` of SQLAlchemy." in str(refused.value)
+
+
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
 def test_a_database_in_memory_is_refused(url: str) -> None:
     eo = ExactlyOnce(url, group=GROUP)
