@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from json import dumps, loads
 from typing import Any, Final, TypeAlias
+from uuid import UUID
 
 from exactly_once.error_words import words_of
 from exactly_once.errors import BadKey, ConfigurationError
@@ -91,7 +92,7 @@ class _Property:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    function: Callable[[Message], str | int]
+    function: Callable[[Message], str | int | UUID]
 
     def read(self, message: Message, parsed: object) -> object:
         try:
@@ -108,7 +109,10 @@ class _Call:
 
 KeyPart: TypeAlias = Path | _Tag | _MessageKey | _Property | _Call
 KeySpec: TypeAlias = (
-    str | KeyPart | Callable[[Message], str | int] | Sequence[str | KeyPart | Callable[[Message], str | int]]
+    str
+    | KeyPart
+    | Callable[[Message], str | int | UUID]
+    | Sequence[str | KeyPart | Callable[[Message], str | int | UUID]]
 )
 
 
@@ -180,7 +184,7 @@ def property(name: str) -> KeyPart:  # noqa: A001  (read as keys.property("name"
     return _Property(name)
 
 
-def call(function: Callable[[Message], str | int]) -> KeyPart:
+def call(function: Callable[[Message], str | int | UUID]) -> KeyPart:
     """What a function makes of the message; it must be pure, for a redelivery asks it again.
 
     Example:
@@ -193,10 +197,10 @@ def call(function: Callable[[Message], str | int]) -> KeyPart:
 
 
 def check_key(value: object) -> str:
-    """Return the key as text: 12 and "12" are one key.
+    """Return the key as text: 12 and "12" are one key, and so are a UUID and its text in the usual form.
 
     Args:
-        value: A str or an int.
+        value: A str, an int or a UUID.
 
     Returns:
         At least one and at most 255 bytes of UTF-8.
@@ -212,11 +216,13 @@ def check_key(value: object) -> str:
         if abs(value) >= _TOO_LONG:  # before it is made text: Python refuses numbers of over 4,300 digits
             raise BadKey(f"the business key is a number of more than {KEY_BYTES} digits, and it is never cut")
         return check_key(int.__repr__(value))
+    elif isinstance(value, UUID):  # of the caller's own code: JSON has none
+        return UUID.__str__(value)
     if not isinstance(value, str):
         raise BadKey(
-            "the business key is null; it must be a text or a whole number"
+            "the business key is null; it must be a text, a whole number or a UUID"
             if value is None
-            else f"the business key is a {type(value).__name__}; it must be a text or a whole number"
+            else f"the business key is a {type(value).__name__}; it must be a text, a whole number or a UUID"
         )
     text = str.__str__(value)
     if not text:

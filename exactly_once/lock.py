@@ -61,13 +61,13 @@ class RedisLock:
     Args:
         connection: Where the lock is kept.
         group: The consumer group; other groups' locks of the same name are others.
-        key: What is locked: a text or whole number, or a tuple of these.
+        key: What is locked: a text, whole number or UUID, or a tuple of these.
         expires: The longest it is held: after that it is free, whatever its holder does.
         wait: How long to wait for a lock that another holds; zero asks once.
 
     Raises:
         ConfigurationError: `expires` is not above zero, or `wait` is below.
-        BadKey: The key is empty, over 255 bytes, or neither text nor a whole number.
+        BadKey: The key is empty, over 255 bytes, or neither text, a whole number nor a UUID.
     """
 
     def __init__(

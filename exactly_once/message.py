@@ -164,7 +164,7 @@ class Message:
 
     @classmethod
     def from_kafka(cls, received: Any) -> "Message":
-        """Return what `confluent-kafka`'s consumer received, as ours.
+        """Return what a consumer of `confluent-kafka`, `aiokafka` or `kafka-python` received, as ours.
 
         Headers become properties; of one that stands several times, the last, and one without a value is an empty text.
         The ordering key is the record's key, by which Kafka keeps order. A key or a header that is no UTF-8 becomes the
@@ -172,11 +172,23 @@ class Message:
         taken for milliseconds) is left out. The id is the record's place, which a producer's resend does not share.
 
         Args:
-            received: The client's own `Message`, without an error.
+            received: The client's own `Message` or `ConsumerRecord`, its value as bytes.
+
+        Raises:
+            TypeError: It is none: `poll()` returns None where nothing came, and other methods several records at once.
+            ValueError: It is an error of the client's, which confluent-kafka hands out in the shape of a message.
 
         Example:
-            outcome = await eo.aprocess(Message.from_kafka(consumer.poll(1.0)))
+            m = consumer.poll(1.0)
+            if m is not None and m.error() is None:
+                outcome = eo.process(Message.from_kafka(m))
         """
+        if received is None or isinstance(received, (list, tuple, dict)):
+            raise TypeError(_NO_RECORD.format(kind=_kind(received)))
+        if not callable(received.topic):
+            return cls._from_record(received)
+        if (error := received.error()) is not None:
+            raise ValueError(f"from_kafka was given no message but an error of the client: {error}. {_SKIP}")
         kind, moment_ms = received.timestamp()
         sent = received.key()
         key = text_of(sent)
@@ -191,6 +203,21 @@ class Message:
             born_at=moment_of(moment_ms) if kind else None,
         )
         return with_former(message, sent)
+
+    @classmethod
+    def _from_record(cls, record: Any) -> "Message":
+        """The same of a `ConsumerRecord`, whose fields are no methods; of those that have none, its timestamp is -1 or None."""
+        key = text_of(record.key)
+        message = cls(
+            record.topic,
+            record.value,
+            key=key,
+            ordering_key=key,
+            properties={name: text_of(value) or "" for name, value in record.headers or ()},
+            message_id=f"{record.topic}/{record.partition}/{record.offset}",
+            born_at=moment_of(record.timestamp),
+        )
+        return with_former(message, record.key)
 
 
 def with_former(message: Message, keys: bytes | str | None) -> Message:
@@ -210,6 +237,13 @@ def with_former(message: Message, keys: bytes | str | None) -> Message:
     if message.properties and AS_HEX in "".join(message.properties.values()):
         found["properties"] = {name: formerly(text) for name, text in message.properties.items()}
     return message if not found else replace(message, former=found)
+
+
+_SKIP: Final = "Skip it: if m is None or m.error(): continue"
+_NO_RECORD: Final = (
+    "from_kafka takes one record that came, not {kind}: poll() of confluent-kafka returns None where nothing came in time, and"
+    f" other methods return several. {_SKIP}"
+)
 
 
 def _text(name: str, value: object) -> str | None:

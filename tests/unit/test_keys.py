@@ -3,6 +3,7 @@
 from contextlib import suppress
 from enum import IntEnum, StrEnum
 from json import dumps, loads
+from uuid import UUID
 
 import pytest
 from hypothesis import given
@@ -21,6 +22,19 @@ usable = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"
 def test_a_text_and_the_number_it_shows_are_one_key() -> None:
     assert check_key(12) == check_key("12") == "12"
     assert check_key(-5) == "-5"
+
+
+def test_a_uuid_and_its_text_are_one_key() -> None:
+    """`eo.claim(session, "reserve", order.id)` of a row whose id is a UUID; and what a key function returns."""
+    text = "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"
+
+    class Theirs(UUID):
+        def __str__(self) -> str:
+            return "another"
+
+    assert check_key(UUID(text)) == check_key(Theirs(text)) == check_key(text) == text
+    assert canonical(["created", UUID(text)]) == canonical(["created", text])
+    assert extractor(lambda message: UUID(text)).of(MESSAGE, None) == text
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ class Received:
 
     def __getattr__(self, name: str) -> Any:
         found = {"topic": "orders", "value": b"\x00{}", "partition": 3, "offset": 17, "key": self._key}
-        found |= {"headers": self._headers, "timestamp": self._timestamp}
+        found |= {"headers": self._headers, "timestamp": self._timestamp, "error": None}
         return lambda: found[name]
 
 
@@ -310,3 +310,44 @@ def test_what_the_release_before_spelled_otherwise_goes_along() -> None:
     assert Message.from_rocketmq(received5(keys={"b", "a"})).former is None, "it was sorted there before"
     assert replace(message, attempt=2).former == message.former
     assert message == replace(message, former=None)
+
+
+def record(**fields: Any) -> Any:
+    """A `ConsumerRecord`: aiokafka's and kafka-python's are alike."""
+    found: dict[str, Any] = {"topic": "orders", "partition": 3, "offset": 17, "timestamp": 1_700_000_000_500}
+    found |= {"timestamp_type": 0, "key": b"A-1", "value": b"{}", "headers": (("shop", b"eu"), ("empty", None))}
+    return SimpleNamespace(**found | fields)
+
+
+def test_a_record_of_aiokafka_is_read_as_confluents() -> None:
+    told = Received(key=b"A-1", headers=[("shop", b"eu"), ("empty", None)], timestamp=(1, 1_700_000_000_500))
+    assert Message.from_kafka(record(value=b"\x00{}")) == Message.from_kafka(told)
+    assert Message.from_kafka(record(value=None)).body is None
+    assert Message.from_kafka(record(key=b"\x8a\x91")).key == kafka_key(b"\x8a\x91")
+    assert Message.from_kafka(record(key=None, headers=(), timestamp=-1)).born_at is None
+    with pytest.raises(TypeError, match=r"the body of a message is bytes or None, not dict"):
+        Message.from_kafka(record(value={"no": 1}))  # a value_deserializer made it
+
+
+@pytest.mark.parametrize("nothing", [None, [], [record()], {}], ids=["poll", "consume", "batch", "getmany"])
+def test_what_is_no_record_of_kafkas_is_told_with_what_to_write(nothing: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"takes one record that came, not (None|list|dict): .*if m is None or m.error\(\): continue"
+    ):
+        Message.from_kafka(nothing)
+
+
+def test_an_error_in_the_shape_of_a_message_is_none() -> None:
+    """Its value() is the error's text, which must not become a body."""
+    event = SimpleNamespace(
+        **{
+            name: lambda value=value: value
+            for name, value in {
+                "topic": "orders",
+                "error": "KafkaError{code=UNKNOWN_TOPIC_OR_PART}",
+                "value": b"Broker: Unknown topic or partition",
+            }.items()
+        }
+    )
+    with pytest.raises(ValueError, match=r"no message but an error of the client: KafkaError.*m.error\(\)"):
+        Message.from_kafka(event)
