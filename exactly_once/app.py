@@ -243,7 +243,13 @@ class ExactlyOnce(Registrations):
     # -- door 3: the worker --------------------------------------------------------------------------------------------
 
     def worker(
-        self, url: str | None = None, *, concurrency: int | None = None, drain_timeout: timedelta | None = None
+        self,
+        url: str | None = None,
+        *,
+        concurrency: int | None = None,
+        drain_timeout: timedelta | None = None,
+        patience: timedelta | None = None,
+        background: bool = False,
     ) -> "Serving":
         """Return a worker over a broker, to be used with `with` or `async with`.
 
@@ -251,6 +257,11 @@ class ExactlyOnce(Registrations):
             url: The transport, such as `rocketmq://127.0.0.1:8081` or `sql://`. None: from EXACTLY_ONCE_TRANSPORT.
             concurrency: How many messages run at once. None: from the settings, else 16.
             drain_timeout: How long stopping lets running messages finish. None: from the settings, else 25 s.
+            patience: How long the start waits for a database or broker that does not answer. None: five minutes, and in the
+                background as long as it takes.
+            background: `with` and `async with` go on at once, and the worker starts beside: for the lifespan of an API, which
+                serves while the worker's database or broker is away. What keeps it from starting is logged, and `unready()`
+                says so.
 
         Example:
             with eo.worker("memory://test") as worker:
@@ -266,6 +277,8 @@ class ExactlyOnce(Registrations):
             self.transport(url),
             concurrency=concurrency or config.concurrency.value,
             drain_timeout=drain_timeout or config.drain_timeout.value,
+            patience=patience,
+            background=background,
         )
 
     def run(self, url: str | None = None, *, concurrency: int | None = None) -> int:

@@ -6,14 +6,16 @@ Made by the facade; used with `with`, by `eo.run` and by the command line.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
-from threading import Event, Thread
+from threading import Event, Thread, current_thread
 from time import monotonic
 from types import TracebackType
 from typing import Final
 
 from exactly_once import fork
+from exactly_once.error_words import words_of
 from exactly_once.errors import (
     ConfigurationError,
     ExactlyOnceError,
@@ -40,6 +42,8 @@ With two for each, 16 threads over RocketMQ 5 stood idle for a quarter of the ti
 GROUPS_IN_HAND: Final = 3
 """Groups in hand for each handler that has them: one runs, one forms, and one is being acknowledged."""
 _WAITS_S: Final = (0.2, 5.0)
+_LAST_LOOK_S: Final = 1.0
+"""How long stopping waits for a start that looks at a server just now."""
 _REFUSED_S: Final = 8.0
 """A broker that is up may lack a topic or group that whoever started it makes in a moment: so long."""
 _RETURNING_S: Final = 60.0
@@ -60,16 +64,30 @@ class Serving:
         transport: The broker.
         concurrency: How many messages run at once.
         drain_timeout: How long stopping lets running messages finish.
+        patience: How long the start waits for a server that does not answer; None: five minutes, and for good in the background.
+        background: `with` and `async with` do not wait for the start.
 
     Example:
         with eo.worker("rocketmq://127.0.0.1:8081") as worker:
             ...
     """
 
-    def __init__(self, router: Router, transport: Transport, *, concurrency: int, drain_timeout: timedelta) -> None:
+    def __init__(
+        self,
+        router: Router,
+        transport: Transport,
+        *,
+        concurrency: int,
+        drain_timeout: timedelta,
+        patience: timedelta | None = None,
+        background: bool = False,
+    ) -> None:
         self._router, self._transport = router, transport
         self._concurrency, self.drain_timeout = concurrency, drain_timeout
+        self._patience, self._background = patience, background
         self._asked = Event()
+        self._starting: Thread | None = None
+        self._failed: str | None = None
         self._worker: Worker | None = None
         self._runner: Runner | None = None
         self._concerned: Thread | None = None
@@ -78,12 +96,16 @@ class Serving:
 
     def forked(self) -> None:
         """In a process just forked: the worker is the parent's, and stopping it here is nothing."""
-        self._asked, self._worker, self._runner, self._concerned = Event(), None, None, None
+        self._asked, self._worker, self._runner = Event(), None, None
+        self._concerned = self._starting = None
 
     # -- starting and stopping ---------------------------------------------------------------------------------------
 
-    def start(self, patience: timedelta = PATIENCE) -> None:
-        """Begin to receive.
+    def start(self, patience: timedelta | None = None) -> None:
+        """Begin to receive, here and now, also where `background` was asked for.
+
+        Args:
+            patience: In place of the worker's own.
 
         Raises:
             ConfigurationError: Something is wrong that waiting does not mend, or a server stayed away too long.
@@ -96,6 +118,7 @@ class Serving:
         for store in router.stores.values():
             store.check_threads()
         subscriptions = router.subscriptions()
+        patience = patience or self._patience or (timedelta.max if self._background else PATIENCE)
         self._look_at_servers(monotonic() + patience.total_seconds(), subscriptions)
         for name, store in router.stores.items():
             if store.lacking is not None:
@@ -177,6 +200,8 @@ class Serving:
     def stop(self) -> int:
         """Stop receiving, finish what runs, give back the rest; returns how many were given back. Twice is once."""
         self._asked.set()
+        if self._starting is not None and self._starting is not current_thread():
+            self._starting.join(_LAST_LOOK_S)  # it stops by itself what it has started by then, or starts nothing
         if self._worker is None or self._runner is None:
             return 0
         given_back = self._worker.stop()
@@ -185,8 +210,32 @@ class Serving:
             self._concerned.join(_CONCERNED_ENDS_S)  # one that is asking a broker is left to end by itself
         return given_back
 
+    def _start_aside(self, ended: "Future[None]") -> None:
+        """Have it started in a thread of its own, which no end of a process waits for."""
+        self._asked.clear()
+        self._failed = None
+        ended.set_running_or_notify_cancel()
+        self._starting = Thread(target=self._starts, args=(ended,), daemon=True, name="worker's start")
+        self._starting.start()
+
+    def _starts(self, ended: "Future[None]") -> None:
+        try:
+            self.start()
+        except BaseException as error:  # noqa: BLE001, RUF100  (told to whoever waits, and else logged)
+            if self._background and not self._asked.is_set():
+                self._failed = words_of(error)
+                _log.error("worker_not_started: nothing is received, and nothing tries again. %s", self._failed)
+            ended.set_exception(error)
+        else:
+            if self._asked.is_set():
+                self.stop()
+            ended.set_result(None)
+
     def __enter__(self) -> "Serving":
-        self.start()
+        if self._background:
+            self._start_aside(Future())
+        else:
+            self.start()
         return self
 
     def __exit__(
@@ -197,7 +246,14 @@ class Serving:
     async def __aenter__(self) -> "Serving":
         import asyncio
 
-        await asyncio.to_thread(self.start)
+        ended: Future[None] = Future()
+        self._start_aside(ended)
+        if not self._background:
+            try:
+                await asyncio.wrap_future(ended)
+            except asyncio.CancelledError:
+                self._asked.set()  # the thread starts nothing from here on, or stops it again
+                raise
         return self
 
     async def __aexit__(
@@ -248,7 +304,7 @@ class Serving:
     def unready(self) -> str | None:
         """Say why nothing is received, or None."""
         if self._worker is None or self._runner is None:
-            return "not started"
+            return "not started" if self._failed is None else f"not started: {self._failed}"
         if dead := self._runner.dead():
             return f"ended: {', '.join(dead)}"
         return self._worker.unready() or self._router.unready()
