@@ -57,6 +57,8 @@ app = FastAPI(lifespan=lifespan)
 
 @app.post("/orders", status_code=201)
 def create_order(order: Order) -> dict[str, str]:
+    # not in a dependency with `yield`: FastAPI ends it after the answer is sent, and a COMMIT that is refused would have been
+    # answered with 201. Depends(a_session, scope="function") ends before it, as this block does
     with Session(engine) as session, session.begin():
         stored = session.get(OrderRow, order.order_no)
         if stored is None:
