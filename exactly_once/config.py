@@ -10,7 +10,6 @@ Code says what a program is, settings where it runs; a handler's topic, tag, ret
 in production. Values are checked here, nothing is opened. Called by the facade and the command line, never at import.
 """
 
-import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,11 +25,12 @@ from exactly_once.redaction import redacted
 from exactly_once.service_links import service_links
 from exactly_once.settings import SECRET, SETTINGS
 from exactly_once.settings_file import CONFIG_VARIABLE, settings_table, told
+from exactly_once.steady_log import steady
 from exactly_once.wording import escaped, listed, probably
 
 __all__ = ["Config", "HandlerSettings", "Setting", "load", "redacted"]
 
-_log = logging.getLogger("exactly_once.config")
+_log = steady("exactly_once.config")
 
 PREFIX: Final = "EXACTLY_ONCE_"
 TEST_PREFIX: Final = "EXACTLY_ONCE_TEST_"  # read by exactly_once.testing, not by us

@@ -1,34 +1,25 @@
 """A worker put together for an application and a broker, started and stopped as one thing.
 
-Start-up goes in an order that loses nothing: databases and schema, then what the broker says of topics and group, then
-receiving. A server that does not answer yet is waited for; a wrong setting is refused with the command that mends it.
+Before it receives, `starting` has waited for its servers; a wrong setting is refused with the command that mends it.
 Made by the facade; used with `with`, by `eo.run` and by the command line.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
-from functools import partial
 from threading import Event, Thread, current_thread
-from time import monotonic
 from types import TracebackType
 from typing import Final
 
 from exactly_once import fork
 from exactly_once.error_words import words_of
-from exactly_once.errors import (
-    ConfigurationError,
-    ExactlyOnceError,
-    ForkedProcess,
-    SchemaError,
-    StoreUnavailable,
-    TransportError,
-)
+from exactly_once.errors import ForkedProcess
 from exactly_once.routing import Router
 from exactly_once.runner import Runner
+from exactly_once.starting import wait_for_servers
 from exactly_once.steady_log import steady
-from exactly_once.store import Store, claims_twice, lacking_characters
-from exactly_once.transport import Away, Subscription, Transport
+from exactly_once.store import lacking_characters
+from exactly_once.transport import Subscription, Transport
 from exactly_once.worker import Counts, Worker
 
 __all__ = ["Serving"]
@@ -41,13 +32,8 @@ IN_HAND: Final = 4
 With two for each, 16 threads over RocketMQ 5 stood idle for a quarter of the time; what a SIGKILL leaves is more of them."""
 GROUPS_IN_HAND: Final = 3
 """Groups in hand for each handler that has them: one runs, one forms, and one is being acknowledged."""
-_WAITS_S: Final = (0.2, 5.0)
 _LAST_LOOK_S: Final = 1.0
 """How long stopping waits for a start that looks at a server just now."""
-_REFUSED_S: Final = 8.0
-"""A broker that is up may lack a topic or group that whoever started it makes in a moment: so long."""
-_RETURNING_S: Final = 60.0
-"""What a server refuses since it was last seen not to answer may still be on its way: so long."""
 
 _CONCERNED_S: Final = 3600.0
 """How often what costs the group messages is looked for and told again."""
@@ -119,7 +105,7 @@ class Serving:
             store.check_threads()
         subscriptions = router.subscriptions()
         patience = patience or self._patience or (timedelta.max if self._background else PATIENCE)
-        self._look_at_servers(monotonic() + patience.total_seconds(), subscriptions)
+        wait_for_servers(router, self._transport, subscriptions, self._asked, patience)
         for name, store in router.stores.items():
             if store.lacking is not None:
                 _log.warning("%s", lacking_characters(name, store.lacking))
@@ -159,43 +145,6 @@ class Serving:
         # whoever joins later does not tell us, and a line of a start is forgotten
         while not self._asked.wait(_CONCERNED_S):
             self._concerns(subscriptions)
-
-    def _look_at_servers(self, deadline: float, subscriptions: Sequence[Subscription]) -> None:
-        """Wait for each server in turn. Of what waiting does not mend, all is told at once: also of those behind it."""
-        router = self._router
-
-        def broker() -> str | None:
-            problems = self._transport.check(router.group, subscriptions)
-            if any(not isinstance(problem, Away) for problem in problems):
-                raise _Refused("\n".join(problems))
-            return "\n".join(problems) or None
-
-        looks: list[tuple[str, Callable[[], str | None], type[ExactlyOnceError]]] = [
-            (f"the database {name!r}", partial(_database_problem, store, router.group), StoreUnavailable)
-            for name, store in router.stores.items()
-        ]
-        looks += [
-            (f"the store of leases {name}", problem, StoreUnavailable) for name, problem in router.leases.problems()
-        ]
-        looks.append(("the broker", broker, TransportError))
-        wrong: list[ConfigurationError] = []
-        behind: list[str] = []
-        for what, look, vain in looks:
-            if wrong:
-                behind += _seen(look)
-                continue
-            try:
-                _until(self._asked, deadline, look, what, vain)
-            except ForkedProcess:
-                raise
-            except ConfigurationError as error:
-                wrong.append(error)
-        if wrong:
-            said = str(wrong[0])
-            for line in "\n".join(behind).splitlines():
-                if (line.partition("Type: ")[2] or line) not in said:  # one command may mend both
-                    said += f"\n{line}"
-            raise wrong[0] if said == str(wrong[0]) else ConfigurationError(said) from wrong[0]
 
     def stop(self) -> int:
         """Stop receiving, finish what runs, give back the rest; returns how many were given back. Twice is once."""
@@ -308,78 +257,3 @@ class Serving:
         if dead := self._runner.dead():
             return f"ended: {', '.join(dead)}"
         return self._worker.unready() or self._router.unready()
-
-
-def _database_problem(store: Store, group: str) -> str | None:
-    if (problem := store.problem()) is not None:
-        return problem
-    try:
-        seen = claims_twice(store.dialect, store.open, group)
-    except Exception as error:
-        if store.away(error):
-            return f"{store.name} does not answer ({type(error).__name__})"
-        raise
-    if seen != (True, False):
-        raise ConfigurationError(
-            f"Through the driver of the database {store.name!r} a key claimed twice is seen as {seen}, not (True, False):"
-            " duplicates would run. Type: exactly-once doctor"
-        )
-    return None
-
-
-class _Refused(ConfigurationError):
-    """The broker answers, and is not as it must be; it may have started a moment ago, and be so in another."""
-
-
-def _seen(look: Callable[[], str | None]) -> Sequence[str]:
-    """Look once, and say what is to be told beside what is known to be wrong already."""
-    try:
-        problem = look()
-    except ExactlyOnceError as error:
-        problem = str(error)
-    except Exception:  # it may only follow from what is wrong already, and whoever mends that is told of it next time
-        problem = None
-    return () if problem is None else (problem,)
-
-
-def _until(
-    asked: Event, deadline: float, look: Callable[[], str | None], what: str, vain: type[ExactlyOnceError]
-) -> None:
-    """Look until there is no problem; `look` raises for what waiting does not mend, returns what it may.
-
-    What is wrong at the first look is told at once. A broker, and a server that did not answer before, may refuse for a while
-    what it is about to have: a name server answers before its broker has registered.
-    """
-    wait = _WAITS_S[0]
-    told: bool | None = None
-    refused_until: float | None = None
-    while True:
-        refused = False
-        try:
-            problem = look()
-            refused_until = monotonic() + _RETURNING_S
-        except TransportError as error:
-            problem, refused_until = str(error), monotonic() + _RETURNING_S
-        except (SchemaError, ForkedProcess):
-            raise
-        except ConfigurationError as error:
-            if refused_until is None:
-                refused_until = monotonic() + (_REFUSED_S if isinstance(error, _Refused) else 0)
-            if monotonic() >= refused_until:
-                raise
-            problem, refused = str(error), True
-        if problem is None:
-            return
-        left = max(0.0, refused_until - monotonic()) if refused else wait
-        if monotonic() >= deadline:
-            raise vain(f"Waited in vain for {what}: {problem}")
-        if refused and told is not True:
-            _log.error(
-                "Not as it must be; looking again for %.0f s, in case it has only just started. %s", left, problem
-            )
-        elif not refused and told is not False:
-            _log.warning("Waiting for %s: %s", what, problem)
-        told = refused
-        if asked.wait(min(wait, left)):
-            raise vain(f"Stopped while waiting for {what}.")
-        wait = min(2 * wait, _WAITS_S[1])

@@ -8,18 +8,18 @@ A member of the remoting protocol tells its subscription itself, through the bro
 does not; the broker keeps the last subscription that it heard of the whole group, and that is looked at, too.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from time import monotonic
 from typing import Final
 
 from exactly_once.errors import TransportError
+from exactly_once.steady_log import steady
 from exactly_once.transport import Subscription
 from exactly_once.transports.remoting import Admin, Wanted
 
 __all__ = ["subscribed_otherwise"]
 
-_log = logging.getLogger(__name__)
+_log = steady(__name__)
 
 ASK_FOR_S: Final = 10.0  # then those that were not asked yet are left out: a start waits for this
 _NAMED: Final = 3

@@ -18,7 +18,7 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.orm import Session
 
 import exactly_once.alembic
-from exactly_once import ExactlyOnce, serving
+from exactly_once import ExactlyOnce, starting
 from exactly_once.dialects import postgresql_refusal
 from exactly_once.errors import ConfigurationError
 from exactly_once.store import Store
@@ -241,7 +241,7 @@ class Lacking:
 def test_what_a_broker_lacks_is_told_at_once_and_looked_for_for_a_moment(
     made: bool, sqlite_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(serving, "_REFUSED_S", 8.0 if made else 0.5)
+    monkeypatch.setattr(starting, "_REFUSED_S", 8.0 if made else 0.5)
     eo = ExactlyOnce(sqlite_url, group="refused")
 
     @eo.handler("orders", key="no")

@@ -28,13 +28,13 @@ How it differs from other transports:
 * An ordered group handles one message of a queue at a time, so as many at once as its topics have queues.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from exactly_once.errors import ConfigurationError
+from exactly_once.steady_log import steady
 from exactly_once.transport import BrokerProducer, Consumer, Features, Subscription, Surroundings
 from exactly_once.transports.members import subscribed_otherwise
 from exactly_once.transports.remoting import Admin
@@ -45,7 +45,7 @@ from exactly_once.transports.urls import ParsedURL, parse
 
 __all__ = ["RocketMQ4Transport", "threads_for"]
 
-_log = logging.getLogger(__name__)
+_log = steady(__name__)
 
 DEFAULT_PORT: Final = 9876
 DEFAULT_THREADS: Final = 20

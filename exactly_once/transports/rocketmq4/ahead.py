@@ -10,7 +10,6 @@ One that comes while a process runs ends that process; the next start finds it. 
 that has something in front of the group, and has a limit of time, a longer one where a process died lately.
 """
 
-import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Final
 
 from exactly_once.errors import BadBody, TransportError
 from exactly_once.message import Message
+from exactly_once.steady_log import steady
 from exactly_once.transport import Subscription
 from exactly_once.transports.remoting import Admin, Queue
 from exactly_once.transports.rocketmq4.messages import Names
@@ -33,7 +33,7 @@ LOOKS_S: Final = 3.0
 LOOKS_AFTER_A_DEATH_S: Final = 15.0
 _AGAIN_S: Final = 1.0
 
-_log = logging.getLogger(__name__)
+_log = steady(__name__)
 
 Wanted = Callable[[Stored], bool]
 Offer = Callable[[Message, BadBody | None], bool]
