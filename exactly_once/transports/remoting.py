@@ -300,7 +300,7 @@ def _wanted(subscriptions: Iterable[Mapping[str, Any]]) -> Wanted:
     found = {}
     for each in subscriptions:
         if not each["topic"].startswith(RETRIES):  # every member has that one, and gets all of it
-            tags = sorted(filter(None, (tag.strip() for tag in (each.get("subString") or "*").split("||"))))
+            tags = sorted({tag.strip() for tag in (each.get("subString") or "*").split("||")} - {""})
             found[each["topic"]] = " || ".join(tags) or "*"
     return found
 

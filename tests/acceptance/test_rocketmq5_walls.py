@@ -643,17 +643,18 @@ def test_a_slow_message_is_extended_and_its_followers_wait(broker: Broker) -> No
 
 def test_a_member_that_wants_other_tags_is_seen_where_the_url_names_name_servers(broker: Broker) -> None:
     """A proxy tells nobody's subscription; the broker behind it knows the last one of the group."""
-    topic, group = broker.names()
-    mine, other = [Subscription(topic, ("created",))], Subscription(topic, ("paid",))
+    (topic, group), (second, _) = broker.names(), broker.names()
+    also = Subscription(second)
+    mine, other = [Subscription(topic, ("created",)), also], Subscription(topic, ("paid",))
     asking = broker.ours(f"name_servers={broker.server.name_server}")
     alone = asking.concerns(group, mine)
-    with broker.consumer(group, other):
+    with broker.consumer(group, other, also):
         [text] = until("the other is seen", lambda: asking.concerns(group, mine))
-        alike = asking.concerns(group, [other])
+        alike = asking.concerns(group, [other, also])
         without = broker.ours().concerns(group, mine)
     assert (alone, alike, without) == ((), (), ())
     assert "LOSES MESSAGES" in text
-    assert f"the last member that joined wants {topic} (paid)" in text
+    assert f"the last member that joined wants {topic} (paid), {second} (*)" in text
 
 
 # -- sending ----------------------------------------------------------------------------------------------------------
