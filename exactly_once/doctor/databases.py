@@ -12,6 +12,7 @@ from sqlalchemy.util import greenlet_spawn
 from exactly_once.doctor.conflicts import conflicts_of_times
 from exactly_once.doctor.finding import Finding, Mark
 from exactly_once.doctor.spellings import former_spellings
+from exactly_once.doctor.standbys import findings_for_standbys
 from exactly_once.error_words import words_of
 from exactly_once.errors import ExactlyOnceError
 from exactly_once.failures import triage
@@ -60,6 +61,7 @@ def findings_for_database(store: Store, group: str, plans: tuple[Plan, ...], con
         if store.dialect.name == "postgresql":
             yield _pooler(where, connection, said=store.pooler)
         yield from {"postgresql": _postgresql, "sqlite": _sqlite}.get(store.dialect.name, _mysql)(where, connection)
+        yield from findings_for_standbys(where, connection)
         skew = abs((connection.execute(select(utcnow())).scalar_one() - _now()).total_seconds())
         if skew > _SKEW_S:
             yield Finding(
