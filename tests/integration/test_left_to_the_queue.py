@@ -6,12 +6,14 @@ The kind: a role, a time limit, READ ONLY or locked tables in a connection that 
 from collections.abc import Iterator
 
 import pytest
+from sqlalchemy import insert, select
 
 from exactly_once.errors import SendFailed
 from exactly_once.transport import Subscription
 from exactly_once.transports.sql import SqlTransport
+from exactly_once.transports.sql.database import Database
 from exactly_once.verdict import Ack
-from tests.integration.shop import Shop, order, shops
+from tests.integration.shop import STOCK, Shop, order, shops
 from tests.integration.test_connection_settings import run
 from tests.integration.test_left_in_the_pool import by_other_code
 from tests.integration.test_sql_queue import SECOND
@@ -79,6 +81,18 @@ def test_a_consumer_takes_extends_and_settles_whatever_was_left_in_the_whole_poo
     consumer.settle([(delivery, Ack()) for delivery in taken])
     with shop.outside.connect() as connection:
         assert connection.exec_driver_sql("SELECT count(*) FROM message_queue").scalar_one() == 0
+
+
+@pytest.mark.parametrize("left", ["mariadb autocommit"], indirect=True)
+def test_on_mariadb_no_statement_of_the_queue_commits_by_itself(left: tuple[Shop, str]) -> None:
+    shop, statement = left
+    store = shop.eo.stores["default"]
+    database = Database(lambda: store.engine, schema=lambda: store.place)
+    leave(shop, statement)
+    with pytest.raises(ZeroDivisionError):
+        database.done(lambda connection: [connection.execute(insert(STOCK).values(item=77, amount=0)), 1 // 0])
+    with shop.outside.connect() as connection:
+        assert connection.execute(select(STOCK.c.item).where(STOCK.c.item == 77)).all() == []
 
 
 def test_a_database_that_was_read_only_for_a_while_is_sent_to_again(request: pytest.FixtureRequest) -> None:

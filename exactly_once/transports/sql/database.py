@@ -13,7 +13,7 @@ Called by `exactly_once.transports.sql` alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import cached_property
 from threading import Condition
@@ -167,7 +167,7 @@ class Database:
             _read_committed(connection)
         elif self.dialect in ("mysql", "mariadb"):
             _next_read_committed(connection)
-        with connection.begin():
+        with _one_transaction(connection), connection.begin():
             if self.dialect == "sqlite" and not _in_transaction(connection):
                 # as a writer from the start: a reader that becomes one fails where it should wait
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
@@ -244,6 +244,22 @@ def _read_committed(connection: Connection) -> None:
     except driver.Error as error:
         connection.invalidate(error)
         raise OperationalError(COMMITTED_ALONE, None, error) from error
+
+
+@contextmanager
+def _one_transaction(connection: Connection) -> Iterator[None]:
+    """Let no statement commit by itself, whoever left the session so: the locks of a receiver and a sender would hold nothing."""
+    dbapi: Any = connection.connection.dbapi_connection
+    # as MySQL's server has told the driver, at no round trip; elsewhere it is the level, or BEGIN is sent
+    if connection.dialect.name not in ("mysql", "mariadb") or not dbapi.get_autocommit():
+        yield
+        return
+    dbapi.autocommit(False)
+    try:
+        yield
+    finally:
+        with suppress(Exception):  # the connection is lost, or closed
+            dbapi.autocommit(True)
 
 
 def _next_read_committed(connection: Connection) -> None:
