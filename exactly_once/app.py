@@ -172,7 +172,8 @@ class ExactlyOnce(Registrations):
             claim_wait: The longest to wait for another transaction that holds the key; whole seconds on MySQL/MariaDB.
 
         Returns:
-            True if the work is yours to do, False if it was done and committed.
+            True if the work is yours to do, False if it was done and committed. In a handler of that name True for its own
+            message, which the handler has claimed already.
 
         Raises:
             InProgress: Another transaction holds the key and may still fail: do not acknowledge.

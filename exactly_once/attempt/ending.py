@@ -222,6 +222,8 @@ def _raised_alone(dialect: Dialect, won: Won, error: BaseException, foreign: Cal
     if isinstance(error, BrokenTransaction):  # of a step; the handler may have been told to stop behind it
         stop = error.__cause__
         return _broken(error, None, stop if stop is not None and stops(stop) else None, block=True)
+    if isinstance(error, LostTransaction) and isinstance(error.error, InProgress):
+        return Ended(How.IN_PROGRESS, error.error)
     if isinstance(error, LostTransaction):
         return Ended(How.TRANSIENT, error.error)
     if isinstance(error, RefusedResult):

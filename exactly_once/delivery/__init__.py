@@ -318,7 +318,8 @@ class Delivering:
             self.recording.known(reading.key)
         match ended.how:
             case How.IN_PROGRESS:
-                return self.recording.wait(Outcome.IN_PROGRESS, message, reading, features, foreign, ended.remaining)
+                wait = self.recording.wait
+                return wait(Outcome.IN_PROGRESS, message, reading, features, foreign, ended.remaining, ended.error)
             case How.LOST:
                 return self.recording.wait(Outcome.IN_PROGRESS, message, reading, features, foreign, UNRECORDED)
             case How.UNKNOWN:

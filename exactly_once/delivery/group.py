@@ -175,7 +175,7 @@ class GroupDelivering(Delivering):
         member.told = told
         if isinstance(told.verdict, Hold):
             run.held = told
-        if told.outcome is Outcome.IN_PROGRESS:
+        if told.outcome is Outcome.IN_PROGRESS and not told.in_handler:
             run.waited_s += monotonic() - began
 
     def _together(self, members: Sequence[Member], run: _Run) -> None:
@@ -281,7 +281,7 @@ class GroupDelivering(Delivering):
             patient=patient,
             meanwhile=run.meanwhile,
         )
-        if tried.ended.how is How.IN_PROGRESS:
+        if tried.ended.how is How.IN_PROGRESS and tried.ended.error is None:
             run.waited_s += monotonic() - began
         return tried
 
@@ -308,6 +308,7 @@ class GroupDelivering(Delivering):
             for member in ordered:
                 reading = member.unchanged(plan)
                 reached.append(member)
+                watch.current = member.row
                 call(handed, reading, member.message, None)
                 # before the next call, which may refresh, expire or expunge what this one has changed
                 session.flush()

@@ -55,6 +55,8 @@ class Told:
     verdict: Said
     raises: BaseException | None = None
     """What a loop of the caller's is to be raised, once all handlers of the message have run."""
+    in_handler: bool = False
+    """In progress as the handler said, which claims a part or takes a lock: the message's own key was free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,16 +141,22 @@ class Recording:
         features: Features,
         foreign: bool,
         remaining: timedelta | None = None,
+        said: BaseException | None = None,
     ) -> Told:
-        """Not failed, only not now: asked again later, uncounted; near the broker's limit kept in the failure store."""
+        """Not failed, only not now: asked again later, uncounted; near the broker's limit kept in the failure store.
+
+        Args:
+            said: What the handler raised to say so; None where the message's own key is another run's.
+        """
         decision = wait_delay(
             outcome, features=features, delivery_attempt=message.attempt, remaining=remaining, foreign=foreign
         )
         if isinstance(decision, ByBroker):
             then = Redeliver(decision.delay)
             # under a lease the other run may end at any moment: looked at for a while, at no cost to the broker's attempts
-            return Told(outcome, then if remaining is None or foreign else Keep(_LOOK_AGAIN, _LOOK_LONGEST, then))
-        error = Reject(f"{outcome.value}: not run yet, and the broker would not bring it again")
+            then_ = then if remaining is None or foreign else Keep(_LOOK_AGAIN, _LOOK_LONGEST, then)
+            return Told(outcome, then_, in_handler=said is not None)
+        error = said or Reject(f"{outcome.value}: not run yet, and the broker would not bring it again")
         return self.record(message, reading, error, lambda attempts: decision, counted=False, outcome=outcome)
 
     def unknown(

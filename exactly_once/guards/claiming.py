@@ -93,6 +93,8 @@ class Claimer:
             watch.admit()  # it is sent on the driver, where nothing else asks
             if not begun:
                 raise watch.ended()  # its transaction is over, and this would begin another
+            if watch.is_of(row):
+                return True  # the handler's own message, which this attempt has claimed already: its work is to be done
         else:
             behind.admit(connection)
         try:
@@ -114,17 +116,17 @@ class Claimer:
                 return True
             known = dialect.known(dbapi, row, end=False)
         except ClaimBusy as busy:
+            told = errors.InProgress(_told(row, "is being worked on by another transaction, which may still fail"))
             if busy.lost:
                 # the server threw the caller's earlier work away with it: from here only a rollback is allowed
                 if watch is not None:
-                    watch.lost = busy  # of a handler: it runs again at once, whatever it makes of this error
+                    # of a handler, whatever it makes of this error: a deadlock's victim runs again at once, another one later
+                    watch.lost = (busy.__cause__ or told) if busy.again else told
                 connection.invalidate(busy)
             elif busy.cut and not is_firsthand(connection):
                 # by a limit of time, which whoever had it before may have left in it
                 connection.connection.invalidate(soft=True)
-            raise errors.InProgress(
-                _told(row, "is being worked on by another transaction, which may still fail")
-            ) from busy
+            raise told from busy
         except Exception as error:
             if dialect.trouble(error) is Trouble.UNAVAILABLE or dialect.unstorable(error):
                 # the caller's transaction is lost or aborted, and PostgreSQL would answer its COMMIT without an error

@@ -109,8 +109,8 @@ class Watch:
     """
 
     __slots__ = (
-        "begun", "busy", "call", "changed", "committed", "connection", "dbapi", "dialect", "error", "held", "info", "last",
-        "left", "locked", "lost", "met", "ours", "owner", "pooled", "refused", "replaced", "rolled_back", "root", "rows", "sent",
+        "begun", "busy", "call", "changed", "committed", "connection", "current", "dbapi", "dialect", "error", "held", "info",
+        "last", "left", "locked", "lost", "met", "ours", "owner", "pooled", "refused", "replaced", "rolled_back", "root", "rows", "sent",
         "shut", "stopped", "streams", "trace", "whole"
     )  # fmt: skip
 
@@ -132,6 +132,8 @@ class Watch:
         self.held = held
         self.trace = trace
         self.root = connection.get_transaction()
+        self.current: ClaimRow | None = None
+        """Of a group: the message that is being handled; None where all are at once."""
         self.begun: SessionTransaction | None = None
         self.left = Left.NOT
         self.error: Misuse | None = None
@@ -348,6 +350,13 @@ class Watch:
         if self.lost is not None:
             # the server threw the transaction away, and this statement would begin another, without the claim
             raise self.leave(Left.ROLLED_BACK, SWALLOWED)
+
+    def is_of(self, row: ClaimRow) -> bool:
+        """Say whether this is the claim, or the lease, that the handler runs under."""
+        ours = self.rows if self.current is None else (self.current,)
+        if self.held is not None:
+            ours = (self.held.row,)
+        return any((own.key, own.handler, own.group) == (row.key, row.handler, row.group) for own in ours)
 
     def is_over(self) -> bool:
         """Before the first rollback of SQLAlchemy's: something ended the transaction already, and no error says so."""

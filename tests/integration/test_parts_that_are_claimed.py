@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from exactly_once import ExactlyOnce, InProgress, Outcome
 from tests.integration.shop import GROUP, ONE_TRY, STOCK, Shop, on, order, put
 from tests.integration.threads import Turn, in_thread
-from tests.integration.ways import WAYS, Way
+from tests.integration.ways import IN_A_GROUP, IN_A_LIST, WAYS, Way
 
 pytestmark = pytest.mark.nightly(meet=2)
 
@@ -98,3 +98,94 @@ def test_a_part_that_another_run_holds_is_no_failure(shop: Shop, way: Way) -> No
     assert way.deliver(shop, [order(1, attempt=4)]) == [P]
     assert shop.effects() == ["1"]
     shop.borrow()
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_the_key_of_its_own_message_is_the_handlers_to_do(shop: Shop, way: Way) -> None:
+    """As where a loop's `if eo.claim(...):` was moved into a handler: it found its own attempt, and did nothing."""
+
+    def do(session: Session, no: Any) -> None:
+        if shop.eo.claim(session, "handler", no):
+            put(session, str(no))
+
+    way.handles(shop, do)
+    assert way.deliver(shop, [order(1), order(2)]) == [P, P]
+    assert way.deliver(shop, [order(1, attempt=2), order(3)]) == [D, P]
+    assert sorted(shop.effects()) == ["1", "2", "3"]
+    shop.borrow()
+
+
+@on("postgres", "sqlite")  # MariaDB waits for what its own transaction holds; elsewhere it is seen
+def test_the_key_of_another_message_of_the_group_is_not(shop: Shop) -> None:
+    won: list[tuple[int, bool]] = []
+
+    def do(session: Session, no: Any) -> None:
+        won.append((no, shop.eo.claim(session, "handler", 3 - no)))
+        put(session, str(no))
+
+    IN_A_GROUP.handles(shop, do)
+    assert IN_A_GROUP.deliver(shop, [order(1), order(2)]) == [P, P]
+    assert [each for _, each in won] == [False, False]
+
+
+@pytest.mark.parametrize("way", [IN_A_GROUP, IN_A_LIST], ids=str)
+@on("postgres", "mariadb")  # SQLite has one writer
+def test_a_handler_that_waits_for_its_part_keeps_no_other_message_from_its_run(shop: Shop, way: Way) -> None:
+    eo = ExactlyOnce(group=GROUP)
+    held, done = Turn(), Turn()
+
+    def other() -> None:
+        with Session(shop.outside) as session, session.begin():
+            assert eo.claim(session, "part", "1")
+            held.come()
+            done.wait()
+
+    def do(session: Session, no: Any) -> None:
+        put(session, str(no))
+        if no == 1:
+            shop.eo.claim(session, "part", "1", claim_wait=timedelta(seconds=3))
+
+    way.handles(shop, do, retry=ONE_TRY)
+    assert way.deliver(shop, [order(5)]) == [P]
+    with in_thread(other):
+        held.wait()
+        try:
+            ends = way.deliver(shop, [*(order(no, attempt=2) for no in (1, 2, 3, 4)), order(5, attempt=2)])
+        finally:
+            done.come()
+    assert ends == [IN_PROGRESS, P, P, P, D]
+    assert shop.failures() == []
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("makes", ["lets it out", "goes on"])
+def test_the_same_where_the_server_undoes_more_than_a_statement(strict: Shop, way: Way, makes: str) -> None:
+    eo = ExactlyOnce(group=GROUP)
+    held, done = Turn(), Turn()
+
+    def other() -> None:
+        with Session(strict.outside) as session, session.begin():
+            assert eo.claim(session, "part", "1")
+            held.come()
+            done.wait()
+
+    def do(session: Session, no: Any) -> None:
+        put(session, str(no))
+        try:
+            strict.eo.claim(session, "part", "1", claim_wait=timedelta(seconds=1))
+        except InProgress:
+            if makes == "lets it out":
+                raise
+        put(session, f"{no} more")
+
+    way.handles(strict, do, retry=ONE_TRY)
+    with in_thread(other):
+        held.wait()
+        try:
+            ends = way.deliver(strict, [order(1)])
+        finally:
+            done.come()
+    assert ends == [IN_PROGRESS]
+    assert strict.failures() == []
+    assert way.deliver(strict, [order(1, attempt=2)]) == [P]
+    assert strict.effects() == ["1", "1 more"]
