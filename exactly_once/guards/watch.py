@@ -109,9 +109,9 @@ class Watch:
     """
 
     __slots__ = (
-        "begun", "busy", "call", "changed", "committed", "connection", "current", "dbapi", "dialect", "error", "held", "info",
-        "last", "left", "locked", "lost", "met", "ours", "owner", "pooled", "refused", "replaced", "rolled_back", "root", "rows", "sent",
-        "shut", "stopped", "streams", "trace", "whole"
+        "begun", "busy", "call", "changed", "committed", "connection", "current", "dbapi", "dialect", "error", "held",
+        "info", "last", "left", "locked", "lost", "met", "ours", "owner", "pooled", "refused", "replaced", "rolled_back",
+        "root", "rows", "sent", "shut", "stopped", "streams", "trace", "whole"
     )  # fmt: skip
 
     def __init__(
