@@ -10,9 +10,10 @@ us, and the look would not end. Called by `dialects.firsthand`, which offers it 
 from itertools import count
 from typing import Any, Final
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from exactly_once.listeners import listen
 from exactly_once.pooler import is_pooled
 
 __all__ = ["is_firsthand", "is_lent", "is_made", "is_new", "kept_firsthand", "moment", "watch_pool"]
@@ -29,8 +30,8 @@ _moments = count(1)
 def watch_pool(engine: Engine) -> None:
     """Know from here on who has had this engine's connections; once a pool. Those it has already are not known."""
     if _made not in tuple(engine.pool.dispatch.connect):  # a pool made anew has the listeners of the one before
-        event.listen(engine, "connect", _made)
-        event.listen(engine, "checkin", _given_back)
+        listen(engine, "connect", _made)
+        listen(engine, "checkin", _given_back)
 
 
 def _made(dbapi: Any, record: ConnectionPoolEntry) -> None:

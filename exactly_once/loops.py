@@ -9,9 +9,11 @@ from contextlib import suppress
 from typing import Any
 from weakref import WeakSet
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import QueuePool
+
+from exactly_once.listeners import listen
 
 __all__ = ["keep_apart", "leave"]
 
@@ -23,7 +25,7 @@ def keep_apart(engine: Engine) -> None:
     """Let nobody get a connection of another loop from this engine's pool."""
     if engine.dialect.driver in _BOUND and engine not in _KEPT:
         _KEPT.add(engine)
-        event.listen(engine, "checkout", _of_this_loop)
+        listen(engine, "checkout", _of_this_loop)
 
 
 def leave(engine: Engine) -> None:

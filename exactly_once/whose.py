@@ -17,11 +17,12 @@ from types import FrameType
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import Dialect
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from exactly_once.error_words.drivers import DRIVERS
+from exactly_once.listeners import listen
 from exactly_once.unreached import unreached
 
 __all__ = ["came_through", "is_of", "watch_made"]
@@ -43,7 +44,7 @@ def watch_made(engine: Engine) -> None:
         with suppress(TypeError):  # a driver whose connections cannot be referred to weakly
             _MADE[record.driver_connection] = dialect
 
-    event.listen(engine, "connect", made)
+    listen(engine, "connect", made)
 
 
 def is_of(error: BaseException, dialect: Dialect) -> None:

@@ -24,7 +24,7 @@ __all__ = ["GroupEnded", "attempt_group"]
 
 _BUSY = Ended(How.IN_PROGRESS)
 _NONE_WON = Ended(How.DUPLICATE)
-_NOTHING_KEPT = (How.FAILED, How.TRANSIENT, How.REFUSED)
+_NOTHING_KEPT = (How.FAILED, How.TRANSIENT, How.REFUSED, How.IN_PROGRESS)
 """Of these nothing is written down for the group: its messages would only be tried again."""
 
 

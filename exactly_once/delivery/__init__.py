@@ -303,7 +303,7 @@ class Delivering:
                     looked, transient = True, 1
                 case How.FAILED if ended.stop is None and immediate < self._immediate(ended.error, foreign):
                     immediate += 1
-                case How.IN_PROGRESS:
+                case How.IN_PROGRESS if ended.stop is None:
                     return self._ended(ended, message, reading, features, foreign)
                 case _:
                     told, cancelled = finish(partial(self._ended, ended, message, reading, features, foreign))

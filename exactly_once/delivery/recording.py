@@ -151,6 +151,15 @@ class Recording:
         decision = wait_delay(
             outcome, features=features, delivery_attempt=message.attempt, remaining=remaining, foreign=foreign
         )
+        if (
+            said is not None
+        ):  # else nothing would name a part whose holder never lets go, such as the handler's own other session
+            _log.warning(
+                "part_in_progress handler=%s message_id=%s error=%s",
+                self._handler,
+                escaped(message.message_id or ""),
+                escaped(words_of(said), 300),
+            )
         if isinstance(decision, ByBroker):
             then = Redeliver(decision.delay)
             # under a lease the other run may end at any moment: looked at for a while, at no cost to the broker's attempts

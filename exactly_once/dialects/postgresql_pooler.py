@@ -12,10 +12,11 @@ from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 from psycopg import errors
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine
 
 from exactly_once.dialects.postgresql import DURABLE, Seen, driver_of, opening, send
 from exactly_once.drivers_own import original
+from exactly_once.listeners import listen
 from exactly_once.pooler import IDLE_MS, LINK, SAID, Link
 
 __all__ = ["look", "look_at_each", "may_be_left"]
@@ -48,10 +49,10 @@ def look_at_each(engine: Engine, *, ours: bool, said: bool) -> None:
             look(dbapi, record.info, ours=ours, said=said)
 
     # first: what SQLAlchemy itself asks a new connection is not to be prepared either
-    event.listen(engine, "connect", seen, insert=True)
+    listen(engine, "connect", seen, insert=True)
     pool: Any = engine.pool
     if not ours and hasattr(pool, "checkedin") and pool.checkedin() + pool.checkedout():
-        event.listen(engine, "checkout", seen)
+        listen(engine, "checkout", seen)
 
 
 def look(dbapi: Any, info: MutableMapping[Any, Any], *, ours: bool = False, said: bool = False) -> Link:

@@ -17,12 +17,13 @@ from contextlib import suppress
 from typing import Any, Final
 from weakref import WeakKeyDictionary, ref
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from exactly_once import fork
 from exactly_once.errors import ForkedProcess
+from exactly_once.listeners import listen
 
 __all__ = ["given", "made", "seen", "used"]
 
@@ -77,9 +78,9 @@ class _Seen:
         self._engine = ref(engine)
         self._records: set[ref[ConnectionPoolEntry]] = set()
         self._file = os.path.realpath(engine.url.database or "") if engine.dialect.name == "sqlite" else None
-        event.listen(engine, "connect", self.connected)
+        listen(engine, "connect", self.connected)
         if self._file is not None:
-            event.listen(engine, "do_connect", _refusing(self._file))
+            listen(engine, "do_connect", _refusing(self._file))
         fork.tell(self)
 
     def connected(self, dbapi: Any, record: ConnectionPoolEntry) -> None:

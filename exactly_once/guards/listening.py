@@ -22,6 +22,7 @@ from exactly_once.dialects import State
 from exactly_once.dialects.keywords import LOCK
 from exactly_once.guards.late import Late
 from exactly_once.guards.watch import LEFT, SWALLOWED, WATCHED, Left, Watch
+from exactly_once.listeners import listen
 from exactly_once.whose import is_of, watch_made
 
 __all__ = ["install", "install_session", "seeing"]
@@ -40,11 +41,11 @@ def install(engine: Engine) -> None:
     _INSTALLED.add(dialect)
     # first, for a listener of the user's may say that it has run the statement, and then no other is asked
     for name in ("do_execute", "do_executemany"):
-        event.listen(engine, name, _refusing(getattr(dialect, name)), insert=True)
-    event.listen(engine, "do_execute_no_params", _refusing_bare(dialect.do_execute_no_params), insert=True)
+        listen(engine, name, _refusing(getattr(dialect, name)), insert=True)
+    listen(engine, "do_execute_no_params", _refusing_bare(dialect.do_execute_no_params), insert=True)
     # first, for SQLAlchemy asks no other listener where one raises, as one does that translates errors; and those of all
     # engines come before ours in any case, so errors of the driver's are seen where SQLAlchemy itself looks at them
-    event.listen(engine, "handle_error", _failed, insert=True)
+    listen(engine, "handle_error", _failed, insert=True)
     watch_made(engine)
     dialect.is_disconnect = seeing(dialect.is_disconnect, _met)  # type: ignore[method-assign]
     # no event tells of COMMIT and ROLLBACK but the engine's own, so the dialect's two methods are replaced on this instance

@@ -4,6 +4,7 @@ The kind: what `eo.claim` says to a handler is about another run. That is no fai
 runs again at once, whatever the handler makes of the error.
 """
 
+import asyncio
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, text
 from sqlalchemy.orm import Session
+from sqlalchemy.util import greenlet_spawn
 
 from exactly_once import ExactlyOnce, InProgress, Outcome
 from tests.integration.shop import GROUP, ONE_TRY, STOCK, Shop, on, order, put
+from tests.integration.test_groups import run_together
 from tests.integration.threads import Turn, in_thread
 from tests.integration.ways import IN_A_GROUP, IN_A_LIST, WAYS, Way
 
@@ -189,3 +192,34 @@ def test_the_same_where_the_server_undoes_more_than_a_statement(strict: Shop, wa
     assert strict.failures() == []
     assert way.deliver(strict, [order(1, attempt=2)]) == [P]
     assert strict.effects() == ["1", "1 more"]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("raised", [InProgress, ZeroDivisionError])
+@on(colour="async")
+def test_a_cancellation_behind_what_the_handler_raised_comes_out(shop: Shop, way: Way, raised: type[Exception]) -> None:
+    """The loop of the caller's would go on, and take the next message, although it was told to end."""
+
+    def do(session: Session, no: Any) -> None:
+        put(session, str(no))
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()  # told at the next await, which is our rollback
+        raise raised("held")
+
+    way.handles(shop, do, retry=ONE_TRY)
+
+    async def consumes() -> str:
+        try:
+            if way.together:
+                found = await greenlet_spawn(run_together(shop, [order(1), order(2)]))
+                assert any(isinstance(each, asyncio.CancelledError) for each in found.told)
+                return "cancelled"
+            await shop.eo.aprocess(order(1))
+        except asyncio.CancelledError:
+            return "cancelled"
+        return "went on"
+
+    assert shop.await_(consumes()) == "cancelled"
+    assert shop.effects() == []
+    shop.borrow()
