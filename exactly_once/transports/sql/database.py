@@ -176,7 +176,7 @@ class Database:
             try:
                 yield
             except DBAPIError:
-                if is_pooled(connection):
+                if not connection.invalidated and is_pooled(connection):
                     # before it is rolled back: else the pooler keeps the server's as a stranger has left it
                     connection.invalidate()
                 raise
