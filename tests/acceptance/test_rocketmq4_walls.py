@@ -737,10 +737,9 @@ def test_a_foreign_producer_s_properties_are_read_by_name(place: Place) -> None:
 
 def test_properties_of_a_java_producer_come_as_they_were_sent_where_they_are_named(rocketmq: RocketMQ) -> None:
     place = Place(rocketmq)
-    rocketmq.create_topic(f"{place.topic}-tx", "TRANSACTION")
     named = "?properties=city,blank,empty,absent"
     consumers = place.transport(named).subscribe(place.group, [Subscription(place.topic)])
-    java_sends(rocketmq, place.topic, f"{place.topic}-tx")
+    java_sends(rocketmq, place.topic)
     [delivery] = take(consumers[0], 1)
     leave(consumers)
     assert (delivery.message.ordering_key, dict(delivery.message.properties)) == ("A", {"city": "Köln", "blank": " "})

@@ -7,7 +7,7 @@ import org.apache.rocketmq.common.message.Message;
 import org.apache.rocketmq.common.message.MessageConst;
 import org.apache.rocketmq.common.message.MessageExt;
 
-/** Sends one ordered message and one in a transaction. Arguments: name server, topic, topic of type TRANSACTION. */
+/** Sends one ordered message, and one in a transaction. Arguments: name server, topic, and topic of type TRANSACTION or none. */
 public class Sends {
     public static void main(String[] arguments) throws Exception {
         TransactionMQProducer producer = new TransactionMQProducer("java-sends");
@@ -25,7 +25,9 @@ public class Sends {
         Message ordered = message(arguments[1]);
         ordered.getProperties().put(MessageConst.PROPERTY_SHARDING_KEY, "A");
         producer.send(ordered, new SelectMessageQueueByHash(), "A");
-        producer.sendMessageInTransaction(message(arguments[2]), null);
+        if (arguments.length > 2) {
+            producer.sendMessageInTransaction(message(arguments[2]), null);
+        }
         producer.shutdown();
         System.exit(0);
     }
