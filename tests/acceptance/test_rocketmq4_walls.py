@@ -446,7 +446,7 @@ def test_a_group_without_a_place_is_put_at_the_end_and_one_with_a_place_stays(ro
     place.send(b"1", b"2", b"3")
     admin = Admin([rocketmq.name_server])
     [queue] = admin.queues(place.topic)
-    wait_until(lambda: admin.end(queue) == 3)  # a broker counts what it has stored a moment later
+    wait_until(lambda: admin.end(queue) == 3, what="the broker has counted what it stored", patience_s=30)
     admin.put_at_end(place.group, queue)
     place.send(b"4")
     fix_starting_points(admin, Names(), place.group, [Subscription(place.topic)])
