@@ -166,11 +166,18 @@ def trace_of(error: BaseException) -> str:
     while at is not None and id(at) not in seen and len(seen) < _MOST_ERRORS:
         seen.add(id(at))
         frames = _trace_of(at)
-        above = "Traceback (most recent call last):\n" + "".join(format_tb(frames)) if frames is not None else ""
+        above = "" if frames is None else f"Traceback (most recent call last):\n{_lines_of(frames)}"
         beside = _bound_behind(at) if isinstance(at, BaseExceptionGroup) else None
         told.append(f"{above}{type(at).__qualname__}: {_own_words(at, beside)}{_members_of(at, beside)}")
         at = _cause_of(at) or (None if _hides_context(at) else _context_of(at))
     return "\n\nThen, because of it:\n\n".join(reversed(told))
+
+
+def _lines_of(frames: TracebackType) -> str:
+    try:
+        return "".join(format_tb(frames))
+    except Exception:  # of the loader of code that was made at run time, which is asked for its source
+        return "  (lines that cannot be read)\n"
 
 
 def _members_of(error: BaseException, beside: Sought | None) -> str:

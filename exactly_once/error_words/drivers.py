@@ -79,7 +79,7 @@ _args_of = BaseException.__dict__["args"].__get__
 
 def is_drivers(error: BaseException) -> bool:
     """Say whether it is an error of a database's driver."""
-    return any(cls.__module__.partition(".")[0] in DRIVERS for cls in type(error).__mro__)
+    return any(str(cls.__module__).partition(".")[0] in DRIVERS for cls in type(error).__mro__)
 
 
 def in_statement(error: BaseException | None, statement: str) -> str:
@@ -109,7 +109,7 @@ def _told(error: BaseException, statement: str | None, parameters: Any) -> str:
         fields = getattr(error, "diag", None)
         state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
         return _of_postgresql(error, error if fields is None else fields, state, statement, values)
-    if any("sqlite" in cls.__module__ for cls in type(error).__mro__):
+    if any("sqlite" in str(cls.__module__) for cls in type(error).__mro__):
         return _of_sqlite(error, code_of(statement, doubled=True), values)
     return f"{type(error).__name__}, whose text may hold values of the statement"
 

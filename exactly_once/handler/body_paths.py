@@ -140,7 +140,7 @@ def _takes_anything(base: Any) -> bool:
 
 
 def _is_pydantics_own(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] == "pydantic"
+    return str(cls.__module__).partition(".")[0] == "pydantic"
 
 
 def _members(annotation: Any) -> dict[str, tuple[str, Any]]:

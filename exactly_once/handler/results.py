@@ -99,7 +99,7 @@ def _is_lazy(kind: type[Any]) -> bool:
     """An iterator: map, filter, zip. Not what a statement gave that was executed, a file, nor a mock of a test's."""
     if not issubclass(kind, (Iterator, AsyncIterator)) or issubclass(kind, IOBase):
         return False
-    return not any(each.__module__.startswith(("sqlalchemy.", "unittest.mock")) for each in kind.__mro__)
+    return not any(str(each.__module__).startswith(("sqlalchemy.", "unittest.mock")) for each in kind.__mro__)
 
 
 def _is_made_of_a_generator(result: object) -> bool:

@@ -13,7 +13,9 @@ from sqlalchemy import column, select
 from sqlalchemy.exc import ArgumentError, IntegrityError, InvalidRequestError, PendingRollbackError, StatementError
 
 from exactly_once.alert import Alert, sound
+from exactly_once.drivers_own import original
 from exactly_once.error_words import place_of, trace_of, words_of
+from exactly_once.error_words.drivers import is_drivers
 from exactly_once.error_words.struck import (
     bound,
     code_of,
@@ -338,3 +340,23 @@ def test_an_entity_given_for_an_expression_is_not_told() -> None:
         select(column("id")).where(Customer())  # type: ignore[arg-type]
     assert "Ann" not in words_of(raised.value)
     assert words_of(raised.value).startswith("SQL expression for WHERE/HAVING role expected, got ")
+
+
+def test_an_exception_whose_class_names_no_module_is_told_as_any_other() -> None:
+    nowhere = type("Nowhere", (Exception,), {"__module__": None})
+    assert "Nowhere: gone" in trace_of(nowhere("gone"))
+    assert words_of(nowhere("gone")) == "gone"
+    assert not is_drivers(nowhere("gone"))
+    assert original(nowhere("gone")).args == ("gone",)
+
+
+def test_lines_whose_loader_cannot_give_them_are_left_out() -> None:
+    class Loader:
+        def get_source(self, name: str) -> str:
+            raise KeyError(name)
+
+    made: dict[str, Any] = {"__name__": "rules", "__loader__": Loader()}
+    exec(compile("def rule(): 1 / 0", "rules/one.rule", "exec"), made)
+    with pytest.raises(ZeroDivisionError) as raised:
+        made["rule"]()
+    assert trace_of(raised.value).endswith("ZeroDivisionError: division by zero")
