@@ -142,7 +142,8 @@ class Claims:
         if found is None:
             return None
         status, token, fingerprint, retry_times, remaining, owner = found
-        return status, _decoded(token), bytes(fingerprint), retry_times, remaining, _decoded(owner)
+        # a number may come as text, where the application has given its driver converters of its own: "0" is true
+        return int(status), _decoded(token), bytes(fingerprint), int(retry_times), remaining, _decoded(owner)
 
     def _has_trace(self, cursor: Any, named: tuple[str, ...]) -> bool:
         cursor.execute(self._traced, named)
@@ -151,7 +152,7 @@ class Claims:
     def _recorded(self, cursor: Any, named: tuple[str, ...]) -> tuple[StepRow, ...]:
         cursor.execute(self._steps, named)
         return tuple(
-            StepRow(bytes(name).decode(), ordinal, bool(done), None if result is None else bytes(result), attempt)
+            StepRow(bytes(name).decode(), ordinal, bool(int(done)), None if result is None else bytes(result), attempt)
             for name, ordinal, done, result, attempt in cursor.fetchall()
         )
 

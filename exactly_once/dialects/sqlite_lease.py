@@ -78,6 +78,8 @@ class Claims:
             cursor.execute(self._claim, values)
             cursor.execute(self._look, identity)
             status, standing, fingerprint, retry_times, remaining, owner = cursor.fetchone()
+            if isinstance(standing, bytes):  # whoever had the connection set text_factory
+                standing, owner = standing.decode(), owner.decode() if owner else owner
             recorded: tuple[Any, ...] = ()
             if steps:
                 cursor.execute(self._steps, identity)

@@ -10,6 +10,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import pymysql
 import pytest
 from sqlalchemy import event, select, text, update
 from sqlalchemy.orm import Session
@@ -472,3 +473,25 @@ def _synchronous(shop: Shop) -> int:
         return int(shop.await_(ask()))
     with shop.engine.connect() as connection:
         return int(connection.exec_driver_sql("PRAGMA synchronous").scalar_one())
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way.lease], ids=str)
+def test_numbers_that_come_as_texts_make_no_failed_message_a_duplicate(
+    request: pytest.FixtureRequest, way: Way
+) -> None:
+    """Converters of the application's own, as for a column that is a flag: the text "0" is true."""
+    conv = dict(pymysql.converters.conversions) | {pymysql.constants.FIELD_TYPE.TINY: str}
+    for shop in shops(request, "mariadb", "sync", options={"connect_args": {"conv": conv}}):
+        bad = [True]
+
+        def do(session: Session, no: Any, bad: list[bool] = bad) -> None:
+            put(session, str(no))
+            if bad:
+                raise ZeroDivisionError
+
+        way.handles(shop, do, retry=Retry(immediate=0, delays=[0.001], max_attempts=9))
+        assert way.deliver(shop, [order(1)]) == [F]
+        bad.clear()
+        assert way.deliver(shop, [order(1, attempt=2)]) == [P]
+        assert way.deliver(shop, [order(1, attempt=3)]) == [D]
+        assert shop.effects() == ["1"]
