@@ -8,13 +8,13 @@ from typing import Final
 from exactly_once.drivers_own import original
 from exactly_once.error_words.drivers import is_drivers
 
-__all__ = ["MYSQL", "POSTGRESQL", "is_contended"]
+__all__ = ["MYSQL", "POSTGRESQL", "SQLITE", "is_contended"]
 
 POSTGRESQL: Final = frozenset({"40001", "40P01", "55P03"})
 """serialization_failure; deadlock_detected; lock_not_available."""
 MYSQL: Final = frozenset({1205, 1213, 1020})
 """A lock waited for too long; a deadlock; MariaDB's innodb_snapshot_isolation: the row changed since the snapshot."""
-_SQLITE: Final = frozenset({5, 6})  # SQLITE_BUSY, SQLITE_LOCKED
+SQLITE: Final = frozenset({5, 6})  # SQLITE_BUSY, SQLITE_LOCKED
 _PRIMARY: Final = 0xFF  # extended result codes carry the primary one in their low byte
 
 
@@ -25,6 +25,6 @@ def is_contended(error: BaseException) -> bool:
         return False
     sqlite = getattr(own, "sqlite_errorcode", None)
     if sqlite is not None:
-        return sqlite & _PRIMARY in _SQLITE
+        return sqlite & _PRIMARY in SQLITE
     state = getattr(own, "sqlstate", None)
-    return state in POSTGRESQL if state is not None else own.args[:1] != () and own.args[0] in MYSQL
+    return state in POSTGRESQL if state is not None else bool(own.args) and own.args[0] in MYSQL

@@ -23,7 +23,9 @@ _FIRSTHAND: Final = "exactly_once.firsthand"
 _BY_US: Final = "exactly_once.by_us"
 _MADE: Final = "exactly_once.made"
 """In the `info` of a connection: the moment it was made."""
-_LENT: Final = 16
+_LENT: Final = (
+    16  # more connections than poolers mostly have to a server for one program: then the next one is believed
+)
 _moments = count(1)
 
 

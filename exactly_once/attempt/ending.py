@@ -222,18 +222,17 @@ def _raised_alone(dialect: Dialect, won: Won, error: BaseException, foreign: Cal
     if isinstance(error, BrokenTransaction):  # of a step; the handler may have been told to stop behind it
         stop = error.__cause__
         return _broken(error, None, stop if stop is not None and stops(stop) else None, block=True)
-    if isinstance(error, LostTransaction) and isinstance(error.error, InProgress):
-        return Ended(How.IN_PROGRESS, error.error)
-    if isinstance(error, LostTransaction):
-        return Ended(How.TRANSIENT, error.error)
+    lost = error.error if isinstance(error, LostTransaction) else None
+    if isinstance(lost or error, InProgress):
+        return Ended(
+            How.IN_PROGRESS, lost or error
+        )  # of a part that the handler claims, or a lock: not now, no failure
+    if lost is not None:
+        return Ended(How.TRANSIENT, lost)
     if isinstance(error, RefusedResult):
         return Ended(How.REFUSED, error)
     if isinstance(error, LeaseLost):
         return Ended(How.LOST, error)
-    if isinstance(error, InProgress):
-        return Ended(
-            How.IN_PROGRESS, error
-        )  # of a part that the handler claims, or a lock that it takes: not now, no failure
     if won.late is not None and isinstance(error, StoreUnavailable) and not error.asked_by_handler:
         return Ended(How.AWAY, error)  # of a step, or of the session's first statement
     if isinstance(error, (OSError, EOFError)):

@@ -151,9 +151,8 @@ class Recording:
         decision = wait_delay(
             outcome, features=features, delivery_attempt=message.attempt, remaining=remaining, foreign=foreign
         )
-        if (
-            said is not None
-        ):  # else nothing would name a part whose holder never lets go, such as the handler's own other session
+        if said is not None:
+            # else nothing would name a part whose holder never lets go, such as the handler's own other session
             _log.warning(
                 "part_in_progress handler=%s message_id=%s error=%s",
                 self._handler,
@@ -163,8 +162,8 @@ class Recording:
         if isinstance(decision, ByBroker):
             then = Redeliver(decision.delay)
             # under a lease the other run may end at any moment: looked at for a while, at no cost to the broker's attempts
-            then_ = then if remaining is None or foreign else Keep(_LOOK_AGAIN, _LOOK_LONGEST, then)
-            return Told(outcome, then_, in_handler=said is not None)
+            kept = remaining is not None and not foreign
+            return Told(outcome, Keep(_LOOK_AGAIN, _LOOK_LONGEST, then) if kept else then, in_handler=said is not None)
         error = said or Reject(f"{outcome.value}: not run yet, and the broker would not bring it again")
         return self.record(message, reading, error, lambda attempts: decision, counted=False, outcome=outcome)
 

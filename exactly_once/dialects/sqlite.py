@@ -22,6 +22,7 @@ from sqlalchemy import Connection, Insert, Update
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.util import await_only
 
+from exactly_once.contended import SQLITE as SQLITE_CONTENDED
 from exactly_once.dialects import ClaimRow, Gone, Known, State, Trace, Trouble
 from exactly_once.dialects.keywords import Read, reader
 from exactly_once.dialects.statements import SQLITE
@@ -61,7 +62,6 @@ _UNAVAILABLE: Final = frozenset(
         sqlite3.SQLITE_READONLY,
     }
 )
-_LOCKED: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 _NO_ROOM: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR})
 
 
@@ -261,7 +261,7 @@ class SQLite:
 
     def locked(self, error: BaseException) -> bool:
         code = _code(error)
-        return code is not None and code & _PRIMARY in _LOCKED
+        return code is not None and code & _PRIMARY in SQLITE_CONTENDED
 
     def timed_out(self, error: BaseException) -> bool:
         return False

@@ -5,7 +5,8 @@ runs again at once, whatever the handler makes of the error.
 """
 
 import asyncio
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +24,25 @@ from tests.integration.ways import IN_A_GROUP, IN_A_LIST, WAYS, Way
 pytestmark = pytest.mark.nightly(meet=2)
 
 P, D, IN_PROGRESS = Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.IN_PROGRESS
+
+
+@contextmanager
+def held_by_another(shop: Shop) -> Iterator[None]:
+    """Another transaction has the part, and may still fail."""
+    held, done = Turn(), Turn()
+
+    def other() -> None:
+        with Session(shop.outside) as session, session.begin():
+            assert ExactlyOnce(group=GROUP).claim(session, "part", "1")
+            held.come()
+            done.wait()
+
+    with in_thread(other):
+        held.wait()
+        try:
+            yield
+        finally:
+            done.come()
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
@@ -76,26 +96,13 @@ def test_a_deadlock_of_claims_runs_its_victim_again_at_once(shop: Shop, way: Way
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @on("postgres", "mariadb")  # SQLite has one writer
 def test_a_part_that_another_run_holds_is_no_failure(shop: Shop, way: Way) -> None:
-    eo = ExactlyOnce(group=GROUP)
-    held, done = Turn(), Turn()
-
-    def other() -> None:
-        with Session(shop.outside) as session, session.begin():
-            assert eo.claim(session, "part", "1")
-            held.come()
-            done.wait()
-
     def do(session: Session, no: Any) -> None:
         put(session, str(no))
         shop.eo.claim(session, "part", "1", claim_wait=timedelta(seconds=0.2))
 
     way.handles(shop, do, retry=ONE_TRY)
-    with in_thread(other):
-        held.wait()
-        try:
-            ends = [end for attempt in (1, 2, 3) for end in way.deliver(shop, [order(1, attempt=attempt)])]
-        finally:
-            done.come()
+    with held_by_another(shop):
+        ends = [end for attempt in (1, 2, 3) for end in way.deliver(shop, [order(1, attempt=attempt)])]
     assert ends == [IN_PROGRESS] * 3
     assert shop.failures() == []
     assert way.deliver(shop, [order(1, attempt=4)]) == [P]
@@ -134,15 +141,6 @@ def test_the_key_of_another_message_of_the_group_is_not(shop: Shop) -> None:
 @pytest.mark.parametrize("way", [IN_A_GROUP, IN_A_LIST], ids=str)
 @on("postgres", "mariadb")  # SQLite has one writer
 def test_a_handler_that_waits_for_its_part_keeps_no_other_message_from_its_run(shop: Shop, way: Way) -> None:
-    eo = ExactlyOnce(group=GROUP)
-    held, done = Turn(), Turn()
-
-    def other() -> None:
-        with Session(shop.outside) as session, session.begin():
-            assert eo.claim(session, "part", "1")
-            held.come()
-            done.wait()
-
     def do(session: Session, no: Any) -> None:
         put(session, str(no))
         if no == 1:
@@ -150,12 +148,8 @@ def test_a_handler_that_waits_for_its_part_keeps_no_other_message_from_its_run(s
 
     way.handles(shop, do, retry=ONE_TRY)
     assert way.deliver(shop, [order(5)]) == [P]
-    with in_thread(other):
-        held.wait()
-        try:
-            ends = way.deliver(shop, [*(order(no, attempt=2) for no in (1, 2, 3, 4)), order(5, attempt=2)])
-        finally:
-            done.come()
+    with held_by_another(shop):
+        ends = way.deliver(shop, [*(order(no, attempt=2) for no in (1, 2, 3, 4)), order(5, attempt=2)])
     assert ends == [IN_PROGRESS, P, P, P, D]
     assert shop.failures() == []
 
@@ -163,15 +157,6 @@ def test_a_handler_that_waits_for_its_part_keeps_no_other_message_from_its_run(s
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("makes", ["lets it out", "goes on"])
 def test_the_same_where_the_server_undoes_more_than_a_statement(strict: Shop, way: Way, makes: str) -> None:
-    eo = ExactlyOnce(group=GROUP)
-    held, done = Turn(), Turn()
-
-    def other() -> None:
-        with Session(strict.outside) as session, session.begin():
-            assert eo.claim(session, "part", "1")
-            held.come()
-            done.wait()
-
     def do(session: Session, no: Any) -> None:
         put(session, str(no))
         try:
@@ -182,12 +167,8 @@ def test_the_same_where_the_server_undoes_more_than_a_statement(strict: Shop, wa
         put(session, f"{no} more")
 
     way.handles(strict, do, retry=ONE_TRY)
-    with in_thread(other):
-        held.wait()
-        try:
-            ends = way.deliver(strict, [order(1)])
-        finally:
-            done.come()
+    with held_by_another(strict):
+        ends = way.deliver(strict, [order(1)])
     assert ends == [IN_PROGRESS]
     assert strict.failures() == []
     assert way.deliver(strict, [order(1, attempt=2)]) == [P]
