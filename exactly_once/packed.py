@@ -1,8 +1,8 @@
 """Bodies as RocketMQ's Java client packs them, unpacked where the package for it is installed; else kept as they came.
 
 A message whose body cannot be read is still a message: a transport hands it out with its bytes and with what is wrong, its
-handlers record it, and the broker is told that it is done. `UNREAD` among its properties says so for later: the pump unpacks it
-then, if it can. Called by the RocketMQ transports and by the pump. Pure, but for the import of a package.
+handlers record it, and the broker is told that it is done. `UNREAD_PROPERTY` among its properties says so for later: the pump unpacks
+it then, if it can. Called by the RocketMQ transports and by the pump. Pure, but for the import of a package.
 
 Java's client packs bodies of more than 4 KiB: by zlib, or by what `rocketmq.message.compressType` names. LZ4 and ZSTD are whole
 frames, which begin with their own four bytes: https://github.com/lz4/lz4/blob/dev/doc/lz4_Frame_format.md, RFC 8878.
@@ -17,11 +17,10 @@ from typing import Final
 from exactly_once.error_words import words_of
 from exactly_once.errors import BadBody, MissingExtra
 from exactly_once.message import Message
+from exactly_once.rocketmq_properties import UNREAD_PROPERTY
 
-__all__ = ["MOST_BYTES", "UNREAD", "named", "opened", "unpacked", "unread"]
+__all__ = ["MOST_BYTES", "named", "opened", "unpacked", "unread"]
 
-UNREAD: Final = "eo-unread"
-"""The property of a kept message whose body stands there as it came; its value is the compression's name, or another reason."""
 MOST_BYTES: Final = 128 * 1024 * 1024
 """A body that grows beyond is not unpacked: a few bytes may stand for all memory there is."""
 _FRAMES: Final[Mapping[str, bytes]] = MappingProxyType({"lz4": b"\x04\x22\x4d\x18", "zstd": b"\x28\xb5\x2f\xfd"})
@@ -68,7 +67,7 @@ def unread(message: Message, name: str) -> Message:
         message: With its body as it came.
         name: The compression, or another word for what is wrong.
     """
-    return replace(message, properties={**message.properties, UNREAD: name})
+    return replace(message, properties={**message.properties, UNREAD_PROPERTY: name})
 
 
 def opened(message: Message) -> tuple[Message, BadBody | None]:
@@ -77,7 +76,7 @@ def opened(message: Message) -> tuple[Message, BadBody | None]:
     Args:
         message: As the failure store keeps it.
     """
-    name = message.properties.get(UNREAD)
+    name = message.properties.get(UNREAD_PROPERTY)
     if name is None:
         return message, None
     if name not in _FRAMES or message.body is None:
@@ -86,7 +85,7 @@ def opened(message: Message) -> tuple[Message, BadBody | None]:
         body = unpacked(name, message.body)
     except BadBody as error:
         return message, error
-    kept = {each: value for each, value in message.properties.items() if each != UNREAD}
+    kept = {each: value for each, value in message.properties.items() if each != UNREAD_PROPERTY}
     return replace(message, body=body, properties=kept), None
 
 

@@ -158,7 +158,7 @@ class Transport(Protocol):
         """
 
     def concerns(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
-        """Say what does not keep the group from receiving, and costs it messages: others of it that subscribe otherwise.
+        """Say what keeps nobody from receiving and costs messages later: others of the group that subscribe otherwise, for one.
 
         Asked at a start, by `doctor`, and every hour while a worker runs. Empty where no server tells. Raises nothing.
         """

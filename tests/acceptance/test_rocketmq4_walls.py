@@ -6,11 +6,15 @@ What would end or hang a process is shown in one of its own. The broker and the 
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from threading import Event
 from time import monotonic, sleep
 from types import ModuleType
@@ -760,7 +764,7 @@ def test_a_member_that_wants_other_tags_is_told_at_the_start_by_doctor_and_again
     """Such a group loses messages: what the member that reads a queue does not want is skipped for all of it."""
     url = f"rocketmq4://{place.server.name_server}"
     mine = [Subscription(place.topic, ("created",))]
-    assert place.transport().concerns(place.group, mine) == ()
+    assert _of_others(place, mine) == []
     database = f"sqlite:///{tmp_path / 'shop.db'}"
     upgrade(database)
     eo = ExactlyOnce(database, group=place.group)
@@ -783,7 +787,7 @@ def test_a_member_that_wants_other_tags_is_told_at_the_start_by_doctor_and_again
     assert f"This program wants {place.topic} (created)" in text
     assert f"wants {place.topic} (cancelled || paid)" in text
     assert "group of its own" in text
-    wait_until(lambda: place.transport().concerns(place.group, mine) == (), what="nobody is there", patience_s=30)
+    wait_until(lambda: _of_others(place, mine) == [], what="nobody is there", patience_s=30)
 
 
 def test_members_that_subscribe_alike_are_no_concern_and_an_older_one_is_seen_behind_a_later(place: Place) -> None:
@@ -792,21 +796,51 @@ def test_members_that_subscribe_alike_are_no_concern_and_an_older_one_is_seen_be
     members = [transport.subscribe(place.group, [mine]), transport.subscribe(place.group, [mine])]
     try:
         wait_until(lambda: _members_of(place) == 2, what="both joined", patience_s=30)
-        alike = transport.concerns(place.group, [mine])
+        alike = _of_others(place, [mine])
         members.append(transport.subscribe(place.group, [other]))
         wait_until(lambda: _members_of(place) == 3, what="the third joined", patience_s=30)
-        [of_the_first] = transport.concerns(place.group, [mine])
+        [of_the_first] = _of_others(place, [mine])
         # the broker keeps the last subscription of the group: the members themselves tell theirs
-        [of_the_last] = transport.concerns(place.group, [other])
+        [of_the_last] = _of_others(place, [other])
     finally:
         for each in members:
             leave(each)
-    assert alike == ()
+    assert alike == []
     assert f"wants {place.topic} (*)" in of_the_first
     assert of_the_last.count(f"wants {place.topic} (a || b)") == 2
 
 
+@pytest.mark.parametrize("stays", [False, True])
+def test_journals_that_go_are_told_at_the_start_and_by_doctor(
+    place: Place,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    stays: bool,
+) -> None:
+    """Where they are gone after each start, a message that kills its process is never known for one."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    memory = Path(mkdtemp(dir="/dev/shm"))  # a file system of its own, as a volume is
+    request.addfinalizer(partial(rmtree, memory))
+    directory = memory / "given" if stays else tmp_path / f"exactly-once-{os.geteuid()}" / "given"
+    url = f"rocketmq4://{place.server.name_server}?state_dir={directory}"
+    database = f"sqlite:///{tmp_path / 'shop.db'}"
+    upgrade(database)
+    eo = ExactlyOnce(database, group=place.group)
+    eo.handler(place.topic, key=keys.message_key(), name="first")(_nothing)
+    found = [finding.mark for finding in examine(eo, eo.transport(url)) if str(directory) in finding.text]
+    with eo.worker(url):
+        told = [record for record in caplog.records if str(directory) in record.getMessage()]
+    assert found == ([] if stays else [Mark.WARN])
+    assert [record.levelname for record in told] == ([] if stays else ["WARNING"])
+
+
 def _nothing(session: Session, message: Message) -> None: ...
+
+
+def _of_others(place: Place, wanted: Sequence[Subscription]) -> list[str]:
+    return [text for text in place.transport().concerns(place.group, wanted) if "LOSES MESSAGES" in text]
 
 
 def _members_of(place: Place) -> int:

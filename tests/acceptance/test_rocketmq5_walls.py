@@ -590,7 +590,7 @@ def test_properties_of_a_message_sent_in_a_transaction_come_without_those_of_jav
 def test_a_property_that_rocketmq_would_take_for_its_own_is_refused(broker: Broker) -> None:
     topic, _ = broker.names()
     producer = broker.ours().producer()
-    names = ["", "eo-names", "__SHARDINGKEY", "__transactionId__", "KEYS"]
+    names = ["", "eo-names", "eo-unread", "__SHARDINGKEY", "__transactionId__", "KEYS"]
     answers = producer.send([Message(topic, b"x", properties={name: "v"}) for name in names])
     producer.close()
     assert ["RocketMQ's own" in str(answer) for answer in answers] == [True] * len(names)

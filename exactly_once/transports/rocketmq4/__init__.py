@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Final
 
 from exactly_once.errors import ConfigurationError
-from exactly_once.steady_log import steady
 from exactly_once.transport import BrokerProducer, Consumer, Features, Subscription, Surroundings
 from exactly_once.transports.members import subscribed_otherwise
 from exactly_once.transports.remoting import Admin
@@ -44,8 +43,6 @@ from exactly_once.transports.rocketmq4.messages import DELAY_LEVELS, MAX_BODY_BY
 from exactly_once.transports.urls import ParsedURL, parse
 
 __all__ = ["RocketMQ4Transport", "threads_for"]
-
-_log = steady(__name__)
 
 DEFAULT_PORT: Final = 9876
 DEFAULT_THREADS: Final = 20
@@ -133,9 +130,12 @@ class RocketMQ4Transport:
         return list(problems(self._admin, self._names, self._url.endpoints, group, subscriptions))
 
     def concerns(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
-        """Ask whether other members of the group subscribe otherwise; see `transport.Transport`."""
+        """Ask whether other members of the group subscribe otherwise, and look whether its journals stay."""
         wanted = [replace(each, topic=self._names.outside(each.topic)) for each in subscriptions]
-        return subscribed_otherwise(self._admin, self._names.outside(group), wanted)
+        return (
+            *subscribed_otherwise(self._admin, self._names.outside(group), wanted),
+            *self._journals_that_go(group),
+        )
 
     def subscribe(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[Consumer]:
         """Join the group with one consumer for all topics: clients of one group must subscribe alike.
@@ -144,7 +144,7 @@ class RocketMQ4Transport:
             ConfigurationError: librocketmq is missing or cannot be used, or the state directory cannot.
             TransportError: The client refused to start.
         """
-        from exactly_once.transports.inflight import InFlight, why_it_goes
+        from exactly_once.transports.inflight import InFlight
         from exactly_once.transports.rocketmq4.ahead import Ahead, look_ahead
         from exactly_once.transports.rocketmq4.consumer import RocketMQ4Consumer
 
@@ -157,15 +157,7 @@ class RocketMQ4Transport:
         def before_leaving(instance: str) -> Callable[[], None]:
             return locks_of(self._admin, self._names, group, topics, instance) if ordered else lambda: None
 
-        directory = self._state_directory(group)
-        if why := why_it_goes(directory):
-            _log.warning(
-                "What is in hand is written down in %s, and %s: a message that ends its process each time is then never known for"
-                " one. Name a folder that stays, shared by the group's processes (in Kubernetes an emptyDir will do):"
-                " ?state_dir=/var/lib/exactly-once",
-                *(directory, why),
-            )
-        in_flight = InFlight(directory, threads)
+        in_flight = InFlight(self._state_directory(group), threads)
         ahead: Ahead | None = None
         if found := look_ahead(self._admin, self._names, group, subscriptions, died=in_flight.died_lately):
             theirs = self._names.outside(group)
@@ -201,6 +193,23 @@ class RocketMQ4Transport:
             names=self._names,
             keys=self._keys,
         )
+
+    def _journals_that_go(self, group: str) -> Sequence[str]:
+        from exactly_once.transports.inflight import why_it_goes
+
+        try:
+            directory = self._state_directory(group)
+            why = why_it_goes(directory)
+        except (ConfigurationError, OSError):  # `subscribe` refuses it, and says why
+            return ()
+        if why is None:
+            return ()
+        text = (
+            f"What is in hand is written down in {directory}, and {why}: a message that ends its process each time is then never"
+            " known for one. Name a folder that stays, shared by the group's processes (in Kubernetes an emptyDir will do):"
+            " ?state_dir=/var/lib/exactly-once"
+        )
+        return (text,)
 
     def _state_directory(self, group: str) -> Path:
         from exactly_once.transports.inflight import journal_directory
