@@ -1,8 +1,8 @@
 """Bodies as RocketMQ's Java client packs them, unpacked where the package for it is installed; else kept as they came.
 
 A message whose body cannot be read is still a message: a transport hands it out with its bytes and with what is wrong, its
-handlers record it, and the broker is told that it is done. `UNREAD_PROPERTY` among its properties says so for later: the pump unpacks
-it then, if it can. Called by the RocketMQ transports and by the pump. Pure, but for the import of a package.
+handlers record it, and the broker is told that it is done. `UNREAD_PROPERTY` among its properties says so for later: the pump
+unpacks it then, if it can. Called by the RocketMQ transports and by the pump. Pure, but for the import of a package.
 
 Java's client packs bodies of more than 4 KiB: by zlib, or by what `rocketmq.message.compressType` names. LZ4 and ZSTD are whole
 frames, which begin with their own four bytes: https://github.com/lz4/lz4/blob/dev/doc/lz4_Frame_format.md, RFC 8878.
