@@ -1,21 +1,25 @@
 """Connections of asyncio that outlive their event loop, as under `asyncio.run` for each message: thrown away before use.
 
 asyncmy's streams belong to the loop they were opened in, and psycopg's and aiosqlite's connections do not; but the queue of
-any pool that had somebody wait in it belongs to that loop, too. Called by the store, for its engine and each new loop.
+any pool that had somebody wait in it belongs to that loop, too. So a pool is for one loop at a time, as SQLAlchemy says
+(https://docs.sqlalchemy.org/en/20/orm/extensions/asyncio.html): several at once are told what to do. Called by the store, for its
+engine and each new loop.
 """
 
 import asyncio
 from contextlib import suppress
+from socket import SHUT_RDWR
 from typing import Any
 from weakref import WeakSet
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import DisconnectionError
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import NullPool, QueuePool
 
 from exactly_once.listeners import listen
+from exactly_once.redaction import redacted
 
-__all__ = ["keep_apart", "leave"]
+__all__ = ["keep_apart", "leave", "why_not_several"]
 
 _BOUND = ("asyncmy",)
 _KEPT: "WeakSet[Engine]" = WeakSet()
@@ -26,35 +30,62 @@ def keep_apart(engine: Engine) -> None:
     if engine.dialect.driver in _BOUND and engine not in _KEPT:
         _KEPT.add(engine)
         listen(engine, "checkout", _of_this_loop)
+        listen(engine, "close", _closes)
 
 
 def leave(engine: Engine) -> None:
-    """Begin with a new pool after a loop has ended, where somebody may have waited in the old one."""
+    """Begin with a new pool after a loop has ended: its connections are of no use, or somebody may have waited in the old one."""
     pool = engine.pool
-    if isinstance(pool, QueuePool) and pool.overflow() >= 0:  # it was full
+    if isinstance(pool, QueuePool) and (engine.dialect.driver in _BOUND or pool.overflow() >= 0):  # it was full
         engine.dispose(close=False)  # at once: closing takes its time, and others come meanwhile
-        if engine.dialect.driver not in _BOUND:
-            pool.dispose()
+        pool.dispose()
+
+
+def why_not_several(engine: Engine) -> str | None:
+    """Say what to do about several loops at once; None where nobody waits for a connection, and none is kept."""
+    if isinstance(engine.pool, NullPool):
+        return None
+    return (
+        f"The AsyncEngine {redacted(engine.url)} is used in two event loops at once, and its pool is for one: under load it"
+        " answers 'bound to a different event loop', or a wait lasts until pool_timeout. Messages then wait, and none is lost."
+        " Give each loop an engine and an ExactlyOnce of its own, or: create_async_engine(..., poolclass=NullPool)"
+    )
 
 
 def _of_this_loop(dbapi: Any, record: Any, fairy: Any) -> None:
+    if _foreign(dbapi):
+        _end(dbapi)
+        raise DisconnectionError("a connection of another event loop")
+
+
+def _closes(dbapi: Any, record: Any) -> None:
+    """Before the pool closes it: of another loop it cannot be awaited."""
+    if _foreign(dbapi):
+        _end(dbapi)
+
+
+def _foreign(dbapi: Any) -> bool:
     driver = dbapi.driver_connection
-    loop = driver.loop
-    if loop is asyncio.get_running_loop():
-        return
-    if loop.is_closed():
-        with suppress(RuntimeError):  # it cannot be told in its loop, but is marked as closing by this
+    # the name without underscore raises outside of a loop
+    return not isinstance(driver, _Forgotten) and driver.loop is not asyncio._get_running_loop()  # noqa: SLF001
+
+
+def _end(dbapi: Any) -> None:
+    """End another loop's connection."""
+    driver, dbapi._connection = dbapi._connection, _Forgotten()  # noqa: SLF001  (or the pool would close it from here)
+    try:
+        driver.loop.call_soon_threadsafe(driver.close)  # it alone may touch it
+    except RuntimeError:  # it has ended
+        # closed by us: the server would else have the connection until the garbage collector comes by
+        with suppress(Exception):  # closed already; or a loop of another kind, which closes what is its own as it ends
+            driver._transport.get_extra_info("socket").shutdown(SHUT_RDWR)  # noqa: SLF001  (no public name)
+        with suppress(RuntimeError):  # its loop cannot be told, but it is marked as closing by this
             driver.close()
         driver.close()
-    else:
-        # of a loop in another thread, which alone may touch it; here it is only forgotten
-        loop.call_soon_threadsafe(driver.close)
-        dbapi._connection = _Forgotten()  # noqa: SLF001  (or the pool would close it from this thread)
-    raise DisconnectionError("a connection of another event loop")
 
 
 class _Forgotten:
-    """Stands where a connection of another running loop stood, while the pool throws that away."""
+    """Stands where a connection of another loop stood, while the pool throws that away."""
 
     async def ensure_closed(self) -> None: ...
 

@@ -35,6 +35,7 @@ from exactly_once.owner import new_owner
 from exactly_once.pooler import prepare_threshold
 from exactly_once.redaction import redacted, remember, struck
 from exactly_once.schema import CONSUMING, Tables, tables
+from exactly_once.steady_log import steady
 from exactly_once.stops import asked_from_outside
 from exactly_once.unreached import unreached
 from exactly_once.whose import came_through
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 __all__ = ["Store", "claims_twice", "lacking_characters"]
+
+_log = steady(__name__)
 
 # the drivers that exist for both worlds, so that one URL serves handlers of both kinds
 _ASYNC: Final = {
@@ -155,6 +158,7 @@ class Store:
         self._given, self._given_async = _sides(database, async_database)
         self._ours: list[Engine] = []
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._told_of_loops = False
         self.failures = FailureStore(lambda: self.tables)
         self._wants_room = False
         self.lacking: str | None = None
@@ -268,8 +272,14 @@ class Store:
 
     def _moved(self, loop: "asyncio.AbstractEventLoop") -> None:
         before, self._loop = self._loop, loop
-        if before is not None and before.is_closed():
+        if before is None:
+            return
+        if before.is_closed():
             loops.leave(self.async_engine.sync_engine)
+        elif before.is_running() and not self._told_of_loops:
+            self._told_of_loops = True
+            if why := loops.why_not_several(self.async_engine.sync_engine):
+                _log.warning("%s", why)
 
     # -- both --------------------------------------------------------------------------------------------------------
 
