@@ -13,6 +13,7 @@ READ UNCOMMITTED would show a claim that is then rolled back, and the message wo
 Nothing is written in that transaction: where the server writes its binary log in statements it refuses that (errno 1665)."""
 
 _IN_A_TRANSACTION: Final = 1568
+_ROLLBACK: Final = "ROLLBACK AND NO CHAIN NO RELEASE"
 
 
 def see_committed(dbapi: Any) -> None:
@@ -20,7 +21,8 @@ def see_committed(dbapi: Any) -> None:
 
     A listener of the user's, such as one that pings as a connection is taken, may have begun one. The server alone knows: of
     rows that PyMySQL reads it is told no status. That transaction is rolled back, as it would be after a look; a SET is no
-    part of it.
+    part of it. Or the session's `completion_type` has begun it, which
+    is to begin no other one now.
 
     Args:
         dbapi: The driver's connection.
@@ -32,7 +34,7 @@ def see_committed(dbapi: Any) -> None:
         except Exception as error:
             if error.args[:1] != (_IN_A_TRANSACTION,):
                 raise
-            dbapi.rollback()
+            cursor.execute(_ROLLBACK)
             cursor.execute(COMMITTED_ALONE)
     finally:
         cursor.close()

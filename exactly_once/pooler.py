@@ -17,7 +17,7 @@ from sqlalchemy import URL, Connection
 from sqlalchemy.exc import OperationalError
 
 from exactly_once.errors import ConfigurationError
-from exactly_once.mysql_clock import put_right
+from exactly_once.mysql_session import put_right
 from exactly_once.wording import escaped
 
 __all__ = ["IDLE_MS", "LINK", "SAID", "Link", "begin_bounded", "is_pooled", "prepare_threshold"]
@@ -52,8 +52,8 @@ def begin_bounded(connection: Connection) -> None:
     """Begin the transaction of a connection that has sent nothing yet: durable, with the settings its session cannot hold.
 
     It takes the place of the driver's own BEGIN: no round trip more. Where the connection was never looked at, and on other
-    servers than PostgreSQL, the driver begins by itself; on MySQL and MariaDB the session's clock is looked at, for what is
-    begun here writes times down.
+    servers than PostgreSQL, the driver begins by itself; on MySQL and MariaDB the session is looked at, for what is begun
+    here writes times down.
 
     Raises:
         OperationalError: The connection is dead; it is thrown away.

@@ -57,15 +57,14 @@ from exactly_once.dialects.statements import MARIADB, MYSQL
 from exactly_once.drivers_own import original
 from exactly_once.error_words.drivers import is_drivers
 from exactly_once.errors import ConfigurationError
-from exactly_once.mysql_clock import CLOCK_IS_RIGHT, RIGHT_CLOCK
 from exactly_once.mysql_committed import see_committed
+from exactly_once.mysql_session import END_PLAINLY, ENDS_PLAINLY, RIGHT_SESSION, SESSION_IS_RIGHT
 from exactly_once.owner import savepoint_of
 
 __all__ = [
     "BEGIN",
     "BOUND",
     "CLAIM",
-    "CLOCK",
     "COMMITS",
     "DUPLICATE",
     "FINISH",
@@ -74,6 +73,7 @@ __all__ = [
     "KNOWN",
     "PREPARE",
     "READ",
+    "RIGHT",
     "ROLE",
     "TRACE",
     "UNTRACE",
@@ -117,7 +117,7 @@ UNTRACE: Final = (
 _FINISHED: Final = "IF ROW_COUNT() <> {count} THEN SIGNAL SQLSTATE '45000'; END IF"
 BOUND: Final = "SET STATEMENT innodb_lock_wait_timeout = {seconds} FOR "
 # travels with what begins a transaction of ours; `begin_bounded` and the claim of a lease look for themselves
-CLOCK: Final = f"IF NOT ({CLOCK_IS_RIGHT}) THEN {RIGHT_CLOCK}; END IF"
+RIGHT: Final = f"IF NOT ({SESSION_IS_RIGHT}) THEN {RIGHT_SESSION}; END IF"
 # so that it sees what is committed now and not an older snapshot of the caller's transaction
 _LOCKING: Final = " LOCK IN SHARE MODE"
 KNOWN: Final = (
@@ -127,8 +127,8 @@ KNOWN: Final = (
 BEGIN: Final = "START TRANSACTION"
 # of each SELECT a limit, or sql_select_limit holds, which somebody may have left in the session
 PREPARE: Final = (
-    "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode/*!80000 , CURRENT_ROLE()*//*M!100005 , CURRENT_ROLE()*/"
-    "/*M!100100 , @@max_statement_time*/ LIMIT 1"
+    "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode, @@completion_type"
+    "/*!80000 , CURRENT_ROLE()*//*M!100005 , CURRENT_ROLE()*//*M!100100 , @@max_statement_time*/ LIMIT 1"
 )
 ROLE: Final = ("SELECT CURRENT_ROLE() LIMIT 1", "SET ROLE {role}")
 LIMIT: Final = "SELECT @@max_statement_time LIMIT 1"
@@ -241,8 +241,8 @@ class Seen:
     rollback_on_timeout: bool
     compound: bool
     """Several statements can be sent as one."""
-    clock: tuple[str, ...]
-    """Puts the session's clock right, where that costs no round trip."""
+    right: tuple[str, ...]
+    """Puts the session right, where that costs no round trip."""
     commits: str
     """Reads what changes with each commit of this session."""
     limit: list[Any]
@@ -306,7 +306,7 @@ class MySQL:
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int, varies: bool = False) -> None:
         refuse_autocommit(dbapi)
         seconds = max(1, -(-wait_ms // 1000))
-        version, rollback_on_timeout, modes, *more = info.get(LEARNT) or self.learn(dbapi)
+        version, rollback_on_timeout, modes, completion, *more = info.get(LEARNT) or self.learn(dbapi)
         cursor = dbapi.cursor()
         try:
             if "STRICT" not in str(modes):
@@ -322,6 +322,8 @@ class MySQL:
             is_mariadb = "MariaDB" in str(version)
             if not is_mariadb:
                 cursor.execute(f"SET SESSION innodb_lock_wait_timeout = {seconds:d}")
+            if completion != ENDS_PLAINLY:
+                cursor.execute(END_PLAINLY)  # as the server, or init_connect, makes each session
         finally:
             cursor.close()
         grammar = (MARIADB if is_mariadb else MYSQL)._replace(
@@ -332,7 +334,7 @@ class MySQL:
             bound=_bound(seconds) if is_mariadb else "",
             rollback_on_timeout=bool(rollback_on_timeout),
             compound=compound,
-            clock=(CLOCK,) if compound else (),
+            right=(RIGHT,) if compound else (),
             commits=COMMITS.replace("{read}", READ["MariaDB" if is_mariadb else "MySQL"]).replace(
                 "{limit}", " LIMIT 1" if is_mariadb else ""
             ),
@@ -362,7 +364,7 @@ class MySQL:
                 if savepoint:
                     together(cursor, seen, f"SAVEPOINT {name}", insert, f"RELEASE SAVEPOINT {name}", values=values)
                 else:
-                    together(cursor, seen, *seen.clock, insert, f"SAVEPOINT {name}", values=values)
+                    together(cursor, seen, *seen.right, insert, f"SAVEPOINT {name}", values=values)
             except Exception as error:
                 code = errno(error)
                 lost = savepoint and not _undone(cursor, name)
@@ -385,7 +387,7 @@ class MySQL:
             values = [*identity(trace.row), digits(trace.name), trace.attempt, trace.token]
         cursor = dbapi.cursor()
         try:
-            together(cursor, seen, *seen.clock, *first, f"SAVEPOINT {savepoint_of(owner)}", values=values)
+            together(cursor, seen, *seen.right, *first, f"SAVEPOINT {savepoint_of(owner)}", values=values)
         finally:
             cursor.close()
 

@@ -63,7 +63,7 @@ class Claims:
         cursor = dbapi.cursor()
         try:
             insert = bounded + self._claim.replace("{rows}", ",".join([ROW] * len(rows)))
-            together(cursor, seen, *seen.clock, insert, f"SAVEPOINT {savepoint_of(owner)}", values=values)
+            together(cursor, seen, *seen.right, insert, f"SAVEPOINT {savepoint_of(owner)}", values=values)
             wanted = " UNION ALL ".join([KEY] * len(keys))
             cursor.execute(bounded + self._known.replace("{keys}", wanted), (*keys, group, handler))
             found = cursor.fetchall()

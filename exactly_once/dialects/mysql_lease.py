@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Leased, StepRow, steps_of
 from exactly_once.dialects.mysql import DUPLICATE, bound, busy_of, digits, errno, identity
-from exactly_once.mysql_clock import CLOCK_IS_RIGHT, RIGHT_CLOCK
 from exactly_once.mysql_committed import COMMITTED_ALONE
+from exactly_once.mysql_session import RIGHT_SESSION, SESSION_IS_RIGHT
 from exactly_once.schema import UNFINISHED
 
 __all__ = ["BREAK", "CLAIM", "LOOK", "STEPS", "TAKE", "TRACED", "Claims"]
@@ -21,7 +21,7 @@ CLAIM: Final = (
     "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, fingerprint, retry_times, owner,"
     " token, lease_until, born_at, created_at) SELECT UNHEX(%s), UNHEX(%s), UNHEX(%s), 0,"
     " CONVERT(UNHEX(%s) USING utf8mb4), UNHEX(%s), 0, %s, %s,"
-    " TIMESTAMPADD(MICROSECOND, %s, UTC_TIMESTAMP(6)), %s, UTC_TIMESTAMP(6) FROM DUAL WHERE {clock}"
+    " TIMESTAMPADD(MICROSECOND, %s, UTC_TIMESTAMP(6)), %s, UTC_TIMESTAMP(6) FROM DUAL WHERE {right}"
 )
 TAKE: Final = (
     "UPDATE {table} SET message_id = CONVERT(UNHEX(%s) USING utf8mb4), fingerprint = UNHEX(%s),"
@@ -57,7 +57,7 @@ class Claims:
         table, steps = dialect.table, steps_of(dialect.table)
         self._dialect = dialect
         self._claim, self._take, self._break, self._look, self._steps, self._traced = (
-            text.replace("{table}", table).replace("{steps}", steps).replace("{clock}", CLOCK_IS_RIGHT)
+            text.replace("{table}", table).replace("{steps}", steps).replace("{right}", SESSION_IS_RIGHT)
             for text in (CLAIM, TAKE, BREAK, LOOK, STEPS, TRACED)
         )
 
@@ -84,8 +84,8 @@ class Claims:
         try:
             try:
                 cursor.execute(bounded + self._claim, claimed)
-                if not cursor.rowcount:  # with the clock as somebody left it; the next statements go by it, too
-                    cursor.execute(RIGHT_CLOCK)
+                if not cursor.rowcount:  # in a session as somebody left it; what comes next goes by it, too
+                    cursor.execute(RIGHT_SESSION)
                     cursor.execute(bounded + self._claim, claimed)
                 recorded = self._recorded(cursor, named) if steps else ()  # of a claim that was taken away by hand
                 dbapi.commit()

@@ -50,7 +50,7 @@ from exactly_once.drivers_own import is_taken
 from exactly_once.errors import StoreUnavailable
 from exactly_once.interrupted import interrupted
 from exactly_once.leases import WAIT_MS, Held, Recorded, clock
-from exactly_once.mysql_committed import COMMITTED_ALONE, see_committed
+from exactly_once.mysql_committed import see_committed
 from exactly_once.pooler import begin_bounded, is_pooled
 from exactly_once.schema import (
     CONSUMED,
@@ -386,7 +386,7 @@ class SqlLeases:
         """The same, asked on a connection that is in no transaction, or in one that is to be rolled back."""
         if not self._dialect.asks_around_calls:
             return False  # none is written there
-        connection.exec_driver_sql(COMMITTED_ALONE)
+        see_committed(connection.connection.dbapi_connection)
         return self._has_trace(connection, row)
 
     def _has_trace(self, connection: Connection, row: ClaimRow) -> bool:
