@@ -278,6 +278,15 @@ class Dialect(Protocol):
     def committed_since(self, dbapi: Any, info: MutableMapping[Any, Any], before: Any) -> bool | None:
         """Say whether this connection committed anything since `before_call` gave `before`; None where nobody can tell."""
 
+    def logged_since(self, dbapi: Any, info: MutableMapping[Any, Any], trace: Trace | None) -> bool | None:
+        """Say the same of the time since the claim, or `begin`, by the server's own log of commits; None where it does not tell.
+
+        Args:
+            dbapi: The driver's connection.
+            info: What `prepare` remembered of it.
+            trace: What `begin` was given.
+        """
+
     def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> Known | None:
         """Read what stands under the key.
 

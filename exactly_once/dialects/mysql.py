@@ -15,7 +15,8 @@ transaction is gone; it is released with COMMIT, for releasing it earlier would 
 the claim is written *unfinished* and made *consumed* by its own attempt with COMMIT, so that a process killed behind a hidden
 commit leaves a row that says so; under a lease, whose claim was committed before, a row beside it does (`Trace`). Around a
 CALL stands a savepoint more, so that the error can name that CALL. On MariaDB each of these travels with a statement that is
-sent anyway, in one compound statement; MySQL has none, and pays a round trip each.
+sent anyway, in one compound statement; MySQL has none, and pays a round trip each. What the driver's own cursor committed in
+place of a transaction that was lost has neither witness; where MariaDB keeps a binary log, that tells (`LOGGED`).
 
 A handler may have taken another role (SET ROLE), without the rights to our tables. That is found out by a denial, which does
 nothing to a transaction: our role is set, and the statement sent again. So it costs nobody else anything.
@@ -71,11 +72,14 @@ __all__ = [
     "FINISH_MANY",
     "KEY",
     "KNOWN",
+    "LOGGED",
+    "LOGS",
     "PREPARE",
     "READ",
     "RIGHT",
     "ROLE",
     "TRACE",
+    "TRACE_STANDS",
     "UNTRACE",
     "MySQL",
     "Seen",
@@ -114,10 +118,23 @@ UNTRACE: Final = (
     "DELETE FROM {steps}"
     " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) AND step = UNHEX(%s)"
 )
+TRACE_STANDS: Final = (
+    "SELECT 1 FROM {steps}"
+    " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) AND step = UNHEX(%s) LIMIT 1"
+)
 _FINISHED: Final = "IF ROW_COUNT() <> {count} THEN SIGNAL SQLSTATE '45000'; END IF"
 BOUND: Final = "SET STATEMENT innodb_lock_wait_timeout = {seconds} FOR "
 # travels with what begins a transaction of ours; `begin_bounded` and the claim of a lease look for themselves
 RIGHT: Final = f"IF NOT ({SESSION_IS_RIGHT}) THEN {RIGHT_SESSION}; END IF"
+# MariaDB's, for `logged_since`: the last commit of this session that the binary log has, and whether it has any of them
+LOGGED: Final = (
+    "SET @exactly_once_logs = IF(@@last_gtid <> @exactly_once_last, 1, @exactly_once_logs),"
+    " @exactly_once_last = @@last_gtid"
+)
+# as bytes, for the same reason as the clock's; NULL where the log has shown no commit of this session, or is turned off for it
+LOGS: Final = (
+    "SELECT CAST(IF(@exactly_once_logs AND @@sql_log_bin, @@last_gtid <> @exactly_once_last, NULL) AS BINARY) LIMIT 1"
+)
 # so that it sees what is committed now and not an older snapshot of the caller's transaction
 _LOCKING: Final = " LOCK IN SHARE MODE"
 KNOWN: Final = (
@@ -127,7 +144,7 @@ KNOWN: Final = (
 BEGIN: Final = "START TRANSACTION"
 # of each SELECT a limit, or sql_select_limit holds, which somebody may have left in the session
 PREPARE: Final = (
-    "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode, @@completion_type"
+    "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode, @@completion_type, @@log_bin"
     "/*!80000 , CURRENT_ROLE()*//*M!100005 , CURRENT_ROLE()*//*M!100100 , @@max_statement_time*/ LIMIT 1"
 )
 ROLE: Final = ("SELECT CURRENT_ROLE() LIMIT 1", "SET ROLE {role}")
@@ -242,7 +259,7 @@ class Seen:
     compound: bool
     """Several statements can be sent as one."""
     right: tuple[str, ...]
-    """Puts the session right, where that costs no round trip."""
+    """Puts the session right, where that costs no round trip; and looks at its log, where there is one."""
     commits: str
     """Reads what changes with each commit of this session."""
     limit: list[Any]
@@ -282,6 +299,10 @@ class MySQL:
         steps = steps_of(self.table)
         return TRACE.replace("{steps}", steps), UNTRACE.replace("{steps}", steps)
 
+    @cached_property
+    def _trace_stands(self) -> str:
+        return TRACE_STANDS.replace("{steps}", steps_of(self.table))
+
     def _finishing(self, owner: str, rows: Sequence[ClaimRow], trace: Trace | None) -> tuple[str, list[Any]]:
         """Return what makes this attempt's claims consumed, or takes its trace away, and its values; empty for neither."""
         if trace is not None:
@@ -306,7 +327,7 @@ class MySQL:
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int, varies: bool = False) -> None:
         refuse_autocommit(dbapi)
         seconds = max(1, -(-wait_ms // 1000))
-        version, rollback_on_timeout, modes, completion, *more = info.get(LEARNT) or self.learn(dbapi)
+        version, rollback_on_timeout, modes, completion, log_bin, *more = info.get(LEARNT) or self.learn(dbapi)
         cursor = dbapi.cursor()
         try:
             if "STRICT" not in str(modes):
@@ -334,7 +355,7 @@ class MySQL:
             bound=_bound(seconds) if is_mariadb else "",
             rollback_on_timeout=bool(rollback_on_timeout),
             compound=compound,
-            right=(RIGHT,) if compound else (),
+            right=(RIGHT, LOGGED) if compound and int(log_bin) else (RIGHT,) if compound else (),
             commits=COMMITS.replace("{read}", READ["MariaDB" if is_mariadb else "MySQL"]).replace(
                 "{limit}", " LIMIT 1" if is_mariadb else ""
             ),
@@ -472,6 +493,22 @@ class MySQL:
         try:
             cursor.execute(seen.commits)
             return bool(_counted(cursor) != before)
+        finally:
+            cursor.close()
+
+    def logged_since(self, dbapi: Any, info: MutableMapping[Any, Any], trace: Trace | None) -> bool | None:
+        seen: Seen = info[self.kept_as]
+        if LOGGED not in seen.right:
+            return None
+        cursor = dbapi.cursor()
+        try:
+            cursor.execute(LOGS)
+            told = cursor.fetchone()[0]
+            if told is None or trace is None:
+                return None if told is None else told == b"1"
+            # of this very session, so no older snapshot hides it
+            cursor.execute(self._trace_stands, [*identity(trace.row), digits(trace.name)])
+            return told == b"1" or cursor.fetchone() is not None
         finally:
             cursor.close()
 

@@ -415,6 +415,9 @@ class PostgreSQL:
     def committed_since(self, dbapi: Any, info: MutableMapping[Any, Any], before: Any) -> bool | None:
         return None
 
+    def logged_since(self, dbapi: Any, info: MutableMapping[Any, Any], trace: Trace | None) -> bool | None:
+        return None
+
     def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> Known | None:
         driver = driver_of(dbapi)
         quote = Escaping(driver.pgconn).escape_literal

@@ -206,9 +206,11 @@ class Watch:
         if self.call is not None:
             since = self.dialect.committed_since(self.dbapi, self.info, self.call)
         else:
-            # no statement that can commit was seen to end it: a deadlock that a function swallowed. Else the claim's row tells.
-            # Where there are no such functions it was a call on the driver, and nobody saw what that committed
-            since = False if self.rows and self.dialect.asks_around_calls else None
+            # no statement that can commit was seen to end it: a deadlock that a function swallowed, or that was met on the
+            # driver's own cursor. The server's log tells what else was committed, where it has one
+            since = self.dialect.logged_since(self.dbapi, self.info, self.trace)
+            if since is None and self.rows and self.dialect.asks_around_calls:
+                since = False  # the claim's row tells
         self.replaced = since is not False
         return self.leave(Left.GONE if since is False else Left.BROKEN, _GONE + named)
 

@@ -65,7 +65,8 @@ def claim_texts(dialect: str) -> dict[str, list[str]]:
         single = {"prepare": [mysql.PREPARE], "bound": [mysql.BOUND], "claim": [mysql.CLAIM], "known": [mysql.KNOWN]}
         ends = {
             "with COMMIT": [mysql.FINISH, mysql.FINISH_MANY],
-            "a transaction under a lease": [mysql.TRACE, mysql.UNTRACE],
+            "a transaction under a lease": [mysql.TRACE, mysql.UNTRACE, mysql.TRACE_STANDS],
+            "what is put right and looked at with the claim": [mysql.RIGHT, mysql.LOGGED, mysql.LOGS],
             "what each commit changes": [mysql.COMMITS, *mysql.READ.values()],
         }
         return single | ends | of_group
