@@ -18,6 +18,7 @@ from tests.integration.shop import COLOURS, Shop, order, put, shops
 from tests.integration.test_clock_of_a_session import in_the_driver
 from tests.integration.test_connection_settings import ground_on
 from tests.integration.ways import ALONE, LEASE, WAYS, Way, driver_of
+from tests.services.mariadb import MYSQLD
 
 pytestmark = pytest.mark.nightly(meet=2)
 
@@ -119,7 +120,8 @@ def test_a_handler_that_sets_it_leaves_it_to_no_other_message(
     assert [row for row in mariadb.failures() if row.state != "resolved"] == []
     with suppress(Exception):
         in_the_driver(mariadb, "DO 0")  # a connection that the server has ended
-    mariadb.borrow()
+    if not MYSQLD or way.lease:  # MySQL has no compound statement: only leases look at the session there
+        mariadb.borrow()
 
 
 @each_way
