@@ -47,6 +47,7 @@ from exactly_once.pooler import LINK, Link
 from exactly_once.whose import is_of
 
 __all__ = [
+    "AS_OUR_USER",
     "BOUND",
     "BOUND_IN_OPEN",
     "CLAIM",
@@ -66,6 +67,7 @@ __all__ = [
     "opening",
     "send",
     "template",
+    "unlisten",
 ]
 
 CLAIM: Final = (
@@ -109,14 +111,20 @@ IN_OUR_NAME: Final = (
     ),
     ";SELECT pg_catalog.set_config('role', pg_catalog.current_setting('exactly_once.role'), true)",
 )
-# where the application sets a role anew for each transaction, what is ours is what this one began with; kept in it
-OWN_ROLE: Final = (
-    "SELECT pg_catalog.set_config('exactly_once.own_role', pg_catalog.current_setting('role'), true);",
+# the same where the handler took another user for its session, too: with that the role is none, so the user comes first
+AS_OUR_USER: Final = (
     (
-        "coalesce(nullif(pg_catalog.current_setting('exactly_once.own_role', true), ''),"
-        " pg_catalog.current_setting('role'))"
+        "SELECT pg_catalog.set_config('exactly_once.role', pg_catalog.current_setting('role'), true),"
+        " pg_catalog.set_config('session_authorization', {user}, true), pg_catalog.set_config('role', {role}, true);"
+    ),
+    (
+        ";SELECT pg_catalog.set_config('session_authorization', {theirs}, true),"
+        " pg_catalog.set_config('role', pg_catalog.current_setting('exactly_once.role'), true)"
     ),
 )
+# where the application sets a role anew for each transaction, what is ours is what this one began with. It is told with BEGIN
+# and kept on this side: what is kept in a setting goes with the handler's RESET ALL
+OWN_ROLE: Final = "SELECT pg_catalog.current_setting('role');"
 # for a statement with keys: the handler may have set what its own statements speak
 IN_UTF8: Final = (
     b"SELECT pg_catalog.set_config('client_encoding', 'UTF8', true)",
@@ -208,7 +216,9 @@ class Seen:
 
     own_wait: bytes
     role: bytes
-    """An expression: the role of what is written in our name."""
+    """The role of what is written in our name, as the server reads it."""
+    user: bytes | None
+    """Whose session it is, as the server reports it; None where it does not."""
     prepared: bool
     encoding: bytes | None
     """What the connection spoke then."""
@@ -222,7 +232,30 @@ class Seen:
     def vary(self) -> None:
         """Believe no more what was learnt of role and bound: the application sets them anew for a transaction."""
         if not self.varies:
-            self.varies, self.role, self.settings = True, _OWN_ROLE, self.settings + _KEEP_ROLE
+            self.varies, self.role, self.settings = True, _ROLE_NOW, self.settings + _OWN_ROLE
+
+    def begins(self, driver: Any, first: bytes, results: Sequence[Any]) -> None:
+        """Take from the answers with which role the transaction began, which is what is ours in it.
+
+        Args:
+            driver: Whose.
+            first: What was sent first, as `opening` or `opened` gave it.
+            results: The answers.
+        """
+        if self.varies:
+            answer = results[first.count(b";") - 1]  # what goes with BEGIN has no ; in a string, and this is its last
+            self.role = Escaping(driver.pgconn).escape_literal(answer.get_value(0, 0) or b"none")
+            self.user = _user(driver)
+
+    def as_ours(self, driver: Any) -> tuple[bytes, bytes]:
+        """Return what stands before and behind a statement that is written in our name in the handler's transaction."""
+        if self.varies and _replaced(driver):  # it did not begin with a claim: as it is, it is ours
+            return _IN_OUR_NAME[0] % _ROLE_NOW, _IN_OUR_NAME[1]
+        theirs = _user(driver)
+        if theirs == self.user or theirs is None or self.user is None:
+            return _IN_OUR_NAME[0] % self.role, _IN_OUR_NAME[1]
+        quote = Escaping(driver.pgconn).escape_literal
+        return _AS_OUR_USER[0] % (quote(self.user), self.role), _AS_OUR_USER[1] % quote(theirs)
 
 
 class PostgreSQL:
@@ -292,6 +325,7 @@ class PostgreSQL:
             role=Escaping(driver.pgconn).escape_literal(
                 (learnt.role_by_default if link.pooled else learnt.role) or b"none"
             ),
+            user=_user(driver),
             prepared=begin and driver.prepare_threshold is not None and self._is_prepared(driver),
             encoding=learnt.encoding,
             limit=learnt.limit,
@@ -340,7 +374,7 @@ class PostgreSQL:
             name = savepoint_of(row.owner).encode()
             save, release = b"SAVEPOINT %s;" % name, b";RELEASE SAVEPOINT %s" % name
         durable = self.durable if savepoint else b""
-        first = opening(driver, seen) if begin else b"" if savepoint else opened(seen)
+        begins = first = opening(driver, seen) if begin else b"" if savepoint else opened(seen)
         if begin and not seen.varies:
             first += durable + save + _BOUND % wait_ms
             last = _UNBOUND % seen.own_wait + release
@@ -367,6 +401,9 @@ class PostgreSQL:
             raise busy from error
         if not savepoint:
             listen(driver)
+            seen.begins(driver, begins, results)
+        elif begin:
+            unlisten(driver)
         return bool(results[-3 if savepoint else -2].command_tuples)
 
     def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
@@ -374,8 +411,10 @@ class PostgreSQL:
         seen: Seen = info[self.kept_as]
         if driver.pgconn.transaction_status != TransactionStatus.IDLE:  # a hook of the user's has sent something
             seen.vary()
-        send(driver, opening(driver, seen))
+        begins = opening(driver, seen)
+        results = send(driver, begins)
         listen(driver)
+        seen.begins(driver, begins, results)
 
     def commit(
         self,
@@ -469,13 +508,14 @@ class PostgreSQL:
         if compiled is None:
             compiled = self._compiled[statement] = statement.compile(dialect=connection.dialect)
         text, given = str(compiled), compiled.construct_params(values)
-        first, last = b"", []
+        first, last = b"", list[bytes]()
         if not driver.autocommit:  # else it is a statement by itself, in no handler's transaction
             if self.kept_as not in connection.info:  # of a duplicate: nothing was claimed on it
                 used = connection.connection.dbapi_connection
                 self.prepare(used, connection.info, wait_ms=0, varies=varies(connection))
             seen: Seen = connection.info[self.kept_as]
-            first, last = IN_OUR_NAME[0].replace("{role}", "%s").encode() % seen.role, [IN_OUR_NAME[1].encode()]
+            first, behind = seen.as_ours(driver)
+            last = [behind]
         cursor = (AsyncClientCursor if isinstance(driver, AsyncConnection) else ClientCursor)(driver)
         try:
             if not _speaks_utf8(spoken := _encoding(driver)):
@@ -557,6 +597,12 @@ def _encoding(driver: Any) -> bytes | None:
     return told
 
 
+def _user(driver: Any) -> bytes | None:
+    """Return whose session this is, which the server reports as it does the encoding; a pooler need not hand it on."""
+    told: bytes | None = driver.pgconn.parameter_status(b"session_authorization")
+    return told
+
+
 def _speaks_utf8(encoding: bytes | None) -> bool:
     return (
         encoding in _UTF8 or (encoding or b"").upper().replace(b"-", b"") in _UTF8
@@ -578,6 +624,11 @@ def listen(driver: Any) -> None:
     driver._begin_statement = b""  # noqa: SLF001
 
 
+def unlisten(driver: Any) -> None:
+    """Say that a transaction which is begun now is none that a handler is given: nothing is to be taken for its own."""
+    driver._begin_statement = _begin(driver).rstrip(b";")  # noqa: SLF001  # what the driver itself would send
+
+
 def _replaced(driver: Any) -> bool:
     return bool(driver._begin_statement)  # noqa: SLF001
 
@@ -591,7 +642,7 @@ def opening(driver: Any, seen: Seen) -> bytes:
 def opened(seen: Seen) -> bytes:
     """The same where a listener or a hook of the application's has begun it: what they set for it is what it began with."""
     seen.vary()
-    return _KEEP_ROLE
+    return _OWN_ROLE
 
 
 def bounded(text: bytes, seen: Seen, wait_ms: int, *, begins: bool = True) -> bytes:
@@ -637,8 +688,10 @@ _BOUND: Final = BOUND[0].replace("{wait_ms}", "%d").encode()
 _UNBOUND: Final = template(BOUND[1], ("own_wait",))
 _BOUND_IN_OPEN: Final = BOUND_IN_OPEN[0].replace("{wait_ms}", "%d").encode()
 _UNBOUND_IN_OPEN: Final = BOUND_IN_OPEN[1].encode()
-_KEEP_ROLE: Final = OWN_ROLE[0].encode()
-_OWN_ROLE: Final = OWN_ROLE[1].encode()
+_IN_OUR_NAME: Final = template(IN_OUR_NAME[0], ("role",)), IN_OUR_NAME[1].encode()
+_AS_OUR_USER: Final = template(AS_OUR_USER[0], ("user", "role")), template(AS_OUR_USER[1], ("theirs",))
+_OWN_ROLE: Final = OWN_ROLE.encode()
+_ROLE_NOW: Final = b"pg_catalog.current_setting('role')"
 
 
 def driver_of(dbapi: Any) -> Any:

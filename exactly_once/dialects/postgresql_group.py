@@ -74,14 +74,16 @@ class Claims:
         )
         try:
             bound_ms = max(1, wait_ms)  # 0 would be for ever
+            first = opening(driver, seen) if begins else opened(seen)
             text = bounded(self._claim % values, seen, bound_ms, begins=begins)
-            results = send(driver, (opening(driver, seen) if begins else opened(seen)) + text, meanwhile)
+            results = send(driver, first + text, meanwhile)
         except errors.Error as error:
             busy = busy_of(error)
             if busy is None:
                 raise
             raise busy from error
         listen(driver)
+        seen.begins(driver, first, results)
         claimed = results[-2]
         if claimed.ntuples == len(rows):
             return {}

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from psycopg import errors
 from sqlalchemy import Engine
 
-from exactly_once.dialects.postgresql import DURABLE, Seen, driver_of, opening, send
+from exactly_once.dialects.postgresql import DURABLE, Seen, driver_of, opening, send, unlisten
 from exactly_once.drivers_own import original
 from exactly_once.listeners import listen
 from exactly_once.pooler import IDLE_MS, LINK, SAID, Link
@@ -99,11 +99,12 @@ class _Begin:
     __slots__ = ("_seen",)
 
     def __init__(self, settings: bytes) -> None:
-        self._seen = Seen(b"DEFAULT", b"'none'", prepared=False, encoding=None, limit=None, settings=settings)
+        self._seen = Seen(b"DEFAULT", b"'none'", None, prepared=False, encoding=None, limit=None, settings=settings)
 
     def __call__(self, dbapi: Any) -> None:
         driver = driver_of(dbapi)
         text = opening(driver, self._seen) + DURABLE.encode()
         if not (driver.pgconn.parameter_status(b"DateStyle") or b"ISO").startswith(b"ISO"):
             text += _ISO
+        unlisten(driver)
         send(driver, text)

@@ -163,6 +163,50 @@ def test_a_role_that_only_some_transactions_have(shop: Shop, tenants: dict[str, 
     assert [row.state for row in shop.failures()] == ["resolved", "resolved"]
 
 
+RESETS = {
+    "RESET ALL": ("SET LOCAL ROLE {b}", "RESET ALL"),
+    "RESET ALL in a block": ("SET LOCAL ROLE {b}", "DO $$ BEGIN RESET ALL; END $$"),
+    "RESET ALL before the role": ("RESET ALL", "SET LOCAL ROLE {b}"),
+    "RESET ROLE": ("SET LOCAL ROLE {b}", "RESET ROLE"),
+    "SET SESSION AUTHORIZATION DEFAULT": ("SET LOCAL ROLE {b}", "SET SESSION AUTHORIZATION DEFAULT"),
+    "RESET SESSION AUTHORIZATION": ("RESET SESSION AUTHORIZATION", "SET LOCAL ROLE {b}"),
+    "another session's user": ("SET LOCAL SESSION AUTHORIZATION {b}",),
+}
+
+
+@each_way
+@each_place
+@pytest.mark.parametrize("resets", RESETS)
+def test_what_a_handler_resets_is_no_role_of_ours(
+    shop: Shop, tenants: dict[str, str], way: Way, place: str, resets: str
+) -> None:
+    """Its failure is settled, its lease and its step are done, with the role that its transaction began with."""
+    PLACES[place](shop, lambda: f"SET ROLE {tenants['a']}")
+    at_checkin(shop, lambda: "RESET ROLE")
+    run(
+        shop,
+        f"REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {tenants['b']}",
+        f"GRANT INSERT, SELECT ON effect TO {tenants['b']}",
+    )
+    failing = {1}
+
+    def do(session: Session, no: Any) -> None:
+        if no in (1, 2):
+            for statement in RESETS[resets]:
+                session.execute(text(statement.format(**tenants)))
+        put(session, str(no))
+        if no in failing:
+            raise ZeroDivisionError
+
+    way.handles(shop, do, retry=THREE)
+    assert one_by_one(shop, way, [1]) == [F]
+    failing.clear()
+    assert way.deliver(shop, [order(1, attempt=2)]) == [P]
+    assert one_by_one(shop, way, [2, 3, 1, 2, 3]) == [P, P, D, D, D]
+    assert sorted(shop.effects()) == ["1", "2", "3"]
+    assert [row.state for row in shop.failures()] == ["resolved"]
+
+
 @each_way
 @each_place
 def test_a_limit_of_each_request_is_its_own(shop: Shop, way: Way, place: str) -> None:

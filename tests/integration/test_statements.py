@@ -53,7 +53,8 @@ def claim_texts(dialect: str) -> dict[str, list[str]]:
             "known": [postgresql.KNOWN],
             "with COMMIT": [postgresql.DURABLE],
             "around a statement of ours in a handler's transaction": list(postgresql.IN_OUR_NAME),
-            "where the application sets a role anew: kept with BEGIN, and used": list(postgresql.OWN_ROLE),
+            "the same where the handler took another user for its session": list(postgresql.AS_OUR_USER),
+            "where the application sets a role anew: asked with BEGIN": [postgresql.OWN_ROLE],
             "claim of a group": [postgresql_group.CLAIM],
             "known of a group": [postgresql_group.KNOWN],
         }
