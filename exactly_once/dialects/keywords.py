@@ -3,10 +3,9 @@
 Two answers come from one reading, once for each text. *Refused*: it would end the handler's transaction. *Session*: the
 connection is not what it was for whoever has it next.
 
-It reads first words and no SQL, but for the names of the functions that take a lock of the session. So it cannot see what other
-functions and procedures do: `SELECT set_config(...)`, a COMMIT in a procedure, a trigger or a prepared text; nor a temporary
-table made by `SELECT ... INTO TEMP` or by the name of its schema. `unseen` says that a statement runs a text which is not there
-to read; the transaction's own witnesses tell what became of it.
+It reads first words and no SQL, but for the names of the functions that take a lock of the session, and what `leftovers` looks
+for. So it cannot see what other functions and procedures do: a SET or a COMMIT in a procedure, a trigger or a prepared text.
+`unseen` says that a statement runs a text which is not there to read; the transaction's own witnesses tell what became of it.
 """
 
 import re
@@ -15,6 +14,7 @@ from functools import cache, lru_cache
 from itertools import product
 from typing import Final
 
+from exactly_once.dialects.leftovers import left
 from exactly_once.dialects.statements import Grammar, statements
 from exactly_once.dialects.verbs import JUDGES, Read, opens_body
 
@@ -31,8 +31,8 @@ _PLAIN: Final = {
 
 # of the session, so they outlive the transaction in an idle connection of the pool; whoever waits for one waits for ever
 _LOCKS: Final = {
-    "postgresql": re.compile(r"\bpg_(?:try_)?advisory_lock", re.IGNORECASE),
-    "mysql": re.compile(r"\bGET_LOCK\s*\(", re.IGNORECASE),
+    "postgresql": re.compile(r"\bpg_(?:try_)?advisory_(?:un)?lock", re.IGNORECASE),
+    "mysql": re.compile(r"\b(?:GET_LOCK|RELEASE_(?:ALL_)?LOCKS?)\b", re.IGNORECASE),
 }
 LOCK: Final = "a lock of the session"
 
@@ -69,11 +69,22 @@ def read(statement: str, grammar: Grammar) -> Read:
 
 
 def _read(statement: str, grammar: Grammar) -> Read:
+    said = _told(statement, grammar)
+    if said.refused is not None:
+        return said
     locks = _LOCKS.get(grammar.dialect)
-    if locks is not None and "_lock" in statement.lower() and locks.search(statement):
-        said = _told(statement, grammar)
-        return said if said.session is not None else said._replace(session=LOCK)
-    return _told(statement, grammar)
+    if locks is not None and "lock" in (lowered := statement.lower()) and locks.search(lowered):
+        return said._replace(session=LOCK)  # whatever else it changes: with a lock the connection is closed at once
+    if said.session is None:
+
+        def judge(tokens: list[str]) -> str | None:
+            return JUDGES[grammar.dialect](tokens).session
+
+        for possible in (grammar, *_possible(statement, grammar)):
+            found = left(statement, possible, judge, block=said.unseen is not None)
+            if found is not None:
+                return said._replace(session=found.session, unless=found.unless)
+    return said
 
 
 def _told(statement: str, grammar: Grammar) -> Read:

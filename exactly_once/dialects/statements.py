@@ -40,7 +40,7 @@ SQLITE: Final = Grammar("sqlite")
 
 # how many tokens of a statement are kept, but for those whose first word needs the whole
 _HEAD: Final = 8
-_WHOLE: Final = frozenset({"CREATE", "DECLARE", "EXPLAIN", "SET"})
+_WHOLE: Final = frozenset({"CALL", "CREATE", "DECLARE", "EXECUTE", "EXPLAIN", "GET", "LOAD", "SET"})
 
 _LETTER: Final = r"A-Za-z_\x80-\U0010ffff"
 _TOKENS: Final = {
@@ -75,18 +75,24 @@ _EXECUTED: Final = re.compile(r"/\*(M?)!([0-9]{5,6})?")
 _BLANK: Final = re.compile(r"[ \t\n\r\f\v]+|--[^\n\r]*")
 
 
-def statements(text: str, grammar: Grammar) -> Iterator[list[str]]:
-    """Yield the tokens each statement begins with; of SET, CREATE, DECLARE and EXPLAIN all of them.
+def statements(text: str, grammar: Grammar, *, whole: bool = False) -> Iterator[list[str]]:
+    """Yield the tokens each statement begins with; of SET, CREATE, CALL and some others all of them.
 
     A word comes in capitals, a name in quotes as `"` and the name, a string as `'` alone, all else character by
     character; comments and leading brackets not at all. Time is linear in the length of the text.
+
+    Args:
+        text: What is sent.
+        grammar: How its server reads it.
+        whole: Yield all tokens of every statement, and of a string between dollars `$` and what is in it.
     """
     dialect = grammar.dialect
     if dialect == "postgresql":
         text = text.partition("\0")[0]  # libpq sends no further
     match, dull = _TOKENS[dialect].match, _DULL[dialect].match
     tokens: list[str] = []
-    room, position, executing = _HEAD, 0, False
+    head = len(text) if whole else _HEAD
+    room, position, executing = head, 0, False
     while found := (not room and dull(text, position)) or match(text, position):
         kind, start, position = found.lastgroup, position, found.end()
         token = ""
@@ -95,7 +101,7 @@ def statements(text: str, grammar: Grammar) -> Iterator[list[str]]:
         if kind == "end":
             if tokens:
                 yield tokens
-            tokens, room, executing = [], _HEAD, False
+            tokens, room, executing = [], head, False
             continue
         if kind == "word":
             if room:
@@ -119,7 +125,7 @@ def statements(text: str, grammar: Grammar) -> Iterator[list[str]]:
             if found[0] not in "(\0" or tokens:
                 token = found[0]
         else:
-            position, token = _quoted(text, start, position, found[0], grammar)
+            position, token = _quoted(text, start, position, found[0], grammar, whole=whole)
         if room and token:
             tokens.append(token)
             room -= 1
@@ -129,12 +135,14 @@ def statements(text: str, grammar: Grammar) -> Iterator[list[str]]:
         yield tokens
 
 
-def _quoted(text: str, start: int, position: int, opening: str, grammar: Grammar) -> tuple[int, str]:
+def _quoted(text: str, start: int, position: int, opening: str, grammar: Grammar, *, whole: bool) -> tuple[int, str]:
     """Return where a quote that opens ends, and its token."""
     if grammar.dialect == "postgresql":
         if opening[0] == "$":
             end = text.find(opening, position)
-            return (len(text) if end < 0 else end + len(opening)), "'"
+            if end < 0:
+                return len(text), "'"
+            return end + len(opening), "$" + text[position:end] if whole else "'"
         if opening != '"':
             escapes = opening[0] in "eE" or (opening == "'" and grammar.backslash)
             return _continued(text, position, escapes), "'"

@@ -3,7 +3,8 @@
 It reads first words and no SQL: what a function or a procedure does it does not know. `keywords` asks it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 from exactly_once.dialects.statements import Grammar
@@ -19,12 +20,21 @@ class Read(NamedTuple):
         refused: What would end the transaction; then nothing behind it was read.
         session: What changes the connection for longer than the transaction.
         unseen: What runs a text that cannot be read here: CALL, EXECUTE, DO.
+        unless: The names of parameters, in capitals: the session is not changed where each of them is true.
     """
 
     first: str
     refused: str | None = None
     session: str | None = None
     unseen: str | None = None
+    unless: tuple[str, ...] = ()
+
+    def changes(self, values: object) -> str | None:
+        """Say what changes the session when the text is sent with these values."""
+        if not self.unless or not isinstance(values, Mapping):
+            return self.session
+        local = [value is True for name, value in values.items() if str(name).upper() in self.unless]
+        return None if local and all(local) else self.session
 
 
 _ENDS: Final = frozenset({"COMMIT", "BEGIN", "START", "END", "ABORT"})
@@ -91,7 +101,8 @@ def _postgresql(tokens: list[str]) -> Read:
         return Read(first, session="DECLARE WITH HOLD")
     if first == "EXPLAIN" and "CREATE" in tokens:  # EXPLAIN ANALYZE makes the table, too
         tokens = tokens[tokens.index("CREATE") :]
-    if _makes_temporary(tokens, "TEMP", "TEMPORARY") and not _in_a_row(tokens, "ON", "COMMIT", "DROP"):
+    made = _makes_temporary(tokens, "TEMP", "TEMPORARY") or _makes_in(tokens, "PG_TEMP")
+    if made and not _in_a_row(tokens, "ON", "COMMIT", "DROP"):
         return Read(first, session="CREATE TEMPORARY")
     return Read(first)
 
@@ -125,9 +136,11 @@ def _mysql(tokens: list[str]) -> Read:
         return Read(first, session="USE")
     if first in ("PREPARE", "DEALLOCATE") or (first == "HANDLER" and "OPEN" in tokens):
         return Read(first, session=first)
-    if first in ("CALL", "EXECUTE"):
-        return Read(first, unseen=first)
-    return Read(first)
+    # an argument that is given back, a column that is read into it, a diagnostic: the next handler would find it
+    variable = "@variable" if first in ("CALL", "EXECUTE", "GET", "LOAD") and _names_variable(tokens) else None
+    if first == "EXECUTE" and second == "IMMEDIATE":
+        return Read(first, session="EXECUTE IMMEDIATE", unseen=first)  # of a text that may set anything
+    return Read(first, session=variable, unseen=first if first in ("CALL", "EXECUTE") else None)
 
 
 def _commits_nothing(first: str, second: str) -> bool:
@@ -196,7 +209,7 @@ def _sqlite(tokens: list[str]) -> Read:
     tokens = _explained(tokens)  # some settings are made while a statement is only prepared
     if tokens[0] in ("ATTACH", "DETACH"):
         return Read(first, session=tokens[0])
-    if _makes_temporary(tokens, "TEMP", "TEMPORARY"):
+    if _makes_temporary(tokens, "TEMP", "TEMPORARY") or _makes_in(tokens, "TEMP", "TEMPORARY"):
         return Read(first, session="CREATE TEMPORARY")
     if tokens[0] == "PRAGMA":
         name = tokens[1:4] if tokens[2:3] != ["."] else tokens[3:6]
@@ -221,6 +234,26 @@ def _makes_temporary(tokens: list[str], *words: str) -> bool:
         if word not in ("OR", "REPLACE", "LOCAL", "GLOBAL"):
             return word in words
     return False
+
+
+def _makes_in(tokens: list[str], *schemas: str) -> bool:
+    """Say whether something is made in a schema of the session's own, by that schema's name."""
+    if tokens[0] != "CREATE":
+        return False
+    for word, following in pairwise(tokens):
+        if word in ("(", "AS"):  # what it is called is read
+            return False
+        if following == "." and word.removeprefix('"').upper() in schemas:
+            return True
+    return False
+
+
+def _names_variable(tokens: list[str]) -> bool:
+    """Say whether a variable of the user's stands there: @name, and no @@name, which is the server's."""
+    return any(
+        word == "@" and tokens[index - 1] != "@" and tokens[index + 1 : index + 2] != ["@"]
+        for index, word in enumerate(tokens)
+    )
 
 
 def _outside_brackets(tokens: list[str]) -> Iterator[tuple[int, str]]:

@@ -57,14 +57,16 @@ def install(engine: Engine) -> None:
 
 
 def _refusing(send: _Execute) -> Callable[..., bool | None]:
-    return lambda cursor, text, values, context: _sending(text, context, lambda: send(cursor, text, values, context))
+    return lambda cursor, text, values, context: _sending(
+        text, values, context, lambda: send(cursor, text, values, context)
+    )
 
 
 def _refusing_bare(send: _Execute) -> Callable[..., bool | None]:
-    return lambda cursor, text, context: _sending(text, context, lambda: send(cursor, text, context))
+    return lambda cursor, text, context: _sending(text, None, context, lambda: send(cursor, text, context))
 
 
-def _sending(statement: str, context: ExecutionContext, send: Callable[[], None]) -> bool | None:
+def _sending(statement: str, values: object, context: ExecutionContext, send: Callable[[], None]) -> bool | None:
     """Before a statement is sent; True says that it was sent here."""
     watch = _watch_of(context.root_connection.connection)
     if watch is None and statement[:3] in ("SET", "set") and _sets_the_clock(statement, context):
@@ -94,8 +96,8 @@ def _sending(statement: str, context: ExecutionContext, send: Callable[[], None]
         )
     if read.session == LOCK:
         watch.locked = True
-    elif read.session is not None:
-        watch.changed = read.session
+    elif read.session is not None and (changed := read.changes(values)) is not None:
+        watch.changed = changed
     if read.unseen is None or not dialect.asks_around_calls:
         return None
     watch.call = dialect.before_call(dbapi, watch.info, watch.owner)

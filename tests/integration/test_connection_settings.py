@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, MetaData, Table, create_engine, event, inspect, select, text
+from sqlalchemy import Engine, MetaData, Table, create_engine, event, func, inspect, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
@@ -21,7 +21,7 @@ from exactly_once.testing.databases import DatabaseServer
 from exactly_once.testing.postgres import EmbeddedPostgres
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
 from tests.integration.threads import until
-from tests.integration.ways import ALONE, IN_A_GROUP, UNDER_A_LEASE, WAYS, Way
+from tests.integration.ways import ALONE, IN_A_GROUP, UNDER_A_LEASE, WAYS, Way, mariadb_procedures
 from tests.services.mariadb import MYSQLD
 
 pytestmark = pytest.mark.nightly(meet=2)
@@ -140,6 +140,33 @@ def test_what_is_stronger_or_was_chosen_with_care_stays(postgres: Shop, way: Way
     way.handles(postgres, first_then(sends(f"SET LOCAL synchronous_commit = '{stays}'")))
     assert one_by_one(postgres, way, [1, 2]) == [P, P]
     assert durable(postgres) == [stays, "on"]
+
+
+@each_way
+@pytest.mark.parametrize(
+    "off", ["PERFORM set_config('synchronous_commit', 'off', true)", "SET LOCAL synchronous_commit = off"]
+)
+@pytest.mark.parametrize("deferred", ["DEFERRED", "IMMEDIATE"])
+def test_a_trigger_that_waits_for_commit_has_the_last_word_on_durability(
+    postgres: Shop, way: Way, off: str, deferred: str
+) -> None:
+    """The limit: PostgreSQL runs it in COMMIT, behind all that we can send. Claim and effects are lost together, or kept."""
+    run(
+        postgres,
+        f"CREATE FUNCTION public.loses() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {off}; RETURN NULL; END $$",
+        # the first of two in the alphabet; the other notes what is in force then
+        f"CREATE CONSTRAINT TRIGGER loses AFTER INSERT ON effect DEFERRABLE INITIALLY {deferred}"
+        " FOR EACH ROW EXECUTE FUNCTION public.loses()",
+    )
+    way.handles(postgres, first_then(lambda session: None))
+    assert one_by_one(postgres, way, [1, 2]) == [P, P]
+    assert durable(postgres) == ["off" if deferred == "DEFERRED" else "on"] * 2
+    assert one_by_one(postgres, way, [1, 2]) == [D, D]
+    assert (sorted(postgres.effects()), sorted(postgres.claims())) == (["1", "2"], ["1", "2"])
+    # it ends with its transaction: the next one is durable unless it meets the trigger, too
+    run(postgres, "DROP TRIGGER loses ON effect")
+    assert one_by_one(postgres, way, [3]) == [P]
+    assert durable(postgres)[2:] == ["on"]
 
 
 @pytest.mark.parametrize("way", [ALONE, UNDER_A_LEASE], ids=str)
@@ -574,6 +601,7 @@ def tenants(postgres: Shop) -> Iterator[Shop]:
 AS_TENANT = {
     "role": "SET LOCAL ROLE tenant",
     "role by set_config": "SELECT set_config('role', 'tenant', true)",
+    "role by the session's user": "SET LOCAL SESSION AUTHORIZATION tenant",
     "path": "SET LOCAL search_path TO other, public",
     "path without our tables": "SET LOCAL search_path TO pg_catalog",
 }
@@ -637,12 +665,39 @@ KEPT_POSTGRES: dict[str, tuple[str, str, Any]] = {
     "as the second statement": (
         "SELECT 1; SET timezone = 'Asia/Tokyo'", "SELECT current_setting('timezone') = 'Asia/Tokyo'", False
     ),
+    "set_config": (
+        "SELECT pg_catalog.set_config('timezone', 'Asia/Tokyo', false)",
+        "SELECT current_setting('timezone') = 'Asia/Tokyo'", False,
+    ),
+    "set_config of two": (
+        "SELECT set_config('work_mem', '1MB', true), set_config('shop.tenant', 'seven', false)",
+        "SELECT coalesce(current_setting('shop.tenant', true), '')", "",
+    ),
+    "set_config in a block": (
+        "DO $$ BEGIN PERFORM set_config('shop.tenant', 'seven', false); END $$",
+        "SELECT coalesce(current_setting('shop.tenant', true), '')", "",
+    ),
+    "SET in a block": (
+        "DO $$ BEGIN SET shop.tenant = 7; END $$", "SELECT coalesce(current_setting('shop.tenant', true), '')", ""
+    ),
+    "SELECT INTO TEMP": ("SELECT 1 AS a INTO TEMP kept", "SELECT count(*) FROM pg_class WHERE relname = 'kept'", 0),
+    "WITH ... INTO TEMPORARY": (
+        "WITH x AS (SELECT 1 AS a) SELECT a INTO TEMPORARY TABLE kept FROM x",
+        "SELECT count(*) FROM pg_class WHERE relname = 'kept'", 0,
+    ),
+    "CREATE TABLE in pg_temp": ("CREATE TABLE pg_temp.kept (a int)", "SELECT count(*) FROM pg_class WHERE relname = 'kept'", 0),
 }  # fmt: skip
 KEPT_MARIADB: dict[str, tuple[str, str, Any]] = {
     "SET": ("SET sql_mode = ''", "SELECT @@sql_mode = ''", 0),
     "SET SESSION": ("SET SESSION time_zone = '+09:00'", "SELECT @@time_zone = '+09:00'", 0),
     "SET @@": ("SET @@foreign_key_checks = 0", "SELECT @@foreign_key_checks", 1),
     "SET @variable": ("SET @tenant = 7", "SELECT @tenant", None),
+    "SELECT INTO @variable": ("SELECT 7 INTO @tenant", "SELECT @tenant", None),
+    "@variable :=": ("SELECT @tenant := 7", "SELECT @tenant", None),
+    "DO @variable :=": ("DO @tenant := 7", "SELECT @tenant", None),
+    "UPDATE @variable :=": ("UPDATE effect SET text = (@tenant := 'seven')", "SELECT @tenant", None),
+    "a lock": ("DO GET_LOCK('kept', 0)", "SELECT IS_USED_LOCK('kept') = CONNECTION_ID()", None),
+    "GET DIAGNOSTICS": ("GET DIAGNOSTICS @tenant = ROW_COUNT", "SELECT @tenant", None),
     "PREPARE": ("PREPARE mine FROM 'SELECT 1'", "EXECUTE mine", "refused"),
     "SET TRANSACTION": (
         "SET SESSION TRANSACTION ISOLATION LEVEL SERIALIZABLE",
@@ -655,6 +710,10 @@ KEPT_MARIADB: dict[str, tuple[str, str, Any]] = {
 @pytest.mark.parametrize("kept", KEPT_POSTGRES)
 def test_the_next_handler_on_postgresql_finds_nothing_that_the_first_left(postgres: Shop, way: Way, kept: str) -> None:
     _finds_nothing(postgres, way, *KEPT_POSTGRES[kept])
+
+
+if not MYSQLD:
+    KEPT_MARIADB["EXECUTE IMMEDIATE"] = ("EXECUTE IMMEDIATE 'SET @tenant = 7'", "SELECT @tenant", None)
 
 
 @some_ways
@@ -676,6 +735,60 @@ def _finds_nothing(shop: Shop, way: Way, statement: str, look: str, expected: An
     assert one_by_one(shop, way, [1, 2, 3]) == [P, P, P]
     assert seen == [expected] * 2
     assert shop.claims() == ["1", "2", "3"]
+
+
+@some_ways
+def test_what_a_call_gives_back_is_not_the_next_handlers(mariadb: Shop, way: Way) -> None:
+    mariadb_procedures(mariadb, gives="(OUT a INT) BEGIN SET a = 7; END")
+    _finds_nothing(mariadb, way, "CALL gives(@tenant)", "SELECT @tenant", None)
+
+
+FOR_ONE_TRANSACTION: dict[str, Callable[[], Any]] = {
+    "true": lambda: text("SELECT set_config('shop.tenant', :no, true)").bindparams(no="7"),
+    "func": lambda: select(func.set_config("shop.tenant", "7", True)),
+    "a parameter": lambda: text("SELECT set_config('shop.tenant', '7', :local)").bindparams(local=True),
+}
+
+
+@some_ways
+@pytest.mark.parametrize("sets", FOR_ONE_TRANSACTION)
+def test_what_is_set_for_one_transaction_costs_no_connection(postgres: Shop, way: Way, sets: str) -> None:
+    """How the rows of a tenant are shown to it alone: each message of such a shop does this."""
+    at: set[int] = set()
+
+    def do(session: Session, no: Any) -> None:
+        session.execute(FOR_ONE_TRANSACTION[sets]())
+        at.add(session.execute(text("SELECT pg_backend_pid()")).scalar_one())
+        assert session.execute(text("SELECT current_setting('shop.tenant')")).scalar_one() == "7"
+
+    way.handles(postgres, do)
+    assert one_by_one(postgres, way, [1, 2, 3]) == [P, P, P]
+    assert len(at) == 1
+
+
+@some_ways
+def test_a_parameter_that_says_for_the_session_is_read(postgres: Shop, way: Way) -> None:
+    seen: list[Any] = []
+    way.handles(
+        postgres,
+        first_then(
+            lambda session: session.execute(select(func.set_config("shop.tenant", "7", False))),
+            lambda session: seen.append(
+                session.execute(text("SELECT coalesce(current_setting('shop.tenant', true), '')")).scalar_one()
+            ),
+        ),
+    )
+    assert one_by_one(postgres, way, [1, 2]) == [P, P]
+    assert seen == [""]
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_a_temporary_table_of_sqlite_that_is_made_by_its_schema_is_not_the_next_handlers(
+    request: pytest.FixtureRequest, colour: str
+) -> None:
+    for shop in ground_on(request, "sqlite", colour):
+        look = "SELECT count(*) FROM sqlite_temp_master"
+        _finds_nothing(shop, ALONE, "CREATE TABLE temp.kept (a int)", look, 0)
 
 
 @pytest.mark.parametrize("way", [ALONE, UNDER_A_LEASE], ids=str)
