@@ -21,8 +21,7 @@ def see_committed(dbapi: Any) -> None:
 
     A listener of the user's, such as one that pings as a connection is taken, may have begun one. The server alone knows: of
     rows that PyMySQL reads it is told no status. That transaction is rolled back, as it would be after a look; a SET is no
-    part of it. Or the session's `completion_type` has begun it, which
-    is to begin no other one now.
+    part of it. Or the session's `completion_type` has begun it, which is to begin no other one now.
 
     Args:
         dbapi: The driver's connection.
