@@ -195,21 +195,25 @@ def test_one_that_comes_while_processes_run_ends_some_of_them_and_is_kept(shop: 
     assert shop.printed().count("(signal 6)") <= 4
 
 
-def test_a_packed_message_of_a_tag_that_is_not_wanted_is_let_be(shop: Shop) -> None:
+@pytest.mark.parametrize(("wanted", "other"), [("created", "cancelled"), ("Aa", "BB")], ids=["plain", "hash_alike"])
+def test_a_packed_message_of_a_tag_that_is_not_wanted_is_let_be(shop: Shop, wanted: str, other: str) -> None:
+    """The broker compares hashes, and "Aa" has that of "BB": the library gets both, and unpacks before it looks at tags."""
     shop.without_packages()
-    shop.tag = "created"
-    shop.send_packed("other", "LZ4", tag="cancelled")
-    shop.send("mine", tag="created")
+    shop.tag = wanted
+    shop.send_packed("other", "LZ4", tag=other)
+    shop.send("mine", tag=wanted)
     child = shop.start()
     shop.wait(lambda: shop.handled() == {"mine"}, "it goes on")
+    shop.send("later", tag=wanted)
+    shop.wait(lambda: shop.handled() == {"mine", "later"}, "the client has joined")
     assert child.poll() is None
     assert shop.failures() == []
 
 
-def damaged(place: Place, body: bytes) -> None:
+def damaged(place: Place, body: bytes, *, tag: str = "t") -> None:
     """Send what says that it is packed, and is nothing."""
     fields = {"producerGroup": "walls", "topic": place.topic, "defaultTopic": "TBW102", "defaultTopicQueueNums": 4}
-    fields |= {"queueId": 0, "sysFlag": 1, "bornTimestamp": 1, "flag": 0, "properties": "KEYS\1b a\2TAGS\1t\2"}
+    fields |= {"queueId": 0, "sysFlag": 1, "bornTimestamp": 1, "flag": 0, "properties": f"KEYS\1b a\2TAGS\1{tag}\2"}
     with place.server.admin() as remoting:
         remoting.demand(10, fields | {"reconsumeTimes": 0, "unitMode": "false", "batch": "false"}, body)
 
@@ -235,5 +239,23 @@ def test_leaving_before_the_library_has_joined_loses_nothing(rocketmq: RocketMQ,
         assert got[0].message.message_id == first.message.message_id
         assert (got[1].message.key, got[1].message.tag) == ("a b", "t")
         assert dict(got[1].message.properties) == {"eo-unread": "damaged"}
+    finally:
+        leave(consumers)
+
+
+def test_of_two_tags_of_one_hash_only_the_wanted_one_is_handed_out(rocketmq: RocketMQ) -> None:
+    place = Place(rocketmq, queues=1)
+    wanted = [Subscription(place.topic, ("Aa",))]
+    fix_starting_points(Admin([place.server.name_server]), Names(), place.group, wanted)
+    place.send(b"0", tag="BB")
+    damaged(place, b"not packed at all", tag="BB")
+    place.send(b"2", tag="Aa")
+    damaged(place, b"nor this", tag="Aa")
+    damaged(place, b"nor that", tag="BB")
+    consumers = place.transport().subscribe(place.group, wanted)
+    try:
+        place.send(b"5", tag="BB")
+        place.send(b"6", tag="Aa")
+        assert [delivery.message.body for delivery in take(consumers[0], 3)] == [b"2", b"nor this", b"6"]
     finally:
         leave(consumers)

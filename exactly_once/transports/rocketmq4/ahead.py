@@ -42,7 +42,10 @@ Offer = Callable[[Message, BadBody | None], bool]
 
 @dataclass(slots=True)
 class Stretch:
-    """A queue from where the group stands; `last` is the last message there that the client would die of."""
+    """A queue from where the group stands; `last` is the last message there that the client would die of.
+
+    What a broker answers with for `expression` is what it hands the client; `wanted` says which of that are for handlers.
+    """
 
     queue: Queue
     first: int
@@ -104,7 +107,8 @@ def _look(
             continue
         data, following = admin.pull(theirs, stretch.queue, offset, stretch.expression)
         for stored in stored_in(data):
-            if stretch.wanted(stored) and stored.deadly:
+            # also of a tag that is not wanted: the broker compares hashes, and the client unpacks before it looks at tags
+            if stored.deadly:
                 stretch.last = stored.offset
         if following > offset:
             reading.append((stretch, following, end))
