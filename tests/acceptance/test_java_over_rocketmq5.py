@@ -2,6 +2,7 @@
 
 import json
 import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,10 @@ from sqlalchemy.orm import Session
 from exactly_once import ExactlyOnce
 from exactly_once.failures import triage
 from exactly_once.message import Message
+from exactly_once.packed import MOST_BYTES
 from exactly_once.transport import Subscription
 from exactly_once.transports.rocketmq5 import wall
+from exactly_once.transports.rocketmq5.session import Grip
 from exactly_once.verdict import Ack
 from tests.acceptance.test_rocketmq5_walls import Broker, bare_receive, receive, until
 from tests.services import java_producer
@@ -133,3 +136,35 @@ def test_a_body_that_is_damaged_is_a_dead_letter_and_stays_one(broker: Broker, s
         triage.requeue(connection, shop.eo.stores["default"].tables, chosen, by="me", why=None, per_second=None)
     shop.work_until(lambda: [row.state for row in shop.failures()] == ["dead"] * 3)
     assert (shop.handled, sorted(row.body for row in shop.failures())) == ([], bodies)
+
+
+def test_a_body_that_grows_beyond_what_memory_takes_is_a_dead_letter_as_it_came(broker: Broker, shop: Shop) -> None:
+    """132 KiB by zlib, which the client itself would unpack to any length."""
+    sent = {"producerGroup": "walls", "topic": shop.topic, "defaultTopic": "TBW102", "defaultTopicQueueNums": 4}
+    sent |= {"queueId": 0, "flag": 0, "reconsumeTimes": 0, "unitMode": "false", "batch": "false"}
+    body = zlib.compress(b" " * (MOST_BYTES + 1) + b'{"no": "A"}')
+    with broker.server.admin() as remoting:
+        remoting.demand(10, sent | {"sysFlag": 1, "bornTimestamp": 1, "properties": "KEYS\1A\2"}, body)
+    shop.work_until(lambda: shop.failures() or shop.handled)
+    [row] = shop.failures()
+    assert (row.state, row.error_class, row.message_key, row.body) == ("dead", "BadBody", "A", body)
+    assert f"more than {MOST_BYTES} bytes" in row.error_text
+
+
+def test_a_packed_body_whose_sum_is_wrong_is_not_read_later_either() -> None:
+    """It may well be unpacked, and is not what was sent."""
+    from rocketmq.grpc_protocol import DigestType, Encoding, SendMessageRequest
+
+    from exactly_once.transports.rocketmq5.reading import delivery  # brings the client
+
+    raw = SendMessageRequest().messages.add()
+    raw.body = zlib.compress(b'{"no": "A"}')
+    raw.system_properties.body_encoding = Encoding.GZIP
+    raw.system_properties.body_digest.type = DigestType.CRC32
+    raw.system_properties.body_digest.checksum = f"{zlib.crc32(raw.body):X}"
+    sound = delivery(raw, "orders", Grip("id-1", "handle", None, 0.0))
+    assert (sound.message.body, sound.unread) == (b'{"no": "A"}', None)
+    raw.system_properties.body_digest.checksum = "0"
+    wrong = delivery(raw, "orders", Grip("id-1", "handle", None, 0.0))
+    assert (wrong.message.body, wrong.message.properties["eo-unread"]) == (raw.body, "damaged")
+    assert wrong.unread is not None

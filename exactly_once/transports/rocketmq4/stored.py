@@ -5,9 +5,7 @@ magic numbers has two bytes for the length of the topic.
 """
 
 import struct
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Final, NamedTuple
 
 from exactly_once import packed
@@ -40,7 +38,13 @@ class Stored(NamedTuple):
     @property
     def deadly(self) -> bool:
         """librocketmq takes every packed body for one of zlib, and ends the process where it is none."""
-        return self.is_packed and _inflated(self.body) is None
+        if not self.is_packed:
+            return False
+        try:
+            packed.unpacked("zlib", self.body)
+        except BadBody:
+            return True
+        return False
 
     @property
     def tag(self) -> str | None:
@@ -99,15 +103,4 @@ def opened(stored: Stored, inside: Callable[[str], str], also: tuple[str, ...]) 
     message = with_former(message, keys)
     if not stored.is_packed:
         return message, None
-    if (body := _inflated(stored.body)) is not None:
-        return replace(message, body=body), None
-    return packed.opened(packed.unread(message, packed.named(stored.body) or "damaged"))
-
-
-def _inflated(body: bytes) -> bytes | None:
-    reader = zlib.decompressobj()
-    try:
-        found = reader.decompress(body, packed.MOST_BYTES)
-    except zlib.error:
-        return None
-    return found if reader.eof else None
+    return packed.opened(packed.unread(message, packed.named(stored.body)))

@@ -1,7 +1,8 @@
 """Makes deliveries of what came off the wire. Never raises: a message that cannot be read is handed out as it came, and says so.
 
-The client's own conversion checks sums and unpacks what zlib has packed; it knows neither LZ4 nor ZSTD, which Java's client
-writes, and raises for the whole batch where one body is bad. Called by the consumer.
+The client's own conversion checks sums. It would unpack what zlib has packed, to any length; it knows neither LZ4 nor ZSTD,
+which Java's client writes; and it raises for the whole batch where one body is bad. So bodies are unpacked here. Called by
+the consumer.
 """
 
 from dataclasses import replace
@@ -43,28 +44,25 @@ def delivery(raw: Any, topic: str, grip: Grip) -> Delivery:
     """
     # the proxy says GZIP of whatever is packed
     is_packed = raw.system_properties.body_encoding == Encoding.GZIP
-    compression = packed.named(raw.body) if is_packed else None
-    if compression is None:
-        try:
-            return Delivery(_message(raw, ReceivedMessage().fromProtobuf(raw), topic), grip)
-        except Exception as error:
-            return _unread(raw, topic, grip, error)
     try:
-        received = ReceivedMessage().fromProtobuf(_as_it_came(raw))
-        message = _message(raw, received, topic)  # the sum is that of the packed body
-        return Delivery(replace(message, body=packed.unpacked(compression, raw.body)), grip)
+        # the client would unpack to any length; and its sum is that of the packed body
+        message = _message(raw, ReceivedMessage().fromProtobuf(_as_it_came(raw) if is_packed else raw), topic)
     except Exception as error:
-        return _unread(raw, topic, grip, error, compression)
+        return _damaged(raw, topic, grip, error)
+    if not is_packed:
+        return Delivery(message, grip)
+    message, unread = packed.opened(packed.unread(message, packed.named(raw.body)))
+    return Delivery(message, grip, unread=unread)
 
 
-def _unread(raw: Any, topic: str, grip: Grip, error: Exception, compression: str = _DAMAGED) -> Delivery:
+def _damaged(raw: Any, topic: str, grip: Grip, error: Exception) -> Delivery:
     told = error if isinstance(error, BadBody) else BadBody(f"The message cannot be read: {describe(error)}.")
     try:
         received = ReceivedMessage().fromProtobuf(_as_it_came(raw))
         message = _message(raw, _Unchecked(received), topic)
     except Exception:  # not even its properties: what names it is kept, and its bytes
         message = Message(topic, raw.body, message_id=grip.message_id)
-    return Delivery(packed.unread(message, compression), grip, unread=told)
+    return Delivery(packed.unread(message, _DAMAGED), grip, unread=told)
 
 
 def _as_it_came(raw: Any) -> Any:
