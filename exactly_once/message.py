@@ -50,6 +50,8 @@ class Message:
         born_at: When the producer made it, by the producer's clock, timezone-aware; kept in UTC. One that no database stores
             (before the year 1000, after 9998) is None.
         attempt: The delivery count as the broker tells it, from 1.
+        unread: Set by what reads a broker's message, where the body stands here as it came, packed or damaged: the compression's
+            name, or another word for what is wrong. No property, for a sender could set that.
         former: Set by what reads a broker's message: those fields that the release before spelled otherwise, as it did. What was
             begun under that spelling ends under it. It goes with the next release.
 
@@ -74,6 +76,7 @@ class Message:
     message_id: str | None = field(default=None, kw_only=True)
     born_at: datetime | None = field(default=None, kw_only=True)
     attempt: int = field(default=1, kw_only=True)
+    unread: str | None = field(default=None, kw_only=True, repr=False)
     former: Mapping[str, Any] | None = field(default=None, kw_only=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -87,10 +90,11 @@ class Message:
             and (key is None or type(key) is str)
             and (ordering_key is None or type(ordering_key) is str)
             and (message_id is None or type(message_id) is str)
+            and (self.unread is None or type(self.unread) is str)
             and type(attempt) is int
             and attempt >= 1
         ):
-            for name in ("topic", "tag", "key", "ordering_key", "message_id"):
+            for name in ("topic", "tag", "key", "ordering_key", "message_id", "unread"):
                 object.__setattr__(self, name, _text(name, getattr(self, name)))
             object.__setattr__(self, "body", _body(body))
             object.__setattr__(self, "attempt", _attempt(attempt))

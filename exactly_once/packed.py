@@ -1,8 +1,8 @@
 """Packed bodies of RocketMQ, unpacked where the package for it is installed; else kept as they came.
 
 A message whose body cannot be read is still a message: a transport hands it out with its bytes and with what is wrong, its
-handlers record it, and the broker is told that it is done. `UNREAD_PROPERTY` among its properties says so for later: the pump
-unpacks it then, if it can. Called by the RocketMQ transports and by the pump. Pure, but for the import of a package.
+handlers record it, and the broker is told that it is done. Its `unread` says so for later: the pump unpacks it then, if it
+can. Called by the RocketMQ transports and by the pump. Pure, but for the import of a package.
 
 Java's client packs bodies of more than 4 KiB: by zlib, or by what `rocketmq.message.compressType` names; clients of RocketMQ 5
 pack by gzip, too. All but zlib write frames, which begin with bytes of their own, and a body may have several of them, which
@@ -21,7 +21,6 @@ from typing import Any, Final
 from exactly_once.error_words import words_of
 from exactly_once.errors import BadBody, MissingExtra
 from exactly_once.message import Message
-from exactly_once.rocketmq_properties import UNREAD_PROPERTY
 
 __all__ = ["MOST_BYTES", "named", "opened", "unpacked", "unread"]
 
@@ -76,7 +75,7 @@ def unread(message: Message, name: str) -> Message:
         message: With its body as it came.
         name: The compression, or another word for what is wrong.
     """
-    return replace(message, properties={**message.properties, UNREAD_PROPERTY: name})
+    return replace(message, unread=name)
 
 
 def opened(message: Message) -> tuple[Message, BadBody | None]:
@@ -85,7 +84,7 @@ def opened(message: Message) -> tuple[Message, BadBody | None]:
     Args:
         message: As the failure store keeps it.
     """
-    name = message.properties.get(UNREAD_PROPERTY)
+    name = message.unread
     if name is None:
         return message, None
     if name not in _READERS or message.body is None:
@@ -94,8 +93,7 @@ def opened(message: Message) -> tuple[Message, BadBody | None]:
         body = unpacked(name, message.body)
     except BadBody as error:
         return message, error
-    kept = {each: value for each, value in message.properties.items() if each != UNREAD_PROPERTY}
-    return replace(message, body=body, properties=kept), None
+    return replace(message, body=body, unread=None), None
 
 
 def _read(reader_of_one: Callable[[], Any], body: bytes, *, one: bool) -> bytes:

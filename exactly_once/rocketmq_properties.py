@@ -16,11 +16,9 @@ from typing import Any, Final
 
 from exactly_once.foreign import text_of
 
-__all__ = ["ORDERING_PROPERTY", "UNREAD_PROPERTY", "internal", "listed_properties", "named_properties", "with_names"]
+__all__ = ["ORDERING_PROPERTY", "internal", "listed_properties", "named_properties", "with_names"]
 
 NAMES_PROPERTY: Final = "eo-names"
-UNREAD_PROPERTY: Final = "eo-unread"
-"""On a kept message whose body stands there as it came: the compression's name, or another reason."""
 ORDERING_PROPERTY: Final = "__SHARDINGKEY"
 """Where RocketMQ's clients keep the key whose messages stay in order (version 5 calls it the message group)."""
 
@@ -37,7 +35,7 @@ _INTERNAL: Final = frozenset(
     | {"BORN_TIMESTAMP", "TIMER_ENQUEUE_MS", "TIMER_DEQUEUE_MS", "TIMER_ROLL_TIMES", "TIMER_OUT_MS"}
     | {"TIMER_DEL_UNIQKEY", "TIMER_ROLL_LABEL", "TIMER_DELAY_LEVEL", "TIMER_DELAY_MS", "DLQ_ORIGIN_TOPIC"}
     | {"DLQ_ORIGIN_MESSAGE_ID"}
-    | {ORDERING_PROPERTY, NAMES_PROPERTY, UNREAD_PROPERTY}
+    | {ORDERING_PROPERTY, NAMES_PROPERTY}
 )
 _TRANSIENT: Final = "__RMQ.TRANSIENT."
 

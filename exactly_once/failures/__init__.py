@@ -516,7 +516,10 @@ def _fitting(text: str | None, column: Column[str], characters: str) -> str | No
 
 
 def _properties_of(message: Message, characters: str) -> str:
-    properties = dict(message.properties)
+    """Return an object of texts; of a message whose body is not read a list of why, and that object: no sender can write one."""
+    properties: Any = dict(message.properties)
+    if message.unread is not None:
+        properties = [message.unread, properties]
     if characters == EVERY:
         text = json.dumps(properties, ensure_ascii=False, default=repr)
         try:

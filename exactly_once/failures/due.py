@@ -188,14 +188,17 @@ def _among(column: Column[str], names: Sequence[str]) -> ColumnElement[bool]:
 
 def message_of(row: Row[Any]) -> Message:
     """Return the message a failure row keeps, as it was."""
+    kept = json.loads(row.properties)
+    unread, properties = kept if isinstance(kept, list) else (None, kept)
     return Message(
         row.topic,
         row.body,
         tag=row.tag,
         key=row.message_key,
         ordering_key=row.ordering_key,
-        properties=json.loads(row.properties),
+        properties=properties,
         message_id=row.message_id,
         born_at=row.born_at,
         attempt=row.attempts + 1,
+        unread=unread,
     )

@@ -290,7 +290,7 @@ def test_every_field_is_read_alike_in_a_user_s_own_callback_and_in_the_transport
         return client.ConsumeStatus.CONSUME_SUCCESS
 
     consumer = place.bare(callback)
-    fields = {"tag": "T", "key": "K-ü", "ordering_key": "o-1", "properties": {"trace": "ä", "empty": "", "eo-id": "7"}}
+    fields = {"tag": "T", "key": "K-ü", "ordering_key": "o-1", "properties": {"eo-unread": "ä", "empty": "", "n": "7"}}
     place.send(BINARY, **fields)
     wait_until(lambda: len(heard) == 1, what="one heard", patience_s=30)
     consumer.shutdown()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from json import dumps, loads
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,14 +15,16 @@ from sqlalchemy import insert, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
+from zstandard import ZstdCompressor
 
-from exactly_once import ExactlyOnce, Lock, Message, Outcome, Reject, Retry, keys
+from exactly_once import ExactlyOnce, Lock, Message, Outcome, Reject, Retry, keys, packed
 from exactly_once.delivery import Told
+from exactly_once.errors import BadBody
 from exactly_once.failures import FailureStore
 from exactly_once.failures.due import DueFailures
 from exactly_once.failures.triage import Chosen, discard
 from exactly_once.runner import run_all
-from exactly_once.transport import Features
+from exactly_once.transport import Delivery, Features
 from exactly_once.verdict import Ack, Redeliver
 from tests.integration.shop import EFFECT, GROUP, ONLY, Do, Shop, order, put
 from tests.integration.threads import Turn, in_thread
@@ -248,6 +251,74 @@ def test_a_requeued_message_is_run_by_the_pump(shop: Shop) -> None:
         Flaky().register(shop)
         due(shop, "A-1", state="requeued")
         work(shop)
+    assert (shop.effects(), states(shop)) == (["A-1"], ["resolved"])
+
+
+def a_record(message: Message) -> Message:
+    """The message as Kafka's consumer hands it out."""
+    headers = [(name, text.encode()) for name, text in message.properties.items()]
+    record = {"topic": "orders", "partition": 3, "offset": 17, "timestamp": -1, "key": None, "headers": headers}
+    return Message.from_kafka(SimpleNamespace(value=message.body, **record))
+
+
+@pytest.mark.parametrize("value", ["", "zstd", "damaged"])
+@pytest.mark.parametrize("door", ["sql", "kafka"])
+def test_no_property_of_a_senders_makes_a_message_one_that_cannot_be_read(shop: Shop, door: str, value: str) -> None:
+    came: list[tuple[bytes | None, dict[str, str]]] = []
+
+    def plain(session: Session, message: Message) -> None:
+        came.append((message.body, dict(message.properties)))
+        put(session, "A-1")
+        if len(came) == 1:
+            raise ValueError("once")
+
+    async def awaited(session: AsyncSession, message: Message) -> None:
+        await session.run_sync(plain, message)
+
+    sent = order(properties={"eo-unread": value, "city": "Köln"})
+    with own_engines(shop):
+        register = shop.eo.handler("orders", key="no", retry=Retry(immediate=0, max_attempts=1))
+        register(awaited if shop.is_async else plain)
+        if door == "sql":
+            work(shop, sent, url="sql://")
+        elif shop.is_async:
+            shop.await_(shop.eo.aprocess(a_record(sent)))
+        else:
+            shop.eo.process(a_record(sent))
+        assert states(shop) == ["dead"]
+        requeued(shop, [shop.failure().id])
+        work(shop)
+    assert came == [(sent.body, dict(sent.properties))] * 2
+    assert (shop.effects(), states(shop)) == (["A-1"], ["resolved"])
+
+
+def test_a_body_that_could_not_be_read_is_kept_beside_the_senders_properties_and_read_later(shop: Shop) -> None:
+    came: list[Message] = []
+
+    def plain(session: Session, message: Message) -> None:
+        came.append(message)
+        put(session, "A-1")
+
+    async def awaited(session: AsyncSession, message: Message) -> None:
+        await session.run_sync(plain, message)
+
+    sent = order(properties={"eo-unread": "damaged", "city": "Köln"})
+    as_it_came = replace(sent, body=ZstdCompressor().compress(sent.body or b""))
+    with own_engines(shop):
+        shop.eo.handler("orders", key="no")(awaited if shop.is_async else plain)
+        delivery = Delivery(packed.unread(as_it_came, "zstd"), None, unread=BadBody("nothing unpacks it here"))
+        [keeping] = shop.eo._router.find(delivery)
+        told = (
+            shop.await_(greenlet_spawn(keeping.run, delivery.message, BROKER))
+            if shop.is_async
+            else keeping.run(delivery.message, BROKER)
+        )
+        assert told.outcome is Outcome.DEAD
+        assert (shop.failure().body, shop.failure().business_key) == (as_it_came.body, None)
+        requeued(shop, [shop.failure().id])
+        work(shop)
+    [message] = came
+    assert (message.body, message.properties) == (sent.body, sent.properties)
     assert (shop.effects(), states(shop)) == (["A-1"], ["resolved"])
 
 
