@@ -1,27 +1,31 @@
-"""What Apache's client for Java sends, through `rocketmq://`: the same message as through any other door."""
+"""Apache's clients for Java beside `rocketmq://`: what one side sends the other hears, and a group may have members of both."""
 
 import json
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
-from sqlalchemy import Row, select
+from sqlalchemy import Row, create_engine, select, text, update
 from sqlalchemy.orm import Session
 
-from exactly_once import ExactlyOnce
-from exactly_once.failures import triage
+from exactly_once import ExactlyOnce, Retry
+from exactly_once.failures import pump, triage
 from exactly_once.message import Message
 from exactly_once.packed import MOST_BYTES
+from exactly_once.schema import utcnow
 from exactly_once.transport import Subscription
 from exactly_once.transports.rocketmq5 import wall
 from exactly_once.transports.rocketmq5.session import Grip
 from exactly_once.verdict import Ack
+from tests.acceptance.java_hears import check_what_java_hears
 from tests.acceptance.test_rocketmq5_walls import Broker, bare_receive, receive, until
 from tests.services import java_producer
+from tests.services.java_consumer import JavaListener, JavaTaker
 from tests.services.need import need, require
-from tests.services.rocketmq import RocketMQ
+from tests.services.rocketmq import ROOT, RocketMQ
 
 LZ4, ZSTD = b"\x04\x22\x4d\x18", b"\x28\xb5\x2f\xfd"
 
@@ -52,6 +56,12 @@ def test_several_keys_of_a_java_producer_are_one_key_through_both_doors(broker: 
         ours.settle([(delivery, Ack())])
 
 
+def test_java_hears_what_our_producer_sends_field_by_field(broker: Broker) -> None:
+    names = {kind: broker.names(kind) for kind in ("NORMAL", "FIFO", "DELAY")}
+    topics = {kind: topic for kind, (topic, _) in names.items()}
+    check_what_java_hears(broker.server, broker.ours(), names["NORMAL"][1], topics)
+
+
 # -- bodies that Java's client has packed -----------------------------------------------------------------------------
 
 
@@ -63,9 +73,13 @@ class Shop:
         self.url = f"rocketmq://{broker.server.grpc}?invisible_s=10"
         self.eo = ExactlyOnce(database, group=self.group)
         self.handled: list[dict[str, str]] = []
-        self.eo.handler(self.topic, key="no")(self.reserve)
+        self.wrong = False
+        retry = Retry(immediate=0, delays=[2.0], max_attempts=9)
+        self.eo.handler(self.topic, key="no", retry=retry)(self.reserve)
 
     def reserve(self, session: Session, order: dict[str, str]) -> None:
+        if self.wrong:
+            raise ValueError("not today")
         self.handled.append(order)
 
     def work_until(self, condition: Callable[[], object]) -> Mapping[str, int]:
@@ -168,3 +182,92 @@ def test_a_packed_body_whose_sum_is_wrong_is_not_read_later_either() -> None:
     wrong = delivery(raw, "orders", Grip("id-1", "handle", None, 0.0))
     assert (wrong.message.body, wrong.message.unread) == (raw.body, "damaged")
     assert wrong.unread is not None
+
+
+# -- a group with members of both sides, as docs/how-to/java-listeners.md has it ---------------------------------------
+
+
+PAGE = ROOT / "docs" / "how-to" / "java-listeners.md"
+A = b'{"no": "A"}'
+
+
+def overdue(shop: Shop) -> Sequence[Row[Any]]:
+    store = shop.eo.stores["default"]
+    with store.engine.connect() as connection:
+        return triage.listed(connection, store.tables, triage.Chosen(group=shop.group, overdue=True), limit=10)
+
+
+def test_what_java_took_after_our_failure_stays_and_is_overdue_after_thirteen_hours(broker: Broker, shop: Shop) -> None:
+    shop.wrong = True
+    broker.send(Message(shop.topic, A))
+    shop.work_until(shop.failures)
+    with JavaTaker(broker.server, shop.group, shop.topic) as java:
+        assert java.wait_for(1) == [A], "the proxy has brought it to the other member"
+    [row] = shop.failures()
+    assert (row.state, row.next_attempt_at) == ("retrying", None)
+    assert overdue(shop) == []
+    store = shop.eo.stores["default"]
+    with store.engine.begin() as connection:
+        connection.execute(update(store.tables.failure).values(last_failed_at=utcnow(-13.1 * 3600)))
+    assert [row.business_key for row in overdue(shop)] == ["A"]
+
+
+def test_a_listener_that_asks_the_broker_is_not_brought_what_we_had_failed_on(broker: Broker, shop: Shop) -> None:
+    shop.wrong = True
+    broker.send(Message(shop.topic, A))
+    shop.work_until(shop.failures)
+    shop.wrong = False
+    with JavaListener(broker.server, shop.group, shop.topic) as java:
+        for number in range(
+            8
+        ):  # into all queues: it has some of them, for the worker's member is remembered for a while
+            broker.send(Message(shop.topic, json.dumps({"no": str(number)}).encode()))
+        java.wait_for(1)
+        shop.work_until(lambda: {"no": "A"} in shop.handled)
+        assert A not in {one.body for one in java.heard()}, "the worker alone was"
+
+
+def test_in_a_group_shared_with_a_listener_each_message_takes_effect_once_where_both_claim(
+    broker: Broker, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pump, "_SWEEP_S", 1.0)
+    topic, group = broker.names()
+    engine = create_engine(postgres_url)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE effect (no text, side text)"))  # what is doubled is there twice
+    eo = ExactlyOnce(postgres_url, group=group)
+    failed: set[str] = set()
+
+    def reserve(session: Session, order: dict[str, str]) -> None:
+        no = order["no"]
+        if no.endswith("5") and no not in failed:
+            failed.add(no)
+            raise ValueError("once")
+        session.execute(text("INSERT INTO effect VALUES (:no, 'python')"), {"no": no})
+
+    eo.handler(topic, key="no", retry=Retry(immediate=0, delays=[2.0], max_attempts=9))(reserve)
+    claim = PAGE.read_text().split("```sql\n")[1].partition("```")[0]
+    for name, value in ((":group", f"'{group}'"), (":handler", "'reserve'"), (":key", "?")):
+        claim = claim.replace(name, value)
+    url = engine.url
+    jdbc = f"jdbc:postgresql://{url.host}:{url.port}/{url.database}?user={url.username}&password={url.password or ''}"
+
+    def seen(query: str) -> list[Any]:
+        with engine.connect() as connection:
+            return list(connection.execute(text(query)).scalars())
+
+    numbers = [str(number) for number in range(40)]
+    messages = [Message(topic, json.dumps({"no": no}).encode(), key=no) for no in numbers]
+    with JavaListener(broker.server, group, topic, database=jdbc, claim=claim) as java:
+        broker.send(messages[0])
+        java.wait_for(1)  # it has its queues
+        with eo.worker(f"rocketmq://{broker.server.grpc}?invisible_s=10") as worker:
+            broker.send(*messages[1:])
+            until("all have taken effect", lambda: set(seen("SELECT no FROM effect")) == set(numbers))
+            until("what failed is closed", lambda: set(seen("SELECT state FROM message_failure")) <= {"resolved"})
+            worker.drain()
+        heard = java.heard()
+    assert any(one.claimed for one in heard), "both sides did some"
+    assert "python" in seen("SELECT side FROM effect")
+    assert Counter(seen("SELECT no FROM effect")) == Counter(numbers)
+    engine.dispose()

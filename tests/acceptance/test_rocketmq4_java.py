@@ -20,6 +20,7 @@ from exactly_once.transport import Subscription
 from exactly_once.transports.remoting import Admin
 from exactly_once.transports.rocketmq4.checks import fix_starting_points
 from exactly_once.transports.rocketmq4.messages import Names
+from tests.acceptance.java_hears import check_what_java_hears
 from tests.acceptance.test_rocketmq4_walls import Place, leave, take, the_client
 from tests.services import java_producer
 from tests.services.need import require
@@ -61,6 +62,11 @@ def test_several_keys_of_a_java_producer_are_one_key_through_both_doors(place: P
     finally:
         leave(consumers)
         bare.shutdown()
+
+
+def test_java_hears_what_our_producer_sends_field_by_field(place: Place) -> None:
+    topics = dict.fromkeys(("NORMAL", "FIFO", "DELAY"), place.topic)
+    check_what_java_hears(place.server, place.transport(), place.group, topics)
 
 
 # -- bodies that librocketmq cannot unpack: it ends its process, before anybody is called ------------------------------

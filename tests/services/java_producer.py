@@ -1,6 +1,7 @@
 """Apache's client for Java sends a message: what it does on the wire no client of Python does. Called by tests.
 
-Its jars come from Maven Central, once, into `.servers/rocketmq-client`. It is of another version than the server.
+Its jars come from Maven Central, once, into `.servers/rocketmq-client`, with what else `java_consumer` needs. It is of
+another version than the server.
 """
 
 import shutil
@@ -14,13 +15,14 @@ __all__ = ["fetch_jars", "missing", "send"]
 POM = Path(__file__).with_name("client-pom.xml")
 PROGRAM = Path(__file__).with_name("Producer.java")
 LIB = ROOT / ".servers" / "rocketmq-client"
+SIGN = "postgresql-*.jar"  # there, all are: the client's alone may be of an earlier checkout
 
 
 def missing() -> str | None:
     """Say why Java's client cannot send here, or return None."""
     if shutil.which("javac") is None:
         return "Java's client needs a JDK of 17 or newer, and there is none here (apt-get install default-jdk-headless)"
-    if not list(LIB.glob("rocketmq-client-*.jar")) and shutil.which("mvn") is None:
+    if not list(LIB.glob(SIGN)) and shutil.which("mvn") is None:
         return (
             f"the jars of Java's client are not in {LIB}, and there is no `mvn` to fetch them (apt-get install maven)"
         )
@@ -29,7 +31,7 @@ def missing() -> str | None:
 
 def fetch_jars() -> Path:
     """Bring the client's jars from Maven Central unless they are here, and return their folder."""
-    return fetched(POM, LIB, "rocketmq-client-*.jar")
+    return fetched(POM, LIB, SIGN)
 
 
 def send(
