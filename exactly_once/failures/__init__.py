@@ -163,9 +163,12 @@ def overdue(t: FromClause) -> ColumnElement[bool]:
 
     Another program of the group did it (a Java listener, which writes nothing here), or no worker ran, or the broker has
     given up. Nobody can tell these apart from here, and closing one that was not done would lose it: a person decides.
+
+    A *waiting* one without a time is no broker's: its COMMIT was never answered, so it was kept whole for a person, and
+    acknowledged. Only one whose body the database did not take stayed with its broker.
     """
     return and_(
-        t.c.state.in_(("retrying", "waiting")),
+        or_(t.c.state == "retrying", and_(t.c.state == "waiting", t.c.properties == _NO_PROPERTIES)),
         t.c.next_attempt_at.is_(None),
         t.c.last_failed_at < utcnow(-_OVERDUE.total_seconds()),
     )

@@ -112,6 +112,30 @@ def test_requeue_of_the_overdue_runs_them_alone(settings: Shop, capsys: pytest.C
     assert settings.states() == {"soon": "retrying", "due": "retrying", "dead": "dead", "overdue": "requeued"}
 
 
+def test_what_waits_for_a_person_is_not_overdue_and_no_discard_of_the_overdue_takes_it(
+    settings: Shop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its COMMIT was never answered, five times over: it may not have been done, and no broker is to bring it again."""
+    settings.four()
+    settings.feed("kept")
+    settings.feed("without body")
+    t = tables().failure
+    long_ago = {"state": "waiting", "last_failed_at": utcnow(-timedelta(hours=14).total_seconds())}
+    with settings.engine.begin() as connection:
+        connection.execute(update(t).where(t.c.business_key.in_(("kept", "without body"))).values(long_ago))
+        # what the database did not take stays with its broker
+        no_body = update(t).where(t.c.business_key == "without body").values(body=None, properties="null")
+        connection.execute(no_body)
+    alone, _ = typed(capsys, "failures", "list", "--overdue")
+    rows, _ = typed(capsys, "failures", "list", "--json")
+    typed(capsys, "failures", "discard", "--overdue", "--reason", "the Java listener did it")
+    assert {line.split("\t")[3] for line in alone.splitlines()} == {"overdue", "without body"}
+    assert {row["business_key"] for row in map(json.loads, rows.splitlines()) if row["overdue"]} == {
+        *("overdue", "without body"),
+    }
+    assert settings.states()["kept"] == "waiting"
+
+
 def test_doctor_counts_the_overdue(shop: Shop) -> None:
     def about() -> list[Finding]:
         return [finding for finding in examine(shop.eo, None) if "--overdue" in finding.text]
