@@ -194,9 +194,12 @@ def _is_not_mended(error: BaseException) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Park:
-    """Keep it whole in the failure store, in this state, for this reason; the broker is done with it."""
+    """Keep it whole in the failure store, in this state, for this reason; the broker is done with it.
 
-    state: Literal["dead", "broken", "waiting", "discarded"]
+    Discarded and resolved are what was found there: it stays so.
+    """
+
+    state: Literal["dead", "broken", "waiting", "discarded", "resolved"]
     reason: str
 
 

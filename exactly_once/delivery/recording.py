@@ -283,6 +283,8 @@ class Recording:
             escaped(text_of(error), 400),
         )
         match decision:
+            case Park("resolved"):
+                return DUPLICATE
             case Park(state, reason):
                 if state != "discarded":
                     known_by = failure.key or failure.message.message_id or ""

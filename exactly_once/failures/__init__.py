@@ -55,6 +55,8 @@ from exactly_once.wording import EVERY, storable
 __all__ = [
     "CLOSED",
     "OPEN",
+    "RESOLVABLE",
+    "RUNNABLE",
     "Failure",
     "FailureStore",
     "Form",
@@ -221,7 +223,8 @@ class FailureStore:
             decide: From the number of failures, this one included, what is to happen.
 
         Returns:
-            The decision that was stored, and the number of failures. A message that a person discarded stays discarded.
+            The decision that was stored, and the number of failures. A message that a person discarded stays discarded, and one
+            that is only to wait stays resolved where it was processed meanwhile.
         """
         for last in (False, True):
             try:
@@ -256,6 +259,8 @@ class FailureStore:
             again = row.message_id == storable(failure.message.message_id, MESSAGE_ID_BYTES, texts)
             if row.state == "discarded" and (again or self._is_claimed(session, failure)):
                 return Park("discarded", "a person discarded this message"), row.attempts
+            if row.state == "resolved" and not failure.counted and self._is_consumed(session, failure):
+                return Park("resolved", "another run has processed it"), row.attempts
             # under a lock, or once its claim was purged, a key comes another day: another message, with a place in the order,
             # and an id, of its own
             session.execute(delete(t).where(t.c.id == row.id))
@@ -296,6 +301,21 @@ class FailureStore:
         claims = self._tables().idempotent
         stands = claim_rows.of(claims, failure.group, failure.handler, failure.key)
         known = select(claims.c.status).where(stands)
+        return session.execute(all_rows(known, session.connection().dialect.name)).first() is not None
+
+    def _is_consumed(self, session: Session, failure: Failure) -> bool:
+        """Of a message that was only to wait: whether the run that it was to wait for has ended, and done it.
+
+        That run has closed the row and committed, both before this could have the row; opened once more it would be shown
+        to a person, whose discard would be of what took effect.
+        """
+        if failure.key is None:
+            return False
+        claims = self._tables().idempotent
+        stands = claim_rows.of(claims, failure.group, failure.handler, failure.key)
+        same = and_(stands, claims.c.status == CONSUMED, claims.c.fingerprint == failure.fingerprint)
+        # locked, for a plain look of InnoDB is at what stood there as this transaction began
+        known = select(claims.c.status).where(same).with_for_update(read=True)
         return session.execute(all_rows(known, session.connection().dialect.name)).first() is not None
 
     def _claim(self, session: Session, failure: Failure) -> None:

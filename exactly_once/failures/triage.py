@@ -18,7 +18,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Table, and_, exists, func
 from exactly_once import claim_rows
 from exactly_once.characters import characters_of
 from exactly_once.errors import ConfigurationError
-from exactly_once.failures import CLOSED, OPEN, overdue
+from exactly_once.failures import CLOSED, OPEN, RESOLVABLE, RUNNABLE, overdue
 from exactly_once.schema import CONSUMED, CONSUMING, DISCARDED, KEY_BYTES, UNFINISHED, Tables, all_rows, utcnow
 from exactly_once.wording import escaped, probably, storable
 from exactly_once.wording import listed as named
@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 _IDENTITY: Final = ("id", "state", "consumer_group", "handler", "business_key", "claim_owner", "last_failed_at")
+_LOOKS: Final = 3  # for a claim that comes or goes in between; then the whole is tried again
 _CLAIMED: Final = (*_IDENTITY, "message_id", "fingerprint", "attempts", "born_at")
 
 
@@ -204,6 +205,8 @@ def requeue(
 def discard(connection: Connection, tables: Tables, chosen: Chosen, *, by: str, why: str | None) -> int:
     """Settle these for good, and return how many: they do not run again, and neither does another copy of them.
 
+    One that took effect meanwhile (another run or another copy has its claim) is closed as processed, and not counted.
+
     The claims come first and the failures after them, in the order in which a run of the message writes both: the other way
     round each would wait for the other.
 
@@ -214,16 +217,18 @@ def discard(connection: Connection, tables: Tables, chosen: Chosen, *, by: str, 
     meant = select(*(t.c[name] for name in _CLAIMED)).where(chosen.where(connection, t))
     rows = connection.execute(all_rows(meant, connection.dialect.name)).all()
     # by key, as groups of messages claim
-    for row in sorted((row for row in rows if row.business_key is not None), key=lambda row: row.business_key.encode()):
-        _claim(connection, tables.idempotent, row)
+    known = sorted((row for row in rows if row.business_key is not None), key=lambda row: row.business_key.encode())
+    done = [row.id for row in known if not _claim(connection, tables.idempotent, row)]
     found = [row.id for row in rows]
     if not found:
         return 0
     still = select(t.c.id).where(t.c.id.in_(found), chosen.where(connection, t)).order_by(t.c.id).with_for_update()
     if len(connection.execute(all_rows(still, connection.dialect.name)).all()) != len(found):
         raise ChangedMeanwhile
-    _write(connection, t, found, {"state": "discarded", "next_attempt_at": None, **_decided(connection, by, why)})
-    return len(found)
+    _write(connection, t, done, {"state": "resolved", "next_attempt_at": None})
+    left = [id_ for id_ in found if id_ not in done]
+    _write(connection, t, left, {"state": "discarded", "next_attempt_at": None, **_decided(connection, by, why)})
+    return len(left)
 
 
 def _write(connection: Connection, t: Table, ids_: Sequence[int], values: Mapping[str, Any]) -> None:
@@ -231,18 +236,15 @@ def _write(connection: Connection, t: Table, ids_: Sequence[int], values: Mappin
         connection.execute(update(t).where(t.c.id.in_(ids_)).values(values))
 
 
-def _claim(connection: Connection, claims: Table, row: Row[Any]) -> None:
-    """Write the claim unless the key has one: another payload's, or that of a copy that was processed.
+def _claim(connection: Connection, claims: Table, row: Row[Any]) -> bool:
+    """Write the claim unless the key has one, and say whether the message is to be discarded: False where it took effect.
 
-    A lease that was begun is finished so, and taken from whoever still runs under it.
+    A lease that was begun is finished so, and taken from whoever still runs under it. One that is begun between the look for it
+    and the writing is found at the second look; nobody lets go of it then, for its row is locked.
     """
     settled = {"status": CONSUMED, "owner": DISCARDED, "token": None, "lease_until": None, "consumed_at": utcnow()}
-    begun = and_(
-        claim_rows.of(claims, row.consumer_group, row.handler, row.business_key),
-        claims.c.status.in_((CONSUMING, UNFINISHED)),
-    )
-    if connection.execute(update(claims).where(begun).values(settled)).rowcount:
-        return
+    stands = claim_rows.of(claims, row.consumer_group, row.handler, row.business_key)
+    begun = and_(stands, claims.c.status.in_((CONSUMING, UNFINISHED)))
     values = {
         "consumer_group": row.consumer_group,
         "handler": row.handler,
@@ -253,7 +255,24 @@ def _claim(connection: Connection, claims: Table, row: Row[Any]) -> None:
         "owner": DISCARDED,
         "born_at": row.born_at,
     }
-    claim_rows.write(connection, claims, values)
+    for _ in range(_LOOKS):
+        if connection.execute(update(claims).where(begun).values(settled)).rowcount:
+            return True
+        if claim_rows.write(connection, claims, values):
+            return True
+        # as it is now: a plain look may be at what stood there as this transaction began
+        there = select(claims.c.status, claims.c.fingerprint, claims.c.owner).where(stands).with_for_update(read=True)
+        claim = connection.execute(all_rows(there, connection.dialect.name)).one_or_none()
+        if claim is not None and claim.status == CONSUMED:
+            return claim.owner == DISCARDED or not _took_effect(row, claim.fingerprint)
+    raise ChangedMeanwhile
+
+
+def _took_effect(row: Row[Any], fingerprint: bytes) -> bool:
+    """Say whether a consumed claim is that of this failure's message, as the pump's sweep says it."""
+    if row.state not in RESOLVABLE:
+        return False  # a broken one: the claim stands with half of its effects
+    return fingerprint == row.fingerprint or (not fingerprint and row.state in RUNNABLE)
 
 
 def rename(connection: Connection, tables: Tables, group: str, old: str, new: str) -> Mapping[str, int]:

@@ -2,20 +2,24 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from threading import Event
+from datetime import timedelta
+from threading import Event, Thread
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, create_engine, event, insert, select, text
+from sqlalchemy import Connection, Engine, create_engine, event, insert, select, text, update
 from sqlalchemy.orm import Session
 from typer.testing import CliRunner
 
-from exactly_once import ExactlyOnce, Message, Outcome, Reject, Retry
+from exactly_once import ExactlyOnce, Lease, Message, Outcome, Reject, Retry
 from exactly_once.cli.failures import app as command
-from exactly_once.failures import decisions, triage
+from exactly_once.delivery import Delivering, Told
+from exactly_once.failures import FailureStore, decisions, triage
 from exactly_once.failures.decisions import Database, Part
 from exactly_once.failures.triage import Chosen
 from exactly_once.schema import tables, utcnow
+from exactly_once.transport import Features
+from exactly_once.verdict import Ack
 from tests.integration.threads import Turn, in_thread, until
 
 GROUP = "decisions"
@@ -26,12 +30,13 @@ EVERY = Chosen(group=GROUP)
 class World:
     """A database, and a handler that rejects, or waits in its transaction until it may go on."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, guard: Lease | None = None) -> None:
         self.engine = engine
         self.rejects = True
         self.there, self.may_go_on = Turn(), Event()
         self.eo = ExactlyOnce(engine, group=GROUP)
-        self.eo.handler("orders", key="no", retry=Retry(immediate=0, max_attempts=1), name="reserve")(self.reserve)
+        once = Retry(immediate=0, max_attempts=1)
+        self.eo.handler("orders", key="no", retry=once, name="reserve", guard=guard)(self.reserve)
         self.store = next(iter(self.eo.stores.values()))
         self.database = Database(
             engine.begin, tables(), lambda error: self.store.dialect.trouble(error).name == "TRANSIENT"
@@ -46,6 +51,12 @@ class World:
     def feed(self, number: str, attempt: int = 1) -> Outcome:
         body = json.dumps({"no": number}).encode()
         return self.eo.process(Message("orders", body, message_id=number, attempt=attempt))
+
+    def pump(self, number: str) -> Told:
+        """As the pump brings it, which is the one to bring it again."""
+        delivering = Delivering(self.eo.plans[0], self.store, GROUP, leases=self.eo.leases)
+        message = Message("orders", json.dumps({"no": number}).encode(), message_id=number)
+        return delivering.run(message, Features(redelivers=False, counts_attempts=False), pumped=True)
 
     def stuff(self, count: int, body: bytes = b"{}") -> None:
         """Write dead letters, as so many failed messages would have."""
@@ -113,6 +124,11 @@ def locking(request: pytest.FixtureRequest) -> Iterator[World]:
     engine.dispose()
 
 
+@pytest.fixture
+def leased(database: Engine) -> World:
+    return World(database, Lease(timedelta(seconds=30)))
+
+
 def test_a_discard_waits_for_the_run_under_way_and_finds_it_processed(locking: World) -> None:
     world = locking
     assert world.feed("A") is Outcome.DEAD
@@ -146,6 +162,71 @@ def test_a_discard_leaves_the_one_whose_run_goes_on_and_names_it(
         world.may_go_on.set()
     assert outcome == [Outcome.PROCESSED]
     assert done == Part(count=5, running=(world.rows()[0].id,))
+
+
+def test_one_that_waits_writes_nothing_over_what_another_run_has_done_meanwhile(
+    leased: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two operators requeue one message: it is taken twice, and the second run is told to wait as the first one ends."""
+    world = leased
+    assert world.feed("A") is Outcome.DEAD
+    world.rejects = False
+    first: list[Outcome] = []
+    record = FailureStore.record
+
+    def late(*given: Any) -> Any:
+        world.may_go_on.set()
+        until(lambda: first, "the end of the first run")
+        return record(*given)
+
+    with in_thread(lambda: first.append(world.pump("A").outcome)):
+        world.there.wait()
+        monkeypatch.setattr(FailureStore, "record", late)
+        second = world.pump("A")
+    assert first == [Outcome.PROCESSED]
+    assert (second.outcome, second.verdict) == (Outcome.DUPLICATE, Ack())
+    assert [row.state for row in world.rows()] == ["resolved"]
+
+
+def test_one_that_another_copy_has_done_is_not_told_as_discarded(world: World) -> None:
+    assert world.feed("A") is Outcome.DEAD
+    assert world.feed("B") is Outcome.DEAD
+    other = World(world.engine)  # another process: it remembers no failure, so it closes none
+    other.rejects = False
+    other.may_go_on.set()
+    assert other.feed("A") is Outcome.PROCESSED
+    with world.engine.begin() as connection:
+        connection.execute(
+            update(tables().failure).where(tables().failure.c.business_key == "B").values(fingerprint=b"x")
+        )
+    assert other.feed("B") is Outcome.PROCESSED, "another payload, whose claim says nothing of the one that failed"
+    assert world.discard() == Part(count=1, settled=1)
+    assert [row.state for row in world.rows()] == ["resolved", "discarded"]
+
+
+def test_a_run_that_takes_the_key_while_a_discard_looks_is_not_told_as_discarded_and_done(locking: World) -> None:
+    world = World(locking.engine, Lease(timedelta(seconds=30)))
+    world.stuff(1)
+    world.rejects = False
+    body = json.dumps({"no": "K00000"}).encode()
+    outcome: list[Outcome] = []
+    run = Thread(
+        target=lambda: outcome.append(world.eo.process(Message("orders", body, message_id="another", attempt=2)))
+    )
+
+    def take(connection: Connection, cursor: Any, statement: str, *rest: Any) -> None:
+        if statement.startswith("INSERT INTO message_idempotent") and not run.ident:
+            run.start()  # between the look for a claim that was begun and the one that is written
+            until(lambda: world.there.came or world.waiting(), "the other side, which InnoDB keeps out of the gap")
+
+    event.listen(world.engine, "before_cursor_execute", take)
+    decided = world.discard()
+    world.may_go_on.set()
+    run.join(30)
+    assert decided == Part(count=1)
+    assert outcome != [Outcome.PROCESSED]
+    assert [row.state for row in world.rows()] == ["discarded"]
+    assert world.claims() == {"K00000": "discarded"}
 
 
 def test_a_discard_reads_no_bodies(world: World) -> None:

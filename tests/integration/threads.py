@@ -17,6 +17,10 @@ class Turn:
     def come(self) -> None:
         self._event.set()
 
+    @property
+    def came(self) -> bool:
+        return self._event.is_set()
+
     def wait(self) -> None:
         assert self._event.wait(PATIENCE_S), "the other side never came"
 
