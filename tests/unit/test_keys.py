@@ -1,16 +1,22 @@
 """Business keys: what may be one, and where it is read."""
 
+import json
+import re
 from contextlib import suppress
 from enum import IntEnum, StrEnum
 from json import dumps, loads
+from pathlib import Path
 from uuid import UUID
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
+from sqlalchemy.orm import Session
 
 from exactly_once import keys
 from exactly_once.errors import BadKey, ConfigurationError
+from exactly_once.handler import plan
 from exactly_once.keys import canonical, check_key, check_name, extractor
 from exactly_once.message import Message
 
@@ -22,6 +28,23 @@ usable = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"
 def test_a_text_and_the_number_it_shows_are_one_key() -> None:
     assert check_key(12) == check_key("12") == "12"
     assert check_key(-5) == "-5"
+
+
+def test_a_uuid_of_a_body_is_a_key_as_it_is_spelled_and_one_key_as_the_page_says() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "explanation" / "what-can-still-go-wrong.md").read_text()
+    [function] = re.findall(r"`key=(lambda message: UUID.*?)`", page)
+    read_as_uuid = eval(function, {"UUID": UUID, "json": json})
+
+    class Order(BaseModel):
+        id: UUID
+
+    def reserve(session: Session, order: Order) -> None: ...
+
+    small = "550e8400-e29b-41d4-a716-446655440000"
+    messages = [Message("orders", json.dumps({"id": text}).encode()) for text in (small, small.upper())]
+    spelled, one = (plan(reserve, topic="orders", key=key) for key in ("id", read_as_uuid))
+    assert [spelled.read(message).key for message in messages] == [small, small.upper()]
+    assert [one.read(message).key for message in messages] == [small, small]
 
 
 def test_a_uuid_and_its_text_are_one_key() -> None:
