@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,64 @@ def test_every_page_of_the_documentation_is_reached_by_links() -> None:
             targets = [target for target, _ in _LINK.findall(path.read_text()) if target and "://" not in target]
             todo += [(path.parent / target).resolve() for target in targets]
     assert set(DOCS.rglob("*.md")) <= reached
+
+
+# what the promise table of the README names, and the paragraph that says it once more
+LIMITS = {
+    "asynchronous standby": "A standby takes over",
+    "store's clock": "The server's clock jumps",
+    "subscribe differently": "Two programs of one RocketMQ group subscribe differently",
+    "calls on the raw driver object": "It calls the driver's own connection",
+}
+# what is marked (doctor), and words of the findings about it
+SEEN_BY_DOCTOR = {
+    "A standby takes over": ["no commit waits for them"],
+    "The server loses what it had committed": ["is UNLOGGED", "fsync", "innodb_flush_log_at_trx_commit"],
+    "Two programs of one RocketMQ group subscribe differently": ["LOSES MESSAGES"],
+    "A new container without a volume": ["a message that ends its process each time is then never"],
+    "It forgets, or fails over": ["appendonly", "maxmemory-policy", "a failover can lose the claims"],
+    "Two distributions bring a package": ["Two distributions are installed"],
+}
+
+
+def _limits() -> dict[str, str]:
+    return {
+        title.split(" (doctor")[0].strip(): title
+        for title in re.findall(r"^\*\*(.*?)\.\*\*", page("explanation/what-can-still-go-wrong.md"), re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize(("named", "paragraph"), LIMITS.items())
+def test_a_limit_of_the_readme_has_its_paragraph(named: str, paragraph: str) -> None:
+    section = (ROOT / "README.md").read_text().partition("## What is promised")[2].partition("\n## ")[0]
+    assert named in " ".join(row[2].replace("*", "") for row in rows(section))
+    assert [title for title in _limits() if title.startswith(paragraph)]
+
+
+def test_what_is_marked_as_seen_by_doctor_is_looked_for() -> None:
+    marked = [title for title, whole in _limits().items() if "(doctor" in whole]
+    assert len(marked) == len(SEEN_BY_DOCTOR)
+    for start, words in SEEN_BY_DOCTOR.items():
+        assert [title for title in marked if title.startswith(start)], start
+        for word in words:
+            assert [text for text in _said_by_doctor() if word in text], word
+
+
+@cache
+def _said_by_doctor() -> frozenset[str]:
+    """All texts of the doctor's code, and of what it asks: the installation, and each transport's concerns."""
+    package = ROOT / "exactly_once"
+    sources = [*(package / "doctor").glob("*.py"), package / "installation.py"]
+    asked = (
+        [*(package / "transports").rglob("*.py")] if "concerns(" in (package / "doctor/__init__.py").read_text() else []
+    )
+    said: set[str] = set()
+    for source in (*sources, *asked):
+        nodes = list(ast.walk(ast.parse(source.read_text())))
+        described = {node.value for node in nodes if isinstance(node, ast.Expr)}  # docstrings say nothing to anybody
+        constants = [node for node in nodes if isinstance(node, ast.Constant) and node not in described]
+        said |= {node.value for node in constants if isinstance(node.value, str)}
+    return frozenset(said)
 
 
 def test_tests_named_in_the_rules_exist() -> None:
