@@ -1,6 +1,7 @@
 """What became of a message, as `delivery` tells its caller."""
 
 from enum import Enum
+from typing import NoReturn
 
 __all__ = ["Outcome"]
 
@@ -36,6 +37,12 @@ class Outcome(Enum):
     def acknowledge(self) -> bool:
         """True when the broker may forget the message."""
         return self in _FINISHED
+
+    def __bool__(self) -> NoReturn:
+        # as any Enum it would be true: `if eo.process(message): acknowledge()` would lose every message that failed
+        raise TypeError(
+            "An Outcome is neither true nor false: FAILED too would be acknowledged. Write: if outcome.acknowledge:"
+        )
 
 
 _FINISHED = frozenset({Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.DEAD, Outcome.NOT_MINE})

@@ -102,3 +102,11 @@ def test_a_message_is_counted_when_it_ends_and_not_each_time_it_is_looked_at(is_
         runner.stop()
     assert said == [KEEP, KEEP, Ack()]
     assert {name: number for name, number in runner.observe().items() if number} == {"processed": 1}
+
+
+def test_an_outcome_is_neither_true_nor_false() -> None:
+    """`if eo.process(message): acknowledge()` would acknowledge FAILED too, and the message would be lost."""
+    for outcome in Outcome:
+        with pytest.raises(TypeError, match=r"neither true nor false.*Write: if outcome\.acknowledge:"):
+            bool(outcome)
+        assert outcome.acknowledge in (True, False)
