@@ -161,7 +161,8 @@ class Reject(ExactlyOnceError):
         reason: Why; stored with the message and shown by `exactly-once failures list`.
     """
 
-    def __init__(self, reason: str) -> None:
+    # a default, for `raise Reject` would else be a TypeError, which is retried
+    def __init__(self, reason: str = "rejected by the handler, which gave no reason") -> None:
         super().__init__(reason)
         self.reason = reason
 

@@ -20,6 +20,7 @@ from exactly_once.lease_stores import LeaseStores
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.runner import Runner, arun_all, run_all
+from exactly_once.steady_log import steady
 from exactly_once.stops import asked_from_outside
 from exactly_once.store import Store
 from exactly_once.transport import Consumer, Delivery, Features, Subscription
@@ -31,6 +32,9 @@ Route = Callable[[Message], str]
 """Names the database a message belongs to."""
 
 _NONE: Final[tuple[Delivering, ...]] = ()
+_MOST_TOLD: Final = 100  # topics that no handler takes: each is remembered, and the names come from outside
+
+_log = steady("exactly_once.routing")
 
 
 class _Kept(Delivering):
@@ -94,6 +98,7 @@ class Router:
             for each in delivering:
                 topics[each.plan.topic] = (*topics.get(each.plan.topic, ()), each)
         self._only = self._topics[self._first] if route is None else None
+        self._told: set[str] = set()
 
     def find(self, delivery: Delivery) -> Sequence[Delivering]:
         """Return the handlers a delivery is for; of a message that comes from the failure store, the one that failed."""
@@ -123,7 +128,11 @@ class Router:
         return (_Kept(found, Reject(self._unknown(name))),) if unknown else (found,)
 
     def matching(self, message: Message) -> Sequence[Delivering]:
-        """Return the handlers of a message on the database it is routed to."""
+        """Return the handlers of a message on the database it is routed to.
+
+        Raises:
+            ConfigurationError: There are no handlers at all: what nobody takes is acknowledged.
+        """
         topics = self._only
         if topics is None:
             name = self._named(message)
@@ -134,10 +143,25 @@ class Router:
         return self._matching(topics, message)
 
     def _matching(self, topics: Mapping[str, tuple[Delivering, ...]], message: Message) -> Sequence[Delivering]:
-        found = topics.get(message.topic, _NONE)
+        found = topics.get(message.topic)
+        if found is None:
+            self._is_nobodys(message.topic)
+            return _NONE
         if len(found) == 1:
             return found if found[0].plan.matches(message) else _NONE
         return [each for each in found if each.plan.matches(message)]
+
+    def _is_nobodys(self, topic: str) -> None:
+        if not self.plans:
+            raise ConfigurationError(_NO_HANDLERS)
+        if topic in self._told or len(self._told) >= _MOST_TOLD:
+            return
+        self._told.add(topic)
+        _log.warning(
+            "No handler takes topic '%s'; its messages are acknowledged unread. Handlers take: %s.",
+            escaped(topic, 200),
+            ", ".join(sorted({escaped(plan.topic) for plan in self.plans})),
+        )
 
     def _unknown(self, name: object) -> str:
         known = ", ".join(self._topics)
@@ -222,10 +246,7 @@ class Router:
     def require_handlers(self) -> None:
         """Raise unless there is something to run, and what was decorated is what would run."""
         if not self.plans:
-            raise ConfigurationError(
-                "No handlers are registered. Import the module that decorates them before the worker starts:"
-                " ExactlyOnce(imports=['shop.consumers']), or EXACTLY_ONCE_IMPORTS=shop.consumers."
-            )
+            raise ConfigurationError(_NO_HANDLERS)
         for plan in self.plans:
             if (above := decorated_above(plan, self.plans)) is not None:
                 raise ConfigurationError(above)
@@ -244,6 +265,12 @@ def decorated_above(plan: Plan, plans: Sequence[Plan]) -> str | None:
         f"The handler {plan.name!r} has a decorator above @eo.handler, which does not run for messages. Put @eo.handler on"
         f" top of the others, in {module.__name__}."
     )
+
+
+_NO_HANDLERS: Final = (
+    "No handlers are registered. Import the module that decorates them before the first message:"
+    " ExactlyOnce(imports=['shop.consumers']), or EXACTLY_ONCE_IMPORTS=shop.consumers."
+)
 
 
 def _outcome(told: Told) -> Outcome:

@@ -36,6 +36,7 @@ class _Feeding:
 
     def __init__(self, eo: ExactlyOnce, concurrency: int) -> None:
         self.ended = self.left = 0
+        self._topics = sorted({plan.topic for plan in eo.plans})
         self.named: list[str] = []
         self.away = False
         self._runner = eo.runner(concurrency)
@@ -53,6 +54,12 @@ class _Feeding:
     def feed(self, line: int, message: Message) -> None:
         """Run a message as soon as there is a place for it."""
         self._places.acquire()
+        if message.topic not in self._topics:
+            self.leave(
+                line,
+                f"no handler takes topic '{escaped(message.topic, 200)}'; it was passed over unread."
+                f" Handlers take: {escaped(', '.join(self._topics), 1000)}.",
+            )
         lane = None
         if message.topic in self._ordered and message.ordering_key is not None:
             lane = (message.topic, message.ordering_key)
@@ -113,7 +120,7 @@ def command(
 
     A line: {"topic": "orders", "body": {"order_no": "A-1"}, "tag": "created", "key": "A-1", "properties": {}}; a body of
     any bytes is "body_base64". Messages run side by side; those of an ordered handler keep the order of their ordering
-    key. Exits 1 if a line was no message, or its message failed.
+    key. Exits 1 if a line was no message, no handler takes its topic, or its message failed.
     """
     eo = application(app)
     for store in eo.stores.values():

@@ -201,3 +201,13 @@ def test_one_message_is_sent_with_all_that_was_said_of_it(typed: Typed, sqlite_u
 def test_a_renamed_handler_that_had_no_rows_is_said(typed: Typed) -> None:
     assert typed("handlers", "rename", "nobody", "somebody", "--app", APP) == 1
     assert "nothing was renamed" in typed.err
+
+
+def test_what_no_handler_takes_is_told_with_its_line(typed: Typed) -> None:
+    note = {"topic": "notes", "key": "1"}
+    assert typed("process", "-", "--app", APP, stdin=lines(note, {"topic": "note", "key": "2"})) == 1
+    assert typed.out.startswith("1 processed, 1 not mine")
+    assert (
+        "line 2: no handler takes topic 'note'; it was passed over unread. Handlers take: blocks, notes, orders."
+        in typed.err
+    )

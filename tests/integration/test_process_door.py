@@ -75,6 +75,31 @@ def test_what_no_handler_wants_is_not_mine(shop: Shop) -> None:
     assert Outcome.NOT_MINE.acknowledge
 
 
+def test_a_topic_that_no_handler_names_is_told_once(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    """A topic misspelled: every message is acknowledged unread, and nobody would know."""
+    shop.handles(effect, tag="created")
+    for topic in ("order", "order", "invoices", "order"):
+        assert shop.process(Message(topic, b"{}")) is Outcome.NOT_MINE
+    assert shop.process(order(tag="cancelled")) is Outcome.NOT_MINE  # another tag of its topic, as a group gets it
+    told = [record.getMessage() for record in caplog.records if record.name == "exactly_once.routing"]
+    assert told == [
+        f"No handler takes topic '{topic}'; its messages are acknowledged unread. Handlers take: orders."
+        for topic in ("order", "invoices")
+    ]
+    for number in range(2000):
+        shop.process(Message(f"topic-{number}", b"{}"))
+    told = [record.getMessage() for record in caplog.records if record.name == "exactly_once.routing"]
+    assert len(told) < 1000
+
+
+def test_without_any_handler_no_message_is_acknowledged(shop: Shop) -> None:
+    """The module that registers them was not imported."""
+    with pytest.raises(ConfigurationError, match=r"No handlers are registered\. Import the module.*imports=\["):
+        shop.process(order())
+    shop.handles(effect)
+    assert shop.process(order()) is Outcome.PROCESSED
+
+
 def test_a_failure_keeps_nothing_but_its_record_and_asks_to_come_again(shop: Shop) -> None:
     shop.handles(fails(ValueError("stock is -1")))
     outcome = shop.process(order())
@@ -93,6 +118,21 @@ def test_after_max_attempts_it_is_kept_for_a_person_and_acknowledged(shop: Shop)
     failure = shop.failure()
     assert (failure.state, failure.attempts) == ("dead", 3)
     assert failure.first_failed_at < failure.last_failed_at
+    shop.assert_kept(claims=[])
+
+
+def test_a_bare_reject_parks_too(shop: Shop) -> None:
+    """`raise Reject`: a TypeError of its own would be retried."""
+
+    def handler(session: Session) -> None:
+        effect(session)
+        raise Reject
+
+    shop.handles(handler)
+    assert shop.process(order()) is Outcome.DEAD
+    failure = shop.failure()
+    assert (failure.state, failure.attempts, failure.error_class) == ("dead", 1, "Reject")
+    assert failure.error_text == "rejected by the handler, which gave no reason"
     shop.assert_kept(claims=[])
 
 
