@@ -10,6 +10,7 @@ A key is compared byte by byte on every server: case, accents, trailing spaces c
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from json import dumps, loads
 from typing import Any, Final, TypeAlias
 from uuid import UUID
@@ -104,7 +105,25 @@ class _Call:
                 raise
             name = getattr(self.function, "__name__", type(self.function).__name__)
             text = f"{type(error).__name__}: {words_of(error)}"
-            raise BadKey(f"the key function {name} failed on this message: {escaped(text, 200)}") from error
+            mend = _OF_THE_BODY if _takes_it_for_the_body(error, message) else ""
+            raise BadKey(f"the key function {name} failed on this message: {escaped(text, 200)}{mend}") from error
+
+
+def _takes_it_for_the_body(error: BaseException, message: Message) -> bool:
+    """Say whether a function wanted of the Message what only its body can have.
+
+    The message is parked all the same, for a branch of the function that few messages reach must not hold all others. It is
+    whole in the failure store, and `requeue` runs it when the function is mended.
+    """
+    if isinstance(error, AttributeError):
+        return error.obj is message
+    # Python's own words, which no setting translates: of `message["order_no"]` there is nothing else to know it by
+    return type(error) is TypeError and "'Message' object is not subscriptable" in str(error)
+
+
+_OF_THE_BODY: Final = (
+    '. A key function gets the Message, not the body; for a member of the body write key="order_no", without a function'
+)
 
 
 KeyPart: TypeAlias = Path | _Tag | _MessageKey | _Property | _Call
@@ -193,6 +212,18 @@ def call(function: Callable[[Message], str | int | UUID]) -> KeyPart:
     """
     if not callable(function):
         raise ConfigurationError(f"keys.call() wants a function of one Message, not {function!r}")
+    try:
+        takes = signature(function)
+    except (TypeError, ValueError):  # of a callable written in C, which may not tell
+        return _Call(function)
+    try:
+        takes.bind(None)
+    except TypeError:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise ConfigurationError(
+            f"the key function {name}{takes} must be a function of one parameter, the Message: it is called with nothing"
+            ' else. For a member of the body write key="order_no", without a function'
+        ) from None
     return _Call(function)
 
 

@@ -4,8 +4,11 @@ import json
 import re
 from contextlib import suppress
 from enum import IntEnum, StrEnum
+from functools import partial
 from json import dumps, loads
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -224,3 +227,43 @@ def test_names_have_limits_in_bytes() -> None:
     for bad in ("é" * 33, "", "a\0", "\ud800", None, 5):
         with pytest.raises(ConfigurationError, match="group"):
             check_name(bad, 64, "group")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda order: order.order_no, lambda order: order["order_no"], lambda order: str(order.order_no) + order.sku],
+)
+def test_a_key_function_that_takes_the_message_for_its_body_is_told_so(function: Any) -> None:
+    with pytest.raises(BadKey, match=r'gets the Message, not the body.*write key="order_no"'):
+        extractor(function).of(MESSAGE, {"order_no": "A-1"})
+
+
+def test_a_key_function_that_fails_by_itself_is_told_nothing_of_messages() -> None:
+    def of_the_body(message: Message) -> str:
+        return str(loads(message.body or b"{}").order_no)
+
+    with pytest.raises(BadKey, match="failed on this message: AttributeError") as caught:
+        extractor(of_the_body).of(MESSAGE, {})
+    assert "not the body" not in str(caught.value)
+
+
+class _Numbers:
+    def of(self, message: Message) -> str:
+        return message.topic
+
+    def of_two(self, message: Message, body: object) -> str:
+        return message.topic
+
+
+def test_a_key_function_takes_one_parameter() -> None:
+    for function in (lambda message, body: "", lambda: "", _Numbers().of_two, lambda message, *, body: ""):
+        with pytest.raises(ConfigurationError, match=r"a function of one parameter, the Message"):
+            extractor(function)  # type: ignore[arg-type]
+    for good in (
+        lambda message, sep="-": message.topic,
+        lambda *messages: messages[0].topic,
+        _Numbers().of,
+        partial(lambda prefix, message: message.topic, "p"),
+        attrgetter("topic"),
+    ):
+        assert extractor(good).of(MESSAGE, None) == "orders"  # type: ignore[arg-type]
