@@ -35,9 +35,8 @@ def _explained(register: F) -> F:
         try:
             takes.bind(*arguments, **named)
         except TypeError as error:
-            raise ConfigurationError(
-                _wrong_call(register.__name__, takes, arguments[1:], named) or str(error)
-            ) from error
+            told = _wrong_call(register.__name__, takes, arguments[1:], named) or str(error)
+            raise ConfigurationError(told) from None  # Python's own words say the same once more
         return register(*arguments, **named)
 
     return cast("F", call)

@@ -301,7 +301,8 @@ def plan(
             in_lists=in_lists,
         )
     except ConfigurationError as error:
-        raise ConfigurationError(f"handler {found!r}: {error}") from error
+        # of what that was made of, if anything: its own traceback would print the same text once more, over lines of ours
+        raise ConfigurationError(f"handler {found!r}: {error}") from error.__cause__
 
 
 def _plan(
@@ -362,7 +363,7 @@ def _body(name: str, annotation: Any, hints: Hints) -> Decoder:
         raise ConfigurationError(
             f"`{name}: {shown(annotation)}` is neither Session, AsyncSession nor Message, so it must be the body, and "
             f"{error}. A dependency of your own gets a default, or is bound with functools.partial"
-        ) from error
+        ) from error.__cause__
 
 
 def _warnings(plan: Plan) -> Iterator[str]:

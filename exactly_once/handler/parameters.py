@@ -63,7 +63,7 @@ def parameters(function: Callable[..., object], hints: Hints, *, in_lists: bool 
     places: list[int] = []
     named: list[tuple[str, int]] = []
     filled: dict[int, tuple[str, Any]] = {}
-    for parameter in _wanted(function):
+    for parameter in _wanted(function, hints):
         place, annotation = _purpose(parameter, hints, in_lists)
         if place in filled:
             raise ConfigurationError(_twice(place, filled[place][0], parameter.name))
@@ -83,10 +83,11 @@ def parameters(function: Callable[..., object], hints: Hints, *, in_lists: bool 
     return Parameters(is_async, session_type, *body, _picker(places), tuple(named), takes_steps)
 
 
-def _wanted(function: Callable[..., object]) -> list[inspect.Parameter]:
+def _wanted(function: Callable[..., object], hints: Hints) -> list[inspect.Parameter]:
     """The parameters we fill: those without a default. Defaults, partials and closures are the user's own injection."""
     every = list(signature(function).parameters.values())
     wanted = [each for each in every if each.default is inspect.Parameter.empty and each.kind not in _VARIABLE]
+    _check_defaults(function, every, hints)
     if not wanted and any(each.kind in _VARIABLE for each in every):
         raise ConfigurationError(
             "it takes *args and **kwargs only, so nobody can know what it wants. If a decorator below @eo.handler made "
@@ -97,6 +98,34 @@ def _wanted(function: Callable[..., object]) -> list[inspect.Parameter]:
             "it has no parameter to fill. Give it at least `session: Session` or `message: Message`"
         )
     return wanted
+
+
+def _check_defaults(function: Callable[..., object], every: Iterable[inspect.Parameter], hints: Hints) -> None:
+    """Refuse a default that cannot be meant: what only we can fill, with the mark of another framework in its place.
+
+    None and an object of the class itself are the user's own choice, and so is all that a partial binds.
+    """
+    bound: set[str] = set()
+    at = function
+    while isinstance(at, partial):
+        bound.update(at.keywords)
+        at = at.func
+    for parameter in every:
+        default = parameter.default
+        if default is inspect.Parameter.empty or default is None or parameter.name in bound:
+            continue
+        if parameter.annotation is inspect.Parameter.empty:
+            continue
+        plain, _ = without_none(hints.known(parameter.annotation))  # it is never filled, so nothing is imported for it
+        try:
+            place, kind = _place(parameter.name, plain)
+        except ConfigurationError:
+            continue
+        if place != _BODY and not isinstance(default, kind):
+            raise ConfigurationError(
+                f"`{parameter.name}` has a default ({type(default).__name__}(...)), so it is never filled. Take the default"
+                " away: a handler is called by its messages, and is no route"
+            )
 
 
 def _check_empty_handed(function: Callable[..., object], in_lists: bool) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from decimal import Decimal
@@ -18,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import TypedDict
 
-from exactly_once import keys
+from exactly_once import ExactlyOnce, keys
 from exactly_once.body import NOT_JSON, parse_json
 from exactly_once.errors import BadBody, BadKey, ConfigurationError, Misuse
 from exactly_once.handler import Lease, Lock, Plan, Transaction, check_result, plan
@@ -115,6 +116,78 @@ def test_a_parameter_with_a_default_is_never_filled() -> None:
 
     decided = made(defaults)
     assert decided.call(SESSION, decided.read(ORDER), ORDER) == (None, 5, 7, None)
+
+
+def test_what_could_only_be_filled_by_us_has_no_other_default() -> None:
+    """`session: Session = Depends(...)`: the handler would be handed the mark of another framework, and fail on each message."""
+
+    class Depends:
+        pass
+
+    theirs: Any = Depends()
+
+    def a_session(order: Order, session: Session = theirs) -> None: ...
+
+    async def async_one(order: Order, *, session: AsyncSession = theirs) -> None: ...
+
+    def a_message(order: Order, message: Message | None = theirs) -> None: ...
+
+    def steps_too(order: Order, steps: Steps = theirs) -> None: ...
+
+    def annotated(order: Order, session: Annotated[Session, "mine"] = theirs) -> None: ...
+
+    for function, name in (
+        (a_session, "session"),
+        (async_one, "session"),
+        (a_message, "message"),
+        (steps_too, "steps"),
+        (annotated, "session"),
+    ):
+        text = refused(function)
+        assert f"`{name}` has a default (Depends(...)), so it is never filled. Take the default away" in text
+
+    def of_lists(orders: list[Order], session: Session = theirs) -> None: ...
+
+    assert "`session` has a default (Depends(...))" in refused(of_lists, in_lists=True, batch=5)
+
+
+def test_what_is_bound_by_the_program_itself_may_be_anything() -> None:
+    """A partial's own, and a default of the right class: the program says by that what it wants."""
+
+    def two(session: Session, order: Order, other: Session = SESSION, message: Message = ORDER) -> object:
+        return session, other, message
+
+    decided = made(two)
+    assert decided.call(None, decided.read(ORDER), ORDER) == (None, SESSION, ORDER)
+    bound = made(functools.partial(two, other="a stand-in"), name="bound")
+    assert bound.call(None, bound.read(ORDER), ORDER) == (None, "a stand-in", ORDER)
+    scoped: Any = scoped_session(lambda: SESSION)  # type: ignore[arg-type]
+    assert made(functools.partial(two, other=scoped), name="scoped").takes_session
+
+
+def test_a_mistake_is_told_once() -> None:
+    """One traceback: the error that this one was made of says nothing more, and its lines are ours."""
+
+    def nowhere(session: Session, order: Nowhere) -> None: ...  # type: ignore[name-defined]  # noqa: F821
+
+    eo = ExactlyOnce(group="shop")
+    mistakes: list[Callable[[], object]] = [
+        lambda: eo.handler("orders", key="")(handle),
+        lambda: eo.handler("orders", key="nothing")(handle),
+        lambda: eo.handler("orders"),  # type: ignore[call-arg]
+        lambda: eo.handler("orders", key="orderNo", grp=1),  # type: ignore[call-arg]
+        lambda: eo.handler("orders", "created", key="orderNo"),  # type: ignore[call-arg]
+        lambda: eo.batch_handler("orders", key="orderNo", batch=0)(handle),
+    ]
+    for mistake in mistakes:
+        with pytest.raises(ConfigurationError) as told:
+            mistake()
+        lines = "".join(traceback.format_exception(told.value))
+        assert lines.count("Traceback (most recent call last)") == 1, lines
+        assert lines.count(str(told.value)) == 1
+    with pytest.raises(ConfigurationError) as told:
+        eo.handler("orders", key="orderNo")(nowhere)
+    assert isinstance(told.value.__cause__, NameError)  # an error of Python's own says more
 
 
 def test_partials_bound_methods_closures_and_callable_objects_are_handlers() -> None:
