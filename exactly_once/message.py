@@ -113,24 +113,32 @@ class Message:
 
         Raises:
             BadBody: The body does not match its checksum, so it is not what the producer sent.
+            TypeError: It is none, or another client's.
 
         Example:
             return SUCCESS if eo.process(Message.from_rocketmq(m)).acknowledge else FAILURE
         """
-        if received.corrupted:
-            raise BadBody(f"The body of message {received.message_id} of {received.topic} does not match its checksum.")
-        keys = received.keys  # a set; nearly always of one
-        message = cls(
-            received.topic,
-            received.body,
-            tag=text_of(received.tag),
-            key=keys_of(keys) or None,
-            ordering_key=text_of(received.message_group),
-            properties=listed_properties(received.properties) if received.properties else _NONE,
-            message_id=received.message_id,
-            born_at=moment_of(received.born_timestamp),
-            attempt=received.delivery_attempt or 1,
-        )
+        try:
+            if received.corrupted:
+                raise BadBody(
+                    f"The body of message {received.message_id} of {received.topic} does not match its checksum."
+                )
+            keys = received.keys  # a set; nearly always of one
+            message = cls(
+                received.topic,
+                received.body,
+                tag=text_of(received.tag),
+                key=keys_of(keys) or None,
+                ordering_key=text_of(received.message_group),
+                properties=listed_properties(received.properties) if received.properties else _NONE,
+                message_id=received.message_id,
+                born_at=moment_of(received.born_timestamp),
+                attempt=received.delivery_attempt or 1,
+            )
+        except AttributeError as error:
+            if error.obj is not received:
+                raise  # of the client
+            raise _not_received("from_rocketmq", "rocketmq-python-client", received, error.name) from None
         return with_former(message, " ".join(sorted(keys)))
 
     @classmethod
@@ -146,24 +154,30 @@ class Message:
 
         Raises:
             ConfigurationError: This build of librocketmq does not tell how long a body is.
+            TypeError: It is none, or another client's.
 
         Example:
             return SUCCESS if eo.process(Message.from_rocketmq4(m)).acknowledge else LATER
         """
         from exactly_once.rocketmq4_body import whole_body  # brings ctypes
 
-        keys = received.keys
-        message = cls(
-            received.topic,
-            whole_body(received),
-            tag=text_of(received.tags) or None,  # empty: this client does not tell it from none
-            key=keys_of(keys) or None,
-            ordering_key=text_of(received.get_property(ORDERING_PROPERTY)) or None,
-            properties=dict(named_properties(received.get_property, properties)),
-            message_id=received.id,
-            born_at=moment_of(received.born_timestamp),
-            attempt=1 + received.reconsume_times,
-        )
+        try:
+            keys = received.keys
+            message = cls(
+                received.topic,
+                whole_body(received),
+                tag=text_of(received.tags) or None,  # empty: this client does not tell it from none
+                key=keys_of(keys) or None,
+                ordering_key=text_of(received.get_property(ORDERING_PROPERTY)) or None,
+                properties=dict(named_properties(received.get_property, properties)),
+                message_id=received.id,
+                born_at=moment_of(received.born_timestamp),
+                attempt=1 + received.reconsume_times,
+            )
+        except AttributeError as error:
+            if error.obj is not received:
+                raise  # of the client
+            raise _not_received("from_rocketmq4", "rocketmq-client-python", received, error.name) from None
         return with_former(message, keys)
 
     @classmethod
@@ -189,8 +203,16 @@ class Message:
         """
         if received is None or isinstance(received, (list, tuple, dict)):
             raise TypeError(_NO_RECORD.format(kind=_kind(received)))
-        if not callable(received.topic):
-            return cls._from_record(received)
+        try:
+            return cls._from_record(received) if not callable(received.topic) else cls._from_confluent(received)
+        except AttributeError as error:
+            if error.obj is not received:
+                raise  # of the client
+            raise _not_received("from_kafka", "Kafka's client", received, error.name) from None
+
+    @classmethod
+    def _from_confluent(cls, received: Any) -> "Message":
+        """Of `confluent-kafka`."""
         if (error := received.error()) is not None:
             raise ValueError(f"from_kafka was given no message but an error of the client: {error}. {_SKIP}")
         kind, moment_ms = received.timestamp()
@@ -210,7 +232,7 @@ class Message:
 
     @classmethod
     def _from_record(cls, record: Any) -> "Message":
-        """The same of a `ConsumerRecord`, whose fields are no methods; of those that have none, its timestamp is -1 or None."""
+        """Of a `ConsumerRecord`, whose fields are no methods; of those that have none, its timestamp is -1 or None."""
         key = text_of(record.key)
         message = cls(
             record.topic,
@@ -321,6 +343,16 @@ def _stored_anywhere(value: object) -> datetime | None:
     except OverflowError:
         return None
     return at if 1000 <= at.year <= 9998 else None
+
+
+def _not_received(name: str, client: str, given: object, missing: str | None) -> TypeError:
+    """Return what is raised where something was given that no client hands out."""
+    mend = "a body alone becomes a message by Message(topic, body)"
+    if isinstance(given, Message):
+        mend = "give it to eo.process as it is"
+    elif isinstance(given, (list, tuple, set)):
+        mend = "call it for each"
+    return TypeError(f"{name} takes what {client} received, not {_kind(given)} (it has no {missing!r}): {mend}.")
 
 
 def _kind(value: object) -> str:

@@ -8,11 +8,12 @@ Made by the facade, `eo.producer(url)`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import wraps
 from threading import Event
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self, TypeVar, cast
 
 from exactly_once import fork
 from exactly_once.errors import ForkedProcess, SendFailed, TransportError
@@ -25,6 +26,22 @@ TRIES: Final = 3
 # Before the second and the third try: a restarted broker or a route not known yet needs a moment, and whoever waits for
 # the receipt (a web request, as a rule) can spare about half a second.
 _PAUSES_S: Final = (0.1, 0.4)
+
+
+_WRITE: Final = 'Write producer.send(Message("orders", body)), with the body as bytes'
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _of_one(send: F) -> F:
+    """Have `send("orders", body)` told what to write, in place of Python's own words about arguments."""
+
+    @wraps(send)
+    def call(self: Producer, *given: Any, **named: Any) -> Any:
+        if len(given) > 1 or not {"message", "delay"}.issuperset(named):
+            raise TypeError(f"A producer's send takes one Message, and delay= by its name. {_WRITE}.")
+        return send(self, *given, **named)
+
+    return cast("F", call)
 
 
 class Producer:
@@ -58,6 +75,7 @@ class Producer:
     ) -> None:
         self.close()
 
+    @_of_one
     def send(self, message: Message, *, delay: timedelta | None = None) -> Receipt:
         """Send one message.
 
@@ -70,6 +88,7 @@ class Producer:
 
         Raises:
             SendFailed: The broker refused the message, or three tries failed. `error.message` is the message.
+            TypeError: It is no Message.
         """
         [receipt] = self.send_all([message], delay=delay)
         return receipt
@@ -86,9 +105,11 @@ class Producer:
 
         Raises:
             SendFailed: One was refused or failed three times; the text says how many of the others are stored.
+            TypeError: One is no Message; none was sent.
         """
         if self._closed.is_set():
             raise TransportError(f"The producer to {self._describe} is closed. Open another with eo.producer(...).")
+        messages = _checked(messages)
         answers: list[Receipt | Exception] = list(self._broker.send(messages, delay=delay)) if messages else []
         for pause_s in _PAUSES_S:
             failed = [n for n, answer in enumerate(answers) if not isinstance(answer, Receipt)]
@@ -125,3 +146,13 @@ class Producer:
         error = SendFailed(text, message)
         error.__cause__ = reason
         return error
+
+
+def _checked(messages: Sequence[Message]) -> Sequence[Message]:
+    if isinstance(messages, Message):
+        raise TypeError(f"A producer's send_all takes several messages in a list. {_WRITE}.")
+    every = list(messages)
+    for each in every:
+        if not isinstance(each, Message):
+            raise TypeError(f"A producer sends a Message, not {type(each).__name__}. {_WRITE}.")
+    return every

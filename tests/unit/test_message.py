@@ -351,3 +351,23 @@ def test_an_error_in_the_shape_of_a_message_is_none() -> None:
     )
     with pytest.raises(ValueError, match=r"no message but an error of the client: KafkaError.*m.error\(\)"):
         Message.from_kafka(event)
+
+
+@pytest.mark.parametrize("name", ["from_rocketmq", "from_rocketmq4", "from_kafka"])
+@pytest.mark.parametrize(
+    "given", [b"{}", "A-1", Message("orders", b"{}"), 7, SimpleNamespace(topic="orders")], ids=repr
+)
+def test_what_no_client_received_is_named(name: str, given: Any) -> None:
+    mend = "eo.process as it is" if isinstance(given, Message) else r"Message\(topic, body\)"
+    with pytest.raises(TypeError, match=rf"{name} takes what .* received, not {type(given).__name__} .*{mend}"):
+        getattr(Message, name)(given)
+
+
+def test_an_error_inside_of_what_was_received_stays_what_it_is() -> None:
+    class Theirs:
+        @property
+        def corrupted(self) -> bool:
+            return None.nothing  # type: ignore[attr-defined, no-any-return]
+
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'nothing'"):
+        Message.from_rocketmq(Theirs())

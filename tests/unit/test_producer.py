@@ -103,3 +103,22 @@ def test_closing_twice_closes_the_broker_once_and_sending_afterwards_is_an_error
     assert broker.closed == 1
     with pytest.raises(ExactlyOnceError, match="closed"):
         producer.send(A)
+
+
+def test_what_is_no_message_is_refused_with_how_one_is_made() -> None:
+    broker = Scripted(lambda _, message: stored(message))
+    with Producer(broker, "somewhere://") as producer:
+        wrong: list[Callable[[], object]] = [
+            lambda: producer.send("orders", b"{}"),  # type: ignore[call-arg, arg-type]
+            lambda: producer.send("orders", body=b"{}"),  # type: ignore[call-arg, arg-type]
+            lambda: producer.send(topic="orders", body=b"{}"),  # type: ignore[call-arg]
+            lambda: producer.send({"order_no": "A-1"}),  # type: ignore[arg-type]
+            lambda: producer.send_all([A, b"{}"]),  # type: ignore[list-item]
+            lambda: producer.send_all(A),  # type: ignore[arg-type]
+        ]
+        for send in wrong:
+            with pytest.raises(TypeError, match=r'Write producer\.send\(Message\("orders", body\)\)'):
+                send()
+        assert broker.tries == []
+        assert producer.send(message=A).topic == "orders"
+        assert len(producer.send_all(message for message in (A, B))) == 2  # type: ignore[arg-type]
