@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import cached_property
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from sqlalchemy.orm import Session, scoped_session
 
@@ -124,6 +124,12 @@ class ExactlyOnce(Registrations):
         for each in (database, async_database):
             forked_engines.given(each)
 
+    def __reduce__(self) -> NoReturn:
+        # else pickle names a lock or a function inside of it
+        raise TypeError(
+            "An ExactlyOnce is not pickled or copied: import it in the other process, from the module that makes it."
+        )
+
     def _registered(self) -> None:
         self._store_binding.router = None  # made anew with the new handler
 
@@ -213,10 +219,11 @@ class ExactlyOnce(Registrations):
             message: As `Message.from_rocketmq(m)` and the like make it.
 
         Returns:
-            What became of it; `outcome.acknowledge` is all a loop has to ask.
+            What became of it; `outcome.acknowledge` is all a loop has to ask. An outcome itself is neither true nor false.
 
         Raises:
-            ConfigurationError: Nothing can run yet: no group, no tables, no such module to import; or a handler is async.
+            ConfigurationError: Nothing can run yet: no group, no tables, no handlers, no such module to import; or a handler
+                is async.
             BaseException: What a handler raised that is no `Exception`, as gevent's Timeout: raised on when it is recorded, as
                 long as the message is to come again. KeyboardInterrupt, SystemExit and their like are raised on and not recorded.
 

@@ -1,7 +1,9 @@
 """Mistakes of a first day, at each door: one sentence that says what to type, and nothing is lost or blamed on a message."""
 
+import copy
 import json
 import os
+import pickle
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
@@ -264,3 +266,17 @@ def test_sys_exit_in_a_worker_is_a_failure_like_any_other(shop: Shop) -> None:
     assert (failure.state, failure.attempts, failure.error_class) == ("dead", 2, "Misuse")
     assert "sys.exit(3)" in failure.error_text
     assert shop.effects() == []
+
+
+# -- in another process ------------------------------------------------------------------------------------------------
+
+
+def test_an_application_is_not_pickled() -> None:
+    """multiprocessing with spawn, a task queue's argument, a cache."""
+    eo = ExactlyOnce(group=GROUP)
+    for whole in (eo, eo.run, {"eo": eo}):
+        with pytest.raises(TypeError, match=r"An ExactlyOnce is not pickled or copied: import it in the other process"):
+            pickle.dumps(whole)
+    with pytest.raises(TypeError, match="not pickled or copied"):
+        copy.copy(eo)
+    assert pickle.loads(pickle.dumps(order("A-1"))) == order("A-1")
