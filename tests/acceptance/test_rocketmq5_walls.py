@@ -306,6 +306,32 @@ def test_check_names_each_thing_that_is_wrong_with_the_command_that_mends_it(bro
     assert list(broker.ours().check(orderly, [Subscription(fifo, ordered=True)])) == []
 
 
+def test_a_missing_topic_is_told_in_any_thread(broker: Broker) -> None:
+    """A worker's start asks in a thread, where the client finds no event loop: it logs that alone, and goes on with None."""
+    _, group = broker.names()
+    absent, unknown = f"walls-absent-{next(_names)}", f"walls-unknown-{next(_names)}"
+    told: dict[str, list[str] | BaseException] = {}
+
+    def ask(group: str) -> None:
+        try:
+            told[group] = list(broker.ours().check(group, [Subscription(absent)]))
+        except BaseException as error:
+            told[group] = error
+
+    for each in (group, unknown):
+        thread = threading.Thread(target=ask, args=(each,))
+        thread.start()
+        thread.join(60)
+    missing = (
+        f"Topic {absent} does not exist at {broker.server.grpc}."
+        f" Type: mqadmin updateTopic -n NAMESERVER:9876 -c CLUSTER -t {absent} -a +message.type=NORMAL"
+    )
+    assert told[group] == [missing]
+    of_topic, of_group = told[unknown]  # type: ignore[misc]
+    assert of_topic == missing
+    assert f"Group {unknown} does not exist" in of_group
+
+
 def test_a_group_gives_one_delivery_more_than_its_retries_and_check_keeps_that_one_for_parking(broker: Broker) -> None:
     topic, group = broker.names(retries=1)
     [problem] = broker.ours("max_attempts=2").check(group, [Subscription(topic)])

@@ -10,6 +10,7 @@ from typing import Final
 
 from rocketmq.grpc_protocol import Code, MessageType
 
+from exactly_once.errors import TransportError
 from exactly_once.transport import Away, Subscription
 from exactly_once.transports.rocketmq5.advice import about_group, about_topic
 from exactly_once.transports.rocketmq5.endpoints import Endpoints, reachable
@@ -54,7 +55,10 @@ def _ask(
     if not session.routed:
         if not all(isinstance(problem, _Absent) for problem in found):
             return found  # who is not let in, or gets no answer, learns nothing of the group either
-        session.introduce()
+        try:
+            session.introduce()
+        except TransportError:
+            return found  # what is known; of the group nothing is
     if not session.joined():
         retries = max_attempts if max_attempts > DEFAULT_RETRIES else None
         found.append(

@@ -147,8 +147,24 @@ class Session:
         return bool(self._client.route_manager.get_all_endpoints())
 
     def introduce(self) -> None:
-        """Tell the proxies of the URL about the group: the client tells those of a topic's route, and there may be no topic."""
-        self._client.on_new_endpoints(self._client.client_configuration.rpc_endpoints)
+        """Tell the proxies of the URL about the group: the client tells those of a topic's route, and there may be no topic.
+
+        On the client's own loop: elsewhere than in the main thread gRPC finds none, which the client logs, and goes on without
+        a stream.
+
+        Raises:
+            TransportError: They cannot be told.
+        """
+        endpoints = self._client.client_configuration.rpc_endpoints
+
+        async def tell() -> None:
+            self._client.on_new_endpoints(endpoints)
+
+        try:
+            told = asyncio.run_coroutine_threadsafe(tell(), self._client.rpc_client.get_channel_io_loop())
+            told.result(REQUEST_TIMEOUT_S)
+        except Exception as error:
+            raise TransportError(describe(error)) from error
 
     def joined(self) -> bool:
         """Wait for the proxy's settings; False when it does not know the group."""
