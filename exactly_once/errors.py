@@ -105,6 +105,9 @@ class Misuse(ExactlyOnceError):
     at_each_run = False
     """The handler's code does so in each run, whatever the message: no retry mends it."""
 
+    place = ""
+    """The line that did it, where it was seen there and is raised elsewhere; as `place_of` tells one."""
+
 
 class LeaseLost(ExactlyOnceError):
     """Another run has taken this message over: nothing this one does from here on counts or is recorded."""

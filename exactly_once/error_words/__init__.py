@@ -11,14 +11,15 @@ Never raises, whatever the error's own methods do. Called by everything that wri
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from difflib import SequenceMatcher
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from traceback import format_tb
-from types import FrameType, TracebackType
-from typing import Final
+from types import CodeType, FrameType, TracebackType
+from typing import Any, Final
 
 from sqlalchemy.exc import ArgumentError, CompileError, DBAPIError, SQLAlchemyError, StatementError
 
@@ -32,11 +33,11 @@ from exactly_once.error_words.struck import (
     without_parameters,
     without_quoted,
 )
-from exactly_once.errors import Reject
+from exactly_once.errors import Misuse, Reject
 from exactly_once.leaves import leaves
 from exactly_once.other_queues import advice_on
 
-__all__ = ["place_of", "trace_of", "words_of"]
+__all__ = ["place_here", "place_of", "trace_of", "words_of"]
 
 _NOT_THE_USERS: Final = tuple(
     f"{folder}{os.sep}" for folder in (Path(__file__).parents[1], Path(json.__file__).parents[1])
@@ -58,6 +59,7 @@ _REPEATED_WORDS: Final = 3
 _MOST_WORDS: Final = 1000
 _LIBRARIES: Final = DRIVERS | {"sqlalchemy"}
 _SPEAK_OF_NAMES: Final = (SQLAlchemyError, AttributeError, NameError, ImportError, TypeError)
+_OURS: Final = __name__.partition(".")[0]
 _GOT: Final = re.compile(r"\bgot (?!<class ).*", re.DOTALL)
 _CUT: Final = "[cut: here stand values of a statement]"
 
@@ -125,14 +127,50 @@ def place_of(error: BaseException) -> str:
     """
     if isinstance(error, Reject):
         return ""
+    if isinstance(error, Misuse) and error.place:
+        return error.place
     found = ""
     trace: TracebackType | None = _trace_of(error)
     while trace is not None:
         code = trace.tb_frame.f_code
         if _module_of(trace.tb_frame) not in _LIBRARIES and _is_the_users(code.co_filename):
-            found = f" (at {'/'.join(Path(code.co_filename).parts[-2:])}:{trace.tb_lineno} in {code.co_name})"
+            found = _place(code, trace.tb_lineno)
         trace = trace.tb_next
     return found
+
+
+def place_here() -> str:
+    """The same of what is going on now: the line that called SQLAlchemy, which called us; "" where that was no user's.
+
+    For what is seen here and raised elsewhere. It walks the stack, so it is for what ends an attempt, and not for each message.
+    """
+    within = False  # in SQLAlchemy, or a driver
+    for frame in _stack(sys._getframe(1)):  # noqa: SLF001
+        name = _module_of(frame)
+        if name in _LIBRARIES:
+            within = True
+        elif name == _OURS:
+            if within:
+                return ""  # we called it
+        elif _is_the_users(frame.f_code.co_filename):
+            return _place(frame.f_code, frame.f_lineno)
+    return ""
+
+
+def _stack(frame: FrameType | None) -> Iterator[FrameType]:
+    """From here outwards; an async session runs SQLAlchemy in a greenlet, whose own stack ends where it begins."""
+    greenlet: Any = sys.modules.get("greenlet")
+    at = None if greenlet is None else greenlet.getcurrent()
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+        if frame is None and at is not None:
+            at = at.parent
+            frame = None if at is None else at.gr_frame
+
+
+def _place(code: CodeType, line: int) -> str:
+    return f" (at {'/'.join(Path(code.co_filename).parts[-2:])}:{line} in {code.co_name})"
 
 
 def _last_frame(error: BaseException) -> FrameType | None:

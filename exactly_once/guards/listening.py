@@ -20,6 +20,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from exactly_once.dialects import State
 from exactly_once.dialects.keywords import LOCK
+from exactly_once.error_words import place_here
 from exactly_once.guards.late import Late
 from exactly_once.guards.watch import LEFT, SWALLOWED, WATCHED, Left, Watch
 from exactly_once.listeners import listen
@@ -212,7 +213,10 @@ def _marking_rollback(send: _Send) -> _Send:
                 watch.ended()
             watch.rolled_back = True
             if not watch.ours:
-                watch.leave(Left.ROLLED_BACK, LEFT)
+                first = watch.error is None
+                misuse = watch.leave(Left.ROLLED_BACK, LEFT)
+                if first:  # where it is raised, if it is, is another line
+                    misuse.place = place_here()
         send(dbapi_connection)
 
     return do_rollback

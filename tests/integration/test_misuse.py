@@ -238,6 +238,55 @@ async def _async_with(session: AsyncSession) -> None:
         pass
 
 
+def _rolls_back(session: Session) -> None:
+    session.rollback()
+
+
+def _closes(session: Session) -> None:
+    session.close()
+
+
+def _in_a_block(session: Session) -> None:
+    with session:
+        pass
+
+
+def _rolls_its_connection_back(session: Session) -> None:
+    session.connection().rollback()
+
+
+@swallowed
+@pytest.mark.parametrize("leaves", [_rolls_back, _closes, _in_a_block, _rolls_its_connection_back])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_the_line_that_left_the_transaction_is_named(
+    shop: Shop, way: Way, leaves: Callable[[Session], None], swallow: bool
+) -> None:
+    """One word of four is the handler's, and which line it is on the text does not tell."""
+    way.handles(shop, lambda session, no: between(leaves, swallow=swallow)(session))
+    assert way.deliver(shop, [order(1)]) == [Outcome.FAILED]
+    told = shop.failure().error_text
+    assert LEFT in told
+    assert told.endswith(f" (at integration/test_misuse.py:{leaves.__code__.co_firstlineno + 1} in {leaves.__name__})")
+
+
+@swallowed
+@on(colour="async")
+def test_the_line_that_left_an_async_session_is_named(shop: Shop, swallow: bool) -> None:
+    @shop.eo.handler("orders", key="no", retry=ONE_TRY)
+    async def reserve(session: AsyncSession) -> None:
+        await session.execute(insert(EFFECT).values(text="before"))
+        await session.rollback()
+        try:
+            await session.execute(insert(EFFECT).values(text="after"))
+        except Exception:
+            if not swallow:
+                raise
+
+    assert shop.process(order()) is Outcome.FAILED
+    line = reserve.__code__.co_firstlineno + 3
+    assert shop.failure().error_text.endswith(f" (at integration/test_misuse.py:{line} in reserve)")
+
+
 async def _connection_commit(session: AsyncSession) -> None:
     await (await session.connection()).commit()
 
