@@ -239,9 +239,10 @@ class Serving:
             is in `counts.handlers`.
 
         Raises:
+            ConfigurationError: All that is left is of a handler that is held, for it is wrong and no message; the text says why.
             TimeoutError: It did not come to that; the text says what is still in hand.
         """
-        self.worker.drain(timeout)
+        self.worker.drain(timeout, self._router.unready)
         return self.counts.outcomes
 
     def stuck(self, after: timedelta) -> Sequence[str]:

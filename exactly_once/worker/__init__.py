@@ -20,6 +20,7 @@ from threading import Condition, Event
 from time import monotonic
 from typing import Final
 
+from exactly_once.errors import ConfigurationError
 from exactly_once.steady_log import steady
 from exactly_once.transport import Consumer, Delivery, Features
 from exactly_once.verdict import Ack, Ending, Hold, Keep, Redeliver
@@ -167,30 +168,37 @@ class Worker:
         self._stopped.set()
         return self._given_back
 
-    def drain(self, timeout: timedelta) -> None:
+    def drain(self, timeout: timedelta, held: Callable[[], str | None] = lambda: None) -> None:
         """Wait until every consumer found nothing in a whole receive, with nothing in hand since it began; for tests.
 
         Args:
             timeout: How long to wait; each try takes as long as a quiet receive, `poll`.
+            held: Says why messages are kept that no waiting ends, or None.
 
         Raises:
+            ConfigurationError: All that is left is kept, and `held` says why.
             TimeoutError: It did not come to that; the text says what is still in hand.
             RuntimeError: The worker stops, or is not started, and cannot come to rest.
         """
         with self._changed:
             self._events += 1  # a receive that began before this call proves nothing
             if self.unready() != "not started":
-                self._changed.wait_for(lambda: self._stopping or self._quiet(), timeout.total_seconds())
+                self._changed.wait_for(
+                    lambda: self._stopping or self._quiet() or (self._only_keeps() and held() is not None),
+                    timeout.total_seconds(),
+                )
             if self.unready() in ("not started", "stopping", "stopped"):
                 raise RuntimeError("Only a worker that runs comes to rest: drain it after start and before stop.")
             if self._quiet():
                 return
-            held = [delivery.message for lane in self._lanes for delivery in lane.unsettled.held.copy()]
-        some = ", ".join(f"{message.topic} {message.key or message.message_id or '?'}" for message in held[:10])
+            if self._only_keeps() and (why := held()) is not None:
+                raise ConfigurationError(f"What is left, {self._in_hand()} message(s), cannot be done: {why}")
+            some_held = [delivery.message for lane in self._lanes for delivery in lane.unsettled.held.copy()]
+        some = ", ".join(f"{message.topic} {message.key or message.message_id or '?'}" for message in some_held[:10])
         away = f" No answer from: {', '.join(self._outages.stores)}." if self._outages else ""
         raise TimeoutError(
             f"After {timeout.total_seconds():g} s the worker has {self._in_hand()} message(s) in hand, or more keep"
-            f" coming. Not finished: {some or 'none'}{' ...' if len(held) > 10 else ''}.{away}"
+            f" coming. Not finished: {some or 'none'}{' ...' if len(some_held) > 10 else ''}.{away}"
         )
 
     @property
@@ -356,6 +364,12 @@ class Worker:
         return sum(lane.unsettled.received for lane in self._lanes) - settled
 
     def _quiet(self) -> bool:
-        if self._outages or self._in_hand():
-            return False
+        return not self._outages and not self._in_hand() and self._nothing_comes()
+
+    def _nothing_comes(self) -> bool:
         return all(lane.quiet == self._events for lane in self._lanes)
+
+    def _only_keeps(self) -> bool:
+        """All that is in hand is kept until its next look, and nothing more can come."""
+        all_kept = 0 < self._in_hand() == self._kept.number
+        return all_kept and not self._outages and (self._nothing_comes() or self._capacity.is_full)

@@ -75,6 +75,10 @@ class Capacity:
         self._free += places
         self._in_hand -= places
 
+    @property
+    def is_full(self) -> bool:
+        """No place is given out until some come free."""
+        return self._free <= 0 or self._in_hand > self._full_from
+
     def _is_next(self, seat: Seat) -> bool:
-        room = self._free > 0 and self._in_hand <= self._full_from
-        return room and not self._closed() and all(other.ticket >= seat.ticket for other in self._line)
+        return not self.is_full and not self._closed() and all(other.ticket >= seat.ticket for other in self._line)

@@ -70,6 +70,11 @@ class Kept:
             self._changed.notify_all()  # due before the one it waits for
         return True
 
+    @property
+    def number(self) -> int:
+        """How many are kept at this moment."""
+        return len(self._heap)
+
     def give_up(self) -> Waiting:
         """Return all that waits, and forget it: the worker stops."""
         waiting: Waiting = {delivery: unsettled for _, _, unsettled, delivery, _ in sorted(self._heap)}

@@ -11,8 +11,8 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from exactly_once import Message
-from tests.integration.shop import COLOURS, Shop, shops
+from exactly_once import ConfigurationError, Message
+from tests.integration.shop import COLOURS, Shop, put, shops
 
 AT_ONCE = 3
 MESSAGES = 30
@@ -103,3 +103,30 @@ def test_what_became_of_copies_is_counted_for_each_handler(shop: Shop, kind: str
         "second": {"processed": 10, "duplicate": 20},
         "idle": {},
     }
+
+
+@pytest.mark.parametrize("messages", [1, 3 * AT_ONCE])
+def test_draining_ends_where_all_that_is_left_is_of_a_handler_that_is_held(shop: Shop, messages: int) -> None:
+    """It returned an answer: its messages wait until the program is mended, which no test can wait for."""
+    if shop.is_async:
+
+        @shop.eo.handler("orders", key="no", name="wrong")
+        async def awaited(session: AsyncSession) -> Any:
+            return True
+    else:
+
+        @shop.eo.handler("orders", key="no", name="wrong")
+        def plain(session: Session) -> Any:
+            return True
+
+    shop.handles(lambda session: put(session, "done"), topic="notes", name="right")
+    url = f"memory://held-{shop.colour}-{messages}"
+    with shop.eo.producer(url) as producer:
+        producer.send(Message("notes", b'{"no": 0}'))
+        producer.send_all([Message("orders", b'{"no": %d}' % n) for n in range(messages)])
+    with shop.eo.worker(url, concurrency=AT_ONCE, drain_timeout=timedelta(seconds=1)) as worker:
+        with pytest.raises(ConfigurationError, match=r"cannot be done: the handler 'wrong' is held: .* returned True"):
+            worker.drain(timedelta(seconds=60))
+        assert worker.counts.acked == 1
+    assert shop.effects() == ["done"]
+    assert shop.claims() == ["0"]
