@@ -165,8 +165,12 @@ class ExactlyOnce(Registrations):
     ) -> bool:
         """Claim a key in the transaction you have: True the first time, False when it was done before.
 
-        Acknowledge the message only after your commit. It raises `Misuse` where it would not keep the claim, because an error
-        that ended the transaction was caught. Not seen is a procedure, DDL or a call on the driver that ends it in the midst.
+        In a handler of that name it is True each time for its own message, which the handler has claimed already.
+
+        Acknowledge the message only after your commit. A claim that nobody commits is rolled back with its work; of a Session
+        that is closed so, a WARNING of `exactly_once.claim` says it. It raises `Misuse` where it would not keep the claim,
+        because an error that ended the transaction was caught. Not seen is a procedure, DDL or a call on the driver that ends
+        it in the midst.
         With an AsyncSession: `await session.run_sync(eo.claim, "reserve_stock", order.no)`.
 
         Args:
@@ -178,8 +182,7 @@ class ExactlyOnce(Registrations):
             claim_wait: The longest to wait for another transaction that holds the key; whole seconds on MySQL/MariaDB.
 
         Returns:
-            True if the work is yours to do, False if it was done and committed. In a handler of that name True for its own
-            message, which the handler has claimed already.
+            True if the work is yours to do, False if it was done and committed.
 
         Raises:
             InProgress: Another transaction holds the key and may still fail: do not acknowledge.

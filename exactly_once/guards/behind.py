@@ -5,6 +5,10 @@ transaction, and no error; MySQL and MariaDB undo all of it in a deadlock and be
 SQLite and its driver behind ON CONFLICT ROLLBACK. The claim would be gone, with nothing or only the later half of the work
 committed, and the message acknowledged. So the transaction is rolled back there, and the caller told.
 
+A caller who commits nothing has no error at all: `with Session(engine) as session:`, without begin(). Where a transaction with a
+claim ends so, a line of the log says it. Only of a Session in a thread: an AsyncSession is closed in a task of its own, where it
+cannot be told from an error's end.
+
 Asked are the driver's own word on its transaction, and the errors that pass: no round trip, and nothing for a statement that
 succeeds. Not seen is what ends a transaction without an error where another one is open by then: a procedure, DDL, a call on the
 driver. A process that dies on a line of this file has sent no COMMIT: claim and work are rolled back together.
@@ -12,7 +16,9 @@ driver. A process that dies on a line of this file has sent no COMMIT: claim and
 Called by `claiming`.
 """
 
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, Final
 from weakref import ReferenceType, WeakSet, ref
 
@@ -23,6 +29,7 @@ from exactly_once.dialects import ClaimRow, Dialect, State
 from exactly_once.error_words import words_of
 from exactly_once.errors import Misuse
 from exactly_once.guards.listening import seeing
+from exactly_once.steady_log import steady
 from exactly_once.wording import escaped
 
 __all__ = ["admit", "claimed"]
@@ -31,6 +38,8 @@ _CLAIMED: Final = "exactly_once.claimed"
 """Where the transaction that a claim stands in is kept, in the `info` of its connection."""
 _INSTALLED: "WeakSet[Any]" = WeakSet()
 _SHOWN: Final = 160  # characters of the server's error
+
+_log = steady("exactly_once.claim")
 
 
 class _Claimed:
@@ -115,6 +124,8 @@ def _install(dialect: Any) -> None:
     dialect.is_disconnect = seeing(dialect.is_disconnect, _met)
     dialect.do_commit = _refusing(dialect.do_commit, dialect.do_rollback)
     dialect.do_prepare_twophase = _refusing_to_prepare(dialect.do_prepare_twophase)
+    if not dialect.is_async:
+        dialect.do_rollback = _telling(dialect.do_rollback)
 
 
 def _refusing(
@@ -134,6 +145,30 @@ def _refusing(
     return do_commit
 
 
+def _telling(roll_back: Callable[[PoolProxiedConnection], None]) -> Callable[[PoolProxiedConnection], None]:
+    def do_rollback(pooled: PoolProxiedConnection) -> None:
+        # the pool rolls back whatever comes back to it, so this is the look that each connection given back costs
+        noted = None if pooled.dbapi_connection is None else _noted(pooled)
+        if noted is not None and not noted.ended(pooled.dbapi_connection) and _is_forgotten():
+            row = noted.row
+            _log.warning(_FORGOTTEN, f"'{escaped(row.key)}'", f"'{escaped(row.handler)}'")
+        roll_back(pooled)
+
+    return do_rollback
+
+
+def _is_forgotten() -> bool:
+    """Say whether this rollback is nobody's wish: no error is on its way out, and none in SQLAlchemy was told to roll back."""
+    if sys.exc_info()[0] is not None:
+        return False
+    frame: FrameType | None = sys._getframe(2)  # noqa: SLF001
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
+        if frame.f_code.co_name == "rollback":
+            return False
+        frame = frame.f_back
+    return True
+
+
 def _refusing_to_prepare(prepare: Callable[[Connection, Any], None]) -> Callable[[Connection, Any], None]:
     def do_prepare_twophase(connection: Connection, xid: Any) -> None:
         # PostgreSQL answers ROLLBACK here, too; and while one is not prepared, SQLAlchemy can roll the other databases back
@@ -145,6 +180,12 @@ def _refusing_to_prepare(prepare: Callable[[Connection, Any], None]) -> Callable
     return do_prepare_twophase
 
 
+_BETWEEN: Final = ("sqlalchemy", "exactly_once")
+_FORGOTTEN: Final = (
+    "The claim of the key %s of %s was rolled back, with all that was written beside it: its session was closed, and nobody had"
+    " committed. Write `with Session(engine) as session, session.begin():`, or call session.commit(). A message that is"
+    " acknowledged for it is lost."
+)
 _LOST: Final = (
     "then a database error threw the whole transaction away, and it was caught ({error}). The claim is gone, with all that was"
     " written before that error; what was written since is not committed either. Do not acknowledge the message. Let such an"

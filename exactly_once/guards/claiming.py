@@ -60,11 +60,7 @@ class Claimer:
         if isinstance(session, scoped_session):
             session = session()  # the one of this thread, task or request
         if not isinstance(session, Session):
-            of_scope = " (of an async_scoped_session: session = scoped())" if hasattr(session, "registry") else ""
-            raise ConfigurationError(
-                f"eo.claim was given a {type(session).__name__}, not a Session. With an AsyncSession{of_scope}:"
-                " await session.run_sync(eo.claim, handler, key)"
-            )
+            raise ConfigurationError(_no_session(session))
         check_name(handler, HANDLER_BYTES, "handler")
         message = Message("", payload)
         parsed = parse_json(payload)
@@ -178,6 +174,24 @@ class Claimer:
             return schema_in(used)
 
         return dialect_for(engine, named, durable=self._durable, kept_as=f"claim {schema} {self._pooler}")
+
+
+def _no_session(given: object) -> str:
+    """Say what to give in the place of this."""
+    names = [each.__name__ for each in type(given).__mro__]
+    wrong = f"eo.claim was given {'a class' if isinstance(given, type) else f'a {names[0]}'}, not a Session."
+    if "AsyncSession" in names or hasattr(given, "registry"):
+        of_scope = " (of an async_scoped_session: session = scoped())" if hasattr(given, "registry") else ""
+        return f"{wrong} With an AsyncSession{of_scope}: await session.run_sync(eo.claim, handler, key)"
+    if names[0].lower().startswith("async"):
+        return (
+            f"{wrong} Give it the session of your transaction: async with AsyncSession(engine) as session, session.begin():"
+            " await session.run_sync(eo.claim, handler, key)"
+        )
+    return (
+        f"{wrong} Give it the session of your transaction: with Session(engine) as session, session.begin():"
+        " eo.claim(session, handler, key)"
+    )
 
 
 def _told(row: ClaimRow, what: str) -> str:

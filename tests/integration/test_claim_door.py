@@ -274,3 +274,19 @@ def test_what_names_no_database_is_told_what_to_give(which: str) -> None:
 
     with pytest.raises(ConfigurationError, match=r"sessionmaker.*app_context\(\): eo.bind\(db.engine\)"):
         eo.process(order("A-1"))
+
+
+def test_what_is_no_session_is_told_what_to_give(shop: Shop, eo: ExactlyOnce) -> None:
+    with shop.engine.connect() as connection:
+        for given in (shop.engine, connection, sessionmaker(shop.engine), Session, None):
+            with pytest.raises(
+                ConfigurationError, match=r"not a Session\. .*with Session\(engine\) as session"
+            ) as told:
+                eo.claim(given, "handler", "A-1")  # type: ignore[arg-type]
+            assert "run_sync" not in str(told.value)
+    for given in (AsyncSession(shop.async_engine), async_scoped_session(async_sessionmaker(), lambda: 1)):
+        with pytest.raises(ConfigurationError, match=r"await session\.run_sync\(eo\.claim, handler, key\)"):
+            eo.claim(given, "handler", "A-1")  # type: ignore[arg-type]
+    for given in (shop.async_engine, async_sessionmaker(shop.async_engine)):
+        with pytest.raises(ConfigurationError, match=r"async with AsyncSession\(engine\) as session"):
+            eo.claim(given, "handler", "A-1")  # type: ignore[arg-type]
