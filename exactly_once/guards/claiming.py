@@ -179,7 +179,8 @@ class Claimer:
 def _no_session(given: object) -> str:
     """Say what to give in the place of this."""
     names = [each.__name__ for each in type(given).__mro__]
-    wrong = f"eo.claim was given {'a class' if isinstance(given, type) else f'a {names[0]}'}, not a Session."
+    kind = "a class" if isinstance(given, type) else f"{'an' if names[0][0] in 'AEIOU' else 'a'} {names[0]}"
+    wrong = f"eo.claim was given {kind}, not a Session."
     if "AsyncSession" in names or hasattr(given, "registry"):
         of_scope = " (of an async_scoped_session: session = scoped())" if hasattr(given, "registry") else ""
         return f"{wrong} With an AsyncSession{of_scope}: await session.run_sync(eo.claim, handler, key)"

@@ -280,7 +280,7 @@ def test_what_is_no_session_is_told_what_to_give(shop: Shop, eo: ExactlyOnce) ->
     with shop.engine.connect() as connection:
         for given in (shop.engine, connection, sessionmaker(shop.engine), Session, None):
             with pytest.raises(
-                ConfigurationError, match=r"not a Session\. .*with Session\(engine\) as session"
+                ConfigurationError, match=r"was given an? \w+, not a Session\. .*with Session\(engine\) as session"
             ) as told:
                 eo.claim(given, "handler", "A-1")  # type: ignore[arg-type]
             assert "run_sync" not in str(told.value)
