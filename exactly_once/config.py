@@ -18,6 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
+from sqlalchemy import URL
+
 from exactly_once.errors import ConfigurationError
 from exactly_once.handler import Plan
 from exactly_once.policy import Retry
@@ -61,12 +63,18 @@ class Setting(Generic[T_co]):
     def shown(self) -> str:
         """The value for a person, without passwords."""
         if isinstance(self.value, Mapping):
-            return ", ".join(f"{name}={redacted(str(url))}" for name, url in self.value.items())
-        if isinstance(self.value, tuple):
+            return ", ".join(f"{name}={_shown(url)}" for name, url in self.value.items())
+        if isinstance(self.value, tuple) and not isinstance(self.value, URL):
             return ", ".join(map(str, self.value)) or "none"
-        if self.value is None:
-            return "not set"
-        return redacted(self.value) if isinstance(self.value, str) else str(self.value)
+        return "not set" if self.value is None else _shown(self.value)
+
+
+def _shown(value: object) -> str:
+    """A value of a setting, and what code gives for one, without passwords."""
+    if isinstance(value, (str, URL)):
+        return redacted(value)
+    url = getattr(getattr(value, "kw", {}).get("bind", value), "url", None)  # of an engine, or of a sessionmaker's
+    return f"{type(value).__name__}({redacted(url)})" if isinstance(url, URL) else str(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

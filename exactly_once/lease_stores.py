@@ -112,7 +112,8 @@ class LeaseStores:
             other = self._databases[url] = Store(
                 redacted(url), url, schema=self._schema, pool_size=store.pool_size, pooler=self._pooler
             )
-        renewal = self._renewal(other.name, None, lambda: _renewed_in(other))
+        # by its URL: two that differ behind a password alone are printed alike
+        renewal = self._renewal(url, None, lambda: _renewed_in(other))
         return Placed(sql_leases(other, is_async=plan.is_async), local, False, renewal, pause)
 
     def at_rest(self, plan: Plan, store: Store) -> LeaseStore:
@@ -168,10 +169,8 @@ class LeaseStores:
         """Say whether the store of this name answers; None where it is none of these."""
         if name in self._used:
             return self._used[name].answers()
-        for store in self._databases.values():
-            if store.name == name:
-                return store.answers()
-        return None
+        alike = [store.answers() for store in self._databases.values() if store.name == name]
+        return all(alike) if alike else None
 
     def problems(self) -> "Iterator[tuple[str, Callable[[], str | None]]]":
         """Give each store that is no database of the application's, and what looks whether it can be used."""

@@ -4,7 +4,8 @@ Made from a URL (then the engines are ours and sized for us), an Engine, an Asyn
 nothing until first used. The facade makes stores; deliveries, the pump and the worker's outage probe use them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
 from os import urandom
@@ -19,7 +20,7 @@ from sqlalchemy.pool import reset_none
 
 from exactly_once import loops
 from exactly_once.characters import narrow, utf8_args
-from exactly_once.database_url import database_url
+from exactly_once.database_url import check_options, database_url, remember_parts
 from exactly_once.dialects import ClaimRow, Dialect, Trouble, dialect_for
 from exactly_once.dialects.firsthand import is_firsthand, kept_firsthand, moment, watch_pool
 from exactly_once.dialects.place import as_sessions_begin, schema_in
@@ -33,7 +34,7 @@ from exactly_once.guards.watch import HOME, elsewhere
 from exactly_once.interrupted import interrupted
 from exactly_once.owner import new_owner
 from exactly_once.pooler import prepare_threshold
-from exactly_once.redaction import redacted, remember, struck
+from exactly_once.redaction import redacted, struck
 from exactly_once.schema import CONSUMING, Tables, tables
 from exactly_once.steady_log import steady
 from exactly_once.stops import asked_from_outside
@@ -399,9 +400,16 @@ class Store:
         try:
             missing, lacking = self._found()
         except TypeError as error:
+            self._check_options(self.engine.url)  # of an engine that we were given; a driver says so in this way
+            where = redacted(self.engine.url)
+            if dialect.name != "postgresql":
+                said = escaped(words_of(error), 200)
+                raise ConfigurationError(
+                    f"The database {where} cannot be used: {said}. Check the URL {_WHERE}"
+                ) from error
             # SQLAlchemy reads bytes for text there, and knows no other way to say so
             raise ConfigurationError(
-                f"The database {redacted(self.engine.url)} cannot be spoken to; most likely its character set is SQL_ASCII."
+                f"The database {where} cannot be spoken to; most likely its character set is SQL_ASCII."
                 " Give a URL in place of the engine, or: create_engine(..., connect_args={'client_encoding': 'utf8'})"
             ) from error
         except Exception as error:
@@ -421,7 +429,8 @@ class Store:
             raise SchemaError(missing)
         if lacking is not None and dialect.name == "mysql":
             url = self.engine.url
-            wanted = url.update_query_dict({"charset": "utf8mb4"})
+            # before all else: what stands behind a password is not printed
+            wanted = url.set(query={"charset": "utf8mb4", **{k: v for k, v in url.query.items() if k != "charset"}})
             raise ConfigurationError(
                 f"The connection to {redacted(url)} uses the character set {lacking}, which lacks characters: messages with"
                 f" an emoji or a rare letter could not be handled, nor kept as they are. Write {redacted(wanted)}"
@@ -471,7 +480,7 @@ class Store:
             engine.dispose(close=engine.dialect.is_async is False)
 
     def _watched(self, engine: Engine) -> Engine:
-        remember(engine.url, engine.url.password)
+        remember_parts(engine.url)
         install(engine)
         watch_pool(engine)
         if (engine.dialect.name, engine.dialect.driver.removesuffix("_async")) == ("postgresql", "psycopg"):
@@ -483,10 +492,8 @@ class Store:
 
     def _url(self, given: Any) -> URL:
         if isinstance(given, (str, URL)):
-            try:
+            with _where_given():
                 return database_url(given)
-            except ConfigurationError as error:
-                raise ConfigurationError(f"{error} Mend it {_WHERE}") from None
         bind = getattr(given, "kw", {}).get("bind", given)
         if isinstance(bind, Connection) or hasattr(bind, "sync_connection"):
             raise ConfigurationError(
@@ -501,6 +508,10 @@ class Store:
             )
         return url
 
+    def _check_options(self, url: URL) -> None:
+        with _where_given():
+            check_options(url)
+
     def _driver(self, url: URL, table: dict[str, str]) -> str:
         return table.get(url.drivername, url.drivername)
 
@@ -510,6 +521,7 @@ class Store:
         return engine
 
     def _import(self, make: Callable[..., Any], url: URL, options: dict[str, Any]) -> Any:
+        self._check_options(url)  # also of the driver for the other side, threads or asyncio
         try:
             return make(url, **options)
         except ModuleNotFoundError as error:
@@ -556,6 +568,14 @@ class Store:
         else:
             options["connect_args"] = {"connect_timeout": _CONNECT_S}
         return options
+
+
+@contextmanager
+def _where_given() -> Iterator[None]:
+    try:
+        yield
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{error} Mend it {_WHERE}") from None
 
 
 def _sides(database: Any, async_database: Any) -> tuple[Any, Any]:

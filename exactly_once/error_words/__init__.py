@@ -36,6 +36,7 @@ from exactly_once.error_words.struck import (
 from exactly_once.errors import Misuse, Reject
 from exactly_once.leaves import leaves
 from exactly_once.other_queues import advice_on
+from exactly_once.redaction import struck
 
 __all__ = ["place_here", "place_of", "trace_of", "words_of"]
 
@@ -107,7 +108,7 @@ def _own_words(error: BaseException, beside: Sought | None = None) -> str:
             return _of_statement(error, _is_too_much(beside))
         if is_drivers(error):
             return of_driver(error)
-        words = _without_values(str(error), error, beside)
+        words = struck(_without_values(str(error), error, beside))
         advice = advice_on(error)
         return f"{words} ({advice})".strip() if advice else words
     except KeyboardInterrupt:
@@ -285,8 +286,8 @@ def _without_errors(text: str, error: BaseException, beside: Sought | None = Non
             text = text.replace(quoted.statement, f"{_HERE}{len(told) - 1}{_HERE}")
     values = _bound_behind(error) if beside is None else beside
     if values is not None:
-        struck = without_parameters(text, values)
-        text = _CUT if struck is None else struck
+        left = without_parameters(text, values)
+        text = _CUT if left is None else left
     found = _CLASS_IN_TEXT.search(text)
     mark = _MARK_IN_TEXT.search(text)
     if found and (mark or found[1][1:].partition(".")[0] in DRIVERS):

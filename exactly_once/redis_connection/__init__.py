@@ -44,7 +44,7 @@ class RedisConnection:
 
     def __init__(self, url: str) -> None:
         sound = checked(url)
-        self.name = redacted(sound)
+        self.name = redacted(sound, whole=True)
         """The URL without its password, for logs and errors."""
         self._hidden = secrets(sound)
         self._pools = Pools(sound)

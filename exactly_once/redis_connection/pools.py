@@ -117,7 +117,7 @@ class Pools:
         try:
             client = import_module(module)
         except ModuleNotFoundError as error:
-            raise MissingExtra(f"Redis {redacted(self._url)}", "redis") from error
+            raise MissingExtra(f"Redis {redacted(self._url, whole=True)}", "redis") from error
         keepalive = {"socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE}
         # no retry= here: the client's own would try each of connecting, greeting and sending again, one inside the other
         return client.BlockingConnectionPool.from_url(

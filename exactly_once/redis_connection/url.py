@@ -78,7 +78,7 @@ def checked(url: object) -> str:
     return f"{scheme}://{rest}"
 
 
-_ESCAPE: Final = "characters such as / ? # @ in a password are written %2F %3F %23 %40."
+_ESCAPE: Final = "characters such as / ? # @ & in a password are written %2F %3F %23 %40 %26."
 
 
 def _unreadable(scheme: str) -> ConfigurationError:
@@ -89,7 +89,13 @@ def _unreadable(scheme: str) -> ConfigurationError:
 
 def _check_options(scheme: str, query: str) -> None:
     known = _OPTIONS[scheme]
+    behind = False
     for name, value in parse_qsl(query, keep_blank_values=True):
+        if name not in known and behind:  # it may be the rest of the password: nothing of it is repeated
+            raise ConfigurationError(
+                f"Behind the password of the {scheme} URL stands an option that it does not know, and that may be the rest of the"
+                f" password: there an & is written %26. It knows: {listed(known)}."
+            )
         if name not in known:
             raise ConfigurationError(
                 f"A {scheme} URL has no option '{escaped(name)}'.{probably(name, known)} It knows: {listed(known)}."
@@ -98,3 +104,4 @@ def _check_options(scheme: str, query: str) -> None:
             raise ConfigurationError(f"The option {name} of the {scheme} URL is empty; set it or leave it out.")
         if name == "db" and not (value.isascii() and value.isdigit()):
             raise ConfigurationError(f"The option db of the {scheme} URL must be the number of a database, such as 0.")
+        behind = behind or name == "password"

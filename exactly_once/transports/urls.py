@@ -138,18 +138,20 @@ def parse(url: str, *, options: Iterable[str] = (), secrets: Iterable[str] = (),
 
 def _options(scheme: str, query: str, known: frozenset[str], secrets: frozenset[str]) -> dict[str, str]:
     found: dict[str, str] = {}
-    before = ""
+    secret: str | None = None
     for part in filter(None, query.split("&")):
-        name, equals, text = part.partition("=")
+        name, _, text = part.partition("=")
         name, text = unquote(name), unquote(text)
-        if not equals and before in secrets:  # the rest of that secret: it is not repeated
-            raise ConfigurationError(f"The option {before} of the {scheme} URL holds an &, which is written %26.")
-        before = name
         from_file = name.endswith("_file") and name.removesuffix("_file") in secrets
         target = name.removesuffix("_file") if from_file else name
         if target not in known:
             names = ", ".join(sorted([*known, *(f"{secret}_file" for secret in secrets)]))
             knows = f"It knows: {names}." if names else "It takes no options."
+            if secret is not None:  # it may be the rest of that secret: nothing of it is repeated
+                raise ConfigurationError(
+                    f"Behind the option {secret} of the {scheme} URL stands one that it does not know, and that may be the rest"
+                    f" of the {secret}: there an & is written %26. {knows}"
+                )
             raise ConfigurationError(f"A {scheme} URL has no option {name!r}. {knows}")
         if target in found:
             raise ConfigurationError(f"The option {target} stands twice in the {scheme} URL; keep one.")
@@ -158,6 +160,8 @@ def _options(scheme: str, query: str, known: frozenset[str], secrets: frozenset[
         if not text:
             raise ConfigurationError(f"The option {name} of the {scheme} URL is empty; set it or leave it out.")
         found[target] = text
+        if name in secrets:
+            secret = secret or name
     return found
 
 
