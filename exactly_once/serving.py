@@ -37,6 +37,9 @@ _LAST_LOOK_S: Final = 1.0
 
 _CONCERNED_S: Final = 3600.0
 """How often what costs the group messages is looked for and told again."""
+_CONCERNED_SOON_S: Final = 35.0
+"""When it is looked for after the start, which asks before it joins: of several that start at one moment none has joined by then.
+A member tells the broker every 30 s what it wants."""
 _CONCERNED_ENDS_S: Final = 1.0
 
 _log = steady("exactly_once.worker")
@@ -109,7 +112,7 @@ class Serving:
         for name, store in router.stores.items():
             if store.lacking is not None:
                 _log.warning("%s", lacking_characters(name, store.lacking))
-        self._concerns(subscriptions)
+        told = self._concerns(subscriptions)
         runner = router.runner(self._concurrency)
         try:
             consumers = [*self._transport.subscribe(router.group, subscriptions), *router.pumps()]
@@ -127,7 +130,7 @@ class Serving:
             runner.stop()
             raise
         self._runner, self._worker = runner, worker
-        self._concerned = Thread(target=self._look_again, args=(subscriptions,), name="eo-concerns", daemon=True)
+        self._concerned = Thread(target=self._look_again, args=(subscriptions, told), name="eo-concerns", daemon=True)
         self._concerned.start()
         _log.info(
             "worker_started group=%s topics=%s handlers=%s concurrency=%d",
@@ -137,11 +140,18 @@ class Serving:
             self._concurrency,
         )
 
-    def _concerns(self, subscriptions: Sequence[Subscription]) -> None:
-        for concern in self._transport.concerns(self._router.group, subscriptions):
-            _log.warning("%s", concern)
+    def _concerns(self, subscriptions: Sequence[Subscription], told: Sequence[str] = ()) -> Sequence[str]:
+        """Tell what costs the group messages, but what is told already; returns all of it."""
+        found = self._transport.concerns(self._router.group, subscriptions)
+        for concern in found:
+            if concern not in told:
+                _log.warning("%s", concern)
+        return found
 
-    def _look_again(self, subscriptions: Sequence[Subscription]) -> None:
+    def _look_again(self, subscriptions: Sequence[Subscription], told: Sequence[str]) -> None:
+        if self._asked.wait(min(_CONCERNED_SOON_S, _CONCERNED_S)):
+            return
+        self._concerns(subscriptions, told)
         # whoever joins later does not tell us, and a line of a start is forgotten
         while not self._asked.wait(_CONCERNED_S):
             self._concerns(subscriptions)

@@ -160,7 +160,8 @@ class Transport(Protocol):
     def concerns(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
         """Say what keeps nobody from receiving and costs messages later: others of the group that subscribe otherwise, for one.
 
-        Asked at a start, by `doctor`, and every hour while a worker runs. Empty where no server tells. Raises nothing.
+        Asked at a start, half a minute later, every hour while a worker runs, and by `doctor`. Empty where no server tells.
+        Raises nothing.
         """
 
     def subscribe(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[Consumer]:

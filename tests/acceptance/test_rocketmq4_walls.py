@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
-from threading import Event
+from threading import Barrier, Event
 from time import monotonic, sleep
 from types import ModuleType
 from typing import Any
@@ -28,6 +28,7 @@ from exactly_once.alembic import upgrade
 from exactly_once.doctor import Mark, examine
 from exactly_once.errors import ConfigurationError, TransportError
 from exactly_once.message import Message
+from exactly_once.serving import Serving
 from exactly_once.testing.child import wait_until
 from exactly_once.transport import Away, Consumer, Delivery, Receipt, Subscription, Surroundings, Transport
 from exactly_once.transports import transport_from
@@ -788,6 +789,39 @@ def test_a_member_that_wants_other_tags_is_told_at_the_start_by_doctor_and_again
     assert f"wants {place.topic} (cancelled || paid)" in text
     assert "group of its own" in text
     wait_until(lambda: _of_others(place, mine) == [], what="nobody is there", patience_s=30)
+
+
+def test_two_programs_that_start_at_one_moment_and_subscribe_differently_are_told_soon(
+    place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each asks before either has joined, so the start tells nobody."""
+    monkeypatch.setattr(serving, "_CONCERNED_SOON_S", 5.0)
+    begun = Barrier(2)
+    asks = Serving._concerns
+
+    def ask_together(self: Serving, subscriptions: Sequence[Subscription], told: Sequence[str] = ()) -> Sequence[str]:
+        found = asks(self, subscriptions, told)
+        if self._worker is None:
+            begun.wait(60)  # neither goes on to join before both have asked
+        return found
+
+    monkeypatch.setattr(Serving, "_concerns", ask_together)
+    workers = []
+    for tag in ("created", "paid"):
+        database = f"sqlite:///{tmp_path / tag}.db"
+        upgrade(database)
+        eo = ExactlyOnce(database, group=place.group)
+        eo.handler(place.topic, tag=tag, key=keys.message_key(), name="first")(_nothing)
+        workers.append(eo.worker(f"rocketmq4://{place.server.name_server}?state_dir={tmp_path / 'journals'}"))
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(Serving.start, workers))
+        wait_until(
+            lambda: [r for r in caplog.records if "LOSES MESSAGES" in r.getMessage()] != [], what="told", patience_s=60
+        )
+    finally:
+        for worker in workers:
+            worker.stop()
 
 
 def test_members_that_subscribe_alike_are_no_concern_and_an_older_one_is_seen_behind_a_later(place: Place) -> None:
