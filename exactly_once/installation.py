@@ -9,6 +9,7 @@ Asked when an error is told, and by `doctor`; imports nothing of the package, fo
 import json
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
+from shlex import quote
 from typing import Any, Final
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -43,14 +44,21 @@ def source(extra: str | None = None) -> str:
     """Return what pip is to install to make this installation again, for a command line: with optional packages, or without."""
     origin = _origin()
     url, extras = str(origin.get("url", "")), "" if extra is None else f"[{extra}]"
-    if "dir_info" in origin:
-        folder = Path(url2pathname(urlsplit(url).path))
-        here = "." if folder == Path.cwd() else str(folder)
-        return f"{'-e ' if origin['dir_info'].get('editable') else ''}'{here}{extras}'"
+    file = Path(url2pathname(urlsplit(url).path)) if url.startswith("file:") else None
+    within = f"#subdirectory={inside}" if (inside := origin.get("subdirectory")) else ""
+    if "dir_info" in origin and file is not None:
+        here = "." if file == Path.cwd() else str(file)
+        return f"{'-e ' if origin['dir_info'].get('editable') else ''}{_quoted(f'{here}{extras}')}"
     if "vcs_info" in origin:
-        at = f"{origin['vcs_info'].get('vcs', 'git')}+{_without_user(url)}"
-        return f"'{DISTRIBUTION}{extras} @ {at}'"
-    return f"'{DISTRIBUTION}{extras}'"
+        made = origin["vcs_info"]
+        revision = f"@{asked}" if (asked := made.get("requested_revision")) else ""
+        at = f"{made.get('vcs', 'git')}+{_without_password(url)}{revision}{within}"
+        return _quoted(f"{DISTRIBUTION}{extras} @ {at}")
+    if "archive_info" in origin and file is not None and not within:
+        return _quoted(f"{file}{extras}")
+    if "archive_info" in origin:
+        return _quoted(f"{DISTRIBUTION}{extras} @ {_without_password(url)}{within}")
+    return _quoted(f"{DISTRIBUTION}{extras}")
 
 
 def clash() -> str | None:
@@ -78,6 +86,14 @@ def _origin() -> dict[str, Any]:
     return {} if written is None else dict(json.loads(written))
 
 
-def _without_user(url: str) -> str:
+def _without_password(url: str) -> str:
+    """Return a URL without user and password; over SSH with the user, which is no secret, and without whom nobody gets in."""
     parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    userinfo, _, host = parts.netloc.rpartition("@")
+    user = userinfo.partition(":")[0] if parts.scheme == "ssh" else ""
+    return parts._replace(netloc=f"{user}@{host}" if user else host).geturl()
+
+
+def _quoted(text: str) -> str:
+    """Return a text as a shell takes it for one argument; always in quotes, for what an error tells looks alike then."""
+    return quoted if (quoted := quote(text)).startswith("'") else f"'{text}'"

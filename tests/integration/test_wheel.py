@@ -128,7 +128,31 @@ ORIGINS = {
         "pip install -e '.[redis]'",
     ),
     "elsewhere in a checkout": ({"url": "file:///home/me/a%20b", "dir_info": {}}, "pip install '/home/me/a b[redis]'"),
-    "from a wheel": ({"url": "file:///tmp/x.whl", "archive_info": {}}, f"pip install '{DISTRIBUTION}[redis]'"),
+    "in a folder with a quote": (
+        {"url": "file:///home/o'neil/it", "dir_info": {"editable": True}},
+        """pip install -e '/home/o'"'"'neil/it[redis]'""",
+    ),
+    "from a wheel": ({"url": "file:///tmp/a%20b/x.whl", "archive_info": {}}, "pip install '/tmp/a b/x.whl[redis]'"),
+    "from an archive elsewhere": (
+        {"url": "https://me:secret@example.org/it.tar.gz", "archive_info": {}, "subdirectory": "sub"},
+        f"pip install '{DISTRIBUTION}[redis] @ https://example.org/it.tar.gz#subdirectory=sub'",
+    ),
+    "from a folder of an archive": (
+        {"url": "file:///tmp/it.tar.gz", "archive_info": {}, "subdirectory": "sub"},
+        f"pip install '{DISTRIBUTION}[redis] @ file:///tmp/it.tar.gz#subdirectory=sub'",
+    ),
+    "from a tag in git": (
+        {
+            "url": "https://example.org/it.git",
+            "vcs_info": {"vcs": "git", "requested_revision": "v1.2", "commit_id": "a" * 40},
+            "subdirectory": "packages/it",
+        },
+        f"pip install '{DISTRIBUTION}[redis] @ git+https://example.org/it.git@v1.2#subdirectory=packages/it'",
+    ),
+    "from git over SSH": (
+        {"url": "ssh://git:secret@example.org/it.git", "vcs_info": {"vcs": "git", "commit_id": "a" * 40}},
+        f"pip install '{DISTRIBUTION}[redis] @ git+ssh://git@example.org/it.git'",
+    ),
     "from git": (
         {"url": "https://me:secret@example.org/it.git", "vcs_info": {"vcs": "git"}},
         f"pip install '{DISTRIBUTION}[redis] @ git+https://example.org/it.git'",
