@@ -1,13 +1,16 @@
 """The TOML file with the settings: the one that is named, else the nearest pyproject.toml from the current folder upwards.
 
-A file that was found and not named is believed only where it belongs to who runs the program, or to root: it says which database
-is used and which modules are imported, and into a folder such as /tmp anybody may write one. So does git. Called by `config`.
+A file that was found and not named is believed only where it belongs to who runs the program, or to root, and so do the folder it
+was found in and a link that leads to it: it says which database is used and which modules are imported. Into a folder such as
+/tmp anybody may write one, or a link to another one of ours; and whose folder it is may move a file of ours there. So does git.
+Called by `config`.
 """
 
 import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from stat import S_ISLNK
 from typing import Any, Final
 
 from exactly_once.errors import ConfigurationError
@@ -39,16 +42,46 @@ def settings_table(named: str | Path | None, directory: Path) -> tuple[dict[str,
     for folder in (directory.absolute(), *directory.absolute().parents):
         path = folder / "pyproject.toml"
         if path.is_file():
-            content, owner = _toml(path)
-            section = _section(content, path)
-            if section is not None and not _is_trusted(owner):
+            try:
+                content, opened = _toml(path)
+                section = _section(content, path)
+            except ConfigurationError as error:
+                if (theirs := _another_users(path, None)) is None:
+                    raise
                 raise ConfigurationError(
-                    f"The settings file {path} belongs to another user (uid {owner}; this program runs as uid {os.geteuid()}), so"
-                    " nothing in it is used: it would say which database is used and which modules are imported here. If you"
-                    f" trust it, name it: {CONFIG_VARIABLE}={path}"
+                    f"{error}. {theirs}: have them mend it, or name a settings file of your own: {CONFIG_VARIABLE}=FILE"
+                ) from error
+            if section is not None and (theirs := _another_users(path, opened)) is not None:
+                raise ConfigurationError(
+                    f"{theirs}, so nothing in it is used: it would say which database is used and which modules are imported"
+                    f" here. If you trust it, name it: {CONFIG_VARIABLE}={path}"
                 )
             return dict(section or {}), path
     return {}, directory / "pyproject.toml"
+
+
+def _another_users(path: Path, opened: os.stat_result | None) -> str | None:
+    """Say what of a settings file is another user's: it, a link that leads to it, or the folder that holds it; else None.
+
+    Args:
+        path: Where it was found.
+        opened: What the open file said of itself: by its name it may be another one by now.
+    """
+    try:
+        named = path.lstat()
+        asked = (
+            (f"The settings file {path}", opened or path.stat()),
+            (f"The link to the settings file, {path},", named),
+            (f"The folder of the settings file {path}", path.parent.stat()),
+        )
+    except OSError as error:
+        raise ConfigurationError(f"the settings file {path} cannot be read: {told(error)}") from error
+    for what, found in asked:
+        if not _is_trusted(found.st_uid):
+            return f"{what} belongs to another user (uid {found.st_uid}; this program runs as uid {os.geteuid()})"
+    if opened is not None and not S_ISLNK(named.st_mode) and not os.path.samestat(opened, named):
+        return f"The settings file {path} was another one a moment ago"
+    return None
 
 
 def _is_trusted(owner: int) -> bool:
@@ -67,11 +100,11 @@ def _section(content: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None
     return section
 
 
-def _toml(path: Path) -> tuple[dict[str, Any], int]:
-    """Return what is in it, and whose it is: asked of the open file, which nobody can change for another one."""
+def _toml(path: Path) -> tuple[dict[str, Any], os.stat_result]:
+    """Return what is in it, and what the open file says of itself: whose it is nobody can change for another one's."""
     try:
         with path.open("rb") as file:
-            return tomllib.load(file), os.fstat(file.fileno()).st_uid
+            return tomllib.load(file), os.fstat(file.fileno())
     except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise ConfigurationError(f"the settings file {path} cannot be read: {told(error)}") from error
 

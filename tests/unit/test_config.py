@@ -301,6 +301,60 @@ def test_a_pyproject_of_another_user_that_says_nothing_to_us_is_no_error(
     assert read(tmp_path, code={"group": "mine"}).group.value == "mine"
 
 
+only_root_gives = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+
+
+@only_root_gives
+def test_a_link_of_another_user_to_a_pyproject_of_mine_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    mine = project(tmp_path / "mine", '[tool.exactly_once]\ngroup = "prod"\n')
+    link = tmp_path / "pyproject.toml"
+    tmp_path.chmod(0o1777)
+    link.symlink_to(mine)
+    assert read(tmp_path).group.value == "prod"
+    os.lchown(link, 4711, -1)
+    said = refused(tmp_path)
+    assert f"The link to the settings file, {link}, belongs to another user (uid 4711;" in said
+    assert f"EXACTLY_ONCE_CONFIG={link}" in said
+
+
+@only_root_gives
+def test_a_pyproject_of_mine_in_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
+    path = project(tmp_path, '[tool.exactly_once]\ngroup = "prod"\n')
+    os.chown(tmp_path, 4711, -1)
+    assert f"The folder of the settings file {path} belongs to another user (uid 4711;" in refused(tmp_path)
+    path.write_text('[tool.other]\ngroup = "x"\n')
+    assert read(tmp_path, code={"group": "mine"}).group.value == "mine"
+
+
+@pytest.mark.parametrize("broken", ["[tool.exactly_once\n", "[tool]\nexactly_once = 5\n"])
+def test_a_broken_pyproject_of_another_user_is_told_as_theirs(
+    tmp_path: Path, broken: str, another_users: Callable[[Path], int]
+) -> None:
+    path = project(tmp_path, broken)
+    assert "another user" not in refused(tmp_path)
+    owner = another_users(path)
+    said = refused(tmp_path)
+    assert f"{path} belongs to another user (uid {owner};" in said
+    assert "EXACTLY_ONCE_CONFIG=FILE" in said
+
+
+def test_a_pyproject_that_is_changed_for_another_one_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = project(tmp_path, '[tool.exactly_once]\ngroup = "theirs"\n')
+    opened = settings_file._toml
+
+    def change(found: Path) -> Any:
+        content = opened(found)
+        (tmp_path / "other").write_text("")
+        (tmp_path / "other").rename(path)
+        return content
+
+    monkeypatch.setattr(settings_file, "_toml", change)
+    assert "was another one a moment ago" in refused(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("owner", "me", "sudo", "trusted"),
     [
