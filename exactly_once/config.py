@@ -11,7 +11,8 @@ in production. Values are checked here, nothing is opened. Called by the facade 
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
@@ -30,17 +31,18 @@ from exactly_once.settings_file import CONFIG_VARIABLE, settings_table, told
 from exactly_once.steady_log import steady
 from exactly_once.wording import escaped, listed, probably
 
-__all__ = ["Config", "HandlerSettings", "Setting", "load", "redacted"]
+__all__ = ["Config", "HandlerSettings", "Setting", "load", "redacted", "said_afterwards"]
 
 _log = steady("exactly_once.config")
 
 PREFIX: Final = "EXACTLY_ONCE_"
 TEST_PREFIX: Final = "EXACTLY_ONCE_TEST_"  # read by exactly_once.testing, not by us
+SUPERVISED: Final = "EXACTLY_ONCE_SUPERVISED"
 NO_SETTINGS: Final = frozenset(
     {
         CONFIG_VARIABLE,
         "EXACTLY_ONCE_TRACEBACK",  # the command line's
-        "EXACTLY_ONCE_SUPERVISED",  # what a supervisor tells its children; refused here, none of them would start
+        SUPERVISED,  # what a supervisor tells its children; refused here, none of them would start
         "EXACTLY_ONCE_REPORT_FD",
         "EXACTLY_ONCE_LIBROCKETMQ",  # where the machine's librocketmq is; read by that transport
         "EXACTLY_ONCE_ROCKETMQ4_PYTHON",  # the second environment, read by the benchmarks
@@ -176,7 +178,8 @@ def load(
     ours = {name: value for name, value in variables.items() if name.startswith(PREFIX) and name not in NO_SETTINGS}
     ours = {name: value for name, value in ours.items() if not name.startswith(TEST_PREFIX) and value != ""}
     if links := service_links(ours, PREFIX):
-        _say_ignored(links)
+        if SUPERVISED not in variables:  # the supervisor has the same variables, and says it for all
+            _say_ignored(links)
         ours = {name: value for name, value in ours.items() if name not in links}
     by_variable = {PREFIX + name.upper(): target for name, target in _file_names().items()}
     found |= _layer(ours, by_variable, "environment", "{source} {name}", relative_to=Path())
@@ -185,9 +188,30 @@ def load(
     return Config(**every, handlers=handlers)
 
 
+@contextmanager
+def said_afterwards() -> Iterator[None]:
+    """Keep what is to be said of the settings until the end of the block: until then nobody has said where log lines go."""
+    global _kept_back  # noqa: PLW0603  (of a command line, which has one thread by then)
+    kept: list[tuple[str, ...]] = []
+    _kept_back = kept.append
+    try:
+        yield
+    finally:
+        _kept_back = None
+        for links in kept:
+            _log_ignored(links)
+
+
+_kept_back: Callable[[tuple[str, ...]], None] | None = None
+
+
 @lru_cache
 def _say_ignored(links: tuple[str, ...]) -> None:
     """Say it once in a process, however many applications it has."""
+    (_kept_back or _log_ignored)(links)
+
+
+def _log_ignored(links: tuple[str, ...]) -> None:
     _log.warning(
         "settings: %s %s left out: Kubernetes sets such variables in each pod for a Service of that name. They are no settings;"
         " enableServiceLinks: false in the pod's spec keeps them away.",

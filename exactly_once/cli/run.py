@@ -10,6 +10,7 @@ from typing import Annotated, TextIO
 import typer
 
 from exactly_once.cli.reference import TransportOption, application
+from exactly_once.config import said_afterwards
 
 __all__ = ["command"]
 
@@ -56,13 +57,14 @@ def command(
     Log lines go where the application's own logging sends them; where it configures none, to standard error.
     Exits 0 when stopped, 1 when messages were given back unfinished, 143 on a second signal.
     """
-    eo = application(app)
-    serving = eo.worker(
-        transport,
-        concurrency=concurrency,
-        drain_timeout=None if drain_timeout is None else timedelta(seconds=drain_timeout),
-    )
-    log_to_stderr()  # `imports=` are imported by now, too
+    with said_afterwards():
+        eo = application(app)
+        serving = eo.worker(
+            transport,
+            concurrency=concurrency,
+            drain_timeout=None if drain_timeout is None else timedelta(seconds=drain_timeout),
+        )
+        log_to_stderr()  # `imports=` are imported by now, too
     number = processes or eo.config.processes.value
     address = health or eo.config.health.value
     if number > 1:

@@ -157,3 +157,31 @@ def test_an_application_that_configures_logging_is_listened_to(
     )
     assert begins in first
     assert ("MINE" in rest) == (configures != "nobody")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_is_left_out_of_the_settings_is_said_once_for_all_processes_where_the_log_goes(
+    processes: int, sqlite_url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "logapp.py").write_text(APPLICATION)
+    (tmp_path / "loghandlers.py").write_text(HANDLERS + OWN)
+    links = {"EXACTLY_ONCE_PORT": "tcp://10.0.0.11:80", "EXACTLY_ONCE_SERVICE_HOST": "10.0.0.11"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("EXACTLY_ONCE_")} | links
+    environment |= {"EXACTLY_ONCE_DATABASE": sqlite_url, "PYTHONPATH": str(ROOT), "EXACTLY_ONCE_TRANSPORT": "sql://"}
+    log = tmp_path / "log"
+    with log.open("w") as into:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "exactly_once", "run", "logapp:eo", "--processes", str(processes)],
+            cwd=tmp_path,
+            env=environment,
+            stderr=into,
+        )
+    try:
+        until(lambda: log.read_text().count("worker_started") == processes)
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(60) == 0
+    finally:
+        worker.kill()
+        worker.wait()
+    [said] = [line for line in log.read_text().splitlines() if "left out: Kubernetes" in line]
+    assert said.startswith("MINE exactly_once.config settings: EXACTLY_ONCE_PORT, EXACTLY_ONCE_SERVICE_HOST are")
