@@ -5,6 +5,7 @@ changed but by a transport's own check. Called by `serving`.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from threading import Event
@@ -19,6 +20,7 @@ from exactly_once.errors import (
     StoreUnavailable,
     TransportError,
 )
+from exactly_once.redaction import redacted
 from exactly_once.routing import Router
 from exactly_once.steady_log import steady
 from exactly_once.store import Store, claims_twice
@@ -59,13 +61,14 @@ def wait_for_servers(
             raise _Refused("\n".join(problems))
         return "\n".join(problems) or None
 
+    databases = {f"the database {name!r}": store for name, store in router.stores.items()}
     looks: list[tuple[str, Callable[[], str | None], type[ExactlyOnceError]]] = [
-        (f"the database {name!r}", partial(_database_problem, store, router.group), StoreUnavailable)
-        for name, store in router.stores.items()
+        (what, partial(_database_problem, store, router.group), StoreUnavailable) for what, store in databases.items()
     ]
     looks += [(f"the store of leases {name}", problem, StoreUnavailable) for name, problem in router.leases.problems()]
     looks.append(("the broker", broker, TransportError))
     wrong: list[ConfigurationError] = []
+    told_of: str | None = None
     behind: list[str] = []
     for what, look, vain in looks:
         if wrong:
@@ -77,10 +80,13 @@ def wait_for_servers(
             raise
         except ConfigurationError as error:
             wrong.append(error)
+            with suppress(Exception):  # there is no engine of a URL that cannot be used
+                told_of = redacted(databases[what].engine.url)
     if wrong:
         said = str(wrong[0])
         for line in "\n".join(behind).splitlines():
-            if (line.partition("Type: ")[2] or line) not in said:  # one command may mend both
+            # one command may mend both; and what a broker in that database says of it follows from what is wrong there
+            if (line.partition("Type: ")[2] or line) not in said and (told_of is None or told_of not in line):
                 said += f"\n{line}"
         raise wrong[0] if said == str(wrong[0]) else ConfigurationError(said) from wrong[0]
 
@@ -91,9 +97,11 @@ def _database_problem(store: Store, group: str) -> str | None:
     try:
         seen = claims_twice(store.dialect, store.open, group)
     except Exception as error:
-        if store.away(error):
-            return f"{store.name} does not answer ({type(error).__name__})"
-        raise
+        if (refused := store.refusal(error)) is not None:
+            raise ConfigurationError(refused) from error
+        if (problem := store.waited_for(error)) is None:
+            raise
+        return problem
     if seen != (True, False):
         raise ConfigurationError(
             f"Through the driver of the database {store.name!r} a key claimed twice is seen as {seen}, not (True, False):"

@@ -20,11 +20,12 @@ from sqlalchemy.pool import reset_none
 
 from exactly_once import loops
 from exactly_once.characters import narrow, utf8_args
+from exactly_once.database_driver import missing_driver
 from exactly_once.database_url import check_options, database_url, remember_parts
 from exactly_once.dialects import ClaimRow, Dialect, Trouble, dialect_for
 from exactly_once.dialects.firsthand import is_firsthand, kept_firsthand, moment, watch_pool
 from exactly_once.dialects.place import as_sessions_begin, schema_in
-from exactly_once.drivers_own import is_of_a_database, original
+from exactly_once.drivers_own import is_of_a_database
 from exactly_once.error_words import words_of
 from exactly_once.errors import ConfigurationError, MissingExtra, SchemaError, StoreUnavailable
 from exactly_once.failures import FailureStore
@@ -34,11 +35,12 @@ from exactly_once.guards.watch import HOME, elsewhere
 from exactly_once.interrupted import interrupted
 from exactly_once.owner import new_owner
 from exactly_once.pooler import prepare_threshold
-from exactly_once.redaction import redacted, struck
+from exactly_once.redaction import redacted
 from exactly_once.schema import CONSUMING, Tables, tables
 from exactly_once.steady_log import steady
 from exactly_once.stops import asked_from_outside
 from exactly_once.unreached import unreached
+from exactly_once.unusable import denied, is_denied, is_read_only, read_only, silent, unusable, words
 from exactly_once.whose import came_through
 from exactly_once.wording import escaped
 
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-__all__ = ["Store", "claims_twice", "lacking_characters"]
+__all__ = ["Store", "claims_twice", "lacking_characters", "try_to_write"]
 
 _log = steady(__name__)
 
@@ -71,7 +73,6 @@ _SYNC: Final = {
     "mariadb+asyncmy": "mariadb+pymysql",
     "sqlite+aiosqlite": "sqlite",
 }
-_EXTRA: Final = {"mysql": "mysql", "mariadb": "mysql", "sqlite": "sqlite"}
 
 _FLASK: Final = "With Flask-SQLAlchemy: with app.app_context(): eo.bind(db.engine)"
 _CONNECT_S: Final = 5  # a server that does not accept within this is away
@@ -353,7 +354,7 @@ class Store:
     def _writes(self, connection: Connection) -> bool:
         wants_room = self._wants_room
         try:
-            _try_to_write(connection, self.tables.idempotent, rows=_ROOM_ROWS if wants_room else 1)
+            try_to_write(connection, self.tables.idempotent, rows=_ROOM_ROWS if wants_room else 1)
         except Exception as error:
             connection.invalidate()  # before it is rolled back: else a pooler keeps the server's as a stranger has left it
             # what is refused to us for another reason is not mended by waiting: whoever asks next is told
@@ -397,6 +398,9 @@ class Store:
             ConfigurationError: Waiting would not mend it: no such user or database, or the schema is missing or old.
         """
         dialect = self.dialect
+        ours = self.engine in self._ours  # else the URL may not say where its own way to connect goes
+        if ours and dialect.name == "mysql" and (told := silent(self.engine.url)) is not None:
+            return f"{redacted(self.engine.url)} does not answer ({told})"
         try:
             missing, lacking = self._found()
         except TypeError as error:
@@ -415,11 +419,12 @@ class Store:
         except Exception as error:
             where = redacted(self.engine.url)
             if is_of_a_database(error):
-                said = escaped(struck(str(original(error)).strip()), 200)
+                if (refused := self.refusal(error)) is not None:
+                    raise ConfigurationError(refused) from error
                 if dialect.trouble(error) is Trouble.UNAVAILABLE and not dialect.hopeless(error):
-                    return f"{where} does not answer ({said})"
+                    return f"{where} does not answer ({unusable(error, self.engine.url) if ours else words(error)})"
                 raise ConfigurationError(
-                    f"The database {where} cannot be used: {said}. Check the URL {_WHERE}"
+                    f"The database {where} cannot be used: {words(error)}. Check the URL {_WHERE}"
                 ) from error
             if not self.unreached(error):
                 raise
@@ -437,6 +442,19 @@ class Store:
             )
         self.lacking = lacking
         return None
+
+    def refusal(self, error: BaseException) -> str | None:
+        """Say what to do where the server let us in and does not let us work: the user lacks a right."""
+        return denied(error, self.engine.url, schema=self.schema) if is_denied(error) else None
+
+    def waited_for(self, error: BaseException) -> str | None:
+        """Say what is waited for, where an error means that this database cannot be written to now; None of any other."""
+        if is_read_only(error):
+            return read_only(self.engine.url)
+        if not self.away(error):
+            return None
+        said = words(error) if is_of_a_database(error) else escaped(words_of(error), 200)
+        return f"{redacted(self.engine.url)} does not answer ({said})"
 
     def _found(self) -> tuple[str | None, str | None]:
         """Say what the tables miss and which character set is too narrow; of another connection where others had this one."""
@@ -524,18 +542,11 @@ class Store:
         self._check_options(url)  # also of the driver for the other side, threads or asyncio
         try:
             return make(url, **options)
-        except ModuleNotFoundError as error:
-            extra = _EXTRA.get(url.get_backend_name())
-            if extra is None:
-                raise ConfigurationError(f"The database driver {url.drivername} is not installed ({error}).") from error
-            raise MissingExtra(f"The database {url.drivername}", extra) from error
-        except NoSuchModuleError as error:
-            wanted = (
-                "postgresql+psycopg" if url.drivername.startswith("postgres") else "postgresql+psycopg, mysql or sqlite"
-            )
-            raise ConfigurationError(
-                f"SQLAlchemy knows no database {url.drivername!r}. Write {wanted}://user:password@host/name {_WHERE}"
-            ) from error
+        except (ModuleNotFoundError, NoSuchModuleError) as error:
+            told = missing_driver(url, error)
+            if isinstance(told, MissingExtra):
+                raise told from error
+            raise ConfigurationError(f"{str(told).removesuffix('.')}. Mend it {_WHERE}") from error
 
     def _options(self, url: URL) -> dict[str, Any]:
         backend = url.get_backend_name()
@@ -626,7 +637,7 @@ def _resets_nothing(bind: Any) -> bool:
     return pool._reset_on_return is reset_none  # noqa: SLF001  (there is no public word for it)
 
 
-def _try_to_write(connection: Connection, claims: Table, *, rows: int) -> None:
+def try_to_write(connection: Connection, claims: Table, *, rows: int = 1) -> None:
     """Insert claims of nobody, and roll them back."""
     now = datetime.now(UTC)
     content = urandom(_ROOM_BYTES) if rows > 1 else None  # of no pattern: a server that compresses would write nothing

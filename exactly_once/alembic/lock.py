@@ -14,14 +14,17 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import URL, Connection, Dialect, Engine, create_engine, event, pool, text
 
 from exactly_once.characters import utf8_args
+from exactly_once.database_driver import check_driver, with_driver
 from exactly_once.database_url import database_url
-from exactly_once.errors import ConfigurationError, SchemaError
+from exactly_once.errors import ConfigurationError, SchemaError, StoreUnavailable
 from exactly_once.pooler import IDLE_MS, LINK
+from exactly_once.redaction import redacted
+from exactly_once.unusable import silent
 
 __all__ = ["Database", "schema_lock", "with_connection"]
 
@@ -32,6 +35,7 @@ T = TypeVar("T")
 WAIT_SECONDS: Final = 120
 # One wait on GET_LOCK: short, or a read_timeout in the caller's URL would end it with an error
 MYSQL_WAIT_SECONDS: Final = 2
+CONNECT_SECONDS: Final = 5  # a server that does not accept within this is away
 # of the transaction alone, and never looser than the server's own; 0 there is no bound
 _BOUND: Final = (
     "SELECT set_config(name, least(nullif(setting::bigint, 0), nullif(reset_val::bigint, 0), :idle_ms)::text, true)"
@@ -48,7 +52,8 @@ def with_connection(database: Database, work: Callable[[Connection], T]) -> T:
         work: What to do; it commits by itself.
 
     Raises:
-        ConfigurationError: An async engine or connection was given.
+        ConfigurationError: An async engine or connection was given, or the URL's driver is not there.
+        StoreUnavailable: What listens at the URL's port does not speak MySQL.
     """
     if isinstance(database, Connection):
         _ask_for_a_pooler(database)
@@ -62,12 +67,15 @@ def with_connection(database: Database, work: Callable[[Connection], T]) -> T:
             f"{type(database).__name__} is async, and this function is not. Type: "
             "async with engine.connect() as connection: await connection.run_sync(exactly_once.alembic.upgrade)"
         )
-    url = database_url(database)
+    url = with_driver(database_url(database))
+    check_driver(url)
+    if url.get_backend_name() in ("mysql", "mariadb") and (told := silent(url)) is not None:
+        raise StoreUnavailable(f"{redacted(url)} does not answer: {told}")
     if url.get_dialect().is_async:
         # in a thread of its own: the caller's thread may be running a loop, and asyncio allows one a thread
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(lambda: asyncio.run(_on_async(url, work))).result()
-    engine = create_engine(url, poolclass=pool.NullPool, connect_args=utf8_args(url) | _unprepared(url))
+    engine = create_engine(url, poolclass=pool.NullPool, connect_args=_connect_args(url))
     _begin_as_sessions_do(engine)
     with _plain(engine).connect() as connection:
         return work(connection)
@@ -76,7 +84,7 @@ def with_connection(database: Database, work: Callable[[Connection], T]) -> T:
 async def _on_async(url: URL, work: Callable[[Connection], T]) -> T:
     from sqlalchemy.ext.asyncio import create_async_engine
 
-    engine = create_async_engine(url, poolclass=pool.NullPool, connect_args=utf8_args(url) | _unprepared(url))
+    engine = create_async_engine(url, poolclass=pool.NullPool, connect_args=_connect_args(url))
     _begin_as_sessions_do(engine.sync_engine)
     if engine.dialect.name != "sqlite":
         engine = engine.execution_options(isolation_level="READ COMMITTED")
@@ -90,6 +98,12 @@ def _begin_as_sessions_do(engine: Engine) -> None:
         from exactly_once.dialects.place import as_sessions_begin
 
         event.listen(engine, "begin", as_sessions_begin)
+
+
+def _connect_args(url: URL) -> dict[str, Any]:
+    bounded = url.get_dialect().driver.removesuffix("_async") in ("psycopg", "pymysql", "asyncmy")
+    limit = {"connect_timeout": CONNECT_SECONDS} if bounded and "connect_timeout" not in url.query else {}
+    return limit | utf8_args(url) | _unprepared(url)
 
 
 def _unprepared(url: URL) -> dict[str, None]:

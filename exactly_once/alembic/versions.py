@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from exactly_once.errors import SchemaError
 from exactly_once.redaction import redacted
+from exactly_once.unusable import nameless
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Table
@@ -101,8 +102,11 @@ def descend(operations: Any, schema: str | None, target: int) -> None:
 
 
 def recorded(connection: "Connection", schema: str | None) -> int | None:
+    dialect = connection.dialect
+    if schema is None and dialect.name in ("mysql", "mariadb") and dialect.default_schema_name is None:
+        raise nameless(connection.engine.url)
     # asked of the catalog first: on PostgreSQL a failed SELECT would spoil the caller's transaction
-    if not connection.dialect.has_table(connection, VERSION_TABLE, schema=schema):
+    if not dialect.has_table(connection, VERSION_TABLE, schema=schema):
         return None
     found = connection.execute(_version_table(schema).select()).scalar()
     return int(found) if found is not None else None

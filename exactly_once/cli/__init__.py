@@ -99,7 +99,7 @@ def _told(error: Exception) -> tuple[str, int]:
     """Return the paragraph for a person, and the exit code."""
     from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-    from exactly_once.error_words import words_of
+    from exactly_once.error_words import place_of, words_of
     from exactly_once.errors import ConfigurationError, ExactlyOnceError
 
     if isinstance(error, ConfigurationError):
@@ -111,4 +111,6 @@ def _told(error: Exception) -> tuple[str, int]:
         return f"The database refused: {words_of(error)}", 1
     if isinstance(error, (SQLAlchemyError, OSError)):
         return f"{type(error).__name__}: {words_of(error)}", 1
-    return f"{type(error).__name__}: {words_of(error)}. Type the command again with --traceback to see where.", 1
+    # an error may have no words, as `assert` has none
+    said = f"{type(error).__name__}: {words}" if (words := words_of(error)) else type(error).__name__
+    return f"{said}{place_of(error)}. Type the command again with --traceback to see where.", 1

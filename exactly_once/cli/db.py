@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from sqlalchemy import URL
-from sqlalchemy.exc import DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy import URL, Connection
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from exactly_once import alembic
 from exactly_once.alembic.lock import with_connection
 from exactly_once.config import Config, load
+from exactly_once.database_driver import check_driver
 from exactly_once.database_url import database_url
-from exactly_once.errors import ConfigurationError, SchemaError
-from exactly_once.installation import to_install
-from exactly_once.redaction import redacted, struck
+from exactly_once.errors import ConfigurationError, ExactlyOnceError, SchemaError, StoreUnavailable
+from exactly_once.redaction import redacted
+from exactly_once.schema import tables
+from exactly_once.store import try_to_write
+from exactly_once.unusable import denied, is_denied, is_read_only, read_only, unusable
 
 __all__ = ["app"]
 
@@ -48,11 +51,14 @@ SchemaOption = Annotated[
 def upgrade(database: DatabaseOption = None, schema: SchemaOption = None) -> None:
     """Make the tables, or bring them to this version. Several at once are safe."""
     with _one_paragraph():
-        urls, schema = _told(database, schema)
+        urls, source, schema = _told(database, schema)
         for url in urls:
-            before = alembic.current(url, schema=schema)
-            alembic.upgrade(url, schema=schema)
-            now = alembic.current(url, schema=schema)
+            with _at(url, source, schema, changing=True):
+                before = alembic.current(url, schema=schema)
+                alembic.upgrade(url, schema=schema)
+                now, trouble = with_connection(url, partial(_after, schema=schema))
+            if trouble:
+                raise SchemaError(trouble)
             if before == now:
                 typer.echo(f"{_shown(url)}: at version {now} already; nothing to do.")
             else:
@@ -65,10 +71,16 @@ def upgrade(database: DatabaseOption = None, schema: SchemaOption = None) -> Non
 def check(database: DatabaseOption = None, schema: SchemaOption = None) -> None:
     """Say whether the tables are ready for this version; exit with 1 if not."""
     with _one_paragraph():
-        urls, schema = _told(database, schema)
-        troubles = [with_connection(url, partial(alembic.check, schema=schema)) for url in urls]
-        if any(troubles):
-            raise SchemaError("\n".join(trouble for trouble in troubles if trouble))
+        urls, source, schema = _told(database, schema)
+        troubles: list[str] = []
+        for url in urls:
+            try:
+                with _at(url, source, schema):
+                    troubles += filter(None, [with_connection(url, partial(_checked, schema=schema))])
+            except ExactlyOnceError as error:
+                troubles.append(str(error))
+        if troubles:
+            raise SchemaError("\n".join(troubles))
         for url in urls:
             typer.echo(f"{_shown(url)}: ready.")
 
@@ -89,7 +101,7 @@ def sql(
     """Print the SQL that makes the tables, for somebody else to run. No database is opened."""
     with _one_paragraph(wrong_usage=(ConfigurationError,)):
         if dialect is None:
-            urls, schema = _told(database, schema)
+            urls, _, schema = _told(database, schema)
             dialects = {url.get_backend_name() for url in urls}
             if len(dialects) > 1:
                 raise ConfigurationError(
@@ -120,17 +132,36 @@ def revision(
         typer.echo(f"{path} is written. Type: alembic upgrade head")
 
 
-def _told(database: str | None, schema: str | None) -> tuple[list[URL], str | None]:
-    """The databases and the schema: what the command line says, else the settings."""
+def _after(connection: Connection, schema: str | None) -> tuple[str | None, str | None]:
+    """The version after an upgrade, and what is wrong with it: it may be newer than this program knows."""
+    return alembic.current(connection, schema=schema), alembic.check(connection, schema)
+
+
+def _checked(connection: Connection, schema: str | None) -> str | None:
+    if (trouble := alembic.check(connection, schema)) is not None:
+        return trouble
+    try:
+        try_to_write(connection, tables(schema).idempotent)
+    except DBAPIError as error:
+        connection.rollback()
+        if is_denied(error) or is_read_only(error):
+            raise
+        # anything else says nothing of the tables: a worker may hold the lock of the file just now
+    return None
+
+
+def _told(database: str | None, schema: str | None) -> tuple[list[URL], str, str | None]:
+    """The databases, where they were given, and the schema: what the command line says, else the settings."""
     try:
         settings = load()
         urls = [_kept(database_url(url)) for url in ([database] if database else _urls(settings))]
     except ConfigurationError as error:
         raise typer.BadParameter(str(error)) from error
-    return urls, schema or settings.schema.value
+    return urls, "--database" if database else settings.database.source, schema or settings.schema.value
 
 
 def _kept(url: URL) -> URL:
+    check_driver(url)
     if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
         raise ConfigurationError(
             "A SQLite database in memory is gone with this command. Give it a file: sqlite:///orders.db"
@@ -144,8 +175,8 @@ def _urls(settings: Config) -> list[str]:
         return [str(url) for url in value.values()]
     if value is None:
         raise ConfigurationError(
-            "No database is given. Set EXACTLY_ONCE_DATABASE, for example to postgresql+psycopg://user@host/database, "
-            "or say --database URL."
+            "No database is given. Type: export EXACTLY_ONCE_DATABASE=postgresql+psycopg://user:password@host/name, or say"
+            f" --database URL ({settings.looked})."
         )
     return [str(value)]
 
@@ -161,27 +192,25 @@ def _one_paragraph(*, wrong_usage: tuple[type[Exception], ...] = ()) -> Iterator
     except typer.BadParameter as error:
         typer.echo(error.message, err=True)
         raise typer.Exit(2) from error
-    # OSError: what some async drivers raise where no server listens
-    except (ConfigurationError, SQLAlchemyError, ModuleNotFoundError, OSError) as error:
-        typer.echo(_sentence(error), err=True)
+    except (ExactlyOnceError, SQLAlchemyError) as error:
+        typer.echo(str(error), err=True)
         raise typer.Exit(2 if isinstance(error, wrong_usage) else 1) from error
 
 
-def _sentence(error: Exception) -> str:
-    match error:
-        case DBAPIError():
-            first = struck(str(error.orig).strip()).splitlines()[0] if error.orig else type(error).__name__
-            return f"The database refused, or does not answer: {first}. Mend that, then type the command again."
-        case NoSuchModuleError():
-            return (
-                "There is no such database driver. It looks like postgresql+psycopg://user:password@host:5432/database"
-            )
-        case ModuleNotFoundError():
-            return (
-                f"The URL asks for the driver {error.name}, which is not installed. Name another in it, as in "
-                f"mysql+pymysql://, or type: {to_install('mysql,sqlite')}"
-            )
-        case OSError():
-            return f"The database does not answer: {error.strerror or error}. Mend that, then type the command again."
-        case _:
-            return str(error)
+@contextmanager
+def _at(url: URL, source: str, schema: str | None, *, changing: bool = False) -> Iterator[None]:
+    """Tell of an error of a database which database it was, and where that was named."""
+    try:
+        yield
+    except DBAPIError as error:
+        if is_denied(error):
+            raise StoreUnavailable(denied(error, url, schema=schema, changing=changing)) from error
+        if is_read_only(error):
+            raise StoreUnavailable(f"{read_only(url)} ({source})") from error
+        raise StoreUnavailable(_refused(url, source, unusable(error, url))) from error
+    except OSError as error:  # what some async drivers raise where no server listens
+        raise StoreUnavailable(_refused(url, source, error.strerror or str(error) or type(error).__name__)) from error
+
+
+def _refused(url: URL, source: str, said: str) -> str:
+    return f"{_shown(url)} refused, or does not answer: {said}. Mend that, or the URL ({source}); then type the command again."

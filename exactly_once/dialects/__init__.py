@@ -19,6 +19,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from exactly_once.crowded import none_free
 from exactly_once.dialects.keywords import Read
+from exactly_once.drivers_own import original
+from exactly_once.error_words import words_of
 from exactly_once.errors import BadKey, ConfigurationError, SchemaError, StoreUnavailable
 from exactly_once.unreached import unreached
 
@@ -433,7 +435,7 @@ def raise_for_the_store(dialect: Dialect, error: BaseException, engine: Engine, 
         raise StoreUnavailable(none_free(engine), store=store) from error
     if dialect.trouble(error) is Trouble.UNAVAILABLE:
         raise StoreUnavailable(
-            f"The database does not answer ({type(error).__name__}); nothing ran.", store=store
+            f"The database does not answer ({type(error).__name__}: {_said(error)}); nothing ran.", store=store
         ) from error
     if unreached(error, (engine,)):
         told = StoreUnavailable(
@@ -453,6 +455,11 @@ def raise_for_the_store(dialect: Dialect, error: BaseException, engine: Engine, 
             "The business key (or the name of a step) has characters that the database's character set lacks; nothing ran."
             " Use a database in UTF8, or a key in ASCII. Type: exactly-once doctor"
         ) from error
+
+
+def _said(error: BaseException) -> str:
+    words = words_of(original(error)).strip()
+    return words.splitlines()[0] if words else "no text"
 
 
 _KNOWN: dict[tuple[str, str], str] = {

@@ -17,6 +17,7 @@ from sqlalchemy.pool import NullPool
 
 from exactly_once.errors import ConfigurationError, SchemaError
 from exactly_once.pooler import LINK, Link
+from exactly_once.unusable import nameless
 
 __all__ = ["as_sessions_begin", "schema_in"]
 
@@ -45,7 +46,8 @@ def schema_in(engine: Engine) -> str | None:
 
     Raises:
         SchemaError: There are no tables of ours.
-        ConfigurationError: Several schemas of the search path have them, and nobody has said which is meant.
+        ConfigurationError: The URL names no database (MySQL and MariaDB). Or several schemas of the search path have them, and
+            nobody has said which is meant.
     """
     if engine.dialect.name == "sqlite":
         return "main"  # else a temporary table, or one of an attached file, of the same name would be taken
@@ -58,7 +60,9 @@ def schema_in(engine: Engine) -> str | None:
                 found = _along_the_path(connection, engine)
             else:
                 database = connection.execute(_DATABASE).scalar()
-                found = [str(database)] if database else []
+                if not database:
+                    raise nameless(engine.url)
+                found = [str(database)]
             connection.rollback()
     finally:
         apart.dispose()

@@ -4,7 +4,8 @@ Each check returns findings; nothing is changed (the claims it tries are rolled 
 second). `databases` and `redis` look at one each. The command line prints the findings.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 
 from exactly_once.app import ExactlyOnce
 from exactly_once.doctor.databases import findings_for_database
@@ -13,9 +14,10 @@ from exactly_once.doctor.redis import findings_for_redis
 from exactly_once.errors import ConfigurationError, TransportError
 from exactly_once.handler import Plan
 from exactly_once.installation import clash
+from exactly_once.redaction import redacted
 from exactly_once.redis_connection import RedisConnection
 from exactly_once.routing import decorated_above
-from exactly_once.transport import Transport
+from exactly_once.transport import Away, Transport
 from exactly_once.wording import listed
 
 __all__ = ["Finding", "Mark", "examine"]
@@ -36,12 +38,17 @@ def examine(eo: ExactlyOnce, transport: Transport | None) -> Iterator[Finding]:
         yield Finding(Mark.FAIL, str(error))
         return
     yield from _handlers(plans)
+    failed: list[str] = []
     for store in eo.stores.values():
-        yield from findings_for_database(store, eo.group, plans, eo.config.concurrency.value)
+        for finding in findings_for_database(store, eo.group, plans, eo.config.concurrency.value):
+            yield finding
+            if finding.mark is Mark.FAIL:
+                with suppress(ConfigurationError):  # there is no engine of a URL that cannot be used
+                    failed.append(redacted(store.engine.url))
     for connection in _redises(eo):
         yield from findings_for_redis(connection)
     if transport is not None:
-        yield from _broker(eo, transport)
+        yield from _broker(eo, transport, failed)
     else:
         yield Finding(Mark.WARN, "No broker was looked at: give --transport, or set EXACTLY_ONCE_TRANSPORT.")
 
@@ -73,14 +80,16 @@ def _redises(eo: ExactlyOnce) -> Iterable[RedisConnection]:
 # -- the broker ------------------------------------------------------------------------------------------------------
 
 
-def _broker(eo: ExactlyOnce, transport: Transport) -> Iterator[Finding]:
+def _broker(eo: ExactlyOnce, transport: Transport, failed: Sequence[str]) -> Iterator[Finding]:
     try:
         problems = transport.check(eo.group, eo.subscriptions())
     except TransportError as error:
         yield Finding(Mark.FAIL, f"The broker does not answer: {error}")
         return
     for problem in problems:
-        yield Finding(Mark.FAIL, problem)
+        # of a broker in a database that failed above: it was told
+        if not (isinstance(problem, Away) and any(url in problem for url in failed)):
+            yield Finding(Mark.FAIL, problem)
     for concern in transport.concerns(eo.group, eo.subscriptions()):
         yield Finding(Mark.WARN, concern)
     if not problems:

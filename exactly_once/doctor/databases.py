@@ -54,9 +54,13 @@ def findings_for_database(store: Store, group: str, plans: tuple[Plan, ...], con
     if not store.answers():
         yield Finding(Mark.FAIL, f"{where} is read only (a standby?): point EXACTLY_ONCE_DATABASE at the primary.")
         return
-    yield _self_check(where, lambda: claims_twice(store.dialect, store.open, group), "sync")
-    if any(plan.is_async for plan in plans):
-        yield _self_check(where, lambda: _claims_twice_async(store, group), "async")
+    try:
+        yield _self_check(where, store, lambda: claims_twice(store.dialect, store.open, group), "sync")
+        if any(plan.is_async for plan in plans):
+            yield _self_check(where, store, lambda: _claims_twice_async(store, group), "async")
+    except _DeniedError as denied:
+        yield Finding(Mark.FAIL, str(denied))
+        return  # nothing else could be asked either
     with store.engine.connect() as connection:
         if store.dialect.name == "postgresql":
             yield _pooler(where, connection, said=store.pooler)
@@ -81,10 +85,16 @@ def _now() -> Any:
     return datetime.now(UTC)
 
 
-def _self_check(where: str, claims: Callable[[], tuple[bool, bool]], kind: str) -> Finding:
+class _DeniedError(Exception):
+    """The user lacks a right; the text is what gives it."""
+
+
+def _self_check(where: str, store: Store, claims: Callable[[], tuple[bool, bool]], kind: str) -> Finding:
     try:
         seen = claims()
     except Exception as error:
+        if (refused := store.refusal(error)) is not None:
+            raise _DeniedError(refused) from error
         told = escaped(words_of(error), 300)
         return Finding(Mark.FAIL, f"{where}: a claim through the {kind} driver fails ({type(error).__name__}: {told})")
     if seen == (True, False):
