@@ -13,7 +13,7 @@ from rocketmq.grpc_protocol import Code, MessageType
 from exactly_once.errors import TransportError
 from exactly_once.transport import Away, Subscription
 from exactly_once.transports.rocketmq5.advice import about_group, about_topic
-from exactly_once.transports.rocketmq5.endpoints import Endpoints, reachable
+from exactly_once.transports.rocketmq5.endpoints import Endpoints, not_grpc, reachable
 from exactly_once.transports.rocketmq5.session import Session, describe
 
 __all__ = ["problems"]
@@ -46,8 +46,8 @@ def _ask(
     try:
         session.start()
     except Exception as error:
-        return [f"RocketMQ at {proxies} cannot be used: {describe(error)}."]
-    found = [problem for s in subscriptions if (problem := _topic_problem(session, proxies, s))]
+        return [not_grpc(proxies) or f"RocketMQ at {proxies} cannot be used: {describe(error)}."]
+    found = list(dict.fromkeys(problem for s in subscriptions if (problem := _topic_problem(session, proxies, s))))
     for subscription in subscriptions:
         # the client's own question at its start may have come a moment before the topic was known
         with suppress(Exception):
@@ -87,7 +87,10 @@ def _topic_problem(session: Session, proxies: Endpoints, subscription: Subscript
     try:
         answer = session.route(topic)
     except Exception as error:
-        return Away(f"RocketMQ at {proxies} did not answer when asked for topic {topic}: {describe(error)}.")
+        return Away(
+            not_grpc(proxies)
+            or f"RocketMQ at {proxies} did not answer when asked for topic {topic}: {describe(error)}."
+        )
     if answer.status.code == Code.TOPIC_NOT_FOUND:
         return _Absent(f"Topic {topic} does not exist at {proxies}. Type: {about_topic(proxies, topic, kind)}")
     if answer.status.code in (Code.UNAUTHORIZED, Code.FORBIDDEN):

@@ -1,12 +1,18 @@
 """Where the proxies are, and whether one of them can be reached. Imports nothing of the client."""
 
 import socket
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
-__all__ = ["Endpoints", "reachable"]
+__all__ = ["Endpoints", "not_grpc", "reachable"]
 
 CONNECT_TIMEOUT_S: Final = 1.0
+ANSWER_TIMEOUT_S: Final = 2.0
+# how every connection of HTTP/2 begins, on which gRPC stands (RFC 9113, 3.4); the server answers with settings of its own
+_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0"
+_SETTINGS: Final = 4
+_FRAME_HEAD_BYTES: Final = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +47,28 @@ def reachable(proxies: Endpoints) -> str | None:
         except OSError as error:
             reason = f"{endpoint}: {error.strerror or error}"
     return reason
+
+
+def not_grpc(proxies: Endpoints) -> str | None:
+    """Say that one of the endpoints accepts and does not speak gRPC, and whose port it may be; None where each speaks it.
+
+    Asked once a call has failed: of a proxy that is well it would be one more connection for nothing.
+    """
+    for endpoint in proxies.addresses:
+        host, _, port = endpoint.rpartition(":")
+        try:
+            connection = socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S)
+        except OSError:
+            continue  # nobody is there, which is told elsewhere
+        said = b""
+        with connection, suppress(OSError):  # a time that is up, or a reset
+            connection.settimeout(ANSWER_TIMEOUT_S)
+            connection.sendall(_PREFACE)
+            while len(said) < _FRAME_HEAD_BYTES and (more := connection.recv(_FRAME_HEAD_BYTES)):
+                said += more
+        if len(said) < _FRAME_HEAD_BYTES or said[3] != _SETTINGS:
+            return (
+                f"Something listens at {endpoint} and does not speak gRPC. Is it a name server (9876) or a broker (10911)?"
+                " rocketmq:// wants the proxy (8081); rocketmq4:// takes name servers."
+            )
+    return None

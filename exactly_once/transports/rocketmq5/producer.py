@@ -27,7 +27,7 @@ from exactly_once.message import Message
 from exactly_once.rocketmq_properties import internal
 from exactly_once.transport import Features, Receipt
 from exactly_once.transports.rocketmq5.advice import about_send, about_topic
-from exactly_once.transports.rocketmq5.endpoints import Endpoints, reachable
+from exactly_once.transports.rocketmq5.endpoints import Endpoints, not_grpc, reachable
 from exactly_once.transports.rocketmq5.requests import Job, request_of, together
 from exactly_once.transports.rocketmq5.session import REQUEST_TIMEOUT_S, configuration, describe
 
@@ -139,7 +139,8 @@ class RocketMQ5Producer:
                 try:
                     client.startup()
                 except Exception as error:  # returned per message, as the contract says
-                    return TransportError(f"RocketMQ at {self._proxies} cannot be used: {describe(error)}.")
+                    told = not_grpc(self._proxies) or f"RocketMQ at {self._proxies} cannot be used: {describe(error)}."
+                    return TransportError(told)
                 self._client = client
             return self._client
 
@@ -173,7 +174,8 @@ class RocketMQ5Producer:
                 endpoints, request, metadata=client.sign(), timeout=REQUEST_TIMEOUT_S
             ).result()
         except Exception as error:
-            return _NoAnswerError(f"RocketMQ at {self._proxies} does not answer: {describe(error)}. Nothing was sent.")
+            told = not_grpc(self._proxies) or f"RocketMQ at {self._proxies} does not answer: {describe(error)}."
+            return _NoAnswerError(f"{told} Nothing was sent.")
         if status.status.code == Code.OK:  # it came back between the two questions
             return _NoAnswerError(f"RocketMQ at {self._proxies} did not answer a moment ago. Nothing was sent.")
         return about_send(self._proxies, topic, status.status)
