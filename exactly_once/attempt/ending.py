@@ -11,6 +11,7 @@ does, something else than our COMMIT has committed it, and the attempt is *broke
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import Enum
@@ -25,8 +26,9 @@ from exactly_once.error_words import words_of
 from exactly_once.errors import InProgress, LeaseLost, Misuse, RefusedResult, StoreUnavailable
 from exactly_once.finishing import finish
 from exactly_once.guards import Consumed, Guard, Unfinished, Won
-from exactly_once.guards.watch import BrokenTransaction, Left, LostTransaction, Watch
+from exactly_once.guards.watch import HOME, BrokenTransaction, Left, LostTransaction, Watch
 from exactly_once.leaves import leaves
+from exactly_once.one_writer import holding
 from exactly_once.stops import stops
 
 __all__ = ["PROCESSED", "Ended", "How", "Open", "run"]
@@ -107,7 +109,9 @@ def run(
     try:
         if won.late is not None:
             won.late.begin()
-        handle()
+        # a handler under a lease holds the file from its first write on, which nobody sees
+        with holding(session.info.get(HOME)) if dialect.embedded and won.late is None else nullcontext():
+            handle()
         if won.late is not None:
             won.late.check()
         if also is not None:

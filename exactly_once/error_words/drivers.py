@@ -71,6 +71,10 @@ _KEY_AT_THE_END: Final = re.compile(r"'([A-Za-z_][\w.$-]*)'[^']*$")
 _QUOTE_OR_NUMBER: Final = re.compile(r"['\"`0-9]")
 _RAISED: Final = "P0001"
 _SIGNALLED: Final = 1644
+_HELD: Final = ("SQLITE_BUSY", "SQLITE_LOCKED")
+_HOLDER: Final = (
+    "another connection holds the file, perhaps a handler's own: in a handler use the session you are given"
+)
 _OF_A_CONSTRAINT: Final = "SQLITE_CONSTRAINT"
 _NAMES: Final = ("table_name", "column_name", "constraint_name", "schema_name", "datatype_name")
 cause_of = BaseException.__dict__["__cause__"].__get__
@@ -174,6 +178,8 @@ def _of_sqlite(error: BaseException, code: frozenset[str], values: frozenset[str
     if values is None:
         return name or type(error).__name__
     names = "constraint failed: " in text
+    if name.startswith(_HELD):
+        return f"{text} ({_HOLDER})"
     if name.startswith(_OF_A_CONSTRAINT) or names:  # tables and columns, or what stands in CHECK; or RAISE
         return without_numbers(text if names else without_bound(text, values, code, own_words=True))
     sentence = _sentence(text, code, values)
