@@ -370,8 +370,8 @@ class ExactlyOnce(Registrations):
         named = url or self.config.redis.value
         if not named:
             raise ConfigurationError(
-                "No Redis is named. Type EXACTLY_ONCE_REDIS=redis://127.0.0.1:6379/0, or ExactlyOnce(redis='redis://...'),"
-                " or give store=."
+                "No Redis is named. Type: export EXACTLY_ONCE_REDIS=redis://127.0.0.1:6379/0, or write"
+                f" ExactlyOnce(redis='redis://...'), or give store= ({self.config.looked})."
             )
         return self._redis_connections.at(named)
 
@@ -462,8 +462,8 @@ class ExactlyOnce(Registrations):
                 database, async_database = self.config.database.value, self.config.async_database.value
             if database is None and async_database is None:
                 raise ConfigurationError(
-                    "No database is named. Type EXACTLY_ONCE_DATABASE=postgresql+psycopg://user:password@host/name, or"
-                    " ExactlyOnce('postgresql+psycopg://...'), or eo.bind(engine)."
+                    "No database is named. Type: export EXACTLY_ONCE_DATABASE=postgresql+psycopg://user:password@host/name, or"
+                    f" write ExactlyOnce('postgresql+psycopg://...'), or eo.bind(engine) ({self.config.looked})."
                 )
             several = database if isinstance(database, Mapping) else {_DEFAULT: database}
             if len(several) > 1 and self._route is None:
@@ -490,8 +490,8 @@ class ExactlyOnce(Registrations):
         url = self.config.transport.value
         if not url:
             raise ConfigurationError(
-                "No transport is named. Type EXACTLY_ONCE_TRANSPORT=rocketmq://127.0.0.1:8081, or give the URL to"
-                " eo.worker, eo.run or eo.producer."
+                "No transport is named. Type: export EXACTLY_ONCE_TRANSPORT=rocketmq://127.0.0.1:8081, or give the URL:"
+                f" --transport on the command line, else to eo.worker, eo.run or eo.producer ({self.config.looked})."
             )
         return url
 

@@ -112,6 +112,8 @@ class Config:
     health: Setting[str | None]
     """HOST:PORT of the health endpoint."""
     handlers: Mapping[str, HandlerSettings] = field(default_factory=dict)
+    looked: str = ""
+    """Which file was looked in, and what it has, for whoever misses a setting."""
 
     def applied(self, plans: Sequence[Plan]) -> tuple[Plan, ...]:
         """Return the handlers' plans as the file wants them.
@@ -173,6 +175,7 @@ def load(
     for name, value in given.items():
         found[name] = Setting(_checked(name, value, f"{name}= in the program"), "code")
     table, path = settings_table(config or variables.get(CONFIG_VARIABLE) or None, Path(directory or Path.cwd()))
+    looked = _looked(table, path)
     handlers = _handlers(table.pop("handlers", {}), path)
     found |= _layer(table, _file_names(), f"file {path}", "{source}, {name}", relative_to=path.parent)
     ours = {name: value for name, value in variables.items() if name.startswith(PREFIX) and name not in NO_SETTINGS}
@@ -185,7 +188,15 @@ def load(
     found |= _layer(ours, by_variable, "environment", "{source} {name}", relative_to=Path())
     every = {name: found.get(name, Setting(default, DEFAULT)) for name, (_, default) in SETTINGS.items()}
     every["drain_timeout"] = every.pop("drain_timeout_s")
-    return Config(**every, handlers=handlers)
+    return Config(**every, handlers=handlers, looked=looked)
+
+
+def _looked(table: Mapping[str, object], path: Path) -> str:
+    if table:
+        return f"settings were looked for in {path}"
+    if not path.is_file():
+        return f"settings were looked for in {path} and the folders above: there is no pyproject.toml"
+    return f"settings were looked for in {path}: no [tool.exactly_once] there"
 
 
 @contextmanager

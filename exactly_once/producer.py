@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
 
 from exactly_once import fork
-from exactly_once.errors import ForkedProcess, SendFailed, TransportError
+from exactly_once.errors import ConfigurationError, SendFailed, TransportError
 from exactly_once.message import Message
 from exactly_once.transport import BrokerProducer, Receipt
 
@@ -113,8 +113,8 @@ class Producer:
         answers: list[Receipt | Exception] = list(self._broker.send(messages, delay=delay)) if messages else []
         for pause_s in _PAUSES_S:
             failed = [n for n, answer in enumerate(answers) if not isinstance(answer, Receipt)]
-            # one refused as it is: its followers of the same key would wait for it in vain
-            if not failed or any(isinstance(answer, (ValueError, ForkedProcess)) for answer in answers):
+            # refused as it is: its followers of the same key would wait for it in vain; or no try helps before a person has
+            if not failed or any(isinstance(answer, (ValueError, ConfigurationError)) for answer in answers):
                 break
             if self._closed.wait(pause_s):
                 break
@@ -137,7 +137,7 @@ class Producer:
         # a refused message explains why others of its key were not sent, so it comes first
         message, reason = next(((m, a) for m, a in failed if isinstance(a, ValueError)), failed[0])
         named = f" with key {message.key!r}" if message.key is not None else " without a key"
-        refused = isinstance(reason, (ValueError, ForkedProcess))
+        refused = isinstance(reason, (ValueError, ConfigurationError))
         how = "was refused" if refused else f"could not be sent in {TRIES} tries"
         text = f"The message{named} to topic {message.topic!r} {how} by {self._describe}: {reason}"
         text += "" if text.endswith((".", "!")) else "."

@@ -135,8 +135,8 @@ class BrokerProducer(Protocol):
         """Return, per message and in order, a receipt once the broker has stored it, else why not.
 
         One try, no more: the caller decides on another. Of one ordering key none is sent after a failed one. A
-        `ValueError` says that this message is refused as it is and another try cannot help; anything else may be tried
-        again.
+        `ValueError` says that this message is refused as it is and another try cannot help, a `ConfigurationError` that no
+        message can be sent before a person mends something; anything else may be tried again.
         """
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ program's own Alembic history in the same database is not mixed with this one.
 """
 
 from alembic import context
+from alembic.util import CommandError
 from sqlalchemy import Connection, make_url
 from sqlalchemy.schema import CreateSchema
 
@@ -16,12 +17,16 @@ from exactly_once.errors import ConfigurationError
 from exactly_once.schema import tables
 
 given = context.get_x_argument(as_dictionary=True)
-settings = load()
+try:
+    settings = load()
+except ConfigurationError as error:
+    raise CommandError(str(error)) from error  # what Alembic tells as one line
 schema = given.get("schema") or settings.schema.value
 database = given.get("url") or context.config.get_main_option("sqlalchemy.url") or settings.database.value
 if not isinstance(database, str):
-    raise ConfigurationError(
-        "One database must be given. Set EXACTLY_ONCE_DATABASE, or say: alembic -x url=URL upgrade head"
+    raise CommandError(
+        "One database must be given. Type: export EXACTLY_ONCE_DATABASE=postgresql+psycopg://user:password@host/name, or say:"
+        f" alembic -x url=URL upgrade head ({settings.looked})"
     )
 url = make_url(database)
 

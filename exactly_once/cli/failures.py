@@ -80,6 +80,7 @@ def list_(
         rows = triage.listed(connection, tables, chosen, limit=limit)
         total = triage.count(connection, tables, chosen)
         late = triage.count(connection, tables, replace(chosen, overdue=True))
+        others = () if total else triage.other_groups(connection, tables, name, most=_NAMED)
     if as_json:
         for row in rows:
             typer.echo(json_line({name: _plain(value) for name, value in row._asdict().items()}))
@@ -90,6 +91,10 @@ def list_(
         for row in rows:
             typer.echo("\t".join(_columns(row)))
     typer.echo(f"{len(rows)} of {total} failure(s) of group {name}", err=True)
+    if others:
+        typer.echo(
+            f"There are no rows of group {escaped(name)!r}; there are: {', '.join(map(escaped, others))}", err=True
+        )
     if late:
         typer.echo(
             f"{late} of them overdue: the broker was to bring them again, and has not for 13 hours or longer. Another program of"

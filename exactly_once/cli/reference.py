@@ -1,13 +1,15 @@
 """Finds the application a command is about: `shop.consumers:eo`, a module and the name of its `ExactlyOnce` object."""
 
+import os
 import sys
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated
 
 import typer
 
 from exactly_once.app import ExactlyOnce
+from exactly_once.error_words import place_of
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, StoreUnavailable
 from exactly_once.store import Store
 from exactly_once.wording import escaped
@@ -32,6 +34,10 @@ def application(reference: str) -> ExactlyOnce:
     module_name, colon, attribute = reference.partition(":")
     if not colon or not module_name or not attribute:
         raise ConfigurationError(f"{escaped(reference)!r} names no application. It looks like shop.consumers:eo")
+    if (meant := _module_meant(module_name)) is not None:
+        raise ConfigurationError(
+            f"{escaped(module_name)} is a file; type its module: {escaped(meant)}:{escaped(attribute)}"
+        )
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)  # as `python -m` does, so that the command works in the folder of the program
@@ -43,7 +49,7 @@ def application(reference: str) -> ExactlyOnce:
                 f"There is no module {error.name!r} here ({here}) or among what is installed. Type the command in the"
                 " folder that holds it, or install it."
             ) from error
-        raise ConfigurationError(f"Importing {module_name} failed: {error}.") from error
+        raise ConfigurationError(f"Importing {module_name} failed: {error}{_where(error)}.") from error
     except ExactlyOnceError:
         raise
     except Exception as error:  # the user's module: whatever it raises, nothing of ours can start
@@ -56,6 +62,19 @@ def application(reference: str) -> ExactlyOnce:
     if isinstance(found, ExactlyOnce):
         return found
     raise ConfigurationError(_not_there(module_name, module, attribute, found))
+
+
+def _module_meant(name: str) -> str | None:
+    """The module of what is typed as a file; None of what may be a module's name."""
+    if not name.endswith(".py") and "/" not in name and os.sep not in name:
+        return None
+    path = PurePath(name)
+    if path.is_absolute() and Path(path).is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    if path.is_absolute() or ".." in path.parts:
+        path = PurePath(path.name)  # in the folder of the file
+    inner = path.with_suffix("") if path.suffix == ".py" else path
+    return ".".join(inner.parent.parts if inner.name == "__init__" else inner.parts)
 
 
 def _not_there(module_name: str, module: object, attribute: str, found: object) -> str:
@@ -82,6 +101,8 @@ def _not_there(module_name: str, module: object, attribute: str, found: object) 
 def _where(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return ""  # its text says where
+    if mine := place_of(error):
+        return mine
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next

@@ -31,6 +31,7 @@ __all__ = [
     "discard",
     "ids",
     "listed",
+    "other_groups",
     "refuse_settled",
     "rename",
     "requeue",
@@ -108,6 +109,22 @@ def count(connection: Connection, tables: Tables, chosen: Chosen) -> int:
     return connection.execute(
         all_rows(select(func.count()).select_from(t).where(chosen.where(connection, t)), connection.dialect.name)
     ).scalar_one()
+
+
+def other_groups(connection: Connection, tables: Tables, group: str, *, most: int) -> Sequence[str]:
+    """Return the groups there are, where there is no row of `group`: its name is misspelt, or it never ran."""
+    found: set[str] = set()
+    for t in (tables.idempotent, tables.failure):
+        if connection.execute(select(t.c.consumer_group).where(t.c.consumer_group == group).limit(1)).first():
+            return ()
+        last: str | None = ""
+        # one step of the index for each name, however many rows each has
+        while len(found) < most:
+            after = select(func.min(t.c.consumer_group)).where(t.c.consumer_group > last)
+            if (last := connection.execute(after).scalar_one_or_none()) is None:
+                break
+            found.add(last)
+    return sorted(found)
 
 
 def ids(connection: Connection, tables: Tables, chosen: Chosen) -> Sequence[int]:

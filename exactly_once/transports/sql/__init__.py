@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from time import monotonic
 from typing import Any, Final
 from uuid import uuid4
 
-from sqlalchemy import Connection, Engine, inspect
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
@@ -34,7 +35,7 @@ from exactly_once.message import Message
 from exactly_once.redaction import redacted
 from exactly_once.steady_log import steady
 from exactly_once.transport import Away, BrokerProducer, Consumer, Delivery, Features, Subscription, Surroundings
-from exactly_once.transports.sql.database import Database
+from exactly_once.transports.sql.database import Database, missing_tables
 from exactly_once.transports.sql.producer import SqlProducer, reason, refused, refused_group
 from exactly_once.transports.sql.statements import WINDOW, Look
 from exactly_once.transports.urls import parse
@@ -127,7 +128,7 @@ class SqlTransport:
                 problems.append(f"The database {url} lives in memory, where threads cannot share it. Give it a file.")
             problems += [
                 f"The table {name} is missing in {url}. Type: exactly-once db upgrade"
-                for name in self._database.seen(self._missing)
+                for name in self._database.seen(partial(missing_tables, self._database.sql))
             ]
         except ConfigurationError as error:
             problems.append(str(error))
@@ -143,10 +144,6 @@ class SqlTransport:
                 )
             )
         return problems
-
-    def _missing(self, connection: Connection) -> Sequence[str]:
-        look, sql = inspect(connection), self._database.sql
-        return [t.fullname for t in (sql.queue, sql.group) if not look.has_table(t.name, schema=t.schema)]
 
     def concerns(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
         """Return nothing: a message waits until a member of its group takes it."""

@@ -19,7 +19,7 @@ from functools import cached_property
 from threading import Condition
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, inspect
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from exactly_once import fork
@@ -34,7 +34,7 @@ from exactly_once.redaction import redacted
 from exactly_once.transports.sql.statements import NO_GROUP, Statements, statements
 from exactly_once.wording import storable
 
-__all__ = ["Bell", "Database"]
+__all__ = ["Bell", "Database", "missing_tables"]
 
 T = TypeVar("T")
 
@@ -87,7 +87,7 @@ class Database:
         return self._engine
 
     @cached_property
-    def _schema(self) -> str | None:
+    def schema(self) -> str | None:
         return self._schema_of() if self._schema_of is not None else None
 
     @property
@@ -98,7 +98,7 @@ class Database:
     @property
     def sql(self) -> Statements:
         """The statements for this kind of server."""
-        return statements(self._schema, self.dialect)
+        return statements(self.schema, self.dialect)
 
     def seen(self, do: Callable[[Connection], T]) -> T:
         """Look at something; see `done`."""
@@ -157,7 +157,7 @@ class Database:
 
     def bell(self, topic: str) -> Bell:
         """Return the bell of a topic in this database, the same for all of this process."""
-        where = (redacted(self.engine.url), self._schema, topic)
+        where = (redacted(self.engine.url), self.schema, topic)
         return _bells.get(where) or _bells.setdefault(where, Bell())  # one step for all threads, without a lock
 
     @contextmanager
@@ -229,6 +229,12 @@ class Database:
         for topic, group in connection.execute(self.sql.groups(topics)):
             groups[topic].append(group)
         return groups
+
+
+def missing_tables(sql: Statements, connection: Connection) -> Sequence[str]:
+    """Return the names of our tables that are not there."""
+    look = inspect(connection)
+    return [table.fullname for table in (sql.queue, sql.group) if not look.has_table(table.name, schema=table.schema)]
 
 
 def _read_committed(connection: Connection) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Final
 from uuid import uuid4
 
@@ -15,11 +17,14 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from exactly_once.drivers_own import is_of_a_database, original
 from exactly_once.error_words import words_of
-from exactly_once.errors import TransportError
+from exactly_once.errors import ConfigurationError, SchemaError, TransportError
 from exactly_once.message import Message
+from exactly_once.one_writer import refuse_inside
+from exactly_once.redaction import redacted
 from exactly_once.schema import GROUP_BYTES
 from exactly_once.transport import Receipt
-from exactly_once.transports.sql.database import Database
+from exactly_once.transports.sql.database import Database, missing_tables
+from exactly_once.unusable import denied, is_denied, is_read_only, read_only
 
 __all__ = ["SqlProducer", "reason", "refused", "refused_group"]
 
@@ -65,21 +70,40 @@ class SqlProducer:
             return None  # it is away: storing says so
         return ValueError(f"the database's character set lacks a character of the {lacked[0]}") if lacked else None
 
-    def _stored(self, rows: Sequence[Mapping[str, Any]], delay: timedelta) -> TransportError | None:
+    def _stored(
+        self, rows: Sequence[Mapping[str, Any]], delay: timedelta
+    ) -> TransportError | ConfigurationError | None:
         if self._closed:
             return TransportError("this producer is closed; make another one")
+        refuse_inside(self._database.engine, "send() to sql://")
         try:
             # an error of the COMMIT leaves unknown whether the rows are there: a second try may double them, and the
             # consumer's guard deals with that, as with any broker
             self._database.put(rows, delay)
+        except SchemaError as error:
+            return error
         except Exception as error:
             if not _is_of_the_database(error):
                 raise
-            failure = TransportError(f"the database did not store it ({reason(error)})")
+            failure = self._lacking(error) or TransportError(f"the database did not store it ({reason(error)})")
             failure.__cause__ = error
             return failure
         for topic in {row["topic"] for row in rows}:
             self._database.bell(topic).ring()
+        return None
+
+    def _lacking(self, error: Exception) -> TransportError | ConfigurationError | None:
+        """Say what to do where the tables are not made, no right to them is given, or nothing can be written."""
+        url = self._database.engine.url
+        if is_denied(error):
+            return ConfigurationError(denied(error, url, schema=self._database.schema))
+        if is_read_only(error):
+            return TransportError(read_only(url))
+        with suppress(Exception):  # it is away
+            if self._database.seen(partial(missing_tables, self._database.sql)):
+                return SchemaError(
+                    f"The tables of exactly_once are not in {redacted(url)}. Type: exactly-once db upgrade"
+                )
         return None
 
     def close(self) -> None:
