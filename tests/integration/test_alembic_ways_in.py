@@ -69,7 +69,9 @@ def test_a_checkout_takes_a_named_schema(empty_postgres_url: str, where: str) ->
 def test_a_checkout_without_a_database_says_what_to_set() -> None:
     result = alembic("upgrade", "head")
     assert result.returncode != 0
-    assert "Set EXACTLY_ONCE_DATABASE" in result.stderr
+    told = result.stdout + result.stderr  # Alembic prints its own errors to the first
+    assert "EXACTLY_ONCE_DATABASE" in told
+    assert "Traceback" not in told
 
 
 # The second way: the installed package
@@ -126,8 +128,8 @@ def test_db_upgrades_each_of_several_databases_and_the_schema_of_the_settings(
         ("mysql+asyncmy://app:hush@127.0.0.1:1/shop", 1),
         ("postgresql+psycopg://app@127.0.0.1:1/shop?password=hush", 1),
         ("app:hush@host", 2),
-        ("nosuch://app:hush@127.0.0.1/shop", 1),
-        ("sqlite:////no/such/folder/hush.db", 1),
+        ("nosuch://app:hush@127.0.0.1/shop", 2),
+        ("sqlite:////no/such/folder/shop.db", 1),
     ],
 )
 def test_an_unreachable_database_is_one_paragraph_without_the_password(url: str, code: int) -> None:
