@@ -289,6 +289,15 @@ class Dialect(Protocol):
             trace: What `begin` was given.
         """
 
+    def mark(self, dbapi: Any) -> Any:
+        """Make ready to see what is sent on the driver itself; what is returned is for `sent_since`, and never None.
+
+        Asked where the transaction is over and nothing is open. Free, no round trip.
+        """
+
+    def sent_since(self, dbapi: Any, mark: Any) -> bool:
+        """Say whether anything that may have been committed was sent on it since `mark` gave `mark`: free, no round trip."""
+
     def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> Known | None:
         """Read what stands under the key.
 

@@ -35,7 +35,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC
 from functools import cached_property, lru_cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, Insert, Update
 from sqlalchemy.exc import DBAPIError
@@ -170,6 +170,8 @@ _COMMIT: Final = "COMMIT AND NO CHAIN NO RELEASE"
 _IN_TRANSACTION: Final = 1  # SERVER_STATUS_IN_TRANS
 _AUTOCOMMIT: Final = 2  # SERVER_STATUS_AUTOCOMMIT
 _NO_BACKSLASH_ESCAPES: Final = 512  # SERVER_STATUS_NO_BACKSLASH_ESCAPES
+# none of the protocol's, which has 16 bits: the server's next answer takes it away, and an error leaves it
+_MARKED: Final = 1 << 24
 _NO_SAVEPOINT: Final = 1305
 _SIGNALLED: Final = 1644
 DUPLICATE: Final = 1062
@@ -268,6 +270,12 @@ class Seen:
     """The role of what is written in our name, as SET ROLE takes it; empty where the server has none."""
     readers: tuple[Callable[[str], Read], Callable[[str], Read]]
     """What reads a handler's statements: where a backslash in a string is a character, and where it escapes."""
+
+
+class _Mark(NamedTuple):
+    """The driver's last result when nothing was open."""
+
+    result: Any
 
 
 class MySQL:
@@ -511,6 +519,18 @@ class MySQL:
             return told == b"1" or cursor.fetchone() is not None
         finally:
             cursor.close()
+
+    def mark(self, dbapi: Any) -> Any:
+        driver = _driver(dbapi)
+        driver.server_status |= _MARKED
+        return _Mark(driver._result)  # noqa: SLF001
+
+    def sent_since(self, dbapi: Any, mark: Any) -> bool:
+        driver = _driver(dbapi)
+        if not driver.server_status & _MARKED:
+            return True
+        # asyncmy takes no status of 0 over: there the result tells; of an error there is none
+        return driver._result is not None and driver._result is not mark.result  # noqa: SLF001
 
     def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> Known | None:
         if not wait:

@@ -457,6 +457,12 @@ class PostgreSQL:
     def logged_since(self, dbapi: Any, info: MutableMapping[Any, Any], trace: Trace | None) -> bool | None:
         return None
 
+    def mark(self, dbapi: Any) -> Any:
+        return True
+
+    def sent_since(self, dbapi: Any, mark: Any) -> bool:
+        return _replaced(driver_of(dbapi))
+
     def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> Known | None:
         driver = driver_of(dbapi)
         quote = Escaping(driver.pgconn).escape_literal

@@ -210,6 +210,13 @@ class SQLite:
     def logged_since(self, dbapi: Any, info: MutableMapping[Any, Any], trace: Trace | None) -> bool | None:
         return None
 
+    def mark(self, dbapi: Any) -> Any:
+        return _driver(dbapi).total_changes
+
+    def sent_since(self, dbapi: Any, mark: Any) -> bool:
+        driver = _driver(dbapi)
+        return bool(driver.in_transaction or driver.total_changes != mark)
+
     def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> Known | None:
         cursor = dbapi.cursor()
         try:

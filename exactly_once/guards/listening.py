@@ -22,7 +22,7 @@ from exactly_once.dialects import State
 from exactly_once.dialects.keywords import LOCK
 from exactly_once.error_words import place_here
 from exactly_once.guards.late import Late
-from exactly_once.guards.watch import LEFT, SWALLOWED, WATCHED, Left, Watch
+from exactly_once.guards.watch import LEFT, WATCHED, Left, Watch
 from exactly_once.listeners import listen
 from exactly_once.whose import is_of, watch_made
 
@@ -159,7 +159,7 @@ def _met(pooled: PoolProxiedConnection, error: BaseException) -> None:
         watch.closed()  # asked now, for SQLAlchemy closes it next
         return
     if watch.dialect.lost(watch.dbapi, watch.info, error):
-        watch.lost = error
+        watch.lose(error)
     if watch.dialect.name == "sqlite" and not isinstance(error, Exception):
         # cut off: the thread of the connection would go on with the statement, and keep the whole file from all others
         watch.dialect.cut(watch.dbapi)
@@ -195,7 +195,7 @@ def _refusing_commit(send: _Send) -> _Send:
         if state is State.CLOSED:
             raise watch.closed()
         if state is not State.OPEN:
-            raise watch.leave(Left.ROLLED_BACK, SWALLOWED)
+            raise watch.swallowed()
         watch.commit(lambda: send(dbapi_connection))
 
     return do_commit
@@ -206,18 +206,19 @@ def _marking_rollback(send: _Send) -> _Send:
         if dbapi_connection.dbapi_connection is None:
             return  # given back already; the pool has rolled it back
         watch = _watch_of(dbapi_connection)
-        if watch is not None and not watch.committed:
-            if watch.call is not None:
-                watch.ask()  # what a procedure committed in place of ours cannot be told behind a rollback
-            elif watch.is_over():
-                watch.ended()
-            watch.rolled_back = True
-            if not watch.ours:
-                first = watch.error is None
-                misuse = watch.leave(Left.ROLLED_BACK, LEFT)
-                if first:  # where it is raised, if it is, is another line
-                    misuse.place = place_here()
+        if watch is None or watch.committed:
+            send(dbapi_connection)
+            return
+        if not watch.sent:
+            watch.ask()  # what was committed in place of ours, by a procedure or on the driver, no witness tells behind this
+        watch.rolled_back = True
+        if not watch.ours:
+            first = watch.error is None
+            misuse = watch.leave(Left.ROLLED_BACK, LEFT)
+            if first:  # where it is raised, if it is, is another line
+                misuse.place = place_here()
         send(dbapi_connection)
+        watch.is_over()
 
     return do_rollback
 

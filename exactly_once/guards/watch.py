@@ -10,6 +10,7 @@ Made by the guards, by `late` and by steps; asked by `attempt`.
 """
 
 from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
@@ -110,8 +111,8 @@ class Watch:
 
     __slots__ = (
         "begun", "busy", "call", "changed", "committed", "connection", "current", "dbapi", "dialect", "error", "held",
-        "info", "last", "left", "locked", "lost", "met", "ours", "owner", "pooled", "refused", "replaced", "rolled_back",
-        "root", "rows", "sent", "shut", "stopped", "streams", "trace", "whole"
+        "info", "last", "left", "locked", "lost", "mark", "met", "ours", "owner", "pooled", "refused", "replaced",
+        "rolled_back", "root", "rows", "sent", "shut", "stopped", "streams", "trace", "whole"
     )  # fmt: skip
 
     def __init__(
@@ -141,6 +142,8 @@ class Watch:
         """`error` is of a try to leave, the first that was noticed, and what is raised after that is made of it."""
         self.lost: BaseException | None = None
         """The error with which the server threw the transaction away."""
+        self.mark: Any = None
+        """What `Dialect.mark` gave when it was known to be over, with nothing committed until then."""
         self.last = ""
         self.busy = 0
         """Statements under way, on this connection."""
@@ -188,9 +191,16 @@ class Watch:
         return self.error
 
     def ended(self) -> Misuse:
-        """The driver says that no transaction is open: something committed or rolled back where nobody could refuse it."""
-        self.replaced = True  # more may have been committed since, without a claim
-        return self.leave(Left.BROKEN, _ENDED + self._shown(_LAST))
+        """The driver says that no transaction is open: something committed or rolled back where nobody could refuse it.
+
+        A deadlock that the driver's own cursor met says nothing by itself, and the next answer of the server's says this.
+        """
+        since = None
+        if self.call is None:
+            with suppress(Exception):  # the connection is lost: nobody can say
+                since = self.dialect.logged_since(self.dbapi, self.info, self.trace)
+        self.replaced = since is not False  # more may have been committed since, without a claim
+        return self._over(since, _ENDED + self._shown(_LAST))
 
     def closed(self) -> Misuse:
         """The handler closed the driver's connection. What it committed before, the claim's row tells, where there is one."""
@@ -202,17 +212,39 @@ class Watch:
 
     def gone(self) -> Misuse:
         """A witness says that the claim's transaction is not there any more, though one is open."""
-        named = self._shown(_LAST)
-        if self.call is not None:
-            since = self.dialect.committed_since(self.dbapi, self.info, self.call)
-        else:
-            # no statement that can commit was seen to end it: a deadlock that a function swallowed, or that was met on the
-            # driver's own cursor. The server's log tells what else was committed, where it has one
-            since = self.dialect.logged_since(self.dbapi, self.info, self.trace)
-            if since is None and self.rows and self.dialect.asks_around_calls:
-                since = False  # the claim's row tells
+        since = self._committed_since()
         self.replaced = since is not False
-        return self.leave(Left.GONE if since is False else Left.BROKEN, _GONE + named)
+        return self._over(since, _GONE + self._shown(_LAST))
+
+    def _committed_since(self) -> bool | None:
+        if self.call is not None:
+            return self.dialect.committed_since(self.dbapi, self.info, self.call)
+        # no statement that can commit was seen to end it: a deadlock that a function swallowed, or that was met on the
+        # driver's own cursor. The server's log tells what else was committed, where it has one
+        since = self.dialect.logged_since(self.dbapi, self.info, self.trace)
+        if since is None and self.rows and self.dialect.asks_around_calls:
+            since = False  # the claim's row tells
+        return since
+
+    def _over(self, since: bool | None, text: str) -> Misuse:
+        if since is not False:
+            return self.leave(Left.BROKEN, text)
+        self.is_over()
+        return self.leave(Left.GONE, text)
+
+    def lose(self, error: BaseException) -> None:
+        """The server threw it away with this error."""
+        self.lost = error
+        self.is_over()
+
+    def is_over(self) -> None:
+        """Nothing of it was committed until now: what the driver is sent from here on is no part of it."""
+        self.mark = self.dialect.mark(self.dbapi)
+
+    def swallowed(self) -> Misuse:
+        """It is lost, and the handler went on: say so, unless that has committed something of its own."""
+        self.ask()
+        return self.error or self.leave(Left.ROLLED_BACK, SWALLOWED)
 
     def reads(self, context: ExecutionContext) -> None:
         """A statement begins whose rows are read one by one."""
@@ -245,7 +277,7 @@ class Watch:
         if self.error is not None:
             return self.error
         if self.lost is not None:  # before the look at the driver, which would take it for a commit behind our back
-            return self.leave(Left.ROLLED_BACK, SWALLOWED)
+            return self.swallowed()
         if self.cut_off:
             return self.leave(Left.ROLLED_BACK, CUT_OFF)
         root = self.connection.get_transaction() if not self.connection.closed else None
@@ -257,7 +289,7 @@ class Watch:
         if state is State.BUSY:
             return self.leave(Left.REFUSED, _STILL_USED + self._shown(" The last statement: "))
         if state is State.ABORTED:
-            return self.leave(Left.ROLLED_BACK, SWALLOWED)
+            return self.swallowed()
         if state is State.IDLE:
             return self.ended()
         if state is State.CLOSED:
@@ -296,25 +328,34 @@ class Watch:
 
         Never raises: what cannot be asked now is looked up by the claim's row afterwards.
         """
-        if self.left in (Left.GONE, Left.BROKEN) or self.committed or self.connection.closed:
+        if self.left is Left.BROKEN or self.committed or self.connection.closed:
             return
         if self.connection.invalidated or self.busy or self.given_back:
             return
         try:
             state = self.dialect.state(self.dbapi)
-            if self.lost is not None and self.call is None:
-                return  # the error that ended the last statement says it: nothing was sent since
-            if state is State.IDLE and not self.rolled_back:
-                self.ended()
-            elif state is State.CLOSED:
+            if state is State.CLOSED:
                 self.closed()
-            elif state is State.OPEN and not self.rolled_back:
+            elif self.left is Left.GONE or self.rolled_back or (self.lost is not None and self.call is None):
+                self._ask_again()
+            elif state is State.IDLE:
+                self.ended()
+            elif state in (State.OPEN, State.ABORTED):
                 whole = self.dialect.intact(self.dbapi, self.info, self.owner)
                 if whole is False:
                     self.gone()
                 self.whole = bool(whole)
         except Exception:  # the connection is lost: the row tells
             return
+
+    def _ask_again(self) -> None:
+        """It was over, with nothing committed: learn whether something was sent since on the driver itself, and committed."""
+        if self.mark is None or not self.dialect.sent_since(self.dbapi, self.mark):
+            return
+        if self._committed_since() is False:
+            return
+        self.replaced, self.whole = True, False
+        self.leave(Left.BROKEN, _GONE + self._shown(_LAST))
 
     def why(self, error: BaseException) -> BaseException:
         """Return what ended the work, for which `error` was raised: what was seen of its transaction weighs more.
@@ -351,7 +392,7 @@ class Watch:
             self.held.check()
         if self.lost is not None:
             # the server threw the transaction away, and this statement would begin another, without the claim
-            raise self.leave(Left.ROLLED_BACK, SWALLOWED)
+            raise self.swallowed()
 
     def is_of(self, row: ClaimRow) -> bool:
         """Say whether this is the claim, or the lease, that the handler runs under."""
@@ -359,11 +400,6 @@ class Watch:
         if self.held is not None:
             ours = (self.held.row,)
         return any((own.key, own.handler, own.group) == (row.key, row.handler, row.group) for own in ours)
-
-    def is_over(self) -> bool:
-        """Before the first rollback of SQLAlchemy's: something ended the transaction already, and no error says so."""
-        known = self.ours or self.rolled_back or self.lost is not None or self.busy
-        return not known and self.dialect.state(self.dbapi) is State.IDLE
 
     @property
     def cut_off(self) -> bool:

@@ -10,7 +10,8 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from sqlalchemy import insert
+from sqlalchemy import insert, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from exactly_once import Outcome
@@ -69,13 +70,17 @@ class Deadlock:
             self.handler_has_one.wait()
             connection.exec_driver_sql("UPDATE stock SET amount = 1 WHERE item = 1")
 
-    def meet(self, session: Session) -> None:
+    def meet(self, session: Session, by: Callable[[Session, str], None] = sends) -> None:
         """As a handler does that takes the driver's connection: the driver raises 1213."""
         self.other_has_two.wait()
-        sends(session, "UPDATE stock SET amount = 2 WHERE item = 1")
+        by(session, "UPDATE stock SET amount = 2 WHERE item = 1")
         self.handler_has_one.come()
         self.met = True
-        sends(session, "UPDATE stock SET amount = 2 WHERE item = 2")
+        by(session, "UPDATE stock SET amount = 2 WHERE item = 2")
+
+
+def by_the_session(session: Session, statement: str) -> None:
+    session.execute(text(statement))
 
 
 def told(shop: Shop, way: Way, do: Callable[[Session], object]) -> list[Any]:
@@ -148,6 +153,130 @@ def test_a_deadlock_and_a_commit_on_the_driver_are_for_a_person(logged: Shop, wa
     assert sorted(logged.effects()) == ["11", "12", "13", "between"]
     assert {row.state for row in logged.failures()} == {"broken"}
     logged.borrow()
+
+
+LOOKS = {
+    "ROLLBACK": "ROLLBACK",
+    "SET": "SET @a = 1",
+    "SELECT 1": "SELECT 1",
+    "SHOW WARNINGS": "SHOW WARNINGS",
+    "SHOW ENGINE INNODB STATUS": "SHOW ENGINE INNODB STATUS",
+}
+
+
+@each_way
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("then", ["raises", "goes on"])
+def test_a_handler_that_looks_behind_a_deadlock_on_the_driver_has_committed_nothing(
+    logged: Shop, way: Way, look: str, then: str
+) -> None:
+    """The answer to any statement says that no transaction is open, which is no commit."""
+    deadlock = Deadlock(logged)
+
+    def do(session: Session) -> None:
+        try:
+            deadlock.meet(session)
+        except Exception:
+            cursor = driver_of(session).cursor()
+            cursor.execute(LOOKS[look])
+            with suppress(Exception):
+                cursor.fetchall()
+            cursor.close()
+            if then == "raises":
+                raise
+            sends(session, "UPDATE stock SET amount = 2 WHERE item = 1")
+            put(session, "on")
+
+    with in_thread(deadlock.other):
+        ends = told(logged, way, do)
+    assert deadlock.met
+    assert ends in ([P], [F, P])
+    assert sorted(logged.effects()) == ["11", "12", "13", "3"]
+    assert {row.state for row in logged.failures()} <= {"resolved"}
+
+
+@each_way
+@pytest.mark.parametrize("then", ["raises", "returns", "goes on", "rolls back first", "goes on and fails"])
+def test_a_deadlock_of_the_session_and_a_commit_on_the_driver_are_for_a_person(
+    logged: Shop, way: Way, then: str
+) -> None:
+    """As a handler that writes a row of its error log by the driver, and commits it."""
+    deadlock = Deadlock(logged)
+
+    def do(session: Session) -> None:
+        driver = driver_of(session)
+        try:
+            deadlock.meet(session, by=by_the_session)
+        except OperationalError:
+            if then == "rolls back first":
+                driver.rollback()
+            sends(session, "INSERT INTO effect (text) VALUES ('between')")
+            driver.commit()
+            if then.startswith("goes on"):
+                sends(session, "INSERT INTO effect (text) VALUES ('behind')")
+            if then == "goes on and fails":
+                sends(session, "SELECT * FROM no_such_table")
+            if then != "returns":
+                raise
+
+    with in_thread(deadlock.other):
+        ends = told(logged, way, do)
+    assert P not in ends
+    assert sorted(logged.effects()) == ["11", "12", "13", "between"]
+    assert {row.state for row in logged.failures()} == {"broken"}
+    logged.borrow()
+
+
+@each_way
+@pytest.mark.parametrize("then", ["lets it out", "returns", "looks", "rolls back"])
+def test_a_deadlock_of_the_session_behind_which_nothing_was_committed_is_as_any(
+    logged: Shop, way: Way, then: str
+) -> None:
+    """Also where it did what a binary log keeps of what was rolled back: the log is asked only if something was sent since."""
+    deadlock = Deadlock(logged)
+
+    def do(session: Session) -> None:
+        driver = driver_of(session)
+        if then in ("lets it out", "returns"):
+            session.execute(text("CREATE TEMPORARY TABLE IF NOT EXISTS load_here (id INT)"))
+        try:
+            deadlock.meet(session, by=by_the_session)
+        except OperationalError:
+            if then == "looks":
+                sends(session, "SELECT 1")
+            if then == "rolls back":
+                driver.rollback()
+            if then != "returns":
+                raise
+
+    with in_thread(deadlock.other):
+        ends = told(logged, way, do)
+    assert ends in ([P], [F, P])
+    assert sorted(logged.effects()) == ["11", "12", "13", "3"]
+    assert {row.state for row in logged.failures()} <= {"resolved"}
+    logged.borrow()
+
+
+@each_way
+def test_what_is_committed_once_the_deadlock_was_noticed_is_for_a_person(logged: Shop, way: Way) -> None:
+    """The session's next statement was told that its transaction is gone, with nothing committed until then."""
+    deadlock = Deadlock(logged)
+
+    def do(session: Session) -> None:
+        driver = driver_of(session)
+        with suppress(Exception):
+            deadlock.meet(session)
+        sends(session, "SET @a = 1")  # whose answer says that no transaction is open
+        with suppress(Exception):
+            put(session, "on")
+        sends(session, "INSERT INTO effect (text) VALUES ('between')")
+        driver.commit()
+
+    with in_thread(deadlock.other):
+        ends = told(logged, way, do)
+    assert P not in ends
+    assert sorted(logged.effects()) == ["11", "12", "13", "between"]
+    assert {row.state for row in logged.failures()} == {"broken"}
 
 
 @each_way
