@@ -27,12 +27,14 @@ from exactly_once.dialects.firsthand import is_firsthand, kept_firsthand, moment
 from exactly_once.dialects.place import as_sessions_begin, schema_in
 from exactly_once.drivers_own import is_of_a_database
 from exactly_once.error_words import words_of
+from exactly_once.error_words.drivers import is_drivers
 from exactly_once.errors import ConfigurationError, MissingExtra, SchemaError, StoreUnavailable
 from exactly_once.failures import FailureStore
 from exactly_once.fork import engines as forked_engines
 from exactly_once.guards.listening import install, install_session
 from exactly_once.guards.watch import HOME, elsewhere
 from exactly_once.interrupted import interrupted
+from exactly_once.mysql_session import put_right
 from exactly_once.owner import new_owner
 from exactly_once.pooler import prepare_threshold
 from exactly_once.redaction import redacted
@@ -418,7 +420,7 @@ class Store:
             ) from error
         except Exception as error:
             where = redacted(self.engine.url)
-            if is_of_a_database(error):
+            if is_of_a_database(error) or is_drivers(error):  # what we send on the driver itself meets its own errors
                 if (refused := self.refusal(error)) is not None:
                     raise ConfigurationError(refused) from error
                 if dialect.trouble(error) is Trouble.UNAVAILABLE and not dialect.hopeless(error):
@@ -468,6 +470,10 @@ class Store:
                 try:
                     if dialect.name == "postgresql":
                         as_sessions_begin(connection)
+                    elif dialect.name == "mysql":
+                        put_right(
+                            connection
+                        )  # or the rollback may end the connection, and what is sent next meets that
                     missing, lacking = check(connection, self.schema), narrow(connection)
                     connection.rollback()
                     if missing is None:

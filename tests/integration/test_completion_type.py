@@ -10,15 +10,21 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from pymysql.err import OperationalError
 from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
 from exactly_once import Lease, Outcome, Transaction
+from exactly_once.store import Store
+from exactly_once.testing.databases import DatabaseServer
+from tests.conftest import require
 from tests.integration.shop import COLOURS, Shop, order, put, shops
 from tests.integration.test_clock_of_a_session import in_the_driver
 from tests.integration.test_connection_settings import ground_on
+from tests.integration.threads import until
 from tests.integration.ways import ALONE, LEASE, WAYS, Way, driver_of
-from tests.services.mariadb import MYSQLD
+from tests.services import mariadb as mariadb_service
+from tests.services.mariadb import MYSQLD, MariaDB
 
 pytestmark = pytest.mark.nightly(meet=2)
 
@@ -160,3 +166,54 @@ def test_what_only_looks_is_not_refused_for_ever(mariadb: Shop, kind: str, guard
             in_the_driver(mariadb, SET.format(kind))
         until_told(mariadb, ALONE, 1, attempts, ordering_key="k")
     assert mariadb.effects() == ["1"]
+
+
+@pytest.fixture(params=COLOURS)
+def set_for_the_server(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Shop]]:
+    """A database that is ready, on a server of its own whose sessions begin with that setting from now on."""
+    require(mariadb_service)
+    with MariaDB() as server:
+        url = DatabaseServer(server.url, source="url").create().render_as_string(hide_password=False)
+        with Shop("mariadb", request.param, url, pool_size=3) as shop:
+
+            def begin(kind: str) -> Shop:
+                with shop.outside.connect() as connection:
+                    connection.exec_driver_sql(f"SET GLOBAL completion_type = '{kind}'")
+                return shop
+
+            yield begin
+
+
+@each_type
+@pytest.mark.parametrize("transport", ["memory://{kind}-{colour}", "sql://"])
+def test_a_worker_starts_on_a_server_that_chains_or_releases(
+    set_for_the_server: Callable[[str], Shop], kind: str, transport: str
+) -> None:
+    """It looks at the tables in a transaction of its own, whose end must not end the connection it goes on with."""
+    shop = set_for_the_server(kind)
+    ALONE.handles(shop, lambda session, no: put(session, str(no)))
+    for no in (1, 2, 3):
+        for engine in (shop.engine, shop.async_engine.sync_engine):
+            engine.dispose(close=False)  # as another process, whose connections are new
+        url = transport.format(kind=kind, colour=shop.colour)
+        with shop.eo.worker(url, concurrency=2), shop.eo.producer(url) as producer:
+            producer.send(order(no))
+            until(lambda no=no: str(no) in shop.effects(), f"{no} is handled")
+    assert shop.effects() == ["1", "2", "3"]
+    assert shop.failures() == []
+
+
+def test_what_the_driver_raises_as_a_start_looks_is_an_outage(
+    mariadb_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is sent on the driver itself meets its own errors, which SQLAlchemy has not wrapped."""
+    store = Store("default", mariadb_url)
+
+    def prepare(*_: object, **__: object) -> None:
+        raise OperationalError(2013, "Lost connection to server during query")
+
+    try:
+        monkeypatch.setattr(store.dialect, "prepare", prepare)
+        assert "does not answer" in str(store.problem())
+    finally:
+        store.close()
