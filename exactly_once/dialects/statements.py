@@ -84,7 +84,8 @@ def statements(text: str, grammar: Grammar, *, whole: bool = False) -> Iterator[
     Args:
         text: What is sent.
         grammar: How its server reads it.
-        whole: Yield all tokens of every statement, and of a string between dollars `$` and what is in it.
+        whole: Yield all tokens of every statement, and of PostgreSQL's strings what is in them: behind `'` as it is written,
+            between dollars behind `$`.
     """
     dialect = grammar.dialect
     if dialect == "postgresql":
@@ -145,7 +146,8 @@ def _quoted(text: str, start: int, position: int, opening: str, grammar: Grammar
             return end + len(opening), "$" + text[position:end] if whole else "'"
         if opening != '"':
             escapes = opening[0] in "eE" or (opening == "'" and grammar.backslash)
-            return _continued(text, position, escapes), "'"
+            end = _continued(text, position, escapes)
+            return end, text[start : end - 1] if whole and opening == "'" else "'"
     is_name = opening in "`[" or (opening == '"' and (grammar.dialect != "mysql" or grammar.ansi_quotes))
     end = _closed(text, position, _CLOSING.get(opening, opening), grammar.backslash and not is_name)
     # a doubled quote comes as two tokens, and ends nothing

@@ -33,7 +33,8 @@ class Read(NamedTuple):
         """Say what changes the session when the text is sent with these values."""
         if not self.unless or not isinstance(values, Mapping):
             return self.session
-        local = [value is True for name, value in values.items() if str(name).upper() in self.unless]
+        asked = frozenset(self.unless)
+        local = [value is True for name, value in values.items() if str(name).upper() in asked]
         return None if local and all(local) else self.session
 
 
@@ -56,6 +57,7 @@ _PRAGMA_QUESTIONS: Final = frozenset(
         "QUICK_CHECK", "TABLE_INFO", "TABLE_LIST", "TABLE_XINFO",
     }
 )  # fmt: skip
+_PRAGMA_OF_THE_TRANSACTION: Final = "DEFER_FOREIGN_KEYS"  # SQLite takes it back itself, with each COMMIT and ROLLBACK
 
 
 def opens_body(tokens: list[str], grammar: Grammar) -> bool:
@@ -213,8 +215,9 @@ def _sqlite(tokens: list[str]) -> Read:
         return Read(first, session="CREATE TEMPORARY")
     if tokens[0] == "PRAGMA":
         name = tokens[1:4] if tokens[2:3] != ["."] else tokens[3:6]
-        asks = len(name) < 2 or name[0].removeprefix('"').upper() in _PRAGMA_QUESTIONS
-        return Read(first, session=None if asks else "PRAGMA")
+        called = name[0].removeprefix('"').upper() if name else ""
+        stays = len(name) > 1 and called not in _PRAGMA_QUESTIONS and called != _PRAGMA_OF_THE_TRANSACTION
+        return Read(first, session="PRAGMA" if stays else None)
     return Read(first)
 
 

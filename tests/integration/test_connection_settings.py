@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, MetaData, Table, create_engine, event, func, inspect, select, text
+from sqlalchemy import Boolean, Engine, MetaData, Table, cast, create_engine, event, func, inspect, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
@@ -685,6 +685,13 @@ KEPT_POSTGRES: dict[str, tuple[str, str, Any]] = {
         "WITH x AS (SELECT 1 AS a) SELECT a INTO TEMPORARY TABLE kept FROM x",
         "SELECT count(*) FROM pg_class WHERE relname = 'kept'", 0,
     ),
+    "SELECT INTO TABLE of pg_temp": (
+        "SELECT 1 AS a INTO TABLE pg_temp.kept", "SELECT count(*) FROM pg_class WHERE relname = 'kept'", 0
+    ),
+    "UPDATE pg_settings": (
+        "UPDATE pg_settings SET setting = 'Asia/Tokyo' WHERE name = 'TimeZone'",
+        "SELECT current_setting('timezone') = 'Asia/Tokyo'", False,
+    ),
     "CREATE TABLE in pg_temp": ("CREATE TABLE pg_temp.kept (a int)", "SELECT count(*) FROM pg_class WHERE relname = 'kept'", 0),
 }  # fmt: skip
 KEPT_MARIADB: dict[str, tuple[str, str, Any]] = {
@@ -747,6 +754,13 @@ FOR_ONE_TRANSACTION: dict[str, Callable[[], Any]] = {
     "true": lambda: text("SELECT set_config('shop.tenant', :no, true)").bindparams(no="7"),
     "func": lambda: select(func.set_config("shop.tenant", "7", True)),
     "a parameter": lambda: text("SELECT set_config('shop.tenant', '7', :local)").bindparams(local=True),
+    "a parameter that is cast": lambda: select(func.set_config("shop.tenant", "7", cast(True, Boolean))),
+    "a text": lambda: text("SELECT set_config('shop.tenant', '7', 't')"),
+    "a cast": lambda: text("SELECT set_config('shop.tenant', '7', true::boolean)"),
+    "with what is filled and dropped": lambda: text(
+        "SET LOCAL shop.tenant = 7; CREATE TEMP TABLE IF NOT EXISTS stage (a int) ON COMMIT DROP;"
+        " WITH x AS (SELECT 1 AS a) INSERT INTO pg_temp.stage SELECT a FROM x"
+    ),
 }
 
 
@@ -780,6 +794,42 @@ def test_a_parameter_that_says_for_the_session_is_read(postgres: Shop, way: Way)
     )
     assert one_by_one(postgres, way, [1, 2]) == [P, P]
     assert seen == [""]
+
+
+@some_ways
+def test_a_parameter_that_is_negated_is_read_as_for_the_session(postgres: Shop, way: Way) -> None:
+    seen: list[Any] = []
+    sets = text("SELECT set_config('shop.tenant', '7', :keep IS NOT TRUE)").bindparams(keep=True)
+    look = text("SELECT coalesce(current_setting('shop.tenant', true), '')")
+    way.handles(
+        postgres,
+        first_then(
+            lambda session: session.execute(sets), lambda session: seen.append(session.execute(look).scalar_one())
+        ),
+    )
+    assert one_by_one(postgres, way, [1, 2]) == [P, P]
+    assert seen == [""]
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_a_pragma_that_ends_with_the_transaction_costs_no_connection(
+    request: pytest.FixtureRequest, colour: str
+) -> None:
+    seen: list[Any] = []
+
+    def do(session: Session, no: Any) -> None:
+        seen.append(session.execute(text("PRAGMA defer_foreign_keys")).scalar_one())
+        session.execute(text("PRAGMA defer_foreign_keys = ON"))
+        put(session, str(no))
+
+    for shop in ground_on(request, "sqlite", colour):
+        ALONE.handles(shop, do)
+        assert one_by_one(shop, ALONE, [1]) == [P]
+        made: list[object] = []
+        for engine in (shop.engine, shop.async_engine.sync_engine):
+            event.listen(engine, "connect", lambda *_, made=made: made.append(_))
+        assert one_by_one(shop, ALONE, [2, 3, 4]) == [P, P, P]
+        assert (seen, made) == ([0] * 4, [])
 
 
 @pytest.mark.parametrize("colour", COLOURS)

@@ -172,6 +172,19 @@ KEEPS = [
     (POSTGRESQL, "(select a into local /* x */ temporary table x from t)", "SELECT INTO TEMPORARY"),
     (POSTGRESQL, "WITH y AS (SELECT 1) SELECT a INTO -- here\n pg_temp.x FROM y", "SELECT INTO TEMPORARY"),
     (POSTGRESQL, "EXPLAIN ANALYZE SELECT 1 INTO TEMP x", "SELECT INTO TEMPORARY"),
+    (POSTGRESQL, "SELECT 1 AS a INTO TABLE pg_temp.kept", "SELECT INTO TEMPORARY"),
+    (POSTGRESQL, "SELECT 1 AS a INTO TEMP TABLE kept", "SELECT INTO TEMPORARY"),
+    (POSTGRESQL, "SELECT 1 AS a INTO GLOBAL TEMPORARY TABLE kept", "SELECT INTO TEMPORARY"),
+    (POSTGRESQL, "INSERT INTO t VALUES (1); SELECT 1 INTO TEMP x", "SELECT INTO TEMPORARY"),
+    (POSTGRESQL, "/* x */ INSERT INTO temp VALUES (1) RETURNING a; SELECT 1 INTO TEMP x", "SELECT INTO TEMPORARY"),
+    (POSTGRESQL, "WITH y AS (SELECT 1) SELECT insert INTO TEMP x FROM t", "SELECT INTO TEMPORARY"),
+    (POSTGRESQL, "WITH y AS (INSERT INTO t VALUES (1) RETURNING a) SELECT a INTO TEMP x FROM y", "SELECT INTO TEMPORARY"),
+    (POSTGRESQL, "WITH x AS (SELECT 1 AS a) INSERT INTO pg_temp.stage SELECT a FROM x", None),
+    (POSTGRESQL, "WITH x AS (SELECT 1 AS a) INSERT INTO temp SELECT a FROM x", None),
+    (POSTGRESQL, "WITH x AS (INSERT INTO pg_temp.stage VALUES (1) RETURNING a) SELECT a FROM x", None),
+    (POSTGRESQL, "EXPLAIN ANALYZE INSERT INTO temp VALUES (1)", None),
+    (POSTGRESQL, "MERGE INTO temp USING t ON true WHEN MATCHED THEN DELETE", None),
+    (POSTGRESQL, "SELECT a INTO TABLE kept FROM t", None),
     (POSTGRESQL, "SELECT a INTO x FROM t", None),
     (POSTGRESQL, "SELECT a INTO template FROM t", None),
     (POSTGRESQL, "INSERT INTO temp VALUES (1)", None),
@@ -184,7 +197,21 @@ KEEPS = [
     (POSTGRESQL, "SELECT set_config(setting_name => 'a.b', new_value => 'c', is_local => true)", None),
     (POSTGRESQL, "SELECT set_config('a.b', 'c', NOT true)", "set_config"),
     (POSTGRESQL, "SELECT set_config('a.b', 'c', %s)", "set_config"),
+    (POSTGRESQL, "SELECT set_config('a.b', 'c', 'true'), set_config('a.c', 'd', ' T ')", None),
+    (POSTGRESQL, "SELECT set_config('a.b', 'c', true::boolean), set_config('a.c', 'd', 't'::bool)", None),
+    (POSTGRESQL, "SELECT set_config('a.b', 'c', CAST(true AS boolean)), set_config('a.c', 'd', CAST('on' AS bool))", None),
+    (POSTGRESQL, "SELECT set_config('a.b', 'c', is_local => 'true')", None),
+    (POSTGRESQL, "SELECT set_config(is_local => false, setting_name => 'a.b', new_value => 'true')", "set_config"),
+    (POSTGRESQL, "SELECT set_config('a.b', 'c', 'false')", "set_config"),
+    (POSTGRESQL, "SELECT set_config('a.b', 'c', E'\\x66')", "set_config"),
+    (POSTGRESQL, "SELECT set_config('a.b', 'c', NOT true::boolean)", "set_config"),
+    (POSTGRESQL, "SELECT set_config('a.b', 'c', CAST(false AS boolean) AND CAST(true AS boolean))", "set_config"),
+    (POSTGRESQL, "SELECT set_config('a.b', 'c', true) || set_config('a.c', f(ARRAY[1, 2], 'x, true'), false)", "set_config"),
     (POSTGRESQL, "SELECT 'set_config(a, b, false)', set_config FROM t", None),
+    (POSTGRESQL, "UPDATE pg_settings SET setting = 'x' WHERE name = 'TimeZone'", "UPDATE pg_settings"),
+    (POSTGRESQL, "WITH x AS (SELECT 1) update only pg_catalog.\"pg_settings\" SET setting = 'x'", "UPDATE pg_settings"),
+    (POSTGRESQL, "DO $$ BEGIN UPDATE pg_settings SET setting = 'x'; END $$", "UPDATE pg_settings"),
+    (POSTGRESQL, "UPDATE t SET a = (SELECT setting FROM pg_settings WHERE name = 'TimeZone')", None),
     (POSTGRESQL, "CREATE FUNCTION f() RETURNS text LANGUAGE sql AS $$ SELECT set_config('a.b', 'c', false) $$", None),
     (POSTGRESQL, "SELECT setseed(0.5)", "setseed"),
     (POSTGRESQL, "SELECT dblink_connect('here', 'dbname=x')", "dblink_connect"),
@@ -239,6 +266,8 @@ KEEPS = [
     (SQLITE, "PRAGMA main.synchronous(0)", "PRAGMA"),
     (SQLITE, "EXPLAIN PRAGMA foreign_keys = OFF", "PRAGMA"),
     (SQLITE, "PRAGMA foreign_keys", None),
+    (SQLITE, "PRAGMA defer_foreign_keys = ON", None),
+    (SQLITE, "PRAGMA main.defer_foreign_keys(1)", None),
     (SQLITE, "PRAGMA main.table_info('t')", None),
     (SQLITE, "ATTACH 'x.db' AS x", "ATTACH"),
     (SQLITE, "DETACH x", "DETACH"),
@@ -292,12 +321,28 @@ def test_what_is_set_for_the_transaction_or_the_session_by_a_parameter_is_told_b
     ):
         assert said.changes(session) == "set_config"
     assert read("SELECT set_config('a', 'b', %(c)s), set_config('c', 'd', false)", POSTGRESQL).unless == ()
+    assert read("SELECT set_config('a', 'b', CAST(%(c)s AS BOOLEAN))", POSTGRESQL).unless == ("C",)
+
+
+@pytest.mark.parametrize(
+    "local", ["%(c)s IS NOT TRUE", "%(c)s = false", "NOT %(c)s", "%(c)s::boolean AND false", "coalesce(%(c)s, true)"]
+)
+def test_a_parameter_within_an_expression_says_nothing_of_what_is_set(local: str) -> None:
+    said = read(f"SELECT set_config('a', 'b', {local})", POSTGRESQL)
+    assert (said.session, said.unless) == ("set_config", ())
+    assert said.changes({"c": True}) == "set_config"
 
 
 LONG = [
     "into temp ",
     "into @a ",
     "set_config(",
+    "set_config('a', 'b', %(c)s), ",
+    "set_config('a', 'b', true), (",
+    "insert into temp ",
+    "-- ",
+    "/**/",
+    "BEGIN UPDATE pg_settings ",
     "into /* ",
     "SELECT 1; SELECT 'a', E'b\\'' , $$x$$ , foo; ",
     "SELECT E'\\'",
@@ -332,6 +377,8 @@ def test_a_text_ten_times_as_long_takes_about_ten_times_as_long(grammar: Grammar
         read(text, grammar)
         read(other, grammar)
         read("DO $$ " + piece * (characters // len(piece)), grammar)
+        number = characters // len(piece)
+        read("SELECT " + piece * number + "1" + ", true)" * number, grammar)
         return time.process_time() - begun
 
     # quadratic would be a hundred times as long
@@ -343,8 +390,14 @@ def test_a_megabyte_of_values_is_read_at_once_and_not_kept() -> None:
     begun = time.process_time()
     assert read(text, POSTGRESQL).refused == "COMMIT"
     assert time.process_time() - begun < 5
-    one = "INSERT INTO t VALUES " + "(1, 'one@')," * 90_000 + "(1, 'one')"
-    for grammar in (POSTGRESQL, MARIADB):
+    values = "(1, 'one@')," * 90_000 + "(1, 'one')"
+    for grammar, one in (
+        (POSTGRESQL, "INSERT INTO t VALUES " + values),
+        (POSTGRESQL, "INSERT INTO temperature VALUES " + values),
+        (POSTGRESQL, "/* 00-1 */ INSERT INTO temp VALUES " + values),
+        (POSTGRESQL, "WITH x AS (SELECT 1) INSERT INTO template VALUES " + values),
+        (MARIADB, "INSERT INTO t VALUES " + values),
+    ):
         begun = time.process_time()
         for _ in range(100):
             read(one, grammar)
