@@ -13,6 +13,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from exactly_once.in_memory import in_memory
 from exactly_once.listeners import listen
 from exactly_once.pooler import is_pooled
 
@@ -64,6 +65,8 @@ def is_new(connection: Connection, since: int | None) -> bool:
     """Say the same of the connection to whatever is at its other end."""
     if _FIRSTHAND in connection.info or (since is not None and is_made(connection, since)):
         return True
+    if in_memory(connection.engine):
+        return True
     watch_pool(connection.engine)  # the next one of a pool that nobody has told us of is known
     return False
 
@@ -80,6 +83,6 @@ def kept_firsthand(connection: Connection) -> None:
 
 
 def is_made(connection: Connection, since: int) -> bool:
-    """Say whether this connection was made since that moment."""
+    """Say whether this connection was made since that moment; or that there is no other one to look for, in memory."""
     made: int = connection.info.get(_MADE, 0)
-    return made > since
+    return made > since or in_memory(connection.engine)

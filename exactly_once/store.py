@@ -33,6 +33,7 @@ from exactly_once.failures import FailureStore
 from exactly_once.fork import engines as forked_engines
 from exactly_once.guards.listening import install, install_session
 from exactly_once.guards.watch import HOME, elsewhere
+from exactly_once.in_memory import in_memory
 from exactly_once.interrupted import interrupted
 from exactly_once.mysql_session import put_right
 from exactly_once.owner import new_owner
@@ -369,6 +370,8 @@ class Store:
     def _forget_connections(self) -> None:
         """Have each connection that is older than now closed when it is next asked for, where it belongs: thread or loop."""
         for engine in self._engines():
+            if in_memory(engine):
+                continue
             # what SQLAlchemy itself does after a lost connection; it has no public verb for it
             engine.pool._invalidate_time = time()  # noqa: SLF001
 
@@ -384,9 +387,7 @@ class Store:
             ConfigurationError: All of them would use one connection at once; a driver ends the process for less.
         """
         for engine in (self.engine, *self._engines()):
-            kept = engine.url.database or ":memory:"
-            in_memory = engine.dialect.name == "sqlite" and (":memory:" in kept or "mode=memory" in str(engine.url))
-            if in_memory or isinstance(engine.pool, StaticPool):
+            if in_memory(engine) or isinstance(engine.pool, StaticPool):
                 raise ConfigurationError(
                     f"The engine of {redacted(engine.url)} has one connection (a database in memory, or StaticPool), and the"
                     " threads of a worker would use it at once. Give it a file: sqlite:///orders.db. For eo.process in one"

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from exactly_once.dialects import Dialect, Trouble
 from exactly_once.dialects.firsthand import is_changed, is_firsthand, kept_firsthand, moment
 from exactly_once.guards.watch import let_go
+from exactly_once.in_memory import in_memory
 from exactly_once.interrupted import interrupted
 
 __all__ = ["in_our_session"]
@@ -47,7 +48,8 @@ def in_our_session(open_ours: Callable[[], tuple[Session, Any]], dialect: Dialec
                 return do(session)
             session.invalidate()
         except Exception as error:
-            session.invalidate()
+            if not in_memory(session.get_bind().engine):
+                session.invalidate()
             if believed or dialect.trouble(error) in _PASSED_ON or interrupted(error):
                 raise
         finally:

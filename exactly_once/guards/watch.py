@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from exactly_once.dialects import ClaimRow, Dialect, Gone, State, Trace
 from exactly_once.errors import Misuse
+from exactly_once.in_memory import in_memory
 from exactly_once.leases import Held
 from exactly_once.leaves import leaves
 from exactly_once.redaction import redacted
@@ -435,7 +436,7 @@ class Watch:
             self.refused = self.dialect.refused(self.dbapi, error)
             raise
         finally:
-            if self.changed is not None or self.locked:
+            if (self.changed is not None or self.locked) and not in_memory(self.connection.engine):
                 # closed when somebody would get it; at once where it holds a lock that somebody may wait for
                 self.connection.connection.invalidate(soft=not self.locked)
         self.committed = True
@@ -473,16 +474,18 @@ class Watch:
             # whatever ended the transaction may have left its mark: autocommit, a procedure's locks, temporary tables; so did a
             # statement that changed the session; and what is in the middle of a statement cannot be asked
             marked = self.left in (Left.GONE, Left.BROKEN) or self.changed is not None or self.locked
+            stays = in_memory(connection.engine)
             if self.busy or self.dialect.state(self.dbapi) is State.BUSY:
                 self.dialect.cut(self.dbapi)
-                connection.invalidate()
+                if not stays:
+                    connection.invalidate()
                 let_go(session)
                 return
             try:
                 # also of one that is closed next: SQLite keeps its locks until the last cursor of the handler's is collected
                 if self.dialect.state(self.dbapi) is not State.IDLE:
                     self.dbapi.rollback()
-                if marked or self.dialect.state(self.dbapi) is not State.IDLE:
+                if not stays and (marked or self.dialect.state(self.dbapi) is not State.IDLE):
                     connection.invalidate()
             except Exception as error:  # a dead connection: whatever it says, it must not be used again
                 connection.invalidate(error)

@@ -4,22 +4,27 @@ The kind: a function of a handler, or other code of the program on the same engi
 says so. Then no message is to be blamed for it, no copy may run, what fails is written down, and the pump goes on.
 """
 
+import asyncio
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import pymysql
 import pytest
-from sqlalchemy import event, select, text, update
+from sqlalchemy import Connection, create_engine, event, make_url, select, text, update
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import StaticPool
 
-from exactly_once import AsyncSteps, Lease, Outcome, Retry, Steps
+from exactly_once import AsyncSteps, ExactlyOnce, Lease, Outcome, Retry, Steps
 from exactly_once.failures.triage import Chosen, requeue
-from exactly_once.schema import utcnow
+from exactly_once.schema import tables, utcnow
 from exactly_once.testing.databases import DatabaseServer
-from tests.integration.shop import COLOURS, DIALECTS, GROUP, STOCK, Shop, order, put, shops
+from tests.integration.shop import COLOURS, DIALECTS, EFFECT, GROUP, STOCK, Shop, order, put, shops
 from tests.integration.test_connection_settings import ground_on, one_by_one, run
 from tests.integration.threads import until
 from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_LIST, LEASE, UNDER_A_LEASE, WAYS, Way
@@ -495,3 +500,87 @@ def test_numbers_that_come_as_texts_make_no_failed_message_a_duplicate(
         assert way.deliver(shop, [order(1, attempt=2)]) == [P]
         assert way.deliver(shop, [order(1, attempt=3)]) == [D]
         assert shop.effects() == ["1"]
+
+
+# -- SQLite in memory, in tests of the application's own -------------------------------------------------------------------
+
+LEFT_IN_MEMORY = {
+    "pragma": ("PRAGMA cache_size = 100", "PRAGMA query_only = OFF"),
+    "temporary table": ("CREATE TEMP TABLE IF NOT EXISTS kept (a int)",),
+    "attached": ("ATTACH ':memory:' AS other",),
+}
+
+
+@pytest.mark.parametrize("left", LEFT_IN_MEMORY)
+@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
+@pytest.mark.parametrize("pool", [{}, {"poolclass": StaticPool}], ids=["its own", "StaticPool"])
+def test_a_database_in_memory_is_not_thrown_away_with_what_a_handler_left(
+    left: str, colour: str, url: str, pool: dict[str, Any]
+) -> None:
+    engine = create_engine(url, **pool)
+    made = make_url(url).set(drivername="sqlite+aiosqlite")
+    awaited = create_async_engine(made, poolclass=StaticPool)
+    used = awaited.sync_engine if colour == "async" else engine
+    failing = {2}
+
+    def do(session: Session, no: Any) -> None:
+        put(session, str(no))
+        for statement in LEFT_IN_MEMORY[left]:
+            with suppress(DBAPIError):  # it is attached already, or refused in a transaction
+                session.execute(text(statement))
+        if no in failing:
+            raise ZeroDivisionError
+
+    eo = ExactlyOnce(engine, async_database=awaited, group=GROUP)
+    options: dict[str, Any] = {
+        "key": "no",
+        "name": "handler",
+        "retry": Retry(immediate=0, delays=[0.001], max_attempts=9),
+    }
+    if colour == "async":
+
+        @eo.handler("orders", **options)
+        async def handles(session: AsyncSession, body: dict[str, Any]) -> None:
+            await session.run_sync(do, body["no"])
+    else:
+
+        @eo.handler("orders", **options)
+        def handles_plainly(session: Session, body: dict[str, Any]) -> None:
+            do(session, body["no"])
+
+    with asyncio.Runner() as runner:
+
+        def both(work: Callable[[Connection], Any]) -> Any:
+            """Do it in the one connection that there is."""
+
+            async def in_the_loop() -> Any:
+                async with awaited.begin() as connection:
+                    return await connection.run_sync(work)
+
+            if colour == "async":
+                return runner.run(in_the_loop())
+            with engine.begin() as connection:
+                return work(connection)
+
+        def process(no: int) -> Outcome:
+            message = order(no)
+            return runner.run(eo.aprocess(message)) if colour == "async" else eo.process(message)
+
+        def rows(connection: Connection) -> list[str]:
+            return list(connection.execute(select(EFFECT.c.text)).scalars())
+
+        for metadata in (EFFECT.metadata, tables().idempotent.metadata):
+            both(metadata.create_all)
+        if colour == "async":  # tables are looked for through the other engine
+            with engine.begin() as connection:
+                tables().idempotent.metadata.create_all(connection)
+        opened: list[object] = []
+        event.listen(used, "connect", lambda *_: opened.append(_))
+        assert [process(no) for no in (1, 2, 3)] == [P, F, P]
+        failing.clear()
+        assert [process(no) for no in (1, 2, 3)] == [D, P, D]
+        assert sorted(both(rows)) == ["1", "2", "3"]
+        assert opened == []
+        runner.run(awaited.dispose())
+    engine.dispose()
