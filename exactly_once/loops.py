@@ -1,5 +1,7 @@
 """Connections of asyncio that outlive their event loop, as under `asyncio.run` for each message: thrown away before use.
 
+A loop that rests, neither closed nor running, is as good as ended: nobody may ever run it again. If it does, it gets others.
+
 asyncmy's streams belong to the loop they were opened in, and psycopg's and aiosqlite's connections do not; but the queue of
 any pool that had somebody wait in it belongs to that loop, too. So a pool is for one loop at a time, as SQLAlchemy says
 (https://docs.sqlalchemy.org/en/20/orm/extensions/asyncio.html): several at once are told what to do. Called by the store, for its
@@ -19,7 +21,7 @@ from sqlalchemy.pool import NullPool, QueuePool
 from exactly_once.listeners import listen
 from exactly_once.redaction import redacted
 
-__all__ = ["keep_apart", "leave", "why_not_several"]
+__all__ = ["is_of_several", "keep_apart", "leave", "why_not_several"]
 
 _BOUND = ("asyncmy",)
 _KEPT: "WeakSet[Engine]" = WeakSet()
@@ -34,7 +36,10 @@ def keep_apart(engine: Engine) -> None:
 
 
 def leave(engine: Engine) -> None:
-    """Begin with a new pool after a loop has ended: its connections are of no use, or somebody may have waited in the old one."""
+    """Begin with a new pool after a loop has ended, or rests.
+
+    Its connections are of no use, or somebody may have waited in the old one.
+    """
     pool = engine.pool
     if isinstance(pool, QueuePool) and (engine.dialect.driver in _BOUND or pool.overflow() >= 0):  # it was full
         engine.dispose(close=False)  # at once: closing takes its time, and others come meanwhile
@@ -50,6 +55,16 @@ def why_not_several(engine: Engine) -> str | None:
         " answers 'bound to a different event loop', or a wait lasts until pool_timeout. Messages then wait, and none is lost."
         " Give each loop an engine and an ExactlyOnce of its own, or: create_async_engine(..., poolclass=NullPool)"
     )
+
+
+def is_of_several(error: BaseException) -> bool:
+    """Say whether it is what Python raises where two loops wait in one pool. By its text: only a hint hangs on it."""
+    met: BaseException | None = error
+    while met is not None:
+        if isinstance(met, RuntimeError) and "different event loop" in str(met):
+            return True
+        met = met.__cause__ or met.__context__
+    return False
 
 
 def _of_this_loop(dbapi: Any, record: Any, fairy: Any) -> None:
@@ -73,12 +88,13 @@ def _foreign(dbapi: Any) -> bool:
 def _end(dbapi: Any) -> None:
     """End another loop's connection."""
     driver, dbapi._connection = dbapi._connection, _Forgotten()  # noqa: SLF001  (or the pool would close it from here)
+    if not driver.loop.is_running():
+        # by us: the server would else have the connection until the loop runs again, or the garbage collector comes by
+        with suppress(Exception):  # closed already; or a loop of another kind, which closes what is its own as it ends
+            driver._transport.get_extra_info("socket").shutdown(SHUT_RDWR)  # noqa: SLF001  (no public name)
     try:
         driver.loop.call_soon_threadsafe(driver.close)  # it alone may touch it
     except RuntimeError:  # it has ended
-        # closed by us: the server would else have the connection until the garbage collector comes by
-        with suppress(Exception):  # closed already; or a loop of another kind, which closes what is its own as it ends
-            driver._transport.get_extra_info("socket").shutdown(SHUT_RDWR)  # noqa: SLF001  (no public name)
         with suppress(RuntimeError):  # its loop cannot be told, but it is marked as closing by this
             driver.close()
         driver.close()

@@ -279,12 +279,18 @@ class Store:
         before, self._loop = self._loop, loop
         if before is None:
             return
-        if before.is_closed():
+        if not before.is_running():  # closed, or at rest: whoever waits in it for a connection cannot be told of one
             loops.leave(self.async_engine.sync_engine)
-        elif before.is_running() and not self._told_of_loops:
+        elif not self._told_of_loops:
             self._told_of_loops = True
             if why := loops.why_not_several(self.async_engine.sync_engine):
                 _log.warning("%s", why)
+
+    def remedy(self, error: BaseException | None) -> str:
+        """What to do about an error of asyncio's pool, where that says so little; empty for all others."""
+        if error is None or not loops.is_of_several(error):
+            return ""
+        return loops.why_not_several(self.async_engine.sync_engine) or ""
 
     # -- both --------------------------------------------------------------------------------------------------------
 

@@ -358,7 +358,8 @@ class Recording:
         if now >= self._tell_away_at:
             self._tell_away_at = now + _TELL_AGAIN_S
             words = "" if error is None else words_of(error)
-            _log.warning("store_away store=%s error=%s", store, escaped(words, 300))
+            told = " ".join(filter(None, (escaped(words, 300), self._store.remedy(error))))
+            _log.warning("store_away store=%s error=%s", store, told)
         return Told(Outcome.WAITING, Hold(store))
 
 

@@ -106,6 +106,62 @@ def test_what_was_in_use_when_its_loop_ended_is_handled_in_the_next_one(shop: Sh
         del held
 
 
+@pytest.mark.parametrize("each", [1, 4])
+@pytest.mark.parametrize("collects", [True, False], ids=["gc", "no gc"])
+def test_loops_that_nobody_closes_are_as_good_as_ended(shop: Shop, each: int, collects: bool) -> None:
+    loops = []
+    with served(shop, pool_size=2, max_overflow=0, pool_timeout=5):
+        before = opened(shop)
+        gc.collect()
+        if not collects:
+            gc.disable()
+        try:
+            for turn in range(25):
+                loop = asyncio.new_event_loop()
+                loops += [] if collects else [loop]
+                assert loop.run_until_complete(together(shop, turn, each)) == [P] * each
+                until(lambda: opened(shop) <= before + 2, f"the connections of {turn + 1} loops are closed")
+        finally:
+            gc.enable()
+        each_once(shop, *range(25), each=each)
+    for loop in loops:
+        loop.close()
+
+
+def test_two_loops_take_turns_and_each_runs_again(shop: Shop) -> None:
+    """As where two threads have a loop each, and one works at a time."""
+    with served(shop, pool_size=2, max_overflow=0, pool_timeout=5):
+        before = opened(shop)
+        with asyncio.Runner() as one, asyncio.Runner() as two:
+            for turn in range(10):
+                for which, runner in enumerate((one, two)):
+                    assert runner.run(together(shop, f"{which}-{turn}", 5)) == [P] * 5
+                    until(lambda: opened(shop) <= before + 2, "the connections of the other loop are closed")
+        each_once(shop, *(f"{which}-{turn}" for which in range(2) for turn in range(10)), each=5)
+
+
+def test_what_waits_in_a_loop_that_rests_is_done_when_that_runs_again(shop: Shop) -> None:
+    """It stops with its one connection in use and somebody waiting for it; another loop works meanwhile."""
+    with served(shop, pool_size=1, max_overflow=0, pool_timeout=20) as engine, asyncio.Runner() as rests:
+
+        async def stops() -> tuple[AsyncSession, asyncio.Future[Any]]:
+            session = AsyncSession(engine)
+            await session.execute(text("SELECT 1"))
+            waits = asyncio.ensure_future(together(shop, "waits", 3))
+            await asyncio.sleep(0.2)
+            return session, waits
+
+        async def goes_on() -> Any:
+            await session.close()
+            return await waits
+
+        session, waits = rests.run(stops())
+        assert asyncio.run(together(shop, "other", 3)) == [P, P, P]
+        assert set(rests.run(goes_on())) <= {P, Outcome.WAITING}
+        assert set(rests.run(together(shop, "waits", 3))) <= {P, Outcome.DUPLICATE}
+        each_once(shop, "other", "waits", each=3)
+
+
 # -- side by side ------------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +206,10 @@ def test_two_loops_at_once_are_told_what_to_do_and_lose_nothing(shop: Shop, capl
         again = [asyncio.run(together(shop, who, 20)) for who in "ab"]
         assert {outcome for each in again for outcome in each} <= {P, Outcome.DUPLICATE}
         each_once(shop, "a", "b", each=20)
-    [line] = [record.getMessage() for record in caplog.records if "two event loops" in record.getMessage()]
+    lines = [record.getMessage() for record in caplog.records]
+    [line] = [each for each in lines if "two event loops" in each and not each.startswith("store_away")]
     assert "poolclass=NullPool" in line
     assert str(shop.async_engine.url.password or "no password") not in line
+    for line in lines:
+        if "different event loop" in line:
+            assert "poolclass=NullPool" in line
