@@ -11,6 +11,7 @@ engine and each new loop.
 import asyncio
 from contextlib import suppress
 from socket import SHUT_RDWR
+from time import time
 from typing import Any
 from weakref import WeakSet
 
@@ -36,14 +37,15 @@ def keep_apart(engine: Engine) -> None:
 
 
 def leave(engine: Engine) -> None:
-    """Begin with a new pool after a loop has ended, or rests.
-
-    Its connections are of no use, or somebody may have waited in the old one.
-    """
+    """Begin with a new pool after a loop has ended, or rests, where somebody may have waited in the old one."""
     pool = engine.pool
-    if isinstance(pool, QueuePool) and (engine.dialect.driver in _BOUND or pool.overflow() >= 0):  # it was full
+    # no more often: a pool's first connection is made behind a lock of one loop's, and two loops may want it at once
+    if isinstance(pool, QueuePool) and pool.overflow() >= 0:  # it was full
         engine.dispose(close=False)  # at once: closing takes its time, and others come meanwhile
         pool.dispose()
+    elif engine.dialect.driver in _BOUND:
+        # each that is older is closed when it is next asked for, before pool_pre_ping speaks on it; no public verb says so
+        pool._invalidate_time = time()  # noqa: SLF001
 
 
 def why_not_several(engine: Engine) -> str | None:

@@ -89,6 +89,14 @@ def test_fifty_loops_one_after_the_other_leave_no_connection_behind(shop: Shop, 
         each_once(shop, *range(50), each=5)
 
 
+@pytest.mark.parametrize("more", [{}, {"pool_pre_ping": True}], ids=["plain", "ping"])
+def test_each_message_has_a_loop_of_its_own(shop: Shop, more: dict[str, Any]) -> None:
+    with served(shop, pool_size=3, **more):
+        for turn in range(8):
+            assert asyncio.run(in_turn(shop, turn, 1)) == [P]
+        each_once(shop, *range(8), each=1)
+
+
 def test_what_was_in_use_when_its_loop_ended_is_handled_in_the_next_one(shop: Shop) -> None:
     with served(shop, pool_size=1, max_overflow=0, pool_timeout=20) as engine:
         gone = asyncio.new_event_loop()
