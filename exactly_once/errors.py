@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy.exc import DontWrapMixin
 
 if TYPE_CHECKING:
+    from exactly_once.dialects import ClaimRow
     from exactly_once.message import Message
 
 __all__ = [
@@ -60,6 +61,9 @@ class ConfigurationError(ExactlyOnceError):
 
 class SchemaError(ConfigurationError):
     """Our tables are missing, old or too new in the database."""
+
+    store: str | None = None
+    """The database's name, where a claim has found it out: its messages are held until the tables are there."""
 
 
 class MissingExtra(ConfigurationError):
@@ -139,6 +143,9 @@ class StoreUnavailable(ExactlyOnceError):
 
     by_application = False
     """Code of the application's raised as a connection was made or taken (`creator=`, a listener): no word of the server."""
+
+    claim: "ClaimRow | None" = None
+    """The claim of nobody's that the table refused, where it refuses every claim: it is tried again before messages are."""
 
     def __init__(self, text: str, *, store: str | None = None) -> None:
         super().__init__(text)

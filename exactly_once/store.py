@@ -25,7 +25,8 @@ from exactly_once.database_url import check_options, database_url, remember_part
 from exactly_once.dialects import ClaimRow, Dialect, Trouble, dialect_for
 from exactly_once.dialects.firsthand import is_firsthand, kept_firsthand, moment, watch_pool
 from exactly_once.dialects.place import as_sessions_begin, schema_in
-from exactly_once.drivers_own import is_of_a_database
+from exactly_once.dialects.refusing import tried
+from exactly_once.drivers_own import is_of_a_database, original
 from exactly_once.error_words import words_of
 from exactly_once.error_words.drivers import is_drivers
 from exactly_once.errors import ConfigurationError, MissingExtra, SchemaError, StoreUnavailable
@@ -166,6 +167,7 @@ class Store:
         self._told_of_loops = False
         self.failures = FailureStore(lambda: self.tables)
         self._wants_room = False
+        self._refused: ClaimRow | None = None
         self.lacking: str | None = None
         """The database's own character set, where `problem` saw that it lacks characters."""
 
@@ -318,6 +320,8 @@ class Store:
     def seen(self, error: BaseException) -> None:
         """Remember of an error what the next look must find out: whether there is room again."""
         cause = error.__cause__ if isinstance(error, StoreUnavailable) else error
+        if isinstance(error, StoreUnavailable) and error.claim is not None and error.store in (None, self.name):
+            self._refused = error.claim
         if cause is not None and self.dialect.no_room(cause):
             self._wants_room = True
 
@@ -361,17 +365,27 @@ class Store:
             return False
 
     def _writes(self, connection: Connection) -> bool:
-        wants_room = self._wants_room
+        wants_room, refused = self._wants_room, self._refused
         try:
-            try_to_write(connection, self.tables.idempotent, rows=_ROOM_ROWS if wants_room else 1)
+            if refused is not None:
+                dbapi, info = connection.connection.dbapi_connection, dict[Any, Any]()
+                self.dialect.prepare(dbapi, info, wait_ms=1000)
+                tried(self.dialect, dbapi, info, refused, wait_ms=1000)
+                self._refused = None
+            else:
+                try_to_write(connection, self.tables.idempotent, rows=_ROOM_ROWS if wants_room else 1)
         except Exception as error:
             connection.invalidate()  # before it is rolled back: else a pooler keeps the server's as a stranger has left it
-            # what is refused to us for another reason is not mended by waiting: whoever asks next is told
-            if self.dialect.trouble(error) is not Trouble.REFUSED:
+            # this row is not of the application's group, and a table that is partitioned may refuse it alone: whoever claims
+            # next is told, and what a claim was refused is waited for
+            if refused is not None or self.dialect.trouble(error) is not Trouble.REFUSED or self._lacks_table(error):
                 return False
         if wants_room:
             self._wants_room = False
         return True
+
+    def _lacks_table(self, error: BaseException) -> bool:
+        return self.dialect.no_table(original(error))
 
     def _forget_connections(self) -> None:
         """Have each connection that is older than now closed when it is next asked for, where it belongs: thread or loop."""

@@ -7,7 +7,7 @@ leaves neither. A concurrent duplicate waits for the winner's end, at most `clai
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Final
 
 from sqlalchemy import Connection
@@ -24,6 +24,7 @@ from exactly_once.dialects import (
     raise_for_the_store,
 )
 from exactly_once.dialects.firsthand import moment, ready
+from exactly_once.dialects.refusing import is_refusal, of_nobody, raise_for_the_table, tried
 from exactly_once.errors import Misuse
 from exactly_once.fingerprint import Differs, compare
 from exactly_once.guards import Claim, Conflict, Consumed, HookRaised, InProgress, OpenOurs, Unfinished, Won
@@ -66,6 +67,7 @@ class TransactionGuard:
     def claim(self, session: Session, row: ClaimRow) -> Claim:
         """See `Guard.claim`."""
         dialect, won, since = self._dialect, False, moment()
+        asked: ClaimRow | None = row
         while not won:
             connection, dbapi, info, used = self._connected(session, since)
             try:
@@ -86,9 +88,9 @@ class TransactionGuard:
             except ClaimBusy as busy:
                 if not (busy.cut and used and self._limit_was_left(session, connection)):
                     return InProgress(again=busy.again)
-                self._failed(session, connection, busy, used=used)
+                asked = self._failed(session, connection, busy, asked, used=used)
             except Exception as error:
-                self._failed(session, connection, error, used=used)
+                asked = self._failed(session, connection, error, asked, used=used)
         if not won:  # cleared, and claimed by another before us
             session.rollback()
             return InProgress(again=True)
@@ -125,6 +127,7 @@ class TransactionGuard:
         # a short bound, or one key in progress would hold all the others
         wait_ms = min(self._wait_ms, _GROUP_WAIT_MS) if patient else 0
         standing_by_key: Mapping[str, Known | None] | None = None
+        asked: ClaimRow | None = rows[0]
         since = moment()
         while standing_by_key is None:
             connection, dbapi, info, used = self._connected(session, since)
@@ -135,9 +138,9 @@ class TransactionGuard:
             except ClaimBusy as busy:
                 if not (busy.cut and used and self._limit_was_left(session, connection)):
                     return None
-                self._failed(session, connection, busy, used=used)
+                asked = self._failed(session, connection, busy, asked, used=used)
             except Exception as error:
-                self._failed(session, connection, error, used=used)
+                asked = self._failed(session, connection, error, asked, used=used)
         by_key = {row.key: row for row in rows} if standing_by_key else {}
         others = {key: standing(known, by_key[key]) for key, known in standing_by_key.items()}
         if len(others) == len(rows):
@@ -178,11 +181,16 @@ class TransactionGuard:
         try:
             return self._dialect.limit_was_left(connection.connection.dbapi_connection, connection.info)
         except Exception as error:
-            self._failed(session, connection, error, used=False)
+            self._failed(session, connection, error, None, used=False)
             raise
 
-    def _failed(self, session: Session, connection: Connection, error: Exception, *, used: bool) -> None:
+    def _failed(
+        self, session: Session, connection: Connection, error: Exception, row: ClaimRow | None, *, used: bool
+    ) -> ClaimRow | None:
         """After a claim that failed: come back where it is to be asked for on another connection.
+
+        What the table refuses of anybody, no message is to be blamed for. Where it takes a claim of nobody's it is asked for this
+        one once more, for somebody may have mended it in between; `row` is that claim until then, and what is returned after.
 
         Whoever used the connection may have left a role, a time limit or AUTOCOMMIT in it; then no message is to be blamed. A
         connection that nobody used before is believed, and so is what a signal's handler raised on any. What an outage says is
@@ -196,12 +204,35 @@ class TransactionGuard:
         if used and not away and not interrupted(error) and not dialect.unstorable(error):
             connection.invalidate()
             session.rollback()
-            return
+            return row
         if away or interrupted(error):
             # its raw error passed SQLAlchemy by, which would hand it out again, in the middle of a statement maybe
             connection.invalidate(error)
+        elif row is not None and is_refusal(dialect, error):
+            self._tried(session, of_nobody(row))
+            session.rollback()
+            return None
         raise_for_the_store(dialect, error, connection.engine)
         raise error
+
+    def _tried(self, session: Session, row: ClaimRow) -> None:
+        """Come back where the table takes claims of others: what it refused was a value of the message's.
+
+        Raises:
+            StoreUnavailable: It takes none, or does not answer.
+        """
+        dialect, since = self._dialect, moment()
+        while True:
+            session.rollback()
+            connection, dbapi, info, used = self._connected(session, since)
+            try:
+                tried(dialect, dbapi, info, row, wait_ms=self._wait_ms)
+            except Exception as refusal:
+                if used and not interrupted(refusal):
+                    connection.invalidate()
+                    continue
+                raise_for_the_table(dialect, refusal, row, partial(_looked, session), connection.engine)
+            return
 
     def _cleared(self, connection: Connection, row: ClaimRow) -> bool:
         """Take away, in the handler's transaction, a lease that was begun and is nobody's now: the guard was changed since."""
@@ -239,6 +270,11 @@ class TransactionGuard:
             raise
         found = standing(known, row)
         return found if isinstance(found, (Consumed, Unfinished)) else None
+
+
+def _looked(session: Session, statement: str) -> None:
+    session.rollback()
+    session.connection().exec_driver_sql(statement)
 
 
 def standing(known: Known | None, row: ClaimRow) -> Consumed | InProgress | Conflict | Unfinished:

@@ -46,6 +46,7 @@ from exactly_once.dialects import (
 )
 from exactly_once.dialects import raise_for_the_store as raise_for
 from exactly_once.dialects.firsthand import is_firsthand, kept_firsthand, moment, ready
+from exactly_once.dialects.refusing import is_refusal, of_nobody, raise_for_the_table, tried
 from exactly_once.drivers_own import is_taken
 from exactly_once.errors import StoreUnavailable
 from exactly_once.interrupted import interrupted
@@ -112,7 +113,7 @@ class SqlLeases:
 
     def claim(self, row: ClaimRow, token: str, lease: timedelta, *, also: bytes, steps: bool) -> Leased:
         """See `LeaseStore.claim`."""
-        since = moment()
+        since, asked = moment(), False
         while True:
             with self._speaking() as connection:
                 used = ready(self._dialect, connection, wait_ms=WAIT_MS, since=since)
@@ -134,10 +135,39 @@ class SqlLeases:
                                 return Leased(False, False, row.fingerprint, 0, _MOMENT)
                 except Exception as error:
                     away = self._dialect.trouble(error) is Trouble.UNAVAILABLE
-                    if not used or away or interrupted(error) or self._dialect.unstorable(error):
+                    if not used and not asked and is_refusal(self._dialect, error):
+                        self._tried(connection, of_nobody(row), steps=steps)
+                        asked = True  # once more for this one: somebody may have mended it in between
+                    elif not used or away or interrupted(error) or self._dialect.unstorable(error):
                         raise
                     # whoever used the connection may have left a role or a time limit in it: asked again on another
                     connection.invalidate()
+
+    def _tried(self, connection: Connection, row: ClaimRow, *, steps: bool) -> None:
+        """After a claim that a connection which nobody had refused: come back where the table takes claims of others.
+
+        Raises:
+            StoreUnavailable: It takes none, or does not answer.
+        """
+        dialect = self._dialect
+        dbapi, info = connection.connection.dbapi_connection, connection.info
+        assert dbapi is not None
+        try:
+            dbapi.rollback()
+            tried(dialect, dbapi, info, row, wait_ms=WAIT_MS)
+            if steps:
+                connection.execute(self._all(select(self._steps.c.step).where(self._of(self._steps, row))))
+            named = {"b_consumer_group": row.group, "b_handler": row.handler, "b_business_key": row.key}
+            dialect.in_our_name(connection, self._touching, named)  # of nothing: that it may be changed
+            dbapi.rollback()
+        except Exception as refusal:
+
+            def look(statement: str) -> None:
+                assert dbapi is not None
+                dbapi.rollback()
+                connection.exec_driver_sql(statement)
+
+            raise_for_the_table(dialect, refusal, row, look, self._engine, store=self.name)
 
     def complete(self, held: Held) -> bool:
         """See `LeaseStore.complete`."""
