@@ -18,6 +18,7 @@ Called by `claiming`.
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any, Final
 from weakref import ReferenceType, WeakSet, ref
@@ -149,9 +150,11 @@ def _telling(roll_back: Callable[[PoolProxiedConnection], None]) -> Callable[[Po
     def do_rollback(pooled: PoolProxiedConnection) -> None:
         # the pool rolls back whatever comes back to it, so this is the look that each connection given back costs
         noted = None if pooled.dbapi_connection is None else _noted(pooled)
-        if noted is not None and not noted.ended(pooled.dbapi_connection) and _is_forgotten():
-            row = noted.row
-            _log.warning(_FORGOTTEN, f"'{escaped(row.key)}'", f"'{escaped(row.handler)}'")
+        if noted is not None and _is_forgotten():
+            with suppress(Exception):  # the connection is lost, or the parent's: the rollback says so, if anything does
+                if not noted.ended(pooled.dbapi_connection):
+                    row = noted.row
+                    _log.warning(_FORGOTTEN, f"'{escaped(row.key)}'", f"'{escaped(row.handler)}'")
         roll_back(pooled)
 
     return do_rollback

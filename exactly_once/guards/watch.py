@@ -239,8 +239,9 @@ class Watch:
         self.is_over()
 
     def is_over(self) -> None:
-        """Nothing of it was committed until now: what the driver is sent from here on is no part of it."""
-        self.mark = self.dialect.mark(self.dbapi)
+        """Nothing of it was committed until now: what the driver is sent from here on is no part of it. Never raises."""
+        with suppress(Exception):  # the connection is lost, or the parent's: nothing is sent on it from here on
+            self.mark = self.dialect.mark(self.dbapi)
 
     def swallowed(self) -> Misuse:
         """It is lost, and the handler went on: say so, unless that has committed something of its own."""

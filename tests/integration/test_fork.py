@@ -284,7 +284,8 @@ def test_a_session_with_a_claim_is_refused_in_a_child(shop: Shop) -> None:
         put(session, "parent")
         kind, name, *_ = Forked(lambda: ends(session)).said()
         assert (kind, name) == ("raised", "ForkedProcess")
-        assert Forked(session.rollback).said()[0] == "returned"
+        told = Forked(session.rollback).said()
+        assert told[0] == "returned", told
         session.commit()
     assert shop.effects() == ["parent"]
     assert shop.claims() == ["A-1"]
