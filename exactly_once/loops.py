@@ -39,7 +39,7 @@ def keep_apart(engine: Engine) -> None:
 def leave(engine: Engine) -> None:
     """Begin with a new pool after a loop has ended, or rests, where somebody may have waited in the old one."""
     pool = engine.pool
-    # no more often: a pool's first connection is made behind a lock of one loop's, and two loops may want it at once
+    # only where it was full: a new pool opens its first connection behind a lock of one loop, and two may need it at once
     if isinstance(pool, QueuePool) and pool.overflow() >= 0:  # it was full
         engine.dispose(close=False)  # at once: closing takes its time, and others come meanwhile
         pool.dispose()

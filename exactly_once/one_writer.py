@@ -14,12 +14,13 @@ from typing import Final
 
 from sqlalchemy import Engine
 
+from exactly_once import fork
 from exactly_once.errors import Misuse
 from exactly_once.redaction import redacted
 
 __all__ = ["holding", "refuse_inside"]
 
-_Place = tuple[int, int, str]
+_Place = tuple[object, int, int, str]
 _held: Final[set[_Place]] = set()
 
 
@@ -31,7 +32,8 @@ def _place(engine: Engine) -> _Place | None:
         task = asyncio.current_task()
     except RuntimeError:  # no loop runs in this thread
         task = None
-    return get_ident(), 0 if task is None else id(task), file
+    # a forked child has its parent's threads by name; what it is refused is told by `fork`
+    return fork.here, get_ident(), 0 if task is None else id(task), file
 
 
 @contextmanager

@@ -38,8 +38,8 @@ _LAST_LOOK_S: Final = 1.0
 _CONCERNED_S: Final = 3600.0
 """How often what costs the group messages is looked for and told again."""
 _CONCERNED_SOON_S: Final = 35.0
-"""When it is looked for after the start, which asks before it joins: of several that start at one moment none has joined by then.
-A member tells the broker every 30 s what it wants."""
+"""Seconds from the start to the second look. The first comes before we join, so programs that start together do not see each
+other. A member reports its subscription every 30 s."""
 _CONCERNED_ENDS_S: Final = 1.0
 
 _log = steady("exactly_once.worker")

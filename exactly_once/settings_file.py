@@ -80,7 +80,7 @@ def _another_users(path: Path, opened: os.stat_result | None) -> str | None:
         if not _is_trusted(found.st_uid):
             return f"{what} belongs to another user (uid {found.st_uid}; this program runs as uid {os.geteuid()})"
     if opened is not None and not S_ISLNK(named.st_mode) and not os.path.samestat(opened, named):
-        return f"The settings file {path} was another one a moment ago"
+        return f"The settings file {path} was replaced while it was read"
     return None
 
 

@@ -344,6 +344,8 @@ class Store:
                 long as the connection's own limits say, so messages do not ask so.
         """
         engine = self.async_engine.sync_engine if is_async else self.engine
+        if in_memory(engine):
+            return self._writes_through(engine)  # another connection is another database
         had_no_room = self._wants_room
         apart = Engine(engine.pool.recreate(), engine.dialect, engine.url)
         try:
@@ -375,12 +377,13 @@ class Store:
             else:
                 try_to_write(connection, self.tables.idempotent, rows=_ROOM_ROWS if wants_room else 1)
         except Exception as error:
-            connection.invalidate()  # before it is rolled back: else a pooler keeps the server's as a stranger has left it
+            if not in_memory(connection.engine):
+                connection.invalidate()  # before it is rolled back: else a pooler keeps the server's as a stranger has left it
             # this row is not of the application's group, and a table that is partitioned may refuse it alone: whoever claims
             # next is told, and what a claim was refused is waited for
             if refused is not None or self.dialect.trouble(error) is not Trouble.REFUSED or self._lacks_table(error):
                 return False
-        if wants_room:
+        if wants_room and refused is None:
             self._wants_room = False
         return True
 
@@ -492,9 +495,8 @@ class Store:
                     if dialect.name == "postgresql":
                         as_sessions_begin(connection)
                     elif dialect.name == "mysql":
-                        put_right(
-                            connection
-                        )  # or the rollback may end the connection, and what is sent next meets that
+                        # first: with completion_type RELEASE the rollback below would end the connection
+                        put_right(connection)
                     missing, lacking = check(connection, self.schema), narrow(connection)
                     connection.rollback()
                     if missing is None:

@@ -158,7 +158,7 @@ class Transport(Protocol):
         """
 
     def concerns(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
-        """Say what keeps nobody from receiving and costs messages later: others of the group that subscribe otherwise, for one.
+        """Return what stops nobody from receiving and can lose messages later: members of the group that subscribe differently.
 
         Asked at a start, half a minute later, every hour while a worker runs, and by `doctor`. Empty where no server tells.
         Raises nothing.

@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import struct
 from contextlib import suppress
+from importlib import import_module
 from typing import Final
 
 from sqlalchemy import URL
@@ -27,9 +28,9 @@ _READ_ONLY_CODES: Final = frozenset({1290, 1792, 1836, 1874})  # read_only; a tr
 _PRIMARY: Final = 0xFF
 _ACCOUNT: Final = re.compile(r"'([^']+)'@'([^']+)'")  # quoted so in every language
 _SILENT_S: Final = 5.0
-"""So long a server has to say its first word, as long as it has to accept."""
+"""Seconds for the server's first bytes, and for accepting."""
 _ASKED_S: Final = 2.0
-"""The same after it has been silent for that long."""
+"""The same, after the driver has waited already."""
 _SSL_REQUEST: Final = struct.pack("!ii", 8, 80877103)
 _PORTS: Final = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306}
 _SPEAKS: Final = {"postgresql": "PostgreSQL", "mysql": "MySQL", "mariadb": "MariaDB"}
@@ -121,7 +122,8 @@ def silent(url: URL, patience_s: float = _SILENT_S) -> str | None:
     """Ask whoever listens at a URL's port whether it speaks this database's protocol; None where it does.
 
     None, too, where nobody accepts, which the driver tells, and where the URL names no one host. MySQL's drivers bound the
-    accepting alone: at the port of a server that waits for our first word, they wait for its first word for ever.
+    accepting alone: at the port of a server that waits for our first word, they wait for its first word for ever. MySQL itself
+    counts each connection that is broken off and at last refuses the host (`max_connect_errors`), so it is logged in to first.
 
     Args:
         url: The database's.
@@ -133,6 +135,8 @@ def silent(url: URL, patience_s: float = _SILENT_S) -> str | None:
     if not {"host", "hostaddr", "unix_socket", "service"}.isdisjoint(url.query):
         return None
     port = url.port or _PORTS[backend]
+    if backend != "postgresql" and _is_mysql(url, port, patience_s):
+        return None
     try:
         with socket.create_connection((url.host, port), timeout=patience_s) as connection:
             if backend == "postgresql":
@@ -147,6 +151,27 @@ def silent(url: URL, patience_s: float = _SILENT_S) -> str | None:
         f"{url.host}:{port} accepted the connection and did not speak {_SPEAKS[backend]}: is it another service's port, or a"
         " proxy whose server is away?"
     )
+
+
+def _is_mysql(url: URL, port: int, patience_s: float) -> bool:
+    """Log in as the driver will: a MySQL server lets us in, or refuses in words of its own."""
+    try:
+        pymysql = import_module("pymysql")
+    except ImportError:
+        return True  # nobody can tell
+    try:
+        pymysql.connect(
+            host=url.host,
+            port=port,
+            user=url.username,
+            password=url.password or "",
+            connect_timeout=patience_s,
+            read_timeout=patience_s,
+        ).close()
+    except Exception as error:
+        code = _errno(error)
+        return code is not None and not 2000 <= code < 3000  # those are the client's own
+    return True
 
 
 def _first(connection: socket.socket, wanted: int) -> bytes:

@@ -131,7 +131,7 @@ LOGGED: Final = (
     "SET @exactly_once_logs = IF(@@last_gtid <> @exactly_once_last, 1, @exactly_once_logs),"
     " @exactly_once_last = @@last_gtid"
 )
-# as bytes, for the same reason as the clock's; NULL where the log has shown no commit of this session, or is turned off for it
+# as bytes: see `mysql_session.put_right`; NULL where the log has shown no commit of this session, or is turned off for it
 LOGS: Final = (
     "SELECT CAST(IF(@exactly_once_logs AND @@sql_log_bin, @@last_gtid <> @exactly_once_last, NULL) AS BINARY) LIMIT 1"
 )

@@ -194,7 +194,7 @@ class Watch:
     def ended(self) -> Misuse:
         """The driver says that no transaction is open: something committed or rolled back where nobody could refuse it.
 
-        A deadlock that the driver's own cursor met says nothing by itself, and the next answer of the server's says this.
+        Also after a deadlock that the driver's own cursor met: the driver shows it only with the server's next answer.
         """
         since = None
         if self.call is None:
@@ -307,7 +307,7 @@ class Watch:
         )
 
     def check(self, session: Session) -> None:
-        """Raise what `verify` finds, before more is done in this transaction: that would be taken for what did it.
+        """Raise what `verify` finds, so that the error names this call and not a later one.
 
         Raises:
             Misuse: The handler has left its transaction, or it is lost.

@@ -352,7 +352,7 @@ def test_a_pyproject_that_is_changed_for_another_one_while_it_is_read_is_refused
         return content
 
     monkeypatch.setattr(settings_file, "_toml", change)
-    assert "was another one a moment ago" in refused(tmp_path)
+    assert "was replaced while it was read" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(
