@@ -6,19 +6,17 @@ message over it changes no row, and nothing is committed. Elsewhere it follows t
 session's mark, which the next claim finds; a run that used no session leaves none, and runs again. Called by `attempt`.
 """
 
+from asyncio import CancelledError
 from collections.abc import Callable
 from contextlib import suppress
-from contextvars import copy_context
 from datetime import timedelta
 from functools import partial
-from threading import Event, Thread
-from time import monotonic, sleep
+from time import monotonic
 from typing import Final, TypeVar
 from uuid import uuid4
 
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
-from sqlalchemy.util.concurrency import in_greenlet
 
 from exactly_once.dialects import ClaimRow, Dialect
 from exactly_once.error_words import words_of
@@ -26,7 +24,6 @@ from exactly_once.errors import StoreUnavailable
 from exactly_once.finishing import finished
 from exactly_once.guards import Claim, Conflict, Consumed, InProgress, OpenOurs, Unfinished, Won
 from exactly_once.guards.late import Late
-from exactly_once.interrupted import interrupted
 from exactly_once.leases import Held, LeaseStore, Standing, clock, judge
 from exactly_once.leases.renewal import Renewal
 from exactly_once.leases.sql import SqlLeases
@@ -40,8 +37,6 @@ T = TypeVar("T")
 _LOCKED_S: Final = 0.05
 _PAUSE_S: Final = (0.1, 2.0)
 _LET_GO_S: Final = 1.0
-_LATER_S: Final = (0.1, 0.2, 0.4, 0.8, 1.6)
-"""When it is let go of again, in all for longer than a claim waits for a lock (`WAIT_MS`)."""
 
 _log = steady("exactly_once.leases")
 
@@ -80,21 +75,16 @@ class LeaseGuard:
     def claim(self, session: Session, row: ClaimRow) -> Claim:
         """See `Guard.claim`. A crash after it leaves the lease to run out, and the next claim takes it over."""
         token = uuid4().hex
-        try:
-            return self._claimed(session, row, token)
-        except BaseException as error:
-            # cancelled, told to exit, or by a signal's handler: it may be ours all the same, and nobody would let go of it
-            if not isinstance(error, Exception) or interrupted(error):
-                self._let_go(Held(row, token, 0, self._lease))
-            raise
-
-    def _claimed(self, session: Session, row: ClaimRow, token: str) -> Claim:
         began, asked = monotonic(), clock()
-        seen = self._store.claim(row, token, self._lease, also=row.fingerprint, steps=self._steps)
-        standing = judge(seen, row.fingerprint)
-        if standing is Standing.FREE:  # the handler's fingerprint= was changed since it was last tried
-            seen = self._store.claim(row, token, self._lease, also=seen.fingerprint, steps=self._steps)
+        try:
+            seen = self._store.claim(row, token, self._lease, also=row.fingerprint, steps=self._steps)
             standing = judge(seen, row.fingerprint)
+            if standing is Standing.FREE:  # the handler's fingerprint= was changed since it was last tried
+                seen = self._store.claim(row, token, self._lease, also=seen.fingerprint, steps=self._steps)
+                standing = judge(seen, row.fingerprint)
+        except CancelledError:  # it may be ours all the same, and nobody would let go of it
+            self._let_go(Held(row, token, 0, self._lease))
+            raise
         match standing:
             case Standing.WON:
                 held = Held(
@@ -102,13 +92,8 @@ class LeaseGuard:
                 )
                 if not self._own and (settled := self._settled(held)) is not None:
                     return settled
-                won = Won(late=Late(session, self._dialect, held), held=held)
-                try:
-                    self._renewal.add(held)
-                except BaseException:
-                    self._renewal.drop(held)  # nobody else knows of it, and it would be renewed for ever
-                    raise
-                return won
+                self._renewal.add(held)
+                return Won(late=Late(session, self._dialect, held), held=held)
             case Standing.CONSUMED:
                 return Consumed()
             case Standing.UNFINISHED:
@@ -153,19 +138,10 @@ class LeaseGuard:
     def _let_go(self, held: Held) -> None:
         """After a claim that something ended: what was raised first is what happened, and a lease runs out by itself.
 
-        What the claim waited for may still be in the way, so in a thread it is let go of beside it: whoever was told to stop
-        waits a moment, and no longer.
+        What the claim waited for may still be in the way.
         """
-        release = partial(self._store.release, held)
         with suppress(BaseException):
-            if in_greenlet():
-                finished(release, within_s=_LET_GO_S)
-                return
-            # in the context of this run: a listener of the engine's may want its tenant
-            asked = Event()
-            args = (_until_free, release, asked)
-            Thread(target=copy_context().run, args=args, name="lease: let go", daemon=True).start()
-            asked.wait(_LET_GO_S)
+            finished(partial(self._store.release, held), within_s=_LET_GO_S)
 
     def complete(self, session: Session, won: Won) -> Consumed | None:
         """See `Guard.complete`."""
@@ -272,20 +248,6 @@ def insisting(held: Held, pause: Callable[[float], None], do: Callable[[], T]) -
                 raise
         pause(wait)
         wait = min(2 * wait, _PAUSE_S[1])
-
-
-def _until_free(release: Callable[[], bool], asked: Event) -> None:
-    """Let go of a lease that may come about a little later: a server goes on with a claim that nobody waits for any more."""
-    with suppress(BaseException):
-        for pause in _LATER_S:
-            try:
-                if release():
-                    break
-            finally:
-                asked.set()
-            sleep(pause)
-        else:
-            release()
 
 
 def _held(won: Won) -> Held:

@@ -16,7 +16,6 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from exactly_once import Lease, Outcome, Retry, Steps
-from exactly_once.leases.sql import SqlLeases
 from tests.integration.shop import Shop, order, put, shops
 from tests.integration.test_ends_badly import until
 from tests.integration.ways import ALONE, IN_A_STEP, UNDER_A_LEASE, Way
@@ -89,52 +88,17 @@ def test_the_attempt_ends_and_the_handler_does_not_run(own: Shop, way: Way, erro
         runs.append(no)
         put(session, str(no))
 
-    # a lease that PyMySQL's word leaves is waited for; any other is let go of
-    is_lost = error is TimeoutError and own.dialect == "mariadb"
-    lease = Lease(timedelta(seconds=2 if is_lost else 60))
-    way.handles(own, do, retry=THREE, **({"guard": lease} if way.lease else {}))
+    way.handles(own, do, retry=THREE, **({"guard": Lease(timedelta(seconds=2))} if way.lease else {}))
     assert own.process(order(0)) is P
     with locked(own, own.tables.idempotent.name), stopped(error):
         end = own.process(order(1))
     assert runs == [0]
     # PyMySQL takes a TimeoutError for one of its socket's, and says that the connection is lost
-    assert end is (WAITING if is_lost else F)
+    assert end is (WAITING if error is TimeoutError and own.dialect == "mariadb" else F)
     assert {row.error_class for row in own.failures()} == ({error.__name__} if end is F else set())
-    # PostgreSQL goes on with what it was asked for, and so a lease may have been taken for the attempt that is over: it is let go
+    # PostgreSQL goes on with what it was asked for, and so a lease may have been taken for the attempt that is over
     until(lambda: own.process(order(1, attempt=2)) is P, "it is run")
     assert own.process(order(1, attempt=3)) is D
-    own.borrow()
-
-
-@pytest.mark.parametrize("error", [SoftTimeLimit, KeyboardInterrupt, SystemExit], ids=lambda error: error.__name__)
-def test_a_lease_that_was_won_as_a_signal_came_is_let_go_of(
-    own: Shop, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    UNDER_A_LEASE.handles(
-        own, lambda session, no: put(session, str(no)), retry=THREE, guard=Lease(timedelta(minutes=10))
-    )
-    claim = SqlLeases.claim
-
-    def over(*_: object) -> None:
-        raise error("the time is over")
-
-    def won(*args: Any, **more: Any) -> Any:
-        claim(*args, **more)  # committed, and its answer is lost
-        signal.raise_signal(signal.SIGALRM)
-
-    was = signal.signal(signal.SIGALRM, over)
-    try:
-        with monkeypatch.context() as patched:
-            patched.setattr(SqlLeases, "claim", won)
-            end: object = None
-            try:
-                end = own.process(order(1))
-            except error as stopped_by:
-                end = type(stopped_by)
-        assert end is (F if error is SoftTimeLimit else error)
-    finally:
-        signal.signal(signal.SIGALRM, was)
-    assert own.process(order(1, attempt=2)) is P
     own.borrow()
 
 
