@@ -41,6 +41,9 @@ def _client() -> None:
     wall.build()  # before the first import of the client in this process
 
 
+TORN = "sent too many headers"
+
+
 class Broker:
     """The server, with fresh names, the bare client and our transport on it."""
 
@@ -86,11 +89,15 @@ class Broker:
                 consumer.close()
 
     def send(self, *messages: Message) -> list[Receipt]:
-        producer = self.ours().producer()
-        try:
-            answers = producer.send(messages)
-        finally:
-            producer.close()
+        for _ in range(3):
+            producer = self.ours().producer()
+            try:
+                answers = producer.send(messages)
+            finally:
+                producer.close()
+            # a proxy under load at times refuses a new connection's first request as malformed, before it is read: nothing is stored
+            if not all(TORN in str(answer) for answer in answers):
+                break
         assert all(isinstance(answer, Receipt) for answer in answers), answers
         return [answer for answer in answers if isinstance(answer, Receipt)]
 
