@@ -95,7 +95,7 @@ class Broker:
                 answers = producer.send(messages)
             finally:
                 producer.close()
-            # a proxy under load at times refuses a new connection's first request as malformed, before it is read: nothing is stored
+            # a proxy under load at times refuses a new connection's first request as malformed, unread: nothing is stored
             if not all(TORN in str(answer) for answer in answers):
                 break
         assert all(isinstance(answer, Receipt) for answer in answers), answers
