@@ -18,7 +18,7 @@ from exactly_once import fork
 from exactly_once.errors import Misuse
 from exactly_once.redaction import redacted
 
-__all__ = ["holding", "refuse_inside"]
+__all__ = ["anyone_holds", "holding", "refuse_inside"]
 
 _Place = tuple[object, int, int, str]
 _held: Final[set[_Place]] = set()
@@ -48,6 +48,11 @@ def holding(engine: Engine | None) -> Iterator[None]:
         yield
     finally:
         _held.discard(place)
+
+
+def anyone_holds() -> bool:
+    """Say whether any handler of this process holds a file: else there is nothing to ask, and no engine to make for it."""
+    return bool(_held)
 
 
 def refuse_inside(engine: Engine, name: str) -> None:

@@ -18,7 +18,7 @@ from exactly_once.failures.pump import Pump
 from exactly_once.handler import Plan
 from exactly_once.lease_stores import LeaseStores
 from exactly_once.message import Message
-from exactly_once.one_writer import refuse_inside
+from exactly_once.one_writer import anyone_holds, refuse_inside
 from exactly_once.outcome import Outcome
 from exactly_once.runner import Runner, arun_all, run_all
 from exactly_once.steady_log import steady
@@ -179,13 +179,13 @@ class Router:
 
     def run(self, found: Sequence[Delivering], message: Message) -> Outcome:
         """Run a message for a consumer loop that is not ours."""
-        for each in found:
+        for each in found if anyone_holds() else ():
             refuse_inside(each.store.engine, "eo.process")
         return _outcome(run_all(found, message, FOREIGN, foreign=True))
 
     async def arun(self, found: Sequence[Delivering], message: Message) -> Outcome:
         """The same in an event loop."""
-        for each in found:
+        for each in found if anyone_holds() else ():
             refuse_inside(each.store.engine, "eo.aprocess")
         return _outcome(await arun_all(found, message, FOREIGN, foreign=True))
 

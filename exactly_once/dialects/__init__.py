@@ -39,6 +39,7 @@ __all__ = [
     "Trace",
     "Trouble",
     "dialect_for",
+    "first_words",
     "group_claims_for",
     "lease_claims_for",
     "raise_for_the_store",
@@ -444,7 +445,7 @@ def raise_for_the_store(dialect: Dialect, error: BaseException, engine: Engine, 
         raise StoreUnavailable(none_free(engine), store=store) from error
     if dialect.trouble(error) is Trouble.UNAVAILABLE:
         raise StoreUnavailable(
-            f"The database does not answer ({type(error).__name__}: {_said(error)}); nothing ran.", store=store
+            f"The database does not answer ({type(error).__name__}: {first_words(error)}); nothing ran.", store=store
         ) from error
     if unreached(error, (engine,)):
         told = StoreUnavailable(
@@ -466,7 +467,8 @@ def raise_for_the_store(dialect: Dialect, error: BaseException, engine: Engine, 
         ) from error
 
 
-def _said(error: BaseException) -> str:
+def first_words(error: BaseException) -> str:
+    """Return the first line of what a server or its driver said."""
     words = words_of(original(error)).strip()
     return words.splitlines()[0] if words else "no text"
 

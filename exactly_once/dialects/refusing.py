@@ -12,9 +12,8 @@ from uuid import uuid4
 
 from sqlalchemy import Engine
 
-from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Trouble, raise_for_the_store
+from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Trouble, first_words, raise_for_the_store
 from exactly_once.drivers_own import original
-from exactly_once.error_words import words_of
 from exactly_once.error_words.drivers import is_drivers
 from exactly_once.errors import StoreUnavailable
 from exactly_once.interrupted import interrupted
@@ -87,9 +86,8 @@ def raise_for_the_table(
                 return
         # else it is a table of somebody's, which a trigger on ours wants
     said = refusal.__cause__ or refusal if isinstance(refusal, ClaimBusy) else refusal  # somebody has locked it
-    lines = words_of(original(said)).strip().splitlines()
     told = StoreUnavailable(
-        f"The table {dialect.table} takes no claims ({lines[0] if lines else type(refusal).__name__}): one of no message's was"
+        f"The table {dialect.table} takes no claims ({first_words(said)}): one of no message's was"
         " refused, too. Nothing ran, and nothing is counted. Look at the rights, columns, constraints and triggers of this table;"
         " exactly-once doctor says the same until it is mended.",
         store=store,
