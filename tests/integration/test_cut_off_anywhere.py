@@ -78,6 +78,7 @@ def ashop(request: pytest.FixtureRequest) -> Iterator[Shop]:
     yield from shops(request, request.param, "async", options={"pool_timeout": 1})
 
 
+@pytest.mark.nightly(meet=2)
 @pytest.mark.parametrize("ends", ["processed", "failed"])
 @pytest.mark.parametrize("times", [1, 2, LONGEST])
 @pytest.mark.parametrize("way", [ALONE, *LEASED], ids=str)

@@ -16,7 +16,7 @@ from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from exactly_once import ExactlyOnce, InProgress, Outcome
+from exactly_once import ExactlyOnce, InProgress, Lease, Outcome
 from exactly_once.leases import renewal
 from exactly_once.store import Store
 from tests.integration.shop import _ASYNC, COLOURS, DIALECTS, GROUP, Shop, order, put, shops
@@ -143,12 +143,14 @@ def test_the_connections_of_an_engine_that_was_dropped_are_ended(
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_an_application_of_each_request_is_let_go_of(shop: Shop, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(renewal, "_IDLE_S", 0.05)  # what renews leases ends by itself, once there are none for a while
+    # what renews leases looks again after a third of one, and ends by itself once there are none for a while
+    monkeypatch.setattr(renewal, "_IDLE_S", 0.05)
+    short = {"guard": Lease(timedelta(seconds=3))} if way.lease else {}
     known: list[ref[Any]] = []
     sizes = []
     for no in range(MANY):
         eo = shop.fresh_eo()
-        way.handles(shop, lambda session, no: put(session, str(no)))
+        way.handles(shop, lambda session, no: put(session, str(no)), **short)
         assert way.deliver(shop, [order(no)]) == [P]
         known += [ref(eo), ref(the_store(eo)), ref(the_store(eo).dialect)]
         sizes.append(len(remembered(shop)))
