@@ -72,6 +72,7 @@ def leave(error: BaseException) -> None:
     raise error
 
 
+@pytest.mark.nightly(meet=1)
 @pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST, UNDER_A_LEASE], ids=str)
 def test_a_claim_that_is_cut_off_gives_its_place_in_the_pool_back(
     shop: Shop, way: Way, monkeypatch: pytest.MonkeyPatch

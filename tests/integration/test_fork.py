@@ -315,6 +315,7 @@ def test_children_of_sqlite_write_beside_their_parent(sqlite_url: str, journal: 
             assert connection.execute(text("PRAGMA integrity_check")).scalar() == "ok"
 
 
+@pytest.mark.nightly(meet=1)
 @pytest.mark.parametrize("way", ["exit", "return"])
 def test_a_child_that_ends_as_programs_do_sends_nothing_to_its_parents_server(shop: Shop, way: str) -> None:
     """Through the interpreter's exit: exit functions, finalizers, the collector."""
