@@ -7,8 +7,6 @@ and `transports.sql` ask.
 """
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 from threading import get_ident
 from typing import Final
 
@@ -36,18 +34,26 @@ def _place(engine: Engine) -> _Place | None:
     return fork.here, get_ident(), 0 if task is None else id(task), file
 
 
-@contextmanager
-def holding(engine: Engine | None) -> Iterator[None]:
-    """Know that a handler of this thread or task, while it runs, is the writer of this database."""
-    place = None if engine is None else _place(engine)
-    if place is None or place in _held:
-        yield
-        return
-    _held.add(place)
-    try:
-        yield
-    finally:
-        _held.discard(place)
+class holding:  # noqa: N801  (a block, written as contextlib's are)
+    """Know that a handler of this thread or task, while it runs, is the writer of this database.
+
+    No generator under @contextmanager: contextlib sets the traceback of what is raised in its block, and an exception that is a
+    frozen dataclass refuses that with an error of its own, which would be taken for the handler's.
+    """
+
+    __slots__ = ("_place",)
+
+    def __init__(self, engine: Engine | None) -> None:
+        place = None if engine is None else _place(engine)
+        self._place = None if place in _held else place
+
+    def __enter__(self) -> None:
+        if self._place is not None:
+            _held.add(self._place)
+
+    def __exit__(self, *_: object) -> None:
+        if self._place is not None:
+            _held.discard(self._place)
 
 
 def anyone_holds() -> bool:

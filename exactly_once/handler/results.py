@@ -46,11 +46,12 @@ def check_result(result: object, *, in_lists: bool = False, handler: str = "") -
         Misuse: It is an awaitable, a generator or another iterator, the future of a thread, or a statement of SQLAlchemy's: the
             work in it has not been done, and acknowledging would lose it. Or a batch handler returned any other object:
             elsewhere that names the messages to bring again, here nobody reads it.
-        RefusedResult: It is a bool, a number, text, bytes, a member of an Enum or an exception: an answer that nobody reads.
+        RefusedResult: It is a bool, a number, text, bytes, a member of an Enum or an exception, or becomes a number when it is
+            asked to, as the bools of numpy do: an answer that nobody reads.
     """
     if result is None:
         return
-    if isinstance(result, _ANSWERS):
+    if _is_answer(type(result)):
         who = f"the handler {handler!r}" if handler else "the handler"
         raise RefusedResult(
             f'{who} returned {_value(result)}, and nobody reads what a handler returns: returning is "done", whatever it'
@@ -95,11 +96,20 @@ def check_result(result: object, *, in_lists: bool = False, handler: str = "") -
         )
 
 
+def _is_answer(kind: type[Any]) -> bool:
+    """One of ours, or what float() takes: numpy.bool_ and a tensor's truth are registered as nothing. A UUID it does not take."""
+    return issubclass(kind, _ANSWERS) or (hasattr(kind, "__float__") and not _is_made_by(kind, "unittest.mock"))
+
+
 def _is_lazy(kind: type[Any]) -> bool:
     """An iterator: map, filter, zip. Not what a statement gave that was executed, a file, nor a mock of a test's."""
     if not issubclass(kind, (Iterator, AsyncIterator)) or issubclass(kind, IOBase):
         return False
-    return not any(str(each.__module__).startswith(("sqlalchemy.", "unittest.mock")) for each in kind.__mro__)
+    return not _is_made_by(kind, "sqlalchemy.", "unittest.mock")
+
+
+def _is_made_by(kind: type[Any], *modules: str) -> bool:
+    return any(str(each.__module__).startswith(modules) for each in kind.__mro__)
 
 
 def _is_made_of_a_generator(result: object) -> bool:
@@ -130,7 +140,7 @@ def check_returns(function: Callable[..., object], hints: Hints, *, is_async: bo
                 f"{written}: calling it would run nothing. Make it a plain function without `yield`, or `async def`, and"
                 " await inside"
             )
-        if issubclass(meant, _ANSWERS):
+        if _is_answer(meant):
             raise ConfigurationError(
                 f'{written}, and nobody reads what a handler returns: returning is "done", whatever it is. Write'
                 f" `-> None`; {_INSTEAD}"

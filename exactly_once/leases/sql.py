@@ -325,7 +325,7 @@ class SqlLeases:
             held: Under which lease.
             step: What.
             fenced: The lease is a row of this database, which is locked for it: whoever takes the message over comes
-                before or after, and then sees it.
+                before or after, and then sees it. Else nothing is stored of a message that is settled in this database.
 
         Raises:
             Exception: The step has a row, of which `is_taken` tells.
@@ -344,15 +344,18 @@ class SqlLeases:
             "created_at": utcnow(),
             "finished_at": utcnow() if step.finished else None,
         }
-        if not fenced:
-            self._dialect.in_our_name(connection, insert(s).values(values), {})
-            return Recorded.STORED
         columns = [
             value if hasattr(value, "compile") else literal(value, s.c[name].type).label(name)
             for name, value in values.items()
         ]
-        source = select(*columns).where(self._ours(held)).with_for_update(of=t if self._is_postgresql else None)
-        stored = self._dialect.in_our_name(connection, insert(s).from_select(list(values), source.select_from(t)), {})
+        if fenced:
+            lock = t if self._is_postgresql else None
+            source = select(*columns).select_from(t).where(self._ours(held)).with_for_update(of=lock)
+        else:
+            # a person has discarded the message meanwhile, or another run has left its mark: the other store does not know
+            settled = exists().where(self._of(t, held.row), t.c.status != CONSUMING)
+            source = select(*columns).where(~settled)
+        stored = self._dialect.in_our_name(connection, insert(s).from_select(list(values), source), {})
         return Recorded.STORED if stored else Recorded.LOST
 
     def _finish(self, connection: Connection, held: Held, step: StepRow) -> Recorded:

@@ -3,17 +3,14 @@
 It never opens or closes that database, except one given as a URL, which it opens and closes. Called by tests.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 __all__ = ["bound"]
 
 App = TypeVar("App", bound=Any)
 
 
-@contextmanager
-def bound(eo: App, engine: Any) -> Iterator[App]:
+class bound(Generic[App]):  # noqa: N801  (a block, written as contextlib's are)
     """Bind `eo` to `engine` for the block, then give it back the binding it had.
 
     Args:
@@ -25,12 +22,19 @@ def bound(eo: App, engine: Any) -> Iterator[App]:
             with bound(shop.consumers.eo, eo_database) as eo:
                 eo.process(Message("orders", b'{"order_no": 1}'))
     """
-    before = eo._store_binding  # noqa: SLF001
-    # not bind(): that refuses once messages were handled, and a test comes after other tests
-    lent = type(before)(engine)
-    eo._store_binding = lent  # noqa: SLF001
-    try:
-        yield eo
-    finally:
-        eo._store_binding = before  # noqa: SLF001
-        lent.close()
+
+    # no generator under @contextmanager: that sets the traceback of what a test raises, which a frozen dataclass refuses
+
+    def __init__(self, eo: App, engine: Any) -> None:
+        self._eo, self._engine = eo, engine
+
+    def __enter__(self) -> App:
+        self._before = self._eo._store_binding  # noqa: SLF001
+        # not bind(): that refuses once messages were handled, and a test comes after other tests
+        self._lent = type(self._before)(self._engine)
+        self._eo._store_binding = self._lent  # noqa: SLF001
+        return self._eo
+
+    def __exit__(self, *_: object) -> None:
+        self._eo._store_binding = self._before  # noqa: SLF001
+        self._lent.close()

@@ -16,7 +16,7 @@ from exactly_once.redis_connection import RedisConnection
 from exactly_once.schema import utcnow
 from tests.integration.lease_conformance import message as claim_row
 from tests.integration.lease_conformance import until
-from tests.integration.shop import COLOURS, GROUP, ONE_TRY, Shop, order, put, shops
+from tests.integration.shop import COLOURS, DIALECTS, GROUP, ONE_TRY, Shop, order, put, shops
 from tests.services.redis import Redis
 
 
@@ -132,6 +132,42 @@ def test_a_discarded_message_does_not_run_as_another_copy(shop: Shop, redis_url:
         assert discard(connection, shop.tables, Chosen(group=GROUP, key="A-1"), by="me", why=None) == 1
     assert shop.process(order()) is Outcome.DUPLICATE
     assert ran == [1]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("when", ["between two steps", "in a step"])
+def test_what_is_discarded_while_its_copy_runs_has_no_further_effect(
+    request: pytest.FixtureRequest, redis_url: str, dialect: str, when: str
+) -> None:
+    """The person was told that it is discarded, and may do it by hand."""
+    for shop in shops(request, dialect, "sync", pool_size=4):
+        fails = [True]
+
+        def discarded(shop: Shop = shop) -> None:
+            with shop.outside.begin() as connection:
+                chosen = Chosen(group=GROUP, key="A-1")
+                assert discard(connection, shop.tables, chosen, by="me", why=None) == 1
+
+        def handle(
+            session: Session, steps: Steps, fails: list[bool] = fails, do: Callable[[], None] = discarded
+        ) -> None:
+            if fails[0]:
+                raise ValueError("no")
+            if when == "between two steps":
+                steps.transaction("one", lambda session: put(session, "one"))
+                do()
+            else:
+                do()  # a step's own transaction has not begun: SQLite has one writer
+            steps.transaction("two", lambda session: put(session, "two"))
+            steps.transaction("three", lambda session: put(session, "three"))
+
+        shop.eo.handler("orders", name="handler", key="no", retry=ONE_TRY, guard=in_redis(redis_url))(handle)
+        assert shop.process(order()) is Outcome.FAILED
+        fails[0] = False
+        assert shop.process(order(attempt=2)) is Outcome.IN_PROGRESS
+        assert shop.effects() == (["one"] if when == "between two steps" else [])
+        assert shop.failure().state == "discarded"
+        shop.borrow()
 
 
 def test_a_message_discarded_before_it_was_ever_claimed_does_not_run_as_another_copy(

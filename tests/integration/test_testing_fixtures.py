@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg
@@ -65,6 +66,16 @@ def test_an_application_is_lent_a_database_and_given_back(eo_server: DatabaseSer
     assert not (tmp_path / "never-opened.db").exists()
     # the former binding is unused still, so it can be changed
     eo.bind("sqlite://")
+
+
+def test_what_a_test_raises_with_an_application_lent_comes_out_as_it_is(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class OutOfStock(Exception):
+        sku: str
+
+    eo = ExactlyOnce(f"sqlite:///{tmp_path / 'never-opened.db'}", group="inventory")
+    with pytest.raises(OutOfStock), bound(eo, "sqlite://"):
+        raise OutOfStock("X-1")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import Iterator
 from contextvars import ContextVar, Token
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from exactly_once import AsyncSteps, Outcome, Reject, Steps
+from exactly_once import AsyncSteps, Outcome, Reject, Retry, Steps
 from tests.integration.shop import COLOURS, DIALECTS, ONE_TRY, STOCK, Shop, on, order, put, shops
 from tests.integration.test_behind_a_claim import killed_once
 from tests.integration.threads import Turn, in_thread
@@ -348,3 +349,44 @@ def test_what_a_hook_sets_in_its_context_is_set_back_where_the_handler_failed(sh
     shop.await_(both())
     assert seen == [None] * 3
     assert shop.effects() == ["2"]
+
+
+# -- errors that are dataclasses ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OutOfStock(Exception):
+    """Takes no attribute, the traceback neither, by assignment."""
+
+    sku: str
+
+
+@dataclass
+class Unhashable(Exception):
+    """Compared by its fields, and so in no set."""
+
+    sku: str
+
+
+@dataclass(frozen=True)
+class NotOurs(Reject):
+    """Kept for a person at once."""
+
+    sku: str
+
+
+@each_way
+@pytest.mark.parametrize("error", [OutOfStock, Unhashable, NotOurs])
+def test_an_error_that_is_a_dataclass_is_recorded_as_itself(shop: Shop, way: Way, error: type[Any]) -> None:
+    def do(session: Session, no: Any) -> None:
+        put(session, f"{no}")
+        if no == 2:
+            raise error("X-1")
+
+    way.handles(shop, do, retry=Retry(immediate=0, delays=[0.01], max_attempts=3))
+    ends = way.deliver(shop, [order(no) for no in (1, 2, 3)])
+    assert ends == [P, Outcome.DEAD if error is NotOurs else F, P]
+    row = shop.failure()
+    assert (row.business_key, row.attempts, row.error_class) == ("2", 1, error.__name__)
+    assert sorted(shop.effects()) == ["1", "3"]
+    shop.borrow()

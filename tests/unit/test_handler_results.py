@@ -17,6 +17,7 @@ from http import HTTPStatus
 from types import FunctionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NewType, Optional, TypeVar, Union
 from unittest.mock import MagicMock
+from uuid import UUID
 
 import pytest
 from pydantic import BaseModel
@@ -53,6 +54,16 @@ class Text(str):
     pass
 
 
+class NumpyBool:
+    """As numpy.bool_, of `(amounts >= 0).all()`: neither a bool nor registered as a number."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __float__(self) -> float:
+        return 0.0
+
+
 class Model(BaseModel):
     no: str = ""
 
@@ -75,6 +86,7 @@ ANSWERS = [
         b"",
         b"no",
         bytearray(b"no"),
+        NumpyBool(),
     ),
     *(
         memoryview(b"no"),
@@ -184,6 +196,7 @@ def test_any_other_result_is_ignored_with_one_warning_a_handler(caplog: pytest.L
             c_int(1),
             ConsumeResult,
             Model,
+            UUID(int=1),
             MagicMock(),  # of a function that a test has patched
         ):
             check_result(result, handler=f"ignored-{handler}")
