@@ -11,13 +11,14 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, event, select
+from sqlalchemy import create_engine, event, select, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, InProgress, Outcome, Retry
 from exactly_once.failures import FailureStore
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
+from tests.integration.threads import until
 from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_LIST, UNDER_A_LEASE, Way
 from tests.services.mariadb import MYSQLD
 
@@ -237,3 +238,37 @@ def test_a_claim_of_the_callers_says_in_progress_and_keeps_what_they_did(limited
             with Session(shop.engine) as session:
                 do(session)
     assert shop.effects() == ["before"]
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, UNDER_A_LEASE], ids=str)
+def test_a_handler_whose_transaction_stands_still_too_long_is_counted_once_and_its_neighbours_run(
+    request: pytest.FixtureRequest, way: Way, colour: str
+) -> None:
+    """PostgreSQL ends the connection then. Run again at once, the handler would only wait for the other service again."""
+    limit = {"connect_args": {"options": "-c idle_in_transaction_session_timeout=200ms"}}
+    for shop in shops(request, "postgres", colour, options=limit, pool_size=2):
+        waits = [True]
+
+        def do(session: Session, no: Any, shop: Shop = shop, waits: list[bool] = waits) -> None:
+            put(session, f"{no}")
+            if no == 1 and waits[0]:
+                pid = session.execute(text("SELECT pg_backend_pid()")).scalar_one()
+                until(lambda: not backend_is_there(shop, pid), "the server ends the connection")
+                put(session, "too late")
+
+        way.handles(shop, do, retry=THREE)
+        assert way.deliver(shop, [order(1), order(2)]) == [Outcome.FAILED, P]
+        row = shop.failure()
+        assert (row.attempts, shop.effects()) == (1, ["2"])
+        assert "25P03" in row.error_text
+        waits[0] = False
+        assert way.deliver(shop, [order(1, attempt=2)]) == [P]
+        assert (sorted(shop.effects()), shop.failure().state) == (["1", "2"], "resolved")
+        shop.borrow()
+
+
+def backend_is_there(shop: Shop, pid: int) -> bool:
+    with shop.outside.connect() as connection:
+        look = text("SELECT count(*) FROM pg_stat_activity WHERE pid = :pid")
+        return bool(connection.execute(look, {"pid": pid}).scalar_one())
