@@ -35,11 +35,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC
 from functools import cached_property, lru_cache
+from inspect import isawaitable
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, Insert, Update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.util import await_only
 
 from exactly_once import contended
 from exactly_once.dialects import (
@@ -122,7 +124,9 @@ TRACE_STANDS: Final = (
     "SELECT 1 FROM {steps}"
     " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) AND step = UNHEX(%s) LIMIT 1"
 )
-_FINISHED: Final = "IF ROW_COUNT() <> {count} THEN SIGNAL SQLSTATE '45000'; END IF"
+# a number of our own: any trigger may signal 1644, which is what SIGNAL gives by itself
+_MISSED: Final = 21644
+_FINISHED: Final = f"IF ROW_COUNT() <> {{count}} THEN SIGNAL SQLSTATE '45000' SET MYSQL_ERRNO = {_MISSED}; END IF"
 BOUND: Final = "SET STATEMENT innodb_lock_wait_timeout = {seconds} FOR "
 # travels with what begins a transaction of ours; `begin_bounded` and the claim of a lease look for themselves
 RIGHT: Final = f"IF NOT ({SESSION_IS_RIGHT}) THEN {RIGHT_SESSION}; END IF"
@@ -173,7 +177,6 @@ _NO_BACKSLASH_ESCAPES: Final = 512  # SERVER_STATUS_NO_BACKSLASH_ESCAPES
 # none of the protocol's, which has 16 bits: the server's next answer takes it away, and an error leaves it
 _MARKED: Final = 1 << 24
 _NO_SAVEPOINT: Final = 1305
-_SIGNALLED: Final = 1644
 DUPLICATE: Final = 1062
 _NO_SUCH_TABLE: Final = 1146
 _LOCK_WAIT: Final = 1205
@@ -456,7 +459,7 @@ class MySQL:
                     cursor.execute(finish, values)
                 count -= cursor.rowcount
         except Exception as error:
-            if errno(error) in (_NO_SAVEPOINT, _SIGNALLED):
+            if errno(error) in (_NO_SAVEPOINT, _MISSED):
                 raise Gone from error
             raise
         finally:
@@ -472,9 +475,29 @@ class MySQL:
                 sock.shutdown(socket.SHUT_RDWR)
 
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
+        self._pass_over(dbapi)
         return _released(dbapi, savepoint_of(owner))
 
+    def read_out(self, dbapi: Any) -> None:
+        # as the drivers do it themselves before they send
+        driver = _driver(dbapi)
+        while (result := driver._result) is not None:  # noqa: SLF001
+            if result.unbuffered_active:
+                read = result._finish_unbuffered_query()  # noqa: SLF001
+            elif result.has_next:
+                read = driver.next_result()
+            else:
+                return
+            if isawaitable(read):
+                await_only(read)
+
+    def _pass_over(self, dbapi: Any) -> None:
+        """Read what is left of a statement whose error is nobody's any more: it is not to be taken for our question's."""
+        with suppress(Exception):
+            self.read_out(dbapi)
+
     def before_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> Any:
+        self.read_out(dbapi)
         seen: Seen = info[self.kept_as]
         cursor = dbapi.cursor()
         try:
@@ -489,13 +512,16 @@ class MySQL:
 
     def after_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, *, drop: bool) -> bool | None:
         result = _driver(dbapi)._result  # noqa: SLF001
-        if not drop and result is not None and (result.has_next or result.unbuffered_active):
-            return None
+        if result is not None and (result.has_next or result.unbuffered_active):
+            if not drop:
+                return None
+            self.read_out(dbapi)
         return _released(dbapi, _inner(owner))
 
     def committed_since(self, dbapi: Any, info: MutableMapping[Any, Any], before: Any) -> bool | None:
         if before is None:
             return None
+        self._pass_over(dbapi)
         seen: Seen = info[self.kept_as]
         cursor = dbapi.cursor()
         try:
@@ -508,6 +534,7 @@ class MySQL:
         seen: Seen = info[self.kept_as]
         if LOGGED not in seen.right:
             return None
+        self._pass_over(dbapi)
         cursor = dbapi.cursor()
         try:
             cursor.execute(LOGS)

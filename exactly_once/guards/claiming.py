@@ -20,6 +20,7 @@ from exactly_once.fingerprint import differing_paths, maker
 from exactly_once.fork import engines as forked_engines
 from exactly_once.guards import Conflict, Consumed, Unfinished, behind
 from exactly_once.guards.transaction import standing
+from exactly_once.guards.unread import read_out
 from exactly_once.guards.watch import WATCHED, Watch
 from exactly_once.keys import canonical, check_name
 from exactly_once.message import Message
@@ -93,6 +94,7 @@ class Claimer:
                 return True  # the handler's own message, which this attempt has claimed already: its work is to be done
         else:
             behind.admit(connection)
+        read_out(connection, dialect, dbapi)
         try:
             if dialect.kept_as not in info or dialect.strange(dbapi, info):
                 forked_engines.used(engine, connection.connection)

@@ -151,6 +151,7 @@ class LeaseGuard:
             raise held.error()  # not fenced, but one that stood still before this line commits nothing
         if won.watch is None:
             return None
+        won.watch.check(session)
         if not self._own:
             # a crash behind the COMMIT, or a store that is away then: the next claim finds the mark, and runs nothing again
             if self._local.mark_in(session.connection(), held):

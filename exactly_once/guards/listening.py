@@ -196,6 +196,7 @@ def _refusing_commit(send: _Send) -> _Send:
             raise watch.closed()
         if state is not State.OPEN:
             raise watch.swallowed()
+        watch.settle()  # of a hook's statement
         watch.commit(lambda: send(dbapi_connection))
 
     return do_commit

@@ -22,7 +22,9 @@ from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.orm import Session, SessionTransaction
 
 from exactly_once.dialects import ClaimRow, Dialect, Gone, State, Trace
+from exactly_once.error_words.drivers import is_drivers
 from exactly_once.errors import Misuse
+from exactly_once.guards.unread import raise_as_sqlalchemy_does
 from exactly_once.in_memory import in_memory
 from exactly_once.leases import Held
 from exactly_once.leaves import leaves
@@ -272,6 +274,25 @@ class Watch:
         if survived:
             self.call = None
 
+    def settle(self) -> None:
+        """Before a statement of ours: have the handler's last one told to its end, or its error would be taken for ours.
+
+        A round trip behind a CALL whose rows were not read to their end; else nothing.
+
+        Raises:
+            DBAPIError: That statement failed behind its first rows.
+            Misuse: It ended the transaction.
+        """
+        try:
+            self.dialect.read_out(self.dbapi)
+            if self.call is not None:
+                self.called(sends=True)
+        except Misuse:
+            raise
+        except BaseException as error:
+            named = self.call is not None and is_drivers(error)
+            raise_as_sqlalchemy_does(self.connection, error, self.last if named else None)
+
     # -- what is asked -----------------------------------------------------------------------------------------------
 
     def verify(self, session: Session) -> Misuse | None:
@@ -311,10 +332,12 @@ class Watch:
 
         Raises:
             Misuse: The handler has left its transaction, or it is lost.
+            DBAPIError: Its last statement failed behind its first rows.
         """
         misuse = self.verify(session)
         if misuse is not None:
             raise misuse
+        self.settle()
 
     @property
     def given_back(self) -> bool:
