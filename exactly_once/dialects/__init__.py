@@ -300,6 +300,9 @@ class Dialect(Protocol):
             trace: What `begin` was given.
         """
 
+    def server_session(self, dbapi: Any) -> object:
+        """Return what stands for the session that the driver has with its server; another object once it connected anew. Free."""
+
     def mark(self, dbapi: Any) -> Any:
         """Make ready to see what is sent on the driver itself; what is returned is for `sent_since`, and never None.
 

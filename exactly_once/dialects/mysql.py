@@ -547,6 +547,11 @@ class MySQL:
         finally:
             cursor.close()
 
+    def server_session(self, dbapi: Any) -> object:
+        # a tuple that is made with each connection; its number may come again on another server
+        thread_id: object = _driver(dbapi).server_thread_id
+        return thread_id
+
     def mark(self, dbapi: Any) -> Any:
         driver = _driver(dbapi)
         driver.server_status |= _MARKED

@@ -460,6 +460,9 @@ class PostgreSQL:
     def logged_since(self, dbapi: Any, info: MutableMapping[Any, Any], trace: Trace | None) -> bool | None:
         return None
 
+    def server_session(self, dbapi: Any) -> object:
+        return None  # the driver does not connect anew
+
     def mark(self, dbapi: Any) -> Any:
         return True
 

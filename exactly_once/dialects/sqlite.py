@@ -213,6 +213,9 @@ class SQLite:
     def logged_since(self, dbapi: Any, info: MutableMapping[Any, Any], trace: Trace | None) -> bool | None:
         return None
 
+    def server_session(self, dbapi: Any) -> object:
+        return None  # the driver does not connect anew
+
     def mark(self, dbapi: Any) -> Any:
         return _driver(dbapi).total_changes
 

@@ -115,7 +115,7 @@ class Watch:
     __slots__ = (
         "begun", "busy", "call", "changed", "committed", "connection", "current", "dbapi", "dialect", "error", "held",
         "info", "last", "left", "locked", "lost", "mark", "met", "ours", "owner", "pooled", "refused", "replaced",
-        "rolled_back", "root", "rows", "sent", "shut", "stopped", "streams", "trace", "whole"
+        "rolled_back", "root", "rows", "sent", "server_session", "shut", "stopped", "streams", "trace", "whole"
     )  # fmt: skip
 
     def __init__(
@@ -177,6 +177,8 @@ class Watch:
         """ROLLBACK was sent by SQLAlchemy, for the handler or for an error."""
         self.whole = False
         """It was shown that nothing of it was committed."""
+        self.server_session = dialect.server_session(dbapi)
+        """That of the transaction."""
         self.pooled = connection.connection
         """The pool's loan of it: whoever has the driver's connection through another loan is a neighbour."""
         self.info: MutableMapping[Any, Any] = connection.info
@@ -199,11 +201,19 @@ class Watch:
         Also after a deadlock that the driver's own cursor met: the driver shows it only with the server's next answer.
         """
         since = None
-        if self.call is None:
+        if self.call is None and not self.connected_anew:
             with suppress(Exception):  # the connection is lost: nobody can say
-                since = self.dialect.logged_since(self.dbapi, self.info, self.trace)
+                since = self._logged_since()
         self.replaced = since is not False  # more may have been committed since, without a claim
-        return self._over(since, _ENDED + self._shown(_LAST))
+        return self._over(since, _ENDED)
+
+    @property
+    def connected_anew(self) -> bool:
+        """The driver did, past SQLAlchemy: what the session before had committed, this one cannot tell."""
+        return self.dialect.server_session(self.dbapi) is not self.server_session
+
+    def _logged_since(self) -> bool | None:
+        return self.dialect.logged_since(self.dbapi, self.info, self.trace)
 
     def closed(self) -> Misuse:
         """The handler closed the driver's connection. What it committed before, the claim's row tells, where there is one."""
@@ -217,19 +227,22 @@ class Watch:
         """A witness says that the claim's transaction is not there any more, though one is open."""
         since = self._committed_since()
         self.replaced = since is not False
-        return self._over(since, _GONE + self._shown(_LAST))
+        return self._over(since, _GONE)
 
     def _committed_since(self) -> bool | None:
+        if self.connected_anew:
+            return None
         if self.call is not None:
             return self.dialect.committed_since(self.dbapi, self.info, self.call)
         # no statement that can commit was seen to end it: a deadlock that a function swallowed, or that was met on the
         # driver's own cursor. The server's log tells what else was committed, where it has one
-        since = self.dialect.logged_since(self.dbapi, self.info, self.trace)
+        since = self._logged_since()
         if since is None and self.rows and self.dialect.asks_around_calls:
             since = False  # the claim's row tells
         return since
 
     def _over(self, since: bool | None, text: str) -> Misuse:
+        text = _ANEW if self.connected_anew else text + self._shown(_LAST)
         if since is not False:
             return self.leave(Left.BROKEN, text)
         self.is_over()
@@ -380,7 +393,7 @@ class Watch:
         if self._committed_since() is False:
             return
         self.replaced, self.whole = True, False
-        self.leave(Left.BROKEN, _GONE + self._shown(_LAST))
+        self._over(None, _GONE)
 
     def why(self, error: BaseException) -> BaseException:
         """Return what ended the work, for which `error` was raised: what was seen of its transaction weighs more.
@@ -596,6 +609,11 @@ _ENDED: Final = (
     "A statement of the handler ended the transaction behind SQLAlchemy's back (a COMMIT inside a procedure or a"
     " multi-statement text, a call on the driver, or DDL that commits by itself). What came before it may be committed."
     " Take it out of the handler."
+)
+_ANEW: Final = (
+    "The driver connected anew while the handler ran: ping(reconnect=True) or connect() was called on its own connection. The"
+    " transaction ended with the session before, and nobody can say what that one, or the new one, has committed. Take the call"
+    " out: where a connection is lost, let the error out of the handler, and the message runs again."
 )
 _CLOSED: Final = (
     "The handler closed the driver's own connection (close(), or psycopg's `with connection:`, which commits and closes): its"
