@@ -21,6 +21,9 @@ place of a transaction that was lost has neither witness; where MariaDB keeps a 
 A handler may have taken another role (SET ROLE), without the rights to our tables. That is found out by a denial, which does
 nothing to a transaction: our role is set, and the statement sent again. So it costs nobody else anything.
 
+Both drivers read what is left of an answer with the next statement. A procedure can fail behind its first rows, so its answer is
+read to its end before a statement of ours, or its error would be taken for ours (`read_out`).
+
 asyncmy sends several statements in one text. A procedure that commits, called behind the first of them, is seen only once
 that first one's result was closed.
 
