@@ -30,6 +30,7 @@ Script = Callable[[Sequence[str], Sequence[Any]], Any]
 
 _PROBE: Final = "redis.call('TIME') return redis.call('SET', KEYS[1], '1', 'PX', 1000)"
 _PROBE_KEY: Final = "exactly_once:probe"
+_BEFORE: Final = "It could be used before, so it is waited for: put its password, or its user's rights, right."
 
 
 class RedisConnection:
@@ -48,6 +49,7 @@ class RedisConnection:
         """The URL without its password, for logs and errors."""
         self._hidden = secrets(sound)
         self._pools = Pools(sound)
+        self._was_usable = False
 
     # -- scripts -----------------------------------------------------------------------------------------------------
 
@@ -60,7 +62,8 @@ class RedisConnection:
 
         Returns:
             A function of keys and arguments. It raises `StoreUnavailable` when Redis is away: then it is not known
-            whether the script ran; `ConfigurationError` for a wrong password and the like.
+            whether the script ran; `ConfigurationError` for a wrong password and the like, but `StoreUnavailable` where a
+            script has run before: somebody changed the password, or what this user may do, and no message is to blame.
         """
         return self._script(text, self._pools.of_threads)
 
@@ -115,10 +118,17 @@ class RedisConnection:
     # -- what is said to Redis -----------------------------------------------------------------------------------------
 
     def _script(self, text: str, side_of: Callable[[], Side]) -> Script:
-        digest = sha1(text.encode()).hexdigest()  # noqa: S324  (the name Redis knows it by, no secret)
+        digest = _digest(text)
 
         def run(keys: Sequence[str], arguments: Sequence[Any]) -> Any:
-            return self._run(side_of(), text, digest, (len(keys), *keys, *arguments))
+            try:
+                answer = self._run(side_of(), text, digest, (len(keys), *keys, *arguments))
+            except ConfigurationError as error:
+                if self._was_usable:
+                    raise StoreUnavailable(f"{error} {_BEFORE}", store=self.name) from error
+                raise
+            self._was_usable = True
+            return answer
 
         return run
 
@@ -177,7 +187,8 @@ class RedisConnection:
         return None if any(secret in str(error) for secret in self._hidden) else error
 
     def _probe(self) -> None:
-        self.script(_PROBE)([_PROBE_KEY], [])
+        self._run(self._pools.of_threads(), _PROBE, _PROBE_DIGEST, (1, _PROBE_KEY))
+        self._was_usable = True
 
     def _unfit(self) -> str | None:
         try:
@@ -185,6 +196,13 @@ class RedisConnection:
         except ConfigurationError:  # this user may not ask; what it may do is enough
             return None
         return unfit(info, self.name)
+
+
+def _digest(text: str) -> str:
+    return sha1(text.encode()).hexdigest()  # noqa: S324  (the name Redis knows it by, no secret)
+
+
+_PROBE_DIGEST: Final = _digest(_PROBE)
 
 
 def _exchanged(side: Side, connection: Any, words: tuple[Any, ...]) -> Any:
