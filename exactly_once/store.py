@@ -37,6 +37,7 @@ from exactly_once.guards.watch import HOME, elsewhere
 from exactly_once.in_memory import in_memory
 from exactly_once.interrupted import interrupted
 from exactly_once.mysql_session import put_right
+from exactly_once.not_made import of_the_settings
 from exactly_once.owner import new_owner
 from exactly_once.pooler import prepare_threshold
 from exactly_once.redaction import redacted
@@ -231,6 +232,7 @@ class Store:
             engine = self._import(
                 create_async_engine, url.set(drivername=self._driver(url, _ASYNC)), self._options(url)
             )
+            of_the_settings(engine.sync_engine)
             self._ours.append(engine.sync_engine)
         self._watched(engine.sync_engine)
         loops.keep_apart(engine.sync_engine)
@@ -564,6 +566,7 @@ class Store:
 
     def _make(self, url: URL, table: dict[str, str]) -> Engine:
         engine: Engine = self._import(create_engine, url.set(drivername=self._driver(url, table)), self._options(url))
+        of_the_settings(engine)
         self._ours.append(engine)
         return engine
 

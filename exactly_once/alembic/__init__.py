@@ -136,13 +136,16 @@ def check(connection: "Connection", schema: str | None = None) -> str | None:
     """
     found = recorded(connection, schema)
     place = f"the schema {schema} of {_place(connection)}" if schema else _place(connection)
-    option = f" --schema {schema}" if schema else ""
     if found is None:
-        return f"The tables of exactly_once are not in {place}. Type: exactly-once db upgrade{option}"
+        from exactly_once.not_made import not_made, other_schemas
+
+        return not_made(connection.engine, schema=schema, others=other_schemas(connection))
     if found < HEAD:
+        from exactly_once.not_made import upgrade_command
+
         return (
             f"The tables of exactly_once in {place} are at version {name_of(found)}, and this program needs {head()}. "
-            f"Type: exactly-once db upgrade{option}"
+            f"Type: {upgrade_command(connection.engine, schema)}"
         )
     if found > HEAD + 1:
         return (

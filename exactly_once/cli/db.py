@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from sqlalchemy import URL, Connection
@@ -20,6 +20,7 @@ from exactly_once.config import Config, load
 from exactly_once.database_driver import check_driver
 from exactly_once.database_url import database_url
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, SchemaError, StoreUnavailable
+from exactly_once.not_made import of_the_settings
 from exactly_once.redaction import redacted
 from exactly_once.schema import tables
 from exactly_once.store import try_to_write
@@ -34,6 +35,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+_TYPED: Final = "--database"
 
 DatabaseOption = Annotated[
     str | None,
@@ -56,7 +59,7 @@ def upgrade(database: DatabaseOption = None, schema: SchemaOption = None) -> Non
             with _at(url, source, schema, changing=True):
                 before = alembic.current(url, schema=schema)
                 alembic.upgrade(url, schema=schema)
-                now, trouble = with_connection(url, partial(_after, schema=schema))
+                now, trouble = with_connection(url, partial(_after, schema=schema, source=source))
             if trouble:
                 raise SchemaError(trouble)
             if before == now:
@@ -76,7 +79,7 @@ def check(database: DatabaseOption = None, schema: SchemaOption = None) -> None:
         for url in urls:
             try:
                 with _at(url, source, schema):
-                    troubles += filter(None, [with_connection(url, partial(_checked, schema=schema))])
+                    troubles += filter(None, [with_connection(url, partial(_checked, schema=schema, source=source))])
             except ExactlyOnceError as error:
                 troubles.append(str(error))
         if troubles:
@@ -132,12 +135,19 @@ def revision(
         typer.echo(f"{path} is written. Type: alembic upgrade head")
 
 
-def _after(connection: Connection, schema: str | None) -> tuple[str | None, str | None]:
+def _after(connection: Connection, schema: str | None, source: str) -> tuple[str | None, str | None]:
     """The version after an upgrade, and what is wrong with it: it may be newer than this program knows."""
+    _of(connection, source)
     return alembic.current(connection, schema=schema), alembic.check(connection, schema)
 
 
-def _checked(connection: Connection, schema: str | None) -> str | None:
+def _of(connection: Connection, source: str) -> None:
+    if source != _TYPED:
+        of_the_settings(connection.engine)
+
+
+def _checked(connection: Connection, schema: str | None, source: str) -> str | None:
+    _of(connection, source)
     if (trouble := alembic.check(connection, schema)) is not None:
         return trouble
     try:
@@ -157,7 +167,7 @@ def _told(database: str | None, schema: str | None) -> tuple[list[URL], str, str
         urls = [_kept(database_url(url)) for url in ([database] if database else _urls(settings))]
     except ConfigurationError as error:
         raise typer.BadParameter(str(error)) from error
-    return urls, "--database" if database else settings.database.source, schema or settings.schema.value
+    return urls, _TYPED if database else settings.database.source, schema or settings.schema.value
 
 
 def _kept(url: URL) -> URL:

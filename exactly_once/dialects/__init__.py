@@ -22,6 +22,7 @@ from exactly_once.dialects.keywords import Read
 from exactly_once.drivers_own import original
 from exactly_once.error_words import words_of
 from exactly_once.errors import BadKey, ConfigurationError, SchemaError, StoreUnavailable
+from exactly_once.not_made import not_made
 from exactly_once.unreached import unreached
 
 __all__ = [
@@ -469,10 +470,8 @@ def raise_for_the_store(dialect: Dialect, error: BaseException, engine: Engine, 
         told.by_application = True
         raise told from error
     if dialect.no_table(error):
-        raise SchemaError(
-            f"The tables of exactly_once are not in this database (looked for {dialect.table}); nothing ran."
-            " Type: exactly-once db upgrade"
-        ) from error
+        schema = dialect.table.rpartition(".")[0].strip('"`') or None
+        raise SchemaError(not_made(engine, schema=schema, ran="nothing ran")) from error
     if isinstance(error, UnicodeEncodeError) or dialect.unstorable(error):
         raise BadKey(
             "The business key (or the name of a step) has characters that the database's character set lacks; nothing ran."

@@ -10,12 +10,14 @@ Behind a pooler a new connection is no new session: strangers have had it. There
 sessions begin with. What they left in the session counts only where the program itself may have set it, as it connects.
 """
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.pool import NullPool
 
 from exactly_once.errors import ConfigurationError, SchemaError
+from exactly_once.not_made import not_made, other_schemas
 from exactly_once.pooler import LINK, Link
 from exactly_once.unusable import nameless
 
@@ -54,10 +56,12 @@ def schema_in(engine: Engine) -> str | None:
     listeners = engine.pool.dispatch
     pool = NullPool(engine.pool._creator, events=list(_as_made(engine).items()))  # noqa: SLF001
     apart = Engine(pool, engine.dialect, engine.url)
+    others: Sequence[str] = ()
     try:
         with apart.connect() as connection:
             if engine.dialect.name == "postgresql":
                 found = _along_the_path(connection, engine)
+                others = () if found else other_schemas(connection)
             else:
                 database = connection.execute(_DATABASE).scalar()
                 if not database:
@@ -67,10 +71,8 @@ def schema_in(engine: Engine) -> str | None:
     finally:
         apart.dispose()
     if not found:
-        raise SchemaError(
-            "The tables of exactly_once are not in this database (looked for message_idempotent); nothing ran."
-            " Type: exactly-once db upgrade" + (_BY_A_LISTENER if listeners.checkout else "")
-        )
+        told = not_made(engine, looked_for="message_idempotent", others=others, ran="nothing ran")
+        raise SchemaError(told + (_BY_A_LISTENER if listeners.checkout else ""))
     if len(found) > 1:
         raise ConfigurationError(
             f"Several schemas of the search path have our tables: {', '.join(found)}. Claims in one of them would not be"

@@ -32,6 +32,7 @@ from sqlalchemy.pool import SingletonThreadPool, StaticPool
 from exactly_once.drivers_own import is_of_a_database
 from exactly_once.errors import ConfigurationError
 from exactly_once.message import Message
+from exactly_once.not_made import upgrade_command
 from exactly_once.redaction import redacted
 from exactly_once.steady_log import steady
 from exactly_once.transport import Away, BrokerProducer, Consumer, Delivery, Features, Subscription, Surroundings
@@ -127,7 +128,7 @@ class SqlTransport:
             if isinstance(engine.pool, (StaticPool, SingletonThreadPool)):
                 problems.append(f"The database {url} lives in memory, where threads cannot share it. Give it a file.")
             problems += [
-                f"The table {name} is missing in {url}. Type: exactly-once db upgrade"
+                f"The table {name} is missing in {url}. Type: {upgrade_command(engine, self._database.schema)}"
                 for name in self._database.seen(partial(missing_tables, self._database.sql))
             ]
         except ConfigurationError as error:

@@ -19,8 +19,8 @@ from exactly_once.drivers_own import is_of_a_database, original
 from exactly_once.error_words import words_of
 from exactly_once.errors import ConfigurationError, SchemaError, TransportError
 from exactly_once.message import Message
+from exactly_once.not_made import not_made
 from exactly_once.one_writer import refuse_inside
-from exactly_once.redaction import redacted
 from exactly_once.schema import GROUP_BYTES
 from exactly_once.transport import Receipt
 from exactly_once.transports.sql.database import Database, missing_tables
@@ -101,9 +101,7 @@ class SqlProducer:
             return TransportError(read_only(url))
         with suppress(Exception):  # it is away
             if self._database.seen(partial(missing_tables, self._database.sql)):
-                return SchemaError(
-                    f"The tables of exactly_once are not in {redacted(url)}. Type: exactly-once db upgrade"
-                )
+                return SchemaError(not_made(self._database.engine, schema=self._database.schema))
         return None
 
     def close(self) -> None:

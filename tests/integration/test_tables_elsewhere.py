@@ -1,0 +1,150 @@
+"""Tables that are missing, in another database or schema, or half gone: the answer names where, and what to type there."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import StaticPool
+from typer.testing import CliRunner
+
+import exactly_once.alembic
+from exactly_once import ExactlyOnce, SchemaError
+from exactly_once.cli.db import app as db
+from exactly_once.redaction import redacted
+
+
+def said_by(*typed: str) -> tuple[int, str]:
+    told = CliRunner().invoke(db, list(typed))
+    assert told.exception is None or isinstance(told.exception, SystemExit), told.exception
+    return told.exit_code, told.output
+
+
+@contextmanager
+def engine_on(url: str) -> Iterator[Engine]:
+    engine = create_engine(url)
+    yield engine
+    engine.dispose()
+
+
+def put_into_schema(url: str, schema: str) -> None:
+    with engine_on(url) as engine:
+        if engine.dialect.name == "mysql":
+            with engine.begin() as connection:
+                connection.execute(text(f"CREATE DATABASE {schema}"))
+    exactly_once.alembic.upgrade(url, schema=schema)
+
+
+def of_a_named_database(url: str) -> str:
+    return f"exactly_tables_of_{make_url(url).database}"
+
+
+# -- another database ------------------------------------------------------------------------------------------------
+
+
+def claimed(eo: ExactlyOnce, engine: Engine) -> str:
+    with Session(engine) as session, pytest.raises(SchemaError) as refused:
+        eo.claim(session, "reserve", "A-1")
+    return str(refused.value)
+
+
+def test_a_claim_in_another_database_is_answered_with_the_command_for_that_one(
+    empty_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = f"sqlite:///{tmp_path / 'settings.db'}"
+    exactly_once.alembic.upgrade(settings)
+    monkeypatch.setenv("EXACTLY_ONCE_DATABASE", settings)
+    with engine_on(empty_url) as engine:
+        said = claimed(ExactlyOnce(group="answers"), engine)
+    assert redacted(empty_url) in said
+    assert said.partition("Type: ")[2].startswith("exactly-once db upgrade --database ")
+    assert redacted(empty_url) in said.partition("Type: ")[2]
+    assert ("in place of ***" in said) == (make_url(empty_url).password is not None)
+    # what was printed mends it, with the password put in
+    assert said_by("upgrade", "--database", empty_url)[0] == 0
+    with engine_on(empty_url) as engine, Session(engine) as session:
+        assert ExactlyOnce(group="answers").claim(session, "reserve", "A-1")
+
+
+def test_a_database_of_the_settings_is_answered_with_the_plain_command(
+    empty_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXACTLY_ONCE_DATABASE", empty_url)
+    (store,) = ExactlyOnce(group="answers").stores.values()
+    with pytest.raises(SchemaError) as refused:
+        store.problem()
+    assert str(refused.value).endswith("Type: exactly-once db upgrade")
+    assert redacted(empty_url) in str(refused.value)
+    assert said_by("check")[1].rstrip().endswith("Type: exactly-once db upgrade")
+
+
+def test_a_check_of_a_database_that_was_typed_names_it_in_the_command(empty_url: str) -> None:
+    exactly_once.alembic.upgrade(empty_url)
+    exactly_once.alembic.downgrade(empty_url, version=0)
+    code, said = said_by("check", "--database", empty_url)
+    assert code == 1
+    assert f"Type: exactly-once db upgrade --database {redacted(empty_url)}" in said.replace("'", "")
+
+
+def test_a_claim_in_a_database_in_memory_is_answered_with_the_call() -> None:
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    said = claimed(ExactlyOnce("sqlite:///x.db", group="answers"), engine)
+    assert said.endswith("Write in the program: exactly_once.alembic.upgrade(engine)")
+    assert "Type:" not in said
+    exactly_once.alembic.upgrade(engine)
+    with Session(engine) as session:
+        assert ExactlyOnce("sqlite:///x.db", group="answers").claim(session, "reserve", "A-1")
+
+
+# -- another schema --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def apart(request: pytest.FixtureRequest, empty_url: str) -> Iterator[tuple[str, str]]:
+    """An empty database, and the name of a schema in which our tables are."""
+    schema = of_a_named_database(empty_url)
+    put_into_schema(empty_url, schema)
+    yield empty_url, schema
+    with engine_on(empty_url) as engine, engine.begin() as connection:
+        connection.execute(
+            text(f"DROP DATABASE {schema}" if engine.dialect.name == "mysql" else f"DROP SCHEMA {schema} CASCADE")
+        )
+
+
+postgres = pytest.mark.where(lambda empty_url, **_: empty_url == "postgres")
+no_sqlite = pytest.mark.where(lambda empty_url, **_: empty_url != "sqlite")
+
+
+@postgres
+def test_tables_in_a_schema_that_the_settings_do_not_name_are_told_to_be_there(
+    apart: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, schema = apart
+    monkeypatch.setenv("EXACTLY_ONCE_DATABASE", url)
+    (store,) = ExactlyOnce(group="answers").stores.values()
+    with pytest.raises(SchemaError) as refused:
+        store.problem()
+    for said in (str(refused.value), said_by("check")[1]):
+        assert f"The schema {schema} has them: if that is yours, type: export EXACTLY_ONCE_SCHEMA={schema}" in said
+        assert said.rstrip().endswith("Only to make others, type: exactly-once db upgrade")
+    monkeypatch.setenv("EXACTLY_ONCE_SCHEMA", schema)
+    assert said_by("check")[0] == 0
+
+
+@postgres
+def test_a_claim_says_that_too(apart: tuple[str, str]) -> None:
+    url, schema = apart
+    with engine_on(url) as engine:
+        said = claimed(ExactlyOnce("sqlite:///x.db", group="answers"), engine)
+    assert f"export EXACTLY_ONCE_SCHEMA={schema}" in said
+
+
+@postgres
+def test_a_wrong_schema_is_answered_with_the_one_that_has_them(apart: tuple[str, str]) -> None:
+    url, schema = apart
+    code, said = said_by("check", "-d", url, "--schema", "mesaging")
+    assert code == 1
+    assert "mesaging" in said
+    assert f"export EXACTLY_ONCE_SCHEMA={schema}" in said
