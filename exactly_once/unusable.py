@@ -19,7 +19,7 @@ from exactly_once.errors import ConfigurationError
 from exactly_once.redaction import redacted, struck
 from exactly_once.wording import escaped
 
-__all__ = ["denied", "is_denied", "is_read_only", "nameless", "read_only", "silent", "unusable", "words"]
+__all__ = ["denied", "is_denied", "is_read_only", "nameless", "no_schemas", "read_only", "silent", "unusable", "words"]
 
 _DENIED_STATE: Final = "42501"  # insufficient_privilege
 _DENIED_CODES: Final = frozenset({1044, 1142, 1143})  # access to the database, to a table, to a column
@@ -109,6 +109,13 @@ def read_only(url: URL) -> str:
 def nameless(url: URL) -> ConfigurationError:
     """Return what is told of a URL without the name of a database, where the server has no default."""
     return ConfigurationError(f"The URL names no database. Write {redacted(url.set(database='NAME'))}")
+
+
+def no_schemas(schema: str) -> ConfigurationError:
+    """Return what is told of a named schema in SQLite."""
+    return ConfigurationError(
+        f"SQLite has no schemas. Leave {escaped(schema)!r} out: --schema, EXACTLY_ONCE_SCHEMA, or schema= in the program."
+    )
 
 
 def unusable(error: BaseException, url: URL) -> str:

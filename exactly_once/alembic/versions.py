@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from exactly_once.errors import SchemaError
 from exactly_once.redaction import redacted
-from exactly_once.unusable import nameless
+from exactly_once.unusable import nameless, no_schemas
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Table
@@ -105,6 +105,8 @@ def recorded(connection: "Connection", schema: str | None) -> int | None:
     dialect = connection.dialect
     if schema is None and dialect.name in ("mysql", "mariadb") and dialect.default_schema_name is None:
         raise nameless(connection.engine.url)
+    if schema is not None and dialect.name == "sqlite" and schema not in dialect.get_schema_names(connection):
+        raise no_schemas(schema)  # it is not the name of an attached file either
     # asked of the catalog first: on PostgreSQL a failed SELECT would spoil the caller's transaction
     if not dialect.has_table(connection, VERSION_TABLE, schema=schema):
         return None

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Final
 
 import typer
@@ -24,7 +25,7 @@ from exactly_once.not_made import of_the_settings
 from exactly_once.redaction import redacted
 from exactly_once.schema import tables
 from exactly_once.store import try_to_write
-from exactly_once.unusable import denied, is_denied, is_read_only, read_only, unusable
+from exactly_once.unusable import denied, is_denied, is_read_only, no_schemas, read_only, unusable
 
 __all__ = ["app"]
 
@@ -63,11 +64,12 @@ def upgrade(database: DatabaseOption = None, schema: SchemaOption = None) -> Non
             if trouble:
                 raise SchemaError(trouble)
             if before == now:
-                typer.echo(f"{_shown(url)}: at version {now} already; nothing to do.")
+                said = f"at version {now} already; nothing to do"
+            elif before:
+                said = f"version {now}, was {before}"
             else:
-                typer.echo(
-                    f"{_shown(url)}: version {now}" + (f", was {before}." if before else "; the tables are made.")
-                )
+                said = f"version {now}; the tables are made"
+            typer.echo(f"{_shown(url)}: {said}{_in_a_schema(schema)}")
 
 
 @app.command()
@@ -141,6 +143,16 @@ def _after(connection: Connection, schema: str | None, source: str) -> tuple[str
     return alembic.current(connection, schema=schema), alembic.check(connection, schema)
 
 
+def _in_a_schema(schema: str | None) -> str:
+    """Where the tables are, and who must know it: a program that is not told would find none, or make others."""
+    if schema is None:
+        return "."
+    told = (
+        "" if load().schema.value == schema else f" Programs must be told: export EXACTLY_ONCE_SCHEMA={quote(schema)}"
+    )
+    return f" in the schema {schema}.{told}"
+
+
 def _of(connection: Connection, source: str) -> None:
     if source != _TYPED:
         of_the_settings(connection.engine)
@@ -165,9 +177,12 @@ def _told(database: str | None, schema: str | None) -> tuple[list[URL], str, str
     try:
         settings = load()
         urls = [_kept(database_url(url)) for url in ([database] if database else _urls(settings))]
+        schema = schema or settings.schema.value
+        if schema and any(url.get_backend_name() == "sqlite" for url in urls):
+            raise no_schemas(schema)
     except ConfigurationError as error:
         raise typer.BadParameter(str(error)) from error
-    return urls, _TYPED if database else settings.database.source, schema or settings.schema.value
+    return urls, _TYPED if database else settings.database.source, schema
 
 
 def _kept(url: URL) -> URL:

@@ -11,7 +11,7 @@ from sqlalchemy.pool import StaticPool
 from typer.testing import CliRunner
 
 import exactly_once.alembic
-from exactly_once import ExactlyOnce, SchemaError
+from exactly_once import ConfigurationError, ExactlyOnce, SchemaError
 from exactly_once.cli.db import app as db
 from exactly_once.redaction import redacted
 
@@ -148,3 +148,46 @@ def test_a_wrong_schema_is_answered_with_the_one_that_has_them(apart: tuple[str,
     assert code == 1
     assert "mesaging" in said
     assert f"export EXACTLY_ONCE_SCHEMA={schema}" in said
+
+
+@no_sqlite
+def test_an_upgrade_into_a_schema_says_what_programs_must_be_told(
+    empty_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema = of_a_named_database(empty_url)
+    if empty_url.startswith("mysql"):
+        with engine_on(empty_url) as engine, engine.begin() as connection:
+            connection.execute(text(f"CREATE DATABASE {schema}"))
+    try:
+        said = said_by("upgrade", "-d", empty_url, "--schema", schema)[1].rstrip()
+        assert f"the tables are made in the schema {schema}." in said
+        assert said.endswith(f"Programs must be told: export EXACTLY_ONCE_SCHEMA={schema}")
+        assert (
+            said_by("upgrade", "-d", empty_url, "--schema", schema)[1]
+            .rstrip()
+            .endswith(f"EXACTLY_ONCE_SCHEMA={schema}")
+        )
+        monkeypatch.setenv("EXACTLY_ONCE_SCHEMA", schema)
+        assert "export" not in said_by("upgrade", "-d", empty_url)[1]
+    finally:
+        with engine_on(empty_url) as engine, engine.begin() as connection:
+            connection.execute(
+                text(f"DROP DATABASE {schema}" if engine.dialect.name == "mysql" else f"DROP SCHEMA {schema} CASCADE")
+            )
+
+
+@pytest.mark.parametrize("verb", ["upgrade", "check"])
+def test_a_schema_of_sqlite_is_answered_with_that_it_has_none(verb: str, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'shop.db'}"
+    assert said_by(verb, "-d", url, "--schema", "messaging") == (
+        2,
+        "SQLite has no schemas. Leave 'messaging' out: --schema, EXACTLY_ONCE_SCHEMA, or schema= in the program.\n",
+    )
+    assert not (tmp_path / "shop.db").exists()
+
+
+def test_a_worker_with_a_schema_of_sqlite_is_answered_so_too(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXACTLY_ONCE_SCHEMA", "messaging")
+    (store,) = ExactlyOnce(sqlite_url, group="answers").stores.values()
+    with pytest.raises(ConfigurationError, match=r"^SQLite has no schemas\. Leave 'messaging' out"):
+        store.problem()
