@@ -137,8 +137,11 @@ def check(connection: "Connection", schema: str | None = None) -> str | None:
     found = recorded(connection, schema)
     place = f"the schema {schema} of {_place(connection)}" if schema else _place(connection)
     if found is None:
-        from exactly_once.not_made import not_made, other_schemas
+        from exactly_once.alembic.emptied import emptied, told
+        from exactly_once.not_made import not_made, other_schemas, upgrade_command
 
+        if emptied(connection, schema):
+            return told(connection, schema, place, upgrade_command(connection.engine, schema))
         return not_made(connection.engine, schema=schema, others=other_schemas(connection))
     if found < HEAD:
         from exactly_once.not_made import upgrade_command

@@ -83,8 +83,23 @@ def climb(operations: Any, schema: str | None, target: int) -> None:
     found = recorded(connection, schema) or 0
     if not found:
         refuse_strangers(connection, schema)
+        found = _put_back(connection, schema)
     for version in range(found + 1, target + 1):
         _step_up(operations, schema, version)
+
+
+def _put_back(connection: "Connection", schema: str | None) -> int:
+    """Write the row of the version again where it was deleted, and return the version; 0 where there is nothing of ours."""
+    from exactly_once.alembic import emptied
+    from exactly_once.not_made import upgrade_command
+
+    if emptied.emptied_of_head(connection, schema):
+        connection.execute(_version_table(schema).insert().values(version_num=name_of(HEAD)))
+        return HEAD
+    if emptied.emptied(connection, schema):
+        place = redacted(connection.engine.url)
+        raise SchemaError(emptied.told(connection, schema, place, upgrade_command(connection.engine, schema)))
+    return 0
 
 
 def descend(operations: Any, schema: str | None, target: int) -> None:

@@ -16,7 +16,9 @@ from sqlalchemy import URL, Connection
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from exactly_once import alembic
+from exactly_once.alembic.emptied import emptied_of_head
 from exactly_once.alembic.lock import with_connection
+from exactly_once.alembic.versions import VERSION_TABLE
 from exactly_once.config import Config, load
 from exactly_once.database_driver import check_driver
 from exactly_once.database_url import database_url
@@ -58,13 +60,15 @@ def upgrade(database: DatabaseOption = None, schema: SchemaOption = None) -> Non
         urls, source, schema = _told(database, schema)
         for url in urls:
             with _at(url, source, schema, changing=True):
-                before = alembic.current(url, schema=schema)
+                before, put_back = with_connection(url, partial(_before, schema=schema))
                 alembic.upgrade(url, schema=schema)
                 now, trouble = with_connection(url, partial(_after, schema=schema, source=source))
             if trouble:
                 raise SchemaError(trouble)
             if before == now:
                 said = f"at version {now} already; nothing to do"
+            elif put_back:
+                said = f"version {now}; the row of {VERSION_TABLE} is put back"
             elif before:
                 said = f"version {now}, was {before}"
             else:
@@ -135,6 +139,11 @@ def revision(
     with _one_paragraph():
         path = alembic.revision(directory, config=config, schema=schema, down_revision=down_revision)
         typer.echo(f"{path} is written. Type: alembic upgrade head")
+
+
+def _before(connection: Connection, schema: str | None) -> tuple[str | None, bool]:
+    """The version before an upgrade, and whether its row was deleted."""
+    return alembic.current(connection, schema=schema), emptied_of_head(connection, schema)
 
 
 def _after(connection: Connection, schema: str | None, source: str) -> tuple[str | None, str | None]:
