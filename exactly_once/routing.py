@@ -231,6 +231,7 @@ class Router:
                 waits=[plan.name for plan in ordered if plan.after_dead == "wait"],
                 name=name,
                 away=store.away,
+                gone=store.gone,
             )
             for name, store in self.stores.items()
         ]

@@ -37,7 +37,7 @@ from exactly_once.guards.watch import HOME, elsewhere
 from exactly_once.in_memory import in_memory
 from exactly_once.interrupted import interrupted
 from exactly_once.mysql_session import put_right
-from exactly_once.not_made import of_the_settings
+from exactly_once.not_made import not_made, of_the_settings
 from exactly_once.owner import new_owner
 from exactly_once.pooler import prepare_threshold
 from exactly_once.redaction import redacted
@@ -514,6 +514,14 @@ class Store:
     def away(self, error: BaseException) -> bool:
         """Say whether an error means that the database does not answer."""
         return self.unreached(error) or self.dialect.trouble(error) is Trouble.UNAVAILABLE
+
+    def gone(self, error: BaseException) -> SchemaError | None:
+        """Return what is told of an error that means that our tables were taken away; None of any other."""
+        if not self._lacks_table(error):
+            return None
+        told = SchemaError(not_made(self.engine, schema=self.place))
+        told.store = self.name
+        return told
 
     def unreached(self, error: BaseException) -> bool:
         """Say whether an error was raised where a connection to this database was to be had, whoever wanted it."""

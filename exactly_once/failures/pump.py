@@ -64,8 +64,10 @@ class Pump:
         waits: Sequence[str],
         name: str,
         away: Callable[[BaseException], bool],
+        gone: Callable[[BaseException], Exception | None],
     ) -> None:
         self._engine, self._failures, self._group, self._name, self._away = engine, failures, group, name, away
+        self._gone = gone
         self._handlers, self._ordered, self._waits = tuple(handlers), tuple(ordered), tuple(waits)
         self._changed = Condition()
         self._stopped = False
@@ -90,6 +92,8 @@ class Pump:
                     got = self._take(limit)
                 except Exception as error:
                     if not self._away(error):
+                        if (told := self._gone(error)) is not None:
+                            raise told from error
                         raise
                     got = []  # the worker learns of the outage from its own messages; here there is just nothing due
                 if got:

@@ -20,7 +20,7 @@ from threading import Condition, Event
 from time import monotonic
 from typing import Final
 
-from exactly_once.errors import ConfigurationError, SchemaError
+from exactly_once.errors import ConfigurationError, ExactlyOnceError, SchemaError
 from exactly_once.steady_log import steady
 from exactly_once.transport import Consumer, Delivery, Features
 from exactly_once.verdict import Ack, Ending, Hold, Keep, Redeliver
@@ -251,11 +251,13 @@ class Worker:
             try:
                 got = unsettled.consumer.receive(booked, self._wait if booked else timedelta(0))
             except BaseException as error:  # noqa: BLE001, RUF100  (clients raise CancelledError and worse)
+                known = isinstance(error, ExactlyOnceError)  # its sentence says it all
                 self._throttled.warning(
                     f"receive {unsettled.name}",
-                    "%s could not receive; trying until it can.",
+                    "%s could not receive; trying until it can." + (" %s" if known else ""),
                     unsettled.name,
-                    error=error,
+                    *((error,) if known else ()),
+                    error=None if known else error,
                 )
                 with self._changed:
                     self._capacity.used(lane.seat, booked, 0)

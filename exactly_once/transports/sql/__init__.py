@@ -37,7 +37,7 @@ from exactly_once.redaction import redacted
 from exactly_once.steady_log import steady
 from exactly_once.transport import Away, BrokerProducer, Consumer, Delivery, Features, Subscription, Surroundings
 from exactly_once.transports.sql.database import Database, missing_tables
-from exactly_once.transports.sql.producer import SqlProducer, reason, refused, refused_group
+from exactly_once.transports.sql.producer import SqlProducer, gone, reason, refused, refused_group
 from exactly_once.transports.sql.statements import WINDOW, Look
 from exactly_once.transports.urls import parse
 from exactly_once.verdict import Ack, Verdict
@@ -328,7 +328,10 @@ class _SqlConsumer:
             if not _is_away(error):
                 raise
             if not self._away:
-                _log.warning("topic %s: cannot %s (%s); trying on", self._wanted.topic, what, reason(error))
+                if lacking := gone(self._database):
+                    self._joined = False  # who is in the group stood in them, too
+                why = lacking or f"({reason(error)})"
+                _log.warning("topic %s: cannot %s; trying until it can. %s", self._wanted.topic, what, why)
             self._away = True
         else:
             if self._away:

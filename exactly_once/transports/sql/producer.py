@@ -26,7 +26,7 @@ from exactly_once.transport import Receipt
 from exactly_once.transports.sql.database import Database, missing_tables
 from exactly_once.unusable import denied, is_denied, is_read_only, read_only
 
-__all__ = ["SqlProducer", "reason", "refused", "refused_group"]
+__all__ = ["SqlProducer", "gone", "reason", "refused", "refused_group"]
 
 # bytes of UTF-8, as the columns have them
 _LIMITS: Final = {"topic": 255, "tag": 255, "key": 1024, "ordering_key": 255}
@@ -99,10 +99,7 @@ class SqlProducer:
             return ConfigurationError(denied(error, url, schema=self._database.schema))
         if is_read_only(error):
             return TransportError(read_only(url))
-        with suppress(Exception):  # it is away
-            if self._database.seen(partial(missing_tables, self._database.sql)):
-                return SchemaError(not_made(self._database.engine, schema=self._database.schema))
-        return None
+        return gone(self._database)
 
     def close(self) -> None:
         """Send nothing more; twice is once."""
@@ -163,6 +160,14 @@ def _unfit(what: str, text: str, limit: int) -> ValueError | None:
     except UnicodeEncodeError:
         return ValueError(f"{what} contains half of a surrogate pair and is no text")
     return ValueError(f"{what} has {size} bytes of UTF-8; {limit} is the most") if size > limit else None
+
+
+def gone(database: Database) -> SchemaError | None:
+    """Ask whether our tables are there; None, too, where the database does not answer."""
+    with suppress(Exception):
+        if database.seen(partial(missing_tables, database.sql)):
+            return SchemaError(not_made(database.engine, schema=database.schema))
+    return None
 
 
 def reason(error: BaseException) -> str:
