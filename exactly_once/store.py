@@ -41,6 +41,7 @@ from exactly_once.not_made import not_made, of_the_settings
 from exactly_once.owner import new_owner
 from exactly_once.pooler import prepare_threshold
 from exactly_once.redaction import redacted
+from exactly_once.replaced_file import watch_file
 from exactly_once.schema import CONSUMING, Tables, tables
 from exactly_once.steady_log import steady
 from exactly_once.stops import asked_from_outside
@@ -540,6 +541,7 @@ class Store:
         remember_parts(engine.url)
         install(engine)
         watch_pool(engine)
+        watch_file(engine)
         if (engine.dialect.name, engine.dialect.driver.removesuffix("_async")) == ("postgresql", "psycopg"):
             from exactly_once.dialects.postgresql_pooler import look_at_each
 

@@ -455,6 +455,8 @@ def raise_for_the_store(dialect: Dialect, error: BaseException, engine: Engine, 
         SchemaError: There is no table to claim in: no message is to blame, and none is to be counted.
         BadKey: The key has characters that the database lacks; no retry mends that.
     """
+    if isinstance(error, StoreUnavailable):  # said as the connection was taken
+        raise StoreUnavailable(f"{error}; nothing ran.", store=store) from error
     if isinstance(error, PoolTimeout):
         raise StoreUnavailable(none_free(engine), store=store) from error
     if dialect.trouble(error) is Trouble.UNAVAILABLE:

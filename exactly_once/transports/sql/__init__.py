@@ -34,6 +34,7 @@ from exactly_once.errors import ConfigurationError
 from exactly_once.message import Message
 from exactly_once.not_made import upgrade_command
 from exactly_once.redaction import redacted
+from exactly_once.replaced_file import replaced
 from exactly_once.steady_log import steady
 from exactly_once.transport import Away, BrokerProducer, Consumer, Delivery, Features, Subscription, Surroundings
 from exactly_once.transports.sql.database import Database, missing_tables
@@ -176,6 +177,7 @@ class _SqlConsumer:
         self._joined = self._stopped = self._away = False
         self._pause_s = _FIRST_PAUSE_S
         self._tidy_at = 0.0
+        self._file = 0
         self._far: str | None = None  # the ordering key at which the last look far behind ended
 
     @property
@@ -207,6 +209,8 @@ class _SqlConsumer:
         return []
 
     def _take(self, limit: int) -> Sequence[Delivery]:
+        if (file := replaced(self._database.engine)) != self._file:
+            self._joined, self._file = False, file
         if not self._joined:
             self.join()
         if not self._joined:
