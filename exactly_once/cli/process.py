@@ -130,7 +130,7 @@ def command(
         try:
             with Progressing(size_of(file), "process") as progress:
                 read = 0
-                for line, read, message in messages(stream, topic):
+                for line, read, message in messages(stream, topic, file=file, verb="process", done="processed"):
                     if isinstance(message, BadLine):
                         feeding.leave(line, str(message))
                         continue

@@ -3,10 +3,12 @@
 import base64
 import binascii
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
+from shlex import quote
 from typing import IO, Any, Final
 
 import typer
@@ -45,17 +47,45 @@ def size_of(file: str) -> int | None:
     return None if file == "-" else Path(file).stat().st_size
 
 
-def messages(stream: IO[bytes], topic: str | None) -> Iterator[tuple[int, int, Message | BadLine]]:
-    """Yield line number, bytes read so far, and the message or what is wrong with the line; empty lines are left out."""
+def messages(
+    stream: IO[bytes], topic: str | None, *, file: str, verb: str, done: str
+) -> Iterator[tuple[int, int, Message | BadLine]]:
+    """Yield line number, bytes read so far, and the message or what is wrong with the line; empty lines are left out.
+
+    Args:
+        stream: What is read.
+        topic: For lines that name none.
+        file: As it was typed.
+        verb: The command.
+        done: What it does to a message, as "sent".
+
+    Raises:
+        ConfigurationError: It is one array, or one object over several lines: some of their lines may look like a message.
+    """
     read = 0
+    first = True
     for number, line in enumerate(stream, 1):
         read += len(line)
-        if not line.strip():
+        bare = (line.removeprefix(BOM_UTF8) if first else line).strip()
+        if not bare:
             continue
+        if first:
+            first = False
+            if bare.startswith(b"[") or bare == b"{":
+                raise ConfigurationError(_no_lines(file, verb, done, array=bare != b"{"))
         try:
             yield number, read, _message(line, topic)
         except BadLine as bad:
             yield number, read, bad
+
+
+def _no_lines(file: str, verb: str, done: str, *, array: bool) -> str:
+    whose, named = ("Standard input", "FILE") if file == "-" else (file, quote(file))
+    what = "is one JSON array" if array else "has one JSON object over several lines"
+    return (
+        f"{whose} {what}; nothing was {done}. Give each message a line of its own:"
+        f" jq -c {quote('.[]') if array else '.'} {named} | exactly-once {verb} - ..."
+    )
 
 
 def _message(line: bytes, topic: str | None) -> Message:

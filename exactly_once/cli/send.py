@@ -69,7 +69,7 @@ def command(
         assert file is not None
         with opened(file) as stream, Progressing(size_of(file), "send") as progress:
             sent = 0
-            for line, read, message in messages(stream, topic):
+            for line, read, message in messages(stream, topic, file=file, verb="send", done="sent"):
                 answer = message if isinstance(message, BadLine) else _sent(producer, message, after)
                 if isinstance(answer, Receipt):
                     sent += 1

@@ -1,0 +1,110 @@
+"""What a hand types a little wrong is answered with what happened, what was kept, and the line to type in its place."""
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, func, select
+from sqlalchemy.orm import Session
+
+from exactly_once import ExactlyOnce, Reject
+from exactly_once.cli import main
+from exactly_once.schema import tables
+from exactly_once.testing import bound
+
+eo = ExactlyOnce(group="slips")
+APP = f"{__name__}:eo"
+
+
+@eo.handler("orders", tag="created", key="no")
+def reserve(session: Session, order: dict[str, Any]) -> None:
+    if order.get("fails"):
+        raise Reject("misspelled product")
+
+
+class Typed:
+    """The command, typed in this process."""
+
+    def __init__(self, url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.url, self._patch, self._capsys = url, monkeypatch, capsys
+        self.out = self.err = ""
+
+    def __call__(self, *arguments: str, stdin: str | None = None) -> int:
+        if stdin is not None:
+            self._patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
+        with pytest.raises(SystemExit) as exited:
+            main(arguments)
+        self.out, self.err = self._capsys.readouterr()
+        return exited.value.code if isinstance(exited.value.code, int) else 0
+
+    def queued(self) -> int:
+        engine = create_engine(self.url)
+        with engine.connect() as connection:
+            found = connection.execute(select(func.count()).select_from(tables().queue)).scalar_one()
+        engine.dispose()
+        return found
+
+
+@pytest.fixture
+def typed(sqlite_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Typed]:
+    monkeypatch.setenv("EXACTLY_ONCE_DATABASE", sqlite_url)
+    monkeypatch.delenv("EXACTLY_ONCE_GROUP", raising=False)
+    with bound(eo, sqlite_url):
+        yield Typed(sqlite_url, monkeypatch, capsys)
+
+
+# -- files of messages -----------------------------------------------------------------------------------------------
+
+TWO = [{"topic": "orders", "tag": "created", "body": {"no": no}} for no in ("A-1", "A-2")]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        json.dumps(TWO, indent=2),
+        json.dumps(TWO),
+        "\ufeff\n " + json.dumps(TWO),
+        "[" + ",\n".join(map(json.dumps, TWO)) + "]",
+    ],
+    ids=["pretty", "in one line", "behind a mark", "an object a line"],
+)
+@pytest.mark.parametrize("verb", ["send", "process"])
+@pytest.mark.parametrize("how", ["file", "stdin"])
+def test_an_array_of_json_is_refused_as_a_whole(
+    verb: str, how: str, written: str, typed: Typed, tmp_path: Path
+) -> None:
+    file = tmp_path / "arr.json"
+    file.write_text(written, encoding="utf-8")
+    named = str(file) if how == "file" else "-"
+    more = ["-t", "sql://"] if verb == "send" else ["--app", APP]
+    assert typed(verb, named, *more, stdin=None if how == "file" else written) == 2
+    assert typed.out == ""
+    done = "sent" if verb == "send" else "processed"
+    whose = str(file) if how == "file" else "Standard input"
+    assert typed.err == (
+        f"{whose} is one JSON array; nothing was {done}. Give each message a line of its own:"
+        f" jq -c '.[]' {named if how == 'file' else 'FILE'} | exactly-once {verb} - ...\n"
+    )
+    assert typed.queued() == 0
+
+
+def test_an_object_over_several_lines_is_refused_as_a_whole(typed: Typed, tmp_path: Path) -> None:
+    file = tmp_path / "one.json"
+    file.write_text('{\n"topic": "orders", "properties":\n{"topic": "inner"}\n}', encoding="utf-8")
+    assert typed("send", str(file), "-t", "sql://") == 2
+    assert typed.err == (
+        f"{file} has one JSON object over several lines; nothing was sent. Give each message a line of its own:"
+        f" jq -c . {file} | exactly-once send - ...\n"
+    )
+    assert typed.queued() == 0
+
+
+def test_a_damaged_line_among_good_ones_is_still_named_by_itself(typed: Typed) -> None:
+    good = json.dumps(TWO[0])
+    assert typed("process", "-", "--app", APP, stdin=f'{{"topic": \n{good}\n') == 1
+    assert typed.out == "1 processed\n"
+    assert typed.err.startswith("line 1: not JSON")
