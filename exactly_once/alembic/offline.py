@@ -4,13 +4,14 @@ It opens no database. `exactly_once.alembic` calls it.
 """
 
 import io
+import os
 from pathlib import Path
 from typing import Any, Final
 
 from exactly_once.alembic.versions import HEAD, TABLES, VERSION_TABLE, name_of, write
 from exactly_once.errors import ConfigurationError
 
-__all__ = ["history_file", "script"]
+__all__ = ["history_file", "script", "shows_our_tables"]
 
 DIALECTS: Final = ("postgresql", "mysql", "mariadb", "sqlite")
 
@@ -143,6 +144,35 @@ def history_file(
     return path
 
 
+def shows_our_tables(path: Path) -> Path | None:
+    """Return the env.py beside a file of a history, where it leaves nothing out of what Alembic compares; else None.
+
+    It may do so in a module that it imports, which nobody sees here.
+    """
+    for folder in path.absolute().parents:
+        env = folder / "env.py"
+        if env.is_file():
+            written = env.read_text(encoding="utf-8", errors="replace")
+            if "include_name" in written or "include_object" in written:
+                return None
+            return Path(os.path.relpath(env)) if env.is_relative_to(Path.cwd()) else env
+    return None
+
+
+def _no_env(directory: Path) -> str:
+    found = sorted({*Path().glob("*/env.py"), *Path().glob("*/*/env.py")})
+    known = [
+        each.parent
+        for each in found
+        if (each.parent / "versions").is_dir() or (each.parent / "script.py.mako").is_file()
+    ]
+    if known:
+        meant = f"Did you mean {' or '.join(f'--directory {each}' for each in known[:3])}?"
+    else:
+        meant = "Type: alembic init migrations; or without a history of your own: exactly-once db upgrade"
+    return f"There is no env.py in {directory}, so Alembic would not see what is written there. Nothing was written. {meant}"
+
+
 def _history(directory: Path | None, config: Path) -> Any:
     from alembic.config import Config
     from alembic.script import ScriptDirectory
@@ -156,7 +186,11 @@ def _history(directory: Path | None, config: Path) -> Any:
     if directory is not None and directory.name == "versions" and (directory.parent / "env.py").is_file():
         directory = directory.parent
     try:
+        if directory is not None and not (directory / "env.py").is_file():
+            raise ConfigurationError(_no_env(directory))
         scripts = ScriptDirectory.from_config(Config(config)) if directory is None else ScriptDirectory(str(directory))
+        if not (Path(scripts.dir) / "env.py").is_file():
+            raise ConfigurationError(_no_env(Path(scripts.dir)))
         Path(scripts.versions).mkdir(exist_ok=True)
         scripts.get_heads()
     except (CommandError, OSError) as error:

@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from exactly_once import alembic
 from exactly_once.alembic.emptied import emptied_of_head
 from exactly_once.alembic.lock import with_connection
+from exactly_once.alembic.offline import shows_our_tables
 from exactly_once.alembic.versions import VERSION_TABLE
 from exactly_once.config import Config, load
 from exactly_once.database_driver import check_driver
@@ -139,6 +140,12 @@ def revision(
     with _one_paragraph():
         path = alembic.revision(directory, config=config, schema=schema, down_revision=down_revision)
         typer.echo(f"{path} is written. Type: alembic upgrade head")
+        if (env := shows_our_tables(path)) is not None:
+            typer.echo(
+                f"{env} does not name include_name: the next `alembic revision --autogenerate` would propose to drop our tables."
+                " Write there: context.configure(..., include_name=exactly_once.alembic.include_name)",
+                err=True,
+            )
 
 
 def _before(connection: Connection, schema: str | None) -> tuple[str | None, bool]:

@@ -1,0 +1,81 @@
+"""`exactly-once db revision` writes where Alembic looks, or not at all; and says what an env.py lacks."""
+
+import os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from exactly_once.cli.db import app
+from tests.integration.user_project import UserProject, done, make_project
+
+
+def typed(*arguments: str) -> tuple[int, str]:
+    told = CliRunner().invoke(app, ["revision", *arguments])
+    assert told.exception is None or isinstance(told.exception, SystemExit), told.exception
+    return told.exit_code, told.output
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> UserProject:
+    monkeypatch.chdir(tmp_path)
+    return make_project(tmp_path, f"sqlite:///{tmp_path / 'shop.db'}")
+
+
+def everything(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if "__pycache__" not in path.parts}
+
+
+@pytest.mark.parametrize("typed_folder", [".", "{here}", "history/versions/..", "nowhere", "src"])
+def test_a_folder_without_an_env_py_is_refused_and_nothing_is_written(typed_folder: str, project: UserProject) -> None:
+    if typed_folder.startswith("history"):
+        assert typed("--directory", typed_folder)[0] == 0  # it is the folder
+        return
+    (project.folder / "src").mkdir()
+    before = everything(project.folder)
+    named = typed_folder.format(here=project.folder)
+    assert typed("--directory", named) == (
+        1,
+        f"There is no env.py in {named}, so Alembic would not see what is written there. Nothing was written. Did you mean"
+        " --directory history?\n",
+    )
+    assert everything(project.folder) == before
+
+
+def test_where_there_is_none_at_all_it_says_what_makes_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert typed("--directory", ".") == (
+        1,
+        "There is no env.py in ., so Alembic would not see what is written there. Nothing was written. Type: alembic init"
+        " migrations; or without a history of your own: exactly-once db upgrade\n",
+    )
+
+
+def test_a_folder_of_an_ini_file_without_an_env_py_is_refused_too(project: UserProject) -> None:
+    (project.folder / "history" / "env.py").unlink()
+    code, said = typed()
+    assert code == 1
+    assert said.startswith(f"There is no env.py in {project.folder / 'history'}, so Alembic would not see")
+    assert project.versions() == []
+
+
+def test_what_is_written_is_what_alembic_sees(project: UserProject) -> None:
+    code, said = typed("--directory", "history")
+    assert code == 0
+    assert said.count("\n") == 1
+    done(project.alembic("upgrade", "head"))
+    assert (project.folder / "shop.db").stat().st_size
+
+
+def test_an_env_py_that_does_not_leave_our_tables_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    project = make_project(tmp_path, f"sqlite:///{tmp_path / 'shop.db'}", options="")
+    env = project.folder / "history" / "env.py"
+    env.write_text(env.read_text().replace("from exactly_once.alembic import include_name\n", ""))
+    code, said = typed("--directory", "history")
+    assert code == 0
+    assert said.splitlines()[1] == (
+        f"{os.path.join('history', 'env.py')} does not name include_name: the next `alembic revision --autogenerate` would"
+        " propose to drop our tables. Write there: context.configure(...,"
+        " include_name=exactly_once.alembic.include_name)"
+    )
