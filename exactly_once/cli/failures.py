@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +14,7 @@ from sqlalchemy import Connection, Row
 
 from exactly_once.app import ExactlyOnce
 from exactly_once.cli.recorded import Progressing
-from exactly_once.cli.reference import application, one_store
+from exactly_once.cli.reference import application, one_store, repeated
 from exactly_once.dialects import Trouble
 from exactly_once.errors import ConfigurationError
 from exactly_once.failures import OPEN, decisions, triage
@@ -37,7 +38,7 @@ GroupOption = Annotated[str | None, typer.Option("--group", "-g", help="The cons
 DatabaseOption = Annotated[
     str | None, typer.Option("--database", "-d", metavar="NAME", help="One of several databases.")
 ]
-Ids = Annotated[list[int] | None, typer.Argument(metavar="[ID]...")]
+Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID]...")]
 Handler = Annotated[str | None, typer.Option("--handler", help="Only this handler's.")]
 ErrorClass = Annotated[str | None, typer.Option("--error-class", help="Only with this error, such as TimeoutError.")]
 Key = Annotated[str | None, typer.Option("--key", help="Only of this business key.")]
@@ -76,7 +77,7 @@ def list_(
 ) -> None:
     """List what is not settled, newest first."""
     with _on(app, group, database) as (connection, tables, name):
-        chosen = _chosen(name, None, handler, error_class, key, overdue, state)
+        chosen = _chosen(name, (), handler, error_class, key, overdue, state)
         rows = triage.listed(connection, tables, chosen, limit=limit)
         total = triage.count(connection, tables, chosen)
         late = triage.count(connection, tables, replace(chosen, overdue=True))
@@ -132,7 +133,7 @@ def _table(rows: Any) -> None:
 
 @app.command()
 def show(
-    id_: Annotated[int, typer.Argument(metavar="ID")],
+    id_: Annotated[str, typer.Argument(metavar="ID")],
     raw: Annotated[
         bool, typer.Option("--raw", help="Write the body's bytes to standard output, and nothing else.")
     ] = False,
@@ -141,10 +142,12 @@ def show(
     database: DatabaseOption = None,
 ) -> None:
     """Show one failure with its whole message."""
+    again = repeated(app, group, database)
+    (number,) = _numbers([id_], "list", again)
     with _on(app, group, database) as (connection, tables, name):
-        row = triage.shown(connection, tables, name, id_)
+        row = triage.shown(connection, tables, name, number)
     if row is None:
-        typer.echo(f"Group {name} has no failure {id_}. Type: exactly-once failures list", err=True)
+        typer.echo(f"Group {name} has no failure {number}. Type: exactly-once failures list{again}", err=True)
         raise SystemExit(1)
     if raw:
         sys.stdout.buffer.write(row.body or b"")
@@ -182,9 +185,11 @@ def requeue(
     """
     if rate is not None and not rate > 0:  # nor nan
         raise ConfigurationError("--rate is a number above zero, of messages a second.")
+    again = repeated(app, group, database)
+    numbers = _numbers(ids or (), "requeue", again)
     _named(ids, handler, error_class, key, overdue, state, every)
     store, name = _store(app, group, database)
-    chosen = _chosen(name, ids, handler, error_class, key, overdue, state)
+    chosen = _chosen(name, numbers, handler, error_class, key, overdue, state)
     decide = partial(decisions.requeue, by=_who(), why=reason, per_second=rate)
     done = _carried_out(store, chosen, decide, "requeued")
     if done.left_out:
@@ -199,7 +204,7 @@ def requeue(
             " worker runs them, or discard them.",
             err=True,
         )
-    _said(done, "requeued; a running worker tries them when they are due")
+    _said(done, "requeued", "; a running worker tries them when they are due", again)
 
 
 @app.command()
@@ -217,11 +222,13 @@ def discard(
     database: DatabaseOption = None,
 ) -> None:
     """Settle them for good: neither they nor another copy of them will run."""
+    again = repeated(app, group, database)
+    numbers = _numbers(ids or (), "discard", again)
     _named(ids, handler, error_class, key, overdue, state, every)
     store, name = _store(app, group, database)
-    chosen = _chosen(name, ids, handler, error_class, key, overdue, state)
+    chosen = _chosen(name, numbers, handler, error_class, key, overdue, state)
     done = _carried_out(store, chosen, partial(decisions.discard, by=_who(), why=reason), "discarded")
-    _said(done, "discarded; their keys count as consumed")
+    _said(done, "discarded", "; their keys count as consumed", again)
 
 
 def _named(ids: Any, *narrow: Any) -> None:
@@ -231,7 +238,7 @@ def _named(ids: Any, *narrow: Any) -> None:
 
 def _chosen(
     group: str,
-    ids: list[int] | None,
+    ids: Sequence[int],
     handler: str | None,
     error_class: str | None,
     key: str | None,
@@ -240,7 +247,7 @@ def _chosen(
 ) -> Chosen:
     return Chosen(
         group=group,
-        ids=ids or (),
+        ids=ids,
         handler=handler,
         error_class=error_class,
         key=key,
@@ -258,6 +265,10 @@ def _carried_out(
     )
     with store.engine.begin() as connection:
         ids = triage.ids(connection, store.tables, chosen)
+        for number in sorted(set(chosen.ids).difference(ids))[:_NAMED]:
+            typer.echo(
+                _left(number, triage.shown(connection, store.tables, chosen.group, number), chosen.group), err=True
+            )
     done, seen = Part(), 0
     try:
         with Progressing(len(ids), what, "failures") as progress:
@@ -276,7 +287,40 @@ def _carried_out(
     return done
 
 
-def _said(done: Part, what: str) -> None:
+def _numbers(ids: Sequence[str], verb: str, again: str) -> Sequence[int]:
+    """Read ids as they were typed.
+
+    Args:
+        ids: Each a number.
+        verb: What to type for a business key.
+        again: The options that were typed.
+    """
+    apart = [part for each in ids for part in each.replace(",", " ").split()]
+    for each in apart:
+        if not (each.isascii() and each.isdigit()):
+            raise ConfigurationError(
+                f"{escaped(each, 255)!r} is no id: ids are the numbers in the first column of `exactly-once failures list`. By"
+                f" its business key, type: exactly-once failures {verb} --key {quote(each)}{again}"
+            )
+    if len(apart) != len(ids):
+        command = f"exactly-once failures {'show' if verb == 'list' else verb}"
+        raise ConfigurationError(f"Ids are separated by blanks. Type: {command} {' '.join(apart)}{again}")
+    return [int(each) for each in apart]
+
+
+def _left(number: int, row: Row[Any] | None, group: str) -> str:
+    """Why an id that was typed is not among what is decided about."""
+    if row is None:
+        return f"Group {group} has no failure {number}."
+    if row.state in OPEN:
+        return f"{number} is {row.state}; the other options leave it out."
+    if row.decided_by is None:
+        return f"{number} is {row.state}: its message was processed on another path."
+    why = f" {escaped(row.decided_why, 255)!r}" if row.decided_why else ""
+    return f"{number} is {row.state}: on {row.decided_at:%Y-%m-%d %H:%M:%S} by {escaped(row.decided_by)}{why}."
+
+
+def _said(done: Part, what: str, then: str, again: str) -> None:
     if done.settled:
         typer.echo(
             f"{done.settled} left as they are: processed meanwhile, or decided by somebody else, before their turn came.",
@@ -290,9 +334,9 @@ def _said(done: Part, what: str) -> None:
             err=True,
         )
     if not (done.count or done.left_out or done.settled or done.running):
-        typer.echo("No failure matches. Type: exactly-once failures list", err=True)
+        typer.echo(f"No failure was {what}. Those that wait for you: exactly-once failures list{again}", err=True)
         raise SystemExit(1)
-    typer.echo(f"{done.count} {what}")
+    typer.echo(f"{done.count} {what}{then}")
     if not done.count or done.running:
         raise SystemExit(1)
 

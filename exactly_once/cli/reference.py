@@ -4,6 +4,7 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path, PurePath
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -14,7 +15,7 @@ from exactly_once.errors import ConfigurationError, ExactlyOnceError, StoreUnava
 from exactly_once.store import Store
 from exactly_once.wording import escaped
 
-__all__ = ["AppOption", "TransportOption", "application", "one_store", "usable"]
+__all__ = ["AppOption", "TransportOption", "application", "one_store", "repeated", "usable"]
 
 AppOption = Annotated[
     str, typer.Option("--app", "-a", metavar="MODULE:NAME", help="The application: shop.consumers:eo")
@@ -107,6 +108,17 @@ def _where(error: BaseException) -> str:
     while last is not None and last.tb_next is not None:
         last = last.tb_next
     return "" if last is None else f" ({last.tb_frame.f_code.co_filename}, line {last.tb_lineno})"
+
+
+def repeated(app: str | None = None, group: str | None = None, database: str | None = None) -> str:
+    """Return these options as they were typed, for a line to type next.
+
+    Example:
+        >>> repeated("shop.consumers:eo")
+        ' --app shop.consumers:eo'
+    """
+    given = {"--app": app, "--group": group, "--database": database}
+    return "".join(f" {name} {quote(value)}" for name, value in given.items() if value)
 
 
 def one_store(eo: ExactlyOnce, database: str | None) -> Store:

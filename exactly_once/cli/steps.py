@@ -14,7 +14,7 @@ import typer
 
 from exactly_once.app import ExactlyOnce
 from exactly_once.cli.failures import AppOption, DatabaseOption, GroupOption
-from exactly_once.cli.reference import application, one_store
+from exactly_once.cli.reference import application, one_store, repeated
 from exactly_once.dialects import ClaimRow, Leased, StepRow
 from exactly_once.errors import ConfigurationError
 from exactly_once.handler import Lease
@@ -75,6 +75,7 @@ def resolve(
 
     The next attempt reads this result and does not run the step.
     """
+    again = repeated(app, group, database)
     check_name(step, STEP_BYTES, "step")
     stored = _json(result)
     found = list(_found(key, handler, app, group, database))
@@ -95,7 +96,9 @@ def resolve(
     if not store.resolve(row, step, stored):
         typer.echo(f"Nothing was recorded: {escaped(key)!r} of {row.handler} is {_state(seen)}.", err=True)
         raise SystemExit(1)
-    typer.echo(f"recorded for {row.handler}. If the message is kept: exactly-once failures requeue --key {quote(key)}")
+    typer.echo(
+        f"recorded for {row.handler}. If the message is kept: exactly-once failures requeue --key {quote(key)}{again}"
+    )
 
 
 def _found(

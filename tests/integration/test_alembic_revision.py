@@ -34,20 +34,22 @@ def test_a_folder_without_an_env_py_is_refused_and_nothing_is_written(typed_fold
     (project.folder / "src").mkdir()
     before = everything(project.folder)
     named = typed_folder.format(here=project.folder)
-    assert typed("--directory", named) == (
-        1,
+    code, said = typed("--directory", named)
+    assert code == 1
+    assert said == (
         f"There is no env.py in {named}, so Alembic would not see what is written there. Nothing was written. Did you mean"
-        " --directory history?\n",
+        " --directory history?\n"
     )
     assert everything(project.folder) == before
 
 
 def test_where_there_is_none_at_all_it_says_what_makes_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert typed("--directory", ".") == (
-        1,
+    code, said = typed("--directory", ".")
+    assert code == 1
+    assert said == (
         "There is no env.py in ., so Alembic would not see what is written there. Nothing was written. Type: alembic init"
-        " migrations; or without a history of your own: exactly-once db upgrade\n",
+        " migrations; or without a history of your own: exactly-once db upgrade\n"
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import create_engine, func, select
 from sqlalchemy.orm import Session
 
-from exactly_once import ExactlyOnce, Reject
+from exactly_once import ExactlyOnce, Message, Outcome, Reject
 from exactly_once.cli import main
 from exactly_once.schema import tables
 from exactly_once.testing import bound
@@ -108,3 +108,69 @@ def test_a_damaged_line_among_good_ones_is_still_named_by_itself(typed: Typed) -
     assert typed("process", "-", "--app", APP, stdin=f'{{"topic": \n{good}\n') == 1
     assert typed.out == "1 processed\n"
     assert typed.err.startswith("line 1: not JSON")
+
+
+# -- ids -------------------------------------------------------------------------------------------------------------
+
+
+def failed(typed: Typed, number: str = "A-2") -> None:
+    assert (
+        eo.process(Message("orders", json.dumps({"no": number, "fails": True}).encode(), tag="created")) is Outcome.DEAD
+    )
+
+
+@pytest.mark.parametrize("verb", ["requeue", "discard"])
+def test_a_key_in_place_of_an_id_is_answered_with_key(verb: str, typed: Typed) -> None:
+    failed(typed)
+    assert typed("failures", verb, "A-2", "--app", APP) == 2
+    assert typed.err == (
+        "'A-2' is no id: ids are the numbers in the first column of `exactly-once failures list`. By its business key, type:"
+        f" exactly-once failures {verb} --key A-2 --app {APP}\n"
+    )
+    assert typed("failures", verb, "--key", "A-2", "--app", APP) == 0
+
+
+@pytest.mark.parametrize("verb", ["requeue", "discard"])
+def test_ids_with_commas_are_answered_with_blanks(verb: str, typed: Typed) -> None:
+    assert typed("failures", verb, "1,2", "3", "--group", "slips") == 2
+    assert typed.err == f"Ids are separated by blanks. Type: exactly-once failures {verb} 1 2 3 --group slips\n"
+
+
+def test_a_key_that_is_to_be_shown_is_answered_with_the_list_of_its_ids(typed: Typed) -> None:
+    failed(typed, "R-9")
+    assert typed("failures", "show", "R-9", "--app", APP) == 2
+    assert typed.err == (
+        "'R-9' is no id: ids are the numbers in the first column of `exactly-once failures list`. By its business key, type:"
+        f" exactly-once failures list --key R-9 --app {APP}\n"
+    )
+    assert typed("failures", "show", "1", "--app", APP) == 0
+
+
+# -- what was decided already ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["requeue", "discard"])
+def test_an_id_that_was_decided_already_says_by_whom_and_why(verb: str, typed: Typed) -> None:
+    failed(typed)
+    assert typed("failures", "discard", "1", "--reason", "misspelled", "--app", APP) == 0
+    assert typed("failures", verb, "1", "--app", APP) == 1
+    first, second = typed.err.splitlines()
+    done = "requeued" if verb == "requeue" else "discarded"
+    assert first.startswith("1 is discarded: on ")
+    assert " by " in first
+    assert first.endswith(" 'misspelled'.")
+    assert second == f"No failure was {done}. Those that wait for you: exactly-once failures list --app {APP}"
+
+
+def test_an_id_that_is_not_there_says_so(typed: Typed) -> None:
+    assert typed("failures", "requeue", "7", "8", "--app", APP) == 1
+    assert typed.err.splitlines()[:2] == ["Group slips has no failure 7.", "Group slips has no failure 8."]
+    assert typed("failures", "show", "7", "--app", APP) == 1
+    assert typed.err == f"Group slips has no failure 7. Type: exactly-once failures list --app {APP}\n"
+
+
+def test_ids_of_which_one_matches_are_told_of_the_others(typed: Typed) -> None:
+    failed(typed)
+    assert typed("failures", "requeue", "1", "9", "--app", APP) == 0
+    assert typed.out == "1 requeued; a running worker tries them when they are due\n"
+    assert typed.err == "Group slips has no failure 9.\n"
