@@ -5,6 +5,8 @@ nothing that a verb needs is imported for it; each verb is a module of this fold
 """
 
 import os
+import re
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -24,6 +26,7 @@ VERBS: Final = {
     "steps": "Show the recorded steps of a message; resolve one for which a person knows what happened.",
     "doctor": "Look at database, broker and handlers, and say what to do.",
 }
+_APPLICATION: Final = re.compile(r"[^\W\d]\w*(\.\w+)*:[^\W\d]\w*(\.\w+)*")
 TRACEBACK: Final = "EXACTLY_ONCE_TRACEBACK"
 
 
@@ -32,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     traceback = os.environ.get(TRACEBACK, "") not in ("", "0") or "--traceback" in given
     given = [argument for argument in given if argument != "--traceback"]
+    if (line := _other_form(given)) is not None:
+        form = "bare, without --app" if given[0] == "run" else "behind --app"
+        typer.echo(f"`{given[0]}` takes the application {form}. Type: exactly-once {shlex.join(line)}", err=True)
+        raise SystemExit(2)
     try:
         _application(next((argument for argument in given if not argument.startswith("-")), None))(given)
     except Exception as error:
@@ -73,6 +80,29 @@ def _application(verb: str | None) -> Any:
         else:
             app.command(name, help=module.command.__doc__)(module.command)
     return app
+
+
+def _other_form(given: Sequence[str]) -> Sequence[str] | None:
+    """Return the line that was meant, where the application is typed as another command takes it; None of any other line.
+
+    `run` has it bare, the others behind --app. Only lines that would be refused: no key and no handler's name is taken for one.
+    """
+    verb, *rest = given or [""]
+    if verb == "run":
+        for n, argument in enumerate(rest):
+            if argument.startswith("--app=") or (argument in ("--app", "-a") and n + 1 < len(rest)):
+                value = argument.partition("=")[2] if "=" in argument else rest[n + 1]
+                return [verb, *rest[:n], value, *rest[n + (1 if "=" in argument else 2) :]]
+        return None
+    if verb not in ("handlers", "doctor", "process", "failures") or any(
+        argument in ("--app", "-a") or argument.startswith("--app=") for argument in rest
+    ):
+        return None
+    for n, argument in enumerate(rest):
+        value_of_an_option = n > 0 and rest[n - 1].startswith("-") and rest[n - 1] != "-"
+        if _APPLICATION.fullmatch(argument) and not value_of_an_option and (verb != "handlers" or n == 0):
+            return [verb, *rest[:n], "--app", *rest[n:]]
+    return None
 
 
 def _say_version(asked: bool) -> None:

@@ -36,8 +36,9 @@ def application(reference: str) -> ExactlyOnce:
     if not colon or not module_name or not attribute:
         raise ConfigurationError(f"{escaped(reference)!r} names no application. It looks like shop.consumers:eo")
     if (meant := _module_meant(module_name)) is not None:
+        kind = "file" if module_name.endswith(".py") else "path"
         raise ConfigurationError(
-            f"{escaped(module_name)} is a file; type its module: {escaped(meant)}:{escaped(attribute)}"
+            f"{escaped(module_name)} is a {kind}; type its module: {escaped(meant)}:{escaped(attribute)}"
         )
     here = str(Path.cwd())
     if here not in sys.path:
@@ -58,6 +59,7 @@ def application(reference: str) -> ExactlyOnce:
             f"Importing {module_name} failed: {type(error).__name__}: {escaped(str(error), 300)}{_where(error)}."
         ) from error
     found = module
+    attribute = attribute.removesuffix("()")  # it names the same function, and is told the same of it
     for name in attribute.split("."):
         found = getattr(found, name, None)  # type: ignore[assignment]
     if isinstance(found, ExactlyOnce):

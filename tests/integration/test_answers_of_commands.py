@@ -90,7 +90,8 @@ def test_a_file_in_place_of_a_module_is_answered_with_the_module(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigurationError) as refused:
         application(typed.format(here=tmp_path))
-    assert str(refused.value).endswith(f"is a file; type its module: {meant}")
+    kind = "file" if ".py" in typed else "path"
+    assert str(refused.value).endswith(f"is a {kind}; type its module: {meant}")
 
 
 @pytest.mark.parametrize(

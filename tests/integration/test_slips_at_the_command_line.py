@@ -174,3 +174,57 @@ def test_ids_of_which_one_matches_are_told_of_the_others(typed: Typed) -> None:
     assert typed("failures", "requeue", "1", "9", "--app", APP) == 0
     assert typed.out == "1 requeued; a running worker tries them when they are due\n"
     assert typed.err == "Group slips has no failure 9.\n"
+
+
+# -- the application in the other form -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("handlers", "shop.consumers:eo"), "handlers --app shop.consumers:eo"),
+        (("doctor", "consumers:eo"), "doctor --app consumers:eo"),
+        (("doctor", "-t", "sql://", "consumers:eo"), "doctor -t sql:// --app consumers:eo"),
+        (("failures", "list", "consumers:eo"), "failures list --app consumers:eo"),
+        (("failures", "requeue", "consumers:eo", "1"), "failures requeue --app consumers:eo 1"),
+        (("process", "arr.jsonl", "consumers:eo"), "process arr.jsonl --app consumers:eo"),
+        (("process", "consumers:eo", "arr.jsonl"), "process --app consumers:eo arr.jsonl"),
+        (("run", "--app", "consumers:eo"), "run consumers:eo"),
+        (("run", "--app=consumers:eo", "-p", "2"), "run consumers:eo -p 2"),
+        (("run", "-t", "sql://", "-a", "consumers:eo"), "run -t sql:// consumers:eo"),
+    ],
+)
+def test_the_application_in_the_other_form_is_answered_with_the_line(
+    arguments: tuple[str, ...], line: str, typed: Typed
+) -> None:
+    assert typed(*arguments) == 2
+    form = "bare, without --app" if arguments[0] == "run" else "behind --app"
+    assert typed.err == f"`{arguments[0]}` takes the application {form}. Type: exactly-once {line}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("handlers", "rename", "shop:old", "shop:new", "--group", "slips"),
+        ("failures", "list", "--key", "order:A", "--group", "slips"),
+        ("steps", "show", "order:A", "--group", "slips"),
+        ("failures", "list", "--app", APP),
+    ],
+)
+def test_what_only_looks_like_one_is_left_alone(arguments: tuple[str, ...], typed: Typed) -> None:
+    typed(*arguments)
+    assert "takes the application" not in typed.err
+
+
+@pytest.mark.parametrize("form", ["create_app", "create_app()"])
+def test_a_function_in_place_of_an_application_is_answered_with_the_object(
+    form: str, typed: Typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fac_of_slips.py").write_text("def create_app(): ...\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert typed("handlers", "--app", f"fac_of_slips:{form}") == 2
+    assert typed.err == (
+        "fac_of_slips:create_app is a function, and no ExactlyOnce object. A command imports, and calls nothing: write at the end"
+        " of fac_of_slips `eo = create_app()`, or what of that is the ExactlyOnce, and type fac_of_slips:eo\n"
+    )
