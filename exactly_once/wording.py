@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["EVERY", "THREE_BYTES", "escaped", "json_line", "listed", "probably", "storable"]
+__all__ = ["EVERY", "THREE_BYTES", "escaped", "json_line", "listed", "probably", "storable", "taken"]
 
 EVERY: Final = "utf-8"
 """The character set that has every character."""
@@ -65,6 +65,17 @@ def probably(name: str, known: Iterable[str]) -> str:
     folded = {candidate.replace("_", "").lower(): candidate for candidate in known}
     close = get_close_matches(name.replace("_", "").lower(), folded, n=2, cutoff=0.6)
     return f" Did you mean {' or '.join(repr(folded[match]) for match in close)}?" if close else ""
+
+
+def taken(topic: str, tags: Iterable[str]) -> str:
+    """Return what a subscription takes, in short.
+
+    Example:
+        >>> taken("orders", ["created", "paid"])
+        'orders:created|paid'
+    """
+    every = "|".join(sorted(tags))
+    return f"{topic}:{every}" if every else topic
 
 
 def storable(

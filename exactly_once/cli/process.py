@@ -19,7 +19,7 @@ from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.transport import Delivery, Features
 from exactly_once.verdict import Ack, Ending, Hold
-from exactly_once.wording import escaped
+from exactly_once.wording import escaped, probably, taken
 
 __all__ = ["command"]
 
@@ -36,7 +36,7 @@ class _Feeding:
 
     def __init__(self, eo: ExactlyOnce, concurrency: int) -> None:
         self.ended = self.left = 0
-        self._topics = sorted({plan.topic for plan in eo.plans})
+        self._wanted = {wanted.topic: wanted.tags for wanted in eo.subscriptions()}
         self.named: list[str] = []
         self.away = False
         self._runner = eo.runner(concurrency)
@@ -54,12 +54,9 @@ class _Feeding:
     def feed(self, line: int, message: Message) -> None:
         """Run a message as soon as there is a place for it."""
         self._places.acquire()
-        if message.topic not in self._topics:
-            self.leave(
-                line,
-                f"no handler takes topic '{escaped(message.topic, 200)}'; it was passed over unread."
-                f" Handlers take: {escaped(', '.join(self._topics), 1000)}.",
-            )
+        if (what := self._not_taken(message)) is not None:
+            take = ", ".join(taken(topic, tags) for topic, tags in sorted(self._wanted.items()))
+            self.leave(line, f"no handler takes {what} It was passed over. Handlers take: {escaped(take, 1000)}.")
         lane = None
         if message.topic in self._ordered and message.ordering_key is not None:
             lane = (message.topic, message.ordering_key)
@@ -69,6 +66,19 @@ class _Feeding:
                     return
                 self._lanes[lane] = deque()
         self._run(line, message, lane)
+
+    def _not_taken(self, message: Message) -> str | None:
+        """Say what of a message looks like a slip; None of another group's tag, of which a recorded topic may be full."""
+        topic = f"topic {escaped(message.topic, 200)}"
+        if message.topic not in self._wanted:
+            return f"{topic}.{probably(message.topic, self._wanted)}"
+        tags = self._wanted[message.topic]
+        if not tags or message.tag in tags:
+            return None
+        if message.tag is None:
+            return f"{topic} without a tag."
+        meant = probably(message.tag, tags)
+        return f"{topic} with the tag {escaped(message.tag, 200)}.{meant}" if meant else None
 
     def leave(self, line: int, why: str) -> None:
         """Note a line that was not taken care of."""
@@ -120,7 +130,7 @@ def command(
 
     A line: {"topic": "orders", "body": {"order_no": "A-1"}, "tag": "created", "key": "A-1", "properties": {}}; a body of
     any bytes is "body_base64". Messages run side by side; those of an ordered handler keep the order of their ordering
-    key. Exits 1 if a line was no message, no handler takes its topic, or its message failed.
+    key. Exits 1 if a line was no message, no handler takes its topic, its tag is missing or misspelled, or its message failed.
     """
     eo = application(app)
     for store in eo.stores.values():

@@ -208,6 +208,6 @@ def test_what_no_handler_takes_is_told_with_its_line(typed: Typed) -> None:
     assert typed("process", "-", "--app", APP, stdin=lines(note, {"topic": "note", "key": "2"})) == 1
     assert typed.out.startswith("1 processed, 1 not mine")
     assert (
-        "line 2: no handler takes topic 'note'; it was passed over unread. Handlers take: blocks, notes, orders."
+        "line 2: no handler takes topic note. Did you mean 'notes'? It was passed over. Handlers take: blocks, notes, orders."
         in typed.err
     )

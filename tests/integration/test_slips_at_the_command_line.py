@@ -228,3 +228,69 @@ def test_a_function_in_place_of_an_application_is_answered_with_the_object(
         "fac_of_slips:create_app is a function, and no ExactlyOnce object. A command imports, and calls nothing: write at the end"
         " of fac_of_slips `eo = create_app()`, or what of that is the ExactlyOnce, and type fac_of_slips:eo\n"
     )
+
+
+# -- what no handler takes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ({"topic": "orders"}, "topic orders without a tag."),
+        ({"topic": "orders", "tag": "creatd"}, "topic orders with the tag creatd. Did you mean 'created'?"),
+        ({"topic": "order", "tag": "created"}, "topic order. Did you mean 'orders'?"),
+        ({"topic": "mails"}, "topic mails."),
+    ],
+)
+def test_a_line_that_no_handler_takes_is_named_with_what_handlers_take(
+    line: dict[str, Any], what: str, typed: Typed
+) -> None:
+    written = json.dumps(line | {"body": {"no": "A-1"}})
+    assert typed("process", "-", "--app", APP, stdin=f"{json.dumps(TWO[0])}\n{written}\n") == 1
+    assert typed.out == "1 processed, 1 not mine\n"
+    assert typed.err == f"line 2: no handler takes {what} It was passed over. Handlers take: orders:created.\n"
+
+
+def test_a_line_with_another_groups_tag_is_counted_alone(typed: Typed) -> None:
+    written = json.dumps({"topic": "orders", "tag": "paid", "body": {"no": "A-1"}})
+    assert typed("process", "-", "--app", APP, stdin=f"{written}\n") == 0
+    assert (typed.out, typed.err) == ("1 not mine\n", "")
+
+
+def sent(typed: Typed, *more: str) -> None:
+    assert typed("send", "-t", "sql://", "--body", '{"no": "A-1"}', *more) == 0
+
+
+def examined(typed: Typed) -> list[str]:
+    typed("doctor", "--app", APP, "-t", "sql://")
+    return [line for line in typed.out.splitlines() if "sql://" in line and "message(s)" in line]
+
+
+def test_doctor_counts_messages_without_a_tag_that_no_handler_takes(typed: Typed) -> None:
+    with eo.worker("sql://") as worker:
+        sent(typed, "--topic", "orders")
+        sent(typed, "--topic", "orders")
+        sent(typed, "--topic", "orders", "--tag", "created")
+        worker.drain()
+    (told,) = examined(typed)
+    assert told == (
+        "warn  sql://: 2 message(s) of topic orders have no tag, and handlers of group slips take orders:created. Nobody runs"
+        " them, and they are deleted after a day. Send them with --tag created"
+    )
+
+
+def test_doctor_counts_messages_of_a_topic_that_looks_like_one_of_ours(typed: Typed) -> None:
+    sent(typed, "--topic", "order", "--tag", "created")
+    sent(typed, "--topic", "mails", "--tag", "created")  # of another program, which has not run yet
+    sent(typed, "--topic", "orders", "--tag", "created")
+    assert examined(typed) == [
+        "warn  sql://: 1 message(s) of topic 'order' wait for a group, and none has joined it. Did you mean 'orders'?"
+    ]
+
+
+def test_doctor_says_nothing_where_all_are_taken(typed: Typed) -> None:
+    with eo.worker("sql://") as worker:
+        sent(typed, "--topic", "orders", "--tag", "created")
+        worker.drain()
+    sent(typed, "--topic", "orders", "--tag", "paid")  # another group's, as may be
+    assert examined(typed) == []

@@ -338,6 +338,20 @@ def test_a_row_of_an_unwanted_tag_does_not_hold_its_key_back(engine: Engine, top
     assert bodies(consumer.receive(5, SECOND)) == [b"2"]
 
 
+def test_what_looks_like_a_slip_of_its_sender_is_counted(engine: Engine, topic: str) -> None:
+    wanted = [Subscription(topic, ("created", "paid"))]
+    broker = transport(engine)
+    broker.subscribe("slips", wanted)
+    assert broker.concerns("slips", wanted) == []
+    sent(engine, [Message(topic, b"1"), Message(topic, b"2", tag="created"), Message(f"{topic}s", b"3")])
+    untagged, misspelled = broker.concerns("slips", wanted)
+    assert f"1 message(s) of topic {topic} have no tag" in untagged
+    assert f"take {topic}:created|paid." in untagged
+    assert f"1 message(s) of topic '{topic}s' wait for a group" in misspelled
+    assert f"Did you mean '{topic}'?" in misspelled
+    assert broker.concerns("slips", [Subscription(topic)]) == [misspelled]
+
+
 # -- holding and settling ---------------------------------------------------------------------------------------------
 
 

@@ -42,6 +42,7 @@ from exactly_once.transports.sql.producer import SqlProducer, gone, reason, refu
 from exactly_once.transports.sql.statements import WINDOW, Look
 from exactly_once.transports.urls import parse
 from exactly_once.verdict import Ack, Verdict
+from exactly_once.wording import escaped, probably, taken
 
 __all__ = ["SqlTransport"]
 
@@ -68,6 +69,8 @@ _SPARE: Final = 64  # what other receivers may take between finding and taking
 _UNWANTED_AGE: Final = timedelta(days=1)  # longer than a rolling deployment in which two versions want different tags
 _TIDY_EVERY_S: Final = 600.0
 _TIDY_ROWS: Final = 1000
+_LOOKED_AT: Final = 1000
+"""So many of the oldest rows are looked at for what nobody takes."""
 
 
 class SqlTransport:
@@ -148,8 +151,36 @@ class SqlTransport:
         return problems
 
     def concerns(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
-        """Return nothing: a message waits until a member of its group takes it."""
-        return ()
+        """Count what waits and looks like a slip of whoever sent it: without a tag, or of a topic named almost as one of ours.
+
+        Only the oldest rows are looked at, so that a long backlog costs nothing.
+        """
+        try:
+            return [*self._without_a_tag(group, subscriptions), *self._misspelled(subscriptions)]
+        except Exception as error:
+            if isinstance(error, ConfigurationError) or _is_away(error):
+                return ()  # `check` says so
+            raise
+
+    def _without_a_tag(self, group: str, subscriptions: Sequence[Subscription]) -> Iterator[str]:
+        sql = self._database.sql
+        for each in subscriptions:
+            if not each.tags:
+                continue
+            if number := self._database.seen(partial(_number, sql.tagless(group, each.topic, _LOOKED_AT))):
+                yield (
+                    f"sql://: {number} message(s) of topic {escaped(each.topic)} have no tag, and handlers of group"
+                    f" {escaped(group)} take {escaped(taken(each.topic, each.tags), 200)}. Nobody runs them, and they are"
+                    f" deleted after a day. Send them with --tag {escaped(each.tags[0])}"
+                )
+
+    def _misspelled(self, subscriptions: Sequence[Subscription]) -> Iterator[str]:
+        ours = [each.topic for each in subscriptions]
+        for topic, number in self._database.seen(partial(_counted, self._database.sql.groupless(_LOOKED_AT))):
+            if topic not in ours and (meant := probably(topic, ours)):
+                yield (
+                    f"sql://: {number} message(s) of topic {escaped(topic)!r} wait for a group, and none has joined it.{meant}"
+                )
 
     def subscribe(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[Consumer]:
         """Join the group; one consumer a topic. Where the database is away, the first `receive` that reaches it joins."""
@@ -341,6 +372,14 @@ class _SqlConsumer:
             if self._away:
                 _log.warning("topic %s: the database answers again", self._wanted.topic)
             self._away = False
+
+
+def _number(statement: Any, connection: Connection) -> int:
+    return int(connection.execute(statement).scalar_one())
+
+
+def _counted(statement: Any, connection: Connection) -> Sequence[tuple[str, int]]:
+    return [(row[0], row[1]) for row in connection.execute(statement)]
 
 
 def _is_away(error: Exception) -> bool:

@@ -42,6 +42,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     delete,
+    func,
     insert,
     literal,
     or_,
@@ -302,6 +303,20 @@ class Statements:
             .limit(limit)
             .with_for_update(skip_locked=True)
         )
+
+    def tagless(self, group: str, topic: str, limit: int) -> Select[Any]:
+        """Count the rows without a tag among those that have been due the longest."""
+        q = self.queue
+        oldest = select(q.c.tag).where(q.c.consumer_group == group, q.c.topic == topic).order_by(q.c.deliver_at, q.c.id)
+        looked = oldest.limit(limit).subquery()
+        return all_rows(select(func.count()).select_from(looked).where(looked.c.tag.is_(None)), self._dialect)
+
+    def groupless(self, limit: int) -> Select[Any]:
+        """Count the rows of each topic that no group has joined, among so many of them."""
+        q = self.queue
+        looked = select(q.c.topic).where(q.c.consumer_group == NO_GROUP).limit(limit).subquery()
+        counted = select(looked.c.topic, func.count()).group_by(looked.c.topic).order_by(looked.c.topic)
+        return all_rows(counted, self._dialect)
 
     def drop(self) -> Delete:
         """Delete rows by id."""
