@@ -177,6 +177,7 @@ def load(
     table, path = settings_table(config or variables.get(CONFIG_VARIABLE) or None, Path(directory or Path.cwd()))
     looked = _looked(table, path)
     handlers = _handlers(table.pop("handlers", {}), path)
+    _known(table, (*_file_names(), "handlers"), f"file {path}")
     found |= _layer(table, _file_names(), f"file {path}", "{source}, {name}", relative_to=path.parent)
     ours = {name: value for name, value in variables.items() if name.startswith(PREFIX) and name not in NO_SETTINGS}
     ours = {name: value for name, value in ours.items() if not name.startswith(TEST_PREFIX) and value != ""}
@@ -271,6 +272,11 @@ def _secret(path: Path, where: str) -> str:
 
 def _checked(name: str, value: object, where: str) -> Any:
     check, _ = SETTINGS[name]
+    if isinstance(value, str) and len(bare := value.strip()) > 1 and bare[0] == bare[-1] and bare[0] in "\"'":
+        raise ConfigurationError(
+            f"{where}: it begins and ends with a quotation mark, which is part of the value here (an --env-file of Docker's,"
+            " a secret's file, TOML with quotes in quotes). Leave both out."
+        )
     try:
         return check(value)
     except ValueError as error:

@@ -39,6 +39,10 @@ def database_url(url: str | URL) -> URL:
     if isinstance(url, URL):
         check_options(url)
         return url
+    if url.lstrip()[:1] in ('"', "'"):
+        raise ConfigurationError(
+            "The database URL begins with a quotation mark, which is part of it here. Leave both out."
+        )
     try:
         read = make_url(url)
     except (ArgumentError, ValueError):  # a port that is no number: its text would repeat it

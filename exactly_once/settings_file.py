@@ -7,9 +7,11 @@ Called by `config`.
 """
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from stat import S_ISLNK
 from typing import Any, Final
 
@@ -20,6 +22,7 @@ __all__ = ["CONFIG_VARIABLE", "settings_table", "told"]
 
 CONFIG_VARIABLE: Final = "EXACTLY_ONCE_CONFIG"
 _ROOT: Final = 0
+_VARIABLE: Final = re.compile(r"(export\s+)?[A-Z_][A-Z0-9_]*=")
 
 
 def settings_table(named: str | Path | None, directory: Path) -> tuple[dict[str, Any], Path]:
@@ -34,6 +37,7 @@ def settings_table(named: str | Path | None, directory: Path) -> tuple[dict[str,
     """
     if named is not None:
         path = Path(named)
+        _refuse_variables(path)
         content, _ = _toml(path)
         inner = _section(content, path)
         if inner is None and path.name != "pyproject.toml":
@@ -98,6 +102,24 @@ def _section(content: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None
     if section is not None and not isinstance(section, Mapping):
         raise ConfigurationError(f"{path}: [tool.exactly_once] must be a table")
     return section
+
+
+def _refuse_variables(path: Path) -> None:
+    """Refuse a file such as `.env`: it may even be read as TOML, where its values are in quotes.
+
+    Raises:
+        ConfigurationError: Each of its lines is NAME=value.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return  # reading it as TOML says so
+    said = [line for each in lines if (line := each.strip()) and not line.startswith("#")]
+    if said and all(map(_VARIABLE.match, said)):
+        raise ConfigurationError(
+            f"the settings file {path} has lines NAME=value, which belong into the environment: set -a; . {quote(str(path))}; set"
+            f' +a. What {CONFIG_VARIABLE} names is read as TOML, with lines such as group = "inventory"'
+        )
 
 
 def _toml(path: Path) -> tuple[dict[str, Any], os.stat_result]:

@@ -14,6 +14,7 @@ from sqlalchemy import make_url
 from exactly_once import config as config_module
 from exactly_once import settings_file
 from exactly_once.config import Config, load, redacted
+from exactly_once.database_url import database_url
 from exactly_once.errors import ConfigurationError
 from exactly_once.handler import Plan, plan
 from exactly_once.message import Message
@@ -121,6 +122,8 @@ def test_a_value_and_a_file_for_the_same_setting_is_an_error(tmp_path: Path) -> 
         ({"EXACTLY_ONCE_GROUP_FILE": "x"}, "", "EXACTLY_ONCE_GROUP"),
         ({}, 'gruop = "x"', "'group'"),
         ({}, "drain_timeout = 5", "'drain_timeout_s'"),
+        ({}, 'handler.reserve.topic = "x"', "'handlers'"),
+        ({}, 'Handlers.reserve.topic = "x"', "'handlers'"),
         ({}, 'handlers.reserve.topik = "x"', "'topic'"),
         ({}, "handlers.reserve.retry.delay = [1]", "'delays'"),
     ],
@@ -211,6 +214,54 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     assert "cannot be read" in refused(tmp_path, {"EXACTLY_ONCE_CONFIG": str(tmp_path / "none.toml")})
     project(tmp_path, "[tool.exactly_once\n")
     assert "pyproject.toml" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "EXACTLY_ONCE_GROUP=inventory\n",
+        'EXACTLY_ONCE_GROUP="inventory"\n',
+        "# shop\nexport A=b\n",
+        'DATABASE_URL="x"\nB=c\n',
+    ],
+)
+def test_a_file_of_variables_in_place_of_toml_is_told_to_be_one(tmp_path: Path, text: str) -> None:
+    path = project(tmp_path, text, ".env")
+    assert refused(tmp_path, {"EXACTLY_ONCE_CONFIG": str(path)}) == (
+        f"the settings file {path} has lines NAME=value, which belong into the environment: set -a; . {path}; set +a. What"
+        ' EXACTLY_ONCE_CONFIG names is read as TOML, with lines such as group = "inventory"'
+    )
+
+
+def test_a_damaged_toml_is_still_told_as_that(tmp_path: Path) -> None:
+    path = project(tmp_path, 'group = "inventory\n', "shop.toml")
+    assert "cannot be read: " in refused(tmp_path, {"EXACTLY_ONCE_CONFIG": str(path)})
+
+
+@pytest.mark.parametrize("quote", ['"', "'"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DATABASE", "sqlite:///shop.db"),
+        ("REDIS", "redis://h"),
+        ("TRANSPORT", "sql://"),
+        ("GROUP", "inventory"),
+        ("PROCESSES", "2"),
+    ],
+)
+def test_a_value_in_quotation_marks_says_that_they_are_part_of_it(
+    tmp_path: Path, name: str, value: str, quote: str
+) -> None:
+    assert refused(tmp_path, {f"EXACTLY_ONCE_{name}": f"{quote}{value}{quote}"}) == (
+        f"environment EXACTLY_ONCE_{name}: it begins and ends with a quotation mark, which is part of the value here (an"
+        " --env-file of Docker's, a secret's file, TOML with quotes in quotes). Leave both out."
+    )
+
+
+def test_a_value_in_quotation_marks_in_a_secrets_file_says_so_too(tmp_path: Path) -> None:
+    (tmp_path / "url").write_text('"sqlite:///shop.db"\n')
+    text = refused(tmp_path, {"EXACTLY_ONCE_DATABASE_FILE": str(tmp_path / "url")})
+    assert "EXACTLY_ONCE_DATABASE_FILE: it begins and ends with a quotation mark" in text
 
 
 def test_a_pyproject_of_another_program_is_no_error(tmp_path: Path) -> None:
@@ -470,3 +521,8 @@ def test_what_sqlalchemy_hides_we_hide_too(user: str, password: str) -> None:
     if user or password:
         assert make_url(printed).password in (None, "***", "")
     assert make_url(printed).host == "h"
+
+
+def test_a_database_url_in_quotation_marks_says_so_without_settings_too() -> None:
+    with pytest.raises(ConfigurationError, match=r"^The database URL begins with a quotation mark"):
+        database_url('"sqlite:///shop.db"')
