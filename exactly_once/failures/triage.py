@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 _IDENTITY: Final = ("id", "state", "consumer_group", "handler", "business_key", "claim_owner", "last_failed_at")
+_NAMED: Final = 5  # keys in a sentence; the rest is counted
 _LOOKS: Final = 3  # for a claim that comes or goes in between; then the whole is tried again
 _CLAIMED: Final = (*_IDENTITY, "message_id", "fingerprint", "attempts", "born_at")
 
@@ -309,12 +310,43 @@ def rename(connection: Connection, tables: Tables, group: str, old: str, new: st
         doubled = select(func.count()).select_from(table).where(mine, both)
         twice = connection.execute(all_rows(doubled, connection.dialect.name)).scalar_one()
         if twice:
+            key = table.c.failure_key if table is tables.failure else table.c.business_key
+            some = select(key).where(mine, both).distinct().order_by(key).limit(_NAMED)
             raise ConfigurationError(
-                f"Both {old!r} and {new!r} have rows for {twice} key(s) in {table.name}; nothing was renamed. They were run"
-                " under both names: look at those keys first."
+                _twice(connection, table, group, old, new, twice, connection.execute(some).scalars().all())
             )
         moved[table.name] = connection.execute(update(table).where(mine).values(handler=new)).rowcount
     return moved
+
+
+def _twice(
+    connection: Connection, table: Table, group: str, old: str, new: str, number: int, keys: Sequence[str]
+) -> str:
+    """Say which keys have rows of both names, and which of them to delete."""
+    more = f" and {number - len(keys)} more" if number > len(keys) else ""
+    column = "failure_key" if "failure_key" in table.c else "business_key"
+    named_rows = {"consumer_group": group, "handler": old}
+    deletes = [
+        f"DELETE FROM {table.fullname} WHERE "  # noqa: S608  (for a person to read and type)
+        + " AND ".join(
+            f"{name} = {_quoted(value, connection.dialect.name)}"
+            for name, value in (named_rows | {column: key}).items()
+        )
+        for key in keys
+        if key.isprintable()  # what steers a terminal is not written to one
+    ]
+    return (
+        f"{number} key(s) have rows of both {old!r} and {new!r} in {table.name}: {', '.join(map(escaped, keys))}{more}. Each was"
+        " run twice, once under either name, and nothing was renamed. Undo what one of the two runs did. Then delete the row of"
+        " the old name, and type the command again; the row of the new name keeps the key from running:\n"
+        + "\n".join(deletes)
+    )
+
+
+def _quoted(value: str, server: str) -> str:
+    if server in ("mysql", "mariadb"):
+        value = value.replace("\\", "\\\\")
+    return "'" + value.replace("'", "''") + "'"
 
 
 def _decided(connection: Connection, by: str, why: str | None) -> dict[str, Any]:

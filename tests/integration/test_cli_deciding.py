@@ -224,6 +224,32 @@ def test_a_rename_moves_every_row_or_none(world: World) -> None:
         triage.rename(connection, tables(), GROUP, "reserve", "reserve_stock")
 
 
+def test_a_rename_of_keys_that_ran_under_both_names_names_them_and_the_row_to_delete(world: World) -> None:
+    world.mood = "well"
+    for number in ("R-1", "R-2", "it's"):
+        world.feed(number)
+    with world.engine.begin() as connection:
+        triage.rename(connection, tables(), GROUP, "reserve", "reserve_stock")
+    for number in ("R-1", "it's", "R-4"):
+        world.feed(number)
+    with pytest.raises(ConfigurationError) as refused, world.engine.begin() as connection:
+        triage.rename(connection, tables(), GROUP, "reserve", "reserve_stock")
+    said = str(refused.value)
+    assert said.startswith(
+        "2 key(s) have rows of both 'reserve' and 'reserve_stock' in message_idempotent: R-1, it's. Each was run twice, once"
+        " under either name, and nothing was renamed. Undo what one of the two runs did. Then delete the row of the old name, and type"
+        " the command again; the row of the new name keeps the key from running:\n"
+    )
+    statements = said.splitlines()[1:]
+    assert len(statements) == 2
+    with world.engine.begin() as connection:
+        for statement in statements:
+            assert connection.execute(text(statement)).rowcount == 1
+        moved = triage.rename(connection, tables(), GROUP, "reserve", "reserve_stock")
+    assert moved["message_idempotent"] == 1
+    assert sorted(world.claims()) == ["R-1", "R-2", "R-4", "it's"]
+
+
 def test_times_are_the_servers_and_not_this_machines(world: World) -> None:
     world.feed("A")
     world.requeue()
