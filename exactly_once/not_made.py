@@ -5,18 +5,20 @@ typed, it would find another one in order, and say so for ever. Called by whoeve
 `transports.sql`, the command line.
 """
 
+import os
 from collections.abc import Sequence
 from shlex import quote
 from typing import Final
 from weakref import WeakSet
 
-from sqlalchemy import Connection, Dialect, Engine, text
+from sqlalchemy import URL, Connection, Dialect, Engine, text
 
+from exactly_once.errors import ConfigurationError, SchemaError
 from exactly_once.in_memory import in_memory
 from exactly_once.redaction import HIDDEN, redacted
 from exactly_once.wording import listed
 
-__all__ = ["not_made", "of_the_settings", "other_schemas", "upgrade_command"]
+__all__ = ["file_of", "no_file", "not_made", "of_the_settings", "other_schemas", "upgrade_command"]
 
 _OTHERS: Final = text(
     "SELECT place.nspname FROM pg_catalog.pg_class AS found JOIN pg_catalog.pg_namespace AS place"
@@ -74,6 +76,35 @@ def not_made(
     return (
         f"{said} The {have} them: if that is yours, type: export EXACTLY_ONCE_SCHEMA={quote(others[0])}. Only to make others,"
         f" type: {command}"
+    )
+
+
+def file_of(url: URL) -> str | None:
+    """Return the path of a URL's SQLite file, as it has it; None where it has none, or names it in another way."""
+    named = url.database
+    if url.get_backend_name() != "sqlite" or not named or ":memory:" in named or named.startswith("file:"):
+        return None
+    return named
+
+
+def no_file(url: URL, command: str | None) -> ConfigurationError | None:
+    """Return what is told where a SQLite file is not there, before connecting makes an empty one; None where it is.
+
+    Args:
+        url: Of the database.
+        command: What makes it with our tables. None: it is to be made now, and only its folder must be there.
+    """
+    named = file_of(url)
+    if named is None or os.path.exists(named):
+        return None
+    path = os.path.abspath(named)
+    if not os.path.isdir(folder := os.path.dirname(path)):
+        return ConfigurationError(f"There is no folder {folder} for {redacted(url)}. Make it, or mend the URL.")
+    if command is None:
+        return None
+    return SchemaError(
+        f"There is no file {path} ({redacted(url)}), and none was made. Mend the URL, or make it with our tables in it."
+        f" Type: {command}"
     )
 
 

@@ -16,11 +16,11 @@ from sqlalchemy import Dialect, Engine
 from sqlalchemy.exc import DisconnectionError
 
 from exactly_once.errors import StoreUnavailable
-from exactly_once.in_memory import in_memory
 from exactly_once.listeners import listen
+from exactly_once.not_made import file_of, no_file, upgrade_command
 from exactly_once.steady_log import steady
 
-__all__ = ["file_of", "replaced", "watch_file"]
+__all__ = ["replaced", "watch_file"]
 
 _FILE: Final = "exactly_once.file"
 _log = steady("exactly_once.store")
@@ -40,12 +40,17 @@ class _Seen:
 _seen: WeakKeyDictionary[Dialect, _Seen] = WeakKeyDictionary()
 
 
-def watch_file(engine: Engine) -> None:
-    """Compare each connection of an engine with the file that has its name now."""
-    if file_of(engine) is None or engine.dialect in _seen:
+def watch_file(engine: Engine, *, ours: bool) -> None:
+    """Compare each connection of an engine with the file that has its name now.
+
+    Args:
+        engine: Of any database.
+        ours: We made it, and make tables through none of ours: a file that is not there is not made by connecting to it.
+    """
+    if file_of(engine.url) is None or engine.dialect in _seen:
         return
     seen = _seen[engine.dialect] = _Seen()
-    listen(engine, "do_connect", lambda *_: _still_there(seen))
+    listen(engine, "do_connect", lambda *_: _still_there(engine, seen, ours=ours))
     listen(engine, "connect", lambda _, record: _opened(engine, seen, record))
     listen(engine, "checkout", lambda _, record, __: _compared(seen, record))
 
@@ -56,24 +61,19 @@ def replaced(engine: Engine) -> int:
     return 0 if seen is None else seen.times
 
 
-def file_of(engine: Engine) -> str | None:
-    """Return the path of an engine's file as its URL has it; None where it has none."""
-    named = engine.url.database
-    if engine.dialect.name != "sqlite" or in_memory(engine) or not named or named.startswith("file:"):
-        return None
-    return named
-
-
 def _opened(engine: Engine, seen: _Seen, record: Any) -> None:
-    path = os.path.abspath(file_of(engine) or "")  # the program may go to another folder, the connection stays
+    path = os.path.abspath(file_of(engine.url) or "")  # the program may go to another folder, the connection stays
     if (found := _found(path)) is not None:  # else its own way to connect leads elsewhere
         record.info[_FILE] = seen.opened = found
 
 
-def _still_there(seen: _Seen) -> None:
+def _still_there(engine: Engine, seen: _Seen, *, ours: bool) -> None:
     """Before connecting, which would make an empty file."""
-    if seen.opened is not None and not os.path.exists(seen.opened[0]):
-        raise _gone(seen.opened[0])
+    if seen.opened is not None:
+        if not os.path.exists(seen.opened[0]):
+            raise _gone(seen.opened[0])
+    elif ours and (told := no_file(engine.url, upgrade_command(engine))) is not None:
+        raise told
 
 
 def _compared(seen: _Seen, record: Any) -> None:

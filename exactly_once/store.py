@@ -541,7 +541,7 @@ class Store:
         remember_parts(engine.url)
         install(engine)
         watch_pool(engine)
-        watch_file(engine)
+        watch_file(engine, ours=engine in self._ours)
         if (engine.dialect.name, engine.dialect.driver.removesuffix("_async")) == ("postgresql", "psycopg"):
             from exactly_once.dialects.postgresql_pooler import look_at_each
 

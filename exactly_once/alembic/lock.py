@@ -22,6 +22,7 @@ from exactly_once.characters import utf8_args
 from exactly_once.database_driver import check_driver, with_driver
 from exactly_once.database_url import database_url
 from exactly_once.errors import ConfigurationError, SchemaError, StoreUnavailable
+from exactly_once.not_made import no_file
 from exactly_once.pooler import IDLE_MS, LINK
 from exactly_once.redaction import redacted
 from exactly_once.unusable import silent
@@ -69,6 +70,8 @@ def with_connection(database: Database, work: Callable[[Connection], T]) -> T:
         )
     url = with_driver(database_url(database))
     check_driver(url)
+    if (lacking := no_file(url, None)) is not None:
+        raise lacking
     if url.get_backend_name() in ("mysql", "mariadb") and (told := silent(url)) is not None:
         raise StoreUnavailable(f"{redacted(url)} does not answer: {told}")
     if url.get_dialect().is_async:

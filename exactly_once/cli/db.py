@@ -24,7 +24,7 @@ from exactly_once.config import Config, load
 from exactly_once.database_driver import check_driver
 from exactly_once.database_url import database_url
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, SchemaError, StoreUnavailable
-from exactly_once.not_made import of_the_settings
+from exactly_once.not_made import no_file, of_the_settings
 from exactly_once.redaction import redacted
 from exactly_once.schema import tables
 from exactly_once.store import try_to_write
@@ -86,6 +86,11 @@ def check(database: DatabaseOption = None, schema: SchemaOption = None) -> None:
         for url in urls:
             try:
                 with _at(url, source, schema):
+                    command = "exactly-once db upgrade" + (
+                        f" --database {quote(_shown(url))}" if source == _TYPED else ""
+                    )
+                    if (lacking := no_file(url, command)) is not None:
+                        raise lacking
                     troubles += filter(None, [with_connection(url, partial(_checked, schema=schema, source=source))])
             except ExactlyOnceError as error:
                 troubles.append(str(error))

@@ -21,6 +21,7 @@ from exactly_once.pooler import LINK, Link, begin_bounded
 from exactly_once.redaction import redacted
 from exactly_once.schema import utcnow
 from exactly_once.store import Store, claims_twice, lacking_characters
+from exactly_once.unusable import read_only
 from exactly_once.wording import escaped, probably
 
 __all__ = ["findings_for_database"]
@@ -52,7 +53,7 @@ def findings_for_database(store: Store, group: str, plans: tuple[Plan, ...], con
     if store.lacking is not None:
         yield Finding(Mark.WARN, lacking_characters(store.name, store.lacking))
     if not store.answers():
-        yield Finding(Mark.FAIL, f"{where} is read only (a standby?): point EXACTLY_ONCE_DATABASE at the primary.")
+        yield Finding(Mark.FAIL, f"{where}: {read_only(store.engine.url)}")
         return
     try:
         yield _self_check(where, store, lambda: claims_twice(store.dialect, store.open, group), "sync")

@@ -237,8 +237,8 @@ def test_a_rename_of_keys_that_ran_under_both_names_names_them_and_the_row_to_de
     said = str(refused.value)
     assert said.startswith(
         "2 key(s) have rows of both 'reserve' and 'reserve_stock' in message_idempotent: R-1, it's. Each was run twice, once"
-        " under either name, and nothing was renamed. Undo what one of the two runs did. Then delete the row of the old name, and type"
-        " the command again; the row of the new name keeps the key from running:\n"
+        " under either name, and nothing was renamed. Undo what one of the two runs did. Then delete the row of the old name, and"
+        " type the command again; the row of the new name keeps the key from running:\n"
     )
     statements = said.splitlines()[1:]
     assert len(statements) == 2
