@@ -48,7 +48,7 @@ from exactly_once.stops import asked_from_outside
 from exactly_once.unreached import unreached
 from exactly_once.unusable import denied, is_denied, is_read_only, read_only, silent, unusable, words
 from exactly_once.whose import came_through
-from exactly_once.wording import escaped
+from exactly_once.wording import escaped, stopped
 
 if TYPE_CHECKING:
     import asyncio
@@ -438,7 +438,7 @@ class Store:
             if dialect.name != "postgresql":
                 said = escaped(words_of(error), 200)
                 raise ConfigurationError(
-                    f"The database {where} cannot be used: {said}. Check the URL {_WHERE}"
+                    f"The database {where} cannot be used: {stopped(said)} Check the URL {_WHERE}"
                 ) from error
             # SQLAlchemy reads bytes for text there, and knows no other way to say so
             raise ConfigurationError(
@@ -453,7 +453,7 @@ class Store:
                 if dialect.trouble(error) is Trouble.UNAVAILABLE and not dialect.hopeless(error):
                     return f"{where} does not answer ({unusable(error, self.engine.url) if ours else words(error)})"
                 raise ConfigurationError(
-                    f"The database {where} cannot be used: {words(error)}. Check the URL {_WHERE}"
+                    f"The database {where} cannot be used: {stopped(words(error))} Check the URL {_WHERE}"
                 ) from error
             if not self.unreached(error):
                 raise

@@ -17,7 +17,7 @@ from sqlalchemy import URL
 from exactly_once.drivers_own import original
 from exactly_once.errors import ConfigurationError
 from exactly_once.redaction import redacted, struck
-from exactly_once.wording import escaped
+from exactly_once.wording import escaped, stopped
 
 __all__ = ["denied", "is_denied", "is_read_only", "nameless", "no_schemas", "read_only", "silent", "unusable", "words"]
 
@@ -85,13 +85,14 @@ def denied(error: BaseException, url: URL, *, schema: str | None = None, changin
     option = f" --schema {schema}" if schema else ""
     grants = f"exactly-once db sql --dialect {url.get_backend_name()} --grants {role or 'ROLE'}{option}"
     who = f"The role {role}" if role else "The role"
+    why = stopped(words(error))
     if changing:
         return (
-            f"{who} may not make or change the tables of exactly_once in {redacted(url)}: {words(error)}. Upgrade as their"
+            f"{who} may not make or change the tables of exactly_once in {redacted(url)}: {why} Upgrade as their"
             f" owner: exactly-once db upgrade --database URL{option}. A worker's role needs only the GRANT lines of: {grants}"
         )
     return (
-        f"{who} may not use the tables of exactly_once in {redacted(url)}: {words(error)}. Have their owner run the GRANT lines"
+        f"{who} may not use the tables of exactly_once in {redacted(url)}: {why} Have their owner run the GRANT lines"
         f" that this prints: {grants}"
     )
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["EVERY", "THREE_BYTES", "escaped", "json_line", "listed", "probably", "storable", "taken"]
+__all__ = ["EVERY", "THREE_BYTES", "escaped", "json_line", "listed", "probably", "stopped", "storable", "taken"]
 
 EVERY: Final = "utf-8"
 """The character set that has every character."""
@@ -76,6 +76,17 @@ def taken(topic: str, tags: Iterable[str]) -> str:
     """
     every = "|".join(sorted(tags))
     return f"{topic}:{every}" if every else topic
+
+
+def stopped(text: str) -> str:
+    """End somebody else's sentence, for ours to follow.
+
+    Example:
+        >>> stopped("a proxy whose server is away?"), stopped("no route to host")
+        ('a proxy whose server is away?', 'no route to host.')
+    """
+    ended = text.rstrip()
+    return ended if ended.rstrip(")\"'").endswith((".", "?", "!")) else f"{ended}."
 
 
 def storable(

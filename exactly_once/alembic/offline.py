@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from exactly_once.alembic.versions import HEAD, TABLES, VERSION_TABLE, name_of, write
 from exactly_once.errors import ConfigurationError
+from exactly_once.wording import stopped
 
 __all__ = ["history_file", "script", "shows_our_tables"]
 
@@ -194,5 +195,7 @@ def _history(directory: Path | None, config: Path) -> Any:
         Path(scripts.versions).mkdir(exist_ok=True)
         scripts.get_heads()
     except (CommandError, OSError) as error:
-        raise ConfigurationError(f"Your Alembic history cannot be read: {error}. Nothing was written.") from error
+        raise ConfigurationError(
+            f"Your Alembic history cannot be read: {stopped(str(error))} Nothing was written."
+        ) from error
     return scripts

@@ -29,6 +29,7 @@ from exactly_once.redaction import redacted
 from exactly_once.schema import tables
 from exactly_once.store import try_to_write
 from exactly_once.unusable import denied, is_denied, is_read_only, no_schemas, read_only, unusable
+from exactly_once.wording import stopped
 
 __all__ = ["app"]
 
@@ -259,4 +260,7 @@ def _at(url: URL, source: str, schema: str | None, *, changing: bool = False) ->
 
 
 def _refused(url: URL, source: str, said: str) -> str:
-    return f"{_shown(url)} refused, or does not answer: {said}. Mend that, or the URL ({source}); then type the command again."
+    return (
+        f"{_shown(url)} refused, or does not answer: {stopped(said)} Mend that, or the URL ({source}); then type the command"
+        " again."
+    )

@@ -13,7 +13,7 @@ from exactly_once.app import ExactlyOnce
 from exactly_once.error_words import place_of
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, StoreUnavailable
 from exactly_once.store import Store
-from exactly_once.wording import escaped
+from exactly_once.wording import escaped, stopped
 
 __all__ = ["AppOption", "TransportOption", "application", "one_store", "repeated", "usable"]
 
@@ -152,4 +152,4 @@ def usable(store: Store) -> None:
         ConfigurationError: It has not our tables, or lets us not in; the text is the command that mends it.
     """
     if (problem := store.problem()) is not None:
-        raise StoreUnavailable(f"{problem}. Start it, or mend EXACTLY_ONCE_DATABASE.")
+        raise StoreUnavailable(f"{stopped(problem)} Start it, or mend EXACTLY_ONCE_DATABASE.")

@@ -22,7 +22,7 @@ from exactly_once.redaction import redacted
 from exactly_once.schema import utcnow
 from exactly_once.store import Store, claims_twice, lacking_characters
 from exactly_once.unusable import read_only
-from exactly_once.wording import escaped, probably
+from exactly_once.wording import escaped, probably, stopped
 
 __all__ = ["findings_for_database"]
 
@@ -47,7 +47,7 @@ def findings_for_database(store: Store, group: str, plans: tuple[Plan, ...], con
         yield Finding(Mark.FAIL, str(error))
         return
     if problem is not None:
-        yield Finding(Mark.FAIL, f"{problem}. Start it, or mend EXACTLY_ONCE_DATABASE.")
+        yield Finding(Mark.FAIL, f"{stopped(problem)} Start it, or mend EXACTLY_ONCE_DATABASE.")
         return
     yield Finding(Mark.OK, f"{where}: {redacted(store.engine.url)} answers, schema at head")
     if store.lacking is not None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from exactly_once.doctor.finding import Finding, Mark
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, StoreUnavailable
 from exactly_once.redis_connection import RedisConnection
-from exactly_once.wording import escaped
+from exactly_once.wording import escaped, stopped
 
 __all__ = ["findings_for_redis"]
 
@@ -27,7 +27,7 @@ def findings_for_redis(connection: RedisConnection) -> Iterator[Finding]:
         problem = connection.problem()
         if problem is not None:
             yield Finding(
-                Mark.FAIL, f"{problem}. Start it, or mend its URL (EXACTLY_ONCE_REDIS, or where it was given)."
+                Mark.FAIL, f"{stopped(problem)} Start it, or mend its URL (EXACTLY_ONCE_REDIS, or where it was given)."
             )
             return
         yield Finding(Mark.OK, f"{where} answers, and a script can write to it")

@@ -61,6 +61,15 @@ def test_a_folder_of_an_ini_file_without_an_env_py_is_refused_too(project: UserP
     assert project.versions() == []
 
 
+def test_alembics_own_sentence_gets_no_second_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "alembic.ini").write_text("[alembic]\nscript_location = gone\n")
+    code, said = typed()
+    assert code == 1
+    assert said.endswith(". Nothing was written.\n")
+    assert ".." not in said.replace("...", "")
+
+
 def test_what_is_written_is_what_alembic_sees(project: UserProject) -> None:
     code, said = typed("--directory", "history")
     assert code == 0

@@ -209,6 +209,7 @@ def test_another_services_port_is_told_in_seconds(
     assert code == 1
     assert f"127.0.0.1:{silent_port} accepted the connection and did not speak" in said
     assert "is it another service's port" in said
+    assert "away?." not in said
     assert f"accepted the connection and did not speak {'PostgreSQL' if driver.startswith('p') else 'M'}" in waited(
         url, caplog, 1
     )

@@ -13,6 +13,7 @@ from exactly_once.steady_log import steady
 from exactly_once.transport import Away, Subscription
 from exactly_once.transports.remoting import Admin, Queue, Refused
 from exactly_once.transports.rocketmq4.messages import Names
+from exactly_once.wording import stopped
 
 __all__ = ["fix_starting_points", "locks_of", "problems"]
 
@@ -34,7 +35,7 @@ def problems(
         try:
             queues = admin.queues(topic)
         except TransportError as error:
-            yield Away(f"{error}. Start it, or correct the hosts of the rocketmq4:// URL.")
+            yield Away(f"{stopped(str(error))} Start it, or correct the hosts of the rocketmq4:// URL.")
             return
         if not queues:
             yield _no_route(admin, servers, topic)
@@ -47,9 +48,10 @@ def problems(
         try:
             settings = admin.group(address, wanted)
         except Refused as error:
-            yield f"The settings of group {wanted} could not be verified: {error}. Look with mqadmin and decide yourself."
+            why = stopped(str(error))
+            yield f"The settings of group {wanted} could not be verified: {why} Look with mqadmin and decide yourself."
         except (OSError, TransportError) as error:
-            yield Away(f"The RocketMQ broker {broker} at {address} does not answer: {error}. Start it.")
+            yield Away(f"The RocketMQ broker {broker} at {address} does not answer: {stopped(str(error))} Start it.")
         else:
             yield from _group_problems(servers, broker, address, wanted, settings)
 
@@ -63,7 +65,7 @@ def _no_route(admin: Admin, servers: str, topic: str) -> str:
     try:
         brokers = admin.brokers()
     except TransportError as error:
-        return Away(f"{error}. Start it, or correct the hosts of the rocketmq4:// URL.")
+        return Away(f"{stopped(str(error))} Start it, or correct the hosts of the rocketmq4:// URL.")
     if not brokers:
         return Away(
             f"The RocketMQ name server at {servers} knows no broker yet, and so no topic {topic}. A broker that restarts"
@@ -78,7 +80,7 @@ def _no_route(admin: Admin, servers: str, topic: str) -> str:
         try:
             has = admin.has_readable(address, topic)
         except (OSError, TransportError) as error:
-            return Away(f"The RocketMQ broker {broker} at {address} does not answer: {error}. Start it.")
+            return Away(f"The RocketMQ broker {broker} at {address} does not answer: {stopped(str(error))} Start it.")
         if has:
             return Away(
                 f"The RocketMQ broker {broker} has the topic {topic}, and the name server does not know it yet."

@@ -42,7 +42,7 @@ from exactly_once.transports.sql.producer import SqlProducer, gone, reason, refu
 from exactly_once.transports.sql.statements import WINDOW, Look
 from exactly_once.transports.urls import parse
 from exactly_once.verdict import Ack, Verdict
-from exactly_once.wording import escaped, probably, taken
+from exactly_once.wording import escaped, probably, stopped, taken
 
 __all__ = ["SqlTransport"]
 
@@ -138,7 +138,9 @@ class SqlTransport:
         except ConfigurationError as error:
             problems.append(str(error))
         except (LookupError, ArgumentError) as error:
-            problems.append(f"sql:// needs the application's database: {error}. Set EXACTLY_ONCE_DATABASE.")
+            problems.append(
+                f"sql:// needs the application's database: {stopped(str(error))} Set EXACTLY_ONCE_DATABASE."
+            )
         except Exception as error:
             if not _is_away(error):
                 raise
