@@ -8,10 +8,10 @@ A step's result is stored before the next step begins; on the next attempt it is
 the decoded stored form, so that the first attempt sees what the second would. Where it ends: a crash between an outside
 call and its record repeats that call, with the same key, unless it is `at_most_once`: then a person decides.
 
-`Steps` and `AsyncSteps` are what a handler may ask for by annotation; the work is behind `Ledger` (`guards.ledger`).
+`Steps` and `AsyncSteps` are what a handler may ask for by annotation; the work is behind `Ledger` (`guards.step_ledger`).
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
@@ -20,6 +20,8 @@ from typing import Any, Final, Protocol, TypeVar
 
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only, greenlet_spawn
+
+from exactly_once.step_calls import KEY, SESSION, not_awaited, not_to_be_called, nothing_to_await
 
 __all__ = ["AsyncSteps", "Begun", "Coder", "Ledger", "Steps", "coder", "step_key"]
 
@@ -70,6 +72,18 @@ class Ledger(Protocol):
     def transact(self, name: str, returns: Any, work: Callable[[Any], Any]) -> Any:
         """Run work(session) and store its result in one transaction."""
 
+    def refuse(self, name: str, why: str) -> Exception:
+        """Return what is raised where a step cannot begin; the message is kept for a person."""
+
+    def misfit(self, begun: Begun, why: str, *, ran: bool) -> Exception:
+        """Return what is raised where a step's call gave back what is no result: of one that ran, or of which nothing did."""
+
+    def undone(self, name: str, why: str) -> Exception:
+        """Return what is raised where the work of a transaction gave back what is no result; it is rolled back."""
+
+    def asked(self, name: str, coroutine: Coroutine[Any, Any, Any]) -> None:
+        """Note what is to be awaited before the handler returns."""
+
 
 class Steps:
     """Recovery points of a plain handler under `guard=Lease(...)`; ask for them with a parameter `steps: Steps`."""
@@ -105,6 +119,8 @@ class Steps:
         Example:
             hold = steps.run("lock stock", lambda key: inventory.lock(order.no, idempotency_key=key), returns=Hold)
         """
+        if (wrong := not_to_be_called(name, call, KEY, awaited=False)) is not None:
+            raise self._ledger.refuse(name, wrong)
         begun = self._ledger.begin(name, returns, at_most_once=at_most_once)
         if begun.done:
             value: T = begun.value
@@ -114,6 +130,8 @@ class Steps:
         except BaseException:
             self._ledger.failed(begun)
             raise
+        if (wrong := not_awaited(result)) is not None:
+            raise self._ledger.misfit(begun, wrong, ran=False)
         stored: T = self._ledger.finish(begun, result)
         return stored
 
@@ -128,7 +146,16 @@ class Steps:
         Example:
             order_id = steps.transaction("create order", lambda session: create(session, order))
         """
-        value: T = self._ledger.transact(name, returns, work)
+        if (wrong := not_to_be_called(name, work, SESSION, awaited=False)) is not None:
+            raise self._ledger.refuse(name, wrong)
+
+        def worked(session: Session) -> T:
+            result = work(session)
+            if (wrong := not_awaited(result)) is not None:
+                raise self._ledger.undone(name, wrong)
+            return result
+
+        value: T = self._ledger.transact(name, returns, worked)
         return value
 
 
@@ -145,29 +172,56 @@ class AsyncSteps:
         """See `Steps.attempt`."""
         return self._ledger.attempt
 
-    async def run(
+    def run(
         self, name: str, call: Callable[[str], Awaitable[T]], *, returns: Any = None, at_most_once: bool = False
-    ) -> T:
-        """See `Steps.run`; `call` is awaited.
+    ) -> Coroutine[Any, Any, T]:
+        """See `Steps.run`; `call` is awaited. To be awaited itself before the handler returns, or the message fails.
 
         Example:
             hold = await steps.run("lock stock", lambda key: inventory.lock(order.no, key), returns=Hold)
         """
+        coroutine = self._run(name, call, returns, at_most_once)
+        self._ledger.asked(name, coroutine)
+        return coroutine
+
+    async def _run(self, name: str, call: Callable[[str], Awaitable[T]], returns: Any, at_most_once: bool) -> T:
+        if (wrong := not_to_be_called(name, call, KEY, awaited=True)) is not None:
+            raise self._ledger.refuse(name, wrong)
         begun = await greenlet_spawn(self._ledger.begin, name, returns, at_most_once=at_most_once)
         if begun.done:
             value: T = begun.value
             return value
         try:
-            result = await call(begun.key)
+            awaitable = call(begun.key)
+            if (wrong := nothing_to_await(awaitable)) is None:
+                result = await awaitable
         except BaseException:
             self._ledger.failed(begun)
             raise
+        if wrong is not None:
+            raise self._ledger.misfit(begun, wrong, ran=True)
         stored: T = await greenlet_spawn(self._ledger.finish, begun, result)
         return stored
 
-    async def transaction(self, name: str, work: Callable[[Any], Awaitable[T]], *, returns: Any = None) -> T:
-        """See `Steps.transaction`; `work` gets an AsyncSession and is awaited."""
-        value: T = await greenlet_spawn(self._ledger.transact, name, returns, lambda session: await_only(work(session)))
+    def transaction(
+        self, name: str, work: Callable[[Any], Awaitable[T]], *, returns: Any = None
+    ) -> Coroutine[Any, Any, T]:
+        """See `Steps.transaction`; `work` gets an AsyncSession and is awaited. To be awaited itself, as `run`."""
+        coroutine = self._transaction(name, work, returns)
+        self._ledger.asked(name, coroutine)
+        return coroutine
+
+    async def _transaction(self, name: str, work: Callable[[Any], Awaitable[T]], returns: Any) -> T:
+        if (wrong := not_to_be_called(name, work, SESSION, awaited=True)) is not None:
+            raise self._ledger.refuse(name, wrong)
+
+        def worked(session: Any) -> T:
+            awaitable = work(session)
+            if (wrong := nothing_to_await(awaitable)) is not None:
+                raise self._ledger.undone(name, wrong)
+            return await_only(awaitable)
+
+        value: T = await greenlet_spawn(self._ledger.transact, name, returns, worked)
         return value
 
 

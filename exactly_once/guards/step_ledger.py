@@ -5,7 +5,7 @@ another order than they were recorded in, and a result that cannot be stored. Th
 swallows it. Made by `delivery` for each attempt of a handler that asks for `Steps`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from exactly_once.leases import Held, LeaseStore, Recorded
 from exactly_once.leases.sql import SqlLeases
 from exactly_once.leaves import leaves
 from exactly_once.schema import STEP_BYTES
+from exactly_once.step_calls import never_awaited
 from exactly_once.steps import Begun, coder, step_key
 from exactly_once.stops import stops
 from exactly_once.wording import escaped
@@ -73,6 +74,7 @@ class StepLedger:
         self._unsure: set[str] = set()
         self._undecided: set[str] = set()
         self._running: str | None = None
+        self._asked: list[tuple[str, Coroutine[Any, Any, Any]]] = []
         self.error: LeaseLost | StepError | BrokenTransaction | None = None
         self.why: BaseException | None = None
         """What ended the transaction of the last step, where that says more than what it raised; None once a step is finished."""
@@ -92,8 +94,15 @@ class StepLedger:
             StepError: A step could not go on, or is recorded and was not asked for.
             BrokenTransaction: The transaction of a step was committed behind our back.
         """
+        unread = never_awaited(self._asked)  # first, for these close
         if self.error is not None:
             raise self.error
+        if unread is not None:
+            raise self.refuse(
+                unread,
+                "was asked for without `await`: nothing of it ran. Nothing of this run is committed; steps that it finished"
+                " are kept. Write `await` in front of it",
+            )
         if self._running is not None:
             raise self._refuse(
                 self._running,
@@ -177,6 +186,32 @@ class StepLedger:
         self._running = None
         if self._late.reopen():  # it was called, so trying again would call it again, for the same end
             self._refuse(begun.name, f"{_USED}. {_SHUT}")
+
+    def asked(self, name: str, coroutine: Coroutine[Any, Any, Any]) -> None:
+        """See `Ledger.asked`."""
+        self._asked.append((name, coroutine))
+
+    def refuse(self, name: str, why: str) -> StepError:
+        """See `Ledger.refuse`."""
+        return self._refuse(name, f"{why}, then type: {self._requeue()}")
+
+    def misfit(self, begun: Begun, why: str, *, ran: bool) -> StepError:
+        """See `Ledger.misfit`."""
+        self.failed(begun)
+        if ran:
+            return self._refuse(begun.name, f"{why}. {self._unkept(begun.name, 'make it `async def`')}")
+        if begun.marked:
+            resolve = f"exactly-once steps resolve {self._named(begun.name)} --result JSON"
+            return self._refuse(
+                begun.name,
+                f"{why}. That it began is recorded, and it is to happen at most once: do it by hand, and type: {resolve},"
+                f" and {self._requeue()}",
+            )
+        return self.refuse(begun.name, why)
+
+    def undone(self, name: str, why: str) -> StepError:
+        """See `Ledger.undone`."""
+        return self._refuse(name, f"{why}. {self._undone(name, 'mend it')}")
 
     def transact(self, name: str, returns: Any, work: Callable[[Any], Any]) -> Any:
         """See `Ledger.transact`. A COMMIT whose answer is lost is found by the next attempt: its row stands, or does not."""
