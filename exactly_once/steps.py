@@ -21,6 +21,7 @@ from typing import Any, Final, Protocol, TypeVar
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from exactly_once.one_turn import let_tasks_begin
 from exactly_once.step_calls import KEY, SESSION, not_awaited, not_to_be_called, nothing_to_await
 
 __all__ = ["AsyncSteps", "Begun", "Coder", "Ledger", "Steps", "coder", "step_key"]
@@ -219,7 +220,9 @@ class AsyncSteps:
             awaitable = work(session)
             if (wrong := nothing_to_await(awaitable)) is not None:
                 raise self._ledger.undone(name, wrong)
-            return await_only(awaitable)
+            result = await_only(awaitable)
+            let_tasks_begin()
+            return result
 
         value: T = await greenlet_spawn(self._ledger.transact, name, returns, worked)
         return value

@@ -26,7 +26,7 @@ from exactly_once.error_words import words_of
 from exactly_once.errors import InProgress, LeaseLost, Misuse, RefusedResult, StoreUnavailable
 from exactly_once.finishing import finish
 from exactly_once.guards import Consumed, Guard, Unfinished, Won
-from exactly_once.guards.watch import HOME, BrokenTransaction, Left, LostTransaction, Watch
+from exactly_once.guards.watch import HOME, BrokenTransaction, Left, LostTransaction, Watch, flush
 from exactly_once.leaves import leaves
 from exactly_once.one_writer import holding
 from exactly_once.stops import stops
@@ -118,15 +118,14 @@ def run(
             if won.watch is not None:
                 won.watch.check(session)
             also(session, 1 if won.held is None else won.held.attempt)
-        session.flush()
+        flush(session)
         if (settled := guard.complete(session, won)) is not None:
             return Ended(How.DUPLICATE, owner=settled.owner)
         if (watch := won.watch) is not None:
             watch.check(session)
             watch.committing()
             type(session).commit(session)  # a handler may have put its own in the way, for a library that commits
-            if not watch.committed:
-                raise watch.uncommitted()  # noqa: TRY301
+            watch.confirm()
     except BaseException as error:
         if process is not fork.here:
             raise fork.inside() from error  # a child that the handler forked: all of it is the parent's to end

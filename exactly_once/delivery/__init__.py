@@ -42,6 +42,7 @@ from exactly_once.guards.watch import BrokenTransaction
 from exactly_once.handler import Lease, Lock, Plan, Reading, Transaction, check_result
 from exactly_once.lease_stores import LeaseStores, Placed, sql_leases
 from exactly_once.message import Message
+from exactly_once.one_turn import let_tasks_begin
 from exactly_once.other_queues import advice_on
 from exactly_once.outcome import Outcome
 from exactly_once.policy import Park, counts_as, retry_for, spent
@@ -366,7 +367,9 @@ class Delivering:
 
     def _call_awaited(self, handed: Any, reading: Reading, message: Message, ledger: StepLedger | None) -> None:
         result: Any = self.plan.call(handed, reading, message, ledger and AsyncSteps(ledger))
-        check_result(await_only(result), in_lists=self.plan.in_lists, handler=self.plan.name)
+        given = await_only(result)
+        let_tasks_begin()
+        check_result(given, in_lists=self.plan.in_lists, handler=self.plan.name)
 
     def _ledger(self, won: Won) -> StepLedger | None:
         placed, held, late = self._placed, won.held, won.late

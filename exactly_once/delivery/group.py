@@ -26,9 +26,10 @@ from exactly_once.errors import Misuse, SchemaError
 from exactly_once.guards import Consumed
 from exactly_once.guards.our_session import in_our_session
 from exactly_once.guards.transaction import TransactionGuard
-from exactly_once.guards.watch import Watch
+from exactly_once.guards.watch import Watch, flush
 from exactly_once.handler import Reading, check_result
 from exactly_once.message import Message
+from exactly_once.one_turn import let_tasks_begin
 from exactly_once.outcome import Outcome
 from exactly_once.steady_log import steady
 from exactly_once.stops import stops
@@ -315,7 +316,7 @@ class GroupDelivering(Delivering):
                 watch.current = member.row
                 call(handed, reading, member.message, None)
                 # before the next call, which may refresh, expire or expunge what this one has changed
-                session.flush()
+                flush(session)
                 watch.check(session)
                 if session.in_nested_transaction():
                     raise Misuse(
@@ -325,7 +326,10 @@ class GroupDelivering(Delivering):
         given = [(member.unchanged(plan), member.message) for member in ordered]
         reached.extend(ordered)
         result: Any = plan.call_with_lists(handed, given)
-        check_result(await_only(result) if plan.is_async else result, in_lists=True, handler=plan.name)
+        if plan.is_async:
+            result = await_only(result)
+            let_tasks_begin()
+        check_result(result, in_lists=True, handler=plan.name)
 
     def _settle(self, members: Sequence[Member], tried: GroupEnded, run: _Run) -> None:
         """Say of each what the group's end means for it."""

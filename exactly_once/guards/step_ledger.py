@@ -20,7 +20,7 @@ from exactly_once.finishing import finished
 from exactly_once.guards.late import Late
 from exactly_once.guards.lease import insisting, still_ours
 from exactly_once.guards.step_order import StepOrder
-from exactly_once.guards.watch import BrokenTransaction, Left, Watch
+from exactly_once.guards.watch import BrokenTransaction, Left, Watch, flush
 from exactly_once.keys import check_name
 from exactly_once.leases import Held, LeaseStore, Recorded
 from exactly_once.leases.sql import SqlLeases
@@ -265,8 +265,7 @@ class StepLedger:
             watch.check(session)
             watch.committing()
             type(session).commit(session)  # a handler may have put its own in the way, for a library that commits
-            if not watch.committed:
-                raise watch.uncommitted()  # noqa: TRY301
+            watch.confirm()
         except BaseException as error:
             if not finished(partial(self._left, late, session, error)):
                 raise  # else a hook of the user's raised, behind the server's answer
@@ -304,7 +303,7 @@ class StepLedger:
         self._late.close_for(_SHUT)
         try:
             value = work(handed)
-            session.flush()
+            flush(session)
         except Exception as error:
             states = {getattr(original(each), "sqlstate", None) for each in leaves(error) if is_of_a_database(each)}
             if self._late.watch is not None and _LOCK_TIMEOUT in states:

@@ -13,13 +13,14 @@ from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm.session import SessionTransactionState
 
 from exactly_once.dialects import ClaimRow, Dialect, Gone, State, Trace
 from exactly_once.error_words.drivers import is_drivers
@@ -44,6 +45,7 @@ __all__ = [
     "Watch",
     "begin",
     "elsewhere",
+    "flush",
     "let_go",
     "over",
 ]
@@ -114,7 +116,7 @@ class Watch:
 
     __slots__ = (
         "begun", "busy", "call", "changed", "committed", "connection", "current", "dbapi", "dialect", "error", "held",
-        "info", "last", "left", "locked", "lost", "mark", "met", "ours", "owner", "pooled", "refused", "replaced",
+        "info", "last", "left", "locked", "lost", "mark", "meanwhile", "met", "ours", "owner", "pooled", "refused", "replaced",
         "rolled_back", "root", "rows", "sent", "server_session", "shut", "stopped", "streams", "trace", "whole"
     )  # fmt: skip
 
@@ -169,6 +171,8 @@ class Watch:
         """COMMIT was answered with an error that says for certain that nothing was committed."""
         self.committed = False
         """COMMIT was answered."""
+        self.meanwhile = False
+        """Somebody used the session while COMMIT was under way: it was refused, and is missing."""
         self.replaced = False
         """It was lost, and something else may have been committed in its place."""
         self.streams: WeakSet[ExecutionContext] | None = None
@@ -323,7 +327,7 @@ class Watch:
             return self.leave(Left.ROLLED_BACK, LEFT)
         state = State.BUSY if self.busy or self._reads() else self.dialect.state(self.dbapi)
         if state is State.BUSY:
-            return self.leave(Left.REFUSED, _STILL_USED + self._shown(" The last statement: "))
+            return self.still_used()
         if state is State.ABORTED:
             return self.swallowed()
         if state is State.IDLE:
@@ -333,6 +337,10 @@ class Watch:
         if session.get_transaction() is not self.begun:  # another one, on whatever connection; or none at all
             return self.leave(Left.ROLLED_BACK, LEFT)
         return None
+
+    def still_used(self) -> Misuse:
+        """Somebody else is in the middle of something on it."""
+        return self.leave(Left.REFUSED, _STILL_USED + self._shown(" The last statement: "))
 
     def _reads(self) -> bool:
         """Somebody holds rows that are not read to their end; of an async driver, whose cursor forgets its inner one then."""
@@ -452,8 +460,23 @@ class Watch:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def committing(self) -> None:
-        """From here on COMMIT is ours."""
+        """From here on COMMIT is ours; hooks may still write, and what SQLAlchemy refuses behind them is noted."""
         self.ours = True
+        if self.begun is not None:
+            # private to SQLAlchemy, which names no event for it: under another name it refuses in words of its own
+            self.begun._raise_for_prerequisite_state = self._not_now  # type: ignore[assignment, method-assign]  # noqa: SLF001
+
+    def _not_now(self, operation: str, state: Any) -> NoReturn:
+        begun = self.begun
+        assert begun is not None
+        if state is not SessionTransactionState.PREPARED:
+            type(begun)._raise_for_prerequisite_state(begun, operation, state)  # noqa: SLF001
+        if not self.sent:
+            raise self.leave(Left.REFUSED, _STILL_USED)
+        self.meanwhile = True
+        if self.committed:
+            self.leave(Left.BROKEN, _MEANWHILE)
+        raise Misuse(_TOO_LATE)
 
     def commit(self, send: Callable[[], None]) -> None:
         """Send our COMMIT, unless the transaction is another one by now.
@@ -477,6 +500,21 @@ class Watch:
                 # closed when somebody would get it; at once where it holds a lock that somebody may wait for
                 self.connection.connection.invalidate(soft=not self.locked)
         self.committed = True
+        if self.meanwhile:
+            self.leave(Left.BROKEN, _MEANWHILE)
+
+    def confirm(self) -> None:
+        """After `session.commit()` came back: raise what speaks against it being done.
+
+        Raises:
+            Exception: What our COMMIT met with, and a class of the application's has swallowed.
+            Misuse: Nothing was committed; or a part of what the handler wanted to write is missing.
+        """
+        if not self.committed:
+            raise self.uncommitted()
+        if self.left is Left.BROKEN and self.meanwhile:
+            assert self.error is not None
+            raise self.error
 
     def uncommitted(self) -> Exception:
         """Return what to raise where `session.commit()` came back, and our COMMIT was not answered.
@@ -486,6 +524,8 @@ class Watch:
         return self.met or Misuse(UNCOMMITTED)
 
     def _forget(self) -> None:
+        if self.begun is not None:  # it holds us, and we hold it: not left to the collector
+            self.begun.__dict__.pop("_raise_for_prerequisite_state", None)
         for info in (
             self.info,
             self.pooled.info,
@@ -531,6 +571,21 @@ class Watch:
                 session.invalidate()
                 raise
         let_go(session)
+
+
+def flush(session: Session) -> None:
+    """Write what a handler left in its session.
+
+    Raises:
+        Misuse: Beside somebody who still uses it: of what the driver or SQLAlchemy makes of two at once nothing tells that.
+    """
+    try:
+        session.flush()
+    except Exception as error:
+        watch = session.info.get(WATCHED)
+        if isinstance(watch, Watch) and (watch.busy or watch.dialect.state(watch.dbapi) is State.BUSY):
+            raise watch.still_used() from error
+        raise
 
 
 def over(session: Session) -> None:
@@ -637,4 +692,13 @@ _STILL_USED: Final = (
     "The handler has returned, and something still uses its session: a task, a thread, or rows that are still read. What it"
     " writes now would be committed in part, or not at all; nothing was committed. Await the task, join the thread, or read"
     " the rows to their end before the handler returns."
+)
+_TOO_LATE: Final = (
+    "The session was used while the COMMIT of its message, or of its steps.transaction, was under way: the handler had returned,"
+    " and a task or a thread went on. Nothing of this was sent. Await the task, join the thread, before the handler returns."
+)
+_MEANWHILE: Final = (
+    "The handler had returned, and a task or a thread of it used its session while COMMIT was under way. What the handler had"
+    " written until then is committed, and what that one wanted to do is not. Look what is missing. Await the task, join the"
+    " thread, before the handler returns."
 )

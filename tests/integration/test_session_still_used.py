@@ -11,15 +11,25 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy import event, text
+from sqlalchemy.ext.asyncio import AsyncSession, async_session
+from sqlalchemy.orm import DeclarativeBase, Session
 
-from exactly_once import AsyncSteps, Lease, Outcome, Steps
-from tests.integration.shop import COLOURS, DIALECTS, ONE_TRY, Shop, on, order, put, shops
-from tests.integration.ways import LEASE
+from exactly_once import AsyncSteps, Lease, Misuse, Outcome, Steps
+from exactly_once.dialects import dialect_for
+from tests.integration.shop import COLOURS, DIALECTS, EFFECT, ONE_TRY, Shop, on, order, put, shops
+from tests.integration.ways import LEASE, WAYS, Way
 
 pytestmark = pytest.mark.nightly(meet=2)
+
+
+class Base(DeclarativeBase):
+    """Of objects that are added."""
+
+
+class Effect(Base):
+    __table__ = EFFECT
+
 
 SLOW = {
     "postgres": "INSERT INTO effect (text) SELECT 'slow' FROM pg_sleep(1.5)",
@@ -211,30 +221,85 @@ def test_a_task_that_still_uses_a_steps_session_is_refused(shop: Shop) -> None:
     assert shop.rows(shop.tables.step) == []
 
 
+def _given(session: Session) -> AsyncSession:
+    given = async_session(session)
+    assert given is not None
+    return given
+
+
+async def _executes(session: AsyncSession) -> None:
+    await session.run_sync(put, "task")
+
+
+async def _adds(session: AsyncSession) -> None:
+    session.add(Effect(text="task"))
+    await session.flush()
+
+
+async def _nests(session: AsyncSession) -> None:
+    async with session.begin_nested():
+        await session.run_sync(put, "task")
+
+
+AT_ONCE: dict[str, Callable[[AsyncSession], Any]] = {"executes": _executes, "adds": _adds, "nests": _nests}
+
+
+@pytest.mark.parametrize("does", AT_ONCE)
+@pytest.mark.parametrize("way", WAYS, ids=str)
 @on(colour="async")  # a thread has no tasks
-def test_a_task_that_begins_later_is_never_kept_by_half(shop: Shop) -> None:
-    """It has sent nothing when the handler returns, so nobody can see it: all of it is kept, or nothing."""
+def test_a_task_that_was_not_awaited_fails_the_message(shop: Shop, way: Way, does: str) -> None:
+    """It begins with the next await of its creator. Red before: that was our COMMIT, and its effect was missing."""
     tasks: list[asyncio.Task[Any]] = []
 
-    async def later(session: AsyncSession) -> None:
-        await session.run_sync(put, "first")
-        await session.run_sync(put, "second")
+    def do(session: Session, no: Any) -> None:
+        put(session, f"{no}")
+        tasks.append(asyncio.get_running_loop().create_task(AT_ONCE[does](_given(session))))
 
-    @shop.eo.handler("orders", name="handler", key="no", retry=ONE_TRY)
-    async def handler(session: AsyncSession) -> None:
-        await session.run_sync(put, "handler")
-        tasks.append(asyncio.create_task(later(session)))
-
-    outcome = shop.process(order())
+    way.handles(shop, do)
+    outcomes = way.deliver(shop, [order(1)])
 
     async def ended() -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     shop.await_(ended())
-    kept = [effect for effect in shop.effects() if effect != "stranger"]
-    assert kept in ([], ["handler"], ["handler", "first", "second"])
-    assert (outcome is Outcome.PROCESSED) == bool(kept)
-    assert outcome in (Outcome.PROCESSED, Outcome.FAILED)
+    assert outcomes == [Outcome.FAILED]
+    failure = shop.failure()
+    assert (failure.state, failure.error_class) == ("retrying", "Misuse"), failure.error_text
+    assert "still uses its session" in failure.error_text
+    assert shop.effects() == []
+    shop.borrow()
+
+
+@on(colour="async")  # a thread has no tasks
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_task_that_begins_while_commit_is_under_way_breaks_the_message(shop: Shop, way: Way) -> None:
+    """Its effect is missing, and the handler's are committed: for a person. Red before: processed."""
+    tasks: list[asyncio.Task[Any]] = []
+
+    def begin(session: Session) -> None:  # behind the last look of ours, as a timer may
+        tasks.append(asyncio.get_running_loop().create_task(_executes(_given(session))))
+
+    def do(session: Session, no: Any) -> None:
+        put(session, f"{no}")
+        event.listen(session, "before_commit", begin, once=True)
+
+    way.handles(shop, do)
+    outcomes = way.deliver(shop, [order(1)])
+    found: list[Any] = []
+
+    async def ended() -> None:
+        found.extend(await asyncio.gather(*tasks, return_exceptions=True))
+
+    shop.await_(ended())
+    assert outcomes == [Outcome.DEAD]
+    failure = shop.failure()
+    assert failure.state == "broken"
+    assert "used its session while COMMIT was under way" in failure.error_text
+    assert [type(each) for each in found] == [Misuse]
+    assert "Nothing of this was sent" in str(found[0])
+    assert shop.effects() == ["1"]
+    assert shop.process(order(1)).acknowledge
+    assert shop.effects() == ["1"]
     shop.borrow()
 
 
@@ -293,6 +358,56 @@ def test_a_thread_that_still_uses_a_steps_session_is_refused(shop: Shop) -> None
         threads[0].join(20)
     _lease_is_refused(shop)
     assert shop.rows(shop.tables.step) == []
+
+
+@pytest.mark.parametrize("sent", [False, True], ids=["before COMMIT", "behind COMMIT"])
+@on(colour="sync")  # an async session cannot be used by a thread
+def test_a_thread_that_uses_the_session_in_our_commit_is_refused_or_breaks_the_message(
+    shop: Shop, sent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Session] = []
+    raised: list[Exception] = []
+
+    def use() -> None:
+        try:
+            put(kept[-1], "thread")
+        except Exception as error:
+            raised.append(error)
+
+    def elsewhere(*_: Any) -> None:
+        if raised:  # the failure's own COMMIT
+            return
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join(20)
+
+    if sent:
+        speaker = type(dialect_for(shop.engine, lambda: None))
+        commit = speaker.commit
+
+        def commits(self: Any, *given: Any) -> None:
+            commit(self, *given)
+            elsewhere()
+
+        monkeypatch.setattr(speaker, "commit", commits)
+    else:
+        event.listen(shop.engine, "commit", elsewhere)
+    shop.handles(lambda session: (put(session, "handler"), kept.append(session)))
+    try:
+        outcome = shop.process(order())
+    finally:
+        if not sent:
+            event.remove(shop.engine, "commit", elsewhere)
+    assert [type(error) for error in raised] == [Misuse]
+    failure = shop.failure()
+    if sent:
+        assert (outcome, failure.state, shop.effects()) == (Outcome.DEAD, "broken", ["handler"])
+        assert "while COMMIT was under way" in failure.error_text
+    else:
+        assert (outcome, failure.state, shop.effects()) == (Outcome.FAILED, "retrying", [])
+        assert "still uses its session" in failure.error_text
+    monkeypatch.undo()
+    shop.borrow()
 
 
 # -- what is no use any more -------------------------------------------------------------------------------------------
