@@ -9,6 +9,9 @@ A caller who commits nothing has no error at all: `with Session(engine) as sessi
 claim ends so, a line of the log says it. Only of a Session in a thread: an AsyncSession is closed in a task of its own, where it
 cannot be told from an error's end.
 
+A savepoint that the claim was made in may be rolled back, and the rest committed: of a list of messages, each in a savepoint, that is
+right, and the caller was told by the error. Whoever takes True for done all the same is told by a line of the log at that COMMIT.
+
 Asked are the driver's own word on its transaction, and the errors that pass: no round trip, and nothing for a statement that
 succeeds. Not seen is what ends a transaction without an error where another one is open by then: a procedure, DDL, a call on the
 driver. A process that dies on a line of this file has sent no COMMIT: claim and work are rolled back together.
@@ -38,6 +41,7 @@ __all__ = ["admit", "claimed"]
 _CLAIMED: Final = "exactly_once.claimed"
 """Where the transaction that a claim stands in is kept, in the `info` of its connection."""
 _INSTALLED: "WeakSet[Any]" = WeakSet()
+_IDENTITY: Final = 3  # group, handler and key, the first of a claim's row
 _SHOWN: Final = 160  # characters of the server's error
 
 _log = steady("exactly_once.claim")
@@ -52,12 +56,28 @@ class _Claimed:
         row: The first claim, which is told in the error.
     """
 
-    __slots__ = ("dialect", "lost", "root", "row")
+    __slots__ = ("dialect", "lost", "nested", "root", "row", "undone")
 
     def __init__(self, root: "ReferenceType[RootTransaction]", dialect: Dialect, row: ClaimRow) -> None:
         self.root, self.dialect, self.row = root, dialect, row
         self.lost = ""
         """The error with which the server threw the transaction away, in words."""
+        self.nested: list[tuple[tuple[str, ...], ClaimRow]] = []
+        """The claims that were made in savepoints of SQLAlchemy's, and the names of these."""
+        self.undone: list[ClaimRow] = []
+        """Those of which a savepoint was rolled back, and that were not made again."""
+
+    def made(self, row: ClaimRow, savepoints: tuple[str, ...]) -> None:
+        """Note a claim that stands."""
+        if self.undone:
+            self.undone = [each for each in self.undone if each[:_IDENTITY] != row[:_IDENTITY]]
+        if savepoints:
+            self.nested.append((savepoints, row))
+
+    def rolled_back_to(self, savepoint: str) -> None:
+        """The claims that were made in it are gone."""
+        self.undone += [row for names, row in self.nested if savepoint in names]
+        self.nested = [each for each in self.nested if savepoint not in each[0]]
 
     def ended(self, dbapi: Any) -> str:
         """Say why COMMIT would not keep the claim; empty where nothing speaks against it."""
@@ -82,7 +102,19 @@ def claimed(connection: Connection, dialect: Dialect, row: ClaimRow) -> None:
     root = connection.get_transaction()
     noted: _Claimed | None = connection.info.get(_CLAIMED)
     if root is not None and (noted is None or noted.root() is not root):
-        connection.info[_CLAIMED] = _Claimed(ref(root), dialect, row)
+        connection.info[_CLAIMED] = noted = _Claimed(ref(root), dialect, row)
+    if root is not None and noted is not None:
+        noted.made(row, _savepoints(connection))
+
+
+def _savepoints(connection: Connection) -> tuple[str, ...]:
+    """The names of the savepoints that this connection is in, innermost first; SQLAlchemy says them to nobody."""
+    names: list[str] = []
+    at: Any = connection.get_nested_transaction()
+    while at is not None:
+        names.append(getattr(at, "_savepoint", ""))
+        at = getattr(at, "_previous_nested", None)
+    return tuple(names)
 
 
 def admit(connection: Connection) -> None:
@@ -124,6 +156,7 @@ def _install(dialect: Any) -> None:
     _INSTALLED.add(dialect)
     dialect.is_disconnect = seeing(dialect.is_disconnect, _met)
     dialect.do_commit = _refusing(dialect.do_commit, dialect.do_rollback)
+    dialect.do_rollback_to_savepoint = _undoing(dialect.do_rollback_to_savepoint)
     dialect.do_prepare_twophase = _refusing_to_prepare(dialect.do_prepare_twophase)
     if not dialect.is_async:
         dialect.do_rollback = _telling(dialect.do_rollback)
@@ -142,8 +175,22 @@ def _refusing(
                 roll_back(pooled)
                 raise noted.misuse(why)
         commit(pooled)
+        if noted is not None and noted.undone:
+            row, more = noted.undone[0], len(noted.undone) - 1
+            others = f" (and {more} more)" if more else ""
+            _log.warning(_UNDONE, f"'{escaped(row.key)}'", f"'{escaped(row.handler)}'", others)
 
     return do_commit
+
+
+def _undoing(roll_back_to: Callable[[Connection, str], None]) -> Callable[[Connection, str], None]:
+    def do_rollback_to_savepoint(connection: Connection, name: str) -> None:
+        roll_back_to(connection, name)
+        noted = _noted(connection.connection)
+        if noted is not None and noted.nested:
+            noted.rolled_back_to(name)
+
+    return do_rollback_to_savepoint
 
 
 def _telling(roll_back: Callable[[PoolProxiedConnection], None]) -> Callable[[PoolProxiedConnection], None]:
@@ -188,6 +235,11 @@ _FORGOTTEN: Final = (
     "The claim of the key %s of %s was rolled back, with all that was written beside it: its session was closed, and nobody had"
     " committed. Write `with Session(engine) as session, session.begin():`, or call session.commit(). A message that is"
     " acknowledged for it is lost."
+)
+_UNDONE: Final = (
+    "The claim of the key %s of %s%s was rolled back with the savepoint it was made in (session.begin_nested()), and with what was"
+    " written there; the rest of the transaction is committed. That eo.claim had returned True does not hold any more. Do not"
+    " acknowledge the message: its next copy runs."
 )
 _LOST: Final = (
     "then a database error threw the whole transaction away, and it was caught ({error}). The claim is gone, with all that was"

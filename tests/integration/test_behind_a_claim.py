@@ -573,3 +573,68 @@ def test_what_is_meant_or_told_otherwise_is_not_told_again(
                     (known if end == "known" else do)(session)
     if end != "refused" or shop.dialect == "postgres":  # elsewhere a statement that fails ends nothing
         assert told_of_claims(caplog) == []
+
+
+# -- a claim in a savepoint --------------------------------------------------------------------------------------------
+
+
+def _claims_and_raises(eo: ExactlyOnce, session: Session, key: str, depth: int = 1) -> None:
+    """Claim in so many savepoints; the outermost is rolled back by an error, the inner ones are released."""
+    with session.begin_nested():
+        if depth > 1:
+            with session.begin_nested():
+                assert eo.claim(session, "handler", key)
+        else:
+            assert eo.claim(session, "handler", key)
+        put(session, key)
+        raise ValueError(key)
+
+
+@each_end
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_claim_whose_savepoint_was_rolled_back_is_told_at_commit(
+    shop: Shop, eo: ExactlyOnce, caplog: pytest.LogCaptureFixture, end: str, depth: int
+) -> None:
+    """The error is caught outside of the savepoint, and the caller may take the True for done."""
+
+    def do(session: Session) -> None:
+        for key in ("A-1", "A-2", "A-3"):
+            with suppress(ValueError):
+                if key == "A-3":
+                    assert eo.claim(session, "handler", key)
+                    put(session, key)
+                else:
+                    _claims_and_raises(eo, session, key, depth)
+        assert told_of_claims(caplog) == []
+
+    run(shop, end, do)
+    (told,) = told_of_claims(caplog)
+    assert told.startswith(
+        "The claim of the key 'A-1' of 'handler' (and 1 more) was rolled back with the savepoint it was made in"
+    )
+    assert "the rest of the transaction is committed" in told
+    assert "Do not acknowledge" in told
+    shop.assert_kept("A-3", claims=["A-3"])
+
+
+@pytest.mark.parametrize("how", ["made again", "all rolled back", "savepoint kept"])
+def test_a_savepoint_that_takes_no_claim_away_is_not_told(
+    shop: Shop, eo: ExactlyOnce, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    def do(session: Session) -> None:
+        if how == "savepoint kept":
+            with session.begin_nested():
+                assert eo.claim(session, "handler", "A-1")
+            with suppress(ValueError), session.begin_nested():
+                raise ValueError
+            return
+        with suppress(ValueError):
+            _claims_and_raises(eo, session, "A-1")
+        if how == "all rolled back":
+            raise ZeroDivisionError
+        assert eo.claim(session, "handler", "A-1")
+
+    with suppress(ZeroDivisionError):
+        run(shop, "session.begin", do)
+    assert told_of_claims(caplog) == []
+    assert shop.claims() == ([] if how == "all rolled back" else ["A-1"])
