@@ -87,4 +87,6 @@ def _kind(value: object) -> str:
     return "None" if value is None else type(value).__qualname__
 
 
-_PLAIN: Final = "the handler is a plain `def`, which cannot await it: nothing of it ran. Make the handler `async def` and ask for AsyncSteps"
+_PLAIN: Final = (
+    "the handler is a plain `def`, which cannot await it: nothing of it ran. Write `async def`, and ask for AsyncSteps"
+)

@@ -9,8 +9,8 @@ A caller who commits nothing has no error at all: `with Session(engine) as sessi
 claim ends so, a line of the log says it. Only of a Session in a thread: an AsyncSession is closed in a task of its own, where it
 cannot be told from an error's end.
 
-A savepoint that the claim was made in may be rolled back, and the rest committed: of a list of messages, each in a savepoint, that is
-right, and the caller was told by the error. Whoever takes True for done all the same is told by a line of the log at that COMMIT.
+A savepoint that the claim was made in may be rolled back, and the rest committed: of several messages, each in a savepoint, that
+is right, and an error told the caller. Whoever takes True for done all the same is told by a line of the log at that COMMIT.
 
 Asked are the driver's own word on its transaction, and the errors that pass: no round trip, and nothing for a statement that
 succeeds. Not seen is what ends a transaction without an error where another one is open by then: a procedure, DDL, a call on the
@@ -237,8 +237,8 @@ _FORGOTTEN: Final = (
     " acknowledged for it is lost."
 )
 _UNDONE: Final = (
-    "The claim of the key %s of %s%s was rolled back with the savepoint it was made in (session.begin_nested()), and with what was"
-    " written there; the rest of the transaction is committed. That eo.claim had returned True does not hold any more. Do not"
+    "The claim of the key %s of %s%s was rolled back with the savepoint it was made in (session.begin_nested()), and with what"
+    " was written there; the rest of the transaction is committed. That eo.claim had returned True does not hold any more. Do not"
     " acknowledge the message: its next copy runs."
 )
 _LOST: Final = (
