@@ -21,6 +21,7 @@ from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.registrations import Registrations
 from exactly_once.schema import GROUP_BYTES
+from exactly_once.wrong_arguments import explained, of_making_one
 
 # what runs messages is imported when the first one comes: a program that only sends should not wait for it
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class ExactlyOnce(Registrations):
         ...     ...
     """
 
+    @explained(of_making_one)
     def __init__(
         self,
         database: Any = None,
@@ -278,6 +280,7 @@ class ExactlyOnce(Registrations):
             with eo.worker("memory://test") as worker:
                 worker.drain()
         """
+        from exactly_once.config import redacted
         from exactly_once.serving import Serving
 
         config = self.config
@@ -290,6 +293,7 @@ class ExactlyOnce(Registrations):
             drain_timeout=drain_timeout or config.drain_timeout.value,
             patience=patience,
             background=background,
+            describe=redacted(url or self._transport_url()),
         )
 
     def run(self, url: str | None = None, *, concurrency: int | None = None) -> int:
@@ -459,7 +463,12 @@ class ExactlyOnce(Registrations):
 
             database, async_database = binding.database, binding.async_database
             if database is None and async_database is None:  # bind() wins over every setting
-                database, async_database = self.config.database.value, self.config.async_database.value
+                from exactly_once.which_database import say_which
+
+                config = self.config
+                database, async_database = config.database.value, config.async_database.value
+                say_which("database", self._said.get("database"), config.database)
+                say_which("async_database", self._said.get("async_database"), config.async_database)
             if database is None and async_database is None:
                 raise ConfigurationError(
                     "No database is named. Type: export EXACTLY_ONCE_DATABASE=postgresql+psycopg://user:password@host/name, or"

@@ -4,17 +4,15 @@ A plan is made where the decorator stands, so that a mistake is an error at impo
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import wraps
-from inspect import Signature, signature
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from exactly_once.errors import ConfigurationError
 from exactly_once.handler import Plan, plan
 from exactly_once.policy import RetrySpec
-from exactly_once.wording import probably
+from exactly_once.wrong_arguments import explained, of_a_decorator
 
 if TYPE_CHECKING:
     from exactly_once.fingerprint import FingerprintSpec
@@ -26,50 +24,13 @@ __all__ = ["Registrations"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _explained(register: F) -> F:
-    """Have a call with wrong arguments told with what to write, in place of Python's own words about them."""
-    takes = signature(register)
-
-    @wraps(register)
-    def call(*arguments: Any, **named: Any) -> Any:
-        try:
-            takes.bind(*arguments, **named)
-        except TypeError as error:
-            told = _wrong_call(register.__name__, takes, arguments[1:], named) or str(error)
-            raise ConfigurationError(told) from None  # Python's own words say the same once more
-        return register(*arguments, **named)
-
-    return cast("F", call)
-
-
-def _wrong_call(name: str, takes: Signature, arguments: Sequence[object], named: Mapping[str, object]) -> str | None:
-    known = [each for each in takes.parameters if each != "self"]
-    example = f'@eo.{name}("orders", key="order_no")'
-    if unknown := [each for each in named if each not in known]:
-        return f"@eo.{name} has no argument {unknown[0]}=.{probably(unknown[0], known)} It takes: {', '.join(known)}."
-    if len(arguments) > 1:
-        return f"@eo.{name} takes one argument without a name, the topic. Write {example}"
-    given = arguments[0] if arguments else named.get("topic")
-    if callable(given):
-        function = getattr(given, "__name__", "the function")
-        return f"@eo.{name} stands above {function!r} alone: it must be told the topic and the key. Write {example}"
-    if given is None:
-        return f"@eo.{name} must be told the topic. Write {example}"
-    if "key" not in named:
-        return (
-            f"@eo.{name}({given!r}) must be told the key: what names the event, and makes two copies of it one. Write"
-            f' @eo.{name}({given!r}, key="order_no") for a member of the body, or key=keys.message_key().'
-        )
-    return None
-
-
 class Registrations:
     """The handlers of one application, by name."""
 
     def __init__(self) -> None:
         self._plans: dict[str, Plan] = {}
 
-    @_explained
+    @explained(of_a_decorator)
     def handler(
         self,
         topic: str,
@@ -136,7 +97,7 @@ class Registrations:
             linger=linger,
         )
 
-    @_explained
+    @explained(of_a_decorator)
     def batch_handler(
         self,
         topic: str,

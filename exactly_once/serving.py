@@ -14,11 +14,13 @@ from typing import Final
 from exactly_once import fork
 from exactly_once.error_words import words_of
 from exactly_once.errors import ForkedProcess
+from exactly_once.redaction import redacted
+from exactly_once.renamed import claimed_names, told_of_renamed
 from exactly_once.routing import Router
 from exactly_once.runner import Runner
 from exactly_once.starting import wait_for_servers
 from exactly_once.steady_log import steady
-from exactly_once.store import lacking_characters
+from exactly_once.store import Store, lacking_characters
 from exactly_once.transport import Subscription, Transport
 from exactly_once.worker import Counts, Worker
 
@@ -55,6 +57,7 @@ class Serving:
         drain_timeout: How long stopping lets running messages finish.
         patience: How long the start waits for a server that does not answer; None: five minutes, and for good in the background.
         background: `with` and `async with` do not wait for the start.
+        describe: The broker's URL without its secrets, for the log.
 
     Example:
         with eo.worker("rocketmq://127.0.0.1:8081") as worker:
@@ -70,10 +73,11 @@ class Serving:
         drain_timeout: timedelta,
         patience: timedelta | None = None,
         background: bool = False,
+        describe: str = "",
     ) -> None:
         self._router, self._transport = router, transport
         self._concurrency, self.drain_timeout = concurrency, drain_timeout
-        self._patience, self._background = patience, background
+        self._patience, self._background, self._describe = patience, background, describe
         self._asked = Event()
         self._starting: Thread | None = None
         self._failed: str | None = None
@@ -112,6 +116,7 @@ class Serving:
         for name, store in router.stores.items():
             if store.lacking is not None:
                 _log.warning("%s", lacking_characters(name, store.lacking))
+            self._tell_of_renamed(store)
         told = self._concerns(subscriptions)
         runner = router.runner(self._concurrency)
         try:
@@ -133,12 +138,26 @@ class Serving:
         self._concerned = Thread(target=self._look_again, args=(subscriptions, told), name="eo-concerns", daemon=True)
         self._concerned.start()
         _log.info(
-            "worker_started group=%s topics=%s handlers=%s concurrency=%d",
+            "worker_started group=%s topics=%s handlers=%s concurrency=%d database=%s transport=%s",
             router.group,
-            ",".join(sorted({wanted.topic for wanted in subscriptions})),
+            ",".join(sorted(_taken(wanted) for wanted in subscriptions)),
             ",".join(plan.name for plan in router.plans),
             self._concurrency,
+            ",".join(redacted(store.engine.url) for store in router.stores.values()),
+            self._describe,
         )
+
+    def _tell_of_renamed(self, store: Store) -> None:
+        """Before anything is received; what cannot be asked keeps no worker from its start."""
+        router = self._router
+        try:
+            with store.engine.connect() as connection:
+                claimed = list(claimed_names(connection, store.tables.idempotent, router.group))
+        except Exception as error:  # noqa: BLE001, RUF100  (a role without SELECT; `doctor` tells)
+            _log.debug("claims were not looked at: %s", words_of(error))
+            return
+        if (told := told_of_renamed(claimed, [plan.name for plan in router.plans])) is not None:
+            _log.warning("%s", told)
 
     def _concerns(self, subscriptions: Sequence[Subscription], told: Sequence[str] = ()) -> Sequence[str]:
         """Tell what costs the group messages, but what is told already; returns all of it."""
@@ -268,3 +287,8 @@ class Serving:
         if dead := self._runner.dead():
             return f"ended: {', '.join(dead)}"
         return self._worker.unready() or self._router.unready()
+
+
+def _taken(wanted: Subscription) -> str:
+    """A topic with the tags that are taken of it: `orders:created`; without any, all are."""
+    return f"{wanted.topic}:{'|'.join(wanted.tags)}" if wanted.tags else wanted.topic

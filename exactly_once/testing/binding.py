@@ -3,7 +3,8 @@
 It never opens or closes that database, except one given as a URL, which it opens and closes. Called by tests.
 """
 
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
+from warnings import warn
 
 __all__ = ["bound"]
 
@@ -25,10 +26,17 @@ class bound(Generic[App]):  # noqa: N801  (a block, written as contextlib's are)
 
     # no generator under @contextmanager: that sets the traceback of what a test raises, which a frozen dataclass refuses
 
+    _entered = False
+
     def __init__(self, eo: App, engine: Any) -> None:
         self._eo, self._engine = eo, engine
 
+    def __del__(self) -> None:
+        if not self._entered:
+            warn(_NOT_ENTERED, stacklevel=2)
+
     def __enter__(self) -> App:
+        self._entered = True
         self._before = self._eo._store_binding  # noqa: SLF001
         # not bind(): that refuses once messages were handled, and a test comes after other tests
         self._lent = type(self._before)(self._engine)
@@ -38,3 +46,9 @@ class bound(Generic[App]):  # noqa: N801  (a block, written as contextlib's are)
     def __exit__(self, *_: object) -> None:
         self._eo._store_binding = self._before  # noqa: SLF001
         self._lent.close()
+
+
+_NOT_ENTERED: Final = (
+    "bound(eo, engine) was made and not entered, so nothing is bound: the test ran on the program's own database. Write"
+    " `with bound(eo, engine):` around what is to use the engine."
+)
