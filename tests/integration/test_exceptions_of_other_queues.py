@@ -28,6 +28,14 @@ def of_faststream() -> Exception:
     return made
 
 
+def _raised(given: Any) -> Exception:
+    """What Python makes of `raise Retry(...)`."""
+    try:
+        raise given
+    except TypeError as error:
+        return error
+
+
 RAISED: dict[str, Callable[[], Exception]] = {
     "Retry": lambda: Retry("again, please", when=3),
     "Ignore": Ignore,
@@ -35,6 +43,7 @@ RAISED: dict[str, Callable[[], Exception]] = {
     "Reject, to be brought again": lambda: CelerysReject("later", requeue=True),
     "a class of the application's": type("Ours", (Ignore,), {}),
     "FastStream's AckMessage": of_faststream,
+    "our own Retry": lambda: _raised(Policy(delays=[30])),
     "in a group": lambda: ExceptionGroup("tasks", [Ignore()]),
 }
 
