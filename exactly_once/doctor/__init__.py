@@ -11,6 +11,7 @@ from exactly_once.app import ExactlyOnce
 from exactly_once.doctor.databases import findings_for_database
 from exactly_once.doctor.finding import Finding, Mark
 from exactly_once.doctor.redis import findings_for_redis
+from exactly_once.doctor.table_engines import findings_for_table_engines
 from exactly_once.errors import ConfigurationError, TransportError
 from exactly_once.handler import Plan
 from exactly_once.installation import clash
@@ -40,11 +41,15 @@ def examine(eo: ExactlyOnce, transport: Transport | None) -> Iterator[Finding]:
     yield from _handlers(plans)
     failed: list[str] = []
     for store in eo.stores.values():
+        fails = False
         for finding in findings_for_database(store, eo.group, plans, eo.config.concurrency.value):
             yield finding
             if finding.mark is Mark.FAIL:
+                fails = True
                 with suppress(ConfigurationError):  # there is no engine of a URL that cannot be used
                     failed.append(redacted(store.engine.url))
+        if not fails:
+            yield from findings_for_table_engines(store)
     for connection in _redises(eo):
         yield from findings_for_redis(connection)
     if transport is not None:
