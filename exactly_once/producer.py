@@ -13,7 +13,7 @@ from datetime import timedelta
 from functools import wraps
 from threading import Event
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar, cast
 
 from exactly_once import fork
 from exactly_once.errors import ConfigurationError, SendFailed, TransportError
@@ -74,6 +74,18 @@ class Producer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    if not TYPE_CHECKING:  # a type checker says by itself that it is none for `async with`
+
+        async def __aenter__(self) -> NoReturn:
+            self.close()
+            raise TypeError(
+                "A producer is used with `with`, also in an event loop: `with eo.producer(URL) as producer:`, and there"
+                " `await asyncio.to_thread(producer.send, message)`, for a send waits for the broker."
+            )
+
+        async def __aexit__(self, *_: object) -> None:
+            """Not reached; without it Python speaks of this method, and not of the other."""
 
     @_of_one
     def send(self, message: Message, *, delay: timedelta | None = None) -> Receipt:

@@ -10,6 +10,7 @@ What is sent before any group has joined a topic goes to the first that joins.
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,11 @@ _FEATURES: Final = Features(
     properties=True,
     delayed=True,
     empty_body=True,
+)
+_SUPERVISED: Final = "EXACTLY_ONCE_SUPERVISED"  # set by a supervisor for each of its processes
+_ALONE: Final = (
+    "memory:// is a queue inside this one process, of several: nothing that another process sends comes here, and each has"
+    " a queue of its own. It is for tests. Use sql:// to try several processes without a broker."
 )
 _INVISIBLE: Final = timedelta(seconds=60)
 
@@ -151,8 +157,8 @@ class MemoryTransport:
         return () if foreign is None else (str(foreign),)
 
     def concerns(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
-        """Return nothing: a message waits until a member of its group takes it."""
-        return ()
+        """Return that nobody can reach it, in one of several processes; else a message waits until a member takes it."""
+        return (_ALONE,) if os.environ.get(_SUPERVISED) else ()
 
     def subscribe(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[Consumer]:
         """Join the group; one consumer for all topics."""
