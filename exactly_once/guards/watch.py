@@ -18,7 +18,7 @@ from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import ExecutionContext
-from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.exc import IllegalStateChangeError, PendingRollbackError
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.session import SessionTransactionState
 
@@ -612,7 +612,10 @@ def let_go(session: Session) -> None:
                 raise
         session.close()
     except BaseException as error:
-        session.invalidate()
+        # a task or a thread may be inside a call of the session's, which refuses to be closed then: its connection, which was cut
+        # and invalidated, is the pool's again by now
+        with suppress(IllegalStateChangeError):
+            session.invalidate()
         if asked_from_outside(error):  # cancelled while it rolled back
             raise
 
