@@ -1,8 +1,8 @@
 """Tasks that a handler began, and has not awaited, get their first turn before its COMMIT: what they send is seen then.
 
 `asyncio.create_task(session.execute(...))` begins with the next await of whoever runs, and that is our COMMIT, where SQLAlchemy
-refuses it: the handler's effects would be committed without the task's. Costs a look where nothing waits for the loop, else a
-turn of it (5 us); no round trip. Called behind an async handler, and behind the work of its steps.
+refuses it: the handler's effects would be committed without the task's. Costs a turn of the loop (5 us), and no round trip; where
+nothing waits for the loop, a look. Called behind an async handler, and behind the work of its steps.
 """
 
 from asyncio import get_running_loop, sleep

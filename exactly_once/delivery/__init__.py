@@ -233,6 +233,7 @@ class Delivering:
             except BaseException as error:
                 told = told_of(error)
                 if ledger is not None:
+                    ledger.close()
                     sent = ledger.sent
                     broken = isinstance(ledger.error, BrokenTransaction)
                     if ledger.error is not None and (broken or isinstance(told, Exception)):
@@ -368,6 +369,8 @@ class Delivering:
     def _call_awaited(self, handed: Any, reading: Reading, message: Message, ledger: StepLedger | None) -> None:
         result: Any = self.plan.call(handed, reading, message, ledger and AsyncSteps(ledger))
         given = await_only(result)
+        if ledger is not None:
+            ledger.returned()
         let_tasks_begin()
         check_result(given, in_lists=self.plan.in_lists, handler=self.plan.name)
 

@@ -74,6 +74,7 @@ class StepLedger:
         self._unsure: set[str] = set()
         self._undecided: set[str] = set()
         self._running: str | None = None
+        self._over = False
         self._asked: list[tuple[str, Coroutine[Any, Any, Any]]] = []
         self.error: LeaseLost | StepError | BrokenTransaction | None = None
         self.why: BaseException | None = None
@@ -94,15 +95,9 @@ class StepLedger:
             StepError: A step could not go on, or is recorded and was not asked for.
             BrokenTransaction: The transaction of a step was committed behind our back.
         """
-        unread = never_awaited(self._asked)  # first, for these close
+        self.close()
         if self.error is not None:
             raise self.error
-        if unread is not None:
-            raise self.refuse(
-                unread,
-                "was asked for without `await`: nothing of it ran. Nothing of this run is committed; steps that it finished"
-                " are kept. Write `await` in front of it",
-            )
         if self._running is not None:
             raise self._refuse(
                 self._running,
@@ -113,6 +108,24 @@ class StepLedger:
         left = self._order.left_out()
         if left is not None and left not in self._undecided:
             raise self._refuse(left, f"was recorded by an earlier attempt, and this run ended without it. {_RELEASE}")
+
+    def returned(self) -> None:
+        """Behind an async handler, before its tasks get a turn: what was not awaited must not begin in it.
+
+        Raises:
+            StepError: A step was asked for, and nobody awaited it.
+        """
+        unread = never_awaited(self._asked)
+        if unread is not None:
+            raise self.refuse(
+                unread,
+                "was asked for without `await`: nothing of it ran. Nothing of this run is committed; steps that it finished"
+                " are kept. Write `await` in front of it",
+            )
+
+    def close(self) -> None:
+        """The handler has ended: what asks for a step from here on is a thread or a task of it."""
+        self._over = True
 
     def begin(self, name: str, returns: Any, *, at_most_once: bool = False) -> Begun:
         """See `Ledger.begin`."""
@@ -134,6 +147,8 @@ class StepLedger:
         return replace(begun, marked=True)
 
     def _look_up(self, name: str, returns: Any, *, local: bool = False) -> Begun:
+        if self._over:
+            raise StepError(f"The step {escaped(str(name))!r} {_BEHIND}", str(name))
         if self.error is not None:
             raise self.error
         self._check_process()
@@ -441,6 +456,10 @@ def _quoted(text: str) -> str:
     return quote(escaped(text, 255))
 
 
+_BEHIND = (
+    "was asked for after its handler had ended: nothing of it ran, and nobody asks for it again. Await the task, join the thread,"
+    " before the handler returns."
+)
 _ASKED = "was asked for after the handler's session was used"
 _USED = "used the handler's session, and was run: its result is not kept"
 _SHUT = (

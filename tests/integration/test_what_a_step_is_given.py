@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from exactly_once import AsyncSteps, Outcome, Retry, Steps
+from exactly_once import AsyncSteps, Outcome, Retry, StepError, Steps
 from tests.integration.shop import COLOURS, DIALECTS, Shop, on, order, put, shops
 from tests.integration.ways import LEASE
 
@@ -207,3 +207,31 @@ def test_steps_that_are_awaited_late_run_as_ever(shop: Shop) -> None:
     handles(shop, ask)
     assert shop.process(order()) is Outcome.PROCESSED
     assert shop.effects() == ["end"]
+
+
+@pytest.mark.parametrize("kind", ["run", "transaction"])
+@pytest.mark.parametrize("ends", ["returns", "raises"])
+def test_a_step_that_is_asked_for_behind_the_handler_never_runs(shop: Shop, kind: str, ends: str) -> None:
+    """By a thread or a task of its own. Red before: it called the service, and then spoke of another run."""
+    kept: list[Any] = []
+    calls: list[Any] = []
+
+    def keeps(steps: Any) -> Any:
+        kept.append(steps)
+        if ends == "raises":
+            raise ValueError("no")
+        return asyncio.sleep(0) if shop.is_async else None
+
+    handles(shop, keeps)
+    assert shop.process(order()) is (Outcome.PROCESSED if ends == "returns" else Outcome.FAILED)
+
+    async def awaited() -> None:
+        async def call(given: Any) -> None:
+            calls.append(given)
+
+        await getattr(kept[0], kind)("late", call)
+
+    with pytest.raises(StepError, match="'late' was asked for after its handler had ended: nothing of it ran"):
+        shop.await_(awaited()) if shop.is_async else getattr(kept[0], kind)("late", calls.append)
+    assert calls == []
+    assert shop.rows(shop.tables.step) == []
