@@ -26,7 +26,7 @@ from exactly_once.error_words import words_of
 from exactly_once.errors import InProgress, LeaseLost, Misuse, RefusedResult, StoreUnavailable
 from exactly_once.finishing import finish
 from exactly_once.guards import Consumed, Guard, Unfinished, Won
-from exactly_once.guards.watch import HOME, BrokenTransaction, Left, LostTransaction, Watch, flush
+from exactly_once.guards.watch import DOUBTFUL, HOME, BrokenTransaction, Left, LostTransaction, Watch, flush
 from exactly_once.leaves import leaves
 from exactly_once.one_writer import holding
 from exactly_once.stops import stops
@@ -180,7 +180,7 @@ def _left(
         ended = _stands(open_session, guard, watch, ended)
     if watch.doubtful and ended.how is not How.BROKEN:
         # no claim is known to stand, and a procedure may have rolled ours back and committed its own: a copy would repeat it
-        return _broken(Misuse(_DOUBTFUL), watch.owner, _stop_of(ended), block=True)
+        return _broken(Misuse(DOUBTFUL), watch.owner, _stop_of(ended), block=True)
     return ended
 
 
@@ -300,11 +300,6 @@ def _look_up(open_session: Open, guard: Guard, rows: Sequence[ClaimRow], ended: 
     return ended
 
 
-_DOUBTFUL = (
-    "A procedure was called, and then its transaction was lost before anybody could ask whether the procedure had committed it"
-    " (the connection ended, or was rolled back). Look what is there of its work. Take COMMIT, START TRANSACTION and DDL out of"
-    " the procedure."
-)
 _COMMITTED = (
     "Something committed this attempt's transaction before it ended: a procedure, or a call on the driver. Its claim stands,"
     " with what the handler had written until then, and the rest is missing."

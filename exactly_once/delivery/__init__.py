@@ -237,7 +237,8 @@ class Delivering:
                     sent = ledger.sent
                     broken = isinstance(ledger.error, BrokenTransaction)
                     if ledger.error is not None and (broken or isinstance(told, Exception)):
-                        raise ledger.error from told  # what stopped a step; the handler's own may be made of it
+                        # what stopped a step; the handler's own may be made of it, or be that one, whose cause may stop the task
+                        raise ledger.error from (told.__cause__ if told is ledger.error else told)
                     if ledger.why is not None and not stops(told):
                         raise ledger.why from told
                 if told is not error:

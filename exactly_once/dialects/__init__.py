@@ -263,11 +263,14 @@ class Dialect(Protocol):
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
         """Say whether this is still the transaction that `owner` began; None where nobody can tell. It is to end after that."""
 
-    def read_out(self, dbapi: Any) -> None:
+    def read_out(self, dbapi: Any) -> bool:
         """Read what is left of the answer to the last statement; nothing, and free, where it was read to its end.
 
         A procedure can fail behind its first rows. Drivers that read the rest with the next statement would raise that error
         there, and a statement of ours would take it for its own.
+
+        Returns:
+            Whether somebody reads its rows one by one (`stream_results`): these are left alone, and the next statement ends that.
 
         Raises:
             Exception: The driver's error, of that last statement.

@@ -481,23 +481,13 @@ class MySQL:
         self._pass_over(dbapi)
         return _released(dbapi, savepoint_of(owner))
 
-    def read_out(self, dbapi: Any) -> None:
-        # as the drivers do it themselves before they send
-        driver = _driver(dbapi)
-        while (result := driver._result) is not None:  # noqa: SLF001
-            if result.unbuffered_active:
-                read = result._finish_unbuffered_query()  # noqa: SLF001
-            elif result.has_next:
-                read = driver.next_result()
-            else:
-                return
-            if isawaitable(read):
-                await_only(read)
+    def read_out(self, dbapi: Any) -> bool:
+        return _read_out(_driver(dbapi), streams=False)
 
     def _pass_over(self, dbapi: Any) -> None:
         """Read what is left of a statement whose error is nobody's any more: it is not to be taken for our question's."""
         with suppress(Exception):
-            self.read_out(dbapi)
+            _read_out(_driver(dbapi), streams=True)
 
     def before_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> Any:
         self.read_out(dbapi)
@@ -763,6 +753,22 @@ def _counted(cursor: Any) -> tuple[Any, ...] | None:
     """Return the counters to compare; None where there are none, which says nothing of commits."""
     rows = tuple(cursor.fetchall())
     return rows if rows and all(None not in row for row in rows) else None
+
+
+def _read_out(driver: Any, *, streams: bool) -> bool:
+    """Read the rest of the last answer, as the drivers do themselves before they send; True: rows were left to their reader."""
+    while (result := driver._result) is not None:  # noqa: SLF001
+        if result.unbuffered_active:
+            if not streams:
+                return True
+            read = result._finish_unbuffered_query()  # noqa: SLF001
+        elif result.has_next:
+            read = driver.next_result()
+        else:
+            break
+        if isawaitable(read):
+            await_only(read)
+    return False
 
 
 def _released(dbapi: Any, name: str) -> bool:

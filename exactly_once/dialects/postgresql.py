@@ -445,8 +445,8 @@ class PostgreSQL:
         # no procedure and no function can end the transaction block it is called in (2D000); a call on the driver can
         return False if _replaced(driver_of(dbapi)) else None
 
-    def read_out(self, dbapi: Any) -> None:
-        """Nothing: the driver reads an answer to its end."""
+    def read_out(self, dbapi: Any) -> bool:
+        return False  # the driver reads an answer to its end
 
     def before_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> Any:
         raise NotImplementedError

@@ -198,8 +198,8 @@ class SQLite:
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
         return _released(dbapi)
 
-    def read_out(self, dbapi: Any) -> None:
-        """Nothing: no statement has more than one answer."""
+    def read_out(self, dbapi: Any) -> bool:
+        return False  # no statement has more than one answer
 
     def before_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> Any:
         raise NotImplementedError

@@ -56,10 +56,11 @@ class _Claimed:
         row: The first claim, which is told in the error.
     """
 
-    __slots__ = ("dialect", "lost", "nested", "root", "row", "undone")
+    __slots__ = ("dialect", "lost", "nested", "root", "row", "server_session", "undone")
 
-    def __init__(self, root: "ReferenceType[RootTransaction]", dialect: Dialect, row: ClaimRow) -> None:
+    def __init__(self, root: "ReferenceType[RootTransaction]", dialect: Dialect, row: ClaimRow, dbapi: Any) -> None:
         self.root, self.dialect, self.row = root, dialect, row
+        self.server_session = dialect.server_session(dbapi)
         self.lost = ""
         """The error with which the server threw the transaction away, in words."""
         self.nested: list[tuple[tuple[str, ...], ClaimRow]] = []
@@ -83,6 +84,8 @@ class _Claimed:
         """Say why COMMIT would not keep the claim; empty where nothing speaks against it."""
         if self.lost:
             return _LOST.format(error=self.lost)
+        if self.dialect.server_session(dbapi) is not self.server_session:
+            return _ANEW
         match self.dialect.state(dbapi):
             case State.ABORTED:
                 return _ABORTED
@@ -102,7 +105,8 @@ def claimed(connection: Connection, dialect: Dialect, row: ClaimRow) -> None:
     root = connection.get_transaction()
     noted: _Claimed | None = connection.info.get(_CLAIMED)
     if root is not None and (noted is None or noted.root() is not root):
-        connection.info[_CLAIMED] = noted = _Claimed(ref(root), dialect, row)
+        dbapi = connection.connection.dbapi_connection
+        connection.info[_CLAIMED] = noted = _Claimed(ref(root), dialect, row, dbapi)
     if root is not None and noted is not None:
         noted.made(row, _savepoints(connection))
 
@@ -250,6 +254,11 @@ _ABORTED: Final = (
     "then a database error aborted the transaction, and it was caught: COMMIT would keep nothing, and say nothing. All of it is"
     " rolled back, the claim too. Do not acknowledge the message. Let the error leave the transaction, or put the statement that"
     " may fail into `with session.begin_nested():`."
+)
+_ANEW: Final = (
+    "then the driver connected anew (ping(reconnect=True) or connect() on its own connection): the claim's transaction ended with"
+    " the session before, and what was written since would be committed without its claim. Nothing of it is committed. Do not"
+    " acknowledge the message: its next copy runs. Delete that call: the error of a connection that is lost is to end the work."
 )
 _ENDED: Final = (
     "its transaction had ended before your COMMIT: a procedure sent ROLLBACK or COMMIT, DDL committed by itself, or commit() or"

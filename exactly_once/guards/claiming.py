@@ -94,7 +94,8 @@ class Claimer:
                 return True  # the handler's own message, which this attempt has claimed already: its work is to be done
         else:
             behind.admit(connection)
-        read_out(connection, dialect, dbapi)
+        if read_out(connection, dialect, dbapi):
+            raise errors.Misuse(_IN_THE_MIDST)
         try:
             if dialect.kept_as not in info or dialect.strange(dbapi, info):
                 forked_engines.used(engine, connection.connection)
@@ -199,3 +200,9 @@ def _no_session(given: object) -> str:
 
 def _told(row: ClaimRow, what: str) -> str:
     return f"The key {escaped(row.key)!r} of {row.handler!r} {what}."
+
+
+_IN_THE_MIDST: Final = (
+    "eo.claim was called in the midst of another statement on its connection, whose rows are still read one by one (stream_results,"
+    " yield_per). Nothing was claimed, and no row is lost. Read them to their end first (.all()), or in a session of their own."
+)

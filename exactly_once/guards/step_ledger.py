@@ -20,7 +20,7 @@ from exactly_once.finishing import finished
 from exactly_once.guards.late import Late
 from exactly_once.guards.lease import insisting, still_ours
 from exactly_once.guards.step_order import StepOrder
-from exactly_once.guards.watch import BrokenTransaction, Left, Watch, flush
+from exactly_once.guards.watch import DOUBTFUL, BrokenTransaction, Left, Watch, flush
 from exactly_once.keys import check_name
 from exactly_once.leases import Held, LeaseStore, Recorded
 from exactly_once.leases.sql import SqlLeases
@@ -274,7 +274,7 @@ class StepLedger:
                     raise
                 return known
             if stored is Recorded.LOST:
-                raise self._lost()  # noqa: TRY301
+                raise self._lost() if self._fenced else self._settled(begun.name)  # noqa: TRY301
             watch = late.watch
             assert watch is not None
             watch.check(session)
@@ -306,7 +306,7 @@ class StepLedger:
         if not watch.sent:
             watch.ask()
         if watch.left is Left.BROKEN or watch.doubtful:
-            self.error = BrokenTransaction(f"In a steps.transaction: {watch.error or error}")
+            self.error = BrokenTransaction(f"In a steps.transaction: {watch.error or DOUBTFUL}")
             raise self.error from error
         why = watch.why(error)
         if why is not error and not stops(error):
@@ -446,6 +446,16 @@ class StepLedger:
     def _lost(self) -> LeaseLost:
         self._held.lost = True
         error = self._held.error()
+        self.error = error
+        return error
+
+    def _settled(self, step: str) -> LeaseLost:
+        """The lease is still ours, and is let go of: the next copy is to find at once that there is nothing to do."""
+        row = self._held.row
+        error = LeaseLost(
+            f"The message {escaped(row.key)!r} of {row.handler!r} was settled while it ran: a person discarded it, or another run"
+            f" has finished it. The step {escaped(step)!r} is rolled back, and nothing of this run is recorded from here on."
+        )
         self.error = error
         return error
 

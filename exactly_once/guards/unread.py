@@ -15,14 +15,14 @@ from exactly_once.dialects import Dialect
 __all__ = ["raise_as_sqlalchemy_does", "read_out"]
 
 
-def read_out(connection: Connection, dialect: Dialect, dbapi: Any) -> None:
-    """Read the last statement's answer to its end; free where it was.
+def read_out(connection: Connection, dialect: Dialect, dbapi: Any) -> bool:
+    """Read the last statement's answer to its end; free where it was. See `Dialect.read_out`.
 
     Raises:
         DBAPIError: It was an error.
     """
     try:
-        dialect.read_out(dbapi)
+        return dialect.read_out(dbapi)
     except BaseException as error:
         raise_as_sqlalchemy_does(connection, error)
 

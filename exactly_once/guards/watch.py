@@ -34,6 +34,7 @@ from exactly_once.stops import asked_from_outside
 from exactly_once.wording import escaped
 
 __all__ = [
+    "DOUBTFUL",
     "HOME",
     "LEFT",
     "SWALLOWED",
@@ -662,6 +663,11 @@ CUT_OFF: Final = (
     " ended the connection, and the handler caught that error and went on. The connection is closed, and what was written before"
     " is rolled back. Let the error out of the handler; to go on without one statement, have the server limit it"
     " (statement_timeout, max_statement_time) inside `with session.begin_nested():`."
+)
+DOUBTFUL: Final = (
+    "A procedure was called, and then its transaction was lost before anybody could ask whether the procedure had committed it"
+    " (the connection ended, or was rolled back). Look what is there of its work. Take COMMIT, START TRANSACTION and DDL out of"
+    " the procedure."
 )
 _ENDED: Final = (
     "A statement of the handler ended the transaction behind SQLAlchemy's back (a COMMIT inside a procedure or a"

@@ -46,8 +46,8 @@ def check_result(result: object, *, in_lists: bool = False, handler: str = "") -
         Misuse: It is an awaitable, a generator or another iterator, the future of a thread, or a statement of SQLAlchemy's: the
             work in it has not been done, and acknowledging would lose it. Or a batch handler returned any other object:
             elsewhere that names the messages to bring again, here nobody reads it.
-        RefusedResult: It is a bool, a number, text, bytes, a member of an Enum or an exception, or becomes a number when it is
-            asked to, as the bools of numpy do: an answer that nobody reads.
+        RefusedResult: It is a bool, a number, text, bytes, a member of an Enum, an exception or a scalar of numpy's (as
+            `(amounts >= 0).all()` is): an answer that nobody reads.
     """
     if result is None:
         return
@@ -97,19 +97,17 @@ def check_result(result: object, *, in_lists: bool = False, handler: str = "") -
 
 
 def _is_answer(kind: type[Any]) -> bool:
-    """One of ours, or what float() takes: numpy.bool_ and a tensor's truth are registered as nothing. A UUID it does not take."""
-    return issubclass(kind, _ANSWERS) or (hasattr(kind, "__float__") and not _is_made_by(kind, "unittest.mock"))
+    """One of these, or a scalar of numpy's, of which not all are registered as numbers: its bools and dates are not."""
+    return issubclass(kind, _ANSWERS) or any(
+        each.__name__ == "generic" and each.__module__ == "numpy" for each in kind.__mro__
+    )
 
 
 def _is_lazy(kind: type[Any]) -> bool:
     """An iterator: map, filter, zip. Not what a statement gave that was executed, a file, nor a mock of a test's."""
     if not issubclass(kind, (Iterator, AsyncIterator)) or issubclass(kind, IOBase):
         return False
-    return not _is_made_by(kind, "sqlalchemy.", "unittest.mock")
-
-
-def _is_made_by(kind: type[Any], *modules: str) -> bool:
-    return any(str(each.__module__).startswith(modules) for each in kind.__mro__)
+    return not any(str(each.__module__).startswith(("sqlalchemy.", "unittest.mock")) for each in kind.__mro__)
 
 
 def _is_made_of_a_generator(result: object) -> bool:

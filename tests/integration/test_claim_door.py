@@ -7,13 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import insert, select, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from exactly_once import ConfigurationError, ExactlyOnce, InProgress, Outcome, PayloadConflict
-from exactly_once.errors import BadKey
-from tests.integration.shop import GROUP, Shop, on, order, put, shops
+from exactly_once.errors import BadKey, Misuse
+from tests.integration.shop import COLOURS, GROUP, STOCK, Shop, on, order, put, shops
+from tests.integration.ways import ALONE
 
 QUICK = timedelta(milliseconds=200)
 
@@ -290,3 +291,28 @@ def test_what_is_no_session_is_told_what_to_give(shop: Shop, eo: ExactlyOnce) ->
     for given in (shop.async_engine, async_sessionmaker(shop.async_engine)):
         with pytest.raises(ConfigurationError, match=r"async with AsyncSession\(engine\) as session"):
             eo.claim(given, "handler", "A-1")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("within", ["the caller's transaction", "a handler"])
+def test_a_claim_takes_no_row_from_whoever_reads_them_one_by_one(
+    request: pytest.FixtureRequest, colour: str, within: str
+) -> None:
+    """MySQL and MariaDB send one answer at a time: a statement of ours would end the stream, in silence."""
+    for shop in shops(request, "mariadb", colour, pool_size=3):
+        with shop.outside.begin() as connection:
+            connection.execute(insert(STOCK), [{"item": no, "amount": no} for no in range(1, 41)])
+
+        def work(session: Session, no: Any = None, shop: Shop = shop) -> None:
+            streamed = {"stream_results": True, "max_row_buffer": 4}
+            for (item,) in session.execute(select(STOCK.c.item), execution_options=streamed):
+                shop.eo.claim(session, "line", item)
+
+        if within == "a handler":
+            ALONE.handles(shop, work)
+            assert shop.process(order(1)) is Outcome.FAILED
+            assert "still read one by one" in shop.failure().error_text
+        else:
+            with pytest.raises(Misuse, match="still read one by one"):
+                in_session(shop, work)
+        assert shop.claims() == []

@@ -13,8 +13,9 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
-from exactly_once import Outcome, Retry
+from exactly_once import Misuse, Outcome, Retry
 from tests.integration.shop import COLOURS, Shop, on, order, put, shops
+from tests.integration.test_claim_door import in_session
 from tests.integration.threads import until
 from tests.integration.ways import WAYS, Way, accounted, driver_of, mariadb_procedures
 
@@ -158,3 +159,23 @@ def test_a_ping_of_a_connection_that_is_there_changes_nothing(shop: Shop, way: W
     way.handles(shop, do)
     assert way.deliver(shop, [order(2)]) == [Outcome.PROCESSED]
     assert shop.effects() == ["2 before", "2 after"]
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("writes", [True, False])
+def test_behind_a_claim_in_the_callers_transaction_nothing_is_committed(
+    request: pytest.FixtureRequest, colour: str, writes: bool
+) -> None:
+    """The second half would stand without its claim, and the next copy run again."""
+    for shop in shops(request, "mariadb", colour, pool_size=3):
+
+        def work(session: Session, shop: Shop = shop) -> None:
+            assert shop.eo.claim(session, "reserve", "A-1")
+            put(session, "first half")
+            connect_anew(shop, session)
+            if writes:
+                put(session, "second half")
+
+        with pytest.raises(Misuse, match=r"connected anew|had ended before your COMMIT"):
+            in_session(shop, work)
+        assert (shop.effects(), shop.claims()) == ([], [])

@@ -167,6 +167,7 @@ def test_what_is_discarded_while_its_copy_runs_has_no_further_effect(
         assert shop.process(order(attempt=2)) is Outcome.IN_PROGRESS
         assert shop.effects() == (["one"] if when == "between two steps" else [])
         assert shop.failure().state == "discarded"
+        assert shop.process(order(attempt=3)) is Outcome.DUPLICATE  # its lease was let go of
         shop.borrow()
 
 

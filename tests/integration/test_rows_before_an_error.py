@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from exactly_once import Lease, Outcome, Retry
 from tests.integration.shop import COLOURS, STOCK, Shop, on, order, put, shops
+from tests.integration.test_claim_door import in_session
 from tests.integration.threads import Turn, in_thread
 from tests.integration.ways import (
     ALONE,
@@ -226,7 +227,7 @@ def test_a_claim_behind_it_is_not_refused_by_it(
         assert TOLD[procedure] in shop.failure().error_text.lower()
     else:
         with pytest.raises(Exception, match=r"(?i)out of stock|duplicate entry 'x'|nowhere"):
-            in_a_transaction(shop, work)
+            in_session(shop, work)
     assert shop.effects() == []
     assert shop.claims() == before
 
@@ -242,25 +243,9 @@ def test_a_claim_behind_rows_that_nobody_reads_is_made(shop: Shop, claimed: bool
         call(session, "well")
         mine.append(shop.eo.claim(session, "reserve", "A-1"))
 
-    in_a_transaction(shop, work)
+    in_session(shop, work)
     assert mine == [not claimed]
     assert shop.effects() == ["by the procedure"]
-
-
-def in_a_transaction(shop: Shop, work: Any) -> None:
-    """As a caller of the first door does it."""
-    if not shop.is_async:
-        with Session(shop.engine) as session, session.begin():
-            work(session)
-        return
-
-    async def run() -> None:
-        from sqlalchemy.ext.asyncio import AsyncSession
-
-        async with AsyncSession(shop.async_engine) as session, session.begin():
-            await session.run_sync(work)
-
-    shop.await_(run())
 
 
 @each_error

@@ -54,14 +54,15 @@ class Text(str):
     pass
 
 
-class NumpyBool:
+class NumpyBool(type("generic", (), {"__module__": "numpy"})):  # type: ignore[misc]
     """As numpy.bool_, of `(amounts >= 0).all()`: neither a bool nor registered as a number."""
 
-    def __bool__(self) -> bool:
-        return False
+
+class Money:
+    """No number, though it can be made one."""
 
     def __float__(self) -> float:
-        return 0.0
+        return 12.5
 
 
 class Model(BaseModel):
@@ -197,6 +198,7 @@ def test_any_other_result_is_ignored_with_one_warning_a_handler(caplog: pytest.L
             ConsumeResult,
             Model,
             UUID(int=1),
+            Money(),
             MagicMock(),  # of a function that a test has patched
         ):
             check_result(result, handler=f"ignored-{handler}")
