@@ -56,14 +56,14 @@ class ExactlyOnceError(Exception):
 
 
 class ConfigurationError(ExactlyOnceError):
-    """The program or its settings are wrong; nothing was started."""
+    """The program, its settings or a server is wrong; nothing was started."""
+
+    store: str | None = None
+    """The database's name, where a claim has found it out: its messages are held until that is mended."""
 
 
 class SchemaError(ConfigurationError):
     """Our tables are missing, old or too new in the database."""
-
-    store: str | None = None
-    """The database's name, where a claim has found it out: its messages are held until the tables are there."""
 
 
 class MissingExtra(ConfigurationError):

@@ -27,7 +27,6 @@ from exactly_once.errors import (
     PayloadConflict,
     Reject,
     RetryLater,
-    SchemaError,
     StepError,
     StoreUnavailable,
 )
@@ -183,8 +182,7 @@ class Delivering:
         except BadKey as error:  # its characters are none of the database's
             return self.recording.failed(message, reading, error, features, foreign)
         except ConfigurationError as error:
-            if isinstance(error, SchemaError):
-                error.store = self.store.name
+            error.store = self.store.name
             raise  # of the program or the server: no message is to be blamed for it
         except Exception as error:  # a statement of ours before the attempt: nothing ran, so nothing is acknowledged
             _log.error("message_not_run handler=%s key=%s\n%s", self.plan.name, escaped(row.key), trace_of(error))

@@ -22,7 +22,7 @@ from exactly_once.delivery import DUPLICATE, PROCESSED, Delivering, Told, as_mis
 from exactly_once.delivery.member import GroupTold, Member
 from exactly_once.delivery.recording import Owed
 from exactly_once.dialects import ClaimRow, Trouble
-from exactly_once.errors import Misuse, SchemaError
+from exactly_once.errors import ConfigurationError, Misuse
 from exactly_once.guards import Consumed
 from exactly_once.guards.our_session import in_our_session
 from exactly_once.guards.transaction import TransactionGuard
@@ -283,7 +283,7 @@ class GroupDelivering(Delivering):
                 patient=patient,
                 meanwhile=run.meanwhile,
             )
-        except SchemaError as error:
+        except ConfigurationError as error:
             error.store = self.store.name
             raise
         if tried.ended.how is How.IN_PROGRESS and tried.ended.error is None:

@@ -203,6 +203,7 @@ def _told(row: ClaimRow, what: str) -> str:
 
 
 _IN_THE_MIDST: Final = (
-    "eo.claim was called in the midst of another statement on its connection, whose rows are still read one by one (stream_results,"
-    " yield_per). Nothing was claimed, and no row is lost. Read them to their end first (.all()), or in a session of their own."
+    "eo.claim was called in the midst of another statement on its connection, whose rows are still read one by one"
+    " (stream_results, yield_per). Nothing was claimed, and no row is lost. Read them to their end first (.all()), or in a"
+    " session of their own."
 )

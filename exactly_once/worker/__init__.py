@@ -20,7 +20,7 @@ from threading import Condition, Event
 from time import monotonic
 from typing import Final
 
-from exactly_once.errors import ConfigurationError, ExactlyOnceError, SchemaError
+from exactly_once.errors import ConfigurationError, ExactlyOnceError
 from exactly_once.steady_log import steady
 from exactly_once.transport import Consumer, Delivery, Features
 from exactly_once.verdict import Ack, Ending, Hold, Keep, Redeliver
@@ -321,13 +321,15 @@ class Worker:
             self._broke(unsettled, delivery, TypeError(f"a run ended with {said!r}, which is not a verdict"))
 
     def _broke(self, unsettled: Unsettled, delivery: Delivery, error: BaseException) -> None:
-        if isinstance(error, SchemaError) and error.store is not None:
+        if isinstance(error, ConfigurationError) and error.store is not None:
             with self._changed:
                 held = not self._stopping
-                if held:  # tables that are not there are an outage, which spends no attempt of the broker's
+                if (
+                    held
+                ):  # a server that is wrong, or has no tables, is an outage, which spends no attempt of the broker's
                     self._outages.hold(error.store, delivery, unsettled)
             if held:
-                self._throttled.warning("tables", "%s", error)
+                self._throttled.warning("wrong", "%s", error)
                 return
         if self._stopping:
             self._give_back(unsettled, delivery)

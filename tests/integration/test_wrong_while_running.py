@@ -1,0 +1,48 @@
+"""What is wrong of a server, found out while a worker runs: its messages are held, and none is blamed or spends its attempts.
+
+An operator sets the server's sql_mode, and each new connection of the pool has it: no claim there could be trusted.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import event
+
+from exactly_once import ExactlyOnce
+from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
+from tests.integration.threads import until
+from tests.integration.ways import ALONE, IN_A_GROUP, UNDER_A_LEASE, Way
+
+
+@pytest.fixture(params=COLOURS)
+def shop(request: pytest.FixtureRequest) -> Iterator[Shop]:
+    yield from shops(request, "mariadb", request.param, pool_size=3)
+
+
+@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, UNDER_A_LEASE], ids=str)
+def test_messages_are_held_until_the_server_is_right_again(shop: Shop, way: Way) -> None:
+    mode = ["STRICT_TRANS_TABLES"]
+    engine = shop.async_engine.sync_engine if shop.is_async else shop.engine
+
+    @event.listens_for(engine, "connect")
+    def as_the_server_says(dbapi: Any, _: Any) -> None:
+        cursor = dbapi.cursor()
+        cursor.execute(f"SET sql_mode = '{mode[0]}'")
+        cursor.close()
+
+    shop.eo = ExactlyOnce(shop.async_engine if shop.is_async else shop.engine, group=GROUP)
+    way.handles(shop, lambda session, no: put(session, f"{no}"))
+    with shop.eo.worker("sql://?max_attempts=3", concurrency=2) as worker, shop.eo.producer("sql://") as producer:
+        producer.send(order(1))
+        until(lambda: worker.counts.acked == 1, "the first is done")
+        mode[0] = ""
+        engine.pool.dispose()
+        producer.send_all([order(no) for no in (2, 3, 4)])
+        until(worker.unready, "it is seen")
+        mode[0] = "STRICT_TRANS_TABLES"
+        engine.pool.dispose()
+        until(lambda: worker.counts.acked == 4, "the others are done")
+        assert worker.counts.redelivered == 0
+    assert shop.failures() == []
+    assert sorted(shop.effects()) == ["1", "2", "3", "4"]
