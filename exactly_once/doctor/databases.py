@@ -6,7 +6,7 @@ Nothing is changed: the claims it tries are rolled back. Called by the doctor.
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from sqlalchemy import Engine, func, select, text
+from sqlalchemy import Engine, select, text
 from sqlalchemy.util import greenlet_spawn
 
 from exactly_once.doctor.conflicts import conflicts_of_times
@@ -19,6 +19,7 @@ from exactly_once.failures import triage
 from exactly_once.handler import Lease, Plan
 from exactly_once.pooler import LINK, Link, begin_bounded
 from exactly_once.redaction import redacted
+from exactly_once.renamed import claimed_names
 from exactly_once.schema import utcnow
 from exactly_once.store import Store, claims_twice, lacking_characters
 from exactly_once.unusable import read_only
@@ -222,18 +223,12 @@ def _unknown_handlers(connection: Any, store: Store, group: str, plans: tuple[Pl
     t = store.tables.idempotent
     known = [plan.name for plan in plans]
     # one step of the primary key's tree for each name, however many rows each has
-    last = ""
-    while True:
-        last = connection.execute(
-            select(func.min(t.c.handler)).where(t.c.consumer_group == group, t.c.handler > last)
-        ).scalar_one_or_none()
-        if last is None:
-            return
-        if last not in known:
+    for name in claimed_names(connection, t, group):
+        if name not in known:
             yield Finding(
                 Mark.WARN,
-                f"There are claims of a handler {escaped(last)!r}, which is not registered.{probably(last, known)} If it"
-                f" was renamed: exactly-once handlers rename {escaped(last)} NEW",
+                f"There are claims of a handler {escaped(name)!r}, which is not registered.{probably(name, known)} If it"
+                f" was renamed: exactly-once handlers rename {escaped(name)} NEW",
             )
 
 
