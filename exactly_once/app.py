@@ -470,8 +470,11 @@ class ExactlyOnce(Registrations):
                 say_which("database", self._said.get("database"), config.database)
                 say_which("async_database", self._said.get("async_database"), config.async_database)
             if database is None and async_database is None:
+                from exactly_once.which_database import lend_one
+
                 raise ConfigurationError(
-                    "No database is named. Type: export EXACTLY_ONCE_DATABASE=postgresql+psycopg://user:password@host/name, or"
+                    f"No database is named.{lend_one()}"
+                    " Type: export EXACTLY_ONCE_DATABASE=postgresql+psycopg://user:password@host/name, or"
                     f" write ExactlyOnce('postgresql+psycopg://...'), or eo.bind(engine) ({self.config.looked})."
                 )
             several = database if isinstance(database, Mapping) else {_DEFAULT: database}

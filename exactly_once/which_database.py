@@ -15,7 +15,7 @@ from sqlalchemy import URL
 from exactly_once.config import Setting
 from exactly_once.steady_log import steady
 
-__all__ = ["say_which"]
+__all__ = ["lend_one", "say_which"]
 
 _PYTEST: Final = "PYTEST_CURRENT_TEST"
 """Set by pytest while a test runs."""
@@ -37,7 +37,7 @@ def say_which(name: str, given: Any, setting: Setting[Any]) -> None:
         pass
     elif (from_file or not isinstance(given, (str, URL))) and _bare(in_code.shown) != _bare(setting.shown):
         _say(_OVERRULED.format(name=name, given=in_code.shown, used=setting.shown, source=setting.source))
-    if from_file and _PYTEST in os.environ:
+    if setting.source != "code" and setting.value is not None and _PYTEST in os.environ:
         _say(_IN_A_TEST.format(used=setting.shown, source=setting.source))
 
 
@@ -55,7 +55,14 @@ _OVERRULED: Final = (
     "The {name} in the code ({given}) is not used: {source} says {used}, and settings win over the code. Take one of them away;"
     " or call eo.bind(engine), which wins over both."
 )
+_LEND_ONE: Final = "`with bound(eo, eo_database):` (exactly_once.testing)"
+"""How a test gives an application a database."""
 _IN_A_TEST: Final = (
     "A test uses {used}, the database of {source}: what it writes stays there, and the next run finds duplicates. Lend it one of"
-    " its own: `with bound(eo, eo_database):` (exactly_once.testing)."
+    f" its own: {_LEND_ONE}."
 )
+
+
+def lend_one() -> str:
+    """Return what a test is told where no database is named; nothing where no test runs."""
+    return f" In a test, lend it one: {_LEND_ONE}." if _PYTEST in os.environ else ""

@@ -26,6 +26,7 @@ from exactly_once.error_words import words_of
 from exactly_once.errors import InProgress, LeaseLost, Misuse, RefusedResult, StoreUnavailable
 from exactly_once.finishing import finish
 from exactly_once.guards import Consumed, Guard, Unfinished, Won
+from exactly_once.guards.locked_out import locked_out
 from exactly_once.guards.watch import DOUBTFUL, HOME, BrokenTransaction, Left, LostTransaction, Watch, flush
 from exactly_once.leaves import leaves
 from exactly_once.one_writer import holding
@@ -129,6 +130,8 @@ def run(
     except BaseException as error:
         if process is not fork.here:
             raise fork.inside() from error  # a child that the handler forked: all of it is the parent's to end
+        if dialect.embedded and (watch := won.watch) is not None and not watch.sent:
+            error = locked_out(error, watch.connection) or error
         # cancelled in here once more, the server would not be told to roll back, and what was committed not be noticed
         left = partial(_left, open_session, session, guard, dialect, rows, won, told(error), foreign)
         ended, cancelled = finish(left)

@@ -33,6 +33,12 @@ def application(reference: str) -> ExactlyOnce:
         ConfigurationError: There is no such module or object; the text says which, and what there is.
     """
     module_name, colon, attribute = reference.partition(":")
+    if not colon and (meant := _module_meant(module_name)):
+        kind = "file" if module_name.endswith(".py") else "path"
+        raise ConfigurationError(
+            f"{escaped(module_name)} is a {kind}; type its module and the name of its ExactlyOnce object, such as"
+            f" {escaped(meant)}:eo"
+        )
     if not colon or not module_name or not attribute:
         raise ConfigurationError(f"{escaped(reference)!r} names no application. It looks like shop.consumers:eo")
     if (meant := _module_meant(module_name)) is not None:

@@ -134,7 +134,9 @@ def _span(what: str, given: Any, least: timedelta, most: timedelta = _LONGEST) -
         low = "above zero" if least <= timedelta(milliseconds=1) else f"from {least}"
         if least == timedelta(0):
             low = "of zero or more"
-        raise ConfigurationError(f"{what}{equals}{given!r}): give a timedelta {low}, at most {most.days} days")
+        number = isinstance(given, (int, float)) and not isinstance(given, bool)
+        meant = f". For {given:g} seconds write {what}{equals}timedelta(seconds={given:g}))" if number else ""
+        raise ConfigurationError(f"{what}{equals}{given!r}): give a timedelta {low}, at most {most.days} days{meant}")
 
 
 _OWN: Final = "the handler's database"

@@ -2,9 +2,11 @@
 
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from threading import Thread
 from time import monotonic
@@ -222,12 +224,14 @@ def test_another_thread_gets_its_turn_at_the_file(sqlite_url: str) -> None:
 
 def test_a_connection_beside_the_session_is_told_why_the_file_is_locked(sqlite_url: str) -> None:
     eo = ExactlyOnce(sqlite_url, group="answers")
-    own = create_engine(sqlite_url, connect_args={"timeout": 0.1})
+    own = create_engine(sqlite_url)
+    file = own.url.database
+    assert file is not None
 
     @eo.handler("orders", key="no")
     def outer(session: Session, body: dict[str, Any]) -> None:
-        with own.begin() as connection:
-            connection.execute(text("CREATE TABLE beside (no INTEGER)"))
+        with closing(sqlite3.connect(file, timeout=0.1)) as connection:
+            connection.execute("CREATE TABLE beside (no INTEGER)")
 
     assert eo.process(order()) is Outcome.FAILED
     with own.connect() as connection:
