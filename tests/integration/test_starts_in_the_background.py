@@ -110,7 +110,7 @@ def test_what_keeps_a_worker_in_the_background_from_starting_is_said(
     with program(f"sqlite:///{tmp_path / 'new.db'}").worker("sql://", background=True) as worker:
         wait_until(lambda: worker.unready() != "not started", what="it has given up", patience_s=30)
         assert "exactly-once db upgrade" in (worker.unready() or "")
-    assert "worker_not_started: nothing is received, and nothing tries again. The tables" in caplog.text
+    assert "worker_not_started: nothing is received, and nothing tries again. There is no file" in caplog.text
 
 
 def test_a_start_waits_as_long_as_it_is_told_to(nowhere: str) -> None:
