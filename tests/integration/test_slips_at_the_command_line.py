@@ -288,6 +288,17 @@ def test_doctor_counts_messages_of_a_topic_that_looks_like_one_of_ours(typed: Ty
     ]
 
 
+def test_doctor_counts_messages_whose_tag_looks_like_one_of_ours(typed: Typed) -> None:
+    with eo.worker("sql://") as worker:
+        sent(typed, "--topic", "orders", "--tag", "create")
+        worker.drain()
+    [told] = examined(typed)
+    assert told == (
+        "warn  sql://: 1 message(s) of topic orders have the tag 'create', which no handler of group slips takes (they take"
+        " orders:created); deleted after a day. Did you mean 'created'?"
+    )
+
+
 def test_doctor_says_nothing_where_all_are_taken(typed: Typed) -> None:
     with eo.worker("sql://") as worker:
         sent(typed, "--topic", "orders", "--tag", "created")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -353,6 +354,23 @@ def test_what_looks_like_a_slip_of_its_sender_is_counted(engine: Engine) -> None
     assert broker.concerns("slips", [Subscription(topic)]) == [misspelled]
 
 
+def test_a_tag_that_looks_like_one_of_ours_is_counted_and_another_programs_is_not(engine: Engine) -> None:
+    topic = "quagga"  # no other test's looks like it
+    wanted = [Subscription(topic, ("created", "paid"))]
+    broker = transport(engine)
+    broker.subscribe("slips", wanted)
+    tags = ["create", "create", "crated", "created", "paid", "shipped", "PAID"]
+    sent(engine, [Message(topic, b"x", tag=tag) for tag in tags])
+    told = [concern for concern in broker.concerns("slips", wanted) if topic in concern]
+    assert told == [
+        f"sql://: {number} message(s) of topic {topic} have the tag {tag!r}, which no handler of group slips takes (they take"
+        f" {topic}:created|paid); deleted after a day. Did you mean {meant!r}?"
+        for number, tag, meant in [(1, "PAID", "paid"), (1, "crated", "created"), (2, "create", "created")]
+    ]
+    assert not [concern for concern in broker.concerns("slips", [Subscription(topic)]) if topic in concern]
+    assert not [concern for concern in broker.concerns("others", wanted) if topic in concern]
+
+
 # -- holding and settling ---------------------------------------------------------------------------------------------
 
 
@@ -389,7 +407,9 @@ def test_acknowledging_many_deletes_them_and_nothing_else(engine: Engine, topic:
     assert rows(engine, topic) == 10
 
 
-def test_what_nobody_of_the_group_wants_is_dropped_after_a_day(engine: Engine, topic: str) -> None:
+def test_what_nobody_of_the_group_wants_is_dropped_after_a_day(
+    engine: Engine, topic: str, caplog: pytest.LogCaptureFixture
+) -> None:
     joined(engine, "g", Subscription(topic, ("created",)))
     sent(engine, [Message(topic, b"old", tag="paid"), Message(topic, b"wanted", tag="created")])
     queue = tables().queue
@@ -397,7 +417,13 @@ def test_what_nobody_of_the_group_wants_is_dropped_after_a_day(engine: Engine, t
         connection.execute(update(queue).where(queue.c.topic == topic).values(deliver_at=utcnow(-90000)))
     sent(engine, [Message(topic, b"young", tag="paid")])
     consumer = joined(engine, "g", Subscription(topic, ("created",)))
-    assert bodies(consumer.receive(5, SECOND)) == [b"wanted"]
+    with caplog.at_level(logging.INFO, "exactly_once.transports.sql"):
+        assert bodies(consumer.receive(5, SECOND)) == [b"wanted"]
+    [told] = caplog.messages
+    assert told == (
+        f"topic {topic}: deleted 1 message(s) that waited for a day with a tag, or without one, that no handler of group g takes"
+        f" (they take {topic}:created)"
+    )
     with engine.connect() as connection:
         left = connection.execute(select(queue.c.body).where(queue.c.topic == topic)).scalars().all()
     assert sorted(left) == [b"wanted", b"young"]

@@ -153,28 +153,35 @@ class SqlTransport:
         return problems
 
     def concerns(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
-        """Count what waits and looks like a slip of whoever sent it: without a tag, or of a topic named almost as one of ours.
+        """Count what waits and looks like a slip of whoever sent it: without a tag, or of a tag or a topic named almost as ours.
 
         Only the oldest rows are looked at, so that a long backlog costs nothing.
         """
         try:
-            return [*self._without_a_tag(group, subscriptions), *self._misspelled(subscriptions)]
+            return [*self._not_taken(group, subscriptions), *self._misspelled(subscriptions)]
         except Exception as error:
             if isinstance(error, ConfigurationError) or _is_away(error):
                 return ()  # `check` says so
             raise
 
-    def _without_a_tag(self, group: str, subscriptions: Sequence[Subscription]) -> Iterator[str]:
-        sql = self._database.sql
+    def _not_taken(self, group: str, subscriptions: Sequence[Subscription]) -> Iterator[str]:
         for each in subscriptions:
             if not each.tags:
                 continue
-            if number := self._database.seen(partial(_number, sql.tagless(group, each.topic, _LOOKED_AT))):
+            of = f"message(s) of topic {escaped(each.topic)}"
+            take = escaped(taken(each.topic, each.tags), 200)
+            found = dict(self._database.seen(partial(_counted, self._database.sql.tags(group, each.topic, _LOOKED_AT))))
+            if number := found.pop(None, 0):
                 yield (
-                    f"sql://: {number} message(s) of topic {escaped(each.topic)} have no tag, and handlers of group"
-                    f" {escaped(group)} take {escaped(taken(each.topic, each.tags), 200)}. Nobody runs them, and they are"
-                    f" deleted after a day. Send them with --tag {escaped(each.tags[0])}"
+                    f"sql://: {number} {of} have no tag, and handlers of group {escaped(group)} take {take}. Nobody runs them,"
+                    f" and they are deleted after a day. Send them with --tag {escaped(each.tags[0])}"
                 )
+            for tag in sorted(tag for tag in found if tag and tag not in each.tags):
+                if meant := probably(tag, each.tags):  # any other is another program's
+                    yield (
+                        f"sql://: {found[tag]} {of} have the tag {escaped(tag)!r}, which no handler of group {escaped(group)}"
+                        f" takes (they take {take}); deleted after a day.{meant}"
+                    )
 
     def _misspelled(self, subscriptions: Sequence[Subscription]) -> Iterator[str]:
         ours = [each.topic for each in subscriptions]
@@ -350,11 +357,20 @@ class _SqlConsumer:
         sql = self._database.sql
         old = sql.unwanted(self._group, self._wanted, _UNWANTED_AGE, _TIDY_ROWS)
 
-        def tidied(connection: Connection) -> None:
+        def tidied(connection: Connection) -> int:
             if ids := connection.execute(old).scalars().all():
                 connection.execute(sql.drop(), {"ids": ids})
+            return len(ids)
 
-        self._database.done(tidied)
+        if number := self._database.done(tidied):
+            _log.info(
+                "topic %s: deleted %d message(s) that waited for a day with a tag, or without one, that no handler of group %s"
+                " takes (they take %s)",
+                escaped(self._wanted.topic),
+                number,
+                escaped(self._group),
+                escaped(taken(self._wanted.topic, self._wanted.tags), 200),
+            )
 
     @contextmanager
     def _survive(self, what: str) -> Iterator[None]:
@@ -376,11 +392,7 @@ class _SqlConsumer:
             self._away = False
 
 
-def _number(statement: Any, connection: Connection) -> int:
-    return int(connection.execute(statement).scalar_one())
-
-
-def _counted(statement: Any, connection: Connection) -> Sequence[tuple[str, int]]:
+def _counted(statement: Any, connection: Connection) -> Sequence[tuple[Any, int]]:
     return [(row[0], row[1]) for row in connection.execute(statement)]
 
 

@@ -304,12 +304,12 @@ class Statements:
             .with_for_update(skip_locked=True)
         )
 
-    def tagless(self, group: str, topic: str, limit: int) -> Select[Any]:
-        """Count the rows without a tag among those that have been due the longest."""
+    def tags(self, group: str, topic: str, limit: int) -> Select[Any]:
+        """Count the rows of each tag, and those without one, among the rows that have been due the longest."""
         q = self.queue
         oldest = select(q.c.tag).where(q.c.consumer_group == group, q.c.topic == topic).order_by(q.c.deliver_at, q.c.id)
         looked = oldest.limit(limit).subquery()
-        return all_rows(select(func.count()).select_from(looked).where(looked.c.tag.is_(None)), self._dialect)
+        return all_rows(select(looked.c.tag, func.count()).group_by(looked.c.tag), self._dialect)
 
     def groupless(self, limit: int) -> Select[Any]:
         """Count the rows of each topic that no group has joined, among so many of them."""
