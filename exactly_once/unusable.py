@@ -10,6 +10,7 @@ import sqlite3
 import struct
 from contextlib import suppress
 from importlib import import_module
+from shlex import quote
 from typing import Final
 
 from sqlalchemy import URL
@@ -23,6 +24,7 @@ __all__ = ["denied", "is_denied", "is_read_only", "nameless", "no_schemas", "rea
 
 _DENIED_STATE: Final = "42501"  # insufficient_privilege
 _DENIED_CODES: Final = frozenset({1044, 1142, 1143})  # access to the database, to a table, to a column
+_DENIED_DATABASE: Final = 1044  # the others name the client's host, and no account may have that one
 _READ_ONLY_STATE: Final = "25006"  # read_only_sql_transaction
 _READ_ONLY_CODES: Final = frozenset({1290, 1792, 1836, 1874})  # read_only; a transaction that is; the server; InnoDB
 _PRIMARY: Final = 0xFF
@@ -81,19 +83,23 @@ def denied(error: BaseException, url: URL, *, schema: str | None = None, changin
         changing: It was to make or change the tables, which a worker's rights do not cover.
     """
     account = _ACCOUNT.search(words(error))
-    role = f"{account[1]}@{account[2]}" if account else url.username
-    option = f" --schema {schema}" if schema else ""
-    grants = f"exactly-once db sql --dialect {url.get_backend_name()} --grants {role or 'ROLE'}{option}"
+    role, host = (f"{account[1]}@{account[2]}" if account else url.username), ""
+    given = role
+    if account and _errno(error) != _DENIED_DATABASE:
+        given, host = f"{account[1]}@HOST", " (HOST as SELECT CURRENT_USER() says of that login)"
+    option = f" --schema {quote(schema)}" if schema else ""
+    named = quote(given) if given else "ROLE"
+    grants = f"exactly-once db sql --dialect {url.get_backend_name()} --grants {named} --only-grants{option}{host}"
     who = f"The role {role}" if role else "The role"
     why = stopped(words(error))
     if changing:
         return (
             f"{who} may not make or change the tables of exactly_once in {redacted(url)}: {why} Upgrade as their"
-            f" owner: exactly-once db upgrade --database URL{option}. A worker's role needs only the GRANT lines of: {grants}"
+            f" owner: exactly-once db upgrade --database URL{option}. A worker's role needs only what this prints: {grants}"
         )
     return (
-        f"{who} may not use the tables of exactly_once in {redacted(url)}: {why} Have their owner run the GRANT lines"
-        f" that this prints: {grants}"
+        f"{who} may not use the tables of exactly_once in {redacted(url)}: {why} Have their owner run what this"
+        f" prints: {grants}"
     )
 
 

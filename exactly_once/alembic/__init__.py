@@ -182,7 +182,9 @@ def include_name(
     return schema not in ("anywhere", parent_names.get("schema_name"))
 
 
-def sql(dialect_name: str, *, schema: str | None = None, grants_role: str | None = None) -> str:
+def sql(
+    dialect_name: str, *, schema: str | None = None, grants_role: str | None = None, only_grants: bool = False
+) -> str:
     """Return the SQL that `upgrade` would run on an empty database, for an administrator to run.
 
     Args:
@@ -190,13 +192,14 @@ def sql(dialect_name: str, *, schema: str | None = None, grants_role: str | None
         schema: The named schema, made on PostgreSQL where it is missing.
         grants_role: Who the workers log in as. It gets the least that is enough: rows of our tables, no tables. On
             MySQL and MariaDB a role, or an account as "name@host".
+        only_grants: The tables are there: return only what gives the role its rights.
 
     Raises:
-        ConfigurationError: We have no tables for this dialect, or it has no roles.
+        ConfigurationError: We have no tables for this dialect, or it has no roles, or no role is named.
     """
     from exactly_once.alembic.offline import script
 
-    return script(dialect_name, schema=schema, grants_role=grants_role)
+    return script(dialect_name, schema=schema, grants_role=grants_role, only_grants=only_grants)
 
 
 def revision(

@@ -46,8 +46,15 @@ def downgrade() -> None:
 '''
 
 
-def script(dialect_name: str, *, schema: str | None, grants_role: str | None) -> str:
-    """Return the SQL that makes our tables from nothing, and the rights of the role that workers log in with."""
+def script(dialect_name: str, *, schema: str | None, grants_role: str | None, only_grants: bool = False) -> str:
+    """Return the SQL that makes our tables from nothing, and the rights of the role that workers log in with.
+
+    Args:
+        dialect_name: One of `DIALECTS`.
+        schema: The named schema.
+        grants_role: That role.
+        only_grants: The tables are there: only the rights.
+    """
     from alembic.migration import MigrationContext
     from alembic.operations import Operations
 
@@ -57,6 +64,8 @@ def script(dialect_name: str, *, schema: str | None, grants_role: str | None) ->
         raise ConfigurationError(
             "SQLite has no roles: who may write the file may write the tables. Leave --grants out."
         )
+    if only_grants and grants_role is None:
+        raise ConfigurationError("--only-grants needs the role that gets them: --grants ROLE")
     out = io.StringIO()
     context = MigrationContext.configure(
         dialect_name=dialect_name,
@@ -64,9 +73,11 @@ def script(dialect_name: str, *, schema: str | None, grants_role: str | None) ->
     )
     # where DDL is transactional the script is all or nothing, as the upgrade is
     transactional = dialect_name in ("postgresql", "sqlite")
-    print(f"-- the tables of exactly_once, version {name_of(HEAD)}, for {dialect_name}", file=out)
+    what = "rights on the tables" if only_grants else "tables"
+    print(f"-- the {what} of exactly_once, version {name_of(HEAD)}, for {dialect_name}", file=out)
     print("BEGIN;\n" if transactional else "", file=out)
-    write(Operations(context), schema, up_to=HEAD)
+    if not only_grants:
+        write(Operations(context), schema, up_to=HEAD)
     if grants_role is not None:
         print(
             f"-- what a worker may do: nothing that changes or drops a table, and in {VERSION_TABLE} only look",

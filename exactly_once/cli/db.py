@@ -113,6 +113,9 @@ def sql(
         str | None,
         typer.Option("--grants", metavar="ROLE", help="Add the least rights this role of the workers needs."),
     ] = None,
+    only_grants: Annotated[
+        bool, typer.Option("--only-grants", help="Only these rights: the tables are there already.")
+    ] = False,
 ) -> None:
     """Print the SQL that makes the tables, for somebody else to run. No database is opened."""
     with _one_paragraph(wrong_usage=(ConfigurationError,)):
@@ -126,7 +129,7 @@ def sql(
             (dialect,) = dialects
         else:
             schema = schema or load().schema.value
-        typer.echo(alembic.sql(dialect, schema=schema, grants_role=grants), nl=False)
+        typer.echo(alembic.sql(dialect, schema=schema, grants_role=grants, only_grants=only_grants), nl=False)
 
 
 @app.command()

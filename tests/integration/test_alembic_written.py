@@ -91,13 +91,28 @@ def test_the_sql_of_a_checkout_makes_a_named_schema(empty_postgres_url: str) -> 
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--dialect", "oracle"), ("--dialect", "sqlite", "--grants", "worker"), ("--nonsense",)]
+    "arguments",
+    [
+        ("--dialect", "oracle"),
+        ("--dialect", "sqlite", "--grants", "worker"),
+        ("--nonsense",),
+        ("--dialect", "mariadb", "--only-grants"),
+    ],
 )
 def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
     assert CliRunner().invoke(app, ["sql", *arguments]).exit_code == 2
 
 
 # The rights of the workers' role
+
+
+@pytest.mark.parametrize("dialect", ["postgresql", "mariadb"])
+def test_only_the_grants_are_printed_where_the_tables_are_there(dialect: str) -> None:
+    whole = printed("--dialect", dialect, "--grants", "app").splitlines()
+    alone = printed("--dialect", dialect, "--grants", "app", "--only-grants").splitlines()
+    assert [line for line in alone if "GRANT" in line] == [line for line in whole if line.startswith("GRANT")]
+    rest = {line for line in alone if line and not line.startswith(("GRANT", "--"))}
+    assert rest == ({"BEGIN;", "COMMIT;"} if dialect == "postgresql" else set())
 
 
 def login(url: str, schema: str | None) -> str:

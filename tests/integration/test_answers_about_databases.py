@@ -1,6 +1,7 @@
 """A database that cannot be used is answered with which one it is, what is wrong with it and what to type; and in time."""
 
 import logging
+import shlex
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,12 +16,13 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.orm import Session
 from typer.testing import CliRunner
 
-from exactly_once import ConfigurationError, ExactlyOnce, StoreUnavailable
+from exactly_once import ConfigurationError, ExactlyOnce, Message, StoreUnavailable, alembic
 from exactly_once.alembic.versions import HEAD
 from exactly_once.cli.db import app as db
 from exactly_once.doctor import examine
 from exactly_once.store import Store
 from exactly_once.testing.databases import DatabaseServer
+from tests.integration.test_alembic_written import run
 
 
 def said_by(verb: str, url: str, *more: str) -> tuple[int, str]:
@@ -143,6 +145,21 @@ LITTLE_ON_MYSQL = {
 }
 
 
+def _all_but_the_queue(dialect: str) -> list[str]:
+    printed = alembic.sql("postgresql" if dialect == "postgres" else "mariadb", grants_role="weak").splitlines()
+    grants = [line.rstrip(";") for line in printed if line.startswith("GRANT")]
+    if dialect == "mariadb":
+        grants = [line.replace(" ON ", " ON {name}.").replace("TO 'weak'", "TO {user}") for line in grants]
+    left = [line for line in grants if "message_queue TO" not in line and "message_queue_group TO" not in line]
+    assert len(left) == len(grants) - 2
+    return left
+
+
+def doctor_of(url: str) -> list[str]:
+    eo = application(url)
+    return [f"{finding.mark.value}  {finding.text}" for finding in examine(eo, eo.transport("sql://"))]
+
+
 @pytest.mark.parametrize("rights", LITTLE)
 @pytest.mark.parametrize("dialect", ["postgres", "mariadb"])
 def test_a_role_without_rights_is_told_who_gives_them_and_with_what(
@@ -172,17 +189,60 @@ def test_an_upgrade_without_rights_is_told_to_be_the_owners(dialect: str, reques
     assert "Upgrade as their owner: exactly-once db upgrade --database URL" in said
 
 
-def test_the_grants_that_are_named_are_enough(postgres_url: str, eo_server: DatabaseServer) -> None:
-    with user_of(eo_server, postgres_url) as url:
-        script = CliRunner().invoke(db, ["sql", "--dialect", "postgresql", "--grants", "weak"]).output
-        engine = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:
-            for line in script.splitlines():
-                if line.startswith("GRANT"):
-                    connection.exec_driver_sql(line)
-        engine.dispose()
+@pytest.mark.parametrize("dialect", ["postgres", "mariadb"])
+def test_what_is_named_to_the_owner_gives_the_rights_where_the_tables_are_there(
+    dialect: str, request: pytest.FixtureRequest
+) -> None:
+    """The printed command, run by the owner as it is printed; then the role's message goes through."""
+    server = request.getfixturevalue("eo_server" if dialect == "postgres" else "mariadb_server")
+    owner = request.getfixturevalue(f"{dialect}_url")
+    run(owner, "CREATE TABLE seen (no VARCHAR(10))")
+    with user_of(server, owner, f"GRANT INSERT ON {'' if dialect == 'postgres' else '{name}.'}seen TO {{user}}") as url:
+        code, said = said_by("check", url)
+        assert (code, "Have their owner run what this prints: exactly-once db sql --dialect " in said) == (1, True)
+        command = said.partition("exactly-once db ")[2]
+        if dialect == "mariadb":  # what the server says is the host of the client, which is no account
+            assert command.endswith(
+                "--grants weak@HOST --only-grants (HOST as SELECT CURRENT_USER() says of that login)\n"
+            )
+            command = command.partition(" (")[0].replace("HOST", "%")
+        arguments = shlex.split(command)
+        told = CliRunner().invoke(db, arguments)
+        assert told.exit_code == 0, told.output
+        run(owner, told.stdout)
         assert said_by("check", url) == (0, f"{make_url(url).render_as_string()}: ready.\n")
         assert Store("default", url).problem() is None
+        eo = ExactlyOnce(url, group="answers")
+
+        @eo.handler("orders", key="no")
+        def reserve(session: Session, order: dict[str, Any]) -> None:
+            session.execute(text("INSERT INTO seen VALUES (:no)"), order)
+
+        with eo.worker("sql://") as worker, eo.producer("sql://") as producer:
+            producer.send(Message("orders", b'{"no": "A-1"}'))
+            worker.drain()
+        engine = create_engine(owner)
+        with engine.connect() as connection:
+            assert connection.execute(text("SELECT no FROM seen")).scalars().all() == ["A-1"]
+        engine.dispose()
+
+
+@pytest.mark.parametrize("dialect", ["postgres", "mariadb"])
+def test_doctor_does_not_say_that_the_broker_is_well_in_a_database_that_refuses_us(
+    dialect: str, request: pytest.FixtureRequest
+) -> None:
+    server = request.getfixturevalue("eo_server" if dialect == "postgres" else "mariadb_server")
+    owner = request.getfixturevalue(f"{dialect}_url")
+    with user_of(server, owner, *_all_but_the_queue(dialect)) as url:
+        found = doctor_of(url)
+        assert "The broker answers" not in "\n".join(found)
+        [told] = [line for line in found if "may not use the tables of exactly_once" in line]
+        assert told.startswith("FAIL"), told
+        assert "--only-grants" in told
+    with user_of(server, owner) as url:
+        found = doctor_of(url)
+        assert "The broker answers" not in "\n".join(found)
+        assert len([line for line in found if "may not use the tables of exactly_once" in line]) == 1
 
 
 # -- URLs ------------------------------------------------------------------------------------------------------------

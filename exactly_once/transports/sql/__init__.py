@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -41,6 +41,7 @@ from exactly_once.transports.sql.database import Database, missing_tables
 from exactly_once.transports.sql.producer import SqlProducer, gone, reason, refused, refused_group
 from exactly_once.transports.sql.statements import WINDOW, Look
 from exactly_once.transports.urls import parse
+from exactly_once.unusable import denied, is_denied, is_read_only, read_only
 from exactly_once.verdict import Ack, Verdict
 from exactly_once.wording import escaped, probably, stopped, taken
 
@@ -131,10 +132,15 @@ class SqlTransport:
             url = redacted(engine.url)
             if isinstance(engine.pool, (StaticPool, SingletonThreadPool)):
                 problems.append(f"The database {url} lives in memory, where threads cannot share it. Give it a file.")
+            missing = self._database.seen(partial(missing_tables, self._database.sql))
             problems += [
                 f"The table {name} is missing in {url}. Type: {upgrade_command(engine, self._database.schema)}"
-                for name in self._database.seen(partial(missing_tables, self._database.sql))
+                for name in missing
             ]
+            if (
+                not missing and engine.dialect.name != "sqlite"
+            ):  # there a writer waits for another one, and no roles are
+                self._database.seen(partial(_tried, self._database.sql.needed()))
         except ConfigurationError as error:
             problems.append(str(error))
         except (LookupError, ArgumentError) as error:
@@ -144,12 +150,19 @@ class SqlTransport:
         except Exception as error:
             if not _is_away(error):
                 raise
-            problems.append(
-                Away(
+            if is_denied(error):
+                schema = None
+                with suppress(Exception):  # MySQL, which refuses the connection
+                    schema = self._database.schema
+                problem = denied(error, engine.url, schema=schema)
+            elif is_read_only(error):
+                problem = read_only(engine.url)
+            else:
+                problem = (
                     f"The database {url} of sql:// does not answer ({reason(error)})."
                     " Start it, or correct EXACTLY_ONCE_DATABASE."
                 )
-            )
+            problems.append(Away(problem))
         return problems
 
     def concerns(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
@@ -390,6 +403,11 @@ class _SqlConsumer:
             if self._away:
                 _log.warning("topic %s: the database answers again", self._wanted.topic)
             self._away = False
+
+
+def _tried(statements: Sequence[Any], connection: Connection) -> None:
+    for each in statements:
+        connection.execute(each)
 
 
 def _counted(statement: Any, connection: Connection) -> Sequence[tuple[Any, int]]:

@@ -42,6 +42,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     delete,
+    false,
     func,
     insert,
     literal,
@@ -310,6 +311,16 @@ class Statements:
         oldest = select(q.c.tag).where(q.c.consumer_group == group, q.c.topic == topic).order_by(q.c.deliver_at, q.c.id)
         looked = oldest.limit(limit).subquery()
         return all_rows(select(looked.c.tag, func.count()).group_by(looked.c.tag), self._dialect)
+
+    def needed(self) -> Sequence[Any]:
+        """What every receiver needs the right to, of no row. Who may only receive need not be able to send."""
+        q, g = self.queue, self.group
+        return (
+            select(q.c.id).where(false()).with_for_update(),
+            update(q).where(q.c.id.is_(None), false()).values(holder=None),
+            delete(q).where(q.c.id.is_(None), false()),
+            select(g.c.topic).where(false()).with_for_update(),
+        )
 
     def groupless(self, limit: int) -> Select[Any]:
         """Count the rows of each topic that no group has joined, among so many of them."""
