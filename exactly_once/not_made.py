@@ -11,14 +11,14 @@ from shlex import quote
 from typing import Final
 from weakref import WeakSet
 
-from sqlalchemy import URL, Connection, Dialect, Engine, text
+from sqlalchemy import URL, Connection, Dialect, Engine, inspect, text
 
 from exactly_once.errors import ConfigurationError, SchemaError
 from exactly_once.in_memory import in_memory
 from exactly_once.redaction import HIDDEN, redacted
 from exactly_once.wording import listed
 
-__all__ = ["file_of", "no_file", "not_made", "of_the_settings", "other_schemas", "upgrade_command"]
+__all__ = ["file_of", "no_file", "not_made", "of_the_settings", "other_schemas", "perhaps_dropped", "upgrade_command"]
 
 _OTHERS: Final = text(
     "SELECT place.nspname FROM pg_catalog.pg_class AS found JOIN pg_catalog.pg_namespace AS place"
@@ -116,3 +116,16 @@ def other_schemas(connection: Connection) -> Sequence[str]:
     if connection.dialect.name != "postgresql":
         return ()
     return [str(name) for name in connection.execute(_OTHERS).scalars()]
+
+
+def perhaps_dropped(connection: Connection) -> str:
+    """Return what to add of a database that has a history of the program's own: a migration may have dropped our tables.
+
+    `alembic revision --autogenerate` writes one that does, where env.py does not leave them out.
+    """
+    if not inspect(connection).has_table("alembic_version"):
+        return ""
+    return (
+        " (The database has a table alembic_version: if these were there before, the claims went with them, and a copy of an"
+        " old message would run again. Then restore them from a backup.)"
+    )

@@ -138,11 +138,12 @@ def check(connection: "Connection", schema: str | None = None) -> str | None:
     place = f"the schema {schema} of {_place(connection)}" if schema else _place(connection)
     if found is None:
         from exactly_once.alembic.emptied import emptied, told
-        from exactly_once.not_made import not_made, other_schemas, upgrade_command
+        from exactly_once.not_made import not_made, other_schemas, perhaps_dropped, upgrade_command
 
         if emptied(connection, schema):
             return told(connection, schema, place, upgrade_command(connection.engine, schema))
-        return not_made(connection.engine, schema=schema, others=other_schemas(connection))
+        missing = not_made(connection.engine, schema=schema, others=other_schemas(connection))
+        return missing + perhaps_dropped(connection)
     if found < HEAD:
         from exactly_once.not_made import upgrade_command
 

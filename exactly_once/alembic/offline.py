@@ -5,6 +5,7 @@ It opens no database. `exactly_once.alembic` calls it.
 
 import io
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +13,7 @@ from exactly_once.alembic.versions import HEAD, TABLES, VERSION_TABLE, name_of, 
 from exactly_once.errors import ConfigurationError
 from exactly_once.wording import stopped
 
-__all__ = ["history_file", "script", "shows_our_tables"]
+__all__ = ["histories_that_show_our_tables", "history_file", "script", "shows_our_tables"]
 
 DIALECTS: Final = ("postgresql", "mysql", "mariadb", "sqlite")
 
@@ -171,14 +172,34 @@ def shows_our_tables(path: Path) -> Path | None:
     return None
 
 
-def _no_env(directory: Path) -> str:
+def histories_that_show_our_tables(config: Path = Path("alembic.ini")) -> list[Path]:
+    """Return each env.py of a history in this folder that leaves nothing out; of one that cannot be read, nothing is known."""
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    folders = [Path(), *_folders_of_histories()] if _is_history(Path()) else _folders_of_histories()
+    if config.is_file():
+        with suppress(Exception):  # whatever its parser raises: nothing here depends on it
+            folders = [Path(ScriptDirectory.from_config(Config(config)).dir)]
+    found: list[Path] = []
+    for folder in folders:
+        with suppress(OSError):  # it is not ours to read
+            if (folder / "env.py").is_file() and (env := shows_our_tables(folder / "versions")) is not None:
+                found.append(env)
+    return found
+
+
+def _folders_of_histories() -> list[Path]:
     found = sorted({*Path().glob("*/env.py"), *Path().glob("*/*/env.py")})
-    known = [
-        each.parent
-        for each in found
-        if (each.parent / "versions").is_dir() or (each.parent / "script.py.mako").is_file()
-    ]
-    if known:
+    return [each.parent for each in found if _is_history(each.parent)]
+
+
+def _is_history(folder: Path) -> bool:
+    return (folder / "env.py").is_file() and ((folder / "versions").is_dir() or (folder / "script.py.mako").is_file())
+
+
+def _no_env(directory: Path) -> str:
+    if known := _folders_of_histories():
         meant = f"Did you mean {' or '.join(f'--directory {each}' for each in known[:3])}?"
     else:
         meant = "Type: alembic init migrations; or without a history of your own: exactly-once db upgrade"

@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from exactly_once import alembic
 from exactly_once.alembic.emptied import emptied_of_head
 from exactly_once.alembic.lock import with_connection
-from exactly_once.alembic.offline import shows_our_tables
+from exactly_once.alembic.offline import histories_that_show_our_tables, shows_our_tables
 from exactly_once.alembic.versions import VERSION_TABLE
 from exactly_once.config import Config, load
 from exactly_once.database_driver import check_driver
@@ -58,7 +58,7 @@ SchemaOption = Annotated[
 @app.command()
 def upgrade(database: DatabaseOption = None, schema: SchemaOption = None) -> None:
     """Make the tables, or bring them to this version. Several at once are safe."""
-    with _one_paragraph():
+    with _beside_a_history(), _one_paragraph():
         urls, source, schema = _told(database, schema)
         for url in urls:
             with _at(url, source, schema, changing=True):
@@ -81,7 +81,7 @@ def upgrade(database: DatabaseOption = None, schema: SchemaOption = None) -> Non
 @app.command()
 def check(database: DatabaseOption = None, schema: SchemaOption = None) -> None:
     """Say whether the tables are ready for this version; exit with 1 if not."""
-    with _one_paragraph():
+    with _beside_a_history(), _one_paragraph():
         urls, source, schema = _told(database, schema)
         troubles: list[str] = []
         for url in urls:
@@ -150,11 +150,25 @@ def revision(
         path = alembic.revision(directory, config=config, schema=schema, down_revision=down_revision)
         typer.echo(f"{path} is written. Type: alembic upgrade head")
         if (env := shows_our_tables(path)) is not None:
-            typer.echo(
-                f"{env} does not name include_name: the next `alembic revision --autogenerate` would propose to drop our tables."
-                " Write there: context.configure(..., include_name=exactly_once.alembic.include_name)",
-                err=True,
-            )
+            _would_drop(env)
+
+
+def _would_drop(env: Path) -> None:
+    typer.echo(
+        f"{env} does not name include_name: the next `alembic revision --autogenerate` would propose to drop our tables."
+        " Write there: context.configure(..., include_name=exactly_once.alembic.include_name)",
+        err=True,
+    )
+
+
+@contextmanager
+def _beside_a_history() -> Iterator[None]:
+    """Tell at the end of a history in this folder that would drop the tables, whatever became of the work."""
+    try:
+        yield
+    finally:
+        for env in histories_that_show_our_tables():
+            _would_drop(env)
 
 
 def _before(connection: Connection, schema: str | None) -> tuple[str | None, bool]:

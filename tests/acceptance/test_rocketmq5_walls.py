@@ -41,7 +41,7 @@ def _client() -> None:
     wall.build()  # before the first import of the client in this process
 
 
-TORN = "sent too many headers"
+TORN = "GOAWAY received"
 
 
 class Broker:
@@ -95,7 +95,7 @@ class Broker:
                 answers = producer.send(messages)
             finally:
                 producer.close()
-            # a proxy under load at times refuses a new connection's first request as malformed, unread: nothing is stored
+            # a proxy under load at times ends a new connection as its first requests come, with one of several texts
             if not all(TORN in str(answer) for answer in answers):
                 break
         assert all(isinstance(answer, Receipt) for answer in answers), answers
