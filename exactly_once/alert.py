@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from inspect import iscoroutine, iscoroutinefunction
+from shlex import quote
 from typing import Literal
 
 from exactly_once.error_words import trace_of
@@ -63,13 +64,16 @@ def check_hook(hook: Hook) -> None:
 
 def sound(hook: Hook | None, alert: Alert) -> None:
     """Log an alert and call the application's hook; what the hook raises is logged, and changes nothing."""
+    reason = escaped(alert.reason, 400)
+    if alert.what == "parked":
+        reason = f"{reason} (kept whole; look: exactly-once failures list --group {quote(alert.group)})"
     _log.error(
         "message_%s group=%s handler=%s key=%s: %s",
         alert.what,
         alert.group,
         alert.handler,
         escaped(alert.key, 120),
-        escaped(alert.reason, 400),
+        reason,
     )
     if hook is None:
         return

@@ -159,6 +159,15 @@ def show(
             typer.echo(f"{column} ({0 if value is None else len(value)} bytes): {text}")
         elif value is not None:
             typer.echo(f"{column}: {escaped(str(_plain(value)), _BODY_CHARACTERS)}")
+    if row.state in ("dead", "broken") or (
+        row.state == "waiting" and row.next_attempt_at is None and row.properties != "null"  # else its broker has it
+    ):
+        first = "; before a requeue, undo what its handler has committed" if row.state == "broken" else ""
+        typer.echo(
+            f"It waits for you{first}. Type: exactly-once failures requeue {number}{again}\n"
+            f"or: exactly-once failures discard {number} --reason '...'{again}",
+            err=True,
+        )
 
 
 @app.command()

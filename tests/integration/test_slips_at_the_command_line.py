@@ -144,6 +144,10 @@ def test_a_key_that_is_to_be_shown_is_answered_with_the_list_of_its_ids(typed: T
         f" exactly-once failures list --key R-9 --app {APP}\n"
     )
     assert typed("failures", "show", "1", "--app", APP) == 0
+    assert typed.err == (
+        f"It waits for you. Type: exactly-once failures requeue 1 --app {APP}\n"
+        f"or: exactly-once failures discard 1 --reason '...' --app {APP}\n"
+    )
 
 
 # -- what was decided already ----------------------------------------------------------------------------------------
