@@ -130,7 +130,8 @@ def run(
     except BaseException as error:
         if process is not fork.here:
             raise fork.inside() from error  # a child that the handler forked: all of it is the parent's to end
-        if dialect.embedded and (watch := won.watch) is not None and not watch.sent:
+        # of a claim's transaction, which holds the file from the claim on; under a lease it begins later, and may only read
+        if dialect.embedded and won.late is None and (watch := won.watch) is not None and not watch.sent:
             error = locked_out(error, watch.connection) or error
         # cancelled in here once more, the server would not be told to roll back, and what was committed not be noticed
         left = partial(_left, open_session, session, guard, dialect, rows, won, told(error), foreign)

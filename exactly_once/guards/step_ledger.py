@@ -19,9 +19,8 @@ from exactly_once.errors import ConfigurationError, LeaseLost, Misuse, StepError
 from exactly_once.finishing import finished
 from exactly_once.guards.late import Late
 from exactly_once.guards.lease import insisting, still_ours
-from exactly_once.guards.locked_out import locked_out
 from exactly_once.guards.step_order import StepOrder
-from exactly_once.guards.watch import DOUBTFUL, WATCHED, BrokenTransaction, Left, Watch, flush
+from exactly_once.guards.watch import DOUBTFUL, BrokenTransaction, Left, Watch, flush
 from exactly_once.keys import check_name
 from exactly_once.leases import Held, LeaseStore, Recorded
 from exactly_once.leases.sql import SqlLeases
@@ -321,13 +320,6 @@ class StepLedger:
             value = work(handed)
             flush(session)
         except Exception as error:
-            watch = session.info.get(WATCHED)
-            if (
-                self._dialect.embedded
-                and watch is not None
-                and (told := locked_out(error, watch.connection)) is not None
-            ):
-                raise told from error
             states = {getattr(original(each), "sqlstate", None) for each in leaves(error) if is_of_a_database(each)}
             if self._late.watch is not None and _LOCK_TIMEOUT in states:
                 raise Misuse(

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 from sqlalchemy import create_engine
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from exactly_once import Outcome, Retry
 from tests.integration.shop import COLOURS, Shop, order, put, shops
-from tests.integration.ways import WAYS, Way
+from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_LIST, UNDER_A_LEASE, Way
 
 SOON = {"connect_args": {"timeout": 0.2}}
 TWICE_AT_ONCE = Retry(immediate=2, delays=[0.01], max_attempts=5)
@@ -44,7 +45,7 @@ def elsewhere(shop: Shop, text: str, *, engine: bool) -> None:
 
 
 @pytest.mark.parametrize("engine", [False, True])
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST], ids=str)
 def test_a_handler_that_waits_for_itself_is_told_after_one_run(shop: Shop, way: Way, engine: bool) -> None:
     runs: list[Any] = []
 
@@ -63,4 +64,30 @@ def test_a_handler_that_waits_for_itself_is_told_after_one_run(shop: Shop, way: 
     assert "used another connection to" in row.error_text
     assert "Use the session that the handler is given" in row.error_text
     assert sorted(shop.effects()) == ["1", "3"]
+    shop.borrow()
+
+
+def test_under_a_lease_another_program_may_hold_the_file_and_the_message_is_tried_again(shop: Shop) -> None:
+    """There the transaction begins with the session's first statement: what was locked before was locked by somebody else."""
+    tries: list[Any] = []
+
+    def do(session: Session, no: Any) -> None:
+        tries.append(no)
+        if len(tries) > 1:
+            put(session, f"{no}")
+            return
+        try:
+            with shop.outside.connect() as job:
+                job.exec_driver_sql("INSERT INTO effect (text) VALUES ('the job')")
+                try:
+                    elsewhere(shop, "audit", engine=True)
+                finally:
+                    job.rollback()
+        except OperationalError:
+            put(session, "a note")
+            raise
+
+    UNDER_A_LEASE.handles(shop, do, retry=TWICE_AT_ONCE)
+    assert shop.process(order(1)) is Outcome.PROCESSED
+    assert shop.effects() == ["1"]
     shop.borrow()
