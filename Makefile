@@ -95,8 +95,10 @@ ON_MYSQL := test_claims test_claim_door test_claim_in_an_open_transaction test_h
 	test_given_back test_hooks_that_prepare test_hooks_of_our_rows test_hooks_of_the_users test_large_bodies \
 	test_calls_on_the_driver test_procedures_that_log test_ends_badly test_errors_that_are_translated test_refused_commits \
 	test_unreached test_other_databases test_read_uncommitted test_clock_of_a_session test_completion_type test_cancelled_claims \
-	test_not_enforced test_what_stands_before_us test_character_sets
-on-mysql: TESTS = $(ON_MYSQL:%=tests/integration/%.py) -k mariadb -n 2 --dist loadfile
+	test_not_enforced test_what_stands_before_us test_character_sets test_rows_before_an_error test_driver_connects_anew \
+	test_stopped_in_a_step test_wrong_while_running
+on-mysql: TESTS = $(ON_MYSQL:%=tests/integration/%.py) -k "mariadb or rows_before or connects_anew or stopped_in or wrong_while" \
+	-n 2 --dist loadfile
 on-mysql: $(VENV)/.made
 	$(call TIER,$(PY) -m tests.services.mysql_debian $(PY),$(TESTS))
 

@@ -324,9 +324,7 @@ class Worker:
         if isinstance(error, ConfigurationError) and error.store is not None:
             with self._changed:
                 held = not self._stopping
-                if (
-                    held
-                ):  # a server that is wrong, or has no tables, is an outage, which spends no attempt of the broker's
+                if held:  # a server that is wrong, or lacks our tables: an outage, which spends no broker's attempt
                     self._outages.hold(error.store, delivery, unsettled)
             if held:
                 self._throttled.warning("wrong", "%s", error)
