@@ -37,7 +37,8 @@ def say_which(name: str, given: Any, setting: Setting[Any]) -> None:
         pass
     elif (from_file or not isinstance(given, (str, URL))) and _bare(in_code.shown) != _bare(setting.shown):
         _say(_OVERRULED.format(name=name, given=in_code.shown, used=setting.shown, source=setting.source))
-    if setting.source != "code" and setting.value is not None and _PYTEST in os.environ:
+    # a variable of the environment was set on purpose, and a child that a test has started has it from that test
+    if from_file and _PYTEST in os.environ:
         _say(_IN_A_TEST.format(used=setting.shown, source=setting.source))
 
 
