@@ -280,7 +280,7 @@ class ExactlyOnce(Registrations):
             with eo.worker("memory://test") as worker:
                 worker.drain()
         """
-        from exactly_once.config import redacted
+        from exactly_once.redaction import redacted
         from exactly_once.serving import Serving
 
         config = self.config

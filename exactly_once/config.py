@@ -26,7 +26,7 @@ from exactly_once.handler import Plan
 from exactly_once.policy import Retry
 from exactly_once.redaction import redacted
 from exactly_once.service_links import service_links
-from exactly_once.settings import SECRET, SETTINGS
+from exactly_once.settings import SECRET, SETTINGS, SUPERVISED
 from exactly_once.settings_file import CONFIG_VARIABLE, settings_table, told
 from exactly_once.steady_log import steady
 from exactly_once.wording import escaped, listed, probably
@@ -37,7 +37,6 @@ _log = steady("exactly_once.config")
 
 PREFIX: Final = "EXACTLY_ONCE_"
 TEST_PREFIX: Final = "EXACTLY_ONCE_TEST_"  # read by exactly_once.testing, not by us
-SUPERVISED: Final = "EXACTLY_ONCE_SUPERVISED"
 NO_SETTINGS: Final = frozenset(
     {
         CONFIG_VARIABLE,

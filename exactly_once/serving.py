@@ -22,6 +22,7 @@ from exactly_once.starting import wait_for_servers
 from exactly_once.steady_log import steady
 from exactly_once.store import Store, lacking_characters
 from exactly_once.transport import Subscription, Transport
+from exactly_once.wording import taken
 from exactly_once.worker import Counts, Worker
 
 __all__ = ["Serving"]
@@ -140,7 +141,7 @@ class Serving:
         _log.info(
             "worker_started group=%s topics=%s handlers=%s concurrency=%d database=%s transport=%s",
             router.group,
-            ",".join(sorted(_taken(wanted) for wanted in subscriptions)),
+            ",".join(sorted(taken(wanted.topic, wanted.tags) for wanted in subscriptions)),
             ",".join(plan.name for plan in router.plans),
             self._concurrency,
             ",".join(redacted(store.engine.url) for store in router.stores.values()),
@@ -287,8 +288,3 @@ class Serving:
         if dead := self._runner.dead():
             return f"ended: {', '.join(dead)}"
         return self._worker.unready() or self._router.unready()
-
-
-def _taken(wanted: Subscription) -> str:
-    """A topic with the tags that are taken of it: `orders:created`; without any, all are."""
-    return f"{wanted.topic}:{'|'.join(wanted.tags)}" if wanted.tags else wanted.topic

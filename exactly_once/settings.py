@@ -9,7 +9,14 @@ from exactly_once.keys import check_name
 from exactly_once.redis_connection import checked
 from exactly_once.schema import GROUP_BYTES
 
-__all__ = ["SECRET", "SETTINGS"]
+__all__ = ["SECRET", "SETTINGS", "SUPERVISED"]
+
+SUPERVISED: Final = "EXACTLY_ONCE_SUPERVISED"
+"""Set in the environment of a supervisor's children, which stop gently however often they are told.
+
+A terminal and systemd send a signal to every process of a group, and the supervisor forwards its own: two would reach
+a child that was asked once. Ending it at once is the supervisor's business, which has SIGKILL for it.
+"""
 
 
 def _text(value: object) -> str:

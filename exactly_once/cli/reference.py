@@ -33,19 +33,13 @@ def application(reference: str) -> ExactlyOnce:
         ConfigurationError: There is no such module or object; the text says which, and what there is.
     """
     module_name, colon, attribute = reference.partition(":")
-    if not colon and (meant := _module_meant(module_name)):
+    if meant := _module_meant(module_name):
         kind = "file" if module_name.endswith(".py") else "path"
-        raise ConfigurationError(
-            f"{escaped(module_name)} is a {kind}; type its module and the name of its ExactlyOnce object, such as"
-            f" {escaped(meant)}:eo"
-        )
+        named = "" if attribute else " and the name of its ExactlyOnce object, such as"
+        told = f"{escaped(meant)}:{escaped(attribute or 'eo')}"
+        raise ConfigurationError(f"{escaped(module_name)} is a {kind}; type its module{named or ':'} {told}")
     if not colon or not module_name or not attribute:
         raise ConfigurationError(f"{escaped(reference)!r} names no application. It looks like shop.consumers:eo")
-    if (meant := _module_meant(module_name)) is not None:
-        kind = "file" if module_name.endswith(".py") else "path"
-        raise ConfigurationError(
-            f"{escaped(module_name)} is a {kind}; type its module: {escaped(meant)}:{escaped(attribute)}"
-        )
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)  # as `python -m` does, so that the command works in the folder of the program

@@ -77,7 +77,8 @@ def command(
         )
     from exactly_once.daemon.health import Health
     from exactly_once.daemon.progress import Progress
-    from exactly_once.daemon.signals import SUPERVISED, leave, run_until_signal
+    from exactly_once.daemon.signals import leave, run_until_signal
+    from exactly_once.settings import SUPERVISED
 
     supervised = bool(os.environ.get(SUPERVISED))
     with ExitStack() as beside:

@@ -18,18 +18,13 @@ from typing import Any, Final, Generic, NoReturn, Protocol, TypeVar
 from exactly_once import fork
 from exactly_once.daemon.heartbeat import HeartbeatSender
 from exactly_once.errors import ConfigurationError
+from exactly_once.settings import SUPERVISED
 from exactly_once.steady_log import steady
 
-__all__ = ["KILLED", "SUPERVISED", "run_until_signal", "signals_wake"]
+__all__ = ["KILLED", "run_until_signal", "signals_wake"]
 
 KILLED: Final = 143
 """The exit code after a second signal; what a shell says of a process that SIGTERM ended (128 + 15)."""
-SUPERVISED: Final = "EXACTLY_ONCE_SUPERVISED"
-"""Set in the environment of a supervisor's children, which stop gently however often they are told.
-
-A terminal and systemd send a signal to every process of a group, and the supervisor forwards its own: two would reach
-a child that was asked once. Ending it at once is the supervisor's business, which has SIGKILL for it.
-"""
 _LOOK_S: Final = 0.5
 
 _log = steady("exactly_once.worker")

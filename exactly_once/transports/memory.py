@@ -23,6 +23,7 @@ from uuid import uuid4
 from exactly_once import fork
 from exactly_once.errors import ConfigurationError, ForkedProcess, TransportError
 from exactly_once.message import Message
+from exactly_once.settings import SUPERVISED
 from exactly_once.transport import BrokerProducer, Consumer, Delivery, Features, Receipt, Subscription, Surroundings
 from exactly_once.transports.urls import parse
 from exactly_once.verdict import Ack, Verdict
@@ -38,7 +39,6 @@ _FEATURES: Final = Features(
     delayed=True,
     empty_body=True,
 )
-_SUPERVISED: Final = "EXACTLY_ONCE_SUPERVISED"  # set by a supervisor for each of its processes
 _ALONE: Final = (
     "memory:// is a queue inside this one process, of several: nothing that another process sends comes here, and each has"
     " a queue of its own. It is for tests. Use sql:// to try several processes without a broker."
@@ -158,7 +158,7 @@ class MemoryTransport:
 
     def concerns(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
         """Return that nobody can reach it, in one of several processes; else a message waits until a member takes it."""
-        return (_ALONE,) if os.environ.get(_SUPERVISED) else ()
+        return (_ALONE,) if os.environ.get(SUPERVISED) else ()
 
     def subscribe(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[Consumer]:
         """Join the group; one consumer for all topics."""

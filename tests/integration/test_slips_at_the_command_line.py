@@ -1,8 +1,6 @@
 """What a hand types a little wrong is answered with what happened, what was kept, and the line to type in its place."""
 
-import io
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,9 @@ from sqlalchemy import create_engine, func, select
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Message, Outcome, Reject
-from exactly_once.cli import main
 from exactly_once.schema import tables
 from exactly_once.testing import bound
+from tests.integration import test_cli_files
 
 eo = ExactlyOnce(group="slips")
 APP = f"{__name__}:eo"
@@ -26,20 +24,12 @@ def reserve(session: Session, order: dict[str, Any]) -> None:
         raise Reject("misspelled product")
 
 
-class Typed:
-    """The command, typed in this process."""
+class Typed(test_cli_files.Typed):
+    """The command, typed in this process, on this database."""
 
     def __init__(self, url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.url, self._patch, self._capsys = url, monkeypatch, capsys
-        self.out = self.err = ""
-
-    def __call__(self, *arguments: str, stdin: str | None = None) -> int:
-        if stdin is not None:
-            self._patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
-        with pytest.raises(SystemExit) as exited:
-            main(arguments)
-        self.out, self.err = self._capsys.readouterr()
-        return exited.value.code if isinstance(exited.value.code, int) else 0
+        super().__init__(monkeypatch, capsys)
+        self.url = url
 
     def queued(self) -> int:
         engine = create_engine(self.url)

@@ -137,9 +137,8 @@ class SqlTransport:
                 f"The table {name} is missing in {url}. Type: {upgrade_command(engine, self._database.schema)}"
                 for name in missing
             ]
-            if (
-                not missing and engine.dialect.name != "sqlite"
-            ):  # there a writer waits for another one, and no roles are
+            # SQLite has no roles, and a writer there waits for another one
+            if not missing and engine.dialect.name != "sqlite":
                 self._database.seen(partial(_tried, self._database.sql.needed()))
         except ConfigurationError as error:
             problems.append(str(error))
