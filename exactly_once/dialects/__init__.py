@@ -122,6 +122,14 @@ class Leased:
     """Consumed by a run that finished, or by a person; not kept for one."""
 
 
+class Trail(Enum):
+    """What earlier runs under a lease left of their transactions."""
+
+    NONE = "nothing that is, or can be, committed behind their backs"
+    COMMITTED = "something else than a run's own COMMIT has committed it"
+    RUNNING = "the server still runs a statement of a run that is over, which may commit"
+
+
 class State(Enum):
     """The driver's own word on the transaction; what SQLAlchemy believes proves nothing."""
 
@@ -325,6 +333,14 @@ class Dialect(Protocol):
             end: Roll the transaction back in the same breath.
             wait: In a transaction that may be older than what is asked for: wait for who is just writing it, where the
                 server needs that to show it. Else this begins a transaction, and what is committed is enough.
+        """
+
+    def trail(self, dbapi: Any, row: ClaimRow) -> Trail:
+        """Say what earlier runs of this message left behind. Free, no round trip, where nothing can commit behind our backs.
+
+        Args:
+            dbapi: The driver's connection, in no transaction or in one that is to be rolled back, as it is afterwards.
+            row: Which message.
         """
 
     def state(self, dbapi: Any) -> State:

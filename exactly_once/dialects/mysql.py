@@ -55,10 +55,12 @@ from exactly_once.dialects import (
     Known,
     State,
     Trace,
+    Trail,
     Trouble,
     steps_of,
 )
 from exactly_once.dialects.keywords import Read, reader
+from exactly_once.dialects.mysql_trail import trail_of
 from exactly_once.dialects.statements import MARIADB, MYSQL
 from exactly_once.drivers_own import original
 from exactly_once.error_words.drivers import is_drivers
@@ -116,8 +118,8 @@ FINISH_MANY: Final = (
 KEY: Final = "SELECT UNHEX(%s) AS business_key"
 # under a lease no claim stands in the handler's transaction: this row does
 TRACE: Final = (
-    "INSERT INTO {steps} (consumer_group, handler, business_key, step, ordinal, status, attempt, token, created_at)"
-    " VALUES (UNHEX(%s), UNHEX(%s), UNHEX(%s), UNHEX(%s), -1, 2, %s, %s, UTC_TIMESTAMP(6))"
+    "INSERT INTO {steps} (consumer_group, handler, business_key, step, ordinal, status, result, attempt, token, created_at)"
+    " VALUES (UNHEX(%s), UNHEX(%s), UNHEX(%s), UNHEX(%s), -1, 2, CONNECTION_ID(), %s, %s, UTC_TIMESTAMP(6))"
 )
 UNTRACE: Final = (
     "DELETE FROM {steps}"
@@ -573,6 +575,9 @@ class MySQL:
             return None
         status, fingerprint, owner = found
         return Known(int(status), bytes(fingerprint), None if owner is None else owner.decode())
+
+    def trail(self, dbapi: Any, row: ClaimRow) -> Trail:
+        return trail_of(dbapi, steps_of(self.table), identity(row))
 
     def state(self, dbapi: Any) -> State:
         driver = _driver(dbapi)

@@ -9,13 +9,13 @@ from collections.abc import MutableMapping
 from datetime import UTC, timedelta
 from typing import Any, Final
 
-from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Leased, StepRow, steps_of
+from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, Leased, StepRow, Trail, steps_of
 from exactly_once.dialects.mysql import DUPLICATE, bound, busy_of, digits, errno, identity
 from exactly_once.mysql_committed import COMMITTED_ALONE
 from exactly_once.mysql_session import RIGHT_SESSION, SESSION_IS_RIGHT
 from exactly_once.schema import UNFINISHED
 
-__all__ = ["BREAK", "CLAIM", "LOOK", "STEPS", "TAKE", "TRACED", "Claims"]
+__all__ = ["BREAK", "CLAIM", "LOOK", "STEPS", "TAKE", "UNTAKE", "Claims"]
 
 CLAIM: Final = (
     "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, fingerprint, retry_times, owner,"
@@ -35,12 +35,12 @@ LOOK: Final = (
     " TIMESTAMPDIFF(MICROSECOND, UTC_TIMESTAMP(6), lease_until), CAST(owner AS BINARY) FROM {table}"
     " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) LIMIT 1"
 )
-TRACED: Final = (
-    "SELECT 1 FROM {steps}"
-    " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) AND status = 2 LIMIT 1"
-)
 BREAK: Final = (
     "UPDATE {table} SET status = 2, consumed_at = UTC_TIMESTAMP(6), lease_until = NULL"
+    " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) AND status = 0 AND token = %s"
+)
+UNTAKE: Final = (
+    "UPDATE {table} SET token = NULL, lease_until = NULL, retry_times = retry_times - 1"
     " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) AND status = 0 AND token = %s"
 )
 STEPS: Final = (
@@ -56,9 +56,9 @@ class Claims:
     def __init__(self, dialect: Dialect) -> None:
         table, steps = dialect.table, steps_of(dialect.table)
         self._dialect = dialect
-        self._claim, self._take, self._break, self._look, self._steps, self._traced = (
+        self._claim, self._take, self._untake, self._break, self._look, self._steps = (
             text.replace("{table}", table).replace("{steps}", steps).replace("{right}", SESSION_IS_RIGHT)
-            for text in (CLAIM, TAKE, BREAK, LOOK, STEPS, TRACED)
+            for text in (CLAIM, TAKE, UNTAKE, BREAK, LOOK, STEPS)
         )
 
     def claim(
@@ -100,16 +100,23 @@ class Claims:
                 taken = (digits(row.message_id), fingerprint, row.owner, token, microseconds)
                 cursor.execute(bounded + self._take, (*taken, *named, fingerprint, also.hex()))
                 dbapi.commit()
-                # a crash before the trace is looked for: the lease runs out, and the next claim asks
+                # a crash before the trail is looked at: the lease runs out, and the next claim asks
                 found = self._looked(cursor, named)
             recorded = self._recorded(cursor, named) if steps else ()
-            traced = found is not None and found[1] == token and not found[0] and self._has_trace(cursor, named)
             dbapi.rollback()
-            if traced:
-                # something has committed what an earlier run did, and that run never ended; requeue takes this back
-                cursor.execute(self._break, (*named, token))
-                dbapi.commit()
-                found = (UNFINISHED, *found[1:])
+            if found is not None and found[1] == token and not found[0]:
+                trail = self._dialect.trail(dbapi, row)
+                if trail is not Trail.NONE:
+                    dbapi.rollback()  # nothing is written in a transaction that only looks
+                if trail is Trail.RUNNING:
+                    cursor.execute(self._untake, (*named, token))
+                    dbapi.commit()
+                    raise ClaimBusy(again=False)  # noqa: TRY301
+                if trail is Trail.COMMITTED:
+                    # something has committed what an earlier run did, and that run never ended; requeue takes this back
+                    cursor.execute(self._break, (*named, token))
+                    dbapi.commit()
+                    found = (UNFINISHED, *found[1:])
         except Exception as error:
             code = errno(error)
             if code is None:
@@ -144,10 +151,6 @@ class Claims:
         status, token, fingerprint, retry_times, remaining, owner = found
         # a number may come as text, where the application has given its driver converters of its own: "0" is true
         return int(status), _decoded(token), bytes(fingerprint), int(retry_times), remaining, _decoded(owner)
-
-    def _has_trace(self, cursor: Any, named: tuple[str, ...]) -> bool:
-        cursor.execute(self._traced, named)
-        return cursor.fetchone() is not None
 
     def _recorded(self, cursor: Any, named: tuple[str, ...]) -> tuple[StepRow, ...]:
         cursor.execute(self._steps, named)

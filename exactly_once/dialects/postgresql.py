@@ -36,7 +36,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.util import await_only
 
 from exactly_once import contended
-from exactly_once.dialects import LEARNT, ClaimBusy, ClaimRow, Gone, Known, State, Trace, Trouble
+from exactly_once.dialects import LEARNT, ClaimBusy, ClaimRow, Gone, Known, State, Trace, Trail, Trouble
 from exactly_once.dialects.firsthand import varies
 from exactly_once.dialects.keywords import Read, reader
 from exactly_once.dialects.statements import POSTGRESQL
@@ -459,6 +459,9 @@ class PostgreSQL:
 
     def logged_since(self, dbapi: Any, info: MutableMapping[Any, Any], trace: Trace | None) -> bool | None:
         return None
+
+    def trail(self, dbapi: Any, row: ClaimRow) -> Trail:
+        return Trail.NONE  # no procedure commits a transaction that it did not begin
 
     def server_session(self, dbapi: Any) -> object:
         return None  # the driver does not connect anew

@@ -23,7 +23,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.util import await_only
 
 from exactly_once.contended import SQLITE as SQLITE_CONTENDED
-from exactly_once.dialects import ClaimRow, Gone, Known, State, Trace, Trouble
+from exactly_once.dialects import ClaimRow, Gone, Known, State, Trace, Trail, Trouble
 from exactly_once.dialects.keywords import Read, reader
 from exactly_once.dialects.statements import SQLITE
 from exactly_once.drivers_own import original
@@ -212,6 +212,9 @@ class SQLite:
 
     def logged_since(self, dbapi: Any, info: MutableMapping[Any, Any], trace: Trace | None) -> bool | None:
         return None
+
+    def trail(self, dbapi: Any, row: ClaimRow) -> Trail:
+        return Trail.NONE  # nothing runs when its caller is gone
 
     def server_session(self, dbapi: Any) -> object:
         return None  # the driver does not connect anew

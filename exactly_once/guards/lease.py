@@ -18,7 +18,7 @@ from uuid import uuid4
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
-from exactly_once.dialects import ClaimRow, Dialect
+from exactly_once.dialects import ClaimRow, Dialect, Trail
 from exactly_once.error_words import words_of
 from exactly_once.errors import StoreUnavailable
 from exactly_once.finishing import finished
@@ -104,7 +104,7 @@ class LeaseGuard:
                 over = seen.remaining is None or seen.remaining <= timedelta(0)
                 return InProgress(again=over, remaining=seen.remaining)
 
-    def _settled(self, held: Held) -> Consumed | Conflict | Unfinished | None:
+    def _settled(self, held: Held) -> Consumed | Conflict | InProgress | Unfinished | None:
         """Ask the handler's own database whether the message is settled there.
 
         A run has left its mark beside what it committed, and the store of leases was never told; or a person discarded the
@@ -114,13 +114,13 @@ class LeaseGuard:
         try:
             known = self._local.look(row)
             # of an earlier run, whose claim says nothing of what it had committed
-            traced = (known is None or not known.consumed) and self._local.traced(row)
+            trail = Trail.NONE if known is not None and known.consumed else self._local.trail(row)
         except BaseException:
             self._let_go(held)
             raise
-        if traced:
+        if trail is not Trail.NONE:
             self._store.release(held)
-            return Unfinished(row.owner)
+            return Unfinished(row.owner) if trail is Trail.COMMITTED else InProgress()
         if known is None or not known.consumed:
             return None
         if known.settled:
@@ -207,7 +207,7 @@ class LeaseGuard:
         seen = self._local.look(row)
         if not self._own and (seen is None or not seen.consumed):
             seen = self._store.look(row)
-        if (seen is None or not seen.consumed) and self._local.traced(row):
+        if (seen is None or not seen.consumed) and self._local.trail(row) is Trail.COMMITTED:
             return Unfinished(row.owner)
         standing = None if seen is None else judge(seen, row.fingerprint)
         if standing is Standing.UNFINISHED and seen is not None:

@@ -19,6 +19,7 @@ from exactly_once.dialects import (
     Dialect,
     GroupClaims,
     Known,
+    Trail,
     Trouble,
     group_claims_for,
     raise_for_the_store,
@@ -76,7 +77,10 @@ class TransactionGuard:
                     known = dialect.known(dbapi, row, end=True)
                     if known is None or known.status in (CONSUMED, UNFINISHED):
                         return standing(known, row)
-                    if self._leases.traced_in(connection, row):
+                    trail = self._leases.trail_in(connection, row)
+                    if trail is Trail.RUNNING:
+                        return InProgress()
+                    if trail is Trail.COMMITTED:
                         return Unfinished(known.owner or "")
                     # the look ended what the session's hooks had set up, and the handler's transaction is to have it
                     session.rollback()

@@ -41,6 +41,7 @@ from exactly_once.dialects import (
     Leased,
     State,
     StepRow,
+    Trail,
     Trouble,
     lease_claims_for,
 )
@@ -411,21 +412,17 @@ class SqlLeases:
 
         return self._seen(read)
 
-    def traced(self, row: ClaimRow) -> bool:
-        """Say whether something else than an attempt's own COMMIT has committed a transaction of this message's."""
-        return self._dialect.asks_around_calls and self._seen(lambda each: self._has_trace(each, row))
+    def trail(self, row: ClaimRow) -> Trail:
+        """See `Dialect.trail`."""
+        return (
+            self._by_itself(lambda connection: self.trail_in(connection, row))
+            if self._dialect.asks_around_calls
+            else Trail.NONE
+        )
 
-    def traced_in(self, connection: Connection, row: ClaimRow) -> bool:
-        """The same, asked on a connection that is in no transaction, or in one that is to be rolled back."""
-        if not self._dialect.asks_around_calls:
-            return False  # none is written there
-        see_committed(connection.connection.dbapi_connection)
-        return self._has_trace(connection, row)
-
-    def _has_trace(self, connection: Connection, row: ClaimRow) -> bool:
-        s = self._steps
-        stands = select(literal(1)).where(self._of(s, row), s.c.status == STEP_TRACE).limit(1)
-        return connection.execute(stands).first() is not None
+    def trail_in(self, connection: Connection, row: ClaimRow) -> Trail:
+        """The same, on this connection."""
+        return self._dialect.trail(connection.connection.dbapi_connection, row)
 
     def handlers(self, group: str, key: str) -> Sequence[str]:
         """Return the handlers that have a claim on a key."""
