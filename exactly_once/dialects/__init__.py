@@ -284,6 +284,12 @@ class Dialect(Protocol):
             Exception: The driver's error, of that last statement.
         """
 
+    def rows_as(self, dbapi: Any) -> tuple[Any, ...]:
+        """Return what makes the rows that are read on this connection, of all who have it after this one. Free."""
+
+    def make_rows(self, dbapi: Any, rows_as: tuple[Any, ...]) -> None:
+        """Have them made by this again."""
+
     def before_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> Any:
         """Make ready for a statement that can end the transaction unseen; what is returned is for `after_call`.
 

@@ -483,6 +483,12 @@ class MySQL:
         self._pass_over(dbapi)
         return _released(dbapi, savepoint_of(owner))
 
+    def rows_as(self, dbapi: Any) -> tuple[Any, ...]:
+        return (getattr(_driver(dbapi), _cursor_of(dbapi)),)
+
+    def make_rows(self, dbapi: Any, rows_as: tuple[Any, ...]) -> None:
+        setattr(_driver(dbapi), _cursor_of(dbapi), *rows_as)
+
     def read_out(self, dbapi: Any) -> bool:
         return _read_out(_driver(dbapi), streams=False)
 
@@ -804,6 +810,11 @@ def _undone(cursor: Any, name: str) -> bool:
 def _driver(dbapi: Any) -> Any:
     """The driver's own connection: itself when sync, inside the adapter when async."""
     return getattr(dbapi, "driver_connection", None) or dbapi
+
+
+def _cursor_of(dbapi: Any) -> str:
+    """The attribute with the class of its cursors: PyMySQL's, or asyncmy's, which is inside an adapter."""
+    return "cursorclass" if _driver(dbapi) is dbapi else "_cursor_cls"
 
 
 def refuse_autocommit(dbapi: Any) -> None:

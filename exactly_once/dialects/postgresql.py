@@ -445,6 +445,14 @@ class PostgreSQL:
         # no procedure and no function can end the transaction block it is called in (2D000); a call on the driver can
         return False if _replaced(driver_of(dbapi)) else None
 
+    def rows_as(self, dbapi: Any) -> tuple[Any, ...]:
+        driver = driver_of(dbapi)
+        return driver.row_factory, driver.cursor_factory, driver.server_cursor_factory
+
+    def make_rows(self, dbapi: Any, rows_as: tuple[Any, ...]) -> None:
+        driver = driver_of(dbapi)
+        driver.row_factory, driver.cursor_factory, driver.server_cursor_factory = rows_as
+
     def read_out(self, dbapi: Any) -> bool:
         return False  # the driver reads an answer to its end
 

@@ -198,6 +198,14 @@ class SQLite:
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
         return _released(dbapi)
 
+    def rows_as(self, dbapi: Any) -> tuple[Any, ...]:
+        driver = _driver(dbapi)
+        return driver.row_factory, driver.text_factory
+
+    def make_rows(self, dbapi: Any, rows_as: tuple[Any, ...]) -> None:
+        driver = _driver(dbapi)
+        driver.row_factory, driver.text_factory = rows_as
+
     def read_out(self, dbapi: Any) -> bool:
         return False  # no statement has more than one answer
 

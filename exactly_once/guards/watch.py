@@ -118,7 +118,7 @@ class Watch:
     __slots__ = (
         "begun", "busy", "call", "changed", "committed", "connection", "current", "dbapi", "dialect", "error", "held",
         "info", "last", "left", "locked", "lost", "mark", "meanwhile", "met", "ours", "owner", "pooled", "refused", "replaced",
-        "rolled_back", "root", "rows", "sent", "server_session", "shut", "stopped", "streams", "trace", "whole"
+        "rolled_back", "root", "rows", "rows_as", "sent", "server_session", "shut", "stopped", "streams", "trace", "whole"
     )  # fmt: skip
 
     def __init__(
@@ -184,6 +184,7 @@ class Watch:
         """It was shown that nothing of it was committed."""
         self.server_session = dialect.server_session(dbapi)
         """That of the transaction."""
+        self.rows_as = dialect.rows_as(dbapi)
         self.pooled = connection.connection
         """The pool's loan of it: whoever has the driver's connection through another loan is a neighbour."""
         self.info: MutableMapping[Any, Any] = connection.info
@@ -301,6 +302,7 @@ class Watch:
             DBAPIError: That statement failed behind its first rows.
             Misuse: It ended the transaction.
         """
+        self._have_rows_as_before()
         try:
             self.dialect.read_out(self.dbapi)
             if self.call is not None:
@@ -310,6 +312,11 @@ class Watch:
         except BaseException as error:
             named = self.call is not None and is_drivers(error)
             raise_as_sqlalchemy_does(self.connection, error, self.last if named else None)
+
+    def _have_rows_as_before(self) -> None:
+        """Who made dicts of them on the driver's connection did so for itself: ours, and the next one's, are read by place."""
+        if self.dialect.rows_as(self.dbapi) != self.rows_as:
+            self.dialect.make_rows(self.dbapi, self.rows_as)
 
     # -- what is asked -----------------------------------------------------------------------------------------------
 
@@ -380,6 +387,7 @@ class Watch:
         if self.connection.invalidated or self.busy or self.given_back:
             return
         try:
+            self._have_rows_as_before()
             state = self.dialect.state(self.dbapi)
             if state is State.CLOSED:
                 self.closed()
@@ -565,6 +573,8 @@ class Watch:
                     self.dbapi.rollback()
                 if not stays and (marked or self.dialect.state(self.dbapi) is not State.IDLE):
                     connection.invalidate()
+                else:
+                    self._have_rows_as_before()
             except Exception as error:  # a dead connection: whatever it says, it must not be used again
                 connection.invalidate(error)
             except BaseException:  # cancelled in the rollback: nobody knows what the connection is in
