@@ -15,6 +15,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from exactly_once.in_memory import in_memory
 from exactly_once.listeners import listen
+from exactly_once.pool_below import end_what_is_thrown_away, is_known
 from exactly_once.pooler import is_pooled
 
 __all__ = ["is_firsthand", "is_lent", "is_made", "is_new", "kept_firsthand", "moment", "watch_pool"]
@@ -35,9 +36,12 @@ def watch_pool(engine: Engine) -> None:
     if _made not in tuple(engine.pool.dispatch.connect):  # a pool made anew has the listeners of the one before
         listen(engine, "connect", _made)
         listen(engine, "checkin", _given_back)
+        end_what_is_thrown_away(engine)
 
 
 def _made(dbapi: Any, record: ConnectionPoolEntry) -> None:
+    if is_known(dbapi, record):
+        return
     record.info[_FIRSTHAND] = True
     record.info[_MADE] = moment()
 

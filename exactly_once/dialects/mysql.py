@@ -221,6 +221,7 @@ _UNAVAILABLE: Final = frozenset(
         1317,  # ER_QUERY_INTERRUPTED
         1637,  # ER_TOO_MANY_CONCURRENT_TRXS: no undo slot is free
         1792,  # ER_CANT_EXECUTE_IN_READ_ONLY_TRANSACTION
+        1820,  # ER_MUST_CHANGE_PASSWORD: it has expired, and each statement is refused
         1836,  # ER_READ_ONLY_MODE
         1874,  # ER_INNODB_READ_ONLY
         1927,  # ER_CONNECTION_KILLED

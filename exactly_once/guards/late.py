@@ -4,6 +4,8 @@ Before it no transaction is open, and no connection is in use. Then the transact
 from the first moment on whether it is still open. Made by the guards of leases and locks, and for the transaction of a step.
 """
 
+from typing import Final
+
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
@@ -11,7 +13,7 @@ from exactly_once.dialects import Dialect, State, Trace, Trouble, raise_for_the_
 from exactly_once.dialects.firsthand import moment, ready, varies
 from exactly_once.errors import Misuse
 from exactly_once.fork import engines as forked_engines
-from exactly_once.guards.watch import WATCHED, Shut, Watch, begin, elsewhere, let_go, over
+from exactly_once.guards.watch import WATCHED, Left, Shut, Watch, begin, elsewhere, let_go, over
 from exactly_once.interrupted import interrupted
 from exactly_once.leases import WAIT_MS, Held
 from exactly_once.owner import new_owner
@@ -80,8 +82,16 @@ class Late:
         hooked = len(session.dispatch.after_begin) > 1 or bool(connection.dispatch.begin)  # one of them is ours
         exchange = idle and not hooked and "isolation_level" not in connection.get_execution_options()
         since = moment()
-        while not self._begun_on(connection, owner, trace, exchange=exchange, since=since):
-            pass
+        try:
+            while not self._begun_on(connection, owner, trace, exchange=exchange, since=since):
+                pass
+        except Exception:
+            # SQLAlchemy has the connection in the session's transaction by now, and asks nobody again: a handler that goes on
+            # would send on it
+            if not connection.invalidated:
+                self.watch = Watch(connection, dialect, connection.connection.dbapi_connection, owner, held=held)
+                self.watch.leave(Left.REFUSED, _NOT_BEGUN)
+            raise
         dbapi = connection.connection.dbapi_connection
         self.watch = Watch(connection, dialect, dbapi, owner, held=held, trace=trace)
         begin(session, self.watch)
@@ -130,10 +140,16 @@ class Late:
         """Raise what kept its transaction from beginning, also where the handler has swallowed it.
 
         Raises:
-            Misuse: It was no error of the database's, and the handler went on.
+            Misuse: It was no error of the database's, and the handler went on; or we were not asked.
         """
         if self.failed is None:
-            if self.watch is None and not self._pending():
+            if self.watch is not None:
+                return
+            transaction = self._session.get_transaction()
+            # private to SQLAlchemy, which tells nobody what a hook before ours has ended
+            if transaction is not None and transaction._connections:  # noqa: SLF001
+                raise Misuse(_KEPT_OUT)
+            if not self._pending():
                 self._session.close()  # nothing was done in it: its hooks are not told of a rollback
             return
         if isinstance(self.failed, Exception):
@@ -150,6 +166,16 @@ class Late:
         else:
             let_go(session)
             over(session)
+
+
+_NOT_BEGUN: Final = (
+    "The session's first statement failed before its transaction had begun, and the handler swallowed that error and went on:"
+    " nothing is sent in it, and nothing committed. Let the error out of the handler, and the message runs again."
+)
+_KEPT_OUT: Final = (
+    "A hook of the application's (after_begin) raised as the session's transaction began, before exactly_once had begun it, and"
+    " the handler swallowed that error and went on: nothing of it is committed. Let the error out of the handler."
+)
 
 
 def _exchange(connection: Connection) -> None:

@@ -229,7 +229,8 @@ def install_session(session_class: Any) -> None:
     if session_class in _INSTALLED:
         return
     _INSTALLED.add(session_class)
-    event.listen(session_class, "after_begin", _begun)
+    # first: SQLAlchemy asks no other hook where one raises, and never again for this transaction
+    event.listen(session_class, "after_begin", _begun, insert=True)
 
 
 def _begun(session: Session, transaction: SessionTransaction, connection: Connection) -> None:

@@ -364,6 +364,13 @@ class StepLedger:
                 f"returned a {type(value).__name__}, which cannot be stored as JSON and read back"
                 f" ({type(error).__name__}). {unkept(begun.name, 'give returns=, or return JSON')}",
             ) from error
+        if not begun.coder.alike(value, read_back):
+            raise self._refuse(
+                begun.name,
+                f"returned a {type(value).__name__} that comes back from JSON as another value: a field that is left out or"
+                " hidden there (exclude=True, SecretStr), or one that the type in returns= does not have."
+                f" {unkept(begun.name, 'give a returns= that keeps it, or return less')}",
+            )
         if len(result) > RESULT_BYTES:
             # a server may refuse what is larger by cutting the connection, which looks like one that is away
             raise self._refuse(

@@ -382,8 +382,8 @@ class Watch:
 
         Never raises: what cannot be asked now is looked up by the claim's row afterwards.
         """
-        if self.left is Left.BROKEN or self.committed or self.connection.closed:
-            return
+        if self.begun is None or self.left is Left.BROKEN or self.committed or self.connection.closed:
+            return  # also where it never began: no witness of ours stands in it
         if self.connection.invalidated or self.busy or self.given_back:
             return
         try:

@@ -317,8 +317,9 @@ class Statements:
         q, g = self.queue, self.group
         return (
             select(q.c.id).where(false()).with_for_update(),
-            update(q).where(q.c.id.is_(None), false()).values(holder=None),
-            delete(q).where(q.c.id.is_(None), false()),
+            # by its key: under sql_safe_updates MySQL and MariaDB refuse a change that names none
+            update(q).where(q.c.id == -1).values(holder=None),
+            delete(q).where(q.c.id == -1),
             select(g.c.topic).where(false()).with_for_update(),
         )
 
