@@ -144,16 +144,29 @@ def test_postgresql_that_was_read_only_for_new_sessions_is_written_to_again(
     story(url, "pg-readonly", colour, guard, begin, end, transport="memory")
 
 
+CANNOT_WRITE = {
+    "tx-read-only": ("SET GLOBAL tx_read_only = 1", "SET GLOBAL tx_read_only = 0"),
+    "read-only": ("SET GLOBAL read_only = 1", "SET GLOBAL read_only = 0"),
+    # lets connections in, and refuses each statement
+    "expired-password": (
+        "ALTER USER worker@'127.0.0.1' PASSWORD EXPIRE",
+        "ALTER USER worker@'127.0.0.1' IDENTIFIED BY 'w' PASSWORD EXPIRE NEVER",
+    ),
+}
+
+
 @pytest.mark.parametrize("colour", COLOURS)
-@pytest.mark.parametrize("setting", ["tx_read_only", "read_only"])
-def test_mariadb_that_was_read_only_is_written_to_again(own_mariadb: MariaDB, colour: str, setting: str) -> None:
+@pytest.mark.parametrize("why", CANNOT_WRITE)
+def test_mariadb_that_could_not_be_written_to_is_written_to_again(
+    own_mariadb: MariaDB, colour: str, why: str
+) -> None:
     url = own_mariadb.create_database("shop")
     prepare(url)
     run(url, "CREATE USER worker@'127.0.0.1' IDENTIFIED BY 'w'", "GRANT ALL ON shop.* TO worker@'127.0.0.1'")
     user = make_url(url).set(username="worker", password="w").render_as_string(hide_password=False)
 
     def begin() -> None:
-        run(url, f"SET GLOBAL {setting} = 1")
+        run(url, CANNOT_WRITE[why][0])
         engine = create_engine(url, poolclass=NullPool)
         with engine.connect() as connection:
             mine = connection.execute(text("SELECT id FROM information_schema.processlist WHERE user = 'worker'"))
@@ -161,9 +174,9 @@ def test_mariadb_that_was_read_only_is_written_to_again(own_mariadb: MariaDB, co
                 connection.execute(text(f"KILL {id_}"))
 
     def end() -> None:
-        run(url, f"SET GLOBAL {setting} = 0")
+        run(url, CANNOT_WRITE[why][1])
 
-    story(user, f"maria-{setting}", colour, "alone", begin, end, transport="memory")
+    story(user, f"maria-{why}", colour, "alone", begin, end, transport="memory")
 
 
 def test_an_outage_ends_where_the_pool_holds_the_last_connections_that_the_server_gives(

@@ -41,6 +41,7 @@ from exactly_once.transports.sql.database import Database, missing_tables
 from exactly_once.transports.sql.producer import SqlProducer, gone, reason, refused, refused_group
 from exactly_once.transports.sql.statements import WINDOW, Look
 from exactly_once.transports.urls import parse
+from exactly_once.unreached import unreached
 from exactly_once.unusable import denied, is_denied, is_read_only, read_only
 from exactly_once.verdict import Ack, Verdict
 from exactly_once.wording import escaped, probably, stopped, taken
@@ -156,10 +157,15 @@ class SqlTransport:
                 problem = denied(error, engine.url, schema=schema)
             elif is_read_only(error):
                 problem = read_only(engine.url)
-            else:
+            elif unreached(error, (engine,)) or getattr(error, "connection_invalidated", False):
                 problem = (
                     f"The database {url} of sql:// does not answer ({reason(error)})."
                     " Start it, or correct EXACTLY_ONCE_DATABASE."
+                )
+            else:
+                problem = (
+                    f"The database {url} answers, and refuses a statement that sql:// needs ({reason(error)}). Mend that,"
+                    " or correct EXACTLY_ONCE_DATABASE."
                 )
             problems.append(Away(problem))
         return problems
