@@ -13,7 +13,7 @@ from exactly_once.dialects import Dialect, State, Trace, Trouble, raise_for_the_
 from exactly_once.dialects.firsthand import moment, ready, varies
 from exactly_once.errors import Misuse
 from exactly_once.fork import engines as forked_engines
-from exactly_once.guards.watch import WATCHED, Left, Shut, Watch, begin, elsewhere, let_go, over
+from exactly_once.guards.watch import WATCHED, Shut, Watch, begin, elsewhere, let_go, over
 from exactly_once.interrupted import interrupted
 from exactly_once.leases import WAIT_MS, Held
 from exactly_once.owner import new_owner
@@ -88,9 +88,7 @@ class Late:
         except Exception:
             # SQLAlchemy has the connection in the session's transaction by now, and asks nobody again: a handler that goes on
             # would send on it
-            if not connection.invalidated:
-                self.watch = Watch(connection, dialect, connection.connection.dbapi_connection, owner, held=held)
-                self.watch.leave(Left.REFUSED, _NOT_BEGUN)
+            over(session, _NOT_BEGUN)
             raise
         dbapi = connection.connection.dbapi_connection
         self.watch = Watch(connection, dialect, dbapi, owner, held=held, trace=trace)

@@ -382,8 +382,8 @@ class Watch:
 
         Never raises: what cannot be asked now is looked up by the claim's row afterwards.
         """
-        if self.begun is None or self.left is Left.BROKEN or self.committed or self.connection.closed:
-            return  # also where it never began: no witness of ours stands in it
+        if self.left is Left.BROKEN or self.committed or self.connection.closed:
+            return
         if self.connection.invalidated or self.busy or self.given_back:
             return
         try:
@@ -599,13 +599,18 @@ def flush(session: Session) -> None:
         raise
 
 
-def over(session: Session) -> None:
-    """Refuse what uses a handler's session from here on, before it takes a connection that nobody would give back."""
-    session.get_bind = _refused  # type: ignore[method-assign]
+def over(session: Session, why: str | None = None) -> None:
+    """Refuse what uses a session from here on, before it takes a connection that nobody would give back.
 
+    Args:
+        session: A handler's.
+        why: What whoever uses it is told, where it is not that its message has ended.
+    """
 
-def _refused(*_: object, **__: object) -> Any:
-    raise Misuse(_OVER)
+    def refused(*_: object, **__: object) -> Any:
+        raise Misuse(_OVER if why is None else why)
+
+    session.get_bind = refused  # type: ignore[method-assign]
 
 
 def let_go(session: Session) -> None:
