@@ -674,10 +674,11 @@ SWALLOWED: Final = (
     " or put the statement that may fail into `with session.begin_nested():`."
 )
 CUT_OFF: Final = (
-    "A statement of the handler was given up before its answer came (asyncio.timeout, wait_for, a cancelled task), or the server"
-    " ended the connection, and the handler caught that error and went on. The connection is closed, and what was written before"
-    " is rolled back. Let the error out of the handler; to go on without one statement, have the server limit it"
-    " (statement_timeout, max_statement_time) inside `with session.begin_nested():`."
+    "The connection ended in the midst of the handler, and the handler went on: a statement was given up before its answer came"
+    " (asyncio.timeout, wait_for, a cancelled task), the server ended the connection, two threads or tasks used it at once, or"
+    " invalidate() was called. What was written before is rolled back. Let the error out of the handler, and use the session in"
+    " one thread or task; to go on without one statement, have the server limit it (statement_timeout, max_statement_time)"
+    " inside `with session.begin_nested():`."
 )
 DOUBTFUL: Final = (
     "A procedure was called, and then its transaction was lost before anybody could ask whether the procedure had committed it"
