@@ -12,7 +12,7 @@ call and its record repeats that call, with the same key, unless it is `at_most_
 """
 
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from hashlib import sha256
 from json import dumps, loads
@@ -291,17 +291,22 @@ def _typed(returns: Any) -> Coder:
         loads(encoded, object_pairs_hook=_once_each)
         return encoded
 
-    def fields(value: Any) -> Any:
-        # of a model all that it shows; what it has for itself, a client or a cache, is no result
-        return dict(value) if isinstance(value, BaseModel) else value
-
     def alike(value: Any, read_back: Any) -> bool:
-        try:
-            if fields(value) == fields(read_back):
-                return True
-        except Exception:  # of the values' own classes, which cannot say: an array compares item by item
-            return True
+        if isinstance(value, BaseModel):
+            # all that it shows; what it has for itself, a client or a cache, is no result
+            return isinstance(read_back, BaseModel) and alike(dict(value), dict(read_back))
+        if isinstance(value, dict) and isinstance(read_back, dict):
+            return value.keys() == read_back.keys() and all(alike(each, read_back[key]) for key, each in value.items())
+        if isinstance(value, (list, tuple)) and isinstance(read_back, (list, tuple)):
+            return len(value) == len(read_back) and all(map(alike, value, read_back))
+        if is_dataclass(value) and type(value) is type(read_back):
+            return all(alike(getattr(value, each.name), getattr(read_back, each.name)) for each in fields(value))
         compares: object = type(value).__eq__
-        return compares is object.__eq__  # no: nobody can say
+        if compares is object.__eq__:
+            return True  # nobody can say
+        try:
+            return bool(value == read_back)
+        except Exception:  # of the value's own class: an array compares item by item
+            return True
 
     return Coder(encode, adapter.validate_json, alike)

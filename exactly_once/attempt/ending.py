@@ -215,7 +215,7 @@ def _raised(dialect: Dialect, won: Won, error: BaseException, foreign: Callable[
     if stops(error):
         return Ended(How.STOPPED, error)
     ends = [_raised_alone(dialect, won, each, foreign) for each in leaves(error)]
-    if len(ends) == 1 and ends[0].error is error:
+    if len(ends) == 1 and (ends[0].error is error or isinstance(error, LostTransaction)):
         return ends[0]
     for how in (How.BROKEN, How.LOST):
         if (found := next((each for each in ends if each.how is how), None)) is not None:
@@ -235,7 +235,8 @@ def _raised_alone(dialect: Dialect, won: Won, error: BaseException, foreign: Cal
             How.IN_PROGRESS, lost or error
         )  # of a part that the handler claims, or a lock: not now, no failure
     if lost is not None:
-        return Ended(How.TRANSIENT, lost)
+        # a statement that takes longer than the driver waits takes as long the next time; it counts
+        return Ended(How.FAILED if dialect.gave_up(lost) else How.TRANSIENT, lost)
     if isinstance(error, RefusedResult):
         return Ended(How.REFUSED, error)
     if isinstance(error, LeaseLost):

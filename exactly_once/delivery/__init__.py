@@ -358,6 +358,10 @@ class Delivering:
             return 0
         if foreign and is_the_callers(error):  # a limit of the caller's: a second run would have none
             return 0
+        if self.store.dialect.gave_up(
+            error
+        ):  # the server still runs that statement, and a second run would wait behind it
+            return 0
         return retry_for(self.plan.retry, one).immediate
 
     def _call_plain(self, handed: Any, reading: Reading, message: Message, ledger: StepLedger | None) -> None:

@@ -374,6 +374,9 @@ class Dialect(Protocol):
     def locked(self, error: BaseException) -> bool:
         """Is another transaction in the way, where `trouble` says that the database cannot work? SQLite locks the whole of it."""
 
+    def gave_up(self, error: BaseException) -> bool:
+        """Did the driver itself end the connection, for an answer that took longer than it was told to wait (`read_timeout`)?"""
+
     def timed_out(self, error: BaseException) -> bool:
         """Did a statement run into a limit of time, which the session may have from whoever had it before?"""
 

@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from datetime import UTC
 from functools import cached_property, lru_cache
 from inspect import isawaitable
+from math import ceil
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, Insert, Update
@@ -249,6 +250,7 @@ _UNSTORABLE: Final = frozenset({1366, 1977, 3854})
 _UNSURE: Final = frozenset({1053, 1077, 1079, 1152, 1158, 1159, 1160, 1161, 1184, 1317, 1927, 4031})
 _GONE: Final = (ConnectionError, TimeoutError, EOFError)
 # not ER_QUERY_INTERRUPTED: KILL QUERY undoes its statement alone
+_ENDLESS_S: Final = 31_536_000  # the driver waits without a limit
 _LOST: Final = frozenset({_DEADLOCK, _CHANGED, 1927, 2006, 2013, 2055})
 
 
@@ -266,6 +268,8 @@ class Seen:
 
     bound: str
     """Bounds the wait for locks of a statement beside the claim; empty where only the session can be bound."""
+    patience_s: int
+    """The longest that a statement may wait, whole seconds, before the driver ends the connection for it (`read_timeout`)."""
     rollback_on_timeout: bool
     compound: bool
     """Several statements can be sent as one."""
@@ -343,7 +347,9 @@ class MySQL:
 
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int, varies: bool = False) -> None:
         refuse_autocommit(dbapi)
-        seconds = max(1, -(-wait_ms // 1000))
+        limit_s = getattr(_driver(dbapi), "_read_timeout", None)
+        patience_s = _ENDLESS_S if limit_s is None else max(0, ceil(limit_s) - 1)
+        seconds = min(max(1, -(-wait_ms // 1000)), patience_s)
         version, rollback_on_timeout, modes, completion, log_bin, *more = info.get(LEARNT) or self.learn(dbapi)
         cursor = dbapi.cursor()
         try:
@@ -359,7 +365,7 @@ class MySQL:
                 )
             is_mariadb = "MariaDB" in str(version)
             if not is_mariadb:
-                cursor.execute(f"SET SESSION innodb_lock_wait_timeout = {seconds:d}")
+                cursor.execute(f"SET SESSION innodb_lock_wait_timeout = {max(1, seconds):d}")
             if completion != ENDS_PLAINLY:
                 cursor.execute(END_PLAINLY)  # as the server, or init_connect, makes each session
         finally:
@@ -370,6 +376,7 @@ class MySQL:
         compound = is_mariadb and "ORACLE" not in str(modes)  # which has another grammar
         info[self.kept_as] = Seen(
             bound=_bound(seconds) if is_mariadb else "",
+            patience_s=patience_s,
             rollback_on_timeout=bool(rollback_on_timeout),
             compound=compound,
             right=(RIGHT, LOGGED) if compound and int(log_bin) else (RIGHT,) if compound else (),
@@ -661,6 +668,10 @@ class MySQL:
     def locked(self, error: BaseException) -> bool:
         return False
 
+    def gave_up(self, error: BaseException) -> bool:
+        # the driver raises its own error in the place of that of the socket, or of the loop
+        return errno(error) == 2013 and isinstance(original(error).__context__, TimeoutError)
+
     def timed_out(self, error: BaseException) -> bool:
         return errno(error) in _TIMED_OUT
 
@@ -697,7 +708,7 @@ class MySQL:
 
 def bound(seen: Seen, wait_ms: int) -> str:
     """Bound one statement's wait for locks, in whole seconds; nothing where only the session can be bound."""
-    return _bound(-(-wait_ms // 1000)) if seen.bound else ""
+    return _bound(min(-(-wait_ms // 1000), seen.patience_s)) if seen.bound else ""
 
 
 @lru_cache(maxsize=64)

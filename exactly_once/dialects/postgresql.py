@@ -563,6 +563,9 @@ class PostgreSQL:
     def locked(self, error: BaseException) -> bool:
         return False
 
+    def gave_up(self, error: BaseException) -> bool:
+        return False  # it has no such limit
+
     def timed_out(self, error: BaseException) -> bool:
         return _sqlstate(error) == _CANCELED
 

@@ -290,6 +290,9 @@ class SQLite:
         code = _code(error)
         return code is not None and code & _PRIMARY in SQLITE_CONTENDED
 
+    def gave_up(self, error: BaseException) -> bool:
+        return False
+
     def timed_out(self, error: BaseException) -> bool:
         return False
 

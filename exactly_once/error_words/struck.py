@@ -217,14 +217,15 @@ def without_parameters(text: str, values: Sought) -> str | None:
         if form in text:
             part = len(form) >= _LEAST_PIECE and _DIGIT.search(form)  # else "Ann" would be struck out of "Annual"
             text = re.sub(re.escape(form) if part else rf"(?<!\w){re.escape(form)}(?!\w)", STRUCK, text)
-    # a part of a value, such as a member of JSON, where it can be no word of the application's
-    text = WORD.sub(lambda found: STRUCK if _is_number_of(found[0].lower(), words) else found[0], text)
+    # before anything more is struck out of it: what is looked for is the value as it was bound
     left = text.rstrip(_CUT_OFF)
     for form in forms:
         at = left.rfind(form[:_LEAST_PIECE]) if len(form) > _LEAST_PIECE else -1
         if at >= 0 and form.startswith(left[at:]):
-            return f"{text[:at]}{STRUCK}"
-    return text
+            text = f"{text[:at]}{STRUCK}"
+            break
+    # a part of a value, such as a member of JSON, where it can be no word of the application's
+    return WORD.sub(lambda found: STRUCK if _is_number_of(found[0].lower(), words) else found[0], text)
 
 
 def _is_number_of(word: str, words: frozenset[str]) -> bool:

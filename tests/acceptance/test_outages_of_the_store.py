@@ -157,9 +157,7 @@ CANNOT_WRITE = {
 
 @pytest.mark.parametrize("colour", COLOURS)
 @pytest.mark.parametrize("why", CANNOT_WRITE)
-def test_mariadb_that_could_not_be_written_to_is_written_to_again(
-    own_mariadb: MariaDB, colour: str, why: str
-) -> None:
+def test_mariadb_that_could_not_be_written_to_is_written_to_again(own_mariadb: MariaDB, colour: str, why: str) -> None:
     url = own_mariadb.create_database("shop")
     prepare(url)
     run(url, "CREATE USER worker@'127.0.0.1' IDENTIFIED BY 'w'", "GRANT ALL ON shop.* TO worker@'127.0.0.1'")

@@ -1,6 +1,7 @@
 """A step's result is stored and read back as it was, or refused: nothing of it is renamed or lost without a word."""
 
 import warnings
+from dataclasses import dataclass
 from datetime import date
 from enum import Enum
 from typing import Any
@@ -128,6 +129,33 @@ def test_what_json_changes_is_told_from_what_comes_back(value: Any, alike: bool)
             assert not alike
             return
     assert typed.alike(value, typed.decode(encoded)) is alike
+
+
+class Page(BaseModel):
+    items: list[Hidden]
+    by_id: dict[str, Hidden]
+
+
+@dataclass(eq=False)
+class Unequal:
+    id: str
+    of: Hidden
+
+
+@pytest.mark.parametrize("secret", ["", "pa55"])
+def test_what_is_within_is_compared_by_what_it_shows(secret: str) -> None:
+    one = Hidden(id="1", secret=SecretStr(secret))
+    cases: list[tuple[Any, Any]] = [
+        (list[Hidden], [one]),
+        (dict[str, Hidden], {"a": one}),
+        (tuple[Hidden, int], (one, 1)),
+        (Page, Page(items=[one], by_id={"1": one})),
+        (Unequal, Unequal("1", one)),
+        (list[Unequal], [Unequal("1", one)]),
+    ]
+    for returns, value in cases:
+        typed = coder(returns)
+        assert typed.alike(value, typed.decode(typed.encode(value))) is not bool(secret), returns
 
 
 def test_values_that_cannot_be_compared_are_believed() -> None:

@@ -1,5 +1,6 @@
 """What is told of an error, and of the errors behind it; the texts of servers are those of several languages."""
 
+import json
 import logging
 import sqlite3
 from datetime import date
@@ -133,6 +134,12 @@ def test_what_was_bound_is_struck_out_of_an_applications_text_where_it_stands_as
     text: str, bound: Any, says: str
 ) -> None:
     assert without_parameters(text, sought(bound)) == says
+
+
+def test_of_a_text_cut_off_in_a_value_nothing_of_that_value_stays() -> None:
+    document = json.dumps([{"customer": "Gwendolyn Ashworth", "iban": "DE02120300000000202051"}] * 2000)
+    told = without_parameters(f"could not store {document}", sought([document]))
+    assert told == "could not store ..."
 
 
 def test_of_very_much_that_was_bound_each_word_is_struck_or_nothing_is_told_and_soon() -> None:
