@@ -16,12 +16,12 @@ from sqlalchemy.orm import Session
 from benchmarks.measure import US, Figure, WrongRows, ratios, take_turns
 from benchmarks.stage import Stage
 from exactly_once import ExactlyOnce, Lease, Message, Outcome, Transaction
-from exactly_once.dialects import ClaimRow
-from exactly_once.leases import Held, LeaseStore
-from exactly_once.leases.redis import RedisLeases
-from exactly_once.leases.sql import SqlLeases
-from exactly_once.redis_connection import RedisConnection
-from exactly_once.store import Store
+from exactly_once.database.dialects.contract import ClaimRow
+from exactly_once.database.store import Store
+from exactly_once.guards.lease.contract import Held, LeaseStore
+from exactly_once.guards.lease.redis import RedisLeases
+from exactly_once.guards.lease.sql import SqlLeases
+from exactly_once.redis.connection import RedisConnection
 from tests.services import redis as redis_service
 
 __all__ = ["measure"]

@@ -20,7 +20,7 @@ from benchmarks.measure import Figure, WrongRows
 from benchmarks.orders import messages
 from benchmarks.shop import application, make_tables
 from benchmarks.stage import Stage
-from exactly_once.serving import Serving
+from exactly_once.service.worker_service import Serving
 from exactly_once.testing.child import wait_until
 from exactly_once.testing.postgres import EmbeddedPostgres
 

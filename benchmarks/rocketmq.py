@@ -33,8 +33,8 @@ from benchmarks.orders import messages
 from benchmarks.shop import application, clear, require
 from benchmarks.stage import Stage
 from exactly_once.testing.child import wait_until
-from exactly_once.transport import Consumer, Subscription, Surroundings
-from exactly_once.transports import transport_from
+from exactly_once.transports.contract import Consumer, Subscription, Surroundings
+from exactly_once.transports.registry import transport_from
 from exactly_once.verdict import Ack
 
 __all__ = ["measure"]

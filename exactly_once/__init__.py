@@ -35,11 +35,11 @@ if TYPE_CHECKING:
         StoreUnavailable,
         TransportError,
     )
-    from exactly_once.handler.guard_options import Lease, Lock, Transaction
+    from exactly_once.failures.policy import Retry
+    from exactly_once.handlers.guard_options import Lease, Lock, Transaction
+    from exactly_once.handlers.steps import AsyncSteps, Steps
     from exactly_once.message import Message
     from exactly_once.outcome import Outcome
-    from exactly_once.policy import Retry
-    from exactly_once.steps import AsyncSteps, Steps
 
 __all__ = [
     "Alert",
@@ -96,7 +96,7 @@ def __getattr__(name: str) -> Any:
         else:
             found = getattr(import_module(f"{__name__}.{_ROOMS.get(name, 'errors')}"), name)
     except (ImportError, AttributeError) as error:
-        from exactly_once.installation import clash
+        from exactly_once.wording.installation import clash
 
         if (told := clash()) is not None:  # another project's files lie over some of ours
             raise ImportError(f"{error}. {told}") from error

@@ -11,11 +11,11 @@ from inspect import iscoroutine, iscoroutinefunction
 from shlex import quote
 from typing import Literal
 
-from exactly_once.error_words import trace_of
 from exactly_once.errors import ConfigurationError
-from exactly_once.steady_log import steady
-from exactly_once.stops import asked_from_outside
-from exactly_once.wording import escaped
+from exactly_once.exceptions.stops import asked_from_outside
+from exactly_once.exceptions.words import trace_of
+from exactly_once.wording.steady_log import steady
+from exactly_once.wording.text import escaped
 
 __all__ = ["Alert", "Hook", "check_hook", "sound"]
 

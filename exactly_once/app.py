@@ -13,30 +13,30 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from sqlalchemy.orm import Session, scoped_session
 
+from exactly_once.database.connections import forked as forked_engines
+from exactly_once.database.schema import GROUP_BYTES
 from exactly_once.errors import ConfigurationError, StoreUnavailable
-from exactly_once.fork import engines as forked_engines
-from exactly_once.handler import Plan
+from exactly_once.handlers.plan import Plan
+from exactly_once.handlers.registry import Registrations
+from exactly_once.handlers.wrong_arguments import explained, of_making_one
 from exactly_once.keys import check_name
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
-from exactly_once.registrations import Registrations
-from exactly_once.schema import GROUP_BYTES
-from exactly_once.wrong_arguments import explained, of_making_one
 
 # what runs messages is imported when the first one comes: a program that only sends should not wait for it
 if TYPE_CHECKING:
     from exactly_once.alert import Hook
-    from exactly_once.config import Config
+    from exactly_once.configuration.config import Config
+    from exactly_once.database.store import Store
+    from exactly_once.executor.executor import Runner
+    from exactly_once.executor.routing import Route, Router
     from exactly_once.guards.claiming import Claimer
-    from exactly_once.lease_stores import LeaseStores
-    from exactly_once.lock import RedisLock
-    from exactly_once.producer import Producer
-    from exactly_once.redis_connection import RedisConnection, RedisConnections
-    from exactly_once.routing import Route, Router
-    from exactly_once.runner import Runner
-    from exactly_once.serving import Serving
-    from exactly_once.store import Store
-    from exactly_once.transport import Subscription, Transport
+    from exactly_once.guards.lease.stores import LeaseStores
+    from exactly_once.redis.connection import RedisConnection, RedisConnections
+    from exactly_once.redis.lock import RedisLock
+    from exactly_once.service.worker_service import Serving
+    from exactly_once.transports.contract import Subscription, Transport
+    from exactly_once.transports.producer import Producer
 
 __all__ = ["ExactlyOnce"]
 
@@ -280,8 +280,8 @@ class ExactlyOnce(Registrations):
             with eo.worker("memory://test") as worker:
                 worker.drain()
         """
-        from exactly_once.redaction import redacted
-        from exactly_once.serving import Serving
+        from exactly_once.service.worker_service import Serving
+        from exactly_once.wording.redaction import redacted
 
         config = self.config
         router = self._router
@@ -318,8 +318,8 @@ class ExactlyOnce(Registrations):
             with eo.producer("rocketmq://127.0.0.1:8081") as producer:
                 producer.send(Message("orders", b"{}", tag="created"))
         """
-        from exactly_once.config import redacted
-        from exactly_once.producer import Producer
+        from exactly_once.configuration.config import redacted
+        from exactly_once.transports.producer import Producer
 
         transport = self.transport(url)
         return Producer(transport.producer(), redacted(url or self._transport_url()))
@@ -359,13 +359,13 @@ class ExactlyOnce(Registrations):
             with eo.lock(("rebuild", shop_id), expires=timedelta(minutes=2)):
                 rebuild_search_index(shop_id)
         """
-        from exactly_once.lock import RedisLock
+        from exactly_once.redis.lock import RedisLock
 
         return RedisLock(self.redis_at(store), self.group, key, expires=expires, wait=wait)
 
     @cached_property
     def _redis_connections(self) -> "RedisConnections":
-        from exactly_once.redis_connection import RedisConnections
+        from exactly_once.redis.connection import RedisConnections
 
         return RedisConnections()
 
@@ -401,7 +401,7 @@ class ExactlyOnce(Registrations):
     @cached_property
     def config(self) -> "Config":
         """The settings that hold: environment over file over what the code says. Read once, at first use."""
-        from exactly_once.config import load
+        from exactly_once.configuration.config import load
 
         return load(code=self._said)
 
@@ -424,7 +424,7 @@ class ExactlyOnce(Registrations):
         """Made at first use and fixed then."""
         binding = self._store_binding
         if binding.router is None:
-            from exactly_once.routing import Router
+            from exactly_once.executor.routing import Router
 
             for module in self.config.imports.value:
                 _import(module, self.config.imports.source)
@@ -445,7 +445,7 @@ class ExactlyOnce(Registrations):
         """Where the leases of handlers are; for the command line."""
         binding = self._store_binding
         if binding.leases is None:
-            from exactly_once.lease_stores import LeaseStores
+            from exactly_once.guards.lease.stores import LeaseStores
 
             config = self.config
             binding.leases = LeaseStores(
@@ -459,18 +459,18 @@ class ExactlyOnce(Registrations):
 
     def _stores(self, binding: _Binding) -> "dict[str, Store]":
         if binding.stores is None:
-            from exactly_once.store import Store
+            from exactly_once.database.store import Store
 
             database, async_database = binding.database, binding.async_database
             if database is None and async_database is None:  # bind() wins over every setting
-                from exactly_once.which_database import say_which
+                from exactly_once.configuration.which_database import say_which
 
                 config = self.config
                 database, async_database = config.database.value, config.async_database.value
                 say_which("database", self._said.get("database"), config.database)
                 say_which("async_database", self._said.get("async_database"), config.async_database)
             if database is None and async_database is None:
-                from exactly_once.which_database import lend_one
+                from exactly_once.configuration.which_database import lend_one
 
                 raise ConfigurationError(
                     f"No database is named.{lend_one()}"
@@ -509,8 +509,8 @@ class ExactlyOnce(Registrations):
 
     def transport(self, url: str | None = None) -> "Transport":
         """Return the transport a URL names, or the settings do; opens nothing."""
-        from exactly_once.transport import Surroundings
-        from exactly_once.transports import transport_from
+        from exactly_once.transports.contract import Surroundings
+        from exactly_once.transports.registry import transport_from
 
         def store() -> "Store":
             return next(iter(self._stores(self._store_binding).values()))

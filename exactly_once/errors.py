@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy.exc import DontWrapMixin
 
 if TYPE_CHECKING:
-    from exactly_once.dialects import ClaimRow
+    from exactly_once.database.dialects.contract import ClaimRow
     from exactly_once.message import Message
 
 __all__ = [
@@ -70,7 +70,7 @@ class MissingExtra(ConfigurationError):
     """An optional package is not installed; the text is the command that installs it."""
 
     def __init__(self, what: str, extra: str) -> None:
-        from exactly_once.installation import to_install
+        from exactly_once.wording.installation import to_install
 
         super().__init__(f"{what} needs a package that is not installed. Type: {to_install(extra)}")
         self.extra = extra

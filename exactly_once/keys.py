@@ -15,13 +15,13 @@ from json import dumps, loads
 from typing import Any, Final, TypeAlias
 from uuid import UUID
 
-from exactly_once.error_words import words_of
+from exactly_once.clients.foreign import keys_of
+from exactly_once.database.schema import KEY_BYTES
 from exactly_once.errors import BadKey, ConfigurationError
-from exactly_once.foreign import keys_of
+from exactly_once.exceptions.stops import asked_from_outside
+from exactly_once.exceptions.words import words_of
 from exactly_once.message import Message
-from exactly_once.schema import KEY_BYTES
-from exactly_once.stops import asked_from_outside
-from exactly_once.wording import escaped
+from exactly_once.wording.text import escaped
 
 __all__ = [
     "KeyPart",

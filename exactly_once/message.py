@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final, NoReturn
 
+from exactly_once.clients.foreign import AS_HEX, formerly, keys_of, moment_of, text_of
+from exactly_once.clients.rocketmq_properties import ORDERING_PROPERTY, listed_properties, named_properties
 from exactly_once.errors import BadBody
-from exactly_once.foreign import AS_HEX, formerly, keys_of, moment_of, text_of
-from exactly_once.rocketmq_properties import ORDERING_PROPERTY, listed_properties, named_properties
 
 __all__ = ["Message", "with_former"]
 
@@ -159,7 +159,7 @@ class Message:
         Example:
             return SUCCESS if eo.process(Message.from_rocketmq4(m)).acknowledge else LATER
         """
-        from exactly_once.rocketmq4_body import whole_body  # brings ctypes
+        from exactly_once.clients.rocketmq4 import whole_body  # brings ctypes
 
         try:
             keys = received.keys

@@ -12,9 +12,9 @@ from sqlalchemy.schema import CreateSchema
 
 from exactly_once.alembic.lock import schema_lock, with_connection
 from exactly_once.alembic.versions import VERSION_TABLE, refuse_strangers, sweep
-from exactly_once.config import load
+from exactly_once.configuration.config import load
+from exactly_once.database.schema import tables
 from exactly_once.errors import ConfigurationError
-from exactly_once.schema import tables
 
 given = context.get_x_argument(as_dictionary=True)
 try:

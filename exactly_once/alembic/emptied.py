@@ -34,7 +34,7 @@ def emptied_of_head(connection: "Connection", schema: str | None) -> bool:
     """Say whether the tables stand exactly as this version makes them, and the version table is empty."""
     from sqlalchemy import inspect
 
-    from exactly_once.schema import tables
+    from exactly_once.database.schema import tables
 
     if recorded(connection, schema) is not None:
         return False

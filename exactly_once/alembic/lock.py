@@ -18,14 +18,14 @@ from typing import Any, Final, TypeVar
 
 from sqlalchemy import URL, Connection, Dialect, Engine, create_engine, event, pool, text
 
-from exactly_once.characters import utf8_args
-from exactly_once.database_driver import check_driver, with_driver
-from exactly_once.database_url import database_url
+from exactly_once.database.characters import utf8_args
+from exactly_once.database.connections.pooler import IDLE_MS, LINK
+from exactly_once.database.driver_choice import check_driver, with_driver
+from exactly_once.database.trouble.not_made import no_file
+from exactly_once.database.trouble.unusable import silent
+from exactly_once.database.url import database_url
 from exactly_once.errors import ConfigurationError, SchemaError, StoreUnavailable
-from exactly_once.not_made import no_file
-from exactly_once.pooler import IDLE_MS, LINK
-from exactly_once.redaction import redacted
-from exactly_once.unusable import silent
+from exactly_once.wording.redaction import redacted
 
 __all__ = ["Database", "schema_lock", "with_connection"]
 
@@ -98,7 +98,7 @@ async def _on_async(url: URL, work: Callable[[Connection], T]) -> T:
 def _begin_as_sessions_do(engine: Engine) -> None:
     """Have the role and the search path that strangers left behind a pooler decide nothing; a caller's engine is as it is."""
     if _is_psycopg(engine.dialect):
-        from exactly_once.dialects.place import as_sessions_begin
+        from exactly_once.database.dialects.place import as_sessions_begin
 
         event.listen(engine, "begin", as_sessions_begin)
 
@@ -117,7 +117,7 @@ def _unprepared(url: URL) -> dict[str, None]:
 def _ask_for_a_pooler(connection: Connection) -> None:
     """Behind a pooler, have psycopg prepare nothing on a connection that is the caller's."""
     if _is_psycopg(connection.dialect) and LINK not in connection.info:
-        from exactly_once.dialects.postgresql_pooler import look
+        from exactly_once.database.dialects.postgresql_pooler import look
 
         look(connection.connection.dbapi_connection, connection.info)
 

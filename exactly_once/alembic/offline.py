@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from exactly_once.alembic.versions import HEAD, TABLES, VERSION_TABLE, name_of, write
 from exactly_once.errors import ConfigurationError
-from exactly_once.wording import stopped
+from exactly_once.wording.text import stopped
 
 __all__ = ["histories_that_show_our_tables", "history_file", "script", "shows_our_tables"]
 

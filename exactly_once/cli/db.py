@@ -20,16 +20,16 @@ from exactly_once.alembic.emptied import emptied_of_head
 from exactly_once.alembic.lock import with_connection
 from exactly_once.alembic.offline import histories_that_show_our_tables, shows_our_tables
 from exactly_once.alembic.versions import VERSION_TABLE
-from exactly_once.config import Config, load
-from exactly_once.database_driver import check_driver
-from exactly_once.database_url import database_url
+from exactly_once.configuration.config import Config, load
+from exactly_once.database.driver_choice import check_driver
+from exactly_once.database.schema import tables
+from exactly_once.database.store import try_to_write
+from exactly_once.database.trouble.not_made import no_file, of_the_settings
+from exactly_once.database.trouble.unusable import denied, is_denied, is_read_only, no_schemas, read_only, unusable
+from exactly_once.database.url import database_url
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, SchemaError, StoreUnavailable
-from exactly_once.not_made import no_file, of_the_settings
-from exactly_once.redaction import redacted
-from exactly_once.schema import tables
-from exactly_once.store import try_to_write
-from exactly_once.unusable import denied, is_denied, is_read_only, no_schemas, read_only, unusable
-from exactly_once.wording import stopped
+from exactly_once.wording.redaction import redacted
+from exactly_once.wording.text import stopped
 
 __all__ = ["app"]
 

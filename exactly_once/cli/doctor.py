@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from exactly_once.cli.reference import TransportOption, application
-from exactly_once.doctor import Mark, examine
+from exactly_once.doctor.looking import Mark, examine
 
 __all__ = ["command"]
 

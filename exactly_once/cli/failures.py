@@ -15,14 +15,15 @@ from sqlalchemy import Connection, Row
 from exactly_once.app import ExactlyOnce
 from exactly_once.cli.recorded import Progressing
 from exactly_once.cli.reference import application, one_store, repeated
-from exactly_once.dialects import Trouble
+from exactly_once.database.dialects.contract import Trouble
+from exactly_once.database.schema import Tables
+from exactly_once.database.store import Store
 from exactly_once.errors import ConfigurationError
-from exactly_once.failures import OPEN, decisions, triage
+from exactly_once.failures import decisions, triage
 from exactly_once.failures.decisions import Database, Part
+from exactly_once.failures.store import OPEN
 from exactly_once.failures.triage import Chosen
-from exactly_once.schema import Tables
-from exactly_once.store import Store
-from exactly_once.wording import escaped, json_line
+from exactly_once.wording.text import escaped, json_line
 
 __all__ = ["app"]
 

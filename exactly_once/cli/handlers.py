@@ -6,14 +6,14 @@ import typer
 
 from exactly_once.app import ExactlyOnce
 from exactly_once.cli.reference import application, usable
-from exactly_once.config import Config
+from exactly_once.configuration.config import Config
+from exactly_once.database.schema import HANDLER_BYTES
 from exactly_once.errors import ConfigurationError
 from exactly_once.failures import triage
-from exactly_once.handler import Plan
+from exactly_once.failures.policy import Retry
+from exactly_once.handlers.plan import Plan
 from exactly_once.keys import KeyRule, check_name
-from exactly_once.policy import Retry
-from exactly_once.schema import HANDLER_BYTES
-from exactly_once.wording import escaped
+from exactly_once.wording.text import escaped
 
 __all__ = ["app"]
 

@@ -15,7 +15,7 @@ import typer
 
 from exactly_once.errors import ConfigurationError
 from exactly_once.message import Message
-from exactly_once.wording import escaped, listed, probably
+from exactly_once.wording.text import escaped, listed, probably
 
 __all__ = ["BadLine", "Progressing", "messages", "opened", "size_of"]
 

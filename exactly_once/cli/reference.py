@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 
 from exactly_once.app import ExactlyOnce
-from exactly_once.error_words import place_of
+from exactly_once.database.store import Store
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, StoreUnavailable
-from exactly_once.store import Store
-from exactly_once.wording import escaped, stopped
+from exactly_once.exceptions.words import place_of
+from exactly_once.wording.text import escaped, stopped
 
 __all__ = ["AppOption", "TransportOption", "application", "one_store", "repeated", "usable"]
 

@@ -10,7 +10,7 @@ from typing import Annotated, TextIO
 import typer
 
 from exactly_once.cli.reference import TransportOption, application
-from exactly_once.config import said_afterwards
+from exactly_once.configuration.config import said_afterwards
 
 __all__ = ["command"]
 
@@ -75,10 +75,10 @@ def command(
                 child_command(sys.argv[1:]), processes=number, drain_timeout=serving.drain_timeout, health=address
             )
         )
+    from exactly_once.configuration.settings import SUPERVISED
     from exactly_once.daemon.health import Health
     from exactly_once.daemon.progress import Progress
     from exactly_once.daemon.signals import leave, run_until_signal
-    from exactly_once.settings import SUPERVISED
 
     supervised = bool(os.environ.get(SUPERVISED))
     with ExitStack() as beside:

@@ -11,9 +11,9 @@ from exactly_once.cli.recorded import BadLine, Progressing, messages, opened, si
 from exactly_once.cli.reference import TransportOption
 from exactly_once.errors import ConfigurationError, TransportError
 from exactly_once.message import Message
-from exactly_once.producer import Producer
-from exactly_once.transport import Receipt
-from exactly_once.wording import escaped
+from exactly_once.transports.contract import Receipt
+from exactly_once.transports.producer import Producer
+from exactly_once.wording.text import escaped
 
 __all__ = ["command"]
 

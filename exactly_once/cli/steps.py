@@ -15,14 +15,14 @@ import typer
 from exactly_once.app import ExactlyOnce
 from exactly_once.cli.failures import AppOption, DatabaseOption, GroupOption
 from exactly_once.cli.reference import application, one_store, repeated
-from exactly_once.dialects import ClaimRow, Leased, StepRow
+from exactly_once.database.dialects.contract import ClaimRow, Leased, StepRow
+from exactly_once.database.schema import STEP_BYTES
 from exactly_once.errors import ConfigurationError
-from exactly_once.handler import Lease
+from exactly_once.guards.lease.contract import LeaseStore
+from exactly_once.guards.lease.stores import sql_leases
+from exactly_once.handlers.plan import Lease
 from exactly_once.keys import check_key, check_name
-from exactly_once.lease_stores import sql_leases
-from exactly_once.leases import LeaseStore
-from exactly_once.schema import STEP_BYTES
-from exactly_once.wording import escaped, json_line, listed, probably
+from exactly_once.wording.text import escaped, json_line, listed, probably
 
 __all__ = ["app"]
 

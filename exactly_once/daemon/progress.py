@@ -13,8 +13,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final, TextIO
 
 from exactly_once.outcome import Outcome
-from exactly_once.steady_log import steady
-from exactly_once.worker import Counts
+from exactly_once.wording.steady_log import steady
+from exactly_once.worker.worker import Counts
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -38,7 +38,7 @@ def fields(counts: Counts) -> dict[str, int | str]:
     """Return what a log line says, outcomes by name with `_` for blanks, those that never happened left out.
 
     Example:
-        >>> from exactly_once.worker import Counts
+        >>> from exactly_once.worker.worker import Counts
         >>> fields(Counts(received=3, acked=2, redelivered=0, given_back=0, in_hand=1, held=0, outages=(),
         ...               outcomes={"processed": 2, "not mine": 0}))
         {'processed': 2, 'in_hand': 1, 'received': 3, 'acked': 2, 'redelivered': 0}

@@ -16,10 +16,10 @@ from types import FrameType
 from typing import Any, Final, Generic, NoReturn, Protocol, TypeVar
 
 from exactly_once import fork
+from exactly_once.configuration.settings import SUPERVISED
 from exactly_once.daemon.heartbeat import HeartbeatSender
 from exactly_once.errors import ConfigurationError
-from exactly_once.settings import SUPERVISED
-from exactly_once.steady_log import steady
+from exactly_once.wording.steady_log import steady
 
 __all__ = ["KILLED", "run_until_signal", "signals_wake"]
 

@@ -12,14 +12,14 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, select
 
-from exactly_once.body import parse_json
+from exactly_once.database.schema import Tables
 from exactly_once.doctor.finding import Finding, Mark
 from exactly_once.errors import PayloadConflict
 from exactly_once.failures.due import message_of
-from exactly_once.fingerprint import differing_paths
-from exactly_once.handler import Plan
-from exactly_once.schema import Tables
-from exactly_once.wording import escaped, listed
+from exactly_once.handlers.body import parse_json
+from exactly_once.handlers.fingerprint import differing_paths
+from exactly_once.handlers.plan import Plan
+from exactly_once.wording.text import escaped, listed
 
 __all__ = ["conflicts_of_times", "is_time"]
 

@@ -9,21 +9,21 @@ from typing import Any, Final
 from sqlalchemy import Engine, select, text
 from sqlalchemy.util import greenlet_spawn
 
+from exactly_once.database.connections.pooler import LINK, Link, begin_bounded
+from exactly_once.database.renamed import claimed_names
+from exactly_once.database.schema import utcnow
+from exactly_once.database.store import Store, claims_twice, lacking_characters
+from exactly_once.database.trouble.unusable import read_only
 from exactly_once.doctor.conflicts import conflicts_of_times
 from exactly_once.doctor.finding import Finding, Mark
 from exactly_once.doctor.spellings import former_spellings
 from exactly_once.doctor.standbys import findings_for_standbys
-from exactly_once.error_words import words_of
 from exactly_once.errors import ExactlyOnceError
+from exactly_once.exceptions.words import words_of
 from exactly_once.failures import triage
-from exactly_once.handler import Lease, Plan
-from exactly_once.pooler import LINK, Link, begin_bounded
-from exactly_once.redaction import redacted
-from exactly_once.renamed import claimed_names
-from exactly_once.schema import utcnow
-from exactly_once.store import Store, claims_twice, lacking_characters
-from exactly_once.unusable import read_only
-from exactly_once.wording import escaped, probably, stopped
+from exactly_once.handlers.plan import Lease, Plan
+from exactly_once.wording.redaction import redacted
+from exactly_once.wording.text import escaped, probably, stopped
 
 __all__ = ["findings_for_database"]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 from exactly_once.doctor.finding import Finding, Mark
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, StoreUnavailable
-from exactly_once.redis_connection import RedisConnection
-from exactly_once.wording import escaped, stopped
+from exactly_once.redis.connection import RedisConnection
+from exactly_once.wording.text import escaped, stopped
 
 __all__ = ["findings_for_redis"]
 

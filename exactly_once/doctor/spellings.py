@@ -5,11 +5,11 @@ from typing import Any, Final
 
 from sqlalchemy import or_, select
 
+from exactly_once.database.store import Store
 from exactly_once.doctor.finding import Finding, Mark
-from exactly_once.handler import Plan
+from exactly_once.handlers.plan import Plan
 from exactly_once.keys import Path, is_former
-from exactly_once.store import Store
-from exactly_once.wording import escaped
+from exactly_once.wording.text import escaped
 
 __all__ = ["former_spellings"]
 

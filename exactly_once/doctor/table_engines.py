@@ -10,9 +10,9 @@ from typing import Any, Final
 
 from sqlalchemy import text
 
+from exactly_once.database.store import Store
 from exactly_once.doctor.finding import Finding, Mark
-from exactly_once.store import Store
-from exactly_once.wording import escaped, listed
+from exactly_once.wording.text import escaped, listed
 
 __all__ = ["findings_for_table_engines"]
 

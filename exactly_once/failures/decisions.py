@@ -17,9 +17,9 @@ from typing import Final
 
 from sqlalchemy import Connection, text
 
+from exactly_once.database.schema import Tables
 from exactly_once.failures import triage
 from exactly_once.failures.triage import Chosen
-from exactly_once.schema import Tables
 
 __all__ = ["Database", "Part", "discard", "requeue"]
 

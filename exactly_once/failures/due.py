@@ -27,10 +27,10 @@ from sqlalchemy import (
     update,
 )
 
-from exactly_once.failures import RESOLVABLE, RUNNABLE, blocking
+from exactly_once.database.mysql_committed import see_committed
+from exactly_once.database.schema import CONSUMED, Tables, utcnow
+from exactly_once.failures.store import RESOLVABLE, RUNNABLE, blocking
 from exactly_once.message import Message
-from exactly_once.mysql_committed import see_committed
-from exactly_once.schema import CONSUMED, Tables, utcnow
 
 __all__ = ["DueFailures", "Taken", "message_of"]
 

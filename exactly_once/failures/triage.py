@@ -15,13 +15,13 @@ from typing import Any, Final
 
 from sqlalchemy import ColumnElement, Connection, Row, Table, and_, exists, func, select, update
 
-from exactly_once import claim_rows
-from exactly_once.characters import characters_of
+from exactly_once.database import claim_rows
+from exactly_once.database.characters import characters_of
+from exactly_once.database.schema import CONSUMED, CONSUMING, DISCARDED, KEY_BYTES, UNFINISHED, Tables, all_rows, utcnow
 from exactly_once.errors import ConfigurationError
-from exactly_once.failures import CLOSED, OPEN, RESOLVABLE, RUNNABLE, overdue
-from exactly_once.schema import CONSUMED, CONSUMING, DISCARDED, KEY_BYTES, UNFINISHED, Tables, all_rows, utcnow
-from exactly_once.wording import escaped, probably, storable
-from exactly_once.wording import listed as named
+from exactly_once.failures.store import CLOSED, OPEN, RESOLVABLE, RUNNABLE, overdue
+from exactly_once.wording.text import escaped, probably, storable
+from exactly_once.wording.text import listed as named
 
 __all__ = [
     "ChangedMeanwhile",

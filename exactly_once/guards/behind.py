@@ -29,12 +29,12 @@ from weakref import ReferenceType, WeakSet, ref
 from sqlalchemy import Connection, RootTransaction
 from sqlalchemy.pool import PoolProxiedConnection
 
-from exactly_once.dialects import ClaimRow, Dialect, State
-from exactly_once.error_words import words_of
+from exactly_once.database.dialects.contract import ClaimRow, Dialect, State
+from exactly_once.database.watched.listening import seeing
 from exactly_once.errors import Misuse
-from exactly_once.guards.listening import seeing
-from exactly_once.steady_log import steady
-from exactly_once.wording import escaped
+from exactly_once.exceptions.words import words_of
+from exactly_once.wording.steady_log import steady
+from exactly_once.wording.text import escaped
 
 __all__ = ["admit", "claimed"]
 

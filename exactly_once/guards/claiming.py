@@ -11,23 +11,32 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session, scoped_session
 
 from exactly_once import errors
-from exactly_once.body import parse_json
-from exactly_once.dialects import ClaimBusy, ClaimRow, Dialect, State, Trouble, dialect_for, raise_for_the_store
-from exactly_once.dialects.firsthand import is_firsthand
-from exactly_once.dialects.place import schema_in
+from exactly_once.database.connections import forked as forked_engines
+from exactly_once.database.connections.pooler import SAID
+from exactly_once.database.dialects.contract import (
+    ClaimBusy,
+    ClaimRow,
+    Dialect,
+    State,
+    Trouble,
+    dialect_for,
+    raise_for_the_store,
+)
+from exactly_once.database.dialects.firsthand import is_firsthand
+from exactly_once.database.dialects.place import schema_in
+from exactly_once.database.owner import new_owner
+from exactly_once.database.schema import HANDLER_BYTES
+from exactly_once.database.watched.unread import read_out
+from exactly_once.database.watched.watch import WATCHED, Watch
 from exactly_once.errors import ConfigurationError, PayloadConflict
-from exactly_once.fingerprint import differing_paths, maker
-from exactly_once.fork import engines as forked_engines
-from exactly_once.guards import Conflict, Consumed, Unfinished, behind
+from exactly_once.guards import behind
+from exactly_once.guards.contract import Conflict, Consumed, Unfinished
 from exactly_once.guards.transaction import standing
-from exactly_once.guards.unread import read_out
-from exactly_once.guards.watch import WATCHED, Watch
+from exactly_once.handlers.body import parse_json
+from exactly_once.handlers.fingerprint import differing_paths, maker
 from exactly_once.keys import canonical, check_name
 from exactly_once.message import Message
-from exactly_once.owner import new_owner
-from exactly_once.pooler import SAID
-from exactly_once.schema import HANDLER_BYTES
-from exactly_once.wording import escaped
+from exactly_once.wording.text import escaped
 
 __all__ = ["Claimer"]
 
@@ -106,7 +115,7 @@ class Claimer:
                 dialect.prepare(dbapi, info, wait_ms=wait_ms, varies=True)
             if dialect.name == "sqlite" and watch is None and begun:
                 # in a handler BEGIN was sent by us, and else it is sent with the claim
-                from exactly_once.dialects.sqlite_savepoint import hold
+                from exactly_once.database.dialects.sqlite_savepoint import hold
 
                 hold(connection)
             if dialect.claim(dbapi, info, row, wait_ms=wait_ms, savepoint=True):

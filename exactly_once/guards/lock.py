@@ -7,12 +7,12 @@ For handlers that are idempotent by themselves and only must not overlap. A mess
 from sqlalchemy.orm import Session
 
 from exactly_once import errors
-from exactly_once.dialects import ClaimRow, Dialect
-from exactly_once.guards import Claim, InProgress, OpenOurs, Won
-from exactly_once.guards.late import Late
-from exactly_once.handler import Lock
-from exactly_once.lock import RedisLock
-from exactly_once.redis_connection import RedisConnection
+from exactly_once.database.dialects.contract import ClaimRow, Dialect
+from exactly_once.database.watched.late import Late
+from exactly_once.guards.contract import Claim, InProgress, OpenOurs, Won
+from exactly_once.handlers.plan import Lock
+from exactly_once.redis.connection import RedisConnection
+from exactly_once.redis.lock import RedisLock
 
 __all__ = ["LockGuard"]
 

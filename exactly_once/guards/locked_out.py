@@ -10,9 +10,9 @@ from typing import Final
 
 from sqlalchemy import Connection, Engine
 
-from exactly_once.contended import is_contended
+from exactly_once.database.trouble.contended import is_contended
 from exactly_once.errors import Misuse
-from exactly_once.leaves import leaves
+from exactly_once.exceptions.leaves import leaves
 
 __all__ = ["locked_out"]
 

@@ -8,11 +8,11 @@ from typing import Any, Final, TypeVar
 
 from sqlalchemy.orm import Session
 
-from exactly_once.dialects import Dialect, Trouble
-from exactly_once.dialects.firsthand import is_changed, is_firsthand, kept_firsthand, moment
-from exactly_once.guards.watch import let_go
-from exactly_once.in_memory import in_memory
-from exactly_once.interrupted import interrupted
+from exactly_once.database.dialects.contract import Dialect, Trouble
+from exactly_once.database.dialects.firsthand import is_changed, is_firsthand, kept_firsthand, moment
+from exactly_once.database.in_memory import in_memory
+from exactly_once.database.trouble.interrupted import interrupted
+from exactly_once.database.watched.watch import let_go
 
 __all__ = ["in_our_session"]
 

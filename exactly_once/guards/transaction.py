@@ -13,7 +13,7 @@ from typing import Any, Final
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
-from exactly_once.dialects import (
+from exactly_once.database.dialects.contract import (
     ClaimBusy,
     ClaimRow,
     Dialect,
@@ -24,18 +24,18 @@ from exactly_once.dialects import (
     group_claims_for,
     raise_for_the_store,
 )
-from exactly_once.dialects.firsthand import moment, ready
-from exactly_once.dialects.refusing import is_refusal, of_nobody, raise_for_the_table, tried
+from exactly_once.database.dialects.firsthand import moment, ready
+from exactly_once.database.dialects.refusing import is_refusal, of_nobody, raise_for_the_table, tried
+from exactly_once.database.schema import CONSUMED, UNFINISHED
+from exactly_once.database.trouble.interrupted import interrupted
+from exactly_once.database.trouble.unreached import unreached
+from exactly_once.database.watched.watch import Watch, begin, elsewhere
 from exactly_once.errors import Misuse
-from exactly_once.fingerprint import Differs, compare
-from exactly_once.guards import Claim, Conflict, Consumed, HookRaised, InProgress, OpenOurs, Unfinished, Won
+from exactly_once.exceptions.stops import asked_from_outside
+from exactly_once.guards.contract import Claim, Conflict, Consumed, HookRaised, InProgress, OpenOurs, Unfinished, Won
+from exactly_once.guards.lease.sql import SqlLeases
 from exactly_once.guards.our_session import in_our_session
-from exactly_once.guards.watch import Watch, begin, elsewhere
-from exactly_once.interrupted import interrupted
-from exactly_once.leases.sql import SqlLeases
-from exactly_once.schema import CONSUMED, UNFINISHED
-from exactly_once.stops import asked_from_outside
-from exactly_once.unreached import unreached
+from exactly_once.handlers.fingerprint import Differs, compare
 
 __all__ = ["GroupClaim", "TransactionGuard", "standing"]
 

@@ -23,9 +23,9 @@ from sqlalchemy.exc import OperationalError
 
 import exactly_once.alembic
 from exactly_once.errors import ConfigurationError, MissingExtra
-from exactly_once.redaction import redacted
 from exactly_once.testing.child import ServerFailed, wait_until
 from exactly_once.testing.postgres import EmbeddedPostgres
+from exactly_once.wording.redaction import redacted
 
 __all__ = ["DatabaseServer", "Source", "choose", "engine_missing"]
 

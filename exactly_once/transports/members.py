@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from time import monotonic
 from typing import Final
 
-from exactly_once.steady_log import steady
-from exactly_once.transport import Subscription
+from exactly_once.transports.contract import Subscription
 from exactly_once.transports.remoting import Admin, Wanted
+from exactly_once.wording.steady_log import steady
 
 __all__ = ["subscribed_otherwise"]
 

@@ -21,10 +21,18 @@ from typing import Final
 from uuid import uuid4
 
 from exactly_once import fork
+from exactly_once.configuration.settings import SUPERVISED
 from exactly_once.errors import ConfigurationError, ForkedProcess, TransportError
 from exactly_once.message import Message
-from exactly_once.settings import SUPERVISED
-from exactly_once.transport import BrokerProducer, Consumer, Delivery, Features, Receipt, Subscription, Surroundings
+from exactly_once.transports.contract import (
+    BrokerProducer,
+    Consumer,
+    Delivery,
+    Features,
+    Receipt,
+    Subscription,
+    Surroundings,
+)
 from exactly_once.transports.urls import parse
 from exactly_once.verdict import Ack, Verdict
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from threading import Thread, current_thread
 from time import monotonic
 
-from exactly_once.error_words import trace_of
-from exactly_once.steady_log import steady
+from exactly_once.exceptions.words import trace_of
+from exactly_once.wording.steady_log import steady
 from exactly_once.worker.capacity import Seat
+from exactly_once.worker.in_hand import Unsettled
 from exactly_once.worker.log_throttle import ThrottledLog
-from exactly_once.worker.unsettled import Unsettled
 
 __all__ = ["Lane", "join", "lasting", "on_each"]
 

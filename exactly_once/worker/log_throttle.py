@@ -8,8 +8,8 @@ from datetime import timedelta
 from time import monotonic
 from typing import Final
 
-from exactly_once.error_words import trace_of
-from exactly_once.steady_log import Log
+from exactly_once.exceptions.words import trace_of
+from exactly_once.wording.steady_log import Log
 
 __all__ = ["ThrottledLog"]
 

@@ -10,10 +10,10 @@ from threading import Condition, Thread
 from time import monotonic
 from typing import Final
 
-from exactly_once.steady_log import steady
-from exactly_once.transport import Delivery
+from exactly_once.transports.contract import Delivery
+from exactly_once.wording.steady_log import steady
+from exactly_once.worker.in_hand import Unsettled
 from exactly_once.worker.log_throttle import ThrottledLog
-from exactly_once.worker.unsettled import Unsettled
 
 __all__ = ["Outages", "Waiting"]
 

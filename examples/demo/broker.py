@@ -91,8 +91,8 @@ def broker(transport: str, engine: Engine, groups: Sequence[str]) -> Iterator[Br
 
 def _require_client(transport: str) -> None:
     from exactly_once.errors import ExactlyOnceError
-    from exactly_once.transport import Surroundings
-    from exactly_once.transports import transport_from
+    from exactly_once.transports.contract import Surroundings
+    from exactly_once.transports.registry import transport_from
 
     try:
         made = transport_from(f"{transport}://127.0.0.1:1", Surroundings())

@@ -16,11 +16,11 @@ from typing import Final
 from sqlalchemy import Connection, Engine, create_engine, insert, text
 
 import exactly_once.alembic
-from exactly_once.producer import Producer
 from exactly_once.testing.child import ServerFailed, wait_until
 from exactly_once.testing.postgres import EmbeddedPostgres
-from exactly_once.transport import Surroundings
-from exactly_once.transports import transport_from
+from exactly_once.transports.contract import Surroundings
+from exactly_once.transports.producer import Producer
+from exactly_once.transports.registry import transport_from
 from examples.demo import naive, report, shop
 from examples.demo.broker import Broker, broker
 from examples.demo.ledger import Ledger, Sample

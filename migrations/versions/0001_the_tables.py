@@ -1,7 +1,7 @@
 """The tables of exactly_once 0.1: claims, steps, failures, outbox, queue, queue groups, cutover.
 
 Immutable once released: a later change is a later file. That is why the types stand here in full and nothing is
-imported from `exactly_once.schema`, which moves on; a test holds the newest migration and that module together.
+imported from `exactly_once.database.schema`, which moves on; a test holds the newest migration and that module together.
 
 MySQL and MariaDB commit at every CREATE, so a run that was killed leaves some of the tables. On those servers what is
 already there is stepped over, and the next run finishes the work.

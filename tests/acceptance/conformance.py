@@ -31,7 +31,16 @@ from typing import Self
 import pytest
 
 from exactly_once.message import Message
-from exactly_once.transport import Away, BrokerProducer, Consumer, Delivery, Features, Receipt, Subscription, Transport
+from exactly_once.transports.contract import (
+    Away,
+    BrokerProducer,
+    Consumer,
+    Delivery,
+    Features,
+    Receipt,
+    Subscription,
+    Transport,
+)
 from exactly_once.verdict import Ack, Redeliver, Verdict
 
 SECOND = timedelta(seconds=1)

@@ -132,13 +132,13 @@ PUMP_POINTS = ("the pump took it", "before the pump's settle")
 
 
 def install() -> None:
-    from exactly_once import runner
-    from exactly_once.delivery import Delivering
-    from exactly_once.delivery.group import GroupDelivering
-    from exactly_once.failures import FailureStore
+    from exactly_once.database.watched.watch import Watch
+    from exactly_once.executor import executor as runner
+    from exactly_once.failures.store import FailureStore
     from exactly_once.guards.transaction import TransactionGuard
-    from exactly_once.guards.watch import Watch
-    from exactly_once.worker.unsettled import Unsettled
+    from exactly_once.processing.batch import GroupDelivering
+    from exactly_once.processing.processor import Delivering
+    from exactly_once.worker.in_hand import Unsettled
 
     current: dict[int, str] = {}
     import threading

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from time import time
 
+from exactly_once.clients.rocketmq_properties import ORDERING_PROPERTY, internal
 from exactly_once.message import Message
-from exactly_once.rocketmq_properties import ORDERING_PROPERTY, internal
-from exactly_once.transport import Receipt, Transport
+from exactly_once.transports.contract import Receipt, Transport
 from tests.services.java_consumer import JavaListener
 from tests.services.rocketmq import RocketMQ
 

@@ -23,7 +23,7 @@ from sqlalchemy import Engine, Float, String, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from exactly_once import ExactlyOnce, Lease, Message, Retry, Steps
-from exactly_once.schema import tables
+from exactly_once.database.schema import tables
 from tests.acceptance.lease_ledger import Ledger
 
 GROUP = "lease-shop"
@@ -181,13 +181,13 @@ def _wrap(owner: Any, name: str, before: str, after: str, key: Callable[..., str
 def install(point: str, how: str, marker: Path) -> None:
     """Have the process killed or stopped at this point."""
     global _wanted, _how, _marker
-    from exactly_once.delivery import Delivering
-    from exactly_once.guards import Won
-    from exactly_once.guards.lease import LeaseGuard
-    from exactly_once.guards.step_ledger import StepLedger
-    from exactly_once.guards.watch import Watch
-    from exactly_once.leases import sql
-    from exactly_once.worker.unsettled import Unsettled
+    from exactly_once.database.watched.watch import Watch
+    from exactly_once.guards.contract import Won
+    from exactly_once.guards.lease import sql
+    from exactly_once.guards.lease.guard import LeaseGuard
+    from exactly_once.guards.lease.ledger import StepLedger
+    from exactly_once.processing.processor import Delivering
+    from exactly_once.worker.in_hand import Unsettled
 
     assert point in (*POINTS, RENEWING), point
     _wanted, _how, _marker = point, {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how], marker
@@ -322,8 +322,8 @@ def records_in_redis(client: Any, keys: Sequence[str]) -> dict[str, Record]:
 
 def _no_token() -> None:
     """Whoever has the message or not: every change of a lease is let through."""
-    from exactly_once.leases import scripts
-    from exactly_once.leases.sql import SqlLeases
+    from exactly_once.guards.lease import scripts
+    from exactly_once.guards.lease.sql import SqlLeases
 
     SqlLeases._ours = lambda self, held: self._of(self._t, held.row)  # type: ignore[method-assign]
 
@@ -343,7 +343,7 @@ def _no_token() -> None:
 
 def _no_steps() -> None:
     """What earlier attempts finished is forgotten."""
-    from exactly_once.guards.lease import LeaseGuard
+    from exactly_once.guards.lease.guard import LeaseGuard
 
     real = LeaseGuard.claim
 
@@ -358,7 +358,7 @@ def _no_steps() -> None:
 
 def _no_fence() -> None:
     """Complete follows the COMMIT, also where both could be one transaction."""
-    from exactly_once.guards.lease import LeaseGuard
+    from exactly_once.guards.lease.guard import LeaseGuard
 
     LeaseGuard.complete = lambda self, session, won: None  # type: ignore[method-assign]
     LeaseGuard.consume = lambda self, won: self._store.complete(won.held)  # type: ignore[method-assign]
@@ -366,7 +366,7 @@ def _no_fence() -> None:
 
 def _no_marker() -> None:
     """A call that is to happen at most once is one like any other."""
-    from exactly_once.guards.step_ledger import StepLedger
+    from exactly_once.guards.lease.ledger import StepLedger
 
     real = StepLedger.begin
 
@@ -378,8 +378,8 @@ def _no_marker() -> None:
 
 def _no_lease() -> None:
     """A lease that runs keeps nobody out."""
-    from exactly_once.dialects import postgresql_lease
-    from exactly_once.leases import scripts
+    from exactly_once.database.dialects import postgresql_lease
+    from exactly_once.guards.lease import scripts
 
     postgresql_lease.TAKE = postgresql_lease.TAKE.replace("lease_until <= clock_timestamp()", "true")  # type: ignore[misc]
     scripts.CLAIM = scripts.CLAIM.replace("tonumber(till) <= now", "true")  # type: ignore[misc]
@@ -389,22 +389,22 @@ def _no_key() -> None:
     """The idempotency key is another one each time."""
     from uuid import uuid4
 
-    from exactly_once.guards import step_ledger
+    from exactly_once.guards.lease import ledger as step_ledger
 
     step_ledger.step_key = lambda *words: uuid4().hex  # type: ignore[assignment]
 
 
 def _no_asking() -> None:
     """A run that stood still goes on as if no time had passed."""
-    from exactly_once.leases import Held
+    from exactly_once.guards.lease.contract import Held
 
     Held.may_insist = lambda self: not self.lost  # type: ignore[method-assign]
 
 
 def _no_complete() -> None:
     """A message that was consumed is not known to be."""
-    from exactly_once.leases import scripts
-    from exactly_once.leases.sql import SqlLeases
+    from exactly_once.guards.lease import scripts
+    from exactly_once.guards.lease.sql import SqlLeases
 
     def complete_in(self: SqlLeases, connection: Any, held: Any) -> bool:
         changed = self._t.update().where(self._ours(held)).values(token=None, lease_until=None)

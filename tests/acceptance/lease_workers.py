@@ -18,7 +18,7 @@ from tests.acceptance import lease_shop
 
 PATIENCE_S = 40.0
 _NURSERY = multiprocessing.get_context("forkserver")
-_NURSERY.set_forkserver_preload(["tests.acceptance.lease_workers", "exactly_once.serving", "redis"])
+_NURSERY.set_forkserver_preload(["tests.acceptance.lease_workers", "exactly_once.service.worker_service", "redis"])
 _ONE = threading.Lock()  # to start one looks whether others have ended, and of two that look at once one sees nothing
 _PR_SET_PDEATHSIG = 1
 
@@ -60,7 +60,7 @@ class Worker:
     def is_started(self) -> bool:
         """It receives."""
         assert self.code is None, f"it ended with {self.code}: {self.told()}"
-        return f"{self.pid} exactly_once.worker worker_started" in self._log.read_text()
+        return f"{self.pid} exactly_once.worker.worker worker_started" in self._log.read_text()
 
     def ended(self) -> int:
         """Wait for its end, and return what it ended with."""

@@ -26,7 +26,7 @@ def work() -> int:
 
     from exactly_once.daemon.signals import run_until_signal
     from exactly_once.verdict import Ack
-    from exactly_once.worker import Worker
+    from exactly_once.worker.worker import Worker
     from tests.unit.worker_doubles import Shelf
 
     pool = ThreadPoolExecutor(1)

@@ -8,8 +8,8 @@ from itertools import count
 import pytest
 
 from exactly_once.errors import TransportError
-from exactly_once.transport import Receipt, Surroundings, Transport
-from exactly_once.transports import transport_from
+from exactly_once.transports.contract import Receipt, Surroundings, Transport
+from exactly_once.transports.registry import transport_from
 from exactly_once.transports.rocketmq5 import wall
 from tests.acceptance.conformance import (
     Conformance,

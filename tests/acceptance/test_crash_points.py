@@ -14,8 +14,8 @@ from sqlalchemy import Engine, select, text
 from sqlalchemy.orm import Session
 
 from exactly_once import Message, Outcome
+from exactly_once.database.schema import tables
 from exactly_once.failures.triage import Chosen, requeue
-from exactly_once.schema import tables
 from exactly_once.testing import bound
 from exactly_once.testing.databases import DatabaseServer
 from tests.acceptance import crash_shop

@@ -12,11 +12,11 @@ from sqlalchemy import Row, create_engine, select, text, update
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Retry
+from exactly_once.clients.packed import MOST_BYTES
+from exactly_once.database.schema import utcnow
 from exactly_once.failures import pump, triage
 from exactly_once.message import Message
-from exactly_once.packed import MOST_BYTES
-from exactly_once.schema import utcnow
-from exactly_once.transport import Subscription
+from exactly_once.transports.contract import Subscription
 from exactly_once.transports.rocketmq5 import wall
 from exactly_once.transports.rocketmq5.session import Grip
 from exactly_once.verdict import Ack

@@ -14,7 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 import exactly_once.alembic
 from exactly_once import ExactlyOnce, Message, Outcome
-from exactly_once.serving import IN_HAND
+from exactly_once.service.worker_service import IN_HAND
 from exactly_once.testing.postgres import EmbeddedPostgres
 
 PATIENCE_S = 60.0

@@ -8,8 +8,8 @@ from typing import Any
 from exactly_once.errors import TransportError
 from exactly_once.message import Message
 from exactly_once.testing.child import wait_until
-from exactly_once.transport import Delivery, Receipt, Subscription, Surroundings, Transport
-from exactly_once.transports import transport_from
+from exactly_once.transports.contract import Delivery, Receipt, Subscription, Surroundings, Transport
+from exactly_once.transports.registry import transport_from
 from exactly_once.verdict import Ack
 from tests.services.rocketmq import RocketMQ
 from tests.services.rocketmq4_client import need_client

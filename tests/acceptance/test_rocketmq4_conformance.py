@@ -7,8 +7,8 @@ from itertools import count
 import pytest
 
 from exactly_once.testing.child import wait_until
-from exactly_once.transport import Surroundings, Transport
-from exactly_once.transports import transport_from
+from exactly_once.transports.contract import Surroundings, Transport
+from exactly_once.transports.registry import transport_from
 from tests.acceptance.conformance import Conformance, ServedHarness, ServerConformance, TopicConformance
 from tests.services.rocketmq import RocketMQ
 from tests.services.rocketmq4_client import need_client, shares

@@ -14,8 +14,8 @@ import pytest
 
 from exactly_once.message import Message
 from exactly_once.testing.child import wait_until
-from exactly_once.transport import Receipt, Surroundings
-from exactly_once.transports import transport_from
+from exactly_once.transports.contract import Receipt, Surroundings
+from exactly_once.transports.registry import transport_from
 from tests.acceptance.rocketmq4_member import LEFT_IN_ORDER
 from tests.services.rocketmq import ROOT, RocketMQ
 from tests.services.rocketmq4_client import need_client

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from sqlalchemy import Row, create_engine, select
 
+from exactly_once.database.schema import tables
 from exactly_once.message import Message
-from exactly_once.schema import tables
 from exactly_once.testing.child import wait_until
-from exactly_once.transport import Subscription
+from exactly_once.transports.contract import Subscription
 from exactly_once.transports.remoting import Admin
 from exactly_once.transports.rocketmq4.checks import fix_starting_points
 from exactly_once.transports.rocketmq4.messages import Names

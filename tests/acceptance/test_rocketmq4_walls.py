@@ -23,15 +23,16 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import Session
 
-from exactly_once import ExactlyOnce, keys, serving
+from exactly_once import ExactlyOnce, keys
 from exactly_once.alembic import upgrade
-from exactly_once.doctor import Mark, examine
+from exactly_once.doctor.looking import Mark, examine
 from exactly_once.errors import ConfigurationError, TransportError
 from exactly_once.message import Message
-from exactly_once.serving import Serving
+from exactly_once.service import worker_service as serving
+from exactly_once.service.worker_service import Serving
 from exactly_once.testing.child import wait_until
-from exactly_once.transport import Away, Consumer, Delivery, Receipt, Subscription, Surroundings, Transport
-from exactly_once.transports import transport_from
+from exactly_once.transports.contract import Away, Consumer, Delivery, Receipt, Subscription, Surroundings, Transport
+from exactly_once.transports.registry import transport_from
 from exactly_once.transports.remoting import Admin
 from exactly_once.transports.rocketmq4.checks import fix_starting_points
 from exactly_once.transports.rocketmq4.messages import Names
@@ -172,8 +173,8 @@ def test_importing_the_client_through_us_changes_ctypes_for_nobody_else() -> Non
 def test_a_missing_library_is_one_sentence_with_what_to_type(tmp_path: Path) -> None:
     ended = python(
         """
-        from exactly_once.transports import transport_from
-        from exactly_once.transport import Surroundings
+        from exactly_once.transports.registry import transport_from
+        from exactly_once.transports.contract import Surroundings
         transport_from("rocketmq4://127.0.0.1:1", Surroundings()).producer()
         """,
         EXACTLY_ONCE_LIBROCKETMQ=str(tmp_path / "absent.so"),
@@ -271,7 +272,7 @@ def test_without_the_wall_a_body_ends_at_its_first_nul_both_ways(place: Place) -
 
 
 def test_a_library_that_does_not_tell_a_body_s_length_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from exactly_once import rocketmq4_body
+    from exactly_once.clients import rocketmq4 as rocketmq4_body
     from exactly_once.transports.rocketmq4.library import load
 
     path = load().path
@@ -311,8 +312,8 @@ def test_sent_messages_are_freed(place: Place) -> None:
     program = """
         import os, sys
         from exactly_once.message import Message
-        from exactly_once.transport import Surroundings
-        from exactly_once.transports import transport_from
+        from exactly_once.transports.contract import Surroundings
+        from exactly_once.transports.registry import transport_from
         producer = transport_from(sys.argv[1], Surroundings()).producer()
         if sys.argv[3] == "leak":
             producer._library.call.DestroyMessage = lambda handle: 0
@@ -538,8 +539,8 @@ def test_consumers_that_nobody_refers_to_go_on_without_a_crash(place: Place) -> 
         import gc, sys
         from datetime import timedelta
         from exactly_once.message import Message
-        from exactly_once.transport import Subscription, Surroundings
-        from exactly_once.transports import transport_from
+        from exactly_once.transports.contract import Subscription, Surroundings
+        from exactly_once.transports.registry import transport_from
         transport = transport_from(sys.argv[1], Surroundings())
         for _ in range(3):
             [consumer] = transport.subscribe(sys.argv[2], [Subscription(sys.argv[3])])

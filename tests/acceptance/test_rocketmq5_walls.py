@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 
 from exactly_once.message import Message
-from exactly_once.transport import Consumer, Delivery, Receipt, Subscription, Surroundings, Transport
-from exactly_once.transports import transport_from
+from exactly_once.transports.contract import Consumer, Delivery, Receipt, Subscription, Surroundings, Transport
+from exactly_once.transports.registry import transport_from
 from exactly_once.transports.rocketmq5 import wall
 from exactly_once.verdict import Ack, Redeliver
 from tests.services.need import need
@@ -190,8 +190,8 @@ def test_importing_the_client_makes_no_folder_and_closes_nobodys_log_handlers(tm
     ours = run(
         CLOSED.format(
             imports="""
-    from exactly_once.transport import Surroundings
-    from exactly_once.transports import transport_from
+    from exactly_once.transports.contract import Surroundings
+    from exactly_once.transports.registry import transport_from
     transport_from("rocketmq://127.0.0.1:1", Surroundings()).producer()
     assert "rocketmq" in sys.modules
 """
@@ -204,8 +204,8 @@ def test_importing_the_client_makes_no_folder_and_closes_nobodys_log_handlers(tm
 def test_making_a_transport_does_not_import_the_client(tmp_path: Path) -> None:
     program = """
         import sys
-        from exactly_once.transport import Surroundings
-        from exactly_once.transports import transport_from
+        from exactly_once.transports.contract import Surroundings
+        from exactly_once.transports.registry import transport_from
         transport_from("rocketmq://127.0.0.1:1", Surroundings())
         print("rocketmq" in sys.modules, "grpc" in sys.modules)
     """
@@ -231,8 +231,8 @@ def test_a_missing_client_and_the_other_client_are_told_apart_without_importing_
         if {package is None}:
             sys.modules["rocketmq"] = None   # what Python does for a package that is not there
         from exactly_once.errors import ConfigurationError
-        from exactly_once.transport import Surroundings
-        from exactly_once.transports import transport_from
+        from exactly_once.transports.contract import Surroundings
+        from exactly_once.transports.registry import transport_from
         try:
             transport_from("rocketmq://127.0.0.1:1", Surroundings())
         except ConfigurationError as error:
@@ -249,8 +249,8 @@ def test_a_program_that_consumed_ends_without_a_word_and_without_a_crash(broker:
     program = f"""
         from datetime import timedelta
         from exactly_once.message import Message
-        from exactly_once.transport import Subscription, Surroundings
-        from exactly_once.transports import transport_from
+        from exactly_once.transports.contract import Subscription, Surroundings
+        from exactly_once.transports.registry import transport_from
         from exactly_once.verdict import Ack
         transport = transport_from("rocketmq://{broker.server.grpc}", Surroundings())
         [consumer] = transport.subscribe("{group}", [Subscription("{topic}")])

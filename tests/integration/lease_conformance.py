@@ -6,8 +6,8 @@ from datetime import timedelta
 from time import monotonic, sleep
 from uuid import uuid4
 
-from exactly_once.dialects import ClaimRow, Leased, StepRow
-from exactly_once.leases import Held, LeaseStore, Recorded, Standing, judge
+from exactly_once.database.dialects.contract import ClaimRow, Leased, StepRow
+from exactly_once.guards.lease.contract import Held, LeaseStore, Recorded, Standing, judge
 
 LEASE = timedelta(seconds=30)
 SHORT = timedelta(seconds=1)

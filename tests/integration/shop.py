@@ -29,8 +29,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Message, Outcome, Retry
-from exactly_once.dialects import State, dialect_for
-from exactly_once.schema import tables
+from exactly_once.database.dialects.contract import State, dialect_for
+from exactly_once.database.schema import tables
 
 GROUP = "shop"
 DIALECTS = ("postgres", "mariadb", "sqlite")

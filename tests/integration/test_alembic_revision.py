@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from exactly_once import alembic
 from exactly_once.cli.db import app
+from exactly_once.database.store import Store
 from exactly_once.errors import SchemaError
-from exactly_once.store import Store
 from tests.integration.user_project import UserProject, done, make_project
 
 

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, create_engine, insert, inspect, selec
 
 import exactly_once.alembic
 from exactly_once.alembic.versions import TABLES
-from exactly_once.schema import Tables, tables, utcnow
+from exactly_once.database.schema import Tables, tables, utcnow
 from tests.integration.user_project import (
     OURS,
     ROOT,

@@ -19,7 +19,7 @@ from tests.integration.user_project import OURS, ROOT, async_url, done, make_pro
 # imports first, then waits to be told: the upgrades begin within a millisecond of each other
 RUNNER = """
 import sys
-import exactly_once.alembic, exactly_once.schema, alembic.migration, alembic.operations, alembic.script, sqlalchemy
+import exactly_once.alembic, exactly_once.database.schema, alembic.migration, alembic.operations, alembic.script, sqlalchemy
 if "+asyncmy" in sys.argv[1]: import asyncmy
 elif "+aiosqlite" in sys.argv[1]: import aiosqlite
 else: sqlalchemy.create_engine(sys.argv[1])

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import exactly_once.alembic
 from exactly_once.cli.db import app
-from exactly_once.schema import tables, utcnow
+from exactly_once.database.schema import tables, utcnow
 from tests.integration.test_alembic_shape import differences
 from tests.integration.user_project import OURS, alembic, done, table_names
 

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from exactly_once import ConfigurationError, ExactlyOnce, Message, StoreUnavailable, alembic
 from exactly_once.alembic.versions import HEAD
 from exactly_once.cli.db import app as db
-from exactly_once.doctor import examine
-from exactly_once.store import Store
+from exactly_once.database.store import Store
+from exactly_once.doctor.looking import examine
 from exactly_once.testing.databases import DatabaseServer
 from tests.integration.test_alembic_written import run
 
@@ -351,7 +351,7 @@ def test_an_upgrade_of_tables_that_are_too_new_says_so(sqlite_url: str) -> None:
 
 
 def test_an_error_without_words_is_told_by_its_name_alone() -> None:
-    from exactly_once.cli import _told
+    from exactly_once.cli.command import _told
 
     assert _told(AssertionError()) == (
         "AssertionError. Type the command again with --traceback to see where.",

@@ -12,8 +12,9 @@ from sqlalchemy import create_engine
 from sqlalchemy.orm import Session, sessionmaker
 
 import exactly_once.alembic
-from exactly_once import ConfigurationError, ExactlyOnce, Lease, Message, Outcome, which_database
+from exactly_once import ConfigurationError, ExactlyOnce, Lease, Message, Outcome
 from exactly_once.cli.reference import application
+from exactly_once.configuration import which_database
 from exactly_once.testing import bound
 from tests.integration.shop import Shop, order
 
@@ -87,7 +88,7 @@ def test_a_database_of_the_code_that_the_environment_overrules_is_told_of_an_eng
 
 
 def test_no_password_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    from exactly_once.config import Setting
+    from exactly_once.configuration.config import Setting
 
     engine = create_engine("postgresql+psycopg://me:hush1@h/b")
     which_database.say_which("database", engine, Setting("postgresql+psycopg://me:hush2@h/a", "file x.toml, database"))

@@ -22,8 +22,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from exactly_once import AsyncSteps, ExactlyOnce, Lease, Lock, Outcome, Retry
-from exactly_once.finishing import LONGEST_S
-from exactly_once.redis_connection.pools import CONNECTIONS
+from exactly_once.exceptions.finishing import LONGEST_S
+from exactly_once.redis.pools import CONNECTIONS
 from tests.integration.shop import DIALECTS, Shop, on, order, put, shops
 from tests.integration.ways import ALONE
 from tests.services.proxy import Proxy

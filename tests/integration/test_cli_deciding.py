@@ -8,9 +8,9 @@ from sqlalchemy import Connection, Engine, String, event, func, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from exactly_once import ConfigurationError, ExactlyOnce, Message, Outcome, Reject, Retry
+from exactly_once.database.schema import tables
 from exactly_once.failures import triage
 from exactly_once.failures.triage import Chosen
-from exactly_once.schema import tables
 
 GROUP = "deciding"
 ONCE = Retry(immediate=0, delays=[0.1], max_attempts=1)
@@ -254,7 +254,7 @@ def test_times_are_the_servers_and_not_this_machines(world: World) -> None:
     world.feed("A")
     world.requeue()
     with world.engine.connect() as connection:
-        from exactly_once.schema import utcnow
+        from exactly_once.database.schema import utcnow
 
         now = connection.execute(select(utcnow())).scalar_one()
     (row,) = world.failures()

@@ -14,10 +14,10 @@ from sqlalchemy.orm import Session
 
 import exactly_once.alembic
 from exactly_once import ExactlyOnce, Message
-from exactly_once.cli import main
-from exactly_once.doctor import Finding, Mark, examine
-from exactly_once.transport import Surroundings
-from exactly_once.transports import transport_from
+from exactly_once.cli.command import main
+from exactly_once.doctor.looking import Finding, Mark, examine
+from exactly_once.transports.contract import Surroundings
+from exactly_once.transports.registry import transport_from
 from tests.services import mariadb as mariadb_service
 from tests.services.need import require
 

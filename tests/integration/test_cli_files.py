@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Message, Retry, keys
-from exactly_once.cli import main
+from exactly_once.cli.command import main
 
 seen: list[Any] = []
 eo = ExactlyOnce(group="files")

@@ -15,7 +15,7 @@ from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
 from exactly_once import Lease, Outcome, Transaction
-from exactly_once.store import Store
+from exactly_once.database.store import Store
 from exactly_once.testing.databases import DatabaseServer
 from tests.conftest import require
 from tests.integration.shop import COLOURS, Shop, order, put, shops

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from exactly_once import ExactlyOnce, serving
+from exactly_once import ExactlyOnce
 from exactly_once.alembic import upgrade
 from exactly_once.message import Message
+from exactly_once.service import worker_service as serving
 from exactly_once.testing.child import wait_until
 from exactly_once.transports.memory import MemoryTransport
 

@@ -11,10 +11,10 @@ from typing import Protocol
 import pytest
 from sqlalchemy import Engine, create_engine
 
-from exactly_once.schema import tables
+from exactly_once.database.schema import tables
 from exactly_once.testing.postgres import EmbeddedPostgres
-from exactly_once.transport import Surroundings, Transport
-from exactly_once.transports import transport_from
+from exactly_once.transports.contract import Surroundings, Transport
+from exactly_once.transports.registry import transport_from
 from tests.acceptance.conformance import Conformance, Harness, ServedHarness, ServerConformance
 from tests.services import mariadb
 from tests.services.need import require

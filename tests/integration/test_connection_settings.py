@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from exactly_once import ConfigurationError, ExactlyOnce, Outcome
-from exactly_once.schema import tables
+from exactly_once.database.schema import tables
 from exactly_once.testing.databases import DatabaseServer
 from exactly_once.testing.postgres import EmbeddedPostgres
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops

@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 
 from exactly_once import ExactlyOnce, Lease, Message, Outcome, Reject, Retry
 from exactly_once.cli.failures import app as command
-from exactly_once.delivery import Delivering, Told
-from exactly_once.failures import FailureStore, decisions, triage
+from exactly_once.database.schema import tables, utcnow
+from exactly_once.failures import decisions, triage
 from exactly_once.failures.decisions import Database, Part
+from exactly_once.failures.store import FailureStore
 from exactly_once.failures.triage import Chosen
-from exactly_once.schema import tables, utcnow
-from exactly_once.transport import Features
+from exactly_once.processing.processor import Delivering, Told
+from exactly_once.transports.contract import Features
 from exactly_once.verdict import Ack
 from tests.integration.threads import Turn, in_thread, until
 

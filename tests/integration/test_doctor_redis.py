@@ -8,9 +8,9 @@ import pytest
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce
-from exactly_once.doctor import Finding, Mark, examine
+from exactly_once.doctor.looking import Finding, Mark, examine
 from exactly_once.doctor.redis import findings_for_redis
-from exactly_once.redis_connection import RedisConnection
+from exactly_once.redis.connection import RedisConnection
 from exactly_once.testing.child import wait_until
 from tests.services import redis as redis_service
 from tests.services.need import require

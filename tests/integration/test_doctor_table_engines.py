@@ -7,7 +7,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from exactly_once import Outcome
-from exactly_once.doctor import Mark, examine
+from exactly_once.doctor.looking import Mark, examine
 from tests.integration.shop import DIALECTS, Shop, order, put, shops
 
 

@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Lease, Message, Misuse, Outcome, Retry
-from exactly_once.schema import utcnow
+from exactly_once.database.schema import utcnow
 from tests.integration.shop import COLOURS, DIALECTS, GROUP, Shop, on, order, put, shops
 from tests.integration.test_connection_settings import column
 from tests.integration.ways import (

@@ -29,7 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 
 from exactly_once import Alert, Outcome, Reject, Retry
-from exactly_once.error_words import words_of
+from exactly_once.exceptions.words import words_of
 from tests.integration.shop import Do, Shop, order
 from tests.services.mariadb import MYSQLD
 

@@ -16,10 +16,11 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 
-from exactly_once import Outcome, claim_rows
+from exactly_once import Outcome
+from exactly_once.database import claim_rows
 from exactly_once.errors import SchemaError, TransportError
-from exactly_once.transport import Subscription
-from exactly_once.transports.sql import SqlTransport
+from exactly_once.transports.contract import Subscription
+from exactly_once.transports.sql.transport import SqlTransport
 from tests.integration.shop import COLOURS, DIALECTS, GROUP, STOCK, Shop, order, put, shops
 from tests.integration.threads import Turn, in_thread
 from tests.integration.ways import ALONE, IN_A_LIST, IN_A_STEP, UNDER_A_LEASE, Way

@@ -17,14 +17,15 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 from zstandard import ZstdCompressor
 
-from exactly_once import ExactlyOnce, Lock, Message, Outcome, Reject, Retry, keys, packed
-from exactly_once.delivery import Told
+from exactly_once import ExactlyOnce, Lock, Message, Outcome, Reject, Retry, keys
+from exactly_once.clients import packed
 from exactly_once.errors import BadBody
-from exactly_once.failures import FailureStore
+from exactly_once.executor.executor import run_all
 from exactly_once.failures.due import DueFailures
+from exactly_once.failures.store import FailureStore
 from exactly_once.failures.triage import Chosen, discard
-from exactly_once.runner import run_all
-from exactly_once.transport import Delivery, Features
+from exactly_once.processing.processor import Told
+from exactly_once.transports.contract import Delivery, Features
 from exactly_once.verdict import Ack, Redeliver
 from tests.integration.shop import EFFECT, GROUP, ONLY, Do, Shop, order, put
 from tests.integration.threads import Turn, in_thread
@@ -208,8 +209,8 @@ def for_sync_only(shop: Shop, do: Any) -> None:
 
 def due(shop: Shop, *nos: str, ordering_key: str | None = None, state: str = "retrying", **more: Any) -> None:
     """Rows that are due now, as an earlier worker left them."""
-    from exactly_once.fingerprint import maker
-    from exactly_once.schema import utcnow
+    from exactly_once.database.schema import utcnow
+    from exactly_once.handlers.fingerprint import maker
 
     rule = maker("body")
     with shop.outside.begin() as connection:

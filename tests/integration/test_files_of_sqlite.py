@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 
 import exactly_once.alembic
 from exactly_once import ConfigurationError, ExactlyOnce, Message, SchemaError, SendFailed
-from exactly_once.cli import main
-from exactly_once.doctor import examine
+from exactly_once.cli.command import main
+from exactly_once.doctor.looking import examine
 
 
 def reserve(session: Session, order: dict[str, Any]) -> None: ...

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy.orm import Session
 
 from exactly_once import Lease, Message, Outcome, keys
-from exactly_once.doctor import Mark, examine
+from exactly_once.doctor.looking import Mark, examine
 from tests.integration.shop import Shop, on, put
 from tests.integration.test_groups import told as told_together
 

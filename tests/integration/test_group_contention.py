@@ -15,7 +15,7 @@ from sqlalchemy import insert, update
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Outcome
-from exactly_once.delivery.group import GroupDelivering
+from exactly_once.processing.batch import GroupDelivering
 from tests import length
 from tests.integration.shop import GROUP, STOCK, Shop, order, put, shops
 from tests.integration.test_groups import FEATURES

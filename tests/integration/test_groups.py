@@ -20,10 +20,10 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
 from exactly_once import ExactlyOnce, Message, Outcome, Reject, Retry
-from exactly_once.delivery.group import GroupDelivering
-from exactly_once.delivery.member import GroupTold
-from exactly_once.schema import CONSUMING
-from exactly_once.transport import Features
+from exactly_once.database.schema import CONSUMING
+from exactly_once.processing.batch import GroupDelivering
+from exactly_once.processing.work import GroupTold
+from exactly_once.transports.contract import Features
 from exactly_once.verdict import Ack, Hold, Redeliver
 from tests.integration.shop import EFFECT, GROUP, ONE_TRY, ONLY, STOCK, Shop, order, put, shops
 from tests.integration.test_claims import KEYS

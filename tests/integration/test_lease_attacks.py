@@ -16,10 +16,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from exactly_once import AsyncSteps, ExactlyOnce, Lease, Message, Outcome, Steps, Transaction
-from exactly_once.dialects import ClaimRow
+from exactly_once.database.dialects.contract import ClaimRow
+from exactly_once.database.schema import utcnow
 from exactly_once.failures import triage
-from exactly_once.leases.renewal import Renewal
-from exactly_once.schema import utcnow
+from exactly_once.guards.lease.renewal import Renewal
 from tests.integration.lease_conformance import until
 from tests.integration.shop import GROUP, ONE_TRY, STOCK, Shop, order, put, shops
 from tests.services.proxy import Proxy

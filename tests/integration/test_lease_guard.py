@@ -11,10 +11,11 @@ from sqlalchemy import Connection, event, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
-from exactly_once import AsyncSteps, ExactlyOnce, Lease, LeaseLost, Message, Outcome, Reject, Retry, Steps, leases
+from exactly_once import AsyncSteps, ExactlyOnce, Lease, LeaseLost, Message, Outcome, Reject, Retry, Steps
+from exactly_once.database.schema import utcnow
 from exactly_once.failures.triage import Chosen, requeue
-from exactly_once.guards.step_ledger import RESULT_BYTES
-from exactly_once.schema import utcnow
+from exactly_once.guards.lease import contract as leases
+from exactly_once.guards.lease.ledger import RESULT_BYTES
 from exactly_once.testing import bound
 from tests.integration.lease_conformance import until
 from tests.integration.shop import COLOURS, DIALECTS, EFFECT, GROUP, ONE_TRY, Shop, order, put, shops

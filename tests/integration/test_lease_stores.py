@@ -10,10 +10,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from exactly_once import Alert, AsyncSteps, ConfigurationError, ExactlyOnce, Lease, Lock, Outcome, Steps
+from exactly_once.database.schema import utcnow
 from exactly_once.failures.triage import Chosen, discard
-from exactly_once.leases.redis import key_of
-from exactly_once.redis_connection import RedisConnection
-from exactly_once.schema import utcnow
+from exactly_once.guards.lease.redis import key_of
+from exactly_once.redis.connection import RedisConnection
 from tests.integration.lease_conformance import message as claim_row
 from tests.integration.lease_conformance import until
 from tests.integration.shop import COLOURS, DIALECTS, GROUP, ONE_TRY, Shop, order, put, shops

@@ -25,8 +25,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from exactly_once import AsyncSteps, Lease, Lock, Outcome, Steps, Transaction
-from exactly_once.delivery import Delivering
-from exactly_once.transport import Features
+from exactly_once.processing.processor import Delivering
+from exactly_once.transports.contract import Features
 from tests.integration.shop import ONE_TRY, Shop, order, put, shops
 from tests.integration.ways import ALONE, IN_A_STEP, UNDER_A_LEASE, Way, driver_of, mariadb_procedures, requeued
 from tests.services.redis import Redis
@@ -41,7 +41,7 @@ from contextlib import suppress
 from datetime import timedelta
 from sqlalchemy import text
 from exactly_once import Lease
-from exactly_once.delivery.recording import Recording
+from exactly_once.processing.recording import Recording
 from tests.integration.shop import Shop, order, put
 from tests.integration.ways import WAYS
 url, name, where, redis = sys.argv[1:]

@@ -18,11 +18,11 @@ from sqlalchemy import Engine, create_engine, make_url, select, update
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Lease, Message, Outcome, Retry, Steps
-from exactly_once.dialects import ClaimRow
-from exactly_once.handler import plan
-from exactly_once.leases.sql import SqlLeases
-from exactly_once.schema import tables, utcnow
-from exactly_once.store import Store
+from exactly_once.database.dialects.contract import ClaimRow
+from exactly_once.database.schema import tables, utcnow
+from exactly_once.database.store import Store
+from exactly_once.guards.lease.sql import SqlLeases
+from exactly_once.handlers.plan import plan
 from exactly_once.testing.databases import DatabaseServer
 from exactly_once.testing.postgres import EmbeddedPostgres
 from tests.integration.lease_conformance import until
@@ -158,7 +158,7 @@ def test_a_lease_is_renewed_for_as_long_as_its_handler_runs(engine: Engine) -> N
 
 
 def test_a_row_that_its_own_step_has_locked_keeps_no_other_lease_from_being_renewed(engine: Engine) -> None:
-    from exactly_once.leases import Held
+    from exactly_once.guards.lease.contract import Held
 
     store, mine = leases(engine)
     lease = timedelta(seconds=30)

@@ -5,9 +5,9 @@ from datetime import timedelta
 
 import pytest
 
-from exactly_once.leases import LeaseStore, Standing, judge
-from exactly_once.leases.redis import RedisLeases
-from exactly_once.redis_connection import RedisConnection
+from exactly_once.guards.lease.contract import LeaseStore, Standing, judge
+from exactly_once.guards.lease.redis import RedisLeases
+from exactly_once.redis.connection import RedisConnection
 from tests.integration.lease_conformance import LeaseConformance, message
 
 

@@ -6,10 +6,10 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import Engine, select
 
-from exactly_once.leases import LeaseStore
-from exactly_once.leases.sql import SqlLeases
-from exactly_once.schema import tables
-from exactly_once.store import Store
+from exactly_once.database.schema import tables
+from exactly_once.database.store import Store
+from exactly_once.guards.lease.contract import LeaseStore
+from exactly_once.guards.lease.sql import SqlLeases
 from tests.integration.lease_conformance import LeaseConformance
 
 

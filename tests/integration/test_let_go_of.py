@@ -17,8 +17,8 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from exactly_once import ExactlyOnce, InProgress, Lease, Outcome
-from exactly_once.leases import renewal
-from exactly_once.store import Store
+from exactly_once.database.store import Store
+from exactly_once.guards.lease import renewal
 from tests.integration.shop import _ASYNC, COLOURS, DIALECTS, GROUP, Shop, order, put, shops
 from tests.integration.threads import until
 from tests.integration.ways import WAYS, Way

@@ -15,10 +15,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from exactly_once import AsyncSteps, Lease, Message, Outcome, Retry, Steps
+from exactly_once.database.schema import tables
 from exactly_once.failures.due import DueFailures
-from exactly_once.schema import tables
-from exactly_once.transport import Receipt, Subscription
-from exactly_once.transports.sql import SqlTransport
+from exactly_once.transports.contract import Receipt, Subscription
+from exactly_once.transports.sql.transport import SqlTransport
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
 from tests.integration.test_connection_settings import run
 from tests.integration.ways import ALONE, UNDER_A_LEASE, WAYS, Way

@@ -16,7 +16,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from exactly_once import ExactlyOnce
 from exactly_once.errors import BadKey, ConfigurationError, InProgress, StoreUnavailable
-from exactly_once.lock import _ACQUIRE, _RELEASE, RedisLock
+from exactly_once.redis.lock import _ACQUIRE, _RELEASE, RedisLock
 from exactly_once.testing.child import wait_until
 from tests.services.proxy import Proxy
 from tests.services.redis import Redis

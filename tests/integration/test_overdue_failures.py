@@ -13,9 +13,9 @@ from sqlalchemy import Engine, select, text, update
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Message, Outcome, Reject, Retry
-from exactly_once.cli import main
-from exactly_once.doctor import Finding, Mark, examine
-from exactly_once.schema import tables, utcnow
+from exactly_once.cli.command import main
+from exactly_once.database.schema import tables, utcnow
+from exactly_once.doctor.looking import Finding, Mark, examine
 
 GROUP = "shared"
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from sqlalchemy import create_engine, event, text
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Message, Outcome
-from exactly_once.cli import main
+from exactly_once.cli.command import main
 from exactly_once.errors import ConfigurationError
 from tests.integration.test_pooler import SERVER_CONNECTIONS, behind, configure  # noqa: F401
 from tests.services.pgbouncer import PgBouncer

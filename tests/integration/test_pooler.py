@@ -27,15 +27,15 @@ from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Lease, Message, Outcome, Retry, Steps, alembic
 from exactly_once.alembic.lock import schema_lock
-from exactly_once.cli import main
-from exactly_once.dialects import ClaimRow
-from exactly_once.doctor import Finding, Mark, examine
+from exactly_once.cli.command import main
+from exactly_once.database.connections.pooler import LINK
+from exactly_once.database.dialects.contract import ClaimRow
+from exactly_once.database.store import Store
+from exactly_once.doctor.looking import Finding, Mark, examine
 from exactly_once.errors import ConfigurationError
-from exactly_once.failures import Failure
-from exactly_once.lease_stores import sql_leases
-from exactly_once.policy import Decision, Park
-from exactly_once.pooler import LINK
-from exactly_once.store import Store
+from exactly_once.failures.policy import Decision, Park
+from exactly_once.failures.store import Failure
+from exactly_once.guards.lease.stores import sql_leases
 from exactly_once.testing.databases import DatabaseServer
 from exactly_once.transports.sql.database import Database as QueueDatabase
 from tests.integration.shop import COLOURS

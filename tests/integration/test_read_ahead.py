@@ -11,11 +11,11 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
 from exactly_once import Message, Outcome
-from exactly_once.delivery.group import GroupDelivering
-from exactly_once.delivery.member import GroupTold
-from exactly_once.runner import grouping
-from exactly_once.runner.grouping import Grouping
-from exactly_once.runner.pending import Pending
+from exactly_once.executor import batching as grouping
+from exactly_once.executor.batching import Grouping
+from exactly_once.executor.future import Pending
+from exactly_once.processing.batch import GroupDelivering
+from exactly_once.processing.work import GroupTold
 from tests.integration.shop import GROUP, Shop, order, put, shops
 from tests.integration.test_groups import FEATURES, handles
 

@@ -10,11 +10,11 @@ from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from exactly_once import Outcome
+from exactly_once.database.schema import CONSUMED, tables
+from exactly_once.database.store import Store
 from exactly_once.failures.due import DueFailures
-from exactly_once.leases import Standing, judge
-from exactly_once.leases.sql import SqlLeases
-from exactly_once.schema import CONSUMED, tables
-from exactly_once.store import Store
+from exactly_once.guards.lease.contract import Standing, judge
+from exactly_once.guards.lease.sql import SqlLeases
 from tests.integration.lease_conformance import message as claim_row
 from tests.integration.shop import COLOURS, Shop, order, put, shops
 from tests.integration.ways import ALONE

@@ -19,9 +19,10 @@ import pytest
 from sqlalchemy.util import greenlet_spawn
 
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, MissingExtra, StoreUnavailable
-from exactly_once.installation import to_install
-from exactly_once.redis_connection import RedisConnection, pools
+from exactly_once.redis import pools
+from exactly_once.redis.connection import RedisConnection
 from exactly_once.testing.child import free_ports, wait_until
+from exactly_once.wording.installation import to_install
 from tests.services import redis as redis_service
 from tests.services.need import need, require
 from tests.services.proxy import Proxy

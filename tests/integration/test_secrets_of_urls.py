@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 import exactly_once.alembic
 from exactly_once import ConfigurationError, ExactlyOnce, Message, Outcome
 from exactly_once.cli.db import app as db
-from exactly_once.database_url import database_url
-from exactly_once.error_words import words_of
-from exactly_once.redaction import redacted
-from exactly_once.redis_connection import RedisConnection
-from exactly_once.redis_connection.url import checked
+from exactly_once.database.url import database_url
+from exactly_once.exceptions.words import words_of
+from exactly_once.redis.connection import RedisConnection
+from exactly_once.redis.url import checked
 from exactly_once.transports.urls import parse
+from exactly_once.wording.redaction import redacted
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("XXone", "YYtwo", "ZZthree")

@@ -10,7 +10,7 @@ from sqlalchemy import create_engine, func, select
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Message, Outcome, Reject
-from exactly_once.schema import tables
+from exactly_once.database.schema import tables
 from exactly_once.testing import bound
 from tests.integration import test_cli_files
 

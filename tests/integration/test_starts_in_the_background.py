@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from exactly_once import ExactlyOnce, Message
 from exactly_once.errors import StoreUnavailable
 from exactly_once.testing.child import free_ports, wait_until
-from exactly_once.transport import Away, Transport
+from exactly_once.transports.contract import Away, Transport
 
 ROOT = Path(__file__).parents[2]
 SECOND = timedelta(seconds=1)

@@ -18,12 +18,13 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.orm import Session
 
 import exactly_once.alembic
-from exactly_once import ExactlyOnce, starting
-from exactly_once.dialects import postgresql_refusal
+from exactly_once import ExactlyOnce
+from exactly_once.database.dialects import postgresql_refusal
+from exactly_once.database.store import Store
 from exactly_once.errors import ConfigurationError
-from exactly_once.store import Store
+from exactly_once.service import starting
 from exactly_once.testing.postgres import EmbeddedPostgres
-from exactly_once.transport import Transport
+from exactly_once.transports.contract import Transport
 from tests.services.need import need
 from tests.services.pgbouncer import PgBouncer, missing
 

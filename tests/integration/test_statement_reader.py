@@ -19,8 +19,8 @@ from psycopg.pq import ExecStatus, TransactionStatus
 from pymysql.constants import CLIENT
 from sqlalchemy import make_url
 
-from exactly_once.dialects.keywords import read
-from exactly_once.dialects.statements import MARIADB, POSTGRESQL, SQLITE, Grammar
+from exactly_once.database.dialects.keywords import read
+from exactly_once.database.dialects.statements import MARIADB, POSTGRESQL, SQLITE, Grammar
 
 FULL = os.environ.get("EXACTLY_ONCE_TEST_FULL") == "1"
 TEXTS = 20_000 if FULL else 2_000

@@ -13,16 +13,18 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.orm import Session
 
 from exactly_once import Message
-from exactly_once.dialects import ClaimRow, StepRow, mysql, mysql_group, sqlite
-from exactly_once.dialects.postgresql import PostgreSQL
+from exactly_once.database.dialects import mysql, sqlite
+from exactly_once.database.dialects import mysql_batch as mysql_group
+from exactly_once.database.dialects.contract import ClaimRow, StepRow
+from exactly_once.database.dialects.postgresql import PostgreSQL
+from exactly_once.database.schema import tables, utcnow
+from exactly_once.database.store import Store
 from exactly_once.errors import Reject
-from exactly_once.failures import Failure, FailureStore
 from exactly_once.failures.due import DueFailures
-from exactly_once.leases import Held
-from exactly_once.leases.sql import SqlLeases
-from exactly_once.policy import ByBroker, ByPump, Park
-from exactly_once.schema import tables, utcnow
-from exactly_once.store import Store
+from exactly_once.failures.policy import ByBroker, ByPump, Park
+from exactly_once.failures.store import Failure, FailureStore
+from exactly_once.guards.lease.contract import Held
+from exactly_once.guards.lease.sql import SqlLeases
 from tests.integration.shop import GROUP, Shop, order, shops
 
 APPROVED = Path(__file__).parent / "approved"
@@ -42,7 +44,8 @@ def approve(name: str, sections: dict[str, list[str]]) -> None:
 def claim_texts(dialect: str) -> dict[str, list[str]]:
     """The texts that go below SQLAlchemy, as the dialect's module has them."""
     if dialect == "postgres":
-        from exactly_once.dialects import postgresql, postgresql_group
+        from exactly_once.database.dialects import postgresql
+        from exactly_once.database.dialects import postgresql_batch as postgresql_group
 
         return {
             "look": [postgresql.LOOK],
@@ -114,7 +117,7 @@ def test_the_statements_are_the_approved_ones(request: pytest.FixtureRequest, di
 
 
 def test_the_scripts_are_the_approved_ones() -> None:
-    from exactly_once.leases import scripts
+    from exactly_once.guards.lease import scripts
 
     approve("redis", {name.lower(): [getattr(scripts, name).strip()] for name in sorted(scripts.__all__)})
 
@@ -122,7 +125,7 @@ def test_the_scripts_are_the_approved_ones() -> None:
 def lease_statements(shop: Shop) -> dict[str, list[str]]:
     """Each change of a lease, in the order of its life."""
     name = {"postgres": "postgresql", "mariadb": "mysql"}.get(shop.dialect, shop.dialect)
-    module = import_module(f"exactly_once.dialects.{name}_lease")
+    module = import_module(f"exactly_once.database.dialects.contract.{name}_lease")
     texts = {f"lease: {each.lower()}": [getattr(module, each)] for each in module.__all__ if each.isupper()}
     store = Store("default", shop.url)
     leases = SqlLeases(store.name, store.engine, store.dialect, lambda: store.tables)
@@ -222,7 +225,7 @@ def _due() -> Failure:
 
 
 def test_the_claim_of_postgresql_is_one_round_trip() -> None:
-    from exactly_once.dialects import postgresql
+    from exactly_once.database.dialects import postgresql
 
     assert postgresql.CLAIM.count("INSERT INTO") == 1
     assert "ON CONFLICT (consumer_group, handler, business_key) DO NOTHING" in postgresql.CLAIM

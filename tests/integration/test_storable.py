@@ -15,8 +15,8 @@ from sqlalchemy.orm import Session
 
 import exactly_once.alembic
 from exactly_once import BadKey, ExactlyOnce, Lease, Message, Outcome, Retry
+from exactly_once.database.store import Store
 from exactly_once.errors import ConfigurationError, SendFailed
-from exactly_once.store import Store
 from exactly_once.testing.databases import DatabaseServer
 from tests.integration.shop import COLOURS, Shop
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import exactly_once.alembic
 from exactly_once import ConfigurationError, ExactlyOnce, Message, SchemaError
 from exactly_once.cli.db import app as db
-from exactly_once.redaction import redacted
+from exactly_once.wording.redaction import redacted
 from tests.integration.threads import until
 
 

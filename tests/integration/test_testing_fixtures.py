@@ -15,11 +15,11 @@ from sqlalchemy import Engine, create_engine, inspect, text
 
 from exactly_once import ExactlyOnce
 from exactly_once.errors import ConfigurationError, MissingExtra
-from exactly_once.installation import to_install
 from exactly_once.message import Message
 from exactly_once.testing import EmbeddedPostgres, bound, choose
 from exactly_once.testing.child import ServerFailed, wait_until
 from exactly_once.testing.databases import DatabaseServer
+from exactly_once.wording.installation import to_install
 
 ROOT = Path(__file__).parents[2]
 

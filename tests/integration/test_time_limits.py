@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, InProgress, Outcome, Retry
-from exactly_once.failures import FailureStore
+from exactly_once.failures.store import FailureStore
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
 from tests.integration.threads import until
 from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_LIST, UNDER_A_LEASE, Way

@@ -8,7 +8,7 @@ from sqlalchemy import create_engine, insert, text
 from sqlalchemy.orm import Session, sessionmaker
 
 from exactly_once import ConfigurationError, ExactlyOnce, Outcome, alembic
-from exactly_once.doctor import examine
+from exactly_once.doctor.looking import examine
 from tests.integration.forking import Forked
 from tests.integration.shop import GROUP, Shop, order, put, shops
 from tests.integration.ways import ALONE, requeued

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from exactly_once.installation import DISTRIBUTION
+from exactly_once.wording.installation import DISTRIBUTION
 from tests.integration.user_project import ROOT, make_project
 
 

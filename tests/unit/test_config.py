@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import make_url
 
-from exactly_once import config as config_module
-from exactly_once import settings_file
-from exactly_once.config import Config, load, redacted
-from exactly_once.database_url import database_url
+from exactly_once.configuration import config as config_module
+from exactly_once.configuration import settings_file
+from exactly_once.configuration.config import Config, load, redacted
+from exactly_once.database.url import database_url
 from exactly_once.errors import ConfigurationError
-from exactly_once.handler import Plan, plan
+from exactly_once.failures.policy import Retry
+from exactly_once.handlers.plan import Plan, plan
 from exactly_once.message import Message
-from exactly_once.policy import Retry
 
 
 def project(folder: Path, text: str, name: str = "pyproject.toml") -> Path:

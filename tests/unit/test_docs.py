@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from exactly_once import errors
+from exactly_once.configuration.settings import SECRET, SETTINGS
+from exactly_once.database.schema import tables
 from exactly_once.errors import ConfigurationError
 from exactly_once.outcome import Outcome
-from exactly_once.schema import tables
-from exactly_once.settings import SECRET, SETTINGS
-from exactly_once.transport import Surroundings
-from exactly_once.transports import SCHEMES, transport_from
+from exactly_once.transports.contract import Surroundings
+from exactly_once.transports.registry import SCHEMES, transport_from
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -117,7 +117,7 @@ def commands() -> dict[str, Any]:
     """Every command by its words, as click knows it: "run", "failures list"."""
     from typer.main import get_group
 
-    from exactly_once.cli import VERBS, _application
+    from exactly_once.cli.command import VERBS, _application
 
     found: dict[str, Any] = {}
     for verb in VERBS:
@@ -294,7 +294,7 @@ def test_each_logger_of_the_package_is_one_that_raises_nothing() -> None:
     }
     # its own place; levels of other packages' loggers, and filters on them
     assert own == {
-        "exactly_once/steady_log.py",
+        "exactly_once/wording/steady_log.py",
         "exactly_once/cli/run.py",
         "exactly_once/transports/rocketmq5/wall.py",
     }

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from exactly_once.body import NOT_JSON, parse_json
+from exactly_once.database.schema import FINGERPRINT_BYTES
 from exactly_once.errors import BadBody, ConfigurationError
-from exactly_once.fingerprint import (
+from exactly_once.handlers.body import NOT_JSON, parse_json
+from exactly_once.handlers.fingerprint import (
     BEYOND,
     GONE,
     OTHER_SET,
@@ -23,7 +24,6 @@ from exactly_once.fingerprint import (
     maker,
 )
 from exactly_once.message import Message
-from exactly_once.schema import FINGERPRINT_BYTES
 
 BODY = maker()
 

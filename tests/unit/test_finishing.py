@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from exactly_once import finishing
-from exactly_once.finishing import finish, finished
-from exactly_once.stops import stops
+from exactly_once.exceptions import finishing
+from exactly_once.exceptions.finishing import finish, finished
+from exactly_once.exceptions.stops import stops
 
 
 def in_a_loop(do: Callable[[], Any]) -> Any:

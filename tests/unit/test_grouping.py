@@ -9,9 +9,7 @@ from typing import cast
 import pytest
 
 from exactly_once import Message, Outcome
-from exactly_once.delivery import Told
-from exactly_once.delivery.group import GroupDelivering
-from exactly_once.runner.grouping import (
+from exactly_once.executor.batching import (
     FIRST,
     FIRST_CALM,
     LEAST,
@@ -21,9 +19,11 @@ from exactly_once.runner.grouping import (
     Grouping,
     GroupSize,
 )
-from exactly_once.runner.pending import Pending
-from exactly_once.runner.together import Part, Parts
-from exactly_once.transport import Features
+from exactly_once.executor.fanout import Part, Parts
+from exactly_once.executor.future import Pending
+from exactly_once.processing.batch import GroupDelivering
+from exactly_once.processing.processor import Told
+from exactly_once.transports.contract import Features
 from exactly_once.verdict import Ack, Hold, Redeliver
 
 FEATURES = Features(redelivers=True, counts_attempts=True)

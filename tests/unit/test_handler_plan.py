@@ -20,13 +20,13 @@ from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import TypedDict
 
 from exactly_once import ExactlyOnce, keys
-from exactly_once.body import NOT_JSON, parse_json
 from exactly_once.errors import BadBody, BadKey, ConfigurationError, Misuse
-from exactly_once.handler import Lease, Lock, Plan, Transaction, check_result, plan
-from exactly_once.handler.parameters import NO_BODY
+from exactly_once.failures.policy import Retry
+from exactly_once.handlers.body import NOT_JSON, parse_json
+from exactly_once.handlers.parameters import NO_BODY
+from exactly_once.handlers.plan import Lease, Lock, Plan, Transaction, check_result, plan
+from exactly_once.handlers.steps import Steps
 from exactly_once.message import Message
-from exactly_once.policy import Retry
-from exactly_once.steps import Steps
 
 if TYPE_CHECKING:
     import decimal as money
@@ -546,7 +546,7 @@ CONSUMER = """
 import typing as t
 from typing import TYPE_CHECKING
 from sqlalchemy.orm import Session
-from exactly_once.handler import plan
+from exactly_once.handlers.plan import plan
 {imports}
 def handle(session: Session, order: {hint}):
     return order
@@ -958,7 +958,7 @@ def test_pydantic_is_not_imported_for_a_plain_body() -> None:
     import subprocess
 
     program = (
-        "import sys\nfrom exactly_once.handler import plan\n"
+        "import sys\nfrom exactly_once.handlers.plan import plan\n"
         "def handle(order: dict): ...\n"
         "plan(handle, topic='orders', key='no', caller_locals=locals(), caller_globals=globals())\n"
         "assert 'pydantic' not in sys.modules and 'sqlalchemy.ext.asyncio' not in sys.modules\n"

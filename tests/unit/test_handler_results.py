@@ -25,7 +25,7 @@ from sqlalchemy import Select, column, create_engine, delete, func, insert, sele
 from sqlalchemy.orm import Query
 
 from exactly_once.errors import ConfigurationError, Misuse, RefusedResult, Reject
-from exactly_once.handler import check_result, plan
+from exactly_once.handlers.plan import check_result, plan
 from exactly_once.outcome import Outcome
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ import pytest
 
 from exactly_once.daemon.health import Health, host_and_port
 from exactly_once.errors import ConfigurationError
-from exactly_once.transport import Delivery, Features
+from exactly_once.transports.contract import Delivery, Features
 from exactly_once.verdict import Ack, Hold, Said
-from exactly_once.worker import Worker
+from exactly_once.worker.worker import Worker
 from tests.unit.worker_doubles import Shelf, done, until
 
 SECOND = timedelta(seconds=1)

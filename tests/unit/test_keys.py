@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from exactly_once import keys
 from exactly_once.errors import BadKey, ConfigurationError
-from exactly_once.handler import plan
+from exactly_once.handlers.plan import plan
 from exactly_once.keys import canonical, check_key, check_name, extractor
 from exactly_once.message import Message
 

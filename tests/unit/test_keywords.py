@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from exactly_once.dialects.keywords import Read, read, reader
-from exactly_once.dialects.statements import MARIADB, MYSQL, POSTGRESQL, SQLITE, Grammar
+from exactly_once.database.dialects.keywords import Read, read, reader
+from exactly_once.database.dialects.statements import MARIADB, MYSQL, POSTGRESQL, SQLITE, Grammar
 
 ESCAPING = POSTGRESQL._replace(backslash=True)
 NO_ESCAPES = MARIADB._replace(backslash=False)

@@ -9,8 +9,8 @@ import lz4.frame
 import pytest
 import zstandard
 
+from exactly_once.clients.packed import MOST_BYTES, named, unpacked
 from exactly_once.errors import BadBody
-from exactly_once.packed import MOST_BYTES, named, unpacked
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
     "lz4": lz4.frame.compress,

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exactly_once.errors import BadBody, BadKey, ConfigurationError, PayloadConflict, Reject, RetryLater
-from exactly_once.outcome import Outcome
-from exactly_once.policy import (
+from exactly_once.failures.policy import (
     ByBroker,
     ByPump,
     Decision,
@@ -22,7 +21,8 @@ from exactly_once.policy import (
     spent,
     wait_delay,
 )
-from exactly_once.transport import Features
+from exactly_once.outcome import Outcome
+from exactly_once.transports.contract import Features
 
 BROKER = Features(redelivers=True, counts_attempts=True, max_attempts=16)
 ENDLESS = Features(redelivers=True, counts_attempts=False)

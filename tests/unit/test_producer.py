@@ -7,10 +7,10 @@ import pytest
 
 from exactly_once.errors import ExactlyOnceError, SendFailed, TransportError
 from exactly_once.message import Message
-from exactly_once.producer import Producer
-from exactly_once.transport import Receipt, Subscription, Surroundings
-from exactly_once.transports import transport_from
+from exactly_once.transports.contract import Receipt, Subscription, Surroundings
 from exactly_once.transports.memory import forget
+from exactly_once.transports.producer import Producer
+from exactly_once.transports.registry import transport_from
 
 
 class Scripted:

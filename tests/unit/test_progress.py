@@ -9,7 +9,7 @@ from time import sleep
 import pytest
 
 from exactly_once.daemon.progress import Progress, is_terminal
-from exactly_once.worker import Counts
+from exactly_once.worker.worker import Counts
 from tests.unit.worker_doubles import until
 
 NONE = Counts(received=0, acked=0, redelivered=0, given_back=0, in_hand=0, held=0, outages=(), outcomes={})

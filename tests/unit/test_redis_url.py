@@ -5,8 +5,8 @@ import traceback
 import pytest
 
 from exactly_once.errors import ConfigurationError
-from exactly_once.redis_connection import RedisConnection, checked
-from exactly_once.redis_connection.trouble import secrets, unfit
+from exactly_once.redis.connection import RedisConnection, checked
+from exactly_once.redis.trouble import secrets, unfit
 
 PASSWORD = "hunter2"
 

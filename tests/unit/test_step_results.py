@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel, Field, PrivateAttr, SecretStr
 from pydantic_core.core_schema import no_info_plain_validator_function, to_string_ser_schema
 
-from exactly_once.steps import coder
+from exactly_once.handlers.steps import coder
 
 
 class Name(str):

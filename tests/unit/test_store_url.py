@@ -2,8 +2,8 @@
 
 import pytest
 
+from exactly_once.database.store import Store
 from exactly_once.errors import ConfigurationError
-from exactly_once.store import Store
 
 
 @pytest.mark.parametrize(

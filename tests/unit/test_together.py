@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from exactly_once.delivery import Told
+from exactly_once.executor import fanout as together
+from exactly_once.executor.executor import Runner
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
-from exactly_once.runner import Runner, together
-from exactly_once.transport import Delivery
+from exactly_once.processing.processor import Told
+from exactly_once.transports.contract import Delivery
 from exactly_once.verdict import Ack, Ending, Hold, Keep, Redeliver, Said
 from tests.unit.worker_doubles import FEATURES
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from exactly_once.errors import ConfigurationError
-from exactly_once.transport import Surroundings
-from exactly_once.transports import SCHEMES, transport_from
+from exactly_once.transports.contract import Surroundings
+from exactly_once.transports.registry import SCHEMES, transport_from
 from exactly_once.transports.urls import parse
 
 

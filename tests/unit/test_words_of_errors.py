@@ -14,10 +14,10 @@ from sqlalchemy import column, select
 from sqlalchemy.exc import ArgumentError, IntegrityError, InvalidRequestError, PendingRollbackError, StatementError
 
 from exactly_once.alert import Alert, sound
-from exactly_once.drivers_own import original
-from exactly_once.error_words import place_of, trace_of, words_of
-from exactly_once.error_words.drivers import is_drivers
-from exactly_once.error_words.struck import (
+from exactly_once.database.trouble.drivers_own import original
+from exactly_once.errors import Reject
+from exactly_once.exceptions.drivers import is_drivers
+from exactly_once.exceptions.struck import (
     bound,
     code_of,
     shown,
@@ -27,7 +27,7 @@ from exactly_once.error_words.struck import (
     without_parameters,
     without_quoted,
 )
-from exactly_once.errors import Reject
+from exactly_once.exceptions.words import place_of, trace_of, words_of
 from exactly_once.worker.log_throttle import ThrottledLog
 
 CARD = "4111111111111111"

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from exactly_once.transport import Consumer, Delivery, Features
+from exactly_once.transports.contract import Consumer, Delivery, Features
 from exactly_once.verdict import Ack, Hold, Said
-from exactly_once.worker import Worker
+from exactly_once.worker.worker import Worker
 from tests.unit.worker_doubles import Hand, Shelf, done, until
 
 MS = timedelta(milliseconds=1)

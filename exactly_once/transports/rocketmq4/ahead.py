@@ -20,11 +20,11 @@ from typing import Final
 
 from exactly_once.errors import BadBody, TransportError
 from exactly_once.message import Message
-from exactly_once.steady_log import steady
-from exactly_once.transport import Subscription
+from exactly_once.transports.contract import Subscription
 from exactly_once.transports.remoting import Admin, Queue
 from exactly_once.transports.rocketmq4.messages import Names
 from exactly_once.transports.rocketmq4.stored import Stored, opened, stored_in
+from exactly_once.wording.steady_log import steady
 
 __all__ = ["Ahead", "Stretch", "look_ahead"]
 

@@ -9,11 +9,11 @@ from contextlib import suppress
 from typing import Any, Final
 
 from exactly_once.errors import TransportError
-from exactly_once.steady_log import steady
-from exactly_once.transport import Away, Subscription
+from exactly_once.transports.contract import Away, Subscription
 from exactly_once.transports.remoting import Admin, Queue, Refused
 from exactly_once.transports.rocketmq4.messages import Names
-from exactly_once.wording import stopped
+from exactly_once.wording.steady_log import steady
+from exactly_once.wording.text import stopped
 
 __all__ = ["fix_starting_points", "locks_of", "problems"]
 

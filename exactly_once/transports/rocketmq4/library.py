@@ -9,7 +9,7 @@ What is walled off here:
   the only one a package index has (inside the wheel `rocketmq` 0.4.4), so it is let in: see `_Complete`.
 * The wheels `rocketmq-client-python`, `rocketmq` and `rocketmq-python-client` (RocketMQ 5 over gRPC, another client
   altogether) all install a package called `rocketmq`.
-* A body's length: see `exactly_once.rocketmq4_body`.
+* A body's length: see `exactly_once.clients.rocketmq4`.
 * Its log files go to `$HOME/logs/rocketmq-cpp`, where a home may not exist or not be writable, and librocketmq 1.0.1
   ignores the path it is told: `_send_logs_to` sends them to a directory of ours.
 * A process that was forked off one that had loaded the library waits at its exit for threads that are not there: it ends
@@ -31,10 +31,10 @@ from types import ModuleType
 from typing import Any, Final
 
 from exactly_once import fork
+from exactly_once.clients.rocketmq4 import BodyOf, body_reader
 from exactly_once.errors import ConfigurationError, ForkedProcess, MissingExtra
-from exactly_once.installation import to_install
-from exactly_once.rocketmq4_body import BodyOf, body_reader
 from exactly_once.transports.inflight import default_directory
+from exactly_once.wording.installation import to_install
 
 __all__ = ["LIBRARY_VARIABLE", "LOG_ERROR", "CallFailed", "Library", "enter", "leave_without_it", "load"]
 

@@ -1,7 +1,7 @@
 """Between librocketmq's messages and ours. Opens and sends nothing; called by the rocketmq4 consumer and producer.
 
 librocketmq's C interface reads a property by name and cannot list them. So the names of a message's properties travel
-beside them, see `exactly_once.rocketmq_properties`: a Java consumer finds the properties as usual. Of a foreign producer's
+beside them, see `exactly_once.clients.rocketmq_properties`: a Java consumer finds the properties as usual. Of a foreign producer's
 messages only those asked for by name (`properties=` in the URL) are seen, and those that this package itself writes.
 """
 
@@ -11,10 +11,10 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import Final
 
+from exactly_once.clients.foreign import keys_of, moment_of, text_of
+from exactly_once.clients.rocketmq_properties import ORDERING_PROPERTY, internal, named_properties, with_names
 from exactly_once.errors import ConfigurationError
-from exactly_once.foreign import keys_of, moment_of, text_of
 from exactly_once.message import Message, with_former
-from exactly_once.rocketmq_properties import ORDERING_PROPERTY, internal, named_properties, with_names
 from exactly_once.transports.rocketmq4.library import Library
 
 __all__ = [

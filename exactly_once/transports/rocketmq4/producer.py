@@ -27,8 +27,7 @@ from typing import Any, Final
 from exactly_once import fork
 from exactly_once.errors import ForkedProcess, TransportError
 from exactly_once.message import Message
-from exactly_once.steady_log import steady
-from exactly_once.transport import Receipt
+from exactly_once.transports.contract import Receipt
 from exactly_once.transports.rocketmq4.connection import Connection
 from exactly_once.transports.rocketmq4.library import CallFailed, enter
 from exactly_once.transports.rocketmq4.messages import (
@@ -38,6 +37,7 @@ from exactly_once.transports.rocketmq4.messages import (
     native_message,
     queue_of,
 )
+from exactly_once.wording.steady_log import steady
 
 __all__ = ["RocketMQ4Producer"]
 

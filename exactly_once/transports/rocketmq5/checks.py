@@ -11,7 +11,7 @@ from typing import Final
 from rocketmq.grpc_protocol import Code, MessageType
 
 from exactly_once.errors import TransportError
-from exactly_once.transport import Away, Subscription
+from exactly_once.transports.contract import Away, Subscription
 from exactly_once.transports.rocketmq5.advice import about_group, about_topic
 from exactly_once.transports.rocketmq5.endpoints import Endpoints, not_grpc, reachable
 from exactly_once.transports.rocketmq5.session import Session, describe

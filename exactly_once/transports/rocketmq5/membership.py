@@ -13,10 +13,10 @@ from time import monotonic
 from typing import Final
 
 from exactly_once import fork
-from exactly_once.steady_log import steady
-from exactly_once.transport import Subscription
+from exactly_once.transports.contract import Subscription
 from exactly_once.transports.rocketmq5.endpoints import Endpoints, reachable
 from exactly_once.transports.rocketmq5.session import Session, describe
+from exactly_once.wording.steady_log import steady
 
 __all__ = ["Membership"]
 

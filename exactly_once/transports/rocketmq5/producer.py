@@ -22,10 +22,10 @@ from rocketmq import Producer
 from rocketmq.grpc_protocol import Code, QueryRouteRequest
 
 from exactly_once import fork
+from exactly_once.clients.rocketmq_properties import internal
 from exactly_once.errors import ForkedProcess, TransportError
 from exactly_once.message import Message
-from exactly_once.rocketmq_properties import internal
-from exactly_once.transport import Features, Receipt
+from exactly_once.transports.contract import Features, Receipt
 from exactly_once.transports.rocketmq5.advice import about_send, about_topic
 from exactly_once.transports.rocketmq5.endpoints import Endpoints, not_grpc, reachable
 from exactly_once.transports.rocketmq5.requests import Job, request_of, together

@@ -11,10 +11,10 @@ from typing import Any, Final
 from rocketmq import Message as ReceivedMessage
 from rocketmq.grpc_protocol import Encoding
 
-from exactly_once import packed
+from exactly_once.clients import packed
 from exactly_once.errors import BadBody
 from exactly_once.message import Message, with_former
-from exactly_once.transport import Delivery
+from exactly_once.transports.contract import Delivery
 from exactly_once.transports.rocketmq5.session import Grip, describe
 
 __all__ = ["delivery"]

@@ -11,8 +11,8 @@ from typing import Any, Final
 from rocketmq.grpc_protocol import Encoding, MessageType, SendMessageRequest
 from rocketmq.v5.util import MessageIdCodec, Misc
 
+from exactly_once.clients.rocketmq_properties import with_names
 from exactly_once.message import Message
-from exactly_once.rocketmq_properties import with_names
 from exactly_once.transports.rocketmq5.endpoints import Endpoints
 
 __all__ = ["Job", "request_of", "together"]

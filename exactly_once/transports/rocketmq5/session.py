@@ -30,7 +30,7 @@ from rocketmq.grpc_protocol import (
 )
 
 from exactly_once.errors import TransportError
-from exactly_once.transport import Subscription
+from exactly_once.transports.contract import Subscription
 from exactly_once.transports.rocketmq5 import wall
 from exactly_once.transports.rocketmq5.endpoints import Endpoints
 

@@ -26,8 +26,8 @@ from types import ModuleType
 
 from exactly_once import fork
 from exactly_once.errors import ConfigurationError, ForkedProcess, MissingExtra
-from exactly_once.installation import source
-from exactly_once.steady_log import steady
+from exactly_once.wording.installation import source
+from exactly_once.wording.steady_log import steady
 
 __all__ = ["CLIENT_LOGGER", "build", "enter", "forked", "missing", "require"]
 

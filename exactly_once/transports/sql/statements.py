@@ -52,8 +52,8 @@ from sqlalchemy import (
     update,
 )
 
-from exactly_once.schema import Tables, all_rows, tables, utcnow
-from exactly_once.transport import Subscription
+from exactly_once.database.schema import Tables, all_rows, tables, utcnow
+from exactly_once.transports.contract import Subscription
 
 __all__ = ["NO_GROUP", "Look", "Statements", "statements"]
 

@@ -1,0 +1,195 @@
+"""Pools of SQLAlchemy in a process that was forked: new and empty, whoever made the engine. Sends nothing.
+
+What was open at the fork is parted with for good. Its socket is replaced in the child by one that is closed at the other
+end, so that no driver, cursor or collector can send anything to the parent's server; the object is never freed; and
+whoever still uses it, as a session in a child forked inside a handler does, is told so in a sentence. A rollback or a close
+of it does nothing.
+
+SQLite is another matter: its locks belong to the process, and the library remembers them itself. Idle connections are
+closed before the fork, in the parent, and opened again when needed. Where a transaction is open at the fork, the child would
+believe that it has that transaction's locks, so it is refused the database.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, Final
+from weakref import WeakKeyDictionary, ref
+
+from sqlalchemy import Engine
+from sqlalchemy.engine.base import OptionEngine
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+
+from exactly_once import fork
+from exactly_once.database.listeners import listen
+from exactly_once.errors import ForkedProcess
+
+__all__ = ["given", "made", "seen", "used"]
+
+_STOP_S: Final = 1.0  # an idle connection's thread has nothing to do but to close it
+
+_SEEN: "WeakKeyDictionary[Engine, _Seen]" = WeakKeyDictionary()
+_HELD: Final[set[str]] = set()
+"""SQLite files in which a transaction was open when this process was forked."""
+
+
+def made(engine: Engine) -> Engine:
+    """Return the engine that create_engine made: one with options of its own shares its pool, and lives for a request maybe."""
+    while isinstance(engine, OptionEngine):
+        engine = engine._proxied  # noqa: SLF001
+    return engine
+
+
+def seen(engine: Engine) -> None:
+    """Have children begin with a new pool; once an engine. Connections it opened before are known when they are `used`."""
+    engine = made(engine)
+    if engine not in _SEEN and not _in_memory(engine):
+        _SEEN[engine] = _Seen(engine)
+
+
+def given(database: Any) -> None:
+    """Know of the engines that an application names, before it is first used: the program may fork until then.
+
+    Args:
+        database: An engine of either kind, a sessionmaker of one, a mapping of these, or anything else.
+    """
+    for each in database.values() if isinstance(database, Mapping) else (database,):
+        bind = getattr(each, "kw", {}).get("bind", each)
+        engine = getattr(bind, "sync_engine", bind)
+        if isinstance(engine, Engine):
+            seen(engine)
+
+
+def used(engine: Engine, connection: PoolProxiedConnection) -> None:
+    """Know of a connection that may have been opened before its engine was seen."""
+    engine = made(engine)
+    seen(engine)
+    record = getattr(connection, "_connection_record", None)
+    known = _SEEN.get(engine)
+    if known is not None and record is not None:
+        known.connected(None, record)
+
+
+class _Seen:
+    """One engine, and the connections that it has opened."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = ref(engine)
+        self._records: set[ref[ConnectionPoolEntry]] = set()
+        self._file = os.path.realpath(engine.url.database or "") if engine.dialect.name == "sqlite" else None
+        listen(engine, "connect", self.connected)
+        if self._file is not None:
+            listen(engine, "do_connect", _refusing(self._file))
+        fork.tell(self)
+
+    def connected(self, dbapi: Any, record: ConnectionPoolEntry) -> None:
+        """Called by the pool for each connection it opens."""
+        self._records.add(ref(record, self._records.discard))
+
+    def forking(self) -> None:
+        """In the parent, before it forks."""
+        engine = self._engine()
+        if self._file is None or engine is None:
+            return
+        pool, is_async = engine.pool, engine.dialect.is_async
+        engine.dispose(close=not is_async)  # closing takes a loop, which may not run
+        # in a pool of before an earlier fork lies what was in use then; in this one, what is just being taken from it
+        in_use = (engine.pool,) if is_async else (engine.pool, pool)
+        for record in self._open():
+            if record.fairy_ref is None and _pool_of(record) not in in_use:
+                (_stop if is_async else type(record).close)(record)
+
+    def forked(self) -> None:
+        """In the child."""
+        engine = self._engine()
+        for record in self._open():
+            _part(record)
+            if self._file is not None:
+                _HELD.add(self._file)
+        self._records.clear()
+        if engine is not None:
+            pool = engine.pool
+            engine.dispose(close=False)
+            # what is given back to the old one meets no lock that a thread of the parent's held
+            vars(pool).update(vars(pool.recreate()))
+
+    def _open(self) -> list[Any]:
+        records = [known() for known in tuple(self._records)]
+        return [each for each in records if each is not None and each.dbapi_connection is not None]
+
+
+class _Parents:
+    """Stands where a connection of the parent's stood: letting go of it is nothing, and all else is refused."""
+
+    def rollback(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def terminate(self) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        raise fork.inside()
+
+
+def _part(record: Any) -> None:
+    driver = record.driver_connection
+    fork.pin(record.dbapi_connection)
+    with suppress(Exception):  # closed already
+        _cut(_descriptor(driver))
+    instead = _Parents()
+    for kept in tuple(record.info.values()):
+        told: Callable[[Any], None] | None = getattr(kept, "parted", None)
+        if told is not None:
+            told(instead)
+    fairy = record.fairy_ref and record.fairy_ref()
+    if fairy is not None:
+        fairy.dbapi_connection = instead
+    record.dbapi_connection = instead
+
+
+def _descriptor(driver: Any) -> int:
+    """Return the socket's number: of psycopg, PyMySQL, asyncmy; others raise."""
+    if hasattr(driver, "fileno"):
+        return int(driver.fileno())
+    if hasattr(driver, "_sock"):
+        return int(driver._sock.fileno())  # noqa: SLF001  (no other name for it)
+    return int(driver._transport.get_extra_info("socket").fileno())  # noqa: SLF001
+
+
+def _cut(descriptor: int) -> None:
+    """Put a dead socket under this number; the one that was there lives on in the parent."""
+    ours, other = socket.socketpair()
+    other.close()
+    os.dup2(ours.fileno(), descriptor, inheritable=False)
+    ours.close()
+
+
+def _pool_of(record: Any) -> Any:
+    return getattr(record, "_ConnectionRecord__pool", None)  # no public name for it
+
+
+def _stop(record: Any) -> None:
+    """Close an idle connection of aiosqlite without its loop, which may not run."""
+    idle, record.dbapi_connection = record.driver_connection, None
+    with suppress(Exception):  # an older one cannot be stopped from here; the child is refused then
+        idle.stop()
+        idle._thread.join(_STOP_S)  # noqa: SLF001
+
+
+def _refusing(file: str) -> Callable[..., None]:
+    def connecting(dialect: Any, record: Any, arguments: Any, options: Any) -> None:
+        if file in _HELD:
+            raise ForkedProcess(
+                f"This process was forked while a transaction was open in the SQLite file {file}, whose locks belong to"
+                " processes: here it cannot be used. Fork while no handler runs, or start the process by subprocess or by"
+                " multiprocessing's 'spawn'."
+            )
+
+    return connecting
+
+
+def _in_memory(engine: Engine) -> bool:
+    return engine.dialect.name == "sqlite" and (engine.url.database or ":memory:").startswith(
+        (":memory:", "file::memory:")
+    )

@@ -1,0 +1,858 @@
+"""MySQL and MariaDB through PyMySQL and asyncmy.
+
+Locking: InnoDB lets a second INSERT of a key wait on the first one's row lock; the loser gets errno 1062 and *keeps a
+shared lock* on the row, so it rolls back at once. A deadlock (1213) throws the whole transaction away, claim included,
+and the next statement silently begins another: `lost` tells the watch, for COMMIT alone would keep effects without a
+claim. Most DDL commits the open transaction on its way. A lock wait that timed out (1205) undoes its statement only,
+unless innodb_rollback_on_timeout is on.
+
+The wait is in whole seconds on these servers. MariaDB bounds the one statement; MySQL knows only the session's setting,
+so there the bound holds for the handler's own lock waits too.
+
+The driver's flag says that a transaction is open, not that it is ours: a stored procedure can commit, begin another, or
+swallow the deadlock that threw ours away. Two witnesses tell. A savepoint set with the claim is gone exactly when the claim's
+transaction is gone; it is released with COMMIT, for releasing it earlier would take the handler's own savepoints along. And
+the claim is written *unfinished* and made *consumed* by its own attempt with COMMIT, so that a process killed behind a hidden
+commit leaves a row that says so; under a lease, whose claim was committed before, a row beside it does (`Trace`). Around a
+CALL stands a savepoint more, so that the error can name that CALL. On MariaDB each of these travels with a statement that is
+sent anyway, in one compound statement; MySQL has none, and pays a round trip each. What the driver's own cursor committed in
+place of a transaction that was lost has neither witness; where MariaDB keeps a binary log, that tells (`LOGGED`).
+
+A handler may have taken another role (SET ROLE), without the rights to our tables. That is found out by a denial, which does
+nothing to a transaction: our role is set, and the statement sent again. So it costs nobody else anything.
+
+Both drivers read what is left of an answer with the next statement. A procedure can fail behind its first rows, so its answer is
+read to its end before a statement of ours, or its error would be taken for ours (`read_out`).
+
+asyncmy sends several statements in one text. A procedure that commits, called behind the first of them, is seen only once
+that first one's result was closed.
+
+Keys are VARBINARY: compared byte by byte, neither case nor trailing spaces are folded. They are sent as hexadecimal digits: a
+session that was left in another character set, or in NO_BACKSLASH_ESCAPES, would read what a driver escapes as another key.
+"""
+
+import re
+import socket
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC
+from functools import cached_property, lru_cache
+from inspect import isawaitable
+from math import ceil
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import Connection, Insert, Update
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.util import await_only
+
+from exactly_once.database.dialects.contract import (
+    LEARNT,
+    ClaimBusy,
+    ClaimRow,
+    Gone,
+    Known,
+    State,
+    Trace,
+    Trail,
+    Trouble,
+    steps_of,
+)
+from exactly_once.database.dialects.keywords import Read, reader
+from exactly_once.database.dialects.mysql_trail import trail_of
+from exactly_once.database.dialects.statements import MARIADB, MYSQL
+from exactly_once.database.mysql_committed import see_committed
+from exactly_once.database.mysql_session import END_PLAINLY, ENDS_PLAINLY, RIGHT_SESSION, SESSION_IS_RIGHT
+from exactly_once.database.owner import savepoint_of
+from exactly_once.database.trouble import contended
+from exactly_once.database.trouble.drivers_own import original
+from exactly_once.errors import ConfigurationError
+from exactly_once.exceptions.drivers import is_drivers
+
+__all__ = [
+    "BEGIN",
+    "BOUND",
+    "CLAIM",
+    "COMMITS",
+    "DUPLICATE",
+    "FINISH",
+    "FINISH_MANY",
+    "KEY",
+    "KNOWN",
+    "LOGGED",
+    "LOGS",
+    "PREPARE",
+    "READ",
+    "RIGHT",
+    "ROLE",
+    "TRACE",
+    "TRACE_STANDS",
+    "UNTRACE",
+    "MySQL",
+    "Seen",
+    "bound",
+    "busy_of",
+    "digits",
+    "errno",
+    "identity",
+    "refuse_autocommit",
+    "together",
+]
+
+CLAIM: Final = (
+    "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, message_content, fingerprint,"
+    " retry_times, owner, born_at, created_at, consumed_at) VALUES"
+    " (UNHEX(%s), UNHEX(%s), UNHEX(%s), {status}, CONVERT(UNHEX(%s) USING utf8mb4), UNHEX(%s), UNHEX(%s), %s, %s, %s,"
+    " UTC_TIMESTAMP(6), UTC_TIMESTAMP(6))"
+)
+FINISH: Final = (
+    "UPDATE {table} SET status = 1"
+    " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) AND owner = %s AND status = 2"
+)
+# each key looked up on the whole primary key: with IN the server may read, and wait for, all rows of the handler
+FINISH_MANY: Final = (
+    "UPDATE ({keys}) AS wanted STRAIGHT_JOIN {table} AS ours FORCE INDEX (PRIMARY)"
+    " ON ours.consumer_group = UNHEX(%s) AND ours.handler = UNHEX(%s) AND ours.business_key = wanted.business_key"
+    " SET ours.status = 1 WHERE ours.owner = %s AND ours.status = 2"
+)
+KEY: Final = "SELECT UNHEX(%s) AS business_key"
+# under a lease no claim stands in the handler's transaction: this row does
+TRACE: Final = (
+    "INSERT INTO {steps} (consumer_group, handler, business_key, step, ordinal, status, result, attempt, token, created_at)"
+    " VALUES (UNHEX(%s), UNHEX(%s), UNHEX(%s), UNHEX(%s), -1, 2, CONNECTION_ID(), %s, %s, UTC_TIMESTAMP(6))"
+)
+UNTRACE: Final = (
+    "DELETE FROM {steps}"
+    " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) AND step = UNHEX(%s)"
+)
+TRACE_STANDS: Final = (
+    "SELECT 1 FROM {steps}"
+    " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) AND step = UNHEX(%s) LIMIT 1"
+)
+# a number of our own: any trigger may signal 1644, which is what SIGNAL gives by itself
+_MISSED: Final = 21644
+_FINISHED: Final = f"IF ROW_COUNT() <> {{count}} THEN SIGNAL SQLSTATE '45000' SET MYSQL_ERRNO = {_MISSED}; END IF"
+BOUND: Final = "SET STATEMENT innodb_lock_wait_timeout = {seconds} FOR "
+# travels with what begins a transaction of ours; `begin_bounded` and the claim of a lease look for themselves
+RIGHT: Final = f"IF NOT ({SESSION_IS_RIGHT}) THEN {RIGHT_SESSION}; END IF"
+# MariaDB's, for `logged_since`: the last commit of this session that the binary log has, and whether it has any of them
+LOGGED: Final = (
+    "SET @exactly_once_logs = IF(@@last_gtid <> @exactly_once_last, 1, @exactly_once_logs),"
+    " @exactly_once_last = @@last_gtid"
+)
+# as bytes: see `mysql_session.put_right`; NULL where the log has shown no commit of this session, or is turned off for it
+LOGS: Final = (
+    "SELECT CAST(IF(@exactly_once_logs AND @@sql_log_bin, @@last_gtid <> @exactly_once_last, NULL) AS BINARY) LIMIT 1"
+)
+# so that it sees what is committed now and not an older snapshot of the caller's transaction
+_LOCKING: Final = " LOCK IN SHARE MODE"
+KNOWN: Final = (
+    "SELECT status, fingerprint, CAST(owner AS BINARY) FROM {table}"  # noqa: S608  (constants alone)
+    " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) LIMIT 1" + _LOCKING
+)
+BEGIN: Final = "START TRANSACTION"
+# of each SELECT a limit, or sql_select_limit holds, which somebody may have left in the session
+PREPARE: Final = (
+    "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode, @@completion_type, @@log_bin"
+    "/*!80000 , CURRENT_ROLE()*//*M!100005 , CURRENT_ROLE()*//*M!100100 , @@max_statement_time*/ LIMIT 1"
+)
+ROLE: Final = ("SELECT CURRENT_ROLE() LIMIT 1", "SET ROLE {role}")
+LIMIT: Final = "SELECT @@max_statement_time LIMIT 1"
+# what changes with each commit of this session: how often it sent what is not known to commit nothing. The binary log would
+# tell for less, but not of what is kept out of it. MySQL has these counters in no table, and SHOW cannot add them up
+COMMITS: Final = (
+    "{read} WHERE VARIABLE_NAME LIKE 'Com\\_%' AND VARIABLE_NAME NOT LIKE 'Com\\_show\\_%'"
+    " AND VARIABLE_NAME NOT LIKE 'Com\\_stmt\\_%' AND VARIABLE_NAME NOT IN ('Com_select', 'Com_insert', 'Com_insert_select',"
+    " 'Com_update', 'Com_update_multi', 'Com_delete', 'Com_delete_multi', 'Com_replace', 'Com_replace_select',"
+    " 'Com_call_procedure', 'Com_savepoint', 'Com_release_savepoint', 'Com_rollback_to_savepoint', 'Com_rollback',"
+    " 'Com_signal', 'Com_resignal', 'Com_get_diagnostics', 'Com_compound_sql', 'Com_do', 'Com_execute_sql',"
+    " 'Com_execute_immediate', 'Com_prepare_sql', 'Com_dealloc_sql', 'Com_empty_query'){limit}"
+)
+READ: Final = {
+    "MariaDB": "SELECT SUM(VARIABLE_VALUE) FROM information_schema.SESSION_STATUS",
+    "MySQL": "SHOW SESSION STATUS",
+}
+
+# as it is meant, whatever completion_type says
+_COMMIT: Final = "COMMIT AND NO CHAIN NO RELEASE"
+# of the protocol's OK packet
+_IN_TRANSACTION: Final = 1  # SERVER_STATUS_IN_TRANS
+_AUTOCOMMIT: Final = 2  # SERVER_STATUS_AUTOCOMMIT
+_NO_BACKSLASH_ESCAPES: Final = 512  # SERVER_STATUS_NO_BACKSLASH_ESCAPES
+# none of the protocol's, which has 16 bits: the server's next answer takes it away, and an error leaves it
+_MARKED: Final = 1 << 24
+_NO_SAVEPOINT: Final = 1305
+DUPLICATE: Final = 1062
+_NO_SUCH_TABLE: Final = 1146
+_LOCK_WAIT: Final = 1205
+_CUT: Final = 1969  # MariaDB's max_statement_time; MySQL's limit is for SELECT alone
+_DEADLOCK: Final = 1213
+_CHANGED: Final = 1020  # MariaDB's innodb_snapshot_isolation: the row changed since this transaction's snapshot
+# what says that the server cannot work now, whichever message asks; some of it may be of one statement alone, so a failure
+# is taken for an outage only after a look
+_UNAVAILABLE: Final = frozenset(
+    {
+        3,  # EE_WRITE: error writing a file
+        20,  # EE_DISK_FULL
+        1021,  # ER_DISK_FULL
+        1026,  # ER_ERROR_ON_WRITE
+        1030,  # ER_GET_ERRNO: the storage engine's own number (28: no space) stands in the text alone
+        1037,  # ER_OUTOFMEMORY
+        1040,  # ER_CON_COUNT_ERROR: too many connections
+        1041,  # ER_OUT_OF_RESOURCES
+        1047,  # ER_UNKNOWN_COM_ERROR: a Galera node that is cut off answers so to everything
+        1049,  # ER_BAD_DB_ERROR: being restored, or a wrong name (see `hopeless`)
+        1053,  # ER_SERVER_SHUTDOWN
+        1077,  # ER_NORMAL_SHUTDOWN
+        1079,  # ER_SHUTDOWN_COMPLETE
+        1114,  # ER_RECORD_FILE_FULL: InnoDB's answer to a full disk; also a MEMORY table that is full
+        1129,  # ER_HOST_IS_BLOCKED: after many connections that were cut
+        1135,  # ER_CANT_CREATE_THREAD
+        1152,  # ER_ABORTING_CONNECTION
+        1158,  # ER_NET_READ_ERROR
+        1159,  # ER_NET_READ_INTERRUPTED
+        1160,  # ER_NET_ERROR_ON_WRITE
+        1161,  # ER_NET_WRITE_INTERRUPTED
+        1184,  # ER_NEW_ABORTING_CONNECTION
+        1203,  # ER_TOO_MANY_USER_CONNECTIONS
+        1206,  # ER_LOCK_TABLE_FULL: no memory for one more lock
+        1226,  # ER_USER_LIMIT_REACHED
+        1290,  # ER_OPTION_PREVENTS_STATEMENT: read_only
+        1317,  # ER_QUERY_INTERRUPTED
+        1637,  # ER_TOO_MANY_CONCURRENT_TRXS: no undo slot is free
+        1792,  # ER_CANT_EXECUTE_IN_READ_ONLY_TRANSACTION
+        1820,  # ER_MUST_CHANGE_PASSWORD: it has expired, and each statement is refused
+        1836,  # ER_READ_ONLY_MODE
+        1874,  # ER_INNODB_READ_ONLY
+        1927,  # ER_CONNECTION_KILLED
+        2002,  # CR_CONNECTION_ERROR
+        2003,  # CR_CONN_HOST_ERROR
+        2006,  # CR_SERVER_GONE_ERROR
+        2013,  # CR_SERVER_LOST
+        2014,  # CR_COMMANDS_OUT_OF_SYNC
+        2055,  # CR_SERVER_LOST_EXTENDED
+        3032,  # ER_SERVER_OFFLINE_MODE
+        3168,  # ER_SERVER_ISNT_AVAILABLE
+        3169,  # ER_SESSION_WAS_KILLED
+        4031,  # ER_CLIENT_INTERACTION_TIMEOUT
+    }
+)
+# on a database, a table, a column
+_DENIED: Final = frozenset({1044, 1142, 1143})
+# MariaDB's max_statement_time, MySQL's max_execution_time
+_TIMED_OUT: Final = frozenset({_CUT, 3024})
+_NO_ROOM: Final = frozenset({3, 20, 1021, 1026, 1030, 1114})
+# ER_CANNOT_CONVERT_CHARACTER, ER_TRUNCATED_WRONG_VALUE_FOR_FIELD (of a text: characters the column lacks), and MySQL's
+# ER_CANNOT_CONVERT_STRING
+_UNSTORABLE: Final = frozenset({1366, 1977, 3854})
+# after these nobody knows whether COMMIT happened: shutting down, interrupted, killed, the connection ended
+_UNSURE: Final = frozenset({1053, 1077, 1079, 1152, 1158, 1159, 1160, 1161, 1184, 1317, 1927, 4031})
+_GONE: Final = (ConnectionError, TimeoutError, EOFError)
+# not ER_QUERY_INTERRUPTED: KILL QUERY undoes its statement alone
+_ENDLESS_S: Final = 31_536_000  # the driver waits without a limit
+_LOST: Final = frozenset({_DEADLOCK, _CHANGED, 1927, 2006, 2013, 2055})
+
+
+def busy_of(error: BaseException, *, lost: bool = False) -> ClaimBusy | None:
+    """Return what an error of a claim is if another run holds the key; a claim waits for nothing else."""
+    code = errno(error)
+    if code == _CUT:
+        return ClaimBusy(again=False, lost=lost, cut=True)
+    return ClaimBusy(again=code != _LOCK_WAIT, lost=lost) if code in contended.MYSQL else None
+
+
+@dataclass(slots=True)
+class Seen:
+    """What a connection told when we first saw it."""
+
+    bound: str
+    """Bounds the wait for locks of a statement beside the claim; empty where only the session can be bound."""
+    patience_s: int
+    """The longest that a statement may wait, whole seconds, before the driver ends the connection for it (`read_timeout`)."""
+    rollback_on_timeout: bool
+    compound: bool
+    """Several statements can be sent as one."""
+    right: tuple[str, ...]
+    """Puts the session right, where that costs no round trip; and looks at its log, where there is one."""
+    commits: str
+    """Reads what changes with each commit of this session."""
+    limit: list[Any]
+    """The longest that a statement may take; empty on MySQL, whose limit is for SELECT alone."""
+    role: str
+    """The role of what is written in our name, as SET ROLE takes it; empty where the server has none."""
+    readers: tuple[Callable[[str], Read], Callable[[str], Read]]
+    """What reads a handler's statements: where a backslash in a string is a character, and where it escapes."""
+
+
+class _Mark(NamedTuple):
+    """The driver's last result when nothing was open."""
+
+    result: Any
+
+
+class MySQL:
+    """See the module."""
+
+    name = "mysql"
+    asks_around_calls = True
+    embedded = False
+    learns = True
+
+    def __init__(self, table: Callable[[], str], *, durable: bool, kept_as: str) -> None:
+        self._table, self.kept_as = table, kept_as
+
+    @cached_property
+    def table(self) -> str:
+        """See `Dialect.table`."""
+        return self._table()
+
+    @cached_property
+    def _claim(self) -> str:
+        return CLAIM.replace("{table}", self.table)
+
+    @cached_property
+    def _known(self) -> str:
+        return KNOWN.replace("{table}", self.table)
+
+    @cached_property
+    def _tracing(self) -> tuple[str, str]:
+        steps = steps_of(self.table)
+        return TRACE.replace("{steps}", steps), UNTRACE.replace("{steps}", steps)
+
+    @cached_property
+    def _trace_stands(self) -> str:
+        return TRACE_STANDS.replace("{steps}", steps_of(self.table))
+
+    def _finishing(self, owner: str, rows: Sequence[ClaimRow], trace: Trace | None) -> tuple[str, list[Any]]:
+        """Return what makes this attempt's claims consumed, or takes its trace away, and its values; empty for neither."""
+        if trace is not None:
+            return self._tracing[1], [*identity(trace.row), digits(trace.name)]
+        if not rows:
+            return "", []
+        if len(rows) == 1:
+            return FINISH.replace("{table}", self.table), [*identity(rows[0]), owner]
+        group, handler, _ = identity(rows[0])
+        keys = [digits(row.key) for row in rows]
+        text = FINISH_MANY.replace("{table}", self.table).replace("{keys}", " UNION ALL ".join([KEY] * len(keys)))
+        return text, [*keys, group, handler, owner]
+
+    def learn(self, dbapi: Any) -> tuple[Any, ...]:
+        cursor = dbapi.cursor()
+        try:
+            cursor.execute(PREPARE)
+            return tuple(cursor.fetchone())
+        finally:
+            cursor.close()
+
+    def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int, varies: bool = False) -> None:
+        refuse_autocommit(dbapi)
+        limit_s = getattr(_driver(dbapi), "_read_timeout", None)
+        patience_s = _ENDLESS_S if limit_s is None else max(0, ceil(limit_s) - 1)
+        seconds = min(max(1, -(-wait_ms // 1000)), patience_s)
+        version, rollback_on_timeout, modes, completion, log_bin, *more = info.get(LEARNT) or self.learn(dbapi)
+        cursor = dbapi.cursor()
+        try:
+            if "STRICT" not in str(modes):
+                raise ConfigurationError(
+                    "sql_mode has no STRICT_TRANS_TABLES: the server would cut long values in silence."
+                    " Type: SET GLOBAL sql_mode = CONCAT(@@sql_mode, ',STRICT_TRANS_TABLES')"
+                )
+            if "NO_BACKSLASH_ESCAPES" in str(modes) and hasattr(_driver(dbapi), "_proto"):
+                raise ConfigurationError(
+                    "sql_mode has NO_BACKSLASH_ESCAPES, and asyncmy escapes bytes with backslashes all the same: what a handler"
+                    " puts into a BLOB would be stored otherwise. Take it out of sql_mode for this connection."
+                )
+            is_mariadb = "MariaDB" in str(version)
+            if not is_mariadb:
+                cursor.execute(f"SET SESSION innodb_lock_wait_timeout = {max(1, seconds):d}")
+            if completion != ENDS_PLAINLY:
+                cursor.execute(END_PLAINLY)  # as the server, or init_connect, makes each session
+        finally:
+            cursor.close()
+        grammar = (MARIADB if is_mariadb else MYSQL)._replace(
+            ansi_quotes="ANSI" in str(modes), version=_version(str(version))
+        )
+        compound = is_mariadb and "ORACLE" not in str(modes)  # which has another grammar
+        info[self.kept_as] = Seen(
+            bound=_bound(seconds) if is_mariadb else "",
+            patience_s=patience_s,
+            rollback_on_timeout=bool(rollback_on_timeout),
+            compound=compound,
+            right=(RIGHT, LOGGED) if compound and int(log_bin) else (RIGHT,) if compound else (),
+            commits=COMMITS.replace("{read}", READ["MariaDB" if is_mariadb else "MySQL"]).replace(
+                "{limit}", " LIMIT 1" if is_mariadb else ""
+            ),
+            limit=more[1:],
+            role=_role(more[0], is_mariadb=is_mariadb) if more else "",
+            readers=(reader(grammar._replace(backslash=False)), reader(grammar._replace(backslash=True))),
+        )
+
+    def strange(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
+        return False  # what we send and read is digits and bytes, whatever character set and mode the session is in
+
+    def claim(
+        self, dbapi: Any, info: MutableMapping[Any, Any], row: ClaimRow, *, wait_ms: int, savepoint: bool
+    ) -> bool:
+        refuse_autocommit(dbapi)
+        seen: Seen = info[self.kept_as]
+        # the caller commits by themselves, and could finish nothing
+        insert = bound(seen, wait_ms) + self._claim.replace("{status}", "1" if savepoint else "2")
+        values = (
+            *identity(row), digits(row.message_id), digits(row.content), row.fingerprint.hex(), row.attempt - 1, row.owner,
+            None if row.born_at is None else row.born_at.astimezone(UTC).replace(tzinfo=None),
+        )  # fmt: skip
+        name = savepoint_of(row.owner)
+        cursor = dbapi.cursor()
+        try:
+            try:
+                if savepoint:
+                    together(cursor, seen, f"SAVEPOINT {name}", insert, f"RELEASE SAVEPOINT {name}", values=values)
+                else:
+                    together(cursor, seen, *seen.right, insert, f"SAVEPOINT {name}", values=values)
+            except Exception as error:
+                code = errno(error)
+                lost = savepoint and not _undone(cursor, name)
+                if code == DUPLICATE and not lost:
+                    return False
+                if (busy := busy_of(error, lost=lost)) is not None:
+                    raise busy from error
+                raise
+            return True
+        finally:
+            cursor.close()
+
+    def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
+        seen: Seen = info[self.kept_as]
+        # START TRANSACTION would commit what a hook of the user's has written in this transaction already
+        first = [BEGIN] if self.state(dbapi) is State.IDLE else []
+        values: list[Any] = []
+        if trace is not None:
+            first.append(seen.bound + self._tracing[0])  # a DELETE of old steps may stand in its way
+            values = [*identity(trace.row), digits(trace.name), trace.attempt, trace.token]
+        cursor = dbapi.cursor()
+        try:
+            together(cursor, seen, *seen.right, *first, f"SAVEPOINT {savepoint_of(owner)}", values=values)
+        finally:
+            cursor.close()
+
+    def commit(
+        self,
+        dbapi: Any,
+        info: MutableMapping[Any, Any],
+        owner: str,
+        rows: Sequence[ClaimRow],
+        trace: Trace | None,
+        send_commit: Callable[[], None],
+    ) -> None:
+        seen: Seen = info[self.kept_as]
+        release = f"RELEASE SAVEPOINT {savepoint_of(owner)}"
+        finish, values = self._finishing(owner, rows, trace)
+        count = len(rows) + (trace is not None)
+        cursor = dbapi.cursor()
+        try:
+            if seen.compound:
+                # a crash before the server has read it: all is rolled back; after it: all is done
+                finished = (finish, _FINISHED.replace("{count}", str(count))) if finish else ()
+                try:
+                    together(cursor, seen, release, *finished, _COMMIT, values=values)
+                except Exception as error:
+                    if not _took_another_role(cursor, seen, error):
+                        raise
+                    # the savepoint was there, and is released; nothing came behind it
+                    together(cursor, seen, *finished, _COMMIT, values=values)
+                return
+            cursor.execute(release)
+            if finish:
+                try:
+                    cursor.execute(finish, values)
+                except Exception as error:
+                    if not _took_another_role(cursor, seen, error):
+                        raise
+                    cursor.execute(finish, values)
+                count -= cursor.rowcount
+        except Exception as error:
+            if errno(error) in (_NO_SAVEPOINT, _MISSED):
+                raise Gone from error
+            raise
+        finally:
+            cursor.close()
+        if count:
+            raise Gone
+        send_commit()
+
+    def cut(self, dbapi: Any) -> None:
+        sock = getattr(dbapi, "_sock", None)  # the other driver wakes who waits when it is closed
+        if sock is not None:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
+        self._pass_over(dbapi)
+        return _released(dbapi, savepoint_of(owner))
+
+    def rows_as(self, dbapi: Any) -> tuple[Any, ...]:
+        return (getattr(_driver(dbapi), _cursor_of(dbapi)),)
+
+    def make_rows(self, dbapi: Any, rows_as: tuple[Any, ...]) -> None:
+        setattr(_driver(dbapi), _cursor_of(dbapi), *rows_as)
+
+    def read_out(self, dbapi: Any) -> bool:
+        return _read_out(_driver(dbapi), streams=False)
+
+    def _pass_over(self, dbapi: Any) -> None:
+        """Read what is left of a statement whose error is nobody's any more: it is not to be taken for our question's."""
+        with suppress(Exception):
+            _read_out(_driver(dbapi), streams=True)
+
+    def before_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> Any:
+        self.read_out(dbapi)
+        seen: Seen = info[self.kept_as]
+        cursor = dbapi.cursor()
+        try:
+            together(cursor, seen, f"SAVEPOINT {_inner(owner)}", seen.commits)
+            return _counted(cursor)
+        except Exception as error:
+            if errno(error) in (1142, 1143, _NO_SUCH_TABLE):  # no right to the server's counters, or there are none
+                return None
+            raise
+        finally:
+            cursor.close()
+
+    def after_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, *, drop: bool) -> bool | None:
+        result = _driver(dbapi)._result  # noqa: SLF001
+        if result is not None and (result.has_next or result.unbuffered_active):
+            if not drop:
+                return None
+            self.read_out(dbapi)
+        return _released(dbapi, _inner(owner))
+
+    def committed_since(self, dbapi: Any, info: MutableMapping[Any, Any], before: Any) -> bool | None:
+        if before is None:
+            return None
+        self._pass_over(dbapi)
+        seen: Seen = info[self.kept_as]
+        cursor = dbapi.cursor()
+        try:
+            cursor.execute(seen.commits)
+            return bool(_counted(cursor) != before)
+        finally:
+            cursor.close()
+
+    def logged_since(self, dbapi: Any, info: MutableMapping[Any, Any], trace: Trace | None) -> bool | None:
+        seen: Seen = info[self.kept_as]
+        if LOGGED not in seen.right:
+            return None
+        self._pass_over(dbapi)
+        cursor = dbapi.cursor()
+        try:
+            cursor.execute(LOGS)
+            told = cursor.fetchone()[0]
+            if told is None or trace is None:
+                return None if told is None else told == b"1"
+            # of this very session, so no older snapshot hides it
+            cursor.execute(self._trace_stands, [*identity(trace.row), digits(trace.name)])
+            return told == b"1" or cursor.fetchone() is not None
+        finally:
+            cursor.close()
+
+    def server_session(self, dbapi: Any) -> object:
+        # a tuple that is made with each connection; its number may come again on another server
+        thread_id: object = _driver(dbapi).server_thread_id
+        return thread_id
+
+    def mark(self, dbapi: Any) -> Any:
+        driver = _driver(dbapi)
+        driver.server_status |= _MARKED
+        return _Mark(driver._result)  # noqa: SLF001
+
+    def sent_since(self, dbapi: Any, mark: Any) -> bool:
+        driver = _driver(dbapi)
+        if not driver.server_status & _MARKED:
+            return True
+        # asyncmy takes no status of 0 over: there the result tells; of an error there is none
+        return driver._result is not None and driver._result is not mark.result  # noqa: SLF001
+
+    def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> Known | None:
+        if not wait:
+            see_committed(dbapi)
+        cursor = dbapi.cursor()
+        try:
+            text = self._known if wait else self._known.removesuffix(_LOCKING)
+            cursor.execute(text, identity(row))
+            found = cursor.fetchone()
+        finally:
+            cursor.close()
+            if end:
+                dbapi.rollback()  # the refused INSERT left a shared lock on the row; pruning would wait for it
+        if found is None:
+            return None
+        status, fingerprint, owner = found
+        return Known(int(status), bytes(fingerprint), None if owner is None else owner.decode())
+
+    def trail(self, dbapi: Any, row: ClaimRow) -> Trail:
+        return trail_of(dbapi, steps_of(self.table), identity(row))
+
+    def state(self, dbapi: Any) -> State:
+        driver = _driver(dbapi)
+        if not driver.server_status & _IN_TRANSACTION:
+            return State.IDLE
+        waits = getattr(getattr(driver, "_proto", None), "_read_waiter", None)  # of asyncmy: somebody awaits an answer
+        if waits is not None or (driver._result is not None and driver._result.unbuffered_active):  # noqa: SLF001
+            return State.BUSY
+        # asyncmy takes over a new status only where it is not 0, and 0 is what COMMIT and ROLLBACK sent as text answer;
+        # the last result has it. Without the newer end of a result, rows come without a status, and 0 says nothing
+        result = driver._result if getattr(driver, "_deprecate_eof", False) else None  # noqa: SLF001
+        ended = result is not None and not result.server_status & _IN_TRANSACTION
+        return State.IDLE if ended else State.OPEN
+
+    def trouble(self, error: BaseException) -> Trouble:
+        if isinstance(error, PoolTimeout):
+            return Trouble.UNAVAILABLE
+        code = errno(error)
+        if code is None:
+            gone = isinstance(error, _GONE) or (isinstance(error, DBAPIError) and error.connection_invalidated)
+            gone = gone or _is_closed(error)
+            return Trouble.UNAVAILABLE if gone else Trouble.UNKNOWN
+        if code in contended.MYSQL:
+            return Trouble.TRANSIENT
+        if code in _UNAVAILABLE:
+            return Trouble.UNAVAILABLE
+        return Trouble.REFUSED if 1000 <= code < 2000 or code >= 3000 else Trouble.UNKNOWN
+
+    def no_table(self, error: BaseException) -> bool:
+        return errno(error) == _NO_SUCH_TABLE
+
+    def refused(self, dbapi: Any, error: BaseException) -> bool:
+        code = errno(error)
+        if code is None or (code >= 2000 and code < 3000) or code in _UNSURE:
+            return False
+        # the server still answers; `end` rolls back what is open
+        cursor = dbapi.cursor()
+        try:
+            cursor.execute("DO 0")
+        except Exception:  # whatever it says: nobody knows
+            return False
+        finally:
+            cursor.close()
+        return True
+
+    def in_our_name(self, connection: Connection, statement: Insert | Update, values: Mapping[str, Any]) -> int:
+        seen: Seen | None = connection.info.get(self.kept_as)
+
+        def executed() -> int:
+            # asked to keep it: of an INSERT the driver forgets how many rows it made, and says -1
+            return connection.execute(statement, values, execution_options={"preserve_rowcount": True}).rowcount
+
+        try:
+            return executed()
+        except DBAPIError as error:
+            if seen is None or errno(error) not in _DENIED:
+                raise
+            dbapi: Any = connection.connection.dbapi_connection
+            cursor = dbapi.cursor()
+            try:
+                theirs = _took_another_role(cursor, seen, error)
+                if not theirs:
+                    raise
+                try:
+                    return executed()
+                finally:
+                    cursor.execute(theirs)
+            finally:
+                cursor.close()
+
+    def no_room(self, error: BaseException) -> bool:
+        return errno(error) in _NO_ROOM
+
+    def locked(self, error: BaseException) -> bool:
+        return False
+
+    def gave_up(self, error: BaseException) -> bool:
+        # the driver raises its own error in the place of that of the socket, or of the loop
+        return errno(error) == 2013 and isinstance(original(error).__context__, TimeoutError)
+
+    def timed_out(self, error: BaseException) -> bool:
+        return errno(error) in _TIMED_OUT
+
+    def limit_was_left(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
+        cursor = dbapi.cursor()
+        try:
+            cursor.execute(LIMIT)
+            return cursor.fetchone()[0] not in (0, *info[self.kept_as].limit)
+        except ValueError:  # in a character set of results that was left there a number cannot be read
+            return True
+        finally:
+            cursor.close()
+
+    def unstorable(self, error: BaseException) -> bool:
+        return errno(error) in _UNSTORABLE
+
+    def gives_no_more(self, error: BaseException) -> bool:
+        return errno(error) in (1040, 1203, 1226)  # too many connections: of all, of this user; a limit of this user's
+
+    def hopeless(self, error: BaseException) -> bool:
+        return errno(error) in (1044, 1045, 1049, 1698)  # access denied, unknown database
+
+    def lost(self, dbapi: Any, info: MutableMapping[Any, Any], error: BaseException) -> bool:
+        code = errno(error)
+        if code is None:
+            return isinstance(error, _GONE)  # a broken connection as asyncmy's streams raise it
+        return code in _LOST or (code == _LOCK_WAIT and info[self.kept_as].rollback_on_timeout)
+
+    def read(self, dbapi: Any, info: MutableMapping[Any, Any], statement: str) -> Read:
+        plain, escaped = info[self.kept_as].readers
+        read: Callable[[str], Read] = plain if _driver(dbapi).server_status & _NO_BACKSLASH_ESCAPES else escaped
+        return read(statement)
+
+
+def bound(seen: Seen, wait_ms: int) -> str:
+    """Bound one statement's wait for locks, in whole seconds; nothing where only the session can be bound."""
+    return _bound(min(-(-wait_ms // 1000), seen.patience_s)) if seen.bound else ""
+
+
+@lru_cache(maxsize=64)
+def _bound(seconds: int) -> str:
+    return BOUND.replace("{seconds}", f"{seconds:d}")
+
+
+def together(cursor: Any, seen: Seen, *statements: str, values: Sequence[Any] = ()) -> None:
+    """Execute several statements; in one round trip where the server can. `values` are for the one that has places.
+
+    The rows of the last are the cursor's.
+    """
+    if seen.compound:
+        cursor.execute(f"BEGIN NOT ATOMIC {'; '.join(statements)}; /* exactly_once */ END", values or None)
+        return
+    for statement in statements:
+        cursor.execute(statement, values if "%s" in statement else None)
+
+
+def identity(row: ClaimRow) -> tuple[str, str, str]:
+    return row.group.encode().hex(), row.handler.encode().hex(), row.key.encode().hex()
+
+
+def digits(value: str | bytes | None) -> str | None:
+    """Return a value for UNHEX: in digits no character set and no mode of the session's makes another one of it."""
+    return None if value is None else (value.encode() if isinstance(value, str) else value).hex()
+
+
+def _took_another_role(cursor: Any, seen: Seen, error: BaseException) -> str:
+    """After a denial, put our own role in the place of one that the handler took; return what gives it theirs again.
+
+    Empty where there is no other role to take. It is asked after a denial alone, for it costs round trips; and a statement
+    that is denied has done nothing.
+    """
+    if errno(error) not in _DENIED or not seen.role:
+        return ""
+    cursor.execute(ROLE[0])
+    theirs = _role(cursor.fetchone()[0], is_mariadb=bool(seen.bound))
+    if theirs == seen.role:
+        return ""
+    cursor.execute(ROLE[1].replace("{role}", seen.role))
+    return ROLE[1].replace("{role}", theirs)
+
+
+def _role(told: Any, *, is_mariadb: bool) -> str:
+    """Return what CURRENT_ROLE() said as SET ROLE takes it. MySQL says it so already, of several too."""
+    role = told.decode() if isinstance(told, bytes) else told
+    if not is_mariadb or not role:
+        return role or "NONE"
+    return "`" + role.replace("`", "``") + "`"
+
+
+def _version(text: str) -> int:
+    """Return a server's version as executable comments count it: 101106 for 10.11.6; 0 where it cannot be read."""
+    found = re.match(r"(?:5\.5\.5-)?(\d+)\.(\d+)\.(\d+)", text)
+    return int(found[1]) * 10_000 + int(found[2]) * 100 + int(found[3]) if found else 0
+
+
+def _inner(owner: str) -> str:
+    """Name the savepoint around a CALL."""
+    return f"{savepoint_of(owner)}_call"
+
+
+def _counted(cursor: Any) -> tuple[Any, ...] | None:
+    """Return the counters to compare; None where there are none, which says nothing of commits."""
+    rows = tuple(cursor.fetchall())
+    return rows if rows and all(None not in row for row in rows) else None
+
+
+def _read_out(driver: Any, *, streams: bool) -> bool:
+    """Read the rest of the last answer, as the drivers do themselves before they send; True: rows were left to their reader."""
+    while (result := driver._result) is not None:  # noqa: SLF001
+        if result.unbuffered_active:
+            if not streams:
+                return True
+            read = result._finish_unbuffered_query()  # noqa: SLF001
+        elif result.has_next:
+            read = driver.next_result()
+        else:
+            break
+        if isawaitable(read):
+            await_only(read)
+    return False
+
+
+def _released(dbapi: Any, name: str) -> bool:
+    cursor = dbapi.cursor()
+    try:
+        cursor.execute(f"RELEASE SAVEPOINT {name}")
+    except Exception as error:
+        if errno(error) != _NO_SAVEPOINT:
+            raise
+        return False
+    else:
+        return True
+    finally:
+        cursor.close()
+
+
+def _undone(cursor: Any, name: str) -> bool:
+    """Undo what came after a savepoint; False where the server has thrown it away with the whole transaction."""
+    try:
+        cursor.execute(f"ROLLBACK TO SAVEPOINT {name}")
+    except Exception as error:
+        if errno(error) != _NO_SAVEPOINT:
+            raise
+        return False
+    return True
+
+
+def _driver(dbapi: Any) -> Any:
+    """The driver's own connection: itself when sync, inside the adapter when async."""
+    return getattr(dbapi, "driver_connection", None) or dbapi
+
+
+def _cursor_of(dbapi: Any) -> str:
+    """The attribute with the class of its cursors: PyMySQL's, or asyncmy's, which is inside an adapter."""
+    return "cursorclass" if _driver(dbapi) is dbapi else "_cursor_cls"
+
+
+def refuse_autocommit(dbapi: Any) -> None:
+    """Claim nothing on a connection that commits each statement by itself.
+
+    Raises:
+        ConfigurationError: It does.
+    """
+    # the server says it with each answer, so it is asked at each claim: a session may have changed it since
+    if _driver(dbapi).server_status & _AUTOCOMMIT:
+        raise ConfigurationError(
+            "The connection is in AUTOCOMMIT: a claim would be kept although its handler failed, and the message lost."
+            " Take isolation_level='AUTOCOMMIT' off the engine (or session) given to exactly_once."
+        )
+
+
+def _is_closed(error: BaseException) -> bool:
+    """Both drivers say 0, and no more, of a connection they closed when it was lost; so a rollback hides what was lost."""
+    origin = original(error)
+    return type(origin).__name__ == "InterfaceError" and getattr(origin, "args", ())[:1] == (0,)
+
+
+def errno(error: BaseException) -> int | None:
+    """Return the number of an error of the driver's; a KeyError(1213) of the application's has none."""
+    origin = original(error)
+    if not is_drivers(origin):
+        return None
+    args: tuple[Any, ...] = getattr(origin, "args", ())
+    return (args[0] or None) if args and isinstance(args[0], int) else None

@@ -1,0 +1,92 @@
+"""The claim of a whole group on MySQL and MariaDB: one INSERT that leaves known rows as they are, then one look at who owns what.
+
+A plain INSERT of several rows inserts none when one is known, and does not say which; INSERT IGNORE deadlocks with another
+even where both are sorted. ON DUPLICATE KEY UPDATE of nothing does neither. Its row count says nothing where the driver
+counts found rows, so its rows are told apart by their owner, this attempt's alone. Rows that were known already
+stay locked until the group's transaction ends. Called by the transaction guard.
+"""
+
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from datetime import UTC
+from typing import Any, Final
+
+from exactly_once.database.dialects.contract import ClaimRow, Dialect, Known
+from exactly_once.database.dialects.mysql import (
+    KEY,
+    Seen,
+    bound,
+    busy_of,
+    digits,
+    identity,
+    refuse_autocommit,
+    together,
+)
+from exactly_once.database.owner import savepoint_of
+
+__all__ = ["CLAIM", "KNOWN", "ROW", "Claims"]
+
+CLAIM: Final = (
+    "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, fingerprint, retry_times, owner,"
+    " born_at, created_at, consumed_at) VALUES {rows} ON DUPLICATE KEY UPDATE consumer_group = consumer_group"
+)
+ROW: Final = (
+    "(UNHEX(%s), UNHEX(%s), UNHEX(%s), 2, CONVERT(UNHEX(%s) USING utf8mb4), UNHEX(%s), %s, %s, %s,"
+    " UTC_TIMESTAMP(6), UTC_TIMESTAMP(6))"
+)
+# each key looked up on the whole primary key: with IN the server may read, and wait for, all rows of the handler
+KNOWN: Final = (
+    "SELECT known.business_key, known.status, known.fingerprint, CAST(known.owner AS BINARY) FROM ({keys}) AS wanted"
+    " STRAIGHT_JOIN {table} AS known FORCE INDEX (PRIMARY) ON known.consumer_group = UNHEX(%s) AND known.handler = UNHEX(%s)"
+    " AND known.business_key = wanted.business_key LIMIT 18446744073709551615 LOCK IN SHARE MODE"
+)
+
+
+class Claims:
+    """See `GroupClaims`."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._dialect = dialect
+        self._claim, self._known = CLAIM.replace("{table}", dialect.table), KNOWN.replace("{table}", dialect.table)
+
+    def claim(
+        self,
+        dbapi: Any,
+        info: MutableMapping[Any, Any],
+        rows: Sequence[ClaimRow],
+        *,
+        owner: str,
+        wait_ms: int,
+        meanwhile: Iterable[object] = (),
+    ) -> Mapping[str, Known | None]:
+        """See `GroupClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
+        refuse_autocommit(dbapi)
+        # in whole seconds; where the session alone can be bound, its bound holds here too
+        seen: Seen = info[self._dialect.kept_as]
+        bounded = bound(seen, wait_ms)
+        group, handler, _ = identity(rows[0])
+        keys = [row.key.encode().hex() for row in rows]
+        values: list[Any] = []
+        for row, key in zip(rows, keys, strict=True):
+            born = None if row.born_at is None else row.born_at.astimezone(UTC).replace(tzinfo=None)
+            values += (group, handler, key, digits(row.message_id), row.fingerprint.hex(), row.attempt - 1, owner, born)
+        cursor = dbapi.cursor()
+        try:
+            insert = bounded + self._claim.replace("{rows}", ",".join([ROW] * len(rows)))
+            together(cursor, seen, *seen.right, insert, f"SAVEPOINT {savepoint_of(owner)}", values=values)
+            wanted = " UNION ALL ".join([KEY] * len(keys))
+            cursor.execute(bounded + self._known.replace("{keys}", wanted), (*keys, group, handler))
+            found = cursor.fetchall()
+        except Exception as error:
+            if (busy := busy_of(error)) is not None:
+                raise busy from error
+            raise
+        finally:
+            cursor.close()
+        standing: dict[str, Known | None] = dict.fromkeys(row.key for row in rows)
+        for key, status, fingerprint, named in found:
+            owned_by = None if named is None else named.decode()
+            if owned_by == owner:
+                del standing[key.decode()]
+            else:
+                standing[key.decode()] = Known(int(status), bytes(fingerprint), owned_by)
+        return standing

@@ -1,0 +1,52 @@
+"""What earlier runs of a message under a lease left behind, on MySQL and MariaDB: the rows that stand there in a claim's place.
+
+One that is committed was committed by something else than its run's own COMMIT, which takes the row away. One that is not may
+still be: a CALL goes on after its caller is gone, for the server learns of that when it answers. So the row names the server's
+session, and the server is asked whether that one is at work; a session that only stands open can commit nothing by itself.
+Called by `mysql`.
+"""
+
+from typing import Any, Final
+
+from exactly_once.database.dialects.contract import Trail
+from exactly_once.database.mysql_committed import see_committed, see_uncommitted
+
+__all__ = ["trail_of"]
+
+_OF: Final = (
+    "WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) AND status = 2 LIMIT "
+)
+# sessions of the same user's are seen without any right; a row of an earlier release names none
+AT_WORK: Final = (
+    "SELECT EXISTS (SELECT 1 FROM information_schema.PROCESSLIST AS theirs WHERE theirs.COMMAND <> 'Sleep'"  # noqa: S608  (constants alone)
+    " AND theirs.ID = CAST(CONVERT(trace.result USING ascii) AS UNSIGNED) AND theirs.ID <> CONNECTION_ID())"
+    " FROM {steps} AS trace " + _OF + "1000"
+)
+COMMITTED: Final = "SELECT 1 FROM {steps} " + _OF + "1"  # noqa: S608
+
+
+def trail_of(dbapi: Any, steps: str, named: tuple[str, ...]) -> Trail:
+    """Say what was left under a key.
+
+    Args:
+        dbapi: The driver's connection, in no transaction or in one that is to be rolled back, as it is afterwards.
+        steps: Our table of steps.
+        named: The key, as digits.
+    """
+    cursor = dbapi.cursor()
+    try:
+        see_uncommitted(dbapi)
+        cursor.execute(AT_WORK.replace("{steps}", steps), named)
+        at_work = cursor.fetchall()
+        if not at_work:
+            return Trail.NONE
+        dbapi.rollback()
+        # asked last: what was at work then, and is not now, has committed or never will
+        see_committed(dbapi)
+        cursor.execute(COMMITTED.replace("{steps}", steps), named)
+        committed = cursor.fetchone() is not None
+    finally:
+        cursor.close()
+    if committed:
+        return Trail.COMMITTED
+    return Trail.RUNNING if any(int(each) for (each,) in at_work) else Trail.NONE

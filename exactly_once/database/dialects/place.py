@@ -1,0 +1,138 @@
+"""Finds the database schema that our tables are in, where nobody has named it; once for a database.
+
+Statements name it from then on. Without a name the server would look for the table along the search path of the connection
+(PostgreSQL) or in its current database (MySQL and MariaDB), and a handler that had the connection before may have changed
+either: claims would be written into another schema's table. For the same reason it is asked on a connection that no handler
+and no caller has had, and that no `checkout` listener has set up: where it names the tenant, it would be the one who came
+first, another in each process. Called by `store`, and by the first door for engines that are the caller's.
+
+Behind a pooler a new connection is no new session: strangers have had it. There the search path counts that this login's
+sessions begin with. What they left in the session counts only where the program itself may have set it, as it connects.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.pool import NullPool
+
+from exactly_once.database.connections.pooler import LINK, Link
+from exactly_once.database.trouble.not_made import not_made, other_schemas
+from exactly_once.database.trouble.unusable import nameless
+from exactly_once.errors import ConfigurationError, SchemaError
+
+__all__ = ["as_sessions_begin", "schema_in"]
+
+_PATH: Final = text(
+    "SELECT place.name FROM unnest(current_schemas(false)) WITH ORDINALITY AS place (name, number)"
+    " JOIN pg_catalog.pg_namespace AS known ON known.nspname = place.name"
+    " JOIN pg_catalog.pg_class AS found ON found.relnamespace = known.oid AND found.relname = 'message_idempotent'"
+    " ORDER BY place.number"
+)
+# both as ALTER ROLE, ALTER DATABASE, the server's configuration or the options of the connection say; "$user" is the role
+_AS_SESSIONS_BEGIN: Final = ("SET LOCAL role = DEFAULT", "SET LOCAL search_path = DEFAULT")
+_DATABASE: Final = text("SELECT DATABASE()")
+_NOT_THE_PROGRAMS: Final = ("exactly_once", "sqlalchemy")
+_BY_A_LISTENER: Final = (
+    ". Or, if a `checkout` listener of this engine's pool names their schema: what it sets may differ each time, so say it"
+    " yourself: ExactlyOnce(schema=...), or EXACTLY_ONCE_SCHEMA=..."
+)
+
+
+def schema_in(engine: Engine) -> str | None:
+    """Return the schema (on MySQL and MariaDB the database) in which a new connection of this engine finds our tables.
+
+    Args:
+        engine: Its pool is not used; a connection is made as the pool would make it (`connect` listeners are called,
+            `checkout` listeners are not), and closed.
+
+    Raises:
+        SchemaError: There are no tables of ours.
+        ConfigurationError: The URL names no database (MySQL and MariaDB). Or several schemas of the search path have them, and
+            nobody has said which is meant.
+    """
+    if engine.dialect.name == "sqlite":
+        return "main"  # else a temporary table, or one of an attached file, of the same name would be taken
+    listeners = engine.pool.dispatch
+    pool = NullPool(engine.pool._creator, events=list(_as_made(engine).items()))  # noqa: SLF001
+    apart = Engine(pool, engine.dialect, engine.url)
+    others: Sequence[str] = ()
+    try:
+        with apart.connect() as connection:
+            if engine.dialect.name == "postgresql":
+                found = _along_the_path(connection, engine)
+                others = () if found else other_schemas(connection)
+            else:
+                database = connection.execute(_DATABASE).scalar()
+                if not database:
+                    raise nameless(engine.url)
+                found = [str(database)]
+            connection.rollback()
+    finally:
+        apart.dispose()
+    if not found:
+        told = not_made(engine, looked_for="message_idempotent", others=others, ran="nothing ran")
+        raise SchemaError(told + (_BY_A_LISTENER if listeners.checkout else ""))
+    if len(found) > 1:
+        raise ConfigurationError(
+            f"Several schemas of the search path have our tables: {', '.join(found)}. Claims in one of them would not be"
+            f" seen in another. Say which holds yours: ExactlyOnce(schema={found[0]!r}), or"
+            f" EXACTLY_ONCE_SCHEMA={found[0]}. Until now it was the first of them."
+        )
+    return found[0]
+
+
+def as_sessions_begin(connection: Connection) -> None:
+    """In a transaction of ours behind a pooler, take back the role and the search path that strangers left in the session.
+
+    Where the program may have set them as it connected, they stay: a pooler of sessions keeps them for it.
+    """
+    if _link(connection).pooled and not _sets_itself(connection.engine):
+        _take_back(connection)
+
+
+def _along_the_path(connection: Connection, engine: Engine) -> list[str]:
+    """Return the schemas of the search path that have our tables, in its order.
+
+    Args:
+        connection: A new one.
+        engine: Whose pool would have made it.
+    """
+    pooled = _link(connection).pooled
+    found: list[str] = []
+    if not pooled or _sets_itself(engine):
+        found += connection.execute(_PATH).scalars()
+    if pooled:
+        _take_back(connection)
+        found += connection.execute(_PATH).scalars()
+    return list(dict.fromkeys(found))
+
+
+def _link(connection: Connection) -> Link:
+    from exactly_once.database.dialects.postgresql_pooler import look
+
+    known: Link | None = connection.info.get(LINK)
+    return known or look(connection.connection.dbapi_connection, connection.info)
+
+
+def _take_back(connection: Connection) -> None:
+    # on the driver: also where SQLAlchemy is just about to begin
+    cursor: Any = connection.connection.cursor()
+    try:
+        for statement in _AS_SESSIONS_BEGIN:
+            cursor.execute(statement)
+    finally:
+        cursor.close()
+
+
+def _sets_itself(engine: Engine) -> bool:
+    """Say whether the program has a part in how a connection is made: a listener of its own, or a function that connects."""
+    pool: Any = engine.pool
+    makes = [pool._creator, *_as_made(engine), *engine.dialect.dispatch.do_connect]  # noqa: SLF001
+    return any(str(getattr(each, "__module__", "")).partition(".")[0] not in _NOT_THE_PROGRAMS for each in makes)
+
+
+def _as_made(engine: Engine) -> dict[Any, str]:
+    """The listeners that are called as a connection is made."""
+    pool = engine.pool.dispatch
+    return {each: name for name in ("first_connect", "connect") for each in getattr(pool, name)}

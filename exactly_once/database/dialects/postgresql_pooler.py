@@ -1,0 +1,110 @@
+"""Finds out, once a connection, whether a pooler stands before the server, and lets psycopg prepare nothing there.
+
+A pooler answers the start of a connection with a process id of its own making, so `pg_backend_pid()` says another one:
+PgBouncer does so in every mode. Equal ids prove nothing of other poolers; then the program's setting `pooler` says it. The
+bound on transactions that a vanished program left open is a session's setting on a connection of ours; behind a pooler it
+goes with each BEGIN. It is never looser than the server's own. Called by the store for its engines, and by the dialect for a
+connection that was made before we saw its engine.
+"""
+
+from collections.abc import MutableMapping
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+from psycopg import errors
+from sqlalchemy import Engine
+
+from exactly_once.database.connections.pooler import IDLE_MS, LINK, SAID, Link
+from exactly_once.database.dialects.postgresql import DURABLE, Seen, driver_of, opening, send, unlisten
+from exactly_once.database.listeners import listen
+from exactly_once.database.trouble.drivers_own import original
+
+__all__ = ["look", "look_at_each", "may_be_left"]
+
+# what the session would have if nobody had set anything in it: behind a pooler strangers did
+_OWN: Final = b"SELECT reset_val FROM pg_settings WHERE name = 'idle_in_transaction_session_timeout'"
+# a mode, a role, a time limit
+_BY_WHAT_WAS_LEFT: Final = (errors.ReadOnlySqlTransaction, errors.InsufficientPrivilege, errors.QueryCanceled)
+# set for the database, or left by a handler: psycopg reads times in this style alone
+_ISO: Final = b"SET LOCAL datestyle = ISO;"
+_seen: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()  # by the engine's dialect: whether a pooler was said
+
+
+def look_at_each(engine: Engine, *, ours: bool, said: bool) -> None:
+    """Have each connection of an engine looked at when it is made; those it has already, when they are next used.
+
+    Args:
+        engine: Of psycopg; for asyncio the sync one inside.
+        ours: We made it, so its transactions are bounded.
+        said: There is a pooler, whatever is seen of it.
+    """
+    known = _seen.get(engine.dialect)
+    if known is not None and known >= said:
+        return
+    _seen[engine.dialect] = said
+
+    def seen(dbapi: Any, record: Any, *_: Any) -> None:
+        link: Link | None = record.info.get(LINK)
+        if link is None or (said and not link.pooled):
+            look(dbapi, record.info, ours=ours, said=said)
+
+    # first: what SQLAlchemy itself asks a new connection is not to be prepared either
+    listen(engine, "connect", seen, insert=True)
+    pool: Any = engine.pool
+    if not ours and hasattr(pool, "checkedin") and pool.checkedin() + pool.checkedout():
+        listen(engine, "checkout", seen)
+
+
+def look(dbapi: Any, info: MutableMapping[Any, Any], *, ours: bool = False, said: bool = False) -> Link:
+    """Look at one connection and remember in its `info` what was found; in a transaction or in none.
+
+    Args:
+        dbapi: SQLAlchemy's `dbapi_connection`.
+        info: The connection's.
+        ours: As for `look_at_each`.
+        said: As there.
+    """
+    driver = driver_of(dbapi)
+    (answer,) = send(driver, b"SELECT pg_backend_pid()")
+    pooled = said or SAID in info or int(answer.get_value(0, 0)) != driver.pgconn.backend_pid
+    settings = b""
+    if pooled:
+        driver.prepare_threshold = None
+    if pooled or ours:
+        (own,) = send(driver, _OWN)
+        idle = b"idle_in_transaction_session_timeout = %d;" % _stricter(int(own.get_value(0, 0)))
+        if pooled:
+            # a stranger may have switched durable commits off on the connection that a transaction of ours gets
+            settings = DURABLE.encode() + (b"SET LOCAL " + idle if ours else b"")
+        else:
+            send(driver, b"SET " + idle)
+    link = info[LINK] = Link(pooled, settings, _Begin(settings))
+    return link
+
+
+def may_be_left(error: BaseException) -> bool:
+    """Say whether a stranger may be to blame for a server's refusal, by what was left on the connection that we got of it."""
+    own = original(error)
+    return isinstance(own, _BY_WHAT_WAS_LEFT)
+
+
+def _stricter(own_ms: int) -> int:
+    """The stricter of our bound and the server's, where 0 is none."""
+    return min(own_ms, IDLE_MS) if own_ms else IDLE_MS
+
+
+class _Begin:
+    """See `Link.begin`."""
+
+    __slots__ = ("_seen",)
+
+    def __init__(self, settings: bytes) -> None:
+        self._seen = Seen(b"DEFAULT", b"'none'", None, prepared=False, encoding=None, limit=None, settings=settings)
+
+    def __call__(self, dbapi: Any) -> None:
+        driver = driver_of(dbapi)
+        text = opening(driver, self._seen) + DURABLE.encode()
+        if not (driver.pgconn.parameter_status(b"DateStyle") or b"ISO").startswith(b"ISO"):
+            text += _ISO
+        unlisten(driver)
+        send(driver, text)

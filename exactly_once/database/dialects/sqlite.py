@@ -1,0 +1,372 @@
+"""SQLite through the standard library's sqlite3 and through aiosqlite.
+
+Locking: one writer for the whole database. BEGIN IMMEDIATE takes that place before the claim, so handlers run one at a
+time; BUSY says nothing about our key (another key waits just the same) and is waited for, never called "in progress".
+The BEGIN is sent by us on the driver: in Python's default (legacy) mode the driver begins by itself too late, at the
+first INSERT, and then as a reader that must upgrade.
+
+`ON CONFLICT ROLLBACK`, a full disk and a few other errors roll the whole transaction back inside a statement, so the
+driver's flag is read after each one. What is done on the driver itself is not seen, and after a rollback there the driver begins
+another transaction by itself. A savepoint set behind our BEGIN is gone exactly when that transaction is gone; it is released with
+COMMIT.
+"""
+
+import sqlite3
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import suppress
+from datetime import UTC
+from functools import cached_property
+from typing import Any, Final
+
+from sqlalchemy import Connection, Insert, Update
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.util import await_only
+
+from exactly_once.database.dialects.contract import ClaimRow, Gone, Known, State, Trace, Trail, Trouble
+from exactly_once.database.dialects.keywords import Read, reader
+from exactly_once.database.dialects.statements import SQLITE
+from exactly_once.database.trouble.contended import SQLITE as SQLITE_CONTENDED
+from exactly_once.database.trouble.drivers_own import original
+from exactly_once.errors import ConfigurationError
+
+__all__ = ["BEGIN", "CLAIM", "KNOWN", "RELEASE", "SAVEPOINT", "SQLite"]
+
+BEGIN: Final = "BEGIN IMMEDIATE"
+# one name for all, which the driver need not read anew each time: a connection is in one transaction of ours at a time
+SAVEPOINT: Final = "SAVEPOINT exactly_once_transaction"
+RELEASE: Final = "RELEASE SAVEPOINT exactly_once_transaction"
+CLAIM: Final = (
+    "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, message_content, fingerprint,"
+    " retry_times, owner, born_at, created_at, consumed_at) VALUES"
+    " (?, ?, ?, 1, ?, ?, ?, ?, ?, ?, strftime('%Y-%m-%d %H:%M:%f', 'now') || '000',"
+    " strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')"
+    " ON CONFLICT (consumer_group, handler, business_key) DO NOTHING"
+)
+KNOWN: Final = (
+    "SELECT status, fingerprint, owner FROM {table} WHERE consumer_group = ? AND handler = ? AND business_key = ?"
+)
+
+_READ: Final = reader(SQLITE)
+_UNDER_WAY: Final = "_exactly_once_under_way"
+_PRIMARY: Final = 0xFF  # extended result codes carry the primary one in their low byte
+# what says that the database cannot be worked with now, whichever message asks
+_UNAVAILABLE: Final = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_PROTOCOL,
+        sqlite3.SQLITE_READONLY,
+    }
+)
+_NO_ROOM: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR})
+
+
+# https://www.sqlite.org/pragma.html#pragma_synchronous: with a write-ahead log NORMAL waits for the disk at checkpoints alone
+_OFF: Final = 0
+_NORMAL: Final = 1
+
+
+def _is_wal(cursor: Any) -> bool:
+    cursor.execute("PRAGMA journal_mode")
+    return bool(cursor.fetchone()[0] == "wal")
+
+
+class SQLite:
+    """See the module."""
+
+    name = "sqlite"
+    asks_around_calls = False
+    embedded = True
+    learns = False
+
+    def __init__(self, table: Callable[[], str], *, durable: bool, kept_as: str) -> None:
+        self._table, self._durable, self.kept_as = table, durable, kept_as
+
+    @cached_property
+    def table(self) -> str:
+        """See `Dialect.table`."""
+        return self._table()
+
+    @cached_property
+    def _claim(self) -> str:
+        return CLAIM.replace("{table}", self.table)
+
+    @cached_property
+    def _known(self) -> str:
+        return KNOWN.replace("{table}", self.table)
+
+    def learn(self, dbapi: Any) -> None:
+        """There is nothing to be learnt."""
+
+    def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int, varies: bool = False) -> None:
+        _refuse_autocommit(dbapi)
+        driver = _driver(dbapi)
+        # aiosqlite: a thread of its own, which says nothing of what it does; once, whoever else claims on it
+        if hasattr(driver, "_tx") and not hasattr(driver, _UNDER_WAY):
+            setattr(driver, _UNDER_WAY, 0)
+            driver._execute = _counting(driver, driver._execute)  # noqa: SLF001
+        info[self.kept_as] = True
+
+    def strange(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
+        return False
+
+    def claim(
+        self, dbapi: Any, info: MutableMapping[Any, Any], row: ClaimRow, *, wait_ms: int, savepoint: bool
+    ) -> bool:
+        _refuse_autocommit(dbapi)
+        if not _driver(dbapi).in_transaction:
+            self._begin(dbapi)
+        if not savepoint:  # the caller's own commit asks for none
+            _run(dbapi, SAVEPOINT)
+        return self.insert(dbapi, row)
+
+    def insert(self, dbapi: Any, row: ClaimRow) -> bool:
+        """Insert a claim in the transaction that is open; say whether it is ours."""
+        cursor = dbapi.cursor()
+        try:
+            born = None if row.born_at is None else row.born_at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
+            cursor.execute(
+                self._claim,
+                (
+                    row.group,
+                    row.handler,
+                    row.key,
+                    row.message_id,
+                    row.content,
+                    row.fingerprint,
+                    row.attempt - 1,
+                    row.owner,
+                    born,
+                ),
+            )
+            # an old setting of SQLite's (PRAGMA count_changes) gives the number as a row
+            counted = cursor.fetchone()
+            return bool(cursor.rowcount if counted is None else counted[0])
+        finally:
+            cursor.close()
+
+    def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
+        if not _driver(dbapi).in_transaction:  # a hook of the user's has written: the driver has begun by itself
+            self._begin(dbapi)
+        _run(dbapi, SAVEPOINT)
+
+    def _begin(self, dbapi: Any) -> None:
+        cursor = dbapi.cursor()
+        try:
+            self.begin_writing(cursor)
+        finally:
+            cursor.close()
+
+    def begin_writing(self, cursor: Any) -> None:
+        """Begin as the writer."""
+        self._keep(cursor)
+        cursor.execute(BEGIN)
+
+    def _keep(self, cursor: Any) -> None:
+        """Have what is committed next wait for the disk: it cannot be changed inside a transaction."""
+        if self._durable:
+            cursor.execute("PRAGMA synchronous")
+            (level,) = cursor.fetchone()
+            if level == _OFF or (level == _NORMAL and _is_wal(cursor)):
+                cursor.execute("PRAGMA synchronous = FULL")  # less loses acknowledged commits when the machine stops
+
+    def commit(
+        self,
+        dbapi: Any,
+        info: MutableMapping[Any, Any],
+        owner: str,
+        rows: Sequence[ClaimRow],
+        trace: Trace | None,
+        send_commit: Callable[[], None],
+    ) -> None:
+        if not _released(dbapi):
+            raise Gone
+        send_commit()
+
+    def cut(self, dbapi: Any) -> None:
+        driver = _driver(dbapi)
+        with suppress(ValueError, sqlite3.Error):  # it is closed already
+            getattr(driver, "_conn", driver).interrupt()
+            if hasattr(driver, "_tx"):
+                # closing is not enough: as long as anybody refers to a cursor, SQLite keeps the transaction and its lock
+                await_only(driver.rollback())
+
+    def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
+        return _released(dbapi)
+
+    def rows_as(self, dbapi: Any) -> tuple[Any, ...]:
+        driver = _driver(dbapi)
+        return driver.row_factory, driver.text_factory
+
+    def make_rows(self, dbapi: Any, rows_as: tuple[Any, ...]) -> None:
+        driver = _driver(dbapi)
+        driver.row_factory, driver.text_factory = rows_as
+
+    def read_out(self, dbapi: Any) -> bool:
+        return False  # no statement has more than one answer
+
+    def before_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> Any:
+        raise NotImplementedError
+
+    def after_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, *, drop: bool) -> bool | None:
+        raise NotImplementedError
+
+    def committed_since(self, dbapi: Any, info: MutableMapping[Any, Any], before: Any) -> bool | None:
+        return None
+
+    def logged_since(self, dbapi: Any, info: MutableMapping[Any, Any], trace: Trace | None) -> bool | None:
+        return None
+
+    def trail(self, dbapi: Any, row: ClaimRow) -> Trail:
+        return Trail.NONE  # nothing runs when its caller is gone
+
+    def server_session(self, dbapi: Any) -> object:
+        return None  # the driver does not connect anew
+
+    def mark(self, dbapi: Any) -> Any:
+        return _driver(dbapi).total_changes
+
+    def sent_since(self, dbapi: Any, mark: Any) -> bool:
+        driver = _driver(dbapi)
+        return bool(driver.in_transaction or driver.total_changes != mark)
+
+    def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> Known | None:
+        cursor = dbapi.cursor()
+        try:
+            cursor.execute(self._known, (row.group, row.handler, row.key))
+            found = cursor.fetchone()
+        finally:
+            cursor.close()
+            if end:
+                dbapi.rollback()
+        return None if found is None else Known(int(found[0]), bytes(found[1]), found[2])
+
+    def state(self, dbapi: Any) -> State:
+        driver = _driver(dbapi)
+        try:
+            if not driver.in_transaction:
+                return State.IDLE
+        except (sqlite3.ProgrammingError, ValueError):  # of sqlite3, and of aiosqlite
+            return State.CLOSED
+        return State.BUSY if getattr(driver, _UNDER_WAY, 0) else State.OPEN
+
+    def trouble(self, error: BaseException) -> Trouble:
+        if isinstance(error, PoolTimeout):
+            return Trouble.UNAVAILABLE
+        code = _code(error)
+        if code is None:
+            return Trouble.UNKNOWN
+        return Trouble.UNAVAILABLE if code & _PRIMARY in _UNAVAILABLE else Trouble.REFUSED
+
+    def no_table(self, error: BaseException) -> bool:
+        # its code is that of any wrong statement, and its text is always English
+        return isinstance(error, sqlite3.OperationalError) and "no such table" in str(error)
+
+    def refused(self, dbapi: Any, error: BaseException) -> bool:
+        # an error of COMMIT leaves the transaction open, or rolled it back; what may be half on the disk is neither
+        code = _code(error)
+        return code is not None and code & _PRIMARY != sqlite3.SQLITE_IOERR
+
+    def in_our_name(self, connection: Connection, statement: Insert | Update, values: Mapping[str, Any]) -> int:
+        dbapi = connection.connection.dbapi_connection
+        if not _driver(dbapi).in_transaction:  # a statement by itself, of a lease or a step
+            cursor = dbapi.cursor()  # type: ignore[union-attr]
+            try:
+                self._keep(cursor)
+            finally:
+                cursor.close()
+        # asked to keep it: of an INSERT the driver forgets how many rows it made, and says -1
+        return connection.execute(statement, values, execution_options={"preserve_rowcount": True}).rowcount
+
+    def no_room(self, error: BaseException) -> bool:
+        code = _code(error)
+        return code is not None and code & _PRIMARY in _NO_ROOM
+
+    def locked(self, error: BaseException) -> bool:
+        code = _code(error)
+        return code is not None and code & _PRIMARY in SQLITE_CONTENDED
+
+    def gave_up(self, error: BaseException) -> bool:
+        return False
+
+    def timed_out(self, error: BaseException) -> bool:
+        return False
+
+    def limit_was_left(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
+        return False
+
+    def unstorable(self, error: BaseException) -> bool:
+        return False  # it takes any text that Python can encode
+
+    def gives_no_more(self, error: BaseException) -> bool:
+        return False  # there is no limit but the process's own
+
+    def hopeless(self, error: BaseException) -> bool:
+        # a folder that is not there does not come by waiting
+        return _code(error) == sqlite3.SQLITE_CANTOPEN
+
+    def lost(self, dbapi: Any, info: MutableMapping[Any, Any], error: BaseException) -> bool:
+        return self.state(dbapi) is State.IDLE
+
+    def read(self, dbapi: Any, info: MutableMapping[Any, Any], statement: str) -> Read:
+        return _READ(statement)
+
+
+def _code(error: BaseException) -> int | None:
+    """Of an error of the driver's; an attribute of any other exception may be whatever its class makes of it."""
+    own = original(error)
+    return getattr(own, "sqlite_errorcode", None) if isinstance(own, sqlite3.Error) else None
+
+
+def _released(dbapi: Any) -> bool:
+    """Release the attempt's savepoint; False: its transaction is gone."""
+    try:
+        _run(dbapi, RELEASE)
+    except sqlite3.OperationalError as error:
+        if "no such savepoint" not in str(
+            error
+        ):  # its code is that of any wrong statement, and its text is always English
+            raise
+        return False
+    return True
+
+
+def _run(dbapi: Any, statement: str) -> None:
+    """Execute a statement without rows; on aiosqlite in one visit to its thread, where a cursor's would be three."""
+    driver = _driver(dbapi)
+    if hasattr(driver, "execute_fetchall"):
+        await_only(driver.execute_fetchall(statement))
+    else:
+        driver.execute(statement).close()
+
+
+def _counting(driver: Any, execute: Callable[..., Any]) -> Callable[..., Any]:
+    """Count what is under way on one connection of aiosqlite, whoever asked for it."""
+
+    async def counted(*args: Any, **kwargs: Any) -> Any:
+        setattr(driver, _UNDER_WAY, getattr(driver, _UNDER_WAY) + 1)
+        try:
+            return await execute(*args, **kwargs)
+        finally:
+            setattr(driver, _UNDER_WAY, getattr(driver, _UNDER_WAY) - 1)
+
+    return counted
+
+
+def _refuse_autocommit(dbapi: Any) -> None:
+    driver = _driver(dbapi)
+    if getattr(driver, "autocommit", None) in (True, False) or driver.isolation_level is None:
+        # autocommit=False begins by itself before us; True and isolation_level None keep a claim without its effects
+        raise ConfigurationError(
+            "The SQLite connection does not use the driver's default transaction mode. Take autocommit= and"
+            " isolation_level= out of the engine's arguments."
+        )
+
+
+def _driver(dbapi: Any) -> Any:
+    """The sqlite3 connection, or aiosqlite's connection, which shows the same attributes."""
+    return getattr(dbapi, "driver_connection", None) or dbapi

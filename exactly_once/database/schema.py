@@ -1,0 +1,451 @@
+"""The tables, as SQLAlchemy metadata: column types, limits, and the server's own clock. Data only; nothing connects.
+
+Alembic's migrations create these tables and a test holds the two against each other. `tables(schema)` is built on first
+use, once a schema name. Keys are compared byte by byte on every server: case, accents and trailing spaces count.
+"""
+
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any, Final, TypeVar
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    DateTime,
+    Dialect,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Select,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import TypeEngine
+
+__all__ = [
+    "CONSUMED",
+    "CONSUMING",
+    "DISCARDED",
+    "GROUP_BYTES",
+    "HANDLER_BYTES",
+    "KEY_BYTES",
+    "STEP_BEGUN",
+    "STEP_BYTES",
+    "STEP_FINISHED",
+    "STEP_TRACE",
+    "UNFINISHED",
+    "Tables",
+    "all_rows",
+    "tables",
+    "utcnow",
+]
+
+CONSUMING: Final = 0
+"""Under a lease, or free again after one."""
+CONSUMED: Final = 1
+DISCARDED: Final = "discarded"
+"""The owner of a claim that a person wrote."""
+UNFINISHED: Final = 2
+"""Written first in a transaction on MySQL and MariaDB, and made CONSUMED by the statement that travels with COMMIT. Others
+see it only where something committed the transaction in between."""
+STEP_BEGUN: Final = 0
+STEP_FINISHED: Final = 1
+STEP_TRACE: Final = 2
+"""Of no step: a transaction under a lease that is not committed; seen from outside only where something else committed it."""
+
+# Limits in bytes of UTF-8: the widest index (group, handler, key, step) stays far below PostgreSQL's 2,704 bytes a row
+# and InnoDB's 3,072.
+GROUP_BYTES: Final = 64
+HANDLER_BYTES: Final = 128
+KEY_BYTES: Final = 255
+STEP_BYTES: Final = 64
+FINGERPRINT_BYTES: Final = 120
+
+_FARTHEST_S: Final = 36_500 * 86_400.0
+_ALL_ROWS: Final = 2**63 - 1
+_Selects = TypeVar("_Selects", bound=Select[Any])
+
+# Named, or the tables take the database's defaults: where that is latin1, an error text with an emoji is refused
+MYSQL_OPTIONS: Final[dict[str, Any]] = {
+    f"{server}_{option}": value
+    for server in ("mysql", "mariadb")
+    for option, value in (("engine", "InnoDB"), ("default_charset", "utf8mb4"), ("collate", "utf8mb4_bin"))
+}
+
+
+def _text(value: Any) -> str | None:
+    """Return a text that may come as bytes: of VARBINARY, and on PostgreSQL where somebody left the connection in SQL_ASCII."""
+    return value.decode() if isinstance(value, (bytes, bytearray)) else value
+
+
+class KeyText(TypeDecorator[str]):
+    """Text that is compared byte by byte: `text COLLATE "C"` on PostgreSQL, VARBINARY on MySQL and MariaDB.
+
+    VARBINARY because no collation is known to both servers that neither folds case nor pads with spaces.
+    """
+
+    impl = Text
+    cache_ok = True
+
+    def __init__(self, bytes_: int) -> None:
+        super().__init__()
+        self.bytes = bytes_
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name == "postgresql":
+            # as it is: type_descriptor() would make the VARCHAR of it that the driver binds strings with
+            from sqlalchemy.dialects.postgresql import TEXT
+
+            return TEXT(collation="C")
+        if dialect.name in ("mysql", "mariadb"):
+            from exactly_once.database.mysql_columns import DigitsVarbinary
+
+            return DigitsVarbinary(self.bytes)
+        return dialect.type_descriptor(Text())
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> Any:
+        if value is not None and dialect.name in ("mysql", "mariadb"):
+            return value.encode()
+        return value
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> str | None:
+        return _text(value)
+
+
+class Bytes(TypeDecorator[bytes]):
+    """Short bytes that may stand in an index; MySQL and MariaDB want a length for that."""
+
+    impl = LargeBinary
+    cache_ok = True
+
+    def __init__(self, bytes_: int) -> None:
+        super().__init__(bytes_)
+        self.bytes = bytes_
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name in ("mysql", "mariadb"):
+            from exactly_once.database.mysql_columns import DigitsVarbinary
+
+            return DigitsVarbinary(self.bytes)
+        return dialect.type_descriptor(LargeBinary())
+
+
+class Body(TypeDecorator[bytes]):
+    """A message body: up to 4 GiB where the server draws a line at 64 KiB otherwise."""
+
+    impl = LargeBinary
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name in ("mysql", "mariadb"):
+            from exactly_once.database.mysql_columns import DigitsLongBlob
+
+            return DigitsLongBlob()
+        return dialect.type_descriptor(LargeBinary())
+
+
+class Words(TypeDecorator[str]):
+    """Short text that is not compared as keys are.
+
+    Args:
+        length: In characters.
+        ascii: It is of our own making, in ASCII; not for what comes with a message.
+    """
+
+    impl = String
+    cache_ok = True
+
+    def __init__(self, length: int, *, ascii: bool = False) -> None:  # noqa: A002  (the name of the thing)
+        super().__init__(length)
+        self.length, self.ascii = length, ascii
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name in ("mysql", "mariadb"):
+            from exactly_once.database.mysql_columns import AsciiVarchar, DigitsVarchar
+
+            return (AsciiVarchar if self.ascii else DigitsVarchar)(self.length)
+        return dialect.type_descriptor(String(self.length))
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> str | None:
+        return _text(value)
+
+
+class LongText(TypeDecorator[str]):
+    """Text of any length: MySQL and MariaDB draw a line at 64 KiB otherwise."""
+
+    impl = Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name in ("mysql", "mariadb"):
+            from exactly_once.database.mysql_columns import DigitsMediumText
+
+            return DigitsMediumText()
+        return Text()  # as it is: type_descriptor() would make VARCHAR of it on PostgreSQL
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> str | None:
+        return _text(value)
+
+
+class Moment(TypeDecorator[datetime]):
+    """A moment, timezone-aware in Python; UTC without a zone where the server has no such type."""
+
+    impl = DateTime
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(DateTime(timezone=True))
+        if dialect.name in ("mysql", "mariadb"):
+            from sqlalchemy.dialects.mysql import DATETIME
+
+            return dialect.type_descriptor(DATETIME(fsp=6))
+        return dialect.type_descriptor(DateTime())
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"{value!r} has no time zone; a moment without one cannot be compared")
+        return value if dialect.name == "postgresql" else value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
+
+
+class utcnow(FunctionElement[datetime]):  # noqa: N801  (reads as a SQL function does)
+    """The server's clock at this instant, never the worker's, and not the start of the transaction.
+
+    With `seconds`, that many later: `utcnow(30)`; a hundred years at most. What no calendar has, PostgreSQL refuses and SQLite
+    writes as NULL: a row to be tried again that has no time is never looked at.
+    """
+
+    type = Moment()
+    inherit_cache = True
+    name = "utcnow"
+
+    def __init__(self, seconds: float | None = None) -> None:
+        super().__init__(*(() if seconds is None else (float(seconds) if seconds < _FARTHEST_S else _FARTHEST_S,)))
+
+
+@compiles(utcnow, "postgresql")
+def _pg_now(element: utcnow, compiler: Any, **kw: Any) -> str:
+    if not len(element.clauses):
+        return "clock_timestamp()"
+    return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kw)}))"
+
+
+@compiles(utcnow, "mysql", "mariadb")
+def _mysql_now(element: utcnow, compiler: Any, **kw: Any) -> str:
+    if not len(element.clauses):
+        return "UTC_TIMESTAMP(6)"
+    return f"TIMESTAMPADD(MICROSECOND, 1000000 * {compiler.process(element.clauses, **kw)}, UTC_TIMESTAMP(6))"
+
+
+@compiles(utcnow, "sqlite")
+def _sqlite_now(element: utcnow, compiler: Any, **kw: Any) -> str:
+    # three digits of milliseconds, then three zeros: the format SQLAlchemy writes, so that texts compare as times do
+    if not len(element.clauses):
+        return "(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')"
+    seconds = compiler.process(element.clauses, **kw)
+    return f"(strftime('%Y-%m-%d %H:%M:%f', 'now', ({seconds}) || ' seconds') || '000')"
+
+
+def all_rows(statement: _Selects, server: str) -> _Selects:
+    """Say to MySQL and MariaDB that all rows are wanted: else `sql_select_limit` holds, which somebody may have left there.
+
+    Args:
+        statement: Without a limit.
+        server: SQLAlchemy's name of its dialect.
+    """
+    return statement.limit(_ALL_ROWS) if server in ("mysql", "mariadb") else statement
+
+
+class Tables:
+    """The tables of one database schema."""
+
+    def __init__(self, schema: str | None) -> None:
+        self.schema = schema
+        self.metadata = MetaData(schema=schema)
+        self.idempotent = self._idempotent()
+        self.step = self._step()
+        self.failure = self._failure()
+        self.outbox = self._outbox()
+        self.queue = self._queue()
+        self.queue_group = self._queue_group()
+        self.cutover = self._cutover()
+        for table in self.metadata.tables.values():
+            # a user's schema_translate_map is about their tables, and would send our statements to another schema's
+            table._use_schema_map = False  # noqa: SLF001  (there is no public word for it)
+
+    def _idempotent(self) -> Table:
+        return Table(
+            "message_idempotent",
+            self.metadata,
+            Column("consumer_group", KeyText(GROUP_BYTES), primary_key=True),
+            Column("handler", KeyText(HANDLER_BYTES), primary_key=True),
+            Column("business_key", KeyText(KEY_BYTES), primary_key=True),
+            Column("status", SmallInteger, nullable=False),
+            Column("message_id", Words(255)),
+            Column("message_content", Body),
+            Column("fingerprint", Bytes(FINGERPRINT_BYTES), nullable=False),
+            Column("retry_times", Integer, nullable=False, server_default=text("0")),
+            Column("owner", Words(64, ascii=True)),
+            Column("token", Words(64, ascii=True)),
+            Column("lease_until", Moment),
+            Column("born_at", Moment),
+            Column("created_at", Moment, nullable=False),
+            Column("consumed_at", Moment),
+            # BRIN where it exists: pruning walks by time, and a claim must not pay for a second tree
+            Index("ix_message_idempotent_created_at", "created_at", postgresql_using="brin"),
+            **MYSQL_OPTIONS,
+        )
+
+    def _step(self) -> Table:
+        return Table(
+            "message_step",
+            self.metadata,
+            Column("consumer_group", KeyText(GROUP_BYTES), primary_key=True),
+            Column("handler", KeyText(HANDLER_BYTES), primary_key=True),
+            Column("business_key", KeyText(KEY_BYTES), primary_key=True),
+            Column("step", KeyText(STEP_BYTES), primary_key=True),
+            # 0, 1, 2 in the order they ran: a clock can stand still between two steps, or go back
+            Column("ordinal", Integer, nullable=False),
+            Column("status", SmallInteger, nullable=False),
+            Column("result", Body),
+            Column("attempt", Integer, nullable=False, server_default=text("1")),
+            Column("token", Words(64, ascii=True)),
+            Column("created_at", Moment, nullable=False),
+            Column("finished_at", Moment),
+            **MYSQL_OPTIONS,
+        )
+
+    def _failure(self) -> Table:
+        return Table(
+            "message_failure",
+            self.metadata,
+            _id(),
+            Column("consumer_group", KeyText(GROUP_BYTES), nullable=False),
+            Column("handler", KeyText(HANDLER_BYTES), nullable=False),
+            # "k:" and the business key, or "m:" and the message id where there is no key: two ways to be the same
+            # failure, which must never be taken for each other
+            Column("failure_key", KeyText(KEY_BYTES + 2), nullable=False),
+            Column("fingerprint", Bytes(FINGERPRINT_BYTES), nullable=False),
+            Column("business_key", KeyText(KEY_BYTES)),
+            *_message_columns(),
+            Column("message_id", Words(255)),
+            Column("born_at", Moment),
+            Column("error_class", Words(255), nullable=False),
+            Column("error_text", LongText(), nullable=False),
+            Column("attempts", Integer, nullable=False),
+            Column("first_failed_at", Moment, nullable=False),
+            Column("last_failed_at", Moment, nullable=False),
+            Column("next_attempt_at", Moment),
+            Column("state", Words(16, ascii=True), nullable=False),
+            Column("decided_by", Words(255)),
+            Column("decided_at", Moment),
+            Column("decided_why", LongText()),
+            Column("side", Words(64)),
+            # of a broken one: the owner of the claim that stands for it, which a requeue takes back
+            Column("claim_owner", Words(64, ascii=True)),
+            UniqueConstraint(
+                "consumer_group", "handler", "failure_key", "fingerprint", name="uq_message_failure_identity"
+            ),
+            Index("ix_message_failure_due", "consumer_group", "state", "next_attempt_at"),
+            Index("ix_message_failure_order", "consumer_group", "handler", "ordering_key", "id"),
+            # people type these ids: one that was deleted must not come back as another message
+            sqlite_autoincrement=True,
+            **MYSQL_OPTIONS,
+        )
+
+    def _outbox(self) -> Table:
+        return Table(
+            "message_outbox",
+            self.metadata,
+            _id(),
+            *_message_columns(),
+            Column("message_id", Words(64), nullable=False),
+            Column("deliver_at", Moment),
+            Column("attempts", Integer, nullable=False, server_default=text("0")),
+            Column("next_attempt_at", Moment),
+            Column("last_error", LongText()),
+            Column("created_at", Moment, nullable=False),
+            Index("ix_message_outbox_due", "next_attempt_at", "id"),
+            Index("ix_message_outbox_order", "ordering_key", "id"),
+            **MYSQL_OPTIONS,
+        )
+
+    def _queue(self) -> Table:
+        return Table(
+            "message_queue",
+            self.metadata,
+            _id(),
+            # one row for each group that had joined the topic; empty while none had: the first to join adopts it
+            Column("consumer_group", KeyText(GROUP_BYTES), nullable=False),
+            *_message_columns(),
+            Column("message_id", Words(64), nullable=False),
+            Column("born_at", Moment),
+            Column("deliver_at", Moment, nullable=False),
+            Column("attempts", Integer, nullable=False, server_default=text("0")),
+            # who holds it: settling with another holder's token changes nothing
+            Column("holder", Words(64, ascii=True)),
+            Index("ix_message_queue_due", "consumer_group", "topic", "deliver_at", "id"),
+            Index("ix_message_queue_order", "consumer_group", "topic", "ordering_key", "id"),
+            **MYSQL_OPTIONS,
+        )
+
+    def _queue_group(self) -> Table:
+        return Table(
+            "message_queue_group",
+            self.metadata,
+            Column("topic", KeyText(255), primary_key=True),
+            Column("consumer_group", KeyText(GROUP_BYTES), primary_key=True),
+            Column("joined_at", Moment, nullable=False),
+            **MYSQL_OPTIONS,
+        )
+
+    def _cutover(self) -> Table:
+        return Table(
+            "message_cutover",
+            self.metadata,
+            Column("name", KeyText(64), primary_key=True),
+            Column("effective_from", Moment, primary_key=True),
+            Column("source", Words(64), nullable=False),
+            Column("target", Words(64), nullable=False),
+            Column("percent", SmallInteger, nullable=False),
+            Column("allow_list", LongText()),
+            Column("created_at", Moment, nullable=False),
+            **MYSQL_OPTIONS,
+        )
+
+
+def _id() -> Column[int]:
+    # SQLite counts up by itself only for a column whose type is exactly INTEGER
+    return Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True)
+
+
+def _message_columns() -> list[Column[Any]]:
+    return [
+        Column("topic", KeyText(255), nullable=False),
+        Column("tag", KeyText(255)),
+        Column("message_key", KeyText(1024)),
+        Column("ordering_key", KeyText(255)),
+        Column("body", Body),
+        Column("properties", LongText(), nullable=False),
+    ]
+
+
+@lru_cache(maxsize=16)
+def tables(schema: str | None = None) -> Tables:
+    """Return the tables of one database schema; the same object for the same name."""
+    return Tables(schema)

@@ -1,0 +1,251 @@
+"""Listens to engines and sessions, so that a watched handler stays inside its transaction.
+
+What ends a transaction is refused before it is sent: commit() in any spelling, and statements, by their first words. A
+rollback is only marked, for a failed flush rolls back too, and raising there leaks the connection.
+
+One set of listeners an engine, installed once; for connections nobody watches they return at the first line. They hang on
+the engine's dialect: a single listener on the engine itself makes SQLAlchemy build its dispatch anew for each connection
+that is checked out, which cost more than all of the watching. Called by `store`.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, Final
+from weakref import WeakSet
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import ExceptionContext, ExecutionContext
+from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.pool import PoolProxiedConnection
+
+from exactly_once.database.dialects.contract import State
+from exactly_once.database.dialects.keywords import LOCK
+from exactly_once.database.listeners import listen
+from exactly_once.database.trouble.whose import is_of, watch_made
+from exactly_once.database.watched.late import Late
+from exactly_once.database.watched.watch import LEFT, WATCHED, Left, Watch
+from exactly_once.exceptions.words import place_here
+
+__all__ = ["install", "install_session", "seeing"]
+
+_INSTALLED: "WeakSet[Any]" = WeakSet()
+_CLOCK: Final = re.compile(r"(?:\bSET|,|\bSESSION|@@(?:session\.)?)\s*`?timestamp`?\s*:?=", re.IGNORECASE)
+_Send = Callable[[PoolProxiedConnection], None]
+_Execute = Callable[..., None]
+
+
+def install(engine: Engine) -> None:
+    """Listen to one engine, once; what shares its dialect (execution options, asyncio) is listened to with it."""
+    dialect = engine.dialect
+    if dialect in _INSTALLED:
+        return
+    _INSTALLED.add(dialect)
+    # first, for a listener of the user's may say that it has run the statement, and then no other is asked
+    for name in ("do_execute", "do_executemany"):
+        listen(engine, name, _refusing(getattr(dialect, name)), insert=True)
+    listen(engine, "do_execute_no_params", _refusing_bare(dialect.do_execute_no_params), insert=True)
+    # first, for SQLAlchemy asks no other listener where one raises, as one does that translates errors; and those of all
+    # engines come before ours in any case, so errors of the driver's are seen where SQLAlchemy itself looks at them
+    listen(engine, "handle_error", _failed, insert=True)
+    watch_made(engine)
+    dialect.is_disconnect = seeing(dialect.is_disconnect, _met)  # type: ignore[method-assign]
+    # no event tells of COMMIT and ROLLBACK but the engine's own, so the dialect's two methods are replaced on this instance
+    dialect.do_commit = _refusing_commit(dialect.do_commit)  # type: ignore[method-assign, assignment]
+    dialect.do_rollback = _marking_rollback(dialect.do_rollback)  # type: ignore[method-assign, assignment]
+    if dialect.name != "postgresql":  # whose driver says by itself that it is in the middle of a statement
+        for name in ("do_execute", "do_executemany"):
+            setattr(dialect, name, _counting(getattr(dialect, name)))
+
+
+def _refusing(send: _Execute) -> Callable[..., bool | None]:
+    return lambda cursor, text, values, context: _sending(
+        text, values, context, lambda: send(cursor, text, values, context)
+    )
+
+
+def _refusing_bare(send: _Execute) -> Callable[..., bool | None]:
+    return lambda cursor, text, context: _sending(text, None, context, lambda: send(cursor, text, context))
+
+
+def _sending(statement: str, values: object, context: ExecutionContext, send: Callable[[], None]) -> bool | None:
+    """Before a statement is sent; True says that it was sent here."""
+    watch = _watch_of(context.root_connection.connection)
+    if watch is None and statement[:3] in ("SET", "set") and _sets_the_clock(statement, context):
+        # other code sets the clock of a session of MySQL: whoever gets it next gets another one
+        context.root_connection.connection.invalidate(soft=True)
+    if watch is None or watch.connection is not context.root_connection:
+        return None
+    watch.admit()
+    dialect, dbapi = watch.dialect, watch.dbapi
+    if (state := dialect.state(dbapi)) is State.IDLE:
+        # ended since the last statement, or by it; this one would begin another transaction, which looks open at the
+        # end: after a rollback its effects would be kept without the claim
+        raise watch.ended()
+    if state is State.CLOSED:
+        raise watch.closed()
+    if watch.call is not None:
+        watch.called(sends=True)
+    watch.last = statement
+    if context.execution_options.get("stream_results"):
+        watch.reads(context)
+    read = dialect.read(dbapi, watch.info, statement)
+    if read.refused is not None:
+        raise watch.leave(
+            Left.REFUSED,
+            f"The handler sent {read.refused}, which ends the transaction it was given; it was not sent. Delete that"
+            " statement: the transaction is committed for you when the handler returns.",
+        )
+    if read.session == LOCK:
+        watch.locked = True
+    elif read.session is not None and (changed := read.changes(values)) is not None:
+        watch.changed = changed
+    if read.unseen is None or not dialect.asks_around_calls:
+        return None
+    watch.call = dialect.before_call(dbapi, watch.info, watch.owner)
+    send()
+    watch.called(sends=False)
+    return True
+
+
+def _sets_the_clock(statement: str, context: ExecutionContext) -> bool:
+    return context.dialect.name in ("mysql", "mariadb") and _CLOCK.search(statement) is not None
+
+
+def _counting(send: _Execute) -> _Execute:
+    """Count the statements under way: what runs when the handler has returned is to be seen."""
+
+    def counted(cursor: Any, statement: str, values: Any, context: ExecutionContext | None = None) -> None:
+        watch = None if context is None else _watch_of(context.root_connection.connection)
+        if watch is None:
+            send(cursor, statement, values, context)
+            return
+        watch.busy += 1
+        try:
+            send(cursor, statement, values, context)
+        finally:
+            watch.busy -= 1
+
+    return counted
+
+
+def _failed(context: ExceptionContext) -> None:
+    if context.sqlalchemy_exception is not None:
+        is_of(context.sqlalchemy_exception, context.dialect)
+    connection = context.connection
+    if connection is None or connection.invalidated:
+        return  # it has no `info` to ask, and asking raises, in the middle of the user's own rollback
+    _met(connection.connection, context.original_exception)
+
+
+def seeing(
+    is_disconnect: Callable[..., bool], met: Callable[[PoolProxiedConnection, BaseException], None]
+) -> Callable[..., bool]:
+    """Return what SQLAlchemy asks of each error of the driver's, first told to `met` with its connection."""
+
+    def seen(error: Any, connection: Any, cursor: Any) -> bool:
+        if isinstance(connection, PoolProxiedConnection):  # a ping has the driver's own
+            met(connection, error)
+        return is_disconnect(error, connection, cursor)
+
+    return seen
+
+
+def _met(pooled: PoolProxiedConnection, error: BaseException) -> None:
+    """Remember what an error of a statement did to the watched transaction."""
+    watch = _watch_of(pooled)
+    if watch is None or watch.lost is not None:
+        return
+    if watch.dialect.state(watch.dbapi) is State.CLOSED:
+        watch.closed()  # asked now, for SQLAlchemy closes it next
+        return
+    if watch.dialect.lost(watch.dbapi, watch.info, error):
+        watch.lose(error)
+    if watch.dialect.name == "sqlite" and not isinstance(error, Exception):
+        # cut off: the thread of the connection would go on with the statement, and keep the whole file from all others
+        watch.dialect.cut(watch.dbapi)
+    if watch.dialect.timed_out(error):
+        # the limit may be from whoever had the connection before: this message's next try shall not meet it again
+        watch.changed = watch.changed or "a limit of time"
+
+
+def _watch_of(pooled: PoolProxiedConnection) -> Watch | None:
+    try:
+        watch: Watch | None = pooled.info.get(WATCHED)
+    except NotImplementedError:
+        return None  # the engine's first look at its server, before the pool gives anything out
+    if watch is not None and watch.pooled is not pooled:
+        return None  # of somebody who gave this connection back in the midst of their transaction; who has it now is another
+    return watch
+
+
+def _refusing_commit(send: _Send) -> _Send:
+    def do_commit(dbapi_connection: PoolProxiedConnection) -> None:
+        watch = _watch_of(dbapi_connection)
+        if watch is None or watch.committed:  # whoever has the connection now is not ours to watch
+            send(dbapi_connection)
+            return
+        if not watch.ours:
+            raise watch.leave(Left.REFUSED, _COMMITTED)
+        if watch.error is not None:
+            raise watch.error  # of a hook that swallowed it
+        # the last look, after every hook of the user's has run: COMMIT of an aborted transaction succeeds and keeps nothing
+        state = watch.dialect.state(watch.dbapi)
+        if state is State.IDLE:
+            raise watch.ended()
+        if state is State.CLOSED:
+            raise watch.closed()
+        if state is not State.OPEN:
+            raise watch.swallowed()
+        watch.settle()  # of a hook's statement
+        watch.commit(lambda: send(dbapi_connection))
+
+    return do_commit
+
+
+def _marking_rollback(send: _Send) -> _Send:
+    def do_rollback(dbapi_connection: PoolProxiedConnection) -> None:
+        if dbapi_connection.dbapi_connection is None:
+            return  # given back already; the pool has rolled it back
+        watch = _watch_of(dbapi_connection)
+        if watch is None or watch.committed:
+            send(dbapi_connection)
+            return
+        if not watch.sent:
+            watch.ask()  # what was committed in place of ours, by a procedure or on the driver, no witness tells behind this
+        watch.rolled_back = True
+        if not watch.ours:
+            first = watch.error is None
+            misuse = watch.leave(Left.ROLLED_BACK, LEFT)
+            if first:  # where it is raised, if it is, is another line
+                misuse.place = place_here()
+        send(dbapi_connection)
+        watch.is_over()
+
+    return do_rollback
+
+
+def install_session(session_class: Any) -> None:
+    """Listen to a sessionmaker (or Session class): a watched session may begin on its claim's connection only."""
+    if session_class in _INSTALLED:
+        return
+    _INSTALLED.add(session_class)
+    # first: SQLAlchemy asks no other hook where one raises, and never again for this transaction
+    event.listen(session_class, "after_begin", _begun, insert=True)
+
+
+def _begun(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+    watch: Watch | Late | None = session.info.get(WATCHED)
+    if isinstance(watch, Late):
+        watch.began(session, connection)
+    elif watch is not None and (connection is not watch.connection or watch.left is not Left.NOT):
+        raise watch.leave(Left.REFUSED, _SECOND)
+
+
+_COMMITTED: Final = (
+    "The handler called commit() on the session it was given; nothing was committed. Delete that line: the transaction is"
+    " committed for you when the handler returns."
+)
+_SECOND: Final = (
+    "The handler's session began on a second connection: two commits cannot be one. All tables of a handler must be in"
+    " the database that holds the claims; leave its transaction open, and use no routing get_bind()."
+)

@@ -1,0 +1,285 @@
+"""Which delivery goes to which handler on which database: by topic, tag and `route=`, all prepared here.
+
+Made at first use from the facade's registrations, and fixed from then on. The facade and the worker's assembly use it.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Final
+
+from exactly_once.alert import Hook
+from exactly_once.database.connections.one_writer import anyone_holds, refuse_inside
+from exactly_once.database.store import Store
+from exactly_once.errors import ConfigurationError, ExactlyOnceError, Reject
+from exactly_once.exceptions.stops import asked_from_outside
+from exactly_once.exceptions.words import words_of
+from exactly_once.executor.executor import Runner, arun_all, run_all
+from exactly_once.failures.due import DueFailures
+from exactly_once.failures.pump import Pump
+from exactly_once.guards.lease.stores import LeaseStores
+from exactly_once.handlers.plan import Plan
+from exactly_once.message import Message
+from exactly_once.outcome import Outcome
+from exactly_once.processing.batch import GroupDelivering
+from exactly_once.processing.processor import FOREIGN, Delivering, Told
+from exactly_once.transports.contract import Consumer, Delivery, Features, Subscription
+from exactly_once.wording.steady_log import steady
+from exactly_once.wording.text import escaped
+
+__all__ = ["Route", "Router", "decorated_above"]
+
+Route = Callable[[Message], str]
+"""Names the database a message belongs to."""
+
+_NONE: Final[tuple[Delivering, ...]] = ()
+_MOST_TOLD: Final = 100  # topics that no handler takes: each is remembered, and the names come from outside
+
+_log = steady("exactly_once.routing")
+
+
+class _Kept(Delivering):
+    """Keeps a message for a person that could not be routed, in the first database, or read; never runs its handler."""
+
+    def __init__(self, inner: Delivering, error: ExactlyOnceError) -> None:
+        super().__init__(inner.plan, inner.store, inner.group, leases=inner.leases, alert=inner.alert)
+        self._error = error
+
+    def run(
+        self,
+        message: Message,
+        features: Features,
+        *,
+        pumped: bool = False,
+        foreign: bool = False,
+        beside: bool = False,
+    ) -> Told:
+        return self.recording.failed(message, self.plan.read(message), self._error, features, foreign)
+
+
+class Router:
+    """Handlers by topic on each database.
+
+    Args:
+        plans: The handlers, in the order they were registered.
+        stores: The databases by name; the first is the default.
+        group: The consumer group.
+        leases: Where the leases of its handlers are.
+        route: Names the database of a message; None with one database.
+        enforce: False runs duplicates all the same.
+        alert: The application's hook for what a person should look at.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        stores: Mapping[str, Store],
+        group: str,
+        *,
+        leases: LeaseStores,
+        route: Route | None = None,
+        enforce: bool = True,
+        alert: Hook | None = None,
+    ) -> None:
+        self.leases = leases
+        self.plans, self.stores, self.group, self._route = tuple(plans), dict(stores), group, route
+        self._first = next(iter(self.stores))
+        self._topics: dict[str, dict[str, tuple[Delivering, ...]]] = {}
+        self._names: dict[str, dict[str, Delivering]] = {}
+        for name, store in self.stores.items():
+            delivering = [
+                # let through, duplicates are no part of a group: its claims stand or fall together
+                (GroupDelivering if plan.batch is not None and enforce else Delivering)(
+                    plan, store, group, leases=leases, enforce=enforce, alert=alert
+                )
+                for plan in self.plans
+            ]
+            self._names[name] = {each.plan.name: each for each in delivering}
+            topics = self._topics[name] = {}
+            for each in delivering:
+                topics[each.plan.topic] = (*topics.get(each.plan.topic, ()), each)
+        self._only = self._topics[self._first] if route is None else None
+        self._told: set[str] = set()
+
+    def find(self, delivery: Delivery) -> Sequence[Delivering]:
+        """Return the handlers a delivery is for; of a message that comes from the failure store, the one that failed."""
+        if delivery.unread is not None:
+            return [_Kept(each, delivery.unread) for each in self._of_unread(delivery)]
+        if delivery.handler is not None:
+            return self._failed_before(delivery, delivery.handler)
+        return self.matching(delivery.message)
+
+    def _of_unread(self, delivery: Delivery) -> Sequence[Delivering]:
+        """Return who is to keep it. Not even its tag may be known: then every handler of the topic, or nobody would."""
+        if delivery.handler is not None:
+            return self._failed_before(delivery, delivery.handler)
+        return self.matching(delivery.message) or self._topics[self._first].get(delivery.message.topic, _NONE)
+
+    def _failed_before(self, delivery: Delivery, handler: str) -> Sequence[Delivering]:
+        """Ask route= again: what could not be routed was kept in the first database, and is to run in its own.
+
+        Elsewhere its claim would not be seen by the message's other copies, and it would be processed twice.
+        """
+        kept_in = delivery.receipt[0]
+        name = kept_in if self._route is None else self._named(delivery.message)
+        unknown = name not in self._names
+        found = self._names[kept_in if unknown else str(name)].get(handler)
+        if found is None:
+            return _NONE
+        return (_Kept(found, Reject(self._unknown(name))),) if unknown else (found,)
+
+    def matching(self, message: Message) -> Sequence[Delivering]:
+        """Return the handlers of a message on the database it is routed to.
+
+        Raises:
+            ConfigurationError: There are no handlers at all: what nobody takes is acknowledged.
+        """
+        topics = self._only
+        if topics is None:
+            name = self._named(message)
+            if name not in self._topics:
+                reason = self._unknown(name)
+                return [_Kept(each, Reject(reason)) for each in self._matching(self._topics[self._first], message)]
+            topics = self._topics[name]
+        return self._matching(topics, message)
+
+    def _matching(self, topics: Mapping[str, tuple[Delivering, ...]], message: Message) -> Sequence[Delivering]:
+        found = topics.get(message.topic)
+        if found is None:
+            self._is_nobodys(message.topic)
+            return _NONE
+        if len(found) == 1:
+            return found if found[0].plan.matches(message) else _NONE
+        return [each for each in found if each.plan.matches(message)]
+
+    def _is_nobodys(self, topic: str) -> None:
+        if not self.plans:
+            raise ConfigurationError(_NO_HANDLERS)
+        if topic in self._told or len(self._told) >= _MOST_TOLD:
+            return
+        self._told.add(topic)
+        _log.warning(
+            "No handler takes topic '%s'; its messages are acknowledged unread. Handlers take: %s.",
+            escaped(topic, 200),
+            ", ".join(sorted({escaped(plan.topic) for plan in self.plans})),
+        )
+
+    def _unknown(self, name: object) -> str:
+        known = ", ".join(self._topics)
+        return f"route= named the database {escaped(str(name))!r} for this message; known are: {known}"
+
+    def _named(self, message: Message) -> object:
+        assert self._route is not None
+        try:
+            return self._route(message)
+        except BaseException as error:  # the user's function; the message is kept with this as its reason
+            if asked_from_outside(error):
+                raise
+            return f"(it raised {type(error).__name__}: {words_of(error)})"
+
+    def run(self, found: Sequence[Delivering], message: Message) -> Outcome:
+        """Run a message for a consumer loop that is not ours."""
+        for each in found if anyone_holds() else ():
+            refuse_inside(each.store.engine, "eo.process")
+        return _outcome(run_all(found, message, FOREIGN, foreign=True))
+
+    async def arun(self, found: Sequence[Delivering], message: Message) -> Outcome:
+        """The same in an event loop."""
+        for each in found if anyone_holds() else ():
+            refuse_inside(each.store.engine, "eo.aprocess")
+        return _outcome(await arun_all(found, message, FOREIGN, foreign=True))
+
+    def subscriptions(self) -> Sequence[Subscription]:
+        """Return what the group wants: per topic the union of its handlers' tags, sorted, alike in every process.
+
+        A group that subscribes differently in two processes loses messages on RocketMQ: the broker keeps the last one.
+        """
+        wanted: dict[str, list[Plan]] = {}
+        for plan in self.plans:
+            wanted.setdefault(plan.topic, []).append(plan)
+        return [
+            Subscription(
+                topic,
+                # a handler without a tag wants every message of the topic
+                tuple(sorted({tag for plan in plans for tag in plan.tags})) if all(plan.tags for plan in plans) else (),
+                any(plan.ordered for plan in plans),
+                max(plan.batch or 1 for plan in plans),
+            )
+            for topic, plans in sorted(wanted.items())
+        ]
+
+    def runner(self, concurrency: int) -> Runner:
+        """Return threads, and a loop if any handler is async, that run deliveries; to be stopped by the caller."""
+        return Runner(
+            self.find,
+            threads=concurrency,
+            needs_loop=any(plan.is_async for plan in self.plans),
+            limits={plan.name: plan.concurrency for plan in self.plans if plan.concurrency is not None},
+            handlers=[plan.name for plan in self.plans],
+        )
+
+    def pumps(self) -> Sequence[Consumer]:
+        """Return a consumer of due failures for each database."""
+        ordered = [plan for plan in self.plans if plan.ordered]
+        return [
+            Pump(
+                store.engine,
+                DueFailures(partial(getattr, store, "tables")),
+                self.group,
+                handlers=[plan.name for plan in self.plans],
+                ordered=[plan.name for plan in ordered],
+                waits=[plan.name for plan in ordered if plan.after_dead == "wait"],
+                name=name,
+                away=store.away,
+                gone=store.gone,
+            )
+            for name, store in self.stores.items()
+        ]
+
+    def answers(self, store: str) -> bool:
+        """Say whether the store of this name can be written to."""
+        answered = self.leases.answers(store)
+        return self.stores[store].answers() if answered is None else answered
+
+    def unready(self) -> str | None:
+        """Say which handler is held because it is wrong, or None."""
+        for handlers in self._names.values():
+            for each in handlers.values():
+                if each.recording.refused is not None:
+                    return f"the handler {each.plan.name!r} is held: {each.recording.refused}"
+        return None
+
+    def require_handlers(self) -> None:
+        """Raise unless there is something to run, and what was decorated is what would run."""
+        if not self.plans:
+            raise ConfigurationError(_NO_HANDLERS)
+        for plan in self.plans:
+            if (above := decorated_above(plan, self.plans)) is not None:
+                raise ConfigurationError(above)
+
+
+def decorated_above(plan: Plan, plans: Sequence[Plan]) -> str | None:
+    """Say so if a decorator stands above @eo.handler: it wraps what the module sees, not what we run, and never runs."""
+    function = plan.function
+    name, module = getattr(function, "__qualname__", ""), sys.modules.get(getattr(function, "__module__", ""))
+    if module is None or "." in name or "<" in name:
+        return None
+    seen = getattr(module, name, function)
+    if seen is function or any(seen is other.function for other in plans):  # the latter: two functions of one name
+        return None
+    return (
+        f"The handler {plan.name!r} has a decorator above @eo.handler, which does not run for messages. Put @eo.handler on"
+        f" top of the others, in {module.__name__}."
+    )
+
+
+_NO_HANDLERS: Final = (
+    "No handlers are registered. Import the module that decorates them before the first message:"
+    " ExactlyOnce(imports=['shop.consumers']), or EXACTLY_ONCE_IMPORTS=shop.consumers."
+)
+
+
+def _outcome(told: Told) -> Outcome:
+    if told.raises is not None:
+        raise told.raises
+    return told.outcome

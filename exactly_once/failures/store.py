@@ -1,0 +1,566 @@
+"""The failure store: every message that failed, whole, with its reason, until it is resolved or a person decides.
+
+Rows are written in a transaction of their own, after the handler's was rolled back; where that fails, nothing is
+acknowledged. A row has one owner of its next try: `next_attempt_at` NULL means the broker brings the message again, a
+time means the pump does. Called by `delivery`; the `pump` takes what is `due`, and a person's decisions are in `triage`.
+
+States: retrying, waiting (not failed, only not yet: it does not count), requeued -> resolved; dead, broken -> requeued or
+discarded by a person.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import Enum
+from functools import cached_property
+from hashlib import sha256
+from typing import Any, Final
+
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    FromClause,
+    Row,
+    Select,
+    Table,
+    Update,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal,
+    not_,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.orm import Session
+
+from exactly_once.database import claim_rows
+from exactly_once.database.characters import characters_of
+from exactly_once.database.connections.pooler import begin_bounded
+from exactly_once.database.dialects.contract import ClaimRow, Dialect
+from exactly_once.database.schema import CONSUMED, KEY_BYTES, UNFINISHED, Tables, all_rows, utcnow
+from exactly_once.database.trouble.drivers_own import is_taken
+from exactly_once.exceptions.words import place_of, words_of
+from exactly_once.failures.large import append, parts_of
+from exactly_once.failures.policy import ByBroker, ByPump, Decision, Park
+from exactly_once.handlers.fingerprint import TAG_BYTES
+from exactly_once.message import Message
+from exactly_once.wording.text import EVERY, storable
+
+__all__ = [
+    "CLOSED",
+    "OPEN",
+    "RESOLVABLE",
+    "RUNNABLE",
+    "Failure",
+    "FailureStore",
+    "Form",
+    "Place",
+    "blocking",
+    "overdue",
+    "place_of",
+    "text_of",
+    "words_of",
+]
+
+OPEN: Final = ("retrying", "waiting", "requeued", "dead", "broken")
+RUNNABLE: Final = ("retrying", "waiting", "requeued")
+RESOLVABLE: Final = (*RUNNABLE, "dead")
+CLOSED: Final = ("resolved", "discarded")
+_OVERDUE: Final = timedelta(hours=13)
+"""No broker is asked for a longer delay than 12 hours: what takes longer is due from here."""
+
+MESSAGE_ID_BYTES: Final = 255
+_ERROR_TEXT_CHARACTERS: Final = 4000  # enough for a person; a validation error of a large body can be megabytes
+_SHORT_CHARACTERS: Final = 500
+_DIGEST_CHARACTERS: Final = 32
+_ASCII: Final = "ascii"
+_MOST_FORMER: Final = 100
+_NO_PROPERTIES: Final = "null"
+_BROUGHT_AGAIN: Final = timedelta(seconds=60)
+_WITHOUT_BODY: Final = (
+    "[The body of {size} bytes and the properties are not in this row: the database did not take them. On MySQL and MariaDB look"
+    " at max_allowed_packet. The message is not acknowledged: its broker has it, and brings it again, or moves it to its dead"
+    " letters.] "
+)
+
+
+class Form(Enum):
+    """How much of a failure is written, from all of it to what any database takes. The body is whole or left out."""
+
+    WHOLE = "everything; what the database's character set lacks is escaped"
+    SHORT = "texts in ASCII, the error cut short, no time of birth; the key as it is, so that the row is found again"
+    ASCII = "the key in ASCII, too"
+    WITHOUT_BODY = "no body and no properties, which the server did not take: the message stays with its broker"
+
+    @property
+    def shorter(self) -> "Form | None":
+        """What to try where this one was refused."""
+        return {Form.WHOLE: Form.SHORT, Form.SHORT: Form.ASCII, Form.ASCII: Form.WITHOUT_BODY}.get(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One message of one handler that was not processed.
+
+    `key` is None where the message has no usable business key; it is then known by its message id.
+    """
+
+    group: str
+    handler: str
+    key: str | None
+    fingerprint: bytes
+    message: Message
+    error: BaseException
+    counted: bool = True
+    claim_owner: str | None = None
+    """Of a broken one: the attempt whose claim stands for it, or is to."""
+    block: bool = False
+    """That claim is to be written where none stands."""
+    form: Form = Form.WHOLE
+    """How much is written; the shorter ones are for what was refused whole."""
+
+    @property
+    def failure_key(self) -> str:
+        """By what this failure is the same as an earlier one."""
+        return self.failure_key_in(EVERY)
+
+    def failure_key_in(self, characters: str) -> str:
+        """The same, as a database of this character set keeps it."""
+        if self.key is not None:
+            return "k:" + _known_by(self.key, characters)
+        return "m:" + _known_by(self.message.message_id or "", characters)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a message stands among those of its ordering key."""
+
+    blocked: bool
+    """An older one must come first."""
+    known: bool
+    """It has a row of its own, under whichever identity: it failed before."""
+    former: Sequence[int] = ()
+    """Its rows from before its handler's key= or fingerprint= was changed."""
+
+
+def blocking(t: FromClause, *, after_dead_wait: bool) -> ColumnElement[bool]:
+    """The rows that younger ones of their ordering key wait for.
+
+    One that runs by itself, brought by the broker or taken by the pump. One that a person must decide, only where the handler
+    waits for dead ones: also a *waiting* one without a time, whose COMMIT was never answered.
+    """
+    if after_dead_wait:
+        return t.c.state.in_(OPEN)
+    return and_(t.c.state.in_(RUNNABLE), or_(t.c.state != "waiting", t.c.next_attempt_at.is_not(None)))
+
+
+def overdue(t: FromClause) -> ColumnElement[bool]:
+    """The rows whose broker was to bring the message again, and has not for longer than it ever waits.
+
+    Another program of the group did it (a Java listener, which writes nothing here), or no worker ran, or the broker has
+    given up. Nobody can tell these apart from here, and closing one that was not done would lose it: a person decides.
+
+    A *waiting* one without a time is no broker's: its COMMIT was never answered, so it was kept whole for a person, and
+    acknowledged. Only one whose body the database did not take stayed with its broker.
+    """
+    return and_(
+        or_(t.c.state == "retrying", and_(t.c.state == "waiting", t.c.properties == _NO_PROPERTIES)),
+        t.c.next_attempt_at.is_(None),
+        t.c.last_failed_at < utcnow(-_OVERDUE.total_seconds()),
+    )
+
+
+def _tag(t: Table) -> Any:
+    """By which `fingerprint=` a row's fingerprint was made; of an empty one SQLite says NULL."""
+    type_ = t.c.fingerprint.type
+    return func.coalesce(func.substr(t.c.fingerprint, 1, TAG_BYTES, type_=type_), literal(b"", type_), type_=type_)
+
+
+def _bodiless(t: Table) -> Any:
+    """Whether a row was written `WITHOUT_BODY`."""
+    return (t.c.properties == _NO_PROPERTIES).label("bodiless")
+
+
+def _known_by(text: str, characters: str, most: int = KEY_BYTES) -> str:
+    """Return a text by which rows are found again, in so many bytes. Of what is returned it returns that very text."""
+    kept = storable(text, None, characters) or ""
+    if len(kept.encode()) <= most:
+        return kept
+    # two that begin alike are two: of messages taken for one a requeue would lose the other, and of ordering keys taken for
+    # one the messages of the other would wait
+    digest = sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:_DIGEST_CHARACTERS]
+    return f"{storable(kept, most - _DIGEST_CHARACTERS - 1)}~{digest}"
+
+
+def _order_of(message: Message, t: Table, characters: str) -> str | None:
+    """Return what stands for a message's ordering key in its column."""
+    most: int = t.c.ordering_key.type.bytes  # type: ignore[attr-defined]
+    return None if message.ordering_key is None else _known_by(message.ordering_key, characters, most)
+
+
+class FailureStore:
+    """The failure rows of one consumer group in one database."""
+
+    def __init__(self, tables: Callable[[], Tables]) -> None:
+        self._tables = tables
+
+    @property
+    def _t(self) -> Table:
+        return self._tables().failure
+
+    def record(self, session: Session, failure: Failure, decide: Callable[[int], Decision]) -> tuple[Decision, int]:
+        """Write one failure down, counting it, with what is to happen next; commits.
+
+        Args:
+            session: A fresh session, whose transaction has sent nothing yet.
+            failure: What failed.
+            decide: From the number of failures, this one included, what is to happen.
+
+        Returns:
+            The decision that was stored, and the number of failures. A message that a person discarded stays discarded, and one
+            that is only to wait stays resolved where it was processed meanwhile.
+        """
+        for last in (False, True):
+            try:
+                begin_bounded(session.connection())
+                recorded = self._record(session, failure, decide)
+                session.commit()
+            except Exception as error:
+                if last or not is_taken(error):
+                    raise
+                # two deliveries of one message failed at the same moment; now the row is there to be updated
+                session.rollback()
+            else:
+                return recorded
+        raise AssertionError
+
+    def _record(self, session: Session, failure: Failure, decide: Callable[[int], Decision]) -> tuple[Decision, int]:
+        t, form = self._t, failure.form
+        characters = characters_of(session.connection())
+        key = failure.failure_key_in(_ASCII if form is Form.ASCII else characters)
+        identity = self._identity(failure, key)
+        texts = characters if form is Form.WHOLE else _ASCII
+        known = all_rows(
+            select(t.c.id, t.c.attempts, t.c.state, t.c.message_id, _bodiless(t)),
+            session.connection().dialect.name,
+        )
+        row = session.execute(known.where(identity)).one_or_none()
+        if row is not None:
+            # locked by its id, and only when it is there: on InnoDB a locking read of nothing locks the gap around it,
+            # and two messages that fail for the first time would deadlock on each other's gap
+            row = session.execute(known.where(t.c.id == row.id).with_for_update()).one_or_none()
+        if row is not None and row.state in CLOSED:
+            again = row.message_id == storable(failure.message.message_id, MESSAGE_ID_BYTES, texts)
+            if row.state == "discarded" and (again or self._is_claimed(session, failure)):
+                return Park("discarded", "a person discarded this message"), row.attempts
+            if row.state == "resolved" and not failure.counted and self._is_consumed(session, failure):
+                return Park("resolved", "another run has processed it"), row.attempts
+            # under a lock, or once its claim was purged, a key comes another day: another message, with a place in the order,
+            # and an id, of its own
+            session.execute(delete(t).where(t.c.id == row.id))
+            row = None
+        earlier = row.attempts if row is not None else 0
+        attempts = earlier + 1 if failure.counted else earlier
+        # written once; or now, where it was not taken before
+        first, *more = self._content(session.connection(), failure, texts) if row is None or row.bodiless else (None,)
+        # nowhere but with the broker: it is not acknowledged, whoever would bring it again or keep it else
+        bodiless = first is not None and "body" not in first
+        decision = ByBroker(_BROUGHT_AGAIN) if bodiless else decide(attempts)
+        said = _WITHOUT_BODY.format(size=len(failure.message.body or b"")) if bodiless else ""
+        values = {
+            "error_class": storable(type(failure.error).__name__, None, texts, limit=255),
+            "error_text": said + _kept_text(failure.error, texts, short=form is not Form.WHOLE),
+            "attempts": attempts,
+            "last_failed_at": utcnow(),
+            **_state(decision, failure.counted),
+        }
+        if failure.claim_owner is not None:
+            values["claim_owner"] = failure.claim_owner
+            self._claim(session, failure)
+        values |= first or {}
+        if row is not None:
+            id_ = row.id
+            session.execute(update(t).where(t.c.id == id_).values(**values))
+        else:
+            inserted: Any = session.execute(insert(t).values(**values, **self._new(failure, key, texts, form)))
+            id_ = inserted.inserted_primary_key[0]
+        for part in more:
+            append(session.connection(), t, id_, part)
+        return decision, attempts
+
+    def _is_claimed(self, session: Session, failure: Failure) -> bool:
+        """Of a discarded key: as long as the claim that was written for it stands, a resend under another id is a copy."""
+        if failure.key is None:
+            return False
+        claims = self._tables().idempotent
+        stands = claim_rows.of(claims, failure.group, failure.handler, failure.key)
+        known = select(claims.c.status).where(stands)
+        return session.execute(all_rows(known, session.connection().dialect.name)).first() is not None
+
+    def _is_consumed(self, session: Session, failure: Failure) -> bool:
+        """Of a message that was only to wait: whether the run that it was to wait for has ended, and done it.
+
+        That run has closed the row and committed, both before this could have the row; opened once more it would be shown
+        to a person, whose discard would be of what took effect.
+        """
+        if failure.key is None:
+            return False
+        claims = self._tables().idempotent
+        stands = claim_rows.of(claims, failure.group, failure.handler, failure.key)
+        same = and_(stands, claims.c.status == CONSUMED, claims.c.fingerprint == failure.fingerprint)
+        # locked, for a plain look of InnoDB is at what stood there as this transaction began
+        known = select(claims.c.status).where(same).with_for_update(read=True)
+        return session.execute(all_rows(known, session.connection().dialect.name)).first() is not None
+
+    def _claim(self, session: Session, failure: Failure) -> None:
+        """Let the claim of a broken message stand, so that no copy of it runs before a person has looked.
+
+        Mostly it stands, and is finished here; where its transaction was lost and something else was committed after it, it
+        is written.
+        """
+        if failure.key is None:
+            return
+        claims, connection = self._tables().idempotent, session.connection()
+        stands = claim_rows.of(claims, failure.group, failure.handler, failure.key)
+        done = {"status": CONSUMED, "consumed_at": utcnow()}
+        connection.execute(update(claims).where(stands, claims.c.status == UNFINISHED).values(done))
+        if not failure.block:
+            return
+        message = failure.message
+        values = {
+            "consumer_group": failure.group,
+            "handler": failure.handler,
+            "business_key": failure.key,
+            "message_id": storable(message.message_id, MESSAGE_ID_BYTES, "ascii"),
+            "fingerprint": failure.fingerprint,
+            "retry_times": message.attempt - 1,
+            "owner": failure.claim_owner,
+            "born_at": message.born_at,
+        }
+        claim_rows.write(connection, claims, values)
+
+    def resolve(
+        self, session: Session, dialect: Dialect, row: ClaimRow, message_id: str | None, former: Sequence[int] = ()
+    ) -> None:
+        """Close the row of a message that was processed, in the handler's transaction.
+
+        Args:
+            session: In that transaction.
+            dialect: How its database is spoken to.
+            row: Who was processed.
+            message_id: As it came.
+            former: What `place` found of an ordered one.
+        """
+        connection = session.connection()
+        characters = characters_of(connection)
+        values = {
+            "b_group": row.group,
+            "b_handler": row.handler,
+            "b_key": "k:" + row.key,
+            "b_fingerprint": row.fingerprint,
+            "b_tag": row.fingerprint[:TAG_BYTES],
+            "b_message_id": storable(message_id, MESSAGE_ID_BYTES, characters),
+        }
+        dialect.in_our_name(connection, self._resolving, values)
+        for id_ in former:
+            dialect.in_our_name(connection, self._resolving_former, {"b_id": id_})
+
+    @cached_property
+    def _resolving_former(self) -> Update:
+        """Of an ordered message, a row from before its handler's key= was changed: its followers would wait for ever.
+
+        Only one that its broker was to bring again, and has brought now; what the pump brings, it closes itself.
+        """
+        t = self._t
+        return (
+            update(t)
+            .where(
+                t.c.id == bindparam("b_id", type_=t.c.id.type),
+                t.c.state == "retrying",
+                t.c.next_attempt_at.is_(None),
+            )
+            .values(state="resolved")
+        )
+
+    @cached_property
+    def _resolving(self) -> Update:
+        t = self._t
+        named = {"b_group": t.c.consumer_group, "b_handler": t.c.handler, "b_key": t.c.failure_key}
+        same = or_(
+            t.c.fingerprint == bindparam("b_fingerprint", type_=t.c.fingerprint.type),
+            t.c.message_id == bindparam("b_message_id", type_=t.c.message_id.type),
+            # the handler's fingerprint= was changed since it failed: another one, and yet this very message
+            _tag(t) != bindparam("b_tag", type_=t.c.fingerprint.type),
+        )
+        return (
+            update(t)
+            .where(
+                *(column == bindparam(name, type_=column.type) for name, column in named.items()),
+                same,
+                # not a broken one: its claim stands, so its next copy is a duplicate, and half of its effects are missing
+                or_(*(t.c.state == state for state in RESOLVABLE)),
+            )
+            .values(state="resolved", next_attempt_at=None)
+        )
+
+    def place(
+        self, session: Session, failure: Failure, *, after_dead_wait: bool, is_its_own: Callable[[Row[Any]], bool]
+    ) -> Place:
+        """Say where a message stands among the open rows of its ordering key; in the caller's transaction.
+
+        Args:
+            session: In that transaction.
+            failure: Of the message.
+            after_dead_wait: It waits behind dead ones, too.
+            is_its_own: Whether a row that has its id, or its key, and its body keeps this very message.
+        """
+        t = self._t
+        characters = characters_of(session.connection())
+        of_key = and_(
+            t.c.consumer_group == failure.group,
+            t.c.handler == failure.handler,
+            t.c.ordering_key == _order_of(failure.message, t, characters),
+        )
+        key = failure.failure_key_in(characters)
+        known = self._identity(failure, key)
+        mine = select(t.c.id).where(known, t.c.state.in_(OPEN)).scalar_subquery()
+        open_ = select(t.c.id).where(of_key, blocking(t, after_dead_wait=after_dead_wait), not_(known))
+        wanted: Select[Any] = select(open_.order_by(t.c.id).limit(1).scalar_subquery(), mine)
+        first, own = session.execute(all_rows(wanted, session.connection().dialect.name)).one()
+        if first is None:
+            return Place(False, own is not None)
+        former = self._former(session, failure, and_(of_key, not_(known)), key, characters, is_its_own)
+        since = min((id_ for id_ in (own, *former) if id_ is not None), default=None)
+        return Place(since is None or first < since, since is not None, former)
+
+    def _former(
+        self,
+        session: Session,
+        failure: Failure,
+        others: ColumnElement[bool],
+        key: str,
+        characters: str,
+        is_its_own: Callable[[Row[Any]], bool],
+    ) -> Sequence[int]:
+        """Rows of this message from before the handler's key= or fingerprint= was changed: it would wait for itself, for ever."""
+        t, message = self._t, failure.message
+        alike = and_(t.c.failure_key == key, _tag(t) != failure.fingerprint[:TAG_BYTES])
+        if message.message_id:
+            # an id alone says little: producers give that of the order, of the request, of the batch
+            alike = or_(t.c.message_id == storable(message.message_id, MESSAGE_ID_BYTES, characters), alike)
+        # the body itself would be sent with each look, and a server refuses statements that are too long
+        as_long = func.length(t.c.body) == len(message.body) if message.body is not None else t.c.body.is_(None)
+        found = select(t).where(others, t.c.state.in_(OPEN), as_long, alike).order_by(t.c.id).limit(_MOST_FORMER)
+        rows = session.execute(all_rows(found, session.connection().dialect.name)).all()
+        return tuple(row.id for row in rows if row.body == message.body and is_its_own(row))
+
+    def begun(self, session: Session, group: str, handler: str, key: str, message_id: str) -> bool:
+        """Say whether a message of this id has a claim, or a failure, under this key."""
+        claims, t = self._tables().idempotent, self._t
+        characters = characters_of(session.connection())
+        claimed = select(claims.c.status).where(
+            claim_rows.of(claims, group, handler, key),
+            claims.c.message_id == storable(message_id, MESSAGE_ID_BYTES, "ascii"),
+        )
+        failed = select(t.c.id).where(
+            t.c.consumer_group == group,
+            t.c.handler == handler,
+            t.c.failure_key == "k:" + _known_by(key, characters),
+            t.c.message_id == storable(message_id, MESSAGE_ID_BYTES, characters),
+        )
+        return any(session.execute(found.limit(1)).first() is not None for found in (claimed, failed))
+
+    def any_blocking(self, session: Session, group: str, handler: str, *, after_dead_wait: bool) -> bool:
+        """Say whether any ordering key of this handler may be blocked: mostly none is, and one look tells for all."""
+        t = self._t
+        found = select(t.c.id).where(
+            t.c.consumer_group == group,
+            t.c.handler == handler,
+            t.c.ordering_key.is_not(None),
+            blocking(t, after_dead_wait=after_dead_wait),
+        )
+        return session.execute(found.limit(1)).first() is not None
+
+    def _identity(self, failure: Failure, key: str) -> Any:
+        t = self._t
+        return and_(
+            t.c.consumer_group == failure.group,
+            t.c.handler == failure.handler,
+            t.c.failure_key == key,
+            t.c.fingerprint == failure.fingerprint,
+        )
+
+    def _content(self, connection: Connection, failure: Failure, characters: str) -> tuple[Any, ...]:
+        """Return the columns of a message's content, and the rest of its body, which is to be appended then."""
+        if failure.form is Form.WITHOUT_BODY:
+            # no properties of any message: nobody takes such a row for one whose body is empty, and runs it
+            return ({"properties": _NO_PROPERTIES},)
+        properties = _properties_of(failure.message, characters)
+        first, *more = parts_of(connection, failure.message.body, beside=len(properties))
+        return {"body": first, "properties": properties}, *more
+
+    def _new(self, failure: Failure, key: str, characters: str, form: Form) -> dict[str, Any]:
+        m, t = failure.message, self._t.c
+        return {
+            "consumer_group": failure.group,
+            "handler": failure.handler,
+            "failure_key": key,
+            "fingerprint": failure.fingerprint,
+            "business_key": None if failure.key is None else key[2:],
+            "topic": _fitting(m.topic, t.topic, characters),
+            "tag": _fitting(m.tag, t.tag, characters),
+            "message_key": _fitting(m.key, t.message_key, characters),
+            "ordering_key": _order_of(m, self._t, characters),
+            "message_id": storable(m.message_id, MESSAGE_ID_BYTES, characters),
+            # one that no server takes (year 1, no time zone) is no reason to lose the message
+            "born_at": m.born_at if form is Form.WHOLE else None,
+            "first_failed_at": utcnow(),
+        }
+
+
+def _state(decision: Decision, counted: bool) -> dict[str, Any]:
+    match decision:
+        case Park(state):
+            return {"state": state, "next_attempt_at": None}
+        case ByPump(delay):
+            return {"state": "retrying" if counted else "waiting", "next_attempt_at": utcnow(delay.total_seconds())}
+        case ByBroker():
+            return {"state": "retrying" if counted else "waiting", "next_attempt_at": None}
+
+
+def _fitting(text: str | None, column: Column[str], characters: str) -> str | None:
+    return storable(text, column.type.bytes, characters)  # type: ignore[attr-defined]
+
+
+def _properties_of(message: Message, characters: str) -> str:
+    """Return an object of texts; of a message whose body is not read a list of why, and that object: no sender can write one."""
+    properties: Any = dict(message.properties)
+    if message.unread is not None:
+        properties = [message.unread, properties]
+    if characters == EVERY:
+        text = json.dumps(properties, ensure_ascii=False, default=repr)
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, which no server takes
+            pass
+        else:
+            return text
+    return json.dumps(properties, default=repr)  # less readable, but as it was, in any character set
+
+
+def text_of(error: BaseException) -> str:
+    """Return what an error says and where it was raised; never raises, whatever the error's own code does."""
+    return f"{words_of(error)}{place_of(error)}"
+
+
+def _kept_text(error: BaseException, characters: str, *, short: bool) -> str:
+    most = _SHORT_CHARACTERS if short else _ERROR_TEXT_CHARACTERS
+    given = text_of(error)
+    text = storable(given, None, characters, limit=most) or ""
+    return f"{text} [cut]" if len(given) > most else text

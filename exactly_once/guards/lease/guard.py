@@ -1,0 +1,256 @@
+"""The lease guard: for handlers that call other services, or run for minutes; a claim that stands while they do.
+
+The claim is a round trip of its own, and no transaction is open until the handler's session is used. Where the leases are
+in the handler's own database, `complete` is the last statement of the handler's transaction: if another run has taken the
+message over it changes no row, and nothing is committed. Elsewhere it follows the COMMIT: a crash between the two leaves the
+session's mark, which the next claim finds; a run that used no session leaves none, and runs again. Called by `attempt`.
+"""
+
+from asyncio import CancelledError
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+from time import monotonic
+from typing import Final, TypeVar
+from uuid import uuid4
+
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm import Session
+
+from exactly_once.database.dialects.contract import ClaimRow, Dialect, Trail
+from exactly_once.database.watched.late import Late
+from exactly_once.errors import StoreUnavailable
+from exactly_once.exceptions.finishing import finished
+from exactly_once.exceptions.words import words_of
+from exactly_once.guards.contract import Claim, Conflict, Consumed, InProgress, OpenOurs, Unfinished, Won
+from exactly_once.guards.lease.contract import Held, LeaseStore, Standing, clock, judge
+from exactly_once.guards.lease.renewal import Renewal
+from exactly_once.guards.lease.sql import SqlLeases
+from exactly_once.wording.steady_log import steady
+from exactly_once.wording.text import escaped
+
+__all__ = ["LeaseGuard", "insisting", "still_ours"]
+
+T = TypeVar("T")
+
+_LOCKED_S: Final = 0.05
+_PAUSE_S: Final = (0.1, 2.0)
+_LET_GO_S: Final = 1.0
+
+_log = steady("exactly_once.leases")
+
+
+class LeaseGuard:
+    """Leases of one handler.
+
+    Args:
+        store: Where they are, spoken to in this handler's colour.
+        local: The handler's own database, in its colour.
+        own: Both are one: then the handler's transaction is fenced.
+        renewal: Keeps them alive.
+        dialect: How the handler's database is spoken to.
+        lease: How long one holds.
+        max_run: How long it is renewed; None for as long as the handler runs.
+        steps: The handler asks for steps.
+        pause: Waits so many seconds, in the handler's colour.
+    """
+
+    def __init__(
+        self,
+        store: LeaseStore,
+        local: SqlLeases,
+        renewal: Renewal,
+        dialect: Dialect,
+        *,
+        own: bool,
+        lease: timedelta,
+        max_run: timedelta | None,
+        steps: bool,
+        pause: Callable[[float], None],
+    ) -> None:
+        self._store, self._local, self._own, self._renewal, self._dialect = store, local, own, renewal, dialect
+        self._lease, self._max_run, self._steps, self._pause = lease, max_run, steps, pause
+
+    def claim(self, session: Session, row: ClaimRow) -> Claim:
+        """See `Guard.claim`. A crash after it leaves the lease to run out, and the next claim takes it over."""
+        token = uuid4().hex
+        began, asked = monotonic(), clock()
+        try:
+            seen = self._store.claim(row, token, self._lease, also=row.fingerprint, steps=self._steps)
+            standing = judge(seen, row.fingerprint)
+            if standing is Standing.FREE:  # the handler's fingerprint= was changed since it was last tried
+                seen = self._store.claim(row, token, self._lease, also=seen.fingerprint, steps=self._steps)
+                standing = judge(seen, row.fingerprint)
+        except CancelledError:  # it may be ours all the same, and nobody would let go of it
+            self._let_go(Held(row, token, 0, self._lease))
+            raise
+        match standing:
+            case Standing.WON:
+                held = Held(
+                    row, token, seen.attempt, self._lease, seen.steps, self._max_run, began=began, renewed=asked
+                )
+                if not self._own and (settled := self._settled(held)) is not None:
+                    return settled
+                self._renewal.add(held)
+                return Won(late=Late(session, self._dialect, held), held=held)
+            case Standing.CONSUMED:
+                return Consumed()
+            case Standing.UNFINISHED:
+                return Unfinished(seen.unfinished or "")
+            case Standing.CONFLICT:
+                return Conflict(seen.fingerprint)
+            case _:
+                over = seen.remaining is None or seen.remaining <= timedelta(0)
+                return InProgress(again=over, remaining=seen.remaining)
+
+    def _settled(self, held: Held) -> Consumed | Conflict | InProgress | Unfinished | None:
+        """Ask the handler's own database whether the message is settled there.
+
+        A run has left its mark beside what it committed, and the store of leases was never told; or a person discarded the
+        message. Of a broken message the lease is let go of, not completed: `requeue` takes back the mark alone.
+        """
+        row = held.row
+        try:
+            known = self._local.look(row)
+            # of an earlier run, whose claim says nothing of what it had committed
+            trail = Trail.NONE if known is not None and known.consumed else self._local.trail(row)
+        except BaseException:
+            self._let_go(held)
+            raise
+        if trail is not Trail.NONE:
+            self._store.release(held)
+            return Unfinished(row.owner) if trail is Trail.COMMITTED else InProgress()
+        if known is None or not known.consumed:
+            return None
+        if known.settled:
+            self._store.complete(held)
+        else:
+            self._store.release(held)
+        match judge(known, row.fingerprint):
+            case Standing.CONFLICT:
+                return Conflict(known.fingerprint)
+            case Standing.UNFINISHED:
+                return Unfinished(known.unfinished or "")
+            case _:
+                return Consumed()
+
+    def _let_go(self, held: Held) -> None:
+        """After a claim that something ended: what was raised first is what happened, and a lease runs out by itself.
+
+        What the claim waited for may still be in the way.
+        """
+        with suppress(BaseException):
+            finished(partial(self._store.release, held), within_s=_LET_GO_S)
+
+    def complete(self, session: Session, won: Won) -> Consumed | None:
+        """See `Guard.complete`."""
+        held = _held(won)
+        held.check()
+        if not self._own and not still_ours(held, self._store, self._pause):
+            raise held.error()  # not fenced, but one that stood still before this line commits nothing
+        if won.watch is None:
+            return None
+        won.watch.check(session)
+        if not self._own:
+            # a crash behind the COMMIT, or a store that is away then: the next claim finds the mark, and runs nothing again
+            if self._local.mark_in(session.connection(), held):
+                return None
+            # on the same connection, for there may be no other one
+            if self._local.stands_in(session.connection(), held):
+                return Consumed()
+            held.lost = True  # another run has it, under a lease in this database
+            raise held.error()
+        held.ending = True
+        if not self._local.complete_in(session.connection(), held):
+            held.lost = True
+            raise held.error()
+        return None
+
+    def consume(self, won: Won) -> None:
+        """See `Guard.consume`. A store that is away is asked until the lease may be another's."""
+        held = _held(won)
+        if not self._own or won.watch is None:
+            held.ending = True
+            if not insisting(held, self._pause, lambda: self._store.complete(held)):
+                held.lost = True
+                raise held.error()
+
+    def end(self, won: Won) -> None:
+        """See `Guard.end`."""
+        self._renewal.drop(_held(won))
+
+    def release(self, won: Won, *, broken: bool = False) -> bool:
+        """See `Guard.release`."""
+        held = _held(won)
+        held.ending = True
+        if held.lost:
+            return False
+        try:
+            if broken and self._own:
+                # its effects may be committed: another copy is not to run, and requeue takes this back
+                return self._local.leave_unfinished(held)
+            return self._store.release(held)
+        except Exception as error:  # it runs out by itself; the failure is what must be recorded now
+            _log.warning(
+                "lease_not_released store=%s handler=%s key=%s ends_within=%s error=%s",
+                self._store.name,
+                held.row.handler,
+                escaped(held.row.key),
+                held.lease,
+                escaped(words_of(error), 200),
+            )
+            return True
+
+    def look(self, open_ours: OpenOurs, row: ClaimRow) -> Consumed | Unfinished | None:
+        """See `Guard.look`."""
+        seen = self._local.look(row)
+        if not self._own and (seen is None or not seen.consumed):
+            seen = self._store.look(row)
+        if (seen is None or not seen.consumed) and self._local.trail(row) is Trail.COMMITTED:
+            return Unfinished(row.owner)
+        standing = None if seen is None else judge(seen, row.fingerprint)
+        if standing is Standing.UNFINISHED and seen is not None:
+            return Unfinished(seen.unfinished or "")
+        return Consumed() if standing is Standing.CONSUMED else None
+
+
+def still_ours(held: Held, store: LeaseStore, pause: Callable[[float], None]) -> bool:
+    """Say whether a lease is ours, as its clock says; a process that stood still past it asks the store.
+
+    It prolongs the lease in the same breath, or another run could take it over a moment later; but a run past its `max_run`
+    only looks, for it is to lose it.
+    """
+    until = clock() + held.lease.total_seconds()
+    while not held.lost and not held.may_insist():
+        if held.overran:
+            seen = store.look(held.row)
+            held.lost = seen is None or seen.consumed or seen.attempt != held.attempt
+            break
+        held.lost = bool(store.renew([held])) or clock() > until
+        if not held.lost and not held.may_insist():
+            pause(_LOCKED_S)  # neither ours nor lost: somebody is just changing the row, and will be done
+    return not held.lost
+
+
+def insisting(held: Held, pause: Callable[[float], None], do: Callable[[], T]) -> T:
+    """Do it, and while the store does not answer again, for one lease at most: what was done outside stands.
+
+    Raises:
+        StoreUnavailable: It did not answer in that time, and the lease may be another's; or there is no connection free,
+            which those that wait for it may be holding.
+    """
+    wait, until = _PAUSE_S[0], clock() + held.lease.total_seconds()
+    while True:
+        try:
+            return do()
+        except StoreUnavailable as error:
+            if held.lost or clock() > until or isinstance(error.__cause__, PoolTimeout):
+                raise
+        pause(wait)
+        wait = min(2 * wait, _PAUSE_S[1])
+
+
+def _held(won: Won) -> Held:
+    assert won.held is not None
+    return won.held

@@ -1,0 +1,159 @@
+"""Keeps the leases of running messages alive: all of a process' at once, by a third of their length.
+
+One thread for each store, started with the first lease and ended when there has been none for a while. It finds out which
+are lost and says so in `Held.lost`, which the message's session and steps look at. A lease past its handler's `max_run` is
+not renewed any more: it runs out, another run may take the message over, and a person is told. Decides nothing else.
+"""
+
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from threading import Condition, Thread
+from time import monotonic
+from typing import Final
+
+from exactly_once import fork
+from exactly_once.alert import Alert, Hook, sound
+from exactly_once.errors import StoreUnavailable
+from exactly_once.exceptions.words import trace_of
+from exactly_once.guards.lease.contract import Held, LeaseStore, clock
+from exactly_once.wording.steady_log import steady
+from exactly_once.wording.text import escaped
+
+__all__ = ["Renewal"]
+
+_IDLE_S: Final = 60.0
+_AGAIN_S: Final = 1.0  # a store that did not answer is asked again after this, or sooner where the lease is short
+_TOGETHER: Final = 4  # what is due within a quarter of a third is renewed along
+
+_log = steady("exactly_once.leases")
+
+
+class Renewal:
+    """The leases of this process in one store.
+
+    Args:
+        store: Where they are; spoken to from a thread.
+        alert: The application's hook for runs that take too long.
+    """
+
+    def __init__(self, store: LeaseStore, alert: Hook | None = None) -> None:
+        self.store = store
+        self._alert = alert
+        self._changed = Condition()
+        self._due: dict[Held, float] = {}
+        self._thread: Thread | None = None
+        self._wakes = 0.0
+        fork.tell(self)
+
+    def forked(self) -> None:
+        """In a process just forked: the thread and the leases are the parent's."""
+        self._changed = Condition()
+        self._due, self._thread = {}, None
+
+    def add(self, held: Held) -> None:
+        """Renew this one from now on."""
+        with self._changed:
+            due = self._due[held] = self._next(held, monotonic())
+            if self._thread is None:
+                self._thread = Thread(target=self._turn, name=f"leases: {self.store.name}", daemon=True)
+                self._wakes = due
+                try:
+                    self._thread.start()
+                except RuntimeError:  # no thread to be had now: the next lease tries again
+                    self._thread = None
+                    raise
+            elif due < self._wakes:
+                self._changed.notify()
+
+    def drop(self, held: Held) -> None:
+        """Its run has ended."""
+        with self._changed:
+            self._due.pop(held, None)
+
+    def _next(self, held: Held, now: float) -> float:
+        third = held.lease.total_seconds() / 3
+        return min(now + third, _end(held))
+
+    def _turn(self) -> None:
+        while True:
+            with self._changed:
+                now = monotonic()
+                self._wakes = min(self._due.values(), default=now + _IDLE_S)
+                if self._wakes > now and not self._changed.wait(self._wakes - now) and not self._due:
+                    self._thread = None
+                    return
+                if not self._due or min(self._due.values()) > monotonic():
+                    continue
+                over, groups = self._taken(monotonic())
+            for group in groups:
+                self._renew(group)
+            for held in over:
+                # the hook is the application's, and whatever it waits for must not keep the others from being renewed
+                Thread(target=self._overran, args=(held,), name="alert: max_run", daemon=True).start()
+
+    def _taken(self, now: float) -> tuple[list[Held], Iterable[list[Held]]]:
+        """Take out what ran too long, and gather what is due soon, by length of lease."""
+        over = [held for held in self._due if _end(held) <= now]
+        for held in over:
+            del self._due[held]
+        groups: dict[timedelta, list[Held]] = {}
+        for held, due in self._due.items():
+            if due <= now + held.lease.total_seconds() / 3 / _TOGETHER:
+                groups.setdefault(held.lease, []).append(held)
+        return over, groups.values()
+
+    def _renew(self, group: list[Held]) -> None:
+        asked = clock()
+        again = min(_AGAIN_S, group[0].lease.total_seconds() / 3 / _TOGETHER)
+        lost: set[Held] = set()
+        try:
+            lost = self._asked(group)
+        except StoreUnavailable as error:
+            _log.warning("leases_not_renewed store=%s count=%d error=%s", self.store.name, len(group), error)
+        except Exception as error:  # this thread must go on: without it every lease of the process is lost
+            _log.error("leases_not_renewed store=%s count=%d\n%s", self.store.name, len(group), trace_of(error))
+        now = monotonic()
+        with self._changed:
+            for held in group:
+                if held not in self._due:
+                    continue
+                if held.ending:  # completed meanwhile, it looks like one that was lost
+                    self._due[held] = min(now + again, _end(held))
+                elif held in lost:
+                    held.lost = True
+                    del self._due[held]
+                    _log.warning(
+                        "lease_lost store=%s handler=%s key=%s attempt=%d",
+                        self.store.name,
+                        held.row.handler,
+                        escaped(held.row.key),
+                        held.attempt,
+                    )
+                else:
+                    # not renewed and not lost: locked by its own step at this moment, or the store is away
+                    self._due[held] = self._next(held, now) if held.renewed >= asked else min(now + again, _end(held))
+
+    def _asked(self, group: Sequence[Held]) -> set[Held]:
+        """Renew them, in the context of a run: a listener of the engine's may want its tenant, and any of these has the rights.
+
+        One that a listener refuses must not cost the others their leases.
+        """
+        for held in group[:-1]:
+            try:
+                return set(held.context.run(self.store.renew, group))
+            except StoreUnavailable as error:
+                if not error.by_application:
+                    raise
+        return set(group[-1].context.run(self.store.renew, group))
+
+    def _overran(self, held: Held) -> None:
+        assert held.max_run is not None
+        text = (
+            f"has run for longer than max_run={held.max_run}; its lease is not renewed any more and ends within"
+            f" {held.lease}, then another run may take it over. Look at what hangs, and restart this process."
+        )
+        sound(self._alert, Alert("overrun", held.row.group, held.row.handler, held.row.key, text))
+
+
+def _end(held: Held) -> float:
+    return float("inf") if held.max_run is None else held.began + held.max_run.total_seconds()

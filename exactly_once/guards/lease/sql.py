@@ -1,0 +1,596 @@
+"""Leases in a database: a row of `message_idempotent` for each message, a row of `message_step` for each step.
+
+The statements are SQLAlchemy's, the same on each server but for the claim, which the dialect words. A statement by itself
+is its own transaction: on PostgreSQL in autocommit, which the driver keeps without asking the server. Those with `_in` are for
+the handler's own transaction, where what they write stands or falls with it. Every change names the token, so a run that was
+taken over changes nothing. Called by `guards.lease`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cached_property
+from typing import Any, Final, TypeVar
+
+from sqlalchemy import (
+    Connection,
+    Engine,
+    Insert,
+    Select,
+    Table,
+    Update,
+    and_,
+    bindparam,
+    delete,
+    exists,
+    insert,
+    literal,
+    or_,
+    select,
+    text,
+    update,
+)
+
+from exactly_once.database import claim_rows
+from exactly_once.database.connections.pooler import begin_bounded, is_pooled
+from exactly_once.database.dialects.contract import (
+    ClaimBusy,
+    ClaimRow,
+    Dialect,
+    LeaseClaims,
+    Leased,
+    State,
+    StepRow,
+    Trail,
+    Trouble,
+    lease_claims_for,
+)
+from exactly_once.database.dialects.contract import raise_for_the_store as raise_for
+from exactly_once.database.dialects.firsthand import is_firsthand, kept_firsthand, moment, ready
+from exactly_once.database.dialects.refusing import is_refusal, of_nobody, raise_for_the_table, tried
+from exactly_once.database.mysql_committed import see_committed
+from exactly_once.database.schema import (
+    CONSUMED,
+    CONSUMING,
+    DISCARDED,
+    STEP_BEGUN,
+    STEP_FINISHED,
+    STEP_TRACE,
+    UNFINISHED,
+    Tables,
+    all_rows,
+    utcnow,
+)
+from exactly_once.database.trouble.crowded import all_taken, is_news
+from exactly_once.database.trouble.drivers_own import is_taken
+from exactly_once.database.trouble.interrupted import interrupted
+from exactly_once.errors import StoreUnavailable
+from exactly_once.guards.lease.contract import WAIT_MS, Held, Recorded, clock
+from exactly_once.wording.steady_log import steady
+
+__all__ = ["SqlLeases"]
+
+T = TypeVar("T")
+
+_log = steady("exactly_once.leases")
+
+AT_ONCE: Final = 5000
+"""So many leases are renewed by one statement: each is three parameters, of which PostgreSQL takes 65,535."""
+_MOMENT: Final = timedelta(seconds=1)
+_TRIES: Final = 3  # more, of a statement that was a deadlock's victim
+_LEFT: Final = 5  # more, behind a pooler, of one that the server refused: a stranger may have changed its connections
+_BEATS: Final = 4  # a renewal is given a quarter of the time between two of them
+
+
+class SqlLeases:
+    """Leases in one database, spoken to from threads or from one loop. See `LeaseStore`.
+
+    Args:
+        name: The database's name.
+        engine: Its engine for threads; or the sync one inside an AsyncEngine, to be used in greenlets only.
+        dialect: How it is spoken to.
+        tables: Gives ours; it may connect.
+    """
+
+    def __init__(self, name: str, engine: Engine, dialect: Dialect, tables: Callable[[], Tables]) -> None:
+        self.name = name
+        self._engine, self._dialect, self._tables = engine, dialect, tables
+        # elsewhere the server is told, at the check-in too: whoever is cancelled there loses the connection's place in the pool
+        self._autocommit = dialect.name == "postgresql"
+
+    # made at the first claim, when it is known where the tables are
+
+    @cached_property
+    def _claims(self) -> LeaseClaims:
+        return lease_claims_for(self._dialect)
+
+    @cached_property
+    def _t(self) -> Table:
+        return self._tables().idempotent
+
+    @cached_property
+    def _steps(self) -> Table:
+        return self._tables().step
+
+    def claim(self, row: ClaimRow, token: str, lease: timedelta, *, also: bytes, steps: bool) -> Leased:
+        """See `LeaseStore.claim`."""
+        since, asked = moment(), False
+        while True:
+            with self._speaking() as connection:
+                used = ready(self._dialect, connection, wait_ms=WAIT_MS, since=since)
+                if used is None:
+                    # whoever had it may have changed it in a way that would store a key as another one
+                    connection.invalidate()
+                    continue
+                dbapi, info = connection.connection.dbapi_connection, connection.info
+                try:
+                    for last in (False, True):
+                        try:
+                            return self._claims.claim(
+                                dbapi, info, row, token, lease=lease, also=also, wait_ms=WAIT_MS, steps=steps
+                            )
+                        except ClaimBusy as busy:
+                            if busy.cut and used and self._dialect.limit_was_left(dbapi, info):
+                                raise
+                            if last or not busy.again:
+                                return Leased(False, False, row.fingerprint, 0, _MOMENT)
+                except Exception as error:
+                    away = self._dialect.trouble(error) is Trouble.UNAVAILABLE
+                    if not used and not asked and is_refusal(self._dialect, error):
+                        self._tried(connection, of_nobody(row), steps=steps)
+                        asked = True  # once more for this one: somebody may have mended it in between
+                    elif not used or away or interrupted(error) or self._dialect.unstorable(error):
+                        raise
+                    # whoever used the connection may have left a role or a time limit in it: asked again on another
+                    connection.invalidate()
+
+    def _tried(self, connection: Connection, row: ClaimRow, *, steps: bool) -> None:
+        """After a claim that a connection which nobody had refused: come back where the table takes claims of others.
+
+        Raises:
+            StoreUnavailable: It takes none, or does not answer.
+        """
+        dialect = self._dialect
+        dbapi, info = connection.connection.dbapi_connection, connection.info
+        assert dbapi is not None
+        try:
+            dbapi.rollback()
+            tried(dialect, dbapi, info, row, wait_ms=WAIT_MS)
+            if steps:
+                connection.execute(self._all(select(self._steps.c.step).where(self._of(self._steps, row))))
+            named = {"b_consumer_group": row.group, "b_handler": row.handler, "b_business_key": row.key}
+            dialect.in_our_name(connection, self._touching, named)  # of nothing: that it may be changed
+            dbapi.rollback()
+        except Exception as refusal:
+
+            def look(statement: str) -> None:
+                assert dbapi is not None
+                dbapi.rollback()
+                connection.exec_driver_sql(statement)
+
+            raise_for_the_table(dialect, refusal, row, look, self._engine, store=self.name)
+
+    def complete(self, held: Held) -> bool:
+        """See `LeaseStore.complete`."""
+        return self._changed(lambda connection: self.complete_in(connection, held))
+
+    def complete_in(self, connection: Connection, held: Held) -> bool:
+        """The same as a part of the handler's transaction: the last statement before its COMMIT."""
+        row = held.row
+        named = {"b_group": row.group, "b_handler": row.handler, "b_key": row.key, "b_token": held.token}
+        return self._dialect.in_our_name(connection, self._completing, named) == 1
+
+    @cached_property
+    def _completing(self) -> Update:
+        t = self._t
+        identity = (t.c.consumer_group, "b_group"), (t.c.handler, "b_handler"), (t.c.business_key, "b_key")
+        ours = [column == bindparam(name, type_=column.type) for column, name in (*identity, (t.c.token, "b_token"))]
+        return update(t).where(*ours).values(status=CONSUMED, consumed_at=utcnow(), lease_until=None)
+
+    def mark_in(self, connection: Connection, held: Held) -> bool:
+        """In the handler's transaction, leave a mark of a lease that is kept elsewhere; False where there is one already.
+
+        It stands or falls with the handler's effects, so it says of them what the other store cannot know.
+        """
+        row = held.row
+        named = {
+            "b_consumer_group": row.group,
+            "b_handler": row.handler,
+            "b_business_key": row.key,
+            "b_message_id": row.message_id,
+            "b_fingerprint": row.fingerprint,
+            "b_retry_times": held.attempt - 1,
+            "b_owner": row.owner,
+            "b_token": held.token,
+            "b_born_at": row.born_at,
+        }
+        in_our_name = self._dialect.in_our_name
+        if claim_rows.written(lambda: in_our_name(connection, self._marking, named)):
+            return True
+        return in_our_name(connection, self._remarking, named) == 1
+
+    def stands_in(self, connection: Connection, held: Held) -> bool:
+        """Say whether another run has left its mark: asked by a change of nothing, which goes in our name as `mark_in` does."""
+        row = held.row
+        named = {"b_consumer_group": row.group, "b_handler": row.handler, "b_business_key": row.key}
+        return self._dialect.in_our_name(connection, self._touching, named) == 1
+
+    @cached_property
+    def _touching(self) -> Update:
+        t = self._t
+        names = ("consumer_group", "handler", "business_key")
+        named = [t.c[name] == bindparam(f"b_{name}", type_=t.c[name].type) for name in names]
+        return update(t).where(*named, t.c.status != CONSUMING).values(status=t.c.status)
+
+    @cached_property
+    def _remarking(self) -> Update:
+        """For a row that is there already, of a lease in this database that nobody has now, or of a mark that was taken back."""
+        t = self._t
+        names = ("consumer_group", "handler", "business_key")
+        named = [t.c[name] == bindparam(f"b_{name}", type_=t.c[name].type) for name in names]
+        values = {
+            name: bindparam(f"b_{name}", type_=t.c[name].type)
+            for name in ("message_id", "fingerprint", "retry_times", "owner", "token")
+        }
+        free = or_(t.c.token.is_(None), t.c.lease_until <= utcnow())
+        return (
+            update(t)
+            .where(*named, t.c.status == CONSUMING, free)
+            .values(**values, status=CONSUMED, consumed_at=utcnow(), lease_until=None)
+        )
+
+    @cached_property
+    def _marking(self) -> Insert:
+        columns = (
+            "consumer_group", "handler", "business_key", "message_id", "fingerprint", "retry_times", "owner", "token",
+            "born_at",
+        )  # fmt: skip
+        values = {name: bindparam(f"b_{name}", type_=self._t.c[name].type) for name in columns}
+        return claim_rows.writing(self._engine.dialect.name, self._t, values)
+
+    def release(self, held: Held) -> bool:
+        """See `LeaseStore.release`."""
+        free = update(self._t).where(self._ours(held)).values(token=None, lease_until=None)
+        return self._changed(lambda connection: _one(connection, free))
+
+    def leave_unfinished(self, held: Held) -> bool:
+        """Let no other run have a message whose effects may be committed; its failure row is written next.
+
+        A crash between the two: the next claim finds it unfinished, and the message is *broken* all the same.
+        """
+        left = update(self._t).where(self._ours(held))
+        done = left.values(status=UNFINISHED, consumed_at=utcnow(), lease_until=None)
+        return self._changed(lambda connection: _one(connection, done))
+
+    def renew(self, held: Sequence[Held]) -> Sequence[Held]:
+        """See `LeaseStore.renew`. Rows that are locked by their own steps are left alone: whoever locks them is alive."""
+        if len(held) > AT_ONCE:
+            return [*self.renew(held[:AT_ONCE]), *self.renew(held[AT_ONCE:])]
+        t, by_token = self._t, {each.token: each for each in held}
+        lease = held[0].lease
+        ours = and_(
+            t.c.consumer_group == held[0].row.group,
+            # by the primary key's parts, then exactly: tokens are never used twice
+            t.c.handler.in_(sorted({each.row.handler for each in held})),
+            t.c.business_key.in_(sorted({each.row.key for each in held})),
+            t.c.token.in_(sorted(by_token)),
+            t.c.status == CONSUMING,
+        )
+        until = {"lease_until": utcnow(lease.total_seconds())}
+        asked = clock()  # not when it is answered: a process that stands still in between would take it for fresh
+        with self._speaking() as connection, self._begun(connection):
+            match self._dialect.name:
+                case "postgresql":
+                    bound = round(lease.total_seconds() * 1000 / 3 / _BEATS)
+                    connection.execute(text(f"SET LOCAL statement_timeout = {bound:d}"))
+                    free = select(*t.primary_key).where(ours).with_for_update(skip_locked=True).subquery()
+                    same = and_(*(column == free.c[column.name] for column in t.primary_key))
+                    renewed = set(
+                        connection.execute(update(t).where(same).values(until).returning(t.c.token)).scalars()
+                    )
+                case "sqlite":  # one writer, and no row is ever locked
+                    renewed = set(
+                        connection.execute(update(t).where(ours).values(until).returning(t.c.token)).scalars()
+                    )
+                case _:  # no UPDATE there skips what is locked
+                    unlocked = self._all(select(t.c.token).where(ours).with_for_update(skip_locked=True))
+                    renewed = set(connection.execute(unlocked).scalars())
+                    if renewed:
+                        connection.execute(update(t).where(ours, t.c.token.in_(sorted(renewed))).values(until))
+            missing = by_token.keys() - renewed
+            if missing:  # locked, or lost: a plain look tells
+                missing -= set(connection.execute(self._all(select(t.c.token).where(ours))).scalars())
+        for token in renewed:
+            by_token[token].renewed = asked
+        return [by_token[token] for token in missing]
+
+    def record(self, held: Held, step: StepRow, *, begun: bool = False) -> Recorded:
+        """See `LeaseStore.record`."""
+        self._say_if_crowded()
+        if not begun:
+            try:
+                recorded = self._changed(lambda connection: self.record_in(connection, held, step))
+            except Exception as error:
+                if not is_taken(error):
+                    raise
+                # there is a row: this very one, whose answer was lost, or a stranger's
+            else:
+                return recorded
+        return self._changed(lambda connection: self._finish(connection, held, step))
+
+    def record_in(self, connection: Connection, held: Held, step: StepRow, *, fenced: bool = True) -> Recorded:
+        """Insert a step's row, in whichever transaction the connection is in.
+
+        Args:
+            connection: Where.
+            held: Under which lease.
+            step: What.
+            fenced: The lease is a row of this database, which is locked for it: whoever takes the message over comes
+                before or after, and then sees it. Else nothing is stored of a message that is settled in this database.
+
+        Raises:
+            Exception: The step has a row, of which `is_taken` tells.
+        """
+        t, s = self._t, self._steps
+        values: dict[str, Any] = {
+            "consumer_group": held.row.group,
+            "handler": held.row.handler,
+            "business_key": held.row.key,
+            "step": step.name,
+            "ordinal": step.ordinal,
+            "status": STEP_FINISHED if step.finished else STEP_BEGUN,
+            "result": step.result,
+            "attempt": held.attempt,
+            "token": held.token,
+            "created_at": utcnow(),
+            "finished_at": utcnow() if step.finished else None,
+        }
+        columns = [
+            value if hasattr(value, "compile") else literal(value, s.c[name].type).label(name)
+            for name, value in values.items()
+        ]
+        if fenced:
+            lock = t if self._is_postgresql else None
+            source = select(*columns).select_from(t).where(self._ours(held)).with_for_update(of=lock)
+        else:
+            # a person has discarded the message meanwhile, or another run has left its mark: the other store does not know
+            settled = exists().where(self._of(t, held.row), t.c.status != CONSUMING)
+            source = select(*columns).where(~settled)
+        stored = self._dialect.in_our_name(connection, insert(s).from_select(list(values), source), {})
+        return Recorded.STORED if stored else Recorded.LOST
+
+    def _finish(self, connection: Connection, held: Held, step: StepRow) -> Recorded:
+        """Write the result to the row that this attempt began, in one round trip; look only where it changed nothing."""
+        s = self._steps
+        mine = and_(self._of(s, held.row), s.c.step == step.name)
+        if step.finished:
+            values = {"status": STEP_FINISHED, "result": step.result, "finished_at": utcnow()}
+            ours = and_(mine, s.c.token == held.token, s.c.status == STEP_BEGUN)
+            if _one(connection, update(s).where(ours, exists().where(self._ours(held))).values(values)):
+                return Recorded.STORED
+        row = connection.execute(self._all(select(s.c.token, s.c.status).where(mine))).one_or_none()
+        if row is None or row.token != held.token:
+            return Recorded.KNOWN
+        return Recorded.STORED if (row.status == STEP_FINISHED) == step.finished else Recorded.LOST
+
+    def finished(self, row: ClaimRow, step: str) -> bytes | None:
+        """Return the result of a finished step, None where it has none."""
+        s = self._steps
+        of_step = select(s.c.result).where(self._of(s, row), s.c.step == step, s.c.status == STEP_FINISHED)
+        return self._seen(lambda connection: connection.execute(self._all(of_step)).scalar_one_or_none())
+
+    def look(self, row: ClaimRow) -> Leased | None:
+        """See `LeaseStore.look`."""
+        t, s = self._t, self._steps
+
+        def read(connection: Connection) -> Leased | None:
+            columns = (
+                t.c.status, t.c.token, t.c.fingerprint, t.c.retry_times, t.c.lease_until, t.c.owner, utcnow().label("now")
+            )  # fmt: skip
+            found = connection.execute(self._all(select(*columns).where(self._of(t, row)))).one_or_none()
+            if found is None:
+                return None
+            steps = select(s.c.step, s.c.ordinal, s.c.status, s.c.result, s.c.attempt).where(
+                self._of(s, row), s.c.status != STEP_TRACE
+            )
+            running = found.token is not None and found.lease_until is not None
+            return Leased(
+                won=False,
+                consumed=found.status != CONSUMING,
+                unfinished=found.owner or "" if found.status == UNFINISHED else None,
+                settled=found.status == CONSUMED and (found.token is not None or found.owner == DISCARDED),
+                fingerprint=found.fingerprint,
+                attempt=found.retry_times + 1,
+                remaining=found.lease_until - found.now if running else None,
+                steps=tuple(
+                    StepRow(name, ordinal, status == STEP_FINISHED, result, attempt)
+                    for name, ordinal, status, result, attempt in connection.execute(
+                        self._all(steps.order_by(s.c.ordinal))
+                    )
+                ),
+            )
+
+        return self._seen(read)
+
+    def trail(self, row: ClaimRow) -> Trail:
+        """See `Dialect.trail`."""
+        return (
+            self._by_itself(lambda connection: self.trail_in(connection, row))
+            if self._dialect.asks_around_calls
+            else Trail.NONE
+        )
+
+    def trail_in(self, connection: Connection, row: ClaimRow) -> Trail:
+        """The same, on this connection."""
+        return self._dialect.trail(connection.connection.dbapi_connection, row)
+
+    def handlers(self, group: str, key: str) -> Sequence[str]:
+        """Return the handlers that have a claim on a key."""
+        t = self._t
+        named = select(t.c.handler).where(t.c.consumer_group == group, t.c.business_key == key).order_by(t.c.handler)
+        return self._seen(lambda connection: connection.execute(self._all(named)).scalars().all())
+
+    def clear_in(self, connection: Connection, row: ClaimRow) -> bool:
+        """Delete a claim that is not consumed and under no lease that runs, in the caller's transaction; False if it is."""
+        return _one(connection, delete(self._t).where(self._free(row)))
+
+    def resolve(self, row: ClaimRow, step: str, result: bytes) -> bool:
+        """See `LeaseStore.resolve`."""
+        t, s = self._t, self._steps
+        with self._speaking() as connection, self._begun(connection):
+            free = self._all(select(t.c.status).where(self._free(row)).with_for_update())
+            if connection.execute(free).one_or_none() is None:
+                return False
+            mine = and_(self._of(s, row), s.c.step == step)
+            # without the token of the run that began it: should that one still live, it changes nothing any more
+            done = {"status": STEP_FINISHED, "result": result, "token": None, "finished_at": utcnow()}
+            if not _one(connection, update(s).where(mine).values(done)):
+                last = connection.execute(
+                    select(s.c.ordinal).where(self._of(s, row)).order_by(s.c.ordinal.desc()).limit(1)
+                ).scalar()
+                values = {"consumer_group": row.group, "handler": row.handler, "business_key": row.key, "step": step}
+                at = {"ordinal": 0 if last is None else last + 1, "attempt": row.attempt, "created_at": utcnow()}
+                connection.execute(insert(s).values(values | at | done))
+            return True
+
+    def _say_if_crowded(self) -> None:
+        """Say at once that a step's connection must be waited for: mostly by whoever holds another one with a session."""
+        most = all_taken(self._engine)
+        if most is None or not is_news(self._engine):
+            return
+        _log.warning(
+            "pool_exhausted store=%s connections=%d: a step needs a connection beside that of its handler's session, and all are"
+            " in use. Handlers that hold one and wait for another wait for each other, as long as the pool lets them"
+            " (pool_timeout, 30 s by default). Give create_engine(..., pool_size=) as many as run at once and 4 more, of a URL"
+            " EXACTLY_ONCE_CONCURRENCY as many as the threads that call process(); or call it from fewer threads.",
+            self.name,
+            most,
+        )
+
+    # -- how it is asked ---------------------------------------------------------------------------------------------
+
+    @property
+    def _is_postgresql(self) -> bool:
+        return self._dialect.name == "postgresql"
+
+    def _all(self, statement: Select[Any]) -> Select[Any]:
+        return all_rows(statement, self._engine.dialect.name)
+
+    def _of(self, t: Table, row: ClaimRow) -> Any:
+        return and_(t.c.consumer_group == row.group, t.c.handler == row.handler, t.c.business_key == row.key)
+
+    def _free(self, row: ClaimRow) -> Any:
+        t = self._t
+        return and_(self._of(t, row), t.c.status == CONSUMING, or_(t.c.token.is_(None), t.c.lease_until <= utcnow()))
+
+    def _ours(self, held: Held) -> Any:
+        t = self._t
+        return and_(self._of(t, held.row), t.c.status == CONSUMING, t.c.token == held.token)
+
+    def _changed(self, do: Callable[[Connection], T]) -> T:
+        """Do it as a transaction of its own, and return what it says. A crash before its end leaves nothing of it."""
+
+        def change(connection: Connection) -> T:
+            done = do(connection)
+            if not self._autocommit:
+                connection.commit()
+            return done
+
+        return self._by_itself(change)
+
+    def _seen(self, do: Callable[[Connection], T]) -> T:
+        """Look at what is committed; nothing is written."""
+
+        def look(connection: Connection) -> T:
+            if self._dialect.asks_around_calls:
+                # before SQLAlchemy begins: a listener of the user's may send statements then, and it is refused behind them
+                see_committed(connection.connection.dbapi_connection)
+            return do(connection)
+
+        return self._by_itself(look)
+
+    def _by_itself(self, do: Callable[[Connection], T]) -> T:
+        tries = left = 0
+        since = moment()
+        while True:
+            believed, pooled = True, False
+            try:
+                with self._speaking() as connection:
+                    believed, pooled = is_firsthand(connection, since), is_pooled(connection)
+                    kept_firsthand(connection)
+                    if not self._autocommit:
+                        return do(connection)
+                    if left:
+                        with self._begun(connection):
+                            return do(connection)
+                    if not self._was_begun(connection):
+                        connection.execution_options(isolation_level="AUTOCOMMIT")
+                        return do(connection)
+                    # the driver refuses to change it inside a transaction, and what was set for that one is to be had
+                    done = do(connection)
+                    # of the driver's: what is sent on it alone begins nothing that SQLAlchemy would commit
+                    connection.connection.commit()
+                    return done
+            except Exception as error:
+                if pooled and left < _LEFT and _may_be_left(error):
+                    # alone it left the server's connection as it found it; in a transaction the pooler throws that one away
+                    left += 1
+                    continue
+                if is_taken(error) or isinstance(error, StoreUnavailable):
+                    raise
+                trouble = self._dialect.trouble(error)
+                if trouble is Trouble.TRANSIENT and tries < _TRIES:
+                    # rolled back as a whole, so nothing else is lost with it: a deadlock's victim may simply ask again
+                    tries += 1
+                elif believed or trouble in (Trouble.TRANSIENT, Trouble.UNAVAILABLE) or interrupted(error):
+                    raise
+                # else whoever had the connection, which is closed now, may have left a role or a time limit in it
+
+    def _was_begun(self, connection: Connection) -> bool:
+        """Say whether a listener of the user's has begun a transaction as the connection was made or taken: a ping will do."""
+        if connection.in_transaction():
+            return True
+        return self._dialect.state(connection.connection.dbapi_connection) is not State.IDLE
+
+    @contextmanager
+    def _begun(self, connection: Connection) -> Iterator[None]:
+        """A transaction of ours; where something fails in it the connection is closed before anything is rolled back."""
+        with connection.begin():
+            kept_firsthand(connection)
+            begin_bounded(connection)
+            try:
+                yield
+            except BaseException as error:
+                self._throw_away(connection, error)
+                raise
+
+    def _throw_away(self, connection: Connection, error: BaseException) -> None:
+        if not is_taken(error) and self._dialect.trouble(error) is not Trouble.TRANSIENT:
+            # a raw error passes SQLAlchemy by, which would hand the connection out again; whoever had it before may have
+            # left it changed; and what was cancelled is in the middle of a statement
+            connection.invalidate(error)
+
+    @contextmanager
+    def _speaking(self) -> Iterator[Connection]:
+        try:
+            with self._engine.connect() as connection:
+                try:
+                    yield connection
+                except BaseException as error:
+                    self._throw_away(connection, error)
+                    raise
+        except Exception as error:
+            raise_for(self._dialect, error, self._engine, self.name)
+            raise
+
+
+def _may_be_left(error: BaseException) -> bool:
+    from exactly_once.database.dialects.postgresql_pooler import may_be_left
+
+    return may_be_left(error.__cause__ or error if isinstance(error, StoreUnavailable) else error)
+
+
+def _one(connection: Connection, change: Any) -> bool:
+    """Carry out a change of one row at most, and say whether there was one to change."""
+    # asked to keep it: of an INSERT the driver forgets how many rows it made, and says -1
+    return connection.execute(change, execution_options={"preserve_rowcount": True}).rowcount == 1

@@ -1,0 +1,220 @@
+"""Where the leases of each handler are: its own database, another one, or Redis; each opened once, with its renewal.
+
+Made by the router, and asked by each handler's `Delivering` when it is put together. The worker asks it which of the stores
+that are no database of the application's answer.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from time import sleep
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy.util import await_only
+
+from exactly_once.alert import Hook
+from exactly_once.database.store import Store
+from exactly_once.errors import ConfigurationError
+from exactly_once.failures import triage
+from exactly_once.guards.lease.contract import LeaseStore
+from exactly_once.guards.lease.guard import LeaseGuard
+from exactly_once.guards.lease.redis import RedisLeases
+from exactly_once.guards.lease.renewal import Renewal
+from exactly_once.guards.lease.sql import SqlLeases
+from exactly_once.handlers.plan import Lease, Lock, Plan
+from exactly_once.wording.redaction import redacted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from exactly_once.guards.lock import LockGuard
+    from exactly_once.redis.connection import RedisConnection, RedisConnections
+
+__all__ = ["LeaseStores", "Placed", "sql_leases"]
+
+SETTING: Final = "redis"
+_REDIS: Final = ("redis", "rediss", "unix")
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where one handler's leases are."""
+
+    store: LeaseStore
+    """In the handler's colour."""
+    local: SqlLeases
+    """The handler's own database, for steps that are a transaction in it."""
+    own: bool
+    """Both are one, so what the handler commits is fenced."""
+    renewal: Renewal
+    pause: "Callable[[float], None]"
+
+    def guard(self, plan: Plan, store: Store) -> LeaseGuard:
+        """Return the guard of a handler whose leases are here."""
+        assert isinstance(plan.guard, Lease)
+        return LeaseGuard(
+            self.store,
+            self.local,
+            self.renewal,
+            store.dialect,
+            own=self.own,
+            lease=plan.guard.lease,
+            max_run=plan.guard.max_run,
+            steps=plan.takes_steps,
+            pause=self.pause,
+        )
+
+
+class LeaseStores:
+    """The stores of leases of one application.
+
+    Args:
+        connections: Its Redis connections, by URL.
+        redis: The URL that the setting `redis` names.
+        schema: The database schema of our tables.
+        alert: The application's hook.
+        pooler: A pooler stands before PostgreSQL, also where none is seen.
+    """
+
+    def __init__(
+        self,
+        connections: "RedisConnections",
+        redis: str | None,
+        schema: str | None,
+        alert: Hook | None = None,
+        *,
+        pooler: bool = False,
+    ) -> None:
+        self._connections, self._redis, self._schema, self._alert = connections, redis, schema, alert
+        self._pooler = pooler
+        self._renewals: dict[tuple[str, object], Renewal] = {}
+        self._databases: dict[str, Store] = {}
+        self._used: dict[str, RedisConnection] = {}
+
+    def placed(self, plan: Plan, store: Store) -> Placed:
+        """Say where a handler's leases are. Opens nothing.
+
+        Raises:
+            ConfigurationError: It wants the setting `redis`, and there is none; or the URL is no store's.
+        """
+        assert isinstance(plan.guard, Lease)
+        local = sql_leases(store, is_async=plan.is_async)
+        pause = _await_pause if plan.is_async else sleep
+        url = self.url(plan.guard.store)
+        if url is None:
+            renewal = self._renewal(store.name, None, lambda: _renewed_in(store))
+            return Placed(local, local, True, renewal, pause)
+        if url.partition("://")[0] in _REDIS:
+            return self._in_redis(plan, self._connection(url), local, pause)
+        other = self._databases.get(url)
+        if other is None:
+            # a lease takes one connection for a moment, not one for each handler that runs
+            other = self._databases[url] = Store(
+                redacted(url), url, schema=self._schema, pool_size=store.pool_size, pooler=self._pooler
+            )
+        # by its URL: two that differ behind a password alone are printed alike
+        renewal = self._renewal(url, None, lambda: _renewed_in(other))
+        return Placed(sql_leases(other, is_async=plan.is_async), local, False, renewal, pause)
+
+    def at_rest(self, plan: Plan, store: Store) -> LeaseStore:
+        """Return where a handler's leases are, spoken to from a thread: for the command line."""
+        return self.placed(plan, store).renewal.store
+
+    def lock_guard(self, plan: Plan, store: Store) -> "LockGuard":
+        """Return the guard of a handler under a lock."""
+        from exactly_once.guards.lock import LockGuard
+
+        assert isinstance(plan.guard, Lock)
+        url = self.url(plan.guard.store or SETTING)
+        assert url is not None
+        return LockGuard(self._connection(url), store.dialect, plan.guard, awaiting=plan.is_async)
+
+    def url(self, store: str | None) -> str | None:
+        """Return the URL a guard's `store=` means; None for the handler's own database."""
+        if store != SETTING:
+            return store
+        if self._redis is None:
+            raise ConfigurationError(
+                "A handler's store is 'redis', and no Redis is named. Type:"
+                " export EXACTLY_ONCE_REDIS=redis://127.0.0.1:6379/0, or write ExactlyOnce(redis='redis://...')."
+            )
+        return self._redis
+
+    def _in_redis(
+        self, plan: Plan, redis: "RedisConnection", local: SqlLeases, pause: "Callable[[float], None]"
+    ) -> Placed:
+        assert isinstance(plan.guard, Lease)
+        retention = plan.guard.retention
+        in_threads = RedisLeases(redis.name, redis.script, retention)
+        store = RedisLeases(redis.name, redis.ascript, retention) if plan.is_async else in_threads
+        return Placed(store, local, False, self._renewal(redis.name, retention, lambda: in_threads), pause)
+
+    def _connection(self, url: str) -> "RedisConnection":
+        found = self._connections.at(url)
+        self._used[found.name] = found
+        return found
+
+    def _renewal(self, name: str, kind: object, make: "Callable[[], LeaseStore]") -> Renewal:
+        found = self._renewals.get((name, kind))
+        if found is None:
+            found = self._renewals[name, kind] = Renewal(make(), self._alert)
+        return found
+
+    @property
+    def redises(self) -> "Sequence[RedisConnection]":
+        """Every Redis that a handler's guard is in."""
+        return tuple(self._used.values())
+
+    def answers(self, name: str) -> bool | None:
+        """Say whether the store of this name answers; None where it is none of these."""
+        if name in self._used:
+            return self._used[name].answers()
+        alike = [store.answers() for store in self._databases.values() if store.name == name]
+        return all(alike) if alike else None
+
+    def problems(self) -> "Iterator[tuple[str, Callable[[], str | None]]]":
+        """Give each store that is no database of the application's, and what looks whether it can be used."""
+        for name, redis in self._used.items():
+            yield name, redis.problem
+        for store in self._databases.values():
+            yield store.name, store.problem
+
+    def rename(self, group: str, old: str, new: str) -> Iterator[tuple[str, int]]:
+        """Give what these stores hold of a handler to its new name; gives how much, by store.
+
+        Raises:
+            ConfigurationError: Both names have claims on one key.
+        """
+        for name, redis in self._used.items():
+            moved, left = RedisLeases(redis.name, redis.script, timedelta(days=7)).rename(group, old, new)
+            if left:
+                raise ConfigurationError(
+                    f"Both {old!r} and {new!r} have {left} key(s) in {name}; those were left as they are, {moved} others"
+                    " were renamed. They were run under both names: look at those keys."
+                )
+            yield name, moved
+        for store in self._databases.values():
+            with store.engine.begin() as connection:
+                yield store.name, sum(triage.rename(connection, store.tables, group, old, new).values())
+
+    def close(self) -> None:
+        """Close what was opened here; the Redis connections are the application's."""
+        for store in self._databases.values():
+            store.close()
+
+
+def sql_leases(store: Store, *, is_async: bool = False) -> SqlLeases:
+    """Return the leases in a database, spoken to from threads or from the loop."""
+    engine = store.async_engine.sync_engine if is_async else store.engine
+    return SqlLeases(store.name, engine, store.dialect, lambda: store.tables)
+
+
+def _renewed_in(store: Store) -> SqlLeases:
+    """Return the leases in a database through a connection of their own, so that no full pool lets healthy ones run out."""
+    return SqlLeases(store.name, store.engine_apart, store.dialect, lambda: store.tables)
+
+
+def _await_pause(seconds: float) -> None:
+    import asyncio
+
+    await_only(asyncio.sleep(seconds))

@@ -1,0 +1,373 @@
+"""Deliveries of one handler in groups that share a transaction, and what becomes of each message when one of them fails.
+
+A group commits as a whole or not at all. When anything in it goes wrong, nothing of it is recorded and nobody is blamed (but
+where a handler committed behind our back, or nobody knows whether COMMIT happened, which is told of each of its messages): it
+is cut in two and tried again, down to single messages, and those have the whole story of `delivery`: tries, failures, dead
+letters. So one bad message costs its group some time, and changes nothing for the rest. A deadlock is no message's fault
+either; then all run alone at once, and the worker makes the next groups smaller. A message that was delivered before runs
+alone from the start.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any, Final
+
+from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
+
+from exactly_once.database.dialects.contract import ClaimRow, Trouble
+from exactly_once.database.watched.watch import Watch, flush
+from exactly_once.errors import ConfigurationError, Misuse
+from exactly_once.exceptions.stops import stops
+from exactly_once.guards.contract import Consumed
+from exactly_once.guards.our_session import in_our_session
+from exactly_once.guards.transaction import TransactionGuard
+from exactly_once.handlers.one_turn import let_tasks_begin
+from exactly_once.handlers.plan import Reading, check_result
+from exactly_once.message import Message
+from exactly_once.outcome import Outcome
+from exactly_once.processing.attempt_batch import GroupEnded, attempt_group
+from exactly_once.processing.ending import Ended, How
+from exactly_once.processing.processor import DUPLICATE, PROCESSED, Delivering, Told, as_mistake
+from exactly_once.processing.recording import Owed
+from exactly_once.processing.work import GroupTold, Member
+from exactly_once.transports.contract import Features
+from exactly_once.verdict import Hold
+from exactly_once.wording.steady_log import steady
+from exactly_once.wording.text import escaped
+
+__all__ = ["GroupDelivering", "stay"]
+
+_log = steady("exactly_once.delivery")
+_WAITS_S: Final = 2.0
+"""The longest a group waits for keys that other runs hold; those messages that would wait again are asked for later."""
+_CUT: Final = 8  # a group larger than this is cut in two; the messages of a smaller one run alone
+
+
+def stay(error: BaseException) -> None:
+    """Go on: where no loop is, nothing but a handler raises these."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """What one `run_group` has found out."""
+
+    leave: Callable[[BaseException], None]
+    """Given what a handler raised that is no `Exception`: raises it on, if the loop ends."""
+    meanwhile: Iterable[object]
+    held: Told | None = None
+    """The store does not answer: what is left is told this."""
+    deadlocked: bool = False
+    waited_s: float = 0.0
+    """So long all waited for keys that other runs hold."""
+    reached: list[Member] = field(default_factory=list)
+    """Whom the latest attempt has called the handler for, in that order."""
+
+
+class GroupDelivering(Delivering):
+    """One handler with `batch=` on one database. See `Delivering`."""
+
+    _told_unordered = False
+
+    def run_group(
+        self,
+        members: Sequence[Member],
+        *,
+        leave: Callable[[BaseException], None] = stay,
+        meanwhile: Iterable[object] = (),
+    ) -> GroupTold:
+        """Tell the story of several deliveries; blocks (in a greenlet: awaits) until all have an end.
+
+        Args:
+            members: What `member` made of each. None comes from the failure store.
+            leave: Given what a handler raised that is no `Exception` (cancellation and the like); raises it on if all is to
+                end. Else it is the fault of one message, and the others go on.
+            meanwhile: Work to do while the server answers the claim, a step for each element; it may be left undone.
+
+        Raises:
+            ConfigurationError: The database is set up so that no claim can be trusted.
+        """
+        together: dict[str, Member] = {}
+        alone: list[Member] = []
+        repeats: list[tuple[Member, Member]] = []
+        blocking = self._blocking(members)
+        for member in members:
+            row, message = member.row, member.message
+            waits = blocking and message.ordering_key is not None
+            # what came before may be what failed, or killed the process: its company would pay for it again
+            if (
+                row is None
+                or waits
+                or message.former is not None
+                or self.recording.came_before(message, row.key)
+                or self._owes(row)
+            ):
+                alone.append(member)
+            elif row.key in together:
+                repeats.append((member, together[row.key]))
+            else:
+                together[row.key] = member
+        run = _Run(leave, meanwhile)
+        self._together(list(together.values()), run)
+        for member in alone:
+            self._alone(member, run)
+        for member, first in repeats:
+            same = first.told in (PROCESSED, DUPLICATE) and member.reading.fingerprint == first.reading.fingerprint
+            if same:
+                member.told = DUPLICATE
+            else:
+                self._alone(member, run)
+        return GroupTold([member.told for member in members if member.told is not None], run.deadlocked)
+
+    def _owes(self, row: ClaimRow) -> bool:
+        return self.recording.owes and self.recording.owed(row.key) is not None
+
+    def member(self, message: Message, features: Features) -> Member:
+        """Read a message.
+
+        Args:
+            message: The message.
+            features: What the source of its delivery can do.
+        """
+        try:
+            reading = self.plan.read(message)
+        except Exception:
+            raise
+        except BaseException:  # a key function that exits: the message runs alone, and costs the others nothing
+            reading = Reading(None, b"", None, None)
+        readable = reading.key is not None and reading.error is None
+        return Member(message, features, reading, self.row(message, reading) if readable else None)
+
+    def _blocking(self, members: Sequence[Member]) -> bool:
+        """Whether messages of some ordering key must wait behind an older one; then those with such a key ask one by one."""
+        if not self.plan.ordered or all(member.message.ordering_key is None for member in members):
+            return False
+        waits, any_blocking = self.plan.after_dead == "wait", self.store.failures.any_blocking
+        try:
+            return in_our_session(
+                self._ours,
+                self.store.dialect,
+                lambda session: any_blocking(session, self.group, self.plan.name, after_dead_wait=waits),
+            )
+        except Exception:  # whatever it is, each message finds it out by itself
+            return True
+
+    def _alone(self, member: Member, run: _Run) -> None:
+        """Run a single message. Where the store was found not to answer, or much was waited for, not each asks again."""
+        if run.held is not None:
+            member.told = run.held
+            return
+        if self.recording.refused is not None:
+            member.told = self.recording.refuse(foreign=False)
+            return
+        if member.row is not None and run.waited_s > _WAITS_S:
+            member.told = self._in_progress(member)
+            return
+        began = monotonic()
+        try:
+            told = self.run(member.message, member.features)
+        except Exception:
+            raise
+        except BaseException as error:
+            run.leave(error)
+            member.told = error
+            return
+        member.told = told
+        if isinstance(told.verdict, Hold):
+            run.held = told
+        if told.outcome is Outcome.IN_PROGRESS and not told.in_handler:
+            run.waited_s += monotonic() - began
+
+    def _together(self, members: Sequence[Member], run: _Run) -> None:
+        """Run them in one transaction, or in smaller ones."""
+        if len(members) < 2 or run.held is not None or self.recording.refused is not None:
+            for member in members:
+                self._alone(member, run)
+            return
+        tried = self._attempt(members, run)
+        ended = tried.ended
+        match ended.how:
+            case How.PROCESSED | How.DUPLICATE | How.BROKEN | How.UNKNOWN:
+                self._settle(members, tried, run)
+                self._raise_on(ended, run)
+            case How.FAILED | How.IN_PROGRESS if len(members) > _CUT:
+                middle = len(members) // 2
+                self._together(members[:middle], run)
+                self._together(members[middle:], run)
+            case How.IN_PROGRESS:
+                for member in members:
+                    self._if_free(member, run)
+            case How.REFUSED:
+                for member in members:
+                    member.told = self.recording.refuse(ended.error, foreign=False)
+            case how:
+                if how is How.AWAY:
+                    self._away(members, ended, run)
+                run.deadlocked = run.deadlocked or self._thrown_away(ended)
+                for member in members:
+                    self._alone(member, run)
+
+    def _away(self, members: Sequence[Member], ended: Ended, run: _Run) -> None:
+        """The store does not answer: none of these is asked for again now, and what could not be learnt is remembered."""
+        run.held = self.recording.away(ended.error)
+        if ended.owner is not None:  # whether their claims stand could not be learnt
+            for member in members:
+                self.recording.owe(member.row.key, Owed(ended.owner))  # type: ignore[union-attr]
+        self._raise_on(ended, run)
+
+    def _raise_on(self, ended: Ended, run: _Run) -> None:
+        if ended.stop is not None:
+            run.leave(ended.stop)
+
+    def _thrown_away(self, ended: Ended) -> bool:
+        """Whether the server undid it for another transaction's sake; not where a connection was lost."""
+        error = ended.error
+        return (
+            ended.how is How.TRANSIENT and error is not None and self.store.dialect.trouble(error) is Trouble.TRANSIENT
+        )
+
+    def _if_free(self, member: Member, run: _Run) -> None:
+        """Run one of those of which some are held by other runs, and do not wait for it as a message alone would."""
+        if run.held is not None:
+            self._alone(member, run)
+            return
+        tried = self._attempt([member], run)
+        match tried.ended.how:
+            case How.IN_PROGRESS:
+                member.told = self._in_progress(member)
+            # what is broken must not run again: its claim stands, and it would be taken for a duplicate
+            case How.PROCESSED | How.DUPLICATE | How.BROKEN | How.UNKNOWN:
+                self._settle([member], tried, run)
+                self._raise_on(tried.ended, run)
+            case How.AWAY:
+                self._away([member], tried.ended, run)
+                self._alone(member, run)
+            case _:
+                self._alone(member, run)
+
+    def _in_progress(self, member: Member) -> Told:
+        return self.recording.wait(Outcome.IN_PROGRESS, member.message, member.reading, member.features, False)
+
+    def _attempt(self, members: Sequence[Member], run: _Run) -> GroupEnded:
+        rows = sorted((member.row for member in members if member.row is not None), key=lambda row: row.key)
+        guard = self._guard
+        assert isinstance(guard, TransactionGuard)
+
+        def handle(session: Session, handed: Any, others: Mapping[str, object], watch: Watch) -> None:
+            ours = [member for member in members if member.reading.key not in others] if others else members
+            try:
+                self._call_all(session, handed, self._in_order(ours), watch, run)
+            except BaseException as error:
+                if (told := as_mistake(error)) is not error:
+                    raise told from error
+                if not stops(error):
+                    raise
+                run.leave(error)
+                raise Misuse(
+                    f"The handler raised {type(error).__name__}, which is none of its own to raise."
+                ) from error
+
+        began = monotonic()
+        patient = not run.waited_s
+        try:
+            tried = attempt_group(
+                self._open,
+                self._ours,
+                guard,
+                self.store.dialect,
+                rows,
+                handle,
+                told=as_mistake,
+                foreign=self.store.is_foreign,
+                patient=patient,
+                meanwhile=run.meanwhile,
+            )
+        except ConfigurationError as error:
+            error.store = self.store.name
+            raise
+        if tried.ended.how is How.IN_PROGRESS and tried.ended.error is None:
+            run.waited_s += monotonic() - began
+        return tried
+
+    def _in_order(self, ours: Sequence[Member]) -> Sequence[Member]:
+        """Return them in the order they are handled in: that of `batch_order=`, else as the messages came."""
+        if self.plan.batch_order is None:
+            return ours
+        ordered = sorted(ours, key=lambda member: member.reading.order)
+        if not ordered[0].reading.order and not self._told_unordered:
+            self._told_unordered = True
+            _log.warning(
+                "no_batch_order handler=%s key=%s batch_order= finds nothing in this message, or raises. Such messages run in"
+                " no order, and groups may deadlock on the rows they lock; this is said once.",
+                self.plan.name,
+                escaped(ordered[0].reading.key or ""),
+            )
+        return ordered
+
+    def _call_all(self, session: Session, handed: Any, ordered: Sequence[Member], watch: Watch, run: _Run) -> None:
+        plan = self.plan
+        run.reached = reached = []
+        if not plan.in_lists:
+            call = self._call
+            for member in ordered:
+                reading = member.unchanged(plan)
+                reached.append(member)
+                watch.current = member.row
+                call(handed, reading, member.message, None)
+                # before the next call, which may refresh, expire or expunge what this one has changed
+                flush(session)
+                watch.check(session)
+                if session.in_nested_transaction():
+                    raise Misuse(
+                        "The handler left a savepoint open, and the next message's work would stand inside it."
+                    )
+            return
+        given = [(member.unchanged(plan), member.message) for member in ordered]
+        reached.extend(ordered)
+        result: Any = plan.call_with_lists(handed, given)
+        if plan.is_async:
+            result = await_only(result)
+            let_tasks_begin()
+        check_result(result, in_lists=True, handler=plan.name)
+
+    def _settle(self, members: Sequence[Member], tried: GroupEnded, run: _Run) -> None:
+        """Say of each what the group's end means for it."""
+        ended, others = tried.ended, tried.others
+        ours = None if ended.how in (How.BROKEN, How.UNKNOWN) else PROCESSED
+        for member in members:
+            assert member.row is not None
+            standing = others.get(member.row.key)
+            if standing is None:
+                member.told = ours or self._told_of(member, ended, run.reached)
+            elif isinstance(standing, Consumed) and not self._owes(member.row):
+                member.told = DUPLICATE
+            else:
+                self._alone(member, run)
+
+    def _told_of(self, member: Member, ended: Ended, reached: Sequence[Member]) -> Told:
+        """The claim of each stands, or may: what became of its effects nobody knows (BROKEN), or the server will say."""
+        message, reading, features = member.message, member.reading, member.features
+        if ended.how is How.UNKNOWN:
+            return self.recording.unknown(ended.error, message, reading, features, foreign=False)
+        assert ended.error is not None
+        assert ended.owner is not None
+        text = f"{ended.error} {self._in_company(member, reached)}"
+        error = Misuse(text).with_traceback(ended.error.__traceback__)
+        return self._broken(error, ended.owner, message, reading, block=ended.block)
+
+    def _in_company(self, member: Member, reached: Sequence[Member]) -> str:
+        """Say what a message of a group that is parked as a whole has had of it: only one of them did it."""
+        if self.plan.in_lists:
+            return f"This message was one of {len(reached)} in the list."
+        found = (
+            f"at '{escaped(reached[-1].reading.key or '')}', call {len(reached)}"
+            if reached
+            else "before the first call"
+        )
+        had = (
+            "was called: look what is there of its work"
+            if member in reached
+            else "was not called: requeue it by its id"
+        )
+        return f"It was found {found} of a group in one transaction; this message {had}."

@@ -1,0 +1,311 @@
+"""From the claim to the end of COMMIT, and what an attempt that did not get there says of itself; for one message or a group.
+
+Where a process dies on a line of this file, the database rolls back everything the attempt wrote, the claim included (a
+lease runs out), and the broker's redelivery runs it again; after COMMIT was executed the redelivery finds the claim and is
+a duplicate. Where something else had committed the transaction before the crash, the redelivery finds that (MySQL and MariaDB)
+and the message is *broken*.
+
+Whatever ends a handler, an exception, a cancellation, the end of the process being asked for, the same questions follow: was
+its transaction still the one it was given, and if nobody can say so, does this attempt's claim stand in the database? If it
+does, something else than our COMMIT has committed it, and the attempt is *broken*.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from enum import Enum
+from functools import partial
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from exactly_once import fork
+from exactly_once.database.connections.one_writer import holding
+from exactly_once.database.dialects.contract import ClaimRow, Dialect, Trouble
+from exactly_once.database.watched.watch import DOUBTFUL, HOME, BrokenTransaction, Left, LostTransaction, Watch, flush
+from exactly_once.errors import InProgress, LeaseLost, Misuse, RefusedResult, StoreUnavailable
+from exactly_once.exceptions.finishing import finish
+from exactly_once.exceptions.leaves import leaves
+from exactly_once.exceptions.stops import stops
+from exactly_once.exceptions.words import words_of
+from exactly_once.guards.contract import Consumed, Guard, Unfinished, Won
+from exactly_once.guards.locked_out import locked_out
+
+__all__ = ["PROCESSED", "Ended", "How", "Open", "run"]
+
+Open = Callable[[], tuple[Session, Any]]
+"""Make a session: the one the core speaks to, and the one the handler is handed (the same, or the AsyncSession around it)."""
+
+
+class How(Enum):
+    """How an attempt ended."""
+
+    PROCESSED = "processed"
+    DUPLICATE = "duplicate"
+    IN_PROGRESS = "in progress"
+    CONFLICT = "conflict"
+    """The key is known under another payload."""
+    FAILED = "failed"
+    """The handler's fault; nothing was committed."""
+    TRANSIENT = "transient"
+    """Deadlock and the like, or the connection was lost before COMMIT; nothing was committed, worth trying at once."""
+    UNKNOWN = "unknown"
+    """COMMIT was sent, its answer never came, and the row is not there (yet)."""
+    BROKEN = "broken"
+    """The transaction was committed behind our back: a redelivery would be taken for a duplicate. For a person."""
+    AWAY = "away"
+    """The database does not answer."""
+    LOST = "lost"
+    """Another run has taken the message over; nothing of this one is recorded."""
+    REFUSED = "refused"
+    """The handler returned an answer, which nobody reads: it is wrong, and not the message. Nothing was committed."""
+    STOPPED = "stopped"
+    """Cancelled, interrupted, told to exit: nothing was committed, and nothing is recorded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How an attempt ended, and with what."""
+
+    how: How
+    error: BaseException | None = None
+    fingerprint: bytes = b""
+    again: bool = False
+    remaining: timedelta | None = None
+    """How long another run's lease goes on."""
+    kept: bool = False
+    """What the claim stands for may have happened: it is not let go of."""
+    owner: str | None = None
+    """Whose claim stands under the key, of a duplicate; whose may stand, where it could not be learnt; of a broken one."""
+    block: bool = False
+    """Of a broken one: its claim is to be written where none stands, for a copy would repeat what was committed."""
+    stop: BaseException | None = None
+    """To be raised on, once what is to be written is written."""
+    answered: bool = False
+    """The server refused our COMMIT and still answers: what the error says of the server is not believed without a look."""
+
+    def stopped_by(self, error: BaseException | None) -> "Ended":
+        """Return the same, with what is to be raised on if nothing is yet."""
+        return self if error is None or self.stop is not None else replace(self, stop=error)
+
+
+PROCESSED = Ended(How.PROCESSED)
+
+
+def run(
+    open_session: Open,
+    session: Session,
+    guard: Guard,
+    dialect: Dialect,
+    rows: Sequence[ClaimRow],
+    won: Won,
+    handle: Callable[[], object],
+    also: Callable[[Session, int], object] | None,
+    told: Callable[[BaseException], BaseException],
+    foreign: Callable[[BaseException], bool],
+) -> Ended:
+    """From the claim to the end of the COMMIT, and what follows it."""
+    process, ended = fork.here, PROCESSED
+    try:
+        if won.late is not None:
+            won.late.begin()
+        # a handler under a lease holds the file from its first write on, which nobody sees
+        with holding(session.info.get(HOME)) if dialect.embedded and won.late is None else nullcontext():
+            handle()
+        if won.late is not None:
+            won.late.check()
+        if also is not None:
+            if won.watch is not None:
+                won.watch.check(session)
+            also(session, 1 if won.held is None else won.held.attempt)
+        flush(session)
+        if (settled := guard.complete(session, won)) is not None:
+            return Ended(How.DUPLICATE, owner=settled.owner)
+        if (watch := won.watch) is not None:
+            watch.check(session)
+            watch.committing()
+            type(session).commit(session)  # a handler may have put its own in the way, for a library that commits
+            watch.confirm()
+    except BaseException as error:
+        if process is not fork.here:
+            raise fork.inside() from error  # a child that the handler forked: all of it is the parent's to end
+        # of a claim's transaction, which holds the file from the claim on; under a lease it begins later, and may only read
+        if dialect.embedded and won.late is None and (watch := won.watch) is not None and not watch.sent:
+            error = locked_out(error, watch.connection) or error
+        # cancelled in here once more, the server would not be told to roll back, and what was committed not be noticed
+        left = partial(_left, open_session, session, guard, dialect, rows, won, told(error), foreign)
+        ended, cancelled = finish(left)
+        ended = ended.stopped_by(cancelled)
+        if ended.how is not How.PROCESSED:
+            return ended
+    try:
+        if ended is PROCESSED:
+            guard.consume(won)
+        else:
+            finish(partial(guard.consume, won))
+    except StoreUnavailable as error:
+        return Ended(How.AWAY, error, kept=True, stop=ended.stop)
+    except LeaseLost as error:
+        return Ended(How.LOST, error, stop=ended.stop)
+    except Exception as error:  # committed, and not known to be marked: the redelivery finds out
+        return Ended(How.UNKNOWN, error, kept=True, stop=ended.stop)
+    return ended
+
+
+def _left(
+    open_session: Open,
+    session: Session,
+    guard: Guard,
+    dialect: Dialect,
+    rows: Sequence[ClaimRow],
+    won: Won,
+    error: BaseException,
+    foreign: Callable[[BaseException], bool],
+) -> Ended:
+    """Say how an attempt ended that raised; what was seen of its transaction weighs more than what was raised."""
+    watch = won.watch
+    if watch is None:
+        return _raised(dialect, won, error, foreign)
+    if watch.committed and watch.left is not Left.BROKEN:
+        # a hook of the user's, behind the server's answer: it is done
+        return Ended(How.STOPPED, error, kept=True) if stops(error) else PROCESSED
+    unsure = watch.sent and not watch.refused and not watch.committed
+    if not watch.sent:
+        watch.ask()
+    why = watch.why(error)
+    watch.end(session)
+    if unsure:
+        # where the connection's end decides it, no lease is kept: to let go of one waits for that, and changes no finished claim
+        found = _look_up(open_session, guard, rows, Ended(How.UNKNOWN, error, kept=not dialect.embedded))
+        return found.stopped_by(error if stops(error) else None)
+    ended = _said(dialect, won, watch, error, why, foreign)
+    if ended.how is not How.BROKEN and watch.rows and not watch.whole:
+        ended = _stands(open_session, guard, watch, ended)
+    if watch.doubtful and ended.how is not How.BROKEN:
+        # no claim is known to stand, and a procedure may have rolled ours back and committed its own: a copy would repeat it
+        return _broken(Misuse(DOUBTFUL), watch.owner, _stop_of(ended), block=True)
+    return ended
+
+
+def _said(
+    dialect: Dialect,
+    won: Won,
+    watch: Watch,
+    error: BaseException,
+    why: BaseException,
+    foreign: Callable[[BaseException], bool],
+) -> Ended:
+    """From what the watch saw, and then from what was raised."""
+    stop = error if stops(error) else None
+    if watch.left is Left.BROKEN:
+        return _broken(watch.error or error, watch.owner, stop, block=watch.replaced or not watch.rows)
+    if stop is not None:
+        return Ended(How.STOPPED, stop)
+    ended = _raised(dialect, won, why, foreign)
+    return replace(ended, answered=watch.refused) if why is error else ended
+
+
+def _raised(dialect: Dialect, won: Won, error: BaseException, foreign: Callable[[BaseException], bool]) -> Ended:
+    """From what was raised alone.
+
+    A group ends as its exceptions would if all of them would end so. A broken transaction or a lost lease among them weighs more
+    than the rest; a deadlock, or a store that is away, beside an error of the handler's own weighs less.
+    """
+    if stops(error):
+        return Ended(How.STOPPED, error)
+    ends = [_raised_alone(dialect, won, each, foreign) for each in leaves(error)]
+    if len(ends) == 1 and (ends[0].error is error or isinstance(error, LostTransaction)):
+        return ends[0]
+    for how in (How.BROKEN, How.LOST):
+        if (found := next((each for each in ends if each.how is how), None)) is not None:
+            return found
+    if any(each.how is How.FAILED for each in ends):
+        return Ended(How.FAILED, error)
+    return next((each for each in ends if each.how is How.AWAY), ends[0])
+
+
+def _raised_alone(dialect: Dialect, won: Won, error: BaseException, foreign: Callable[[BaseException], bool]) -> Ended:
+    if isinstance(error, BrokenTransaction):  # of a step; the handler may have been told to stop behind it
+        stop = error.__cause__
+        return _broken(error, None, stop if stop is not None and stops(stop) else None, block=True)
+    lost = error.error if isinstance(error, LostTransaction) else None
+    if isinstance(lost or error, InProgress):
+        return Ended(
+            How.IN_PROGRESS, lost or error
+        )  # of a part that the handler claims, or a lock: not now, no failure
+    if lost is not None:
+        # a statement that takes longer than the driver waits takes as long the next time; it counts
+        return Ended(How.FAILED if dialect.gave_up(lost) else How.TRANSIENT, lost)
+    if isinstance(error, RefusedResult):
+        return Ended(How.REFUSED, error)
+    if isinstance(error, LeaseLost):
+        return Ended(How.LOST, error)
+    if won.late is not None and isinstance(error, StoreUnavailable) and not error.asked_by_handler:
+        return Ended(How.AWAY, error)  # of a step, or of the session's first statement
+    if isinstance(error, (OSError, EOFError)):
+        # a network error of the handler's own; the database's is in `lost`, or comes wrapped
+        return Ended(How.FAILED, error)
+    match dialect.trouble(error):
+        case Trouble.UNAVAILABLE if foreign(error) and not dialect.locked(error):
+            # it counts; and if the store is away as well, it cannot be written down, and the delivery is held. A lock is tried
+            # again at once, as any server's is
+            return Ended(How.FAILED, error)
+        case Trouble.TRANSIENT | Trouble.UNAVAILABLE:
+            return Ended(How.TRANSIENT, error)
+        case _:
+            return Ended(How.FAILED, error)
+
+
+def _broken(error: BaseException, owner: str | None, stop: BaseException | None, *, block: bool = False) -> Ended:
+    told = Misuse(words_of(error)).with_traceback(error.__traceback__)
+    return Ended(How.BROKEN, told, owner=owner, block=block, stop=stop)
+
+
+def _stands(open_session: Open, guard: Guard, watch: Watch, ended: Ended) -> Ended:
+    """After the rollback: does this attempt's claim stand all the same? Of a group's, all stand or none does."""
+    try:
+        found = guard.look(open_session, watch.rows[0])
+    except StoreUnavailable as error:
+        # not known, and the next claim may find it: whose it is must be remembered until then
+        return Ended(How.AWAY, error, owner=watch.owner, stop=_stop_of(ended))
+    except Exception:  # whatever it is, the next claim meets it too
+        return ended
+    if isinstance(found, (Consumed, Unfinished)) and found.owner == watch.owner:
+        said = ended.error
+        told = Misuse(f"{_COMMITTED} The handler ended with {type(said).__name__}.")
+        if said is not None:
+            told = told.with_traceback(said.__traceback__)
+        return _broken(told, watch.owner, _stop_of(ended))
+    return ended
+
+
+def _stop_of(ended: Ended) -> BaseException | None:
+    return ended.error if ended.how is How.STOPPED else ended.stop
+
+
+def _look_up(open_session: Open, guard: Guard, rows: Sequence[ClaimRow], ended: Ended) -> Ended:
+    """After a COMMIT that nobody answered: all our rows there means that all is done. Else nothing is proven, and `ended` stands.
+
+    One row of a group says nothing of the others: it may be of a copy that waited for our key and committed it alone. Of
+    one message alone that is as good. A COMMIT still on its way is safe: the redelivery's claim waits for it and then finds
+    the row.
+    """
+    try:
+        found = [guard.look(open_session, row) for row in rows]
+    except StoreUnavailable as error:
+        return Ended(How.AWAY, error, kept=True)
+    except Exception:  # a look-up that fails leaves the outcome what it was: unknown
+        return ended
+    if rows and all(isinstance(each, Consumed) for each in found):
+        return PROCESSED
+    unfinished = next((each for each in found if isinstance(each, Unfinished)), None)
+    if unfinished is not None:
+        return _broken(Misuse(_COMMITTED), unfinished.owner, None)
+    return ended
+
+
+_COMMITTED = (
+    "Something committed this attempt's transaction before it ended: a procedure, or a call on the driver. Its claim stands,"
+    " with what the handler had written until then, and the rest is missing."
+)

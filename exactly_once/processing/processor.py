@@ -1,0 +1,517 @@
+"""One delivery for one handler: read, try, record what failed, and say what the worker shall do. The only caller of `attempt`.
+
+It reads top to bottom as its story. Effects are the attempt's transaction and the failure store's; the decisions between
+them are `policy`'s, from values. Nothing here knows a broker: what the broker can do arrives as `Features`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final
+
+from sqlalchemy import Row
+from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
+
+from exactly_once.alert import Hook
+from exactly_once.database.dialects.contract import ClaimRow
+from exactly_once.database.store import Store
+from exactly_once.database.watched.watch import BrokenTransaction
+from exactly_once.errors import (
+    BadKey,
+    ConfigurationError,
+    Misuse,
+    PayloadConflict,
+    Reject,
+    RetryLater,
+    StepError,
+    StoreUnavailable,
+)
+from exactly_once.exceptions.finishing import finish
+from exactly_once.exceptions.other_queues import advice_on
+from exactly_once.exceptions.stops import exit_in, is_the_callers, stops
+from exactly_once.exceptions.words import trace_of, words_of
+from exactly_once.failures.due import message_of
+from exactly_once.failures.policy import Park, counts_as, retry_for, spent
+from exactly_once.failures.store import MESSAGE_ID_BYTES, Place
+from exactly_once.guards.contract import Consumed, Guard, Unfinished, Won
+from exactly_once.guards.lease.ledger import StepLedger
+from exactly_once.guards.lease.stores import LeaseStores, Placed, sql_leases
+from exactly_once.guards.our_session import in_our_session
+from exactly_once.guards.transaction import TransactionGuard
+from exactly_once.handlers.one_turn import let_tasks_begin
+from exactly_once.handlers.plan import Lease, Lock, Plan, Reading, Transaction, check_result
+from exactly_once.handlers.steps import AsyncSteps, Steps
+from exactly_once.message import Message
+from exactly_once.outcome import Outcome
+from exactly_once.processing.attempt import UNFINISHED, Ended, How, attempt
+from exactly_once.processing.begun import begun_already
+from exactly_once.processing.ending import Open
+from exactly_once.processing.recording import ACK, DUPLICATE, PROCESSED, UNRECORDED, Owed, Recording, Told
+from exactly_once.transports.contract import Features
+from exactly_once.verdict import Redeliver
+from exactly_once.wording.steady_log import steady
+from exactly_once.wording.text import escaped, storable
+
+__all__ = ["DUPLICATE", "FOREIGN", "PROCESSED", "Delivering", "Told", "as_mistake"]
+
+FOREIGN: Final = Features(redelivers=True, counts_attempts=False)
+"""A consumer loop that is not ours: it brings a message back by itself, and nothing else is known of it."""
+
+_TRANSIENT_TRIES: Final = 4  # a deadlock's victim succeeds at its second try; four cover a hot row, no more
+_EXITED: Final = (
+    "The handler called sys.exit({code!r}), which would end the worker for every message; it was rolled back. Raise an"
+    " exception to have it retried, Reject to park it."
+)
+_LEARNT_LATE: Final = (
+    "An earlier attempt's claim stands, and that attempt failed: something committed its transaction before it ended, and the"
+    " database went away before this could be seen. What the handler had written until then is there, and the rest is missing."
+)
+
+_log = steady("exactly_once.failures")
+
+
+class Delivering:
+    """One handler on one database, ready to be told of deliveries; made once, at start.
+
+    Args:
+        plan: The handler, everything about it decided.
+        store: The database its messages are routed to.
+        group: The consumer group.
+        leases: Where leases are, for handlers under one.
+        enforce: False runs duplicates all the same, and counts them.
+        alert: The application's hook for messages that are kept for a person.
+
+    Raises:
+        ConfigurationError: The database makes sessions of another class than the handler wants; or there is no place for
+            its leases.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        group: str,
+        *,
+        leases: LeaseStores | None = None,
+        enforce: bool = True,
+        alert: Hook | None = None,
+    ) -> None:
+        self.plan, self.store, self.group, self.leases = plan, store, group, leases
+        self._enforce, self.alert = enforce, alert
+        _check_session(plan, store)
+        self._placed: Placed | None = None
+        self._guard: Guard = self._guarded(plan, store)
+        self._open: Open = store.open_async if plan.is_async else store.open
+        # for what is not the handler's: no hook of the application's runs in it
+        self._ours: Open = store.open_ours_async if plan.is_async else store.open_ours
+        self.recording = Recording(plan, store, group, self._ours, alert)
+        self._call = self._call_awaited if plan.is_async else self._call_plain
+
+    def _guarded(self, plan: Plan, store: Store) -> Guard:
+        match plan.guard:
+            case Transaction(claim_wait):
+                leases = sql_leases(store, is_async=plan.is_async)
+                return TransactionGuard(store.dialect, leases, claim_wait=claim_wait)
+            case _ if not self._enforce:
+                raise ConfigurationError(
+                    f"The handler {plan.name!r} is under a {type(plan.guard).__name__}, and enforce=False is for handlers"
+                    " under the transaction guard: a run that another one holds cannot be let through."
+                )
+            case Lease():
+                assert self.leases is not None
+                self._placed = self.leases.placed(plan, store)
+                return self._placed.guard(plan, store)
+            case Lock():
+                assert self.leases is not None
+                return self.leases.lock_guard(plan, store)
+
+    def run(
+        self,
+        message: Message,
+        features: Features,
+        *,
+        pumped: bool = False,
+        foreign: bool = False,
+        beside: bool = False,
+    ) -> Told:
+        """Tell the whole story of one delivery; blocks (in a greenlet: awaits) until it has an end.
+
+        Args:
+            message: What was delivered.
+            features: What the source of the delivery can do.
+            pumped: It comes from the failure store.
+            foreign: A consumer loop that is not ours asks; nothing is scheduled.
+            beside: It asks in an event loop, and this thread is ours.
+
+        Returns:
+            Outcome and verdict. A store that does not answer gives `Hold`.
+
+        Raises:
+            ConfigurationError: The database is set up so that no claim can be trusted.
+        """
+        if self.recording.refused is not None:
+            return self.recording.refuse(foreign=foreign)
+        reading = self.plan.read(message)
+        if reading.key is None or reading.error is not None:
+            assert reading.error is not None
+            return self.recording.failed(message, reading, reading.error, features, foreign)
+        row = self.row(message, reading)
+        try:
+            if message.former is not None:
+                message, reading = self._as_begun(message, message.former, reading)
+                row = self.row(message, reading)
+            if not pumped and spent(message.attempt, features):
+                return self._spent(message, reading, row, features, foreign)
+            if self.recording.owes and (owed := self.recording.owed(row.key)) is not None and owed.error is not None:
+                # broken, and not written down: the store went away; run again it would double what was committed
+                return self._broken(owed.error, owed.owner, message, reading, block=owed.block)
+            before = pumped or self.recording.came_before(message, row.key)
+            former: Sequence[int] = ()
+            if self.plan.ordered and message.ordering_key is not None:
+                place = self._place(message, reading)
+                if place.blocked:
+                    # what was done before needs no place behind others
+                    return self._done(row, message, reading) or self.recording.wait(
+                        Outcome.WAITING, message, reading, features, foreign
+                    )
+                before, former = before or place.known, place.former
+            return self._try(message, reading, row, features, before, foreign, former, beside)
+        except StoreUnavailable as error:
+            return self.recording.away(error)
+        except BadKey as error:  # its characters are none of the database's
+            return self.recording.failed(message, reading, error, features, foreign)
+        except ConfigurationError as error:
+            error.store = self.store.name
+            raise  # of the program or the server: no message is to be blamed for it
+        except Exception as error:  # a statement of ours before the attempt: nothing ran, so nothing is acknowledged
+            _log.error("message_not_run handler=%s key=%s\n%s", self.plan.name, escaped(row.key), trace_of(error))
+            return Told(Outcome.WAITING, Redeliver(UNRECORDED))
+
+    def row(self, message: Message, reading: Reading) -> ClaimRow:
+        """Return what is written when a message's key is claimed; the reading has one."""
+        assert reading.key is not None
+        return ClaimRow(
+            self.group,
+            self.plan.name,
+            reading.key,
+            reading.fingerprint,
+            # for people to read, compared with nothing: in ASCII no character set keeps its message from running
+            storable(message.message_id, MESSAGE_ID_BYTES, "ascii"),
+            message.attempt,
+            "",
+            message.born_at,
+        )
+
+    # -- the tries ---------------------------------------------------------------------------------------------------
+
+    def _try(
+        self,
+        message: Message,
+        reading: Reading,
+        row: ClaimRow,
+        features: Features,
+        before: bool,
+        foreign: bool,
+        former: Sequence[int],
+        beside: bool,
+    ) -> Told:
+        sent = False  # COMMIT of a step
+
+        def told_of(error: BaseException) -> BaseException:
+            # of a caller's loop the thread is the caller's, and a signal may have asked it to end
+            return (begun_already(error) or error) if foreign and not beside else as_mistake(error)
+
+        def handle(handed: Any, won: Won) -> None:
+            nonlocal sent
+            sent = False
+            ledger = self._ledger(won)
+            try:
+                self._call(handed, reading, message, ledger)
+            except BaseException as error:
+                told = told_of(error)
+                if ledger is not None:
+                    ledger.close()
+                    sent = ledger.sent
+                    broken = isinstance(ledger.error, BrokenTransaction)
+                    if ledger.error is not None and (broken or isinstance(told, Exception)):
+                        # what stopped a step; the handler's own may be made of it, or be that one, whose cause may stop the task
+                        raise ledger.error from (told.__cause__ if told is ledger.error else told)
+                    if ledger.why is not None and not stops(told):
+                        raise ledger.why from told
+                if told is not error:
+                    raise told from error
+                raise
+            if ledger is not None:
+                ledger.end()
+
+        # under a lease the number of the claim tells, too: an earlier one may have failed in another process
+        also = self._resolving(row, message, before, former) if before or self._placed is not None else None
+        transient = immediate = 0
+        looked = False
+        while True:
+            if transient or immediate:
+                reading = self.plan.read(message)  # the handler may have changed the body it was given
+            ended = attempt(
+                self._open,
+                self._ours,
+                self._guard,
+                self.store.dialect,
+                row,
+                handle,
+                told=told_of,
+                foreign=self.store.is_foreign,
+                also=also,
+                failed_before=before,
+                enforce=self._enforce,
+            )
+            if ended.how is How.FAILED and ended.error is not None and self.store.unreached(ended.error):
+                ended = replace(ended, how=How.TRANSIENT)  # what was raised does not look like it
+            if ended.stop is not None and ended.how is How.TRANSIENT:
+                raise ended.stop
+            match ended.how:
+                case How.PROCESSED:
+                    self.recording.paid(row.key)
+                    self.recording.known(row.key)
+                    if before:
+                        self.recording.succeeded(row.key)
+                    if ended.again:
+                        _log.warning("duplicate_ran handler=%s key=%s enforce=False", row.handler, escaped(row.key))
+                    if ended.stop is not None:
+                        raise ended.stop
+                    return PROCESSED
+                case How.DUPLICATE:
+                    if self.recording.owes and ended.owner is not None and self.recording.is_owed(row.key, ended.owner):
+                        error = Misuse(_LEARNT_LATE)
+                        return self._broken(error, ended.owner, message, reading)
+                    self.recording.paid(row.key)
+                    self.recording.known(row.key)
+                    if ended.stop is not None:
+                        raise ended.stop
+                    return DUPLICATE
+                case How.AWAY:
+                    if ended.owner is not None:
+                        self.recording.owe(row.key, Owed(ended.owner))
+                    if ended.stop is not None:
+                        raise ended.stop
+                    return self.recording.away(ended.error)
+                case How.IN_PROGRESS if ended.again and transient < 1:
+                    transient += 1
+                case How.TRANSIENT if transient < _TRANSIENT_TRIES:
+                    transient += 1
+                case How.TRANSIENT if (works := self._works(ended, sent)) is False:
+                    return self.recording.away(ended.error)
+                case How.TRANSIENT if works and not looked:
+                    # it can by now: what was said of the store may have been true a moment ago. Said once more, it is a
+                    # failure of this message
+                    looked, transient = True, 1
+                case How.FAILED if ended.stop is None and immediate < self._immediate(ended.error, foreign):
+                    immediate += 1
+                case How.IN_PROGRESS if ended.stop is None:
+                    return self._ended(ended, message, reading, features, foreign)
+                case _:
+                    told, cancelled = finish(partial(self._ended, ended, message, reading, features, foreign))
+                    if (stop := ended.stop or cancelled) is not None:
+                        raise stop
+                    return told
+
+    def _ended(self, ended: Ended, message: Message, reading: Reading, features: Features, foreign: bool) -> Told:
+        if ended.how is not How.BROKEN and reading.key is not None:
+            self.recording.paid(reading.key)  # it was claimed anew: nothing of an earlier attempt stands
+        if ended.how not in (How.UNKNOWN, How.IN_PROGRESS) and reading.key is not None:
+            self.recording.known(reading.key)
+        match ended.how:
+            case How.IN_PROGRESS:
+                wait = self.recording.wait
+                return wait(Outcome.IN_PROGRESS, message, reading, features, foreign, ended.remaining, ended.error)
+            case How.LOST:
+                return self.recording.wait(Outcome.IN_PROGRESS, message, reading, features, foreign, UNRECORDED)
+            case How.UNKNOWN:
+                return self.recording.unknown(ended.error, message, reading, features, foreign)
+            case How.REFUSED:
+                return self.recording.refuse(ended.error, foreign=foreign)
+            case How.CONFLICT:
+                assert reading.key is not None
+                error = PayloadConflict(self.plan.explain_conflict(ended.fingerprint, message, reading.key))
+                return self.recording.failed(message, reading, error, features, foreign)
+            case How.BROKEN:
+                assert ended.error is not None
+                assert ended.owner is not None
+                return self._broken(ended.error, ended.owner, message, reading, block=ended.block)
+            case _:
+                assert ended.error is not None
+                told = self.recording.failed(message, reading, ended.error, features, foreign)
+                raised = _exit_behind(ended.error) or ended.error
+                raises = foreign and told.outcome is Outcome.FAILED and is_the_callers(raised)
+                return replace(told, raises=raised) if raises else told
+
+    def _works(self, ended: Ended, sent: bool) -> bool | None:
+        return None if ended.error is None else self.recording.works(ended.error, spoken=ended.answered or sent)
+
+    def _immediate(self, error: BaseException | None, foreign: bool) -> int:
+        if error is None:
+            return 0
+        one = counts_as(error, self.plan.retry)
+        if isinstance(one, (Reject, RetryLater, StepError)) or advice_on(one):
+            return 0
+        if isinstance(one, Misuse) and one.at_each_run:
+            return 0
+        if foreign and is_the_callers(error):  # a limit of the caller's: a second run would have none
+            return 0
+        if self.store.dialect.gave_up(
+            error
+        ):  # the server still runs that statement, and a second run would wait behind it
+            return 0
+        return retry_for(self.plan.retry, one).immediate
+
+    def _call_plain(self, handed: Any, reading: Reading, message: Message, ledger: StepLedger | None) -> None:
+        plan = self.plan
+        result = plan.call(handed, reading, message, ledger and Steps(ledger))
+        check_result(result, in_lists=plan.in_lists, handler=plan.name)
+
+    def _call_awaited(self, handed: Any, reading: Reading, message: Message, ledger: StepLedger | None) -> None:
+        result: Any = self.plan.call(handed, reading, message, ledger and AsyncSteps(ledger))
+        given = await_only(result)
+        if ledger is not None:
+            ledger.returned()
+        let_tasks_begin()
+        check_result(given, in_lists=self.plan.in_lists, handler=self.plan.name)
+
+    def _ledger(self, won: Won) -> StepLedger | None:
+        placed, held, late = self._placed, won.held, won.late
+        if placed is None or held is None or late is None or not self.plan.takes_steps:
+            return None
+        return StepLedger(
+            held,
+            late,
+            placed.store,
+            placed.local,
+            fenced=placed.own,
+            dialect=self.store.dialect,
+            open_session=self._open,
+            pause=placed.pause,
+        )
+
+    def _resolving(
+        self, row: ClaimRow, message: Message, before: bool, former: Sequence[int]
+    ) -> Callable[[Session, int], object]:
+        failures, dialect = self.store.failures, self.store.dialect
+
+        def resolve(session: Session, attempt: int) -> None:
+            if before or attempt > 1:
+                failures.resolve(session, dialect, row, message.message_id, former)
+
+        return resolve
+
+    # -- what is not a success ---------------------------------------------------------------------------------------
+
+    def _spent(self, message: Message, reading: Reading, row: ClaimRow, features: Features, foreign: bool) -> Told:
+        """A message whose deliveries are used up: consumed long ago (only its acks were lost), else parked, never run."""
+        if (done := self._done(row, message, reading)) is not None:
+            return done
+        error = Reject(
+            f"attempts spent, never finished: delivered {message.attempt} times, and each time the process ended before"
+            " the handler did. Look for what kills it, then: exactly-once failures requeue"
+        )
+        return self.recording.failed(message, reading, error, features, foreign)
+
+    def _done(self, row: ClaimRow, message: Message, reading: Reading) -> Told | None:
+        """Look whether it was done before, without running it."""
+        match self._guard.look(self._ours, row):
+            case Consumed():
+                return DUPLICATE
+            case Unfinished(owner):
+                return self._broken(Misuse(UNFINISHED), owner, message, reading)
+            case _:
+                return None
+
+    def _broken(
+        self, error: BaseException, owner: str, message: Message, reading: Reading, *, block: bool = False
+    ) -> Told:
+        """Keep it for a person, with the claim that stands for it; remembered until it is written."""
+        assert reading.key is not None
+        self.recording.owe(reading.key, Owed(owner, error, block))
+        told = self.recording.record(
+            message, reading, error, lambda attempts: Park("broken", words_of(error)), claim_owner=owner, block=block
+        )
+        if told.verdict == ACK:
+            self.recording.paid(reading.key)
+        return told
+
+    def _as_begun(self, message: Message, former: Mapping[str, Any], reading: Reading) -> tuple[Message, Reading]:
+        """Return a message as the release before spelled it, where it was begun so: its claim and its failures stand there."""
+        if message.message_id is None:
+            return message, reading  # several keys may have had that one spelling, and nothing tells whose the claim is
+        before = replace(message, former=None, **former)
+        read = self.plan.read(before)
+        key, id_ = read.key, message.message_id
+        if key is None or key == reading.key:
+            return message, reading
+        begun = self.store.failures.begun
+        try:
+            found = in_our_session(
+                self._ours, self.store.dialect, lambda session: begun(session, self.group, self.plan.name, key, id_)
+            )
+        except Exception as error:
+            if self.store.away(error):
+                raise StoreUnavailable("The database does not answer; nothing ran.") from error
+            if isinstance(error, UnicodeEncodeError) or self.store.dialect.unstorable(error):
+                return message, reading  # nothing can stand under it
+            raise
+        return (before, read) if found else (message, reading)
+
+    def _place(self, message: Message, reading: Reading) -> Place:
+        failure = self.recording.failure(message, reading, Reject(""))
+        waits, place = self.plan.after_dead == "wait", self.store.failures.place
+        try:
+            return in_our_session(
+                self._ours,
+                self.store.dialect,
+                lambda session: place(
+                    session, failure, after_dead_wait=waits, is_its_own=lambda row: self._keeps(row, reading)
+                ),
+            )
+        except Exception as error:
+            if self.store.away(error):
+                raise StoreUnavailable("The database does not answer; nothing ran.") from error
+            raise
+
+    def _keeps(self, row: Row[Any], reading: Reading) -> bool:
+        """Say whether the message of a row, read as the handler reads now, is the one that was read so."""
+        try:
+            kept = self.plan.read(message_of(row))
+        except Exception:  # changed by hand, or damaged: it is no message
+            return False
+        return (kept.key, kept.fingerprint) == (reading.key, reading.fingerprint)
+
+
+def as_mistake(error: BaseException) -> BaseException:
+    """Return what is told of an exit that is nobody's to ask for, or of a second begin(); any other exception as it is."""
+    if (left := exit_in(error)) is None:
+        return begun_already(error) or error
+    told = Misuse(_EXITED.format(code=left.code)).with_traceback(error.__traceback__)
+    told.__cause__ = error
+    return told
+
+
+def _exit_behind(error: BaseException) -> BaseException | None:
+    """Return the exit that was told of as something else."""
+    if not isinstance(error, Misuse) or (cause := error.__cause__) is None:
+        return None
+    return cause if exit_in(cause) is not None else None
+
+
+def _check_session(plan: Plan, store: Store) -> None:
+    wanted = plan.session_type
+    if wanted is None or wanted is Session:
+        return
+    made = store.makes(plan.is_async)
+    if not issubclass(made, wanted):
+        maker = "async_sessionmaker" if plan.is_async else "sessionmaker"
+        one_name = wanted.__name__ == made.__name__  # SQLModel's is called Session, too
+        wants, makes = (f"{each.__module__}.{each.__name__}" if one_name else each.__name__ for each in (wanted, made))
+        raise ConfigurationError(
+            f"The handler {plan.name!r} wants a {wants}, and the database {store.name!r} makes {makes}."
+            f" Give exactly_once {maker}(engine, class_={wanted.__name__}), or write"
+            f" `session: {'AsyncSession' if plan.is_async else 'Session'}`{' of SQLAlchemy' if one_name else ''}."
+        )

@@ -1,0 +1,1 @@
+"""One Redis: connections, what its errors mean, and the plain lock."""

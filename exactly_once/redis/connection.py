@@ -1,0 +1,240 @@
+"""One Redis, as the application uses it: for threads and for asyncio, with bounded waits, and whether it answers.
+
+It runs scripts, and knows none: what is kept in Redis, and under which key, is its callers' business. What the client raises
+is translated here and chained: `StoreUnavailable` where waiting helps, `ConfigurationError` where it does not. Connects
+to nothing until first used, and `redis` is imported then. Called by the stores of leases, by `lock` and by the doctor.
+
+A command waits for at most ten seconds, where a server or a network falls silent: five for the answer, and the same once more on
+a fresh connection, because an idle one may have been cut by a firewall that told nobody. The answer of what was sent
+first is unknown then, so scripts are written to do nothing the second time. A server that accepts no connection is not
+asked twice.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha1
+from threading import Lock
+from typing import Any, Final
+
+from exactly_once import fork
+from exactly_once.errors import ConfigurationError, ExactlyOnceError, StoreUnavailable
+from exactly_once.redis.pools import Pools, Side
+from exactly_once.redis.trouble import code, dropped, meaning, secrets, unfit
+from exactly_once.redis.url import checked
+from exactly_once.wording.redaction import redacted
+
+__all__ = ["RedisConnection", "RedisConnections", "Script", "checked"]
+
+Script = Callable[[Sequence[str], Sequence[Any]], Any]
+"""Call it with the script's keys and arguments: bytes and numbers come back, lists of them, or None."""
+
+_PROBE: Final = "redis.call('TIME') return redis.call('SET', KEYS[1], '1', 'PX', 1000)"
+_PROBE_KEY: Final = "exactly_once:probe"
+_BEFORE: Final = "It could be used before, so it is waited for: put its password, or its user's rights, right."
+
+
+class RedisConnection:
+    """One Redis and the ways into it.
+
+    Args:
+        url: `redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE]`, `rediss://` for TLS, `unix://` for a socket file.
+
+    Raises:
+        ConfigurationError: The URL is none of these.
+    """
+
+    def __init__(self, url: str) -> None:
+        sound = checked(url)
+        self.name = redacted(sound, whole=True)
+        """The URL without its password, for logs and errors."""
+        self._hidden = secrets(sound)
+        self._pools = Pools(sound)
+        self._was_usable = False
+
+    # -- scripts -----------------------------------------------------------------------------------------------------
+
+    def script(self, text: str) -> Script:
+        """Return what runs a Lua script from a thread.
+
+        Args:
+            text: The script. It may be carried out twice for one call, where an answer is lost: with the same arguments
+                the second time must change nothing.
+
+        Returns:
+            A function of keys and arguments. It raises `StoreUnavailable` when Redis is away: then it is not known
+            whether the script ran; `ConfigurationError` for a wrong password and the like, but `StoreUnavailable` where a
+            script has run before: somebody changed the password, or what this user may do, and no message is to blame.
+        """
+        return self._script(text, self._pools.of_threads)
+
+    def ascript(self, text: str) -> Script:
+        """Return what runs a Lua script in SQLAlchemy's greenlet: synchronous to its caller, and the loop goes on."""
+        return self._script(text, self._pools.of_this_loop)
+
+    def command(self, *words: str | int) -> Any:
+        """Send one command, from a thread; raises as a script does."""
+        with self._translated():
+            return self._said(self._pools.of_threads(), words)
+
+    # -- whether it answers --------------------------------------------------------------------------------------------
+
+    def answers(self) -> bool:
+        """Say whether scripts can read its clock and write to it now; it does both, to a key that lives for a second."""
+        try:
+            self._probe()
+        except Exception:  # whatever it says: it does not answer
+            return False
+        return True
+
+    def problem(self) -> str | None:
+        """Look whether this Redis can be used: None if so, else a sentence about what is waited for.
+
+        Raises:
+            ConfigurationError: Waiting would not mend it: a wrong password, too old, or a node of a cluster.
+        """
+        try:
+            try:
+                self._probe()
+            except (StoreUnavailable, ConfigurationError):
+                raise
+            except ExactlyOnceError as error:  # an old one does not let a script write after it read the time
+                raise ConfigurationError(self._unfit() or str(error)) from error
+            unfit = self._unfit()
+        except StoreUnavailable as error:
+            return str(error).removesuffix(".")
+        if unfit is not None:
+            raise ConfigurationError(unfit)
+        return None
+
+    def info(self) -> dict[str, str]:
+        """What INFO says, by name."""
+        lines = self.command("INFO").decode(errors="replace").splitlines()
+        return dict(line.split(":", 1) for line in lines if ":" in line and not line.startswith("#"))
+
+    def close(self) -> None:
+        """Close the connections: those of running loops as soon as these get to it. Used again, it opens new ones."""
+        self._pools.close()
+
+    # -- what is said to Redis -----------------------------------------------------------------------------------------
+
+    def _script(self, text: str, side_of: Callable[[], Side]) -> Script:
+        digest = _digest(text)
+
+        def run(keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+            try:
+                answer = self._run(side_of(), text, digest, (len(keys), *keys, *arguments))
+            except ConfigurationError as error:
+                if self._was_usable:
+                    raise StoreUnavailable(f"{error} {_BEFORE}", store=self.name) from error
+                raise
+            self._was_usable = True
+            return answer
+
+        return run
+
+    def _run(self, side: Side, text: str, digest: str, rest: tuple[Any, ...]) -> Any:
+        with self._translated():
+            try:
+                try:
+                    return self._said(side, ("EVALSHA", digest, *rest))
+                except Exception as error:
+                    if code(error) != "NOSCRIPT":
+                        raise
+                # it restarted, or was told SCRIPT FLUSH, and ran nothing; EVAL makes the script known again
+                return self._said(side, ("EVAL", text, *rest))
+            except Exception as error:
+                if code(error) == "ERR":
+                    # Redis before 7 says ERR for whatever stopped a script, also full memory, and Redis 7 for what the
+                    # user may not do: a plain write is told the reason
+                    self._said(side, ("SET", _PROBE_KEY, "1", "PX", 1000))
+                raise
+
+    def _said(self, side: Side, words: tuple[Any, ...]) -> Any:
+        """Send one command and return its answer; once more on a fresh connection where the first one broke."""
+        with side.uninterrupted():
+            return self._tried(side, words)
+
+    def _tried(self, side: Side, words: tuple[Any, ...]) -> Any:
+        try:
+            connection = side.wait(side.pool.get_connection())  # connects where it must
+        except Exception as error:
+            raise self._meaning(error, connecting=True) from self._shown(error)
+        try:
+            try:
+                return _exchanged(side, connection, words)
+            except Exception as error:
+                if not dropped(error):
+                    raise
+            side.wait(connection.connect())  # of the others in the pool each may be as dead as this one was
+            return _exchanged(side, connection, words)
+        finally:
+            side.wait(side.pool.release(connection))
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except ExactlyOnceError:
+            raise
+        except Exception as error:
+            raise self._meaning(error) from self._shown(error)
+
+    def _meaning(self, error: Exception, *, connecting: bool = False) -> ExactlyOnceError:
+        return meaning(error, self.name, self._hidden, connecting=connecting)
+
+    def _shown(self, error: Exception) -> Exception | None:
+        """The error to chain, unless its text would print the password."""
+        return None if any(secret in str(error) for secret in self._hidden) else error
+
+    def _probe(self) -> None:
+        self._run(self._pools.of_threads(), _PROBE, _PROBE_DIGEST, (1, _PROBE_KEY))
+        self._was_usable = True
+
+    def _unfit(self) -> str | None:
+        try:
+            info = self.info()
+        except ConfigurationError:  # this user may not ask; what it may do is enough
+            return None
+        return unfit(info, self.name)
+
+
+def _digest(text: str) -> str:
+    return sha1(text.encode()).hexdigest()  # noqa: S324  (the name Redis knows it by, no secret)
+
+
+_PROBE_DIGEST: Final = _digest(_PROBE)
+
+
+def _exchanged(side: Side, connection: Any, words: tuple[Any, ...]) -> Any:
+    """Send a command and read its answer. What breaks or interrupts this closes the connection: the client sees to that,
+    or the next command would take this answer for its own."""
+    side.wait(connection.send_command(*words))
+    return side.wait(connection.read_response())
+
+
+class RedisConnections:
+    """The connections of one application: of each URL one, whoever asks."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._by_url: dict[str, RedisConnection] = {}
+        fork.tell(self)
+
+    def forked(self) -> None:
+        """In a process just forked: a thread of the parent's may have held the lock."""
+        self._lock = Lock()
+
+    def at(self, url: str) -> RedisConnection:
+        """Return the connection to this URL; nothing is opened yet."""
+        with self._lock:
+            found = self._by_url.get(url)
+            if found is None:
+                found = self._by_url[url] = RedisConnection(url)
+            return found
+
+    def close(self) -> None:
+        """Close them all."""
+        with self._lock:
+            every, self._by_url = self._by_url, {}
+        for each in every.values():
+            each.close()

@@ -1,0 +1,168 @@
+"""What stands before a worker's start: each server is waited for, and what waiting does not mend is told at once.
+
+In the order that loses nothing: databases and schema, stores of leases, then what the broker says of topics and group. Nothing is
+changed but by a transport's own check. Called by `serving`.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+from threading import Event
+from time import monotonic
+from typing import Final
+
+from exactly_once.database.store import Store, claims_twice
+from exactly_once.errors import (
+    ConfigurationError,
+    ExactlyOnceError,
+    ForkedProcess,
+    SchemaError,
+    StoreUnavailable,
+    TransportError,
+)
+from exactly_once.executor.routing import Router
+from exactly_once.transports.contract import Away, Subscription, Transport
+from exactly_once.wording.redaction import redacted
+from exactly_once.wording.steady_log import steady
+
+__all__ = ["wait_for_servers"]
+
+_WAITS_S: Final = (0.2, 5.0)
+_REFUSED_S: Final = 8.0
+"""A broker that is up may lack a topic or group that whoever started it makes in a moment: so long."""
+_RETURNING_S: Final = 60.0
+"""What a server refuses since it was last seen not to answer may still be on its way: so long."""
+
+_log = steady("exactly_once.worker")
+
+
+def wait_for_servers(
+    router: Router, transport: Transport, subscriptions: Sequence[Subscription], asked: Event, patience: timedelta
+) -> None:
+    """Wait for each server in turn. Of what waiting does not mend, all is told at once: also of those behind it.
+
+    Args:
+        router: Handlers and databases.
+        transport: The broker.
+        subscriptions: What is wanted of it.
+        asked: Set when somebody wants the waiting to end.
+        patience: How long to wait for all of them.
+
+    Raises:
+        ConfigurationError: Something is wrong that waiting does not mend.
+        StoreUnavailable: A database stayed away too long, or `asked` was set. Of the broker: TransportError.
+    """
+    deadline = monotonic() + patience.total_seconds()
+
+    def broker() -> str | None:
+        problems = transport.check(router.group, subscriptions)
+        if any(not isinstance(problem, Away) for problem in problems):
+            raise _Refused("\n".join(problems))
+        return "\n".join(problems) or None
+
+    databases = {f"the database {name!r}": store for name, store in router.stores.items()}
+    looks: list[tuple[str, Callable[[], str | None], type[ExactlyOnceError]]] = [
+        (what, partial(_database_problem, store, router.group), StoreUnavailable) for what, store in databases.items()
+    ]
+    looks += [(f"the store of leases {name}", problem, StoreUnavailable) for name, problem in router.leases.problems()]
+    looks.append(("the broker", broker, TransportError))
+    wrong: list[ConfigurationError] = []
+    told_of: str | None = None
+    behind: list[str] = []
+    for what, look, vain in looks:
+        if wrong:
+            behind += _seen(look)
+            continue
+        try:
+            _until(asked, deadline, look, what, vain)
+        except ForkedProcess:
+            raise
+        except ConfigurationError as error:
+            wrong.append(error)
+            with suppress(Exception):  # there is no engine of a URL that cannot be used
+                told_of = redacted(databases[what].engine.url)
+    if wrong:
+        said = str(wrong[0])
+        for line in "\n".join(behind).splitlines():
+            # one command may mend both; and what a broker in that database says of it follows from what is wrong there
+            if (line.partition("Type: ")[2] or line) not in said and (told_of is None or told_of not in line):
+                said += f"\n{line}"
+        raise wrong[0] if said == str(wrong[0]) else ConfigurationError(said) from wrong[0]
+
+
+def _database_problem(store: Store, group: str) -> str | None:
+    if (problem := store.problem()) is not None:
+        return problem
+    try:
+        seen = claims_twice(store.dialect, store.open, group)
+    except Exception as error:
+        if (refused := store.refusal(error)) is not None:
+            raise ConfigurationError(refused) from error
+        if (problem := store.waited_for(error)) is None:
+            raise
+        return problem
+    if seen != (True, False):
+        raise ConfigurationError(
+            f"Through the driver of the database {store.name!r} a key claimed twice is seen as {seen}, not (True, False):"
+            " duplicates would run. Type: exactly-once doctor"
+        )
+    return None
+
+
+class _Refused(ConfigurationError):
+    """The broker answers, and is not as it must be; it may have started a moment ago, and be so in another."""
+
+
+def _seen(look: Callable[[], str | None]) -> Sequence[str]:
+    """Look once, and say what is to be told beside what is known to be wrong already."""
+    try:
+        problem = look()
+    except ExactlyOnceError as error:
+        problem = str(error)
+    except Exception:  # it may only follow from what is wrong already, and whoever mends that is told of it next time
+        problem = None
+    return () if problem is None else (problem,)
+
+
+def _until(
+    asked: Event, deadline: float, look: Callable[[], str | None], what: str, vain: type[ExactlyOnceError]
+) -> None:
+    """Look until there is no problem; `look` raises for what waiting does not mend, returns what it may.
+
+    What is wrong at the first look is told at once. A broker, and a server that did not answer before, may refuse for a while
+    what it is about to have: a name server answers before its broker has registered.
+    """
+    wait = _WAITS_S[0]
+    told: bool | None = None
+    refused_until: float | None = None
+    while True:
+        refused = False
+        try:
+            problem = look()
+            refused_until = monotonic() + _RETURNING_S
+        except TransportError as error:
+            problem, refused_until = str(error), monotonic() + _RETURNING_S
+        except (SchemaError, ForkedProcess):
+            raise
+        except ConfigurationError as error:
+            if refused_until is None:
+                refused_until = monotonic() + (_REFUSED_S if isinstance(error, _Refused) else 0)
+            if monotonic() >= refused_until:
+                raise
+            problem, refused = str(error), True
+        if problem is None:
+            return
+        left = max(0.0, refused_until - monotonic()) if refused else wait
+        if monotonic() >= deadline:
+            raise vain(f"Waited in vain for {what}: {problem}")
+        if refused and told is not True:
+            _log.error(
+                "Not as it must be; looking again for %.0f s, in case it has only just started. %s", left, problem
+            )
+        elif not refused and told is not False:
+            _log.warning("Waiting for %s: %s", what, problem)
+        told = refused
+        if asked.wait(min(wait, left)):
+            raise vain(f"Stopped while waiting for {what}.")
+        wait = min(2 * wait, _WAITS_S[1])

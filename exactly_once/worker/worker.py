@@ -1,0 +1,385 @@
+"""Receive, run, settle, stop. Knows no broker, no database and no event loop: `run` gives a future, whoever runs it.
+
+Each consumer has a thread that receives, here, and one that settles and extends, in `unsettled`. Order is the consumers'
+duty: they hand out nothing behind an unsettled message of its ordering key. At most `capacity` messages are in hand
+at any moment, from the receive that asked for them to the end of the settle; that is also the bound on memory.
+
+When a run says `Hold(store)`, the message stays in hand, nothing more is received from anyone, and the store is asked
+until it answers (`outages`); then what was held runs again, oldest first. When a run says `Keep`, its message alone stays
+in hand and runs again a little later (`kept`), until its patience ends; it has its place of `capacity` until then.
+
+If the process dies on any line here, what was in hand comes back from the broker, and the claims in the database say
+what of it is done. Made by `serving`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from threading import Condition, Event
+from time import monotonic
+from typing import Final
+
+from exactly_once.errors import ConfigurationError, ExactlyOnceError
+from exactly_once.transports.contract import Consumer, Delivery, Features
+from exactly_once.verdict import Ack, Ending, Hold, Keep, Redeliver
+from exactly_once.wording.steady_log import steady
+from exactly_once.wording.text import escaped
+from exactly_once.worker.busy_keys import Kept
+from exactly_once.worker.capacity import Capacity
+from exactly_once.worker.in_hand import Unsettled
+from exactly_once.worker.lane import Lane, join, lasting, on_each
+from exactly_once.worker.log_throttle import ThrottledLog
+from exactly_once.worker.outages import Outages, Waiting
+
+__all__ = ["Counts", "Run", "Worker"]
+
+Run = Callable[[Delivery, Features], Ending]
+
+POLL: Final = timedelta(seconds=1)
+"""The longest a quiet receive waits; also the tick at which a full worker keeps its sessions alive."""
+SHORT_POLL: Final = timedelta(seconds=0.05)
+"""The same where there are no more places than consumers: an idle one then sits on a place that others need."""
+RETRY_S: Final = (0.1, 30.0)
+"""A consumer whose receive raises is asked again after the first, then twice as long each time, up to the second."""
+AGAIN: Final = timedelta(seconds=1)
+"""A run that broke (not a handler that failed: that one has a verdict) is not brought again in a tight circle."""
+LAST_SETTLE_S: Final = 10.0
+"""How long `stop` waits for the last settle of all consumers, and then for their close, before it leaves without."""
+
+_log = steady("exactly_once.worker")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """How far a worker is; read without a lock, so the numbers may differ by what is under way."""
+
+    received: int
+    acked: int
+    redelivered: int
+    given_back: int
+    in_hand: int
+    held: int
+    """Of those in hand: waiting for a store that does not answer."""
+    outages: tuple[str, ...]
+    """The stores that do not answer."""
+    outcomes: Mapping[str, int]
+    """What `observe` said: messages by outcome; of several handlers the one that says most."""
+    handlers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """What `observe_handlers` said: the same for each handler by itself."""
+
+
+class Worker:
+    """Feeds what consumers receive to `run`, and tells them what became of it.
+
+    Args:
+        consumers: Where messages come from; closed by `stop`.
+        run: Starts the handling of a delivery and returns its future at once. A future that ends in an exception,
+            whichever, means: bring it again.
+        capacity: The most messages in hand at a moment, over all consumers.
+        drain_timeout: How long `stop` lets running messages finish.
+        answers: Whether the store of this name answers again; called in a thread of its own, may block or raise.
+        observe: Gives the counts by outcome, put into `counts` unchanged.
+        observe_handlers: Gives them for each handler.
+        poll: The longest a quiet receive waits.
+
+    Example:
+        >>> from concurrent.futures import Future
+        >>> worker = Worker([], lambda delivery, features: Future(), capacity=1, drain_timeout=timedelta(seconds=1))
+        >>> worker.start()
+        >>> worker.stop()
+        0
+    """
+
+    def __init__(
+        self,
+        consumers: Sequence[Consumer],
+        run: Run,
+        *,
+        capacity: int,
+        drain_timeout: timedelta,
+        answers: Callable[[str], bool] = lambda store: True,
+        observe: Callable[[], Mapping[str, int]] = dict,
+        observe_handlers: Callable[[], Mapping[str, Mapping[str, int]]] = dict,
+        poll: timedelta = POLL,
+    ) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity is the most messages in hand and must be at least 1, not {capacity}")
+        self._run, self._drain_timeout = run, drain_timeout
+        self._observe, self._observe_handlers = observe, observe_handlers
+        self._poll, self._wait = poll, poll if capacity > len(consumers) else min(poll, SHORT_POLL)
+        self._changed = Condition()
+        self._outages = Outages(answers, self._run_again, self._changed, lambda: self._stopping)
+        self._kept = Kept(self._begin, self._changed, lambda: self._stopping)
+        self._capacity = Capacity(capacity, self._changed, lambda: bool(self._outages))
+        self._stopping = self._done = False
+        self._stopped = Event()
+        self._given_back = 0
+        self._events = 0  # receives that brought something, and settles; `drain` waits for receives without any
+        self._throttled = ThrottledLog(_log)
+        self._lanes: list[Lane] = []
+        for n, consumer in enumerate(consumers, 1):
+            name = f"consumer {n} ({type(consumer).__name__})"
+            lane = Lane(Unsettled(consumer, name, self._has_settled))
+            lane.receiver = lasting(f"receive: {name}", partial(self._receive, lane), self._breathe, self._throttled)
+            lane.settler = lasting(f"settle: {name}", lane.unsettled.work, self._breathe, self._throttled)
+            self._lanes.append(lane)
+
+    def start(self) -> None:
+        """Begin to receive."""
+        for lane in self._lanes:
+            lane.turned = lane.unsettled.turned = monotonic()
+            lane.settler.start()
+            lane.receiver.start()
+
+    def stop(self) -> int:
+        """Stop receiving, finish what runs within `drain_timeout`, give back the rest, and close the consumers.
+
+        Giving back is safe: a run that ends later is ignored here, and for the next one its claim decides.
+
+        Returns:
+            How many messages were given back; a second call waits for the first, does nothing and returns the same.
+        """
+        deadline = monotonic() + self._drain_timeout.total_seconds()
+        with self._changed:
+            first, self._stopping = not self._stopping, True
+            self._changed.notify_all()
+        if not first:
+            self._stopped.wait()
+            return self._given_back
+        on_each(self._lanes, "stop", deadline)
+        for lane in self._lanes:
+            join(lane.receiver, deadline)
+        with self._changed:
+            waiting = self._outages.give_up() | self._kept.give_up()
+        for delivery, unsettled in waiting.items():  # there is no use in waiting for these
+            self._give_back(unsettled, delivery)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._in_hand(), max(0.0, deadline - monotonic()))
+            self._done = True  # what a receive returns from now on is not taken: it comes back by itself
+        for lane in self._lanes:
+            for delivery in tuple(lane.unsettled.held):
+                self._give_back(lane.unsettled, delivery)
+            lane.unsettled.verdicts.put(None)
+        deadline = monotonic() + LAST_SETTLE_S
+        for lane in self._lanes:
+            join(lane.settler, deadline)
+        on_each(self._lanes, "close", monotonic() + LAST_SETTLE_S)
+        self._stopped.set()
+        return self._given_back
+
+    def drain(self, timeout: timedelta, held: Callable[[], str | None] = lambda: None) -> None:
+        """Wait until every consumer found nothing in a whole receive, with nothing in hand since it began; for tests.
+
+        Args:
+            timeout: How long to wait; each try takes as long as a quiet receive, `poll`.
+            held: Says why messages are kept that no waiting ends, or None.
+
+        Raises:
+            ConfigurationError: All that is left is kept, and `held` says why.
+            TimeoutError: It did not come to that; the text says what is still in hand.
+            RuntimeError: The worker stops, or is not started, and cannot come to rest.
+        """
+        with self._changed:
+            self._events += 1  # a receive that began before this call proves nothing
+            if self.unready() != "not started":
+                self._changed.wait_for(
+                    lambda: self._stopping or self._quiet() or (self._only_keeps() and held() is not None),
+                    timeout.total_seconds(),
+                )
+            if self.unready() in ("not started", "stopping", "stopped"):
+                raise RuntimeError("Only a worker that runs comes to rest: drain it after start and before stop.")
+            if self._quiet():
+                return
+            if self._only_keeps() and (why := held()) is not None:
+                raise ConfigurationError(f"What is left, {self._in_hand()} message(s), cannot be done: {why}")
+            some_held = [delivery.message for lane in self._lanes for delivery in lane.unsettled.held.copy()]
+        some = ", ".join(f"{message.topic} {message.key or message.message_id or '?'}" for message in some_held[:10])
+        away = f" No answer from: {', '.join(self._outages.stores)}." if self._outages else ""
+        raise TimeoutError(
+            f"After {timeout.total_seconds():g} s the worker has {self._in_hand()} message(s) in hand, or more keep"
+            f" coming. Not finished: {some or 'none'}{' ...' if len(some_held) > 10 else ''}.{away}"
+        )
+
+    @property
+    def counts(self) -> Counts:
+        """How far the worker is."""
+        unsettled = [lane.unsettled for lane in self._lanes]
+        return Counts(
+            received=sum(each.received for each in unsettled),
+            acked=sum(each.acked for each in unsettled),
+            redelivered=sum(each.redelivered for each in unsettled),
+            given_back=self._given_back,
+            in_hand=self._in_hand(),
+            held=self._outages.held,
+            outages=self._outages.stores,
+            outcomes=self._observe(),
+            handlers=self._observe_handlers(),
+        )
+
+    def stuck(self, after: timedelta) -> Sequence[str]:
+        """Name the threads that died or did not turn for `after`; none before start and once stopping."""
+        if self._stopping or self.unready() == "not started":
+            return ()
+        oldest = monotonic() - after.total_seconds()
+        turns = [(lane.receiver, lane.turned) for lane in self._lanes]
+        turns += [(lane.settler, lane.unsettled.turned) for lane in self._lanes]
+        return [thread.name for thread, turned in turns if turned < oldest or not thread.is_alive()]
+
+    def unready(self) -> str | None:
+        """Say why nothing is being received, or None."""
+        if self._stopping:
+            return "stopped" if self._stopped.is_set() else "stopping"
+        if any(lane.receiver.ident is None for lane in self._lanes):
+            return "not started"
+        stores = self._outages.stores
+        return f"no answer from: {', '.join(sorted(stores))}" if stores else None
+
+    def _breathe(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping, 1.0)
+
+    def _receive(self, lane: Lane) -> None:
+        """The receiving thread's whole life: whatever a consumer raises, it is asked again until we stop."""
+        unsettled, retry = lane.unsettled, RETRY_S[0]
+        while True:
+            lane.turned = monotonic()
+            booked = self._capacity.book(lane.seat, self._poll.total_seconds(), lambda: self._stopping)
+            if self._stopping:
+                return
+            began = self._events
+            try:
+                got = unsettled.consumer.receive(booked, self._wait if booked else timedelta(0))
+            except BaseException as error:  # noqa: BLE001, RUF100  (clients raise CancelledError and worse)
+                known = isinstance(error, ExactlyOnceError)  # its sentence says it all
+                self._throttled.warning(
+                    f"receive {unsettled.name}",
+                    "%s could not receive; trying until it can." + (" %s" if known else ""),
+                    unsettled.name,
+                    *((error,) if known else ()),
+                    error=None if known else error,
+                )
+                with self._changed:
+                    self._capacity.used(lane.seat, booked, 0)
+                    self._changed.notify_all()
+                    self._changed.wait_for(lambda: self._stopping, retry)
+                retry = min(2 * retry, RETRY_S[1])
+                continue
+            retry = RETRY_S[0]
+            with self._changed:
+                if self._done:
+                    return
+                self._capacity.used(lane.seat, booked, len(got))
+                if got:
+                    self._events += 1
+                    unsettled.take(got)
+                elif booked:
+                    lane.quiet = began
+                self._changed.notify_all()
+                if self._outages.park(got, unsettled):
+                    continue
+            for delivery in got:
+                self._begin(unsettled, delivery)
+
+    def _begin(self, unsettled: Unsettled, delivery: Delivery, since: float | None = None) -> None:
+        """Have it run; `since` is when it was first kept, if it was."""
+        if self._done:
+            return
+        try:
+            future = self._run(delivery, unsettled.features)
+        except BaseException as error:  # noqa: BLE001, RUF100
+            self._broke(unsettled, delivery, error)
+        else:
+            unsettled.running[delivery] = future
+            future.add_done_callback(partial(self._finish, unsettled, delivery, since))
+
+    def _finish(self, unsettled: Unsettled, delivery: Delivery, since: float | None, done: Ending) -> None:
+        """Called by whichever thread ended the run: blocks on nothing, raises nothing."""
+        unsettled.running.pop(delivery, None)
+        try:
+            said = done.result()
+        except BaseException as error:  # noqa: BLE001, RUF100  (cancellation too: it is not acknowledged)
+            self._broke(unsettled, delivery, error)
+            return
+        if type(said) is Ack or type(said) is Redeliver:
+            unsettled.finish(delivery, said)
+        elif type(said) is Hold:
+            with self._changed:
+                if not self._stopping:
+                    self._outages.hold(said.store, delivery, unsettled)
+                    return
+            self._give_back(unsettled, delivery)
+        elif type(said) is Keep:
+            with self._changed:
+                stopping = self._stopping
+                kept = not stopping and self._kept.keep(said, unsettled, delivery, since)
+            if stopping:
+                self._give_back(unsettled, delivery)
+            elif not kept:
+                unsettled.finish(delivery, said.then)
+        else:
+            self._broke(unsettled, delivery, TypeError(f"a run ended with {said!r}, which is not a verdict"))
+
+    def _broke(self, unsettled: Unsettled, delivery: Delivery, error: BaseException) -> None:
+        if isinstance(error, ConfigurationError) and error.store is not None:
+            with self._changed:
+                held = not self._stopping
+                if held:  # a server that is wrong, or lacks our tables: an outage, which spends no broker's attempt
+                    self._outages.hold(error.store, delivery, unsettled)
+            if held:
+                self._throttled.warning("wrong", "%s", error)
+                return
+        if self._stopping:
+            self._give_back(unsettled, delivery)
+        elif unsettled.finish(delivery, Redeliver(AGAIN)):
+            message = delivery.message
+            text = "A run broke; its message will be brought again: topic=%s message_id=%s"
+            self._throttled.warning(
+                "run", text, escaped(message.topic), escaped(message.message_id or "none"), error=error
+            )
+
+    def _give_back(self, unsettled: Unsettled, delivery: Delivery) -> None:
+        """Outside the lock, for a run's callbacks may want locks of their own.
+
+        A run that has not begun never begins, a coroutine is cancelled, a thread ends unheard.
+        """
+        if unsettled.finish(delivery, Redeliver()):
+            with self._changed:
+                self._given_back += 1
+            if run := unsettled.running.pop(delivery, None):
+                run.cancel()
+
+    def _run_again(self, waiting: Waiting) -> None:
+        """Called by an outage's thread when the store answers."""
+        held = [
+            (batch.received, delivery, lane.unsettled)
+            for lane in self._lanes
+            for delivery, batch in lane.unsettled.held.copy().items()  # in the order received
+            if delivery in waiting
+        ]
+        for _, delivery, unsettled in sorted(held, key=lambda each: each[0]):
+            if self._stopping:  # `stop` did not find these: they were in neither place
+                self._give_back(unsettled, delivery)
+            else:
+                self._begin(unsettled, delivery)
+
+    def _has_settled(self, number: int) -> None:
+        with self._changed:
+            self._capacity.free(number)
+            self._events += 1
+            self._changed.notify_all()
+
+    def _in_hand(self) -> int:
+        settled = sum(lane.unsettled.settled for lane in self._lanes)  # read first, so that it is never below zero
+        return sum(lane.unsettled.received for lane in self._lanes) - settled
+
+    def _quiet(self) -> bool:
+        return not self._outages and not self._in_hand() and self._nothing_comes()
+
+    def _nothing_comes(self) -> bool:
+        return all(lane.quiet == self._events for lane in self._lanes)
+
+    def _only_keeps(self) -> bool:
+        """All that is in hand is kept until its next look, and nothing more can come."""
+        all_kept = 0 < self._in_hand() == self._kept.number
+        return all_kept and not self._outages and (self._nothing_comes() or self._capacity.is_full)
