@@ -75,15 +75,15 @@ __all__ = [
 
 _ROOMS = {
     "Alert": "alert",
-    "AsyncSteps": "steps",
+    "AsyncSteps": "handlers.steps",
     "ExactlyOnce": "app",
-    "Lease": "handler.guard_options",
-    "Lock": "handler.guard_options",
+    "Lease": "handlers.guard_options",
+    "Lock": "handlers.guard_options",
     "Message": "message",
     "Outcome": "outcome",
-    "Retry": "policy",
-    "Steps": "steps",
-    "Transaction": "handler.guard_options",
+    "Retry": "failures.policy",
+    "Steps": "handlers.steps",
+    "Transaction": "handlers.guard_options",
 }
 
 

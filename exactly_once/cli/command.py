@@ -74,7 +74,7 @@ def _application(verb: str | None) -> Any:
         if name != verb:
             app.command(name, help=about)(_not_now)
             continue
-        module = import_module(f"{__name__}.{name}")
+        module = import_module(f"{__package__}.{name}")
         if hasattr(module, "app"):
             app.add_typer(module.app, name=name, help=about)
         else:

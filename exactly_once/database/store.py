@@ -23,10 +23,11 @@ from exactly_once.database.connections import forked as forked_engines
 from exactly_once.database.connections import loops
 from exactly_once.database.connections.pooler import prepare_threshold
 from exactly_once.database.connections.replaced_file import watch_file
-from exactly_once.database.dialects.contract import ClaimRow, Dialect, Trouble, dialect_for
+from exactly_once.database.dialects.contract import ClaimRow, Dialect, Trouble
 from exactly_once.database.dialects.firsthand import is_firsthand, kept_firsthand, moment, watch_pool
 from exactly_once.database.dialects.place import as_sessions_begin, schema_in
 from exactly_once.database.dialects.refusing import tried
+from exactly_once.database.dialects.registry import dialect_for
 from exactly_once.database.driver_choice import missing_driver
 from exactly_once.database.in_memory import in_memory
 from exactly_once.database.mysql_session import put_right

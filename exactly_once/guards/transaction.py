@@ -21,11 +21,11 @@ from exactly_once.database.dialects.contract import (
     Known,
     Trail,
     Trouble,
-    group_claims_for,
     raise_for_the_store,
 )
 from exactly_once.database.dialects.firsthand import moment, ready
 from exactly_once.database.dialects.refusing import is_refusal, of_nobody, raise_for_the_table, tried
+from exactly_once.database.dialects.registry import group_claims_for
 from exactly_once.database.schema import CONSUMED, UNFINISHED
 from exactly_once.database.trouble.interrupted import interrupted
 from exactly_once.database.trouble.unreached import unreached

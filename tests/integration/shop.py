@@ -29,7 +29,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Message, Outcome, Retry
-from exactly_once.database.dialects.contract import State, dialect_for
+from exactly_once.database.dialects.contract import State
+from exactly_once.database.dialects.registry import dialect_for
 from exactly_once.database.schema import tables
 
 GROUP = "shop"

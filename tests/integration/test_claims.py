@@ -18,7 +18,8 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from sqlalchemy.orm import Session, sessionmaker
 
 from exactly_once import ConfigurationError, ExactlyOnce, Outcome, Retry, Transaction
-from exactly_once.database.dialects.contract import ClaimRow, dialect_for
+from exactly_once.database.dialects.contract import ClaimRow
+from exactly_once.database.dialects.registry import dialect_for
 from exactly_once.database.schema import CONSUMED, UNFINISHED
 from tests.integration.shop import COLOURS, DIALECTS, GROUP, ONLY, STOCK, Shop, count_statements, order, put, shops
 from tests.integration.threads import Turn, in_thread, until

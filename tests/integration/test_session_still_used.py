@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_session
 from sqlalchemy.orm import DeclarativeBase, Session
 
 from exactly_once import AsyncSteps, Lease, Misuse, Outcome, Steps
-from exactly_once.database.dialects.contract import dialect_for
+from exactly_once.database.dialects.registry import dialect_for
 from tests.integration.shop import COLOURS, DIALECTS, EFFECT, ONE_TRY, Shop, on, order, put, shops
 from tests.integration.ways import LEASE, WAYS, Way
 

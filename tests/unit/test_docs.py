@@ -257,9 +257,9 @@ def test_what_is_marked_as_seen_by_doctor_is_looked_for() -> None:
 def _said_by_doctor() -> frozenset[str]:
     """All texts of the doctor's code, and of what it asks: the installation, and each transport's concerns."""
     package = ROOT / "exactly_once"
-    sources = [*(package / "doctor").glob("*.py"), package / "installation.py"]
+    sources = [*(package / "doctor").glob("*.py"), package / "wording/installation.py"]
     asked = (
-        [*(package / "transports").rglob("*.py")] if "concerns(" in (package / "doctor/__init__.py").read_text() else []
+        [*(package / "transports").rglob("*.py")] if "concerns(" in (package / "doctor/looking.py").read_text() else []
     )
     said: set[str] = set()
     for source in (*sources, *asked):

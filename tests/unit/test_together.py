@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from exactly_once.executor import fanout as together
 from exactly_once.executor.executor import Runner
+from exactly_once.executor.fanout import together
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 from exactly_once.processing.processor import Told

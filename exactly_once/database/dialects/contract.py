@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
-from sys import intern
 from typing import Any, Final, NamedTuple, Protocol
 
 from sqlalchemy import Connection, Engine, Insert, Update
@@ -22,7 +21,7 @@ from exactly_once.database.trouble.crowded import none_free
 from exactly_once.database.trouble.drivers_own import original
 from exactly_once.database.trouble.not_made import not_made
 from exactly_once.database.trouble.unreached import unreached
-from exactly_once.errors import BadKey, ConfigurationError, SchemaError, StoreUnavailable
+from exactly_once.errors import BadKey, SchemaError, StoreUnavailable
 from exactly_once.exceptions.words import words_of
 
 __all__ = [
@@ -39,10 +38,7 @@ __all__ = [
     "StepRow",
     "Trace",
     "Trouble",
-    "dialect_for",
     "first_words",
-    "group_claims_for",
-    "lease_claims_for",
     "raise_for_the_store",
     "steps_of",
 ]
@@ -515,17 +511,6 @@ def first_words(error: BaseException) -> str:
     return words.splitlines()[0] if words else "no text"
 
 
-_KNOWN: dict[tuple[str, str], str] = {
-    ("postgresql", "psycopg"): "exactly_once.database.dialects.postgresql:PostgreSQL",
-    ("mysql", "pymysql"): "exactly_once.database.dialects.mysql:MySQL",
-    ("mysql", "asyncmy"): "exactly_once.database.dialects.mysql:MySQL",
-    ("mariadb", "pymysql"): "exactly_once.database.dialects.mysql:MySQL",
-    ("mariadb", "asyncmy"): "exactly_once.database.dialects.mysql:MySQL",
-    ("sqlite", "pysqlite"): "exactly_once.database.dialects.sqlite:SQLite",
-    ("sqlite", "aiosqlite"): "exactly_once.database.dialects.sqlite:SQLite",
-}
-
-
 def steps_of(table: str) -> str:
     """Return where steps are recorded, beside these claims.
 
@@ -534,55 +519,3 @@ def steps_of(table: str) -> str:
         '`shop`.message_step'
     """
     return table.removesuffix("message_idempotent") + "message_step"
-
-
-def dialect_for(
-    engine: Engine, schema: Callable[[], str | None], *, durable: bool = True, kept_as: str = ""
-) -> Dialect:
-    """Return the dialect that speaks to `engine`'s server through its driver.
-
-    Args:
-        engine: Of the application, or ours.
-        schema: Names the database schema of our tables; asked at the first claim, and may connect for it.
-        durable: Commits wait for the disk, whatever the session says.
-        kept_as: Tells the settings under which connections are looked at; see `Dialect.kept_as`.
-
-    Raises:
-        ConfigurationError: The driver was never tried; a claim through it might not be recognised as a duplicate.
-    """
-    name, driver = engine.dialect.name, engine.dialect.driver.removesuffix("_async")
-    found = _KNOWN.get((name, driver))
-    if found is None:
-        ways = ", ".join(sorted(f"{n}+{d}" for n, d in _KNOWN))
-        raise ConfigurationError(
-            f"The database driver {name}+{driver} is not one this package knows how to claim with. Use one of: {ways}."
-        )
-    from importlib import import_module
-
-    module, _, attribute = found.partition(":")
-    make: Callable[..., Dialect] = getattr(import_module(module), attribute)
-    quote = engine.dialect.identifier_preparer.quote_schema
-
-    def table() -> str:
-        named = schema()
-        return f"{quote(named)}.message_idempotent" if named else "message_idempotent"
-
-    return make(table, durable=durable, kept_as=intern(f"exactly_once.seen {kept_as} {durable}"))
-
-
-def lease_claims_for(dialect: Dialect) -> LeaseClaims:
-    """Return how leases are claimed on the server that `dialect` speaks to."""
-    made: LeaseClaims = _claims(dialect, "lease")
-    return made
-
-
-def group_claims_for(dialect: Dialect) -> GroupClaims:
-    """Return how groups are claimed on the server that `dialect` speaks to."""
-    made: GroupClaims = _claims(dialect, "group")
-    return made
-
-
-def _claims(dialect: Dialect, what: str) -> Any:
-    from importlib import import_module
-
-    return import_module(f"{__name__}.{dialect.name}_{what}").Claims(dialect)

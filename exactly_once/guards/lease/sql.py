@@ -43,11 +43,11 @@ from exactly_once.database.dialects.contract import (
     StepRow,
     Trail,
     Trouble,
-    lease_claims_for,
 )
 from exactly_once.database.dialects.contract import raise_for_the_store as raise_for
 from exactly_once.database.dialects.firsthand import is_firsthand, kept_firsthand, moment, ready
 from exactly_once.database.dialects.refusing import is_refusal, of_nobody, raise_for_the_table, tried
+from exactly_once.database.dialects.registry import lease_claims_for
 from exactly_once.database.mysql_committed import see_committed
 from exactly_once.database.schema import (
     CONSUMED,

@@ -1,8 +1,8 @@
 """Between librocketmq's messages and ours. Opens and sends nothing; called by the rocketmq4 consumer and producer.
 
 librocketmq's C interface reads a property by name and cannot list them. So the names of a message's properties travel
-beside them, see `exactly_once.clients.rocketmq_properties`: a Java consumer finds the properties as usual. Of a foreign producer's
-messages only those asked for by name (`properties=` in the URL) are seen, and those that this package itself writes.
+beside them, see `clients.rocketmq_properties`: a Java consumer finds the properties as usual. Of a foreign producer's messages
+only those asked for by name (`properties=` in the URL) are seen, and those that this package itself writes.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,0 +1,108 @@
+"""Finds how a database server is spoken to. Imports a server's module only when its driver is asked for; opens nothing."""
+
+from collections.abc import Callable
+from sys import intern
+from typing import TYPE_CHECKING, Final, cast
+
+from sqlalchemy import Engine
+
+from exactly_once.database.dialects.contract import Dialect, GroupClaims, LeaseClaims
+from exactly_once.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from exactly_once.database.dialects.postgresql import PostgreSQL
+    from exactly_once.database.dialects.sqlite import SQLite
+
+__all__ = ["dialect_for", "group_claims_for", "lease_claims_for"]
+
+_KNOWN: Final = frozenset(
+    {
+        ("postgresql", "psycopg"),
+        ("mysql", "pymysql"),
+        ("mysql", "asyncmy"),
+        ("mariadb", "pymysql"),
+        ("mariadb", "asyncmy"),
+        ("sqlite", "pysqlite"),
+        ("sqlite", "aiosqlite"),
+    }
+)
+"""Servers and drivers with which a duplicate is known to be recognised."""
+
+
+def dialect_for(
+    engine: Engine, schema: Callable[[], str | None], *, durable: bool = True, kept_as: str = ""
+) -> Dialect:
+    """Return the dialect that speaks to `engine`'s server through its driver.
+
+    Args:
+        engine: Of the application, or ours.
+        schema: Names the database schema of our tables; asked at the first claim, and may connect for it.
+        durable: Commits wait for the disk, whatever the session says.
+        kept_as: Tells the settings under which connections are looked at; see `Dialect.kept_as`.
+
+    Raises:
+        ConfigurationError: The driver was never tried; a claim through it might not be recognised as a duplicate.
+    """
+    name, driver = engine.dialect.name, engine.dialect.driver.removesuffix("_async")
+    if (name, driver) not in _KNOWN:
+        ways = ", ".join(sorted(f"{n}+{d}" for n, d in _KNOWN))
+        raise ConfigurationError(
+            f"The database driver {name}+{driver} is not one this package knows how to claim with. Use one of: {ways}."
+        )
+    quote = engine.dialect.identifier_preparer.quote_schema
+
+    def table() -> str:
+        named = schema()
+        return f"{quote(named)}.message_idempotent" if named else "message_idempotent"
+
+    return _class_of(name)(table, durable=durable, kept_as=intern(f"exactly_once.seen {kept_as} {durable}"))
+
+
+def _class_of(name: str) -> Callable[..., Dialect]:
+    match name:
+        case "postgresql":
+            from exactly_once.database.dialects.postgresql import PostgreSQL
+
+            return PostgreSQL
+        case "sqlite":
+            from exactly_once.database.dialects.sqlite import SQLite
+
+            return SQLite
+        case _:
+            from exactly_once.database.dialects.mysql import MySQL
+
+            return MySQL
+
+
+def lease_claims_for(dialect: Dialect) -> LeaseClaims:
+    """Return how leases are claimed on the server that `dialect` speaks to."""
+    match dialect.name:
+        case "postgresql":
+            from exactly_once.database.dialects import postgresql_lease
+
+            return postgresql_lease.Claims(cast("PostgreSQL", dialect))
+        case "sqlite":
+            from exactly_once.database.dialects import sqlite_lease
+
+            return sqlite_lease.Claims(cast("SQLite", dialect))
+        case _:
+            from exactly_once.database.dialects import mysql_lease
+
+            return mysql_lease.Claims(dialect)
+
+
+def group_claims_for(dialect: Dialect) -> GroupClaims:
+    """Return how batches are claimed on the server that `dialect` speaks to."""
+    match dialect.name:
+        case "postgresql":
+            from exactly_once.database.dialects import postgresql_batch
+
+            return postgresql_batch.Claims(dialect)
+        case "sqlite":
+            from exactly_once.database.dialects import sqlite_batch
+
+            return sqlite_batch.Claims(cast("SQLite", dialect))
+        case _:
+            from exactly_once.database.dialects import mysql_batch
+
+            return mysql_batch.Claims(dialect)
