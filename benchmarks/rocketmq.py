@@ -32,10 +32,10 @@ from benchmarks.measure import Figure, ratios, take_turns
 from benchmarks.orders import messages
 from benchmarks.shop import application, clear, require
 from benchmarks.stage import Stage
+from exactly_once.outcome import Ack
 from exactly_once.testing.child import wait_until
 from exactly_once.transports.contract import Consumer, Subscription, Surroundings
 from exactly_once.transports.registry import transport_from
-from exactly_once.verdict import Ack
 
 __all__ = ["measure"]
 

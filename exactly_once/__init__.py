@@ -35,8 +35,8 @@ if TYPE_CHECKING:
         StoreUnavailable,
         TransportError,
     )
-    from exactly_once.failures.policy import Retry
     from exactly_once.handlers.guard_options import Lease, Lock, Transaction
+    from exactly_once.handlers.retry import Retry
     from exactly_once.handlers.steps import AsyncSteps, Steps
     from exactly_once.message import Message
     from exactly_once.outcome import Outcome
@@ -81,7 +81,7 @@ _ROOMS = {
     "Lock": "handlers.guard_options",
     "Message": "message",
     "Outcome": "outcome",
-    "Retry": "failures.policy",
+    "Retry": "handlers.retry",
     "Steps": "handlers.steps",
     "Transaction": "handlers.guard_options",
 }

@@ -5,6 +5,7 @@ program may have several. What the doors do stands in other rooms: claims in `gu
 receiving in `worker`.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from sqlalchemy.orm import Session, scoped_session
 
+from exactly_once.configuration.settings import SUPERVISED
 from exactly_once.database.connections import forked as forked_engines
 from exactly_once.database.schema import GROUP_BYTES
 from exactly_once.errors import ConfigurationError, StoreUnavailable
@@ -515,7 +517,9 @@ class ExactlyOnce(Registrations):
         def store() -> "Store":
             return next(iter(self._stores(self._store_binding).values()))
 
-        return transport_from(url or self._transport_url(), Surroundings(lambda: store().engine, lambda: store().place))
+        supervised = bool(os.environ.get(SUPERVISED))
+        around = Surroundings(lambda: store().engine, lambda: store().place, one_of_several=supervised)
+        return transport_from(url or self._transport_url(), around)
 
 
 def _checked(message: Message) -> Message:

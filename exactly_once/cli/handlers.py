@@ -10,8 +10,8 @@ from exactly_once.configuration.config import Config
 from exactly_once.database.schema import HANDLER_BYTES
 from exactly_once.errors import ConfigurationError
 from exactly_once.failures import triage
-from exactly_once.failures.policy import Retry
 from exactly_once.handlers.plan import Plan
+from exactly_once.handlers.retry import Retry
 from exactly_once.keys import KeyRule, check_name
 from exactly_once.wording.text import escaped
 

@@ -16,9 +16,8 @@ from exactly_once.cli.recorded import BadLine, Progressing, messages, opened, si
 from exactly_once.cli.reference import AppOption, application, usable
 from exactly_once.exceptions.words import words_of
 from exactly_once.message import Message
-from exactly_once.outcome import Outcome
+from exactly_once.outcome import Ack, Ending, Hold, Outcome
 from exactly_once.transports.contract import Delivery, Features
-from exactly_once.verdict import Ack, Ending, Hold
 from exactly_once.wording.text import escaped, probably, taken
 
 __all__ = ["command"]

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from exactly_once.alembic import ready
 from exactly_once.app import ExactlyOnce
 from exactly_once.database.store import Store
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, StoreUnavailable
@@ -151,5 +152,5 @@ def usable(store: Store) -> None:
         StoreUnavailable: It does not answer.
         ConfigurationError: It has not our tables, or lets us not in; the text is the command that mends it.
     """
-    if (problem := store.problem()) is not None:
+    if (problem := ready.problem(store)) is not None:
         raise StoreUnavailable(f"{stopped(problem)} Start it, or mend EXACTLY_ONCE_DATABASE.")

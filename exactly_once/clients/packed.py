@@ -12,7 +12,6 @@ one stream, and leaves out what stands behind it.
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from types import MappingProxyType
@@ -20,9 +19,8 @@ from typing import Any, Final
 
 from exactly_once.errors import BadBody, MissingExtra
 from exactly_once.exceptions.words import words_of
-from exactly_once.message import Message
 
-__all__ = ["MOST_BYTES", "named", "opened", "unpacked", "unread"]
+__all__ = ["MOST_BYTES", "READERS", "UNREADABLE", "named", "unpacked"]
 
 MOST_BYTES: Final = 128 * 1024 * 1024
 """A body that grows beyond is not unpacked: a few bytes may stand for all memory there is."""
@@ -34,7 +32,7 @@ _GZIP_WINDOW: Final = 16 + zlib.MAX_WBITS
 # frames need not tell their size, and no package bounds what ZSTD makes of them: so piece by piece, each of 32 MiB at most.
 # And of a piece alone is copied what stands behind a frame: a body may have half a million of them
 _PIECE: Final = 1024
-_UNREADABLE: Final = "The body cannot be unpacked ({why}); it is kept as it came."
+UNREADABLE: Final = "The body cannot be unpacked ({why}); it is kept as it came."
 
 
 def named(body: bytes) -> str:
@@ -58,42 +56,14 @@ def unpacked(name: str, body: bytes) -> bytes:
         BadBody: It is damaged, or too long, or the package for it is not installed; the sentence says which.
     """
     try:
-        return _read(_READERS[name](), body, one=name == _ZLIB)
+        return _read(READERS[name](), body, one=name == _ZLIB)
     except ImportError:
         missing = MissingExtra(f"A body packed by {name.upper()}", "compression")
         raise BadBody(
             f"{missing}. It is kept as it came. Once that is installed: exactly-once failures requeue"
         ) from None
     except Exception as error:  # of the package's own class
-        raise BadBody(_UNREADABLE.format(why=f"{name.upper()}: {words_of(error)}")) from error
-
-
-def unread(message: Message, name: str) -> Message:
-    """Return a message marked as one whose body is not read.
-
-    Args:
-        message: With its body as it came.
-        name: The compression, or another word for what is wrong.
-    """
-    return replace(message, unread=name)
-
-
-def opened(message: Message) -> tuple[Message, BadBody | None]:
-    """Return a kept message with its body read; or as it is, and why it cannot be.
-
-    Args:
-        message: As the failure store keeps it.
-    """
-    name = message.unread
-    if name is None:
-        return message, None
-    if name not in _READERS or message.body is None:
-        return message, BadBody(_UNREADABLE.format(why=name))
-    try:
-        body = unpacked(name, message.body)
-    except BadBody as error:
-        return message, error
-    return replace(message, body=body, unread=None), None
+        raise BadBody(UNREADABLE.format(why=f"{name.upper()}: {words_of(error)}")) from error
 
 
 def _read(reader_of_one: Callable[[], Any], body: bytes, *, one: bool) -> bytes:
@@ -128,7 +98,7 @@ def _zstd() -> Callable[[], Any]:
     return reader
 
 
-_READERS: Final[Mapping[str, Callable[[], Callable[[], Any]]]] = MappingProxyType(
+READERS: Final[Mapping[str, Callable[[], Callable[[], Any]]]] = MappingProxyType(
     {
         "lz4": _lz4,
         "zstd": _zstd,

@@ -25,8 +25,8 @@ from exactly_once.configuration.service_links import service_links
 from exactly_once.configuration.settings import SECRET, SETTINGS, SUPERVISED
 from exactly_once.configuration.settings_file import CONFIG_VARIABLE, settings_table, told
 from exactly_once.errors import ConfigurationError
-from exactly_once.failures.policy import Retry
 from exactly_once.handlers.plan import Plan
+from exactly_once.handlers.retry import Retry
 from exactly_once.wording.redaction import redacted
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped, listed, probably

@@ -18,45 +18,38 @@ from sqlalchemy.exc import NoSuchModuleError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import reset_none
 
-from exactly_once.database.characters import narrow, utf8_args
+from exactly_once.database.characters import utf8_args
 from exactly_once.database.connections import forked as forked_engines
 from exactly_once.database.connections import loops
 from exactly_once.database.connections.pooler import prepare_threshold
 from exactly_once.database.connections.replaced_file import watch_file
 from exactly_once.database.dialects.contract import ClaimRow, Dialect, Trouble
-from exactly_once.database.dialects.firsthand import is_firsthand, kept_firsthand, moment, watch_pool
-from exactly_once.database.dialects.place import as_sessions_begin, schema_in
+from exactly_once.database.dialects.firsthand import watch_pool
+from exactly_once.database.dialects.place import schema_in
 from exactly_once.database.dialects.refusing import tried
 from exactly_once.database.dialects.registry import dialect_for
 from exactly_once.database.driver_choice import missing_driver
 from exactly_once.database.in_memory import in_memory
-from exactly_once.database.mysql_session import put_right
 from exactly_once.database.owner import new_owner
 from exactly_once.database.schema import CONSUMING, Tables, tables
-from exactly_once.database.trouble.drivers_own import is_of_a_database, original
-from exactly_once.database.trouble.interrupted import interrupted
+from exactly_once.database.trouble.drivers_own import original
 from exactly_once.database.trouble.not_made import not_made, of_the_settings
 from exactly_once.database.trouble.unreached import unreached
-from exactly_once.database.trouble.unusable import denied, is_denied, is_read_only, read_only, silent, unusable, words
 from exactly_once.database.trouble.whose import came_through
 from exactly_once.database.url import check_options, database_url, remember_parts
 from exactly_once.database.watched.listening import install, install_session
 from exactly_once.database.watched.watch import HOME, elsewhere
 from exactly_once.errors import ConfigurationError, MissingExtra, SchemaError, StoreUnavailable
-from exactly_once.exceptions.drivers import is_drivers
 from exactly_once.exceptions.stops import asked_from_outside
-from exactly_once.exceptions.words import words_of
-from exactly_once.failures.store import FailureStore
 from exactly_once.wording.redaction import redacted
 from exactly_once.wording.steady_log import steady
-from exactly_once.wording.text import escaped, stopped
 
 if TYPE_CHECKING:
     import asyncio
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-__all__ = ["Store", "claims_twice", "lacking_characters", "try_to_write"]
+__all__ = ["WHERE_GIVEN", "Store", "claims_twice", "lacking_characters", "try_to_write"]
 
 _log = steady(__name__)
 
@@ -131,7 +124,7 @@ class _OurSession(Session):
     dispatch = _OneHook()  # type: ignore[assignment]
 
 
-_WHERE: Final = (
+WHERE_GIVEN: Final = (
     "where it was given: EXACTLY_ONCE_DATABASE (or ..._ASYNC_DATABASE, ..._FILE), the settings file, or the code."
 )
 
@@ -165,10 +158,9 @@ class Store:
         self.pool_size = pool_size
         self.pooler, self._durable = pooler, durable
         self._given, self._given_async = _sides(database, async_database)
-        self._ours: list[Engine] = []
+        self.made: list[Engine] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._told_of_loops = False
-        self.failures = FailureStore(lambda: self.tables)
         self._wants_room = False
         self._refused: ClaimRow | None = None
         self.lacking: str | None = None
@@ -187,7 +179,7 @@ class Store:
         engine = self.engine
         apart = Engine(engine.pool.recreate(), engine.dialect, engine.url)
         forked_engines.seen(apart)
-        self._ours.append(apart)
+        self.made.append(apart)
         return apart
 
     @cached_property
@@ -235,7 +227,7 @@ class Store:
                 create_async_engine, url.set(drivername=self._driver(url, _ASYNC)), self._options(url)
             )
             of_the_settings(engine.sync_engine)
-            self._ours.append(engine.sync_engine)
+            self.made.append(engine.sync_engine)
         self._watched(engine.sync_engine)
         loops.keep_apart(engine.sync_engine)
         found: AsyncEngine = engine
@@ -421,98 +413,6 @@ class Store:
                     " thread it may stay."
                 )
 
-    def problem(self) -> str | None:
-        """Look whether this database can be used: None if so, else what is waited for (it does not answer).
-
-        Raises:
-            ConfigurationError: Waiting would not mend it: no such user or database, or the schema is missing or old.
-        """
-        dialect = self.dialect
-        ours = self.engine in self._ours  # else the URL may not say where its own way to connect goes
-        if ours and dialect.name == "mysql" and (told := silent(self.engine.url)) is not None:
-            return f"{redacted(self.engine.url)} does not answer ({told})"
-        try:
-            missing, lacking = self._found()
-        except TypeError as error:
-            self._check_options(self.engine.url)  # of an engine that we were given; a driver says so in this way
-            where = redacted(self.engine.url)
-            if dialect.name != "postgresql":
-                said = escaped(words_of(error), 200)
-                raise ConfigurationError(
-                    f"The database {where} cannot be used: {stopped(said)} Check the URL {_WHERE}"
-                ) from error
-            # SQLAlchemy reads bytes for text there, and knows no other way to say so
-            raise ConfigurationError(
-                f"The database {where} cannot be spoken to; most likely its character set is SQL_ASCII."
-                " Give a URL in place of the engine, or: create_engine(..., connect_args={'client_encoding': 'utf8'})"
-            ) from error
-        except Exception as error:
-            where = redacted(self.engine.url)
-            if is_of_a_database(error) or is_drivers(error):  # what we send on the driver itself meets its own errors
-                if (refused := self.refusal(error)) is not None:
-                    raise ConfigurationError(refused) from error
-                if dialect.trouble(error) is Trouble.UNAVAILABLE and not dialect.hopeless(error):
-                    return f"{where} does not answer ({unusable(error, self.engine.url) if ours else words(error)})"
-                raise ConfigurationError(
-                    f"The database {where} cannot be used: {stopped(words(error))} Check the URL {_WHERE}"
-                ) from error
-            if not self.unreached(error):
-                raise
-            # of the application's own way to connect: what it asks for a token is away
-            return f"{where} does not answer ({escaped(words_of(error), 200)})"
-        if missing is not None:
-            raise SchemaError(missing)
-        if lacking is not None and dialect.name == "mysql":
-            url = self.engine.url
-            # before all else: what stands behind a password is not printed
-            wanted = url.set(query={"charset": "utf8mb4", **{k: v for k, v in url.query.items() if k != "charset"}})
-            raise ConfigurationError(
-                f"The connection to {redacted(url)} uses the character set {lacking}, which lacks characters: messages with"
-                f" an emoji or a rare letter could not be handled, nor kept as they are. Write {redacted(wanted)}"
-            )
-        self.lacking = lacking
-        return None
-
-    def refusal(self, error: BaseException) -> str | None:
-        """Say what to do where the server let us in and does not let us work: the user lacks a right."""
-        return denied(error, self.engine.url, schema=self.schema) if is_denied(error) else None
-
-    def waited_for(self, error: BaseException) -> str | None:
-        """Say what is waited for, where an error means that this database cannot be written to now; None of any other."""
-        if is_read_only(error):
-            return read_only(self.engine.url)
-        if not self.away(error):
-            return None
-        said = words(error) if is_of_a_database(error) else escaped(words_of(error), 200)
-        return f"{redacted(self.engine.url)} does not answer ({said})"
-
-    def _found(self) -> tuple[str | None, str | None]:
-        """Say what the tables miss and which character set is too narrow; of another connection where others had this one."""
-        from exactly_once.alembic import check
-
-        dialect, since = self.dialect, moment()
-        while True:
-            with self.engine.connect() as connection:
-                believed = is_firsthand(connection, since)
-                kept_firsthand(connection)
-                try:
-                    if dialect.name == "postgresql":
-                        as_sessions_begin(connection)
-                    elif dialect.name == "mysql":
-                        # first: with completion_type RELEASE the rollback below would end the connection
-                        put_right(connection)
-                    missing, lacking = check(connection, self.schema), narrow(connection)
-                    connection.rollback()
-                    if missing is None:
-                        dialect.prepare(connection.connection.dbapi_connection, {}, wait_ms=1000)
-                except Exception as error:
-                    if believed or dialect.trouble(error) is Trouble.UNAVAILABLE or interrupted(error):
-                        raise
-                else:
-                    if believed or (missing is None and lacking is None):
-                        return missing, lacking
-                connection.invalidate()
-
     def away(self, error: BaseException) -> bool:
         """Say whether an error means that the database does not answer."""
         return self.unreached(error) or self.dialect.trouble(error) is Trouble.UNAVAILABLE
@@ -535,18 +435,18 @@ class Store:
 
     def close(self) -> None:
         """Close the engines we made; those we were given are their owner's."""
-        for engine in self._ours:
+        for engine in self.made:
             engine.dispose(close=engine.dialect.is_async is False)
 
     def _watched(self, engine: Engine) -> Engine:
         remember_parts(engine.url)
         install(engine)
         watch_pool(engine)
-        watch_file(engine, ours=engine in self._ours)
+        watch_file(engine, ours=engine in self.made)
         if (engine.dialect.name, engine.dialect.driver.removesuffix("_async")) == ("postgresql", "psycopg"):
             from exactly_once.database.dialects.postgresql_pooler import look_at_each
 
-            look_at_each(engine, ours=engine in self._ours, said=self.pooler)
+            look_at_each(engine, ours=engine in self.made, said=self.pooler)
         forked_engines.seen(engine)
         return engine
 
@@ -568,7 +468,7 @@ class Store:
             )
         return url
 
-    def _check_options(self, url: URL) -> None:
+    def check_options(self, url: URL) -> None:
         with _where_given():
             check_options(url)
 
@@ -578,18 +478,18 @@ class Store:
     def _make(self, url: URL, table: dict[str, str]) -> Engine:
         engine: Engine = self._import(create_engine, url.set(drivername=self._driver(url, table)), self._options(url))
         of_the_settings(engine)
-        self._ours.append(engine)
+        self.made.append(engine)
         return engine
 
     def _import(self, make: Callable[..., Any], url: URL, options: dict[str, Any]) -> Any:
-        self._check_options(url)  # also of the driver for the other side, threads or asyncio
+        self.check_options(url)  # also of the driver for the other side, threads or asyncio
         try:
             return make(url, **options)
         except (ModuleNotFoundError, NoSuchModuleError) as error:
             told = missing_driver(url, error)
             if isinstance(told, MissingExtra):
                 raise told from error
-            raise ConfigurationError(f"{str(told).removesuffix('.')}. Mend it {_WHERE}") from error
+            raise ConfigurationError(f"{str(told).removesuffix('.')}. Mend it {WHERE_GIVEN}") from error
 
     def _options(self, url: URL) -> dict[str, Any]:
         backend = url.get_backend_name()
@@ -629,7 +529,7 @@ def _where_given() -> Iterator[None]:
     try:
         yield
     except ConfigurationError as error:
-        raise ConfigurationError(f"{error} Mend it {_WHERE}") from None
+        raise ConfigurationError(f"{error} Mend it {WHERE_GIVEN}") from None
 
 
 def _sides(database: Any, async_database: Any) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ from typing import Any, Final
 from sqlalchemy import Engine, select, text
 from sqlalchemy.util import greenlet_spawn
 
+from exactly_once.alembic import ready
 from exactly_once.database.connections.pooler import LINK, Link, begin_bounded
 from exactly_once.database.renamed import claimed_names
 from exactly_once.database.schema import utcnow
@@ -43,7 +44,7 @@ def findings_for_database(store: Store, group: str, plans: tuple[Plan, ...], con
     """
     where = f"database {store.name!r}"
     try:
-        problem = store.problem()
+        problem = ready.problem(store)
     except ExactlyOnceError as error:
         yield Finding(Mark.FAIL, str(error))
         return
@@ -95,7 +96,7 @@ def _self_check(where: str, store: Store, claims: Callable[[], tuple[bool, bool]
     try:
         seen = claims()
     except Exception as error:
-        if (refused := store.refusal(error)) is not None:
+        if (refused := ready.refusal(store, error)) is not None:
             raise _DeniedError(refused) from error
         told = escaped(words_of(error), 300)
         return Finding(Mark.FAIL, f"{where}: a claim through the {kind} driver fails ({type(error).__name__}: {told})")

@@ -25,11 +25,10 @@ from exactly_once.executor.batching import Grouping, Waiting
 from exactly_once.executor.fanout import Part, Parts, together
 from exactly_once.executor.future import Pending
 from exactly_once.message import Message
-from exactly_once.outcome import Outcome
+from exactly_once.outcome import Ending, Keep, Outcome, Said
 from exactly_once.processing.batch import GroupDelivering, stay
 from exactly_once.processing.processor import Delivering, Told
 from exactly_once.transports.contract import Delivery, Features
-from exactly_once.verdict import Ending, Keep, Said
 from exactly_once.wording.steady_log import steady
 
 if TYPE_CHECKING:

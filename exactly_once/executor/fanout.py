@@ -6,9 +6,8 @@ from threading import Lock
 from typing import Final
 
 from exactly_once.executor.future import Pending
-from exactly_once.outcome import Outcome
+from exactly_once.outcome import Ack, Ending, Hold, Keep, Outcome, Redeliver, Said, Verdict
 from exactly_once.processing.processor import Told
-from exactly_once.verdict import Ack, Ending, Hold, Keep, Redeliver, Said, Verdict
 
 __all__ = ["Part", "Parts", "together"]
 

@@ -15,13 +15,13 @@ from typing import Final
 
 from sqlalchemy import Connection, Engine
 
-from exactly_once.clients.packed import opened
 from exactly_once.database.connections.pooler import begin_bounded
 from exactly_once.database.dialects.firsthand import kept_firsthand
 from exactly_once.exceptions.words import words_of
 from exactly_once.failures.due import DueFailures, Taken, message_of
+from exactly_once.outcome import Redeliver, Verdict
 from exactly_once.transports.contract import Delivery, Features
-from exactly_once.verdict import Redeliver, Verdict
+from exactly_once.transports.packed_messages import opened
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped
 

@@ -16,7 +16,6 @@ from typing import Any, Final, Literal, NamedTuple
 
 from exactly_once.errors import BadBody, BadKey, ConfigurationError, ExactlyOnceError
 from exactly_once.exceptions.stops import asked_from_outside
-from exactly_once.failures.policy import Retry, RetrySpec, check_retry
 from exactly_once.handlers.body import NOT_JSON, Decoder, decoder, parse_json, shown, why_not_json, without_none
 from exactly_once.handlers.body_paths import check_paths
 from exactly_once.handlers.fingerprint import FingerprintRule, FingerprintSpec, differing_paths, maker
@@ -34,6 +33,7 @@ from exactly_once.handlers.options import (
 )
 from exactly_once.handlers.parameters import NO_BODY, Parameters, Values, parameters
 from exactly_once.handlers.results import check_result
+from exactly_once.handlers.retry import Retry, RetrySpec, check_retry
 from exactly_once.keys import KeyRule, KeySpec, Path, extractor
 from exactly_once.message import Message
 from exactly_once.wording.text import escaped

@@ -10,8 +10,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from exactly_once.errors import ConfigurationError
-from exactly_once.failures.policy import RetrySpec
 from exactly_once.handlers.plan import Plan, plan
+from exactly_once.handlers.retry import RetrySpec
 from exactly_once.handlers.wrong_arguments import explained, of_a_decorator
 
 if TYPE_CHECKING:

@@ -26,14 +26,13 @@ from exactly_once.guards.transaction import TransactionGuard
 from exactly_once.handlers.one_turn import let_tasks_begin
 from exactly_once.handlers.plan import Reading, check_result
 from exactly_once.message import Message
-from exactly_once.outcome import Outcome
+from exactly_once.outcome import Hold, Outcome
 from exactly_once.processing.attempt_batch import GroupEnded, attempt_group
 from exactly_once.processing.ending import Ended, How
 from exactly_once.processing.processor import DUPLICATE, PROCESSED, Delivering, Told, as_mistake
 from exactly_once.processing.recording import Owed
 from exactly_once.processing.work import GroupTold, Member
 from exactly_once.transports.contract import Features
-from exactly_once.verdict import Hold
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped
 
@@ -143,7 +142,7 @@ class GroupDelivering(Delivering):
         """Whether messages of some ordering key must wait behind an older one; then those with such a key ask one by one."""
         if not self.plan.ordered or all(member.message.ordering_key is None for member in members):
             return False
-        waits, any_blocking = self.plan.after_dead == "wait", self.store.failures.any_blocking
+        waits, any_blocking = self.plan.after_dead == "wait", self.recording.failures.any_blocking
         try:
             return in_our_session(
                 self._ours,

@@ -32,7 +32,7 @@ from exactly_once.exceptions.other_queues import advice_on
 from exactly_once.exceptions.stops import exit_in, is_the_callers, stops
 from exactly_once.exceptions.words import trace_of, words_of
 from exactly_once.failures.due import message_of
-from exactly_once.failures.policy import Park, counts_as, retry_for, spent
+from exactly_once.failures.policy import Park, counts_as, spent
 from exactly_once.failures.store import MESSAGE_ID_BYTES, Place
 from exactly_once.guards.contract import Consumed, Guard, Unfinished, Won
 from exactly_once.guards.lease.ledger import StepLedger
@@ -41,15 +41,15 @@ from exactly_once.guards.our_session import in_our_session
 from exactly_once.guards.transaction import TransactionGuard
 from exactly_once.handlers.one_turn import let_tasks_begin
 from exactly_once.handlers.plan import Lease, Lock, Plan, Reading, Transaction, check_result
+from exactly_once.handlers.retry import retry_for
 from exactly_once.handlers.steps import AsyncSteps, Steps
 from exactly_once.message import Message
-from exactly_once.outcome import Outcome
+from exactly_once.outcome import Outcome, Redeliver
 from exactly_once.processing.attempt import UNFINISHED, Ended, How, attempt
 from exactly_once.processing.begun import begun_already
 from exactly_once.processing.ending import Open
 from exactly_once.processing.recording import ACK, DUPLICATE, PROCESSED, UNRECORDED, Owed, Recording, Told
 from exactly_once.transports.contract import Features
-from exactly_once.verdict import Redeliver
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped, storable
 
@@ -395,7 +395,7 @@ class Delivering:
     def _resolving(
         self, row: ClaimRow, message: Message, before: bool, former: Sequence[int]
     ) -> Callable[[Session, int], object]:
-        failures, dialect = self.store.failures, self.store.dialect
+        failures, dialect = self.recording.failures, self.store.dialect
 
         def resolve(session: Session, attempt: int) -> None:
             if before or attempt > 1:
@@ -447,7 +447,7 @@ class Delivering:
         key, id_ = read.key, message.message_id
         if key is None or key == reading.key:
             return message, reading
-        begun = self.store.failures.begun
+        begun = self.recording.failures.begun
         try:
             found = in_our_session(
                 self._ours, self.store.dialect, lambda session: begun(session, self.group, self.plan.name, key, id_)
@@ -462,7 +462,7 @@ class Delivering:
 
     def _place(self, message: Message, reading: Reading) -> Place:
         failure = self.recording.failure(message, reading, Reject(""))
-        waits, place = self.plan.after_dead == "wait", self.store.failures.place
+        waits, place = self.plan.after_dead == "wait", self.recording.failures.place
         try:
             return in_our_session(
                 self._ours,

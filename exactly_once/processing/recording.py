@@ -21,13 +21,12 @@ from exactly_once.database.store import Store
 from exactly_once.errors import Reject, StoreUnavailable
 from exactly_once.exceptions.words import words_of
 from exactly_once.failures.policy import ByBroker, ByPump, Decision, Park, decide, wait_delay
-from exactly_once.failures.store import Failure, text_of
+from exactly_once.failures.store import Failure, FailureStore, text_of
 from exactly_once.guards.our_session import in_our_session
 from exactly_once.handlers.plan import Plan, Reading
 from exactly_once.message import Message
-from exactly_once.outcome import Outcome
+from exactly_once.outcome import Ack, Hold, Keep, Outcome, Redeliver, Said
 from exactly_once.transports.contract import Features
-from exactly_once.verdict import Ack, Hold, Keep, Redeliver, Said
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped
 
@@ -93,6 +92,7 @@ class Recording:
     ) -> None:
         self._handler, self._retry, self._is_async = plan.name, plan.retry, plan.is_async
         self._store, self._group, self._open, self._alert = store, group, open_session, alert
+        self.failures = FailureStore(lambda: store.tables)
         self._seen: dict[str, None] = {}
         self._owed: dict[str, Owed] = {}
         self._unknown: dict[str, int] = {}
@@ -252,7 +252,7 @@ class Recording:
         failure = replace(self.failure(message, reading, error), counted=counted, claim_owner=claim_owner, block=block)
 
         def recorded(session: Session) -> tuple[Decision, int]:
-            return self._store.failures.record(session, failure, decision_of)
+            return self.failures.record(session, failure, decision_of)
 
         tries = 1
         while True:

@@ -12,6 +12,7 @@ from threading import Event
 from time import monotonic
 from typing import Final
 
+from exactly_once.alembic import ready
 from exactly_once.database.store import Store, claims_twice
 from exactly_once.errors import (
     ConfigurationError,
@@ -92,14 +93,14 @@ def wait_for_servers(
 
 
 def _database_problem(store: Store, group: str) -> str | None:
-    if (problem := store.problem()) is not None:
+    if (problem := ready.problem(store)) is not None:
         return problem
     try:
         seen = claims_twice(store.dialect, store.open, group)
     except Exception as error:
-        if (refused := store.refusal(error)) is not None:
+        if (refused := ready.refusal(store, error)) is not None:
             raise ConfigurationError(refused) from error
-        if (problem := store.waited_for(error)) is None:
+        if (problem := ready.waited_for(store, error)) is None:
             raise
         return problem
     if seen != (True, False):

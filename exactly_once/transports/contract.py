@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 
 from exactly_once.errors import BadBody
 from exactly_once.message import Message
-from exactly_once.verdict import Verdict
+from exactly_once.outcome import Verdict
 
 __all__ = [
     "Away",
@@ -193,3 +193,5 @@ class Surroundings:
     """The application's first database, for the embedded transport."""
     schema: Callable[[], str | None] = field(default=_no_schema)
     """Names the database schema our tables live in; asked on first use, and may connect for it."""
+    one_of_several: bool = False
+    """This process is one of several of a supervisor's."""

@@ -25,9 +25,9 @@ from typing import Final
 
 from exactly_once.errors import BadBody
 from exactly_once.message import Message
+from exactly_once.outcome import Redeliver, Verdict
 from exactly_once.transports.contract import Delivery
 from exactly_once.transports.inflight import InFlight
-from exactly_once.verdict import Redeliver, Verdict
 
 __all__ = ["Handoff"]
 

@@ -10,7 +10,6 @@ What is sent before any group has joined a topic goes to the first that joins.
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,9 +20,9 @@ from typing import Final
 from uuid import uuid4
 
 from exactly_once import fork
-from exactly_once.configuration.settings import SUPERVISED
 from exactly_once.errors import ConfigurationError, ForkedProcess, TransportError
 from exactly_once.message import Message
+from exactly_once.outcome import Ack, Verdict
 from exactly_once.transports.contract import (
     BrokerProducer,
     Consumer,
@@ -34,7 +33,6 @@ from exactly_once.transports.contract import (
     Surroundings,
 )
 from exactly_once.transports.urls import parse
-from exactly_once.verdict import Ack, Verdict
 
 __all__ = ["MemoryTransport", "forget"]
 
@@ -142,18 +140,20 @@ class MemoryTransport:
         >>> consumer.settle([(delivery, Ack())])
     """
 
-    def __init__(self, name: str, *, invisible: timedelta = _INVISIBLE) -> None:
+    def __init__(self, name: str, *, invisible: timedelta = _INVISIBLE, one_of_several: bool = False) -> None:
         self._broker = _broker(name)
-        self._invisible = invisible
+        self._invisible, self._one_of_several = invisible, one_of_several
 
     @classmethod
     def from_url(cls, url: str, surroundings: Surroundings) -> MemoryTransport:
-        """Make one from `memory://NAME?invisible_s=60`; the surroundings are not used."""
+        """Make one from `memory://NAME?invisible_s=60`; of the surroundings it asks whether other processes stand beside it."""
         parsed = parse(url, options=["invisible_s"])
         if len(parsed.hosts) > 1:
             raise ConfigurationError(f"{parsed} names several brokers; a memory URL has one name, as in memory://test.")
         name = parsed.endpoints[0] if parsed.hosts else ""
-        return cls(name, invisible=parsed.seconds("invisible_s", _INVISIBLE))
+        return cls(
+            name, invisible=parsed.seconds("invisible_s", _INVISIBLE), one_of_several=surroundings.one_of_several
+        )
 
     @property
     def features(self) -> Features:
@@ -166,7 +166,7 @@ class MemoryTransport:
 
     def concerns(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
         """Return that nobody can reach it, in one of several processes; else a message waits until a member takes it."""
-        return (_ALONE,) if os.environ.get(SUPERVISED) else ()
+        return (_ALONE,) if self._one_of_several else ()
 
     def subscribe(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[Consumer]:
         """Join the group; one consumer for all topics."""

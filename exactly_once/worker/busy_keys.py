@@ -14,8 +14,8 @@ from itertools import count
 from threading import Condition, Thread
 from time import monotonic
 
+from exactly_once.outcome import Keep
 from exactly_once.transports.contract import Delivery
-from exactly_once.verdict import Keep
 from exactly_once.worker.in_hand import Unsettled
 from exactly_once.worker.outages import Waiting
 

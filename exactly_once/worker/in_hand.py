@@ -15,8 +15,8 @@ from queue import Empty, SimpleQueue
 from time import monotonic, sleep
 from typing import Final
 
+from exactly_once.outcome import Ack, Ending, Verdict
 from exactly_once.transports.contract import Consumer, Delivery
-from exactly_once.verdict import Ack, Ending, Verdict
 from exactly_once.wording.steady_log import steady
 from exactly_once.worker.log_throttle import ThrottledLog
 

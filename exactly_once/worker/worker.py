@@ -21,8 +21,8 @@ from time import monotonic
 from typing import Final
 
 from exactly_once.errors import ConfigurationError, ExactlyOnceError
+from exactly_once.outcome import Ack, Ending, Hold, Keep, Redeliver
 from exactly_once.transports.contract import Consumer, Delivery, Features
-from exactly_once.verdict import Ack, Ending, Hold, Keep, Redeliver
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped
 from exactly_once.worker.busy_keys import Kept

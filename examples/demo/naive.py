@@ -34,9 +34,9 @@ from sqlalchemy import create_engine
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Mapped, Session, mapped_column, sessionmaker
 
+from exactly_once.outcome import Ack, Redeliver, Verdict
 from exactly_once.transports.contract import Consumer, Delivery, Subscription, Surroundings
 from exactly_once.transports.registry import transport_from
-from exactly_once.verdict import Ack, Redeliver, Verdict
 from examples.demo.orders import TAG, TOPIC
 from examples.demo.shop import Base, OrderCreated, reserve
 

@@ -31,6 +31,7 @@ from typing import Self
 import pytest
 
 from exactly_once.message import Message
+from exactly_once.outcome import Ack, Redeliver, Verdict
 from exactly_once.transports.contract import (
     Away,
     BrokerProducer,
@@ -41,7 +42,6 @@ from exactly_once.transports.contract import (
     Subscription,
     Transport,
 )
-from exactly_once.verdict import Ack, Redeliver, Verdict
 
 SECOND = timedelta(seconds=1)
 CLOCK = timedelta(milliseconds=100)  # clocks of two machines, and of one rounded to milliseconds, differ a little

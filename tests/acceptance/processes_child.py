@@ -25,7 +25,7 @@ def work() -> int:
     from datetime import timedelta
 
     from exactly_once.daemon.signals import run_until_signal
-    from exactly_once.verdict import Ack
+    from exactly_once.outcome import Ack
     from exactly_once.worker.worker import Worker
     from tests.unit.worker_doubles import Shelf
 

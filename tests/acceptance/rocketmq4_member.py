@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from threading import Event
 
+from exactly_once.outcome import Ack, Redeliver
 from exactly_once.transports.contract import Consumer, Delivery, Subscription, Surroundings
 from exactly_once.transports.registry import transport_from
-from exactly_once.verdict import Ack, Redeliver
 
 LEFT_IN_ORDER = 7
 

@@ -16,10 +16,10 @@ from exactly_once.clients.packed import MOST_BYTES
 from exactly_once.database.schema import utcnow
 from exactly_once.failures import pump, triage
 from exactly_once.message import Message
+from exactly_once.outcome import Ack
 from exactly_once.transports.contract import Subscription
 from exactly_once.transports.rocketmq5 import wall
 from exactly_once.transports.rocketmq5.session import Grip
-from exactly_once.verdict import Ack
 from tests.acceptance.java_hears import check_what_java_hears
 from tests.acceptance.test_rocketmq5_walls import Broker, bare_receive, receive, until
 from tests.services import java_producer

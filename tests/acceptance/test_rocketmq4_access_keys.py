@@ -7,10 +7,10 @@ from typing import Any
 
 from exactly_once.errors import TransportError
 from exactly_once.message import Message
+from exactly_once.outcome import Ack
 from exactly_once.testing.child import wait_until
 from exactly_once.transports.contract import Delivery, Receipt, Subscription, Surroundings, Transport
 from exactly_once.transports.registry import transport_from
-from exactly_once.verdict import Ack
 from tests.services.rocketmq import RocketMQ
 from tests.services.rocketmq4_client import need_client
 

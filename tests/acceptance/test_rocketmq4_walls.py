@@ -28,6 +28,7 @@ from exactly_once.alembic import upgrade
 from exactly_once.doctor.looking import Mark, examine
 from exactly_once.errors import ConfigurationError, TransportError
 from exactly_once.message import Message
+from exactly_once.outcome import Ack, Redeliver
 from exactly_once.service import worker_service as serving
 from exactly_once.service.worker_service import Serving
 from exactly_once.testing.child import wait_until
@@ -36,7 +37,6 @@ from exactly_once.transports.registry import transport_from
 from exactly_once.transports.remoting import Admin
 from exactly_once.transports.rocketmq4.checks import fix_starting_points
 from exactly_once.transports.rocketmq4.messages import Names
-from exactly_once.verdict import Ack, Redeliver
 from tests.services.rocketmq import ROOT, RocketMQ
 from tests.services.rocketmq4_client import need_client, shares
 from tests.services.rocketmq_admin import Admin as ServerAdmin

@@ -22,10 +22,10 @@ from typing import Any
 import pytest
 
 from exactly_once.message import Message
+from exactly_once.outcome import Ack, Redeliver
 from exactly_once.transports.contract import Consumer, Delivery, Receipt, Subscription, Surroundings, Transport
 from exactly_once.transports.registry import transport_from
 from exactly_once.transports.rocketmq5 import wall
-from exactly_once.verdict import Ack, Redeliver
 from tests.services.need import need
 from tests.services.rocketmq import RocketMQ
 from tests.services.rocketmq_java import java_sends
@@ -251,7 +251,7 @@ def test_a_program_that_consumed_ends_without_a_word_and_without_a_crash(broker:
         from exactly_once.message import Message
         from exactly_once.transports.contract import Subscription, Surroundings
         from exactly_once.transports.registry import transport_from
-        from exactly_once.verdict import Ack
+        from exactly_once.outcome import Ack
         transport = transport_from("rocketmq://{broker.server.grpc}", Surroundings())
         [consumer] = transport.subscribe("{group}", [Subscription("{topic}")])
         found = consumer.receive(4, timedelta(seconds=5))

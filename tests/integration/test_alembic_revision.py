@@ -8,6 +8,7 @@ from sqlalchemy import create_engine, text
 from typer.testing import CliRunner
 
 from exactly_once import alembic
+from exactly_once.alembic import ready
 from exactly_once.cli.db import app
 from exactly_once.database.store import Store
 from exactly_once.errors import SchemaError
@@ -162,7 +163,7 @@ def test_missing_tables_beside_a_history_may_have_been_dropped_with_their_claims
     code, said = said_by("check", "-d", empty_url)
     assert (code, said.endswith(f"{LOST}\n")) == (1, True)
     with pytest.raises(SchemaError) as refused:
-        Store("default", empty_url).problem()
+        ready.problem(Store("default", empty_url))
     assert str(refused.value).endswith(LOST)
     assert said_by("upgrade", "-d", empty_url)[0] == 0
     assert said_by("check", "-d", empty_url)[0] == 0

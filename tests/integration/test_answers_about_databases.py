@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from typer.testing import CliRunner
 
 from exactly_once import ConfigurationError, ExactlyOnce, Message, StoreUnavailable, alembic
+from exactly_once.alembic import ready
 from exactly_once.alembic.versions import HEAD
 from exactly_once.cli.db import app as db
 from exactly_once.database.store import Store
@@ -211,7 +212,7 @@ def test_what_is_named_to_the_owner_gives_the_rights_where_the_tables_are_there(
         assert told.exit_code == 0, told.output
         run(owner, told.stdout)
         assert said_by("check", url) == (0, f"{make_url(url).render_as_string()}: ready.\n")
-        assert Store("default", url).problem() is None
+        assert ready.problem(Store("default", url)) is None
         eo = ExactlyOnce(url, group="answers")
 
         @eo.handler("orders", key="no")
@@ -313,7 +314,7 @@ def test_a_driver_that_is_not_there_is_answered_with_one_of_that_database(
 def test_a_url_that_names_no_driver_means_the_same_to_every_command(mariadb_url: str) -> None:
     bare = make_url(mariadb_url).set(drivername="mysql").render_as_string(hide_password=False)
     assert said_by("check", bare)[0] == 0
-    assert Store("default", bare).problem() is None
+    assert ready.problem(Store("default", bare)) is None
 
 
 def test_a_refusal_names_the_database_and_where_it_was_given(

@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from sqlalchemy.orm import Session, sessionmaker
 
 from exactly_once import ConfigurationError, ExactlyOnce, Outcome, Retry, Transaction
+from exactly_once.alembic import ready
 from exactly_once.database.dialects.contract import ClaimRow
 from exactly_once.database.dialects.registry import dialect_for
 from exactly_once.database.schema import CONSUMED, UNFINISHED
@@ -474,7 +475,7 @@ def test_an_engine_in_autocommit_is_refused_and_nothing_runs(shop: Shop) -> None
     assert (runs, shop.claims(), shop.failures()) == ([], [], [])
     if not shop.is_async:
         with pytest.raises(ConfigurationError, match=r"isolation_level"):
-            shop.eo.stores["default"].problem()  # what a worker looks at before it starts
+            ready.problem(shop.eo.stores["default"])  # what a worker looks at before it starts
     autocommit.dispose()
     shop.await_(async_autocommit.dispose())
 

@@ -15,6 +15,7 @@ from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
 from exactly_once import Lease, Outcome, Transaction
+from exactly_once.alembic import ready
 from exactly_once.database.store import Store
 from exactly_once.testing.databases import DatabaseServer
 from tests.conftest import require
@@ -214,6 +215,6 @@ def test_what_the_driver_raises_as_a_start_looks_is_an_outage(
 
     try:
         monkeypatch.setattr(store.dialect, "prepare", prepare)
-        assert "does not answer" in str(store.problem())
+        assert "does not answer" in str(ready.problem(store))
     finally:
         store.close()

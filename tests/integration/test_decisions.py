@@ -18,9 +18,9 @@ from exactly_once.failures import decisions, triage
 from exactly_once.failures.decisions import Database, Part
 from exactly_once.failures.store import FailureStore
 from exactly_once.failures.triage import Chosen
+from exactly_once.outcome import Ack
 from exactly_once.processing.processor import Delivering, Told
 from exactly_once.transports.contract import Features
-from exactly_once.verdict import Ack
 from tests.integration.threads import Turn, in_thread, until
 
 GROUP = "decisions"

@@ -18,15 +18,15 @@ from sqlalchemy.util import greenlet_spawn
 from zstandard import ZstdCompressor
 
 from exactly_once import ExactlyOnce, Lock, Message, Outcome, Reject, Retry, keys
-from exactly_once.clients import packed
 from exactly_once.errors import BadBody
 from exactly_once.executor.executor import run_all
 from exactly_once.failures.due import DueFailures
 from exactly_once.failures.store import FailureStore
 from exactly_once.failures.triage import Chosen, discard
+from exactly_once.outcome import Ack, Redeliver
 from exactly_once.processing.processor import Told
+from exactly_once.transports import packed_messages
 from exactly_once.transports.contract import Delivery, Features
-from exactly_once.verdict import Ack, Redeliver
 from tests.integration.shop import EFFECT, GROUP, ONLY, Do, Shop, order, put
 from tests.integration.threads import Turn, in_thread
 from tests.integration.ways import ALONE, requeued
@@ -307,7 +307,7 @@ def test_a_body_that_could_not_be_read_is_kept_beside_the_senders_properties_and
     as_it_came = replace(sent, body=ZstdCompressor().compress(sent.body or b""))
     with own_engines(shop):
         shop.eo.handler("orders", key="no")(awaited if shop.is_async else plain)
-        delivery = Delivery(packed.unread(as_it_came, "zstd"), None, unread=BadBody("nothing unpacks it here"))
+        delivery = Delivery(packed_messages.unread(as_it_came, "zstd"), None, unread=BadBody("nothing unpacks it here"))
         [keeping] = shop.eo._router.find(delivery)
         told = (
             shop.await_(greenlet_spawn(keeping.run, delivery.message, BROKER))

@@ -12,7 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 from exactly_once import ExactlyOnce, Outcome, Retry
-from exactly_once.verdict import Ack
+from exactly_once.outcome import Ack
 from tests.integration.shop import GROUP, ONE_TRY, ONLY, STOCK, Shop, order, put, shops
 from tests.integration.test_groups import handles, orders, told
 from tests.services.proxy import Proxy

@@ -21,10 +21,10 @@ from sqlalchemy.util import greenlet_spawn
 
 from exactly_once import ExactlyOnce, Message, Outcome, Reject, Retry
 from exactly_once.database.schema import CONSUMING
+from exactly_once.outcome import Ack, Hold, Redeliver
 from exactly_once.processing.batch import GroupDelivering
 from exactly_once.processing.work import GroupTold
 from exactly_once.transports.contract import Features
-from exactly_once.verdict import Ack, Hold, Redeliver
 from tests.integration.shop import EFFECT, GROUP, ONE_TRY, ONLY, STOCK, Shop, order, put, shops
 from tests.integration.test_claims import KEYS
 

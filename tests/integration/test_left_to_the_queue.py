@@ -9,10 +9,10 @@ import pytest
 from sqlalchemy import insert, select
 
 from exactly_once.errors import SendFailed
+from exactly_once.outcome import Ack
 from exactly_once.transports.contract import Subscription
 from exactly_once.transports.sql.database import Database
 from exactly_once.transports.sql.transport import SqlTransport
-from exactly_once.verdict import Ack
 from tests.integration.shop import STOCK, Shop, order, shops
 from tests.integration.test_connection_settings import run
 from tests.integration.test_left_in_the_pool import by_other_code

@@ -10,6 +10,7 @@ from sqlalchemy import create_engine, event, text
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Message, Outcome
+from exactly_once.alembic import ready
 from exactly_once.cli.command import main
 from exactly_once.errors import ConfigurationError
 from tests.integration.test_pooler import SERVER_CONNECTIONS, behind, configure  # noqa: F401
@@ -137,7 +138,7 @@ def test_a_worker_starts_and_the_tables_are_looked_at_behind_a_path_that_a_stran
     shared: PgBouncer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     left(shared, f"SET search_path = {TENANT}")
-    assert ExactlyOnce(shared.url, group="pooled").stores["default"].problem() is None
+    assert ready.problem(ExactlyOnce(shared.url, group="pooled").stores["default"]) is None
     for command in ("upgrade", "check"):
         with pytest.raises(SystemExit) as ended:
             main(["db", command, "--database", shared.url])

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import exactly_once.alembic
 from exactly_once import ConfigurationError, ExactlyOnce, Message, Outcome
+from exactly_once.alembic import ready
 from exactly_once.cli.db import app as db
 from exactly_once.database.url import database_url
 from exactly_once.exceptions.words import words_of
@@ -49,7 +50,7 @@ def silent(text: str) -> bool:
 def test_a_url_whose_password_would_be_cut_in_two_is_refused_with_what_to_write(url: str) -> None:
     eo = ExactlyOnce(url, group="secrets")
     with pytest.raises(ConfigurationError, match="write @ as %40") as refused:
-        next(iter(eo.stores.values())).problem()
+        ready.problem(next(iter(eo.stores.values())))
     assert silent(str(refused.value))
     with pytest.raises(ConfigurationError, match="write @ as %40") as refused:
         exactly_once.alembic.upgrade(url)
@@ -93,7 +94,7 @@ def test_an_engine_that_was_made_of_such_a_url_prints_no_part_of_it(
     @eo.handler("orders", key="no")
     def reserve(session: Session, order: dict[str, Any]) -> None: ...
 
-    problem = next(iter(eo.stores.values())).problem()
+    problem = ready.problem(next(iter(eo.stores.values())))
     assert problem is not None
     assert silent(problem)
     assert silent(redacted(engine.url))
@@ -117,7 +118,7 @@ def test_an_engine_whose_password_in_the_query_an_ampersand_cuts_prints_no_part_
     def reserve(session: Session, order: dict[str, Any]) -> None: ...
 
     with pytest.raises(ConfigurationError) as refused:
-        next(iter(eo.stores.values())).problem()
+        ready.problem(next(iter(eo.stores.values())))
     assert silent(str(refused.value))
     assert silent(redacted(engine.url))
     assert silent(eo.config.database.shown)
@@ -134,7 +135,7 @@ def test_an_option_that_the_driver_does_not_know_is_named_with_what_to_write_for
     """`?sslmode=require` is PostgreSQL's: the driver raises a TypeError, which was taken for a character set."""
     url = f"{driver}://me:XXone@127.0.0.1:1/shop?sslmode=require"
     eo = ExactlyOnce(create_engine(url) if made and "pymysql" in driver else url, group="secrets")
-    refusing = [next(iter(eo.stores.values())).problem]
+    refusing = [lambda: ready.problem(next(iter(eo.stores.values())))]
     if not made:
         refusing.append(lambda: exactly_once.alembic.upgrade(url))
     for each in refusing:
@@ -149,7 +150,7 @@ def test_an_option_that_the_driver_does_not_know_is_named_with_what_to_write_for
 def test_an_option_that_the_driver_of_the_other_side_does_not_know_is_named() -> None:
     """One URL serves sync and async handlers, each through a driver of its own."""
     store = next(iter(ExactlyOnce("mysql+pymysql://me@127.0.0.1:1/shop?write_timeout=5", group="g").stores.values()))
-    assert "does not answer" in (store.problem() or "")
+    assert "does not answer" in (ready.problem(store) or "")
     with pytest.raises(ConfigurationError, match="asyncmy does not know the option 'write_timeout'"):
         _ = store.async_engine
 
@@ -161,7 +162,7 @@ def test_what_an_engines_own_way_to_connect_raises_is_told_as_it_is(driver: str)
 
     engine = create_engine(f"{driver}://me@127.0.0.1:1/shop", creator=connect)
     with pytest.raises(ConfigurationError, match="SQL_ASCII" if "psycopg" in driver else "no token for"):
-        next(iter(ExactlyOnce(engine, group="g").stores.values())).problem()
+        ready.problem(next(iter(ExactlyOnce(engine, group="g").stores.values())))
 
 
 @pytest.mark.parametrize("driver", ["postgresql+psycopg", "mysql+asyncmy"])
@@ -174,7 +175,7 @@ def test_an_async_engine_prints_no_part_of_it_either(driver: str, caplog: pytest
     async def reserve(session: AsyncSession, order: dict[str, Any]) -> None: ...
 
     assert asyncio.run(eo.aprocess(Message("orders", b'{"no": "A"}'))) is Outcome.WAITING
-    problem = next(iter(eo.stores.values())).problem()
+    problem = ready.problem(next(iter(eo.stores.values())))
     assert problem is not None
     assert silent(problem)
     assert silent("\n".join(caplog.messages))

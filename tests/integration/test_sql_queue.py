@@ -19,13 +19,13 @@ from sqlalchemy import Engine, bindparam, create_engine, func, insert, select, t
 from exactly_once.database.schema import tables, utcnow
 from exactly_once.errors import ConfigurationError
 from exactly_once.message import Message
+from exactly_once.outcome import Ack, Redeliver
 from exactly_once.testing.postgres import EmbeddedPostgres
 from exactly_once.transports.contract import Consumer, Delivery, Receipt, Subscription, Surroundings
 from exactly_once.transports.registry import transport_from
 from exactly_once.transports.sql.database import Database
 from exactly_once.transports.sql.statements import NO_GROUP, WINDOW, Look, statements
 from exactly_once.transports.sql.transport import SqlTransport
-from exactly_once.verdict import Ack, Redeliver
 from tests.services import mariadb
 from tests.services.need import require
 

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 
 import exactly_once.alembic
 from exactly_once import ExactlyOnce
+from exactly_once.alembic import ready
 from exactly_once.database.dialects import postgresql_refusal
 from exactly_once.database.store import Store
 from exactly_once.errors import ConfigurationError
@@ -74,7 +75,7 @@ def looked(url: URL) -> str | None:
     """What a worker waits for; raises what it does not wait for."""
     store = Store("default", url)
     try:
-        return store.problem()
+        return ready.problem(store)
     finally:
         store.close()
 

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 import exactly_once.alembic
 from exactly_once import BadKey, ExactlyOnce, Lease, Message, Outcome, Retry
+from exactly_once.alembic import ready
 from exactly_once.database.store import Store
 from exactly_once.errors import ConfigurationError, SendFailed
 from exactly_once.testing.databases import DatabaseServer
@@ -139,10 +140,10 @@ def test_a_start_over_a_connection_that_lacks_characters_is_refused_with_the_url
     url = make_url(mariadb_url).update_query_dict({"charset": charset})
     store = Store("default", url)
     with pytest.raises(ConfigurationError, match=re.escape("charset=utf8mb4")):
-        store.problem()
+        ready.problem(store)
     store.close()
     right = Store("default", mariadb_url)
-    assert right.problem() is None
+    assert ready.problem(right) is None
     right.close()
 
 
@@ -282,7 +283,7 @@ def test_a_database_in_sql_ascii_takes_every_key_and_keeps_every_failure(
 def test_an_engine_that_reads_bytes_of_sql_ascii_is_refused_with_what_to_type(encoded: Callable[[str], str]) -> None:
     engine = create_engine(encoded("SQL_ASCII"))
     with pytest.raises(ConfigurationError, match="client_encoding"):
-        Store("default", engine).problem()
+        ready.problem(Store("default", engine))
     engine.dispose()
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import exactly_once.alembic
 from exactly_once import ConfigurationError, ExactlyOnce, Message, SchemaError
+from exactly_once.alembic import ready
 from exactly_once.cli.db import app as db
 from exactly_once.wording.redaction import redacted
 from tests.integration.threads import until
@@ -77,7 +78,7 @@ def test_a_database_of_the_settings_is_answered_with_the_plain_command(
     monkeypatch.setenv("EXACTLY_ONCE_DATABASE", empty_url)
     (store,) = ExactlyOnce(group="answers").stores.values()
     with pytest.raises(SchemaError) as refused:
-        store.problem()
+        ready.problem(store)
     assert str(refused.value).endswith("Type: exactly-once db upgrade")
     assert redacted(empty_url) in str(refused.value)
     assert said_by("check")[1].rstrip().endswith("Type: exactly-once db upgrade")
@@ -128,7 +129,7 @@ def test_tables_in_a_schema_that_the_settings_do_not_name_are_told_to_be_there(
     monkeypatch.setenv("EXACTLY_ONCE_DATABASE", url)
     (store,) = ExactlyOnce(group="answers").stores.values()
     with pytest.raises(SchemaError) as refused:
-        store.problem()
+        ready.problem(store)
     for said in (str(refused.value), said_by("check")[1]):
         assert f"The schema {schema} has them: if that is yours, type: export EXACTLY_ONCE_SCHEMA={schema}" in said
         assert said.rstrip().endswith("Only to make others, type: exactly-once db upgrade")
@@ -193,7 +194,7 @@ def test_a_worker_with_a_schema_of_sqlite_is_answered_so_too(sqlite_url: str, mo
     monkeypatch.setenv("EXACTLY_ONCE_SCHEMA", "messaging")
     (store,) = ExactlyOnce(sqlite_url, group="answers").stores.values()
     with pytest.raises(ConfigurationError, match=r"^SQLite has no schemas\. Leave 'messaging' out"):
-        store.problem()
+        ready.problem(store)
 
 
 # -- half gone -------------------------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ def test_a_version_that_was_deleted_is_told_and_put_back(empty_url: str, monkeyp
     emptied(empty_url)
     (store,) = ExactlyOnce(group="answers").stores.values()
     with pytest.raises(SchemaError) as refused:
-        store.problem()
+        ready.problem(store)
     said = (
         f"The tables of exactly_once are in {redacted(empty_url)}, and the table exactly_once_version is empty: something deleted"
         " its row, such as a clean-up of tests that empties every table. Leave that table out there. To put the row back, type:"
@@ -225,7 +226,7 @@ def test_a_version_that_was_deleted_is_told_and_put_back(empty_url: str, monkeyp
     assert said_by("check") == (1, f"{said}\n")
     code, told = said_by("upgrade")
     assert (code, told) == (0, f"{redacted(empty_url)}: version 0002; the row of exactly_once_version is put back.\n")
-    assert store.problem() is None
+    assert ready.problem(store) is None
 
 
 def test_a_version_that_was_deleted_of_tables_that_are_older_is_asked_of_a_person(empty_url: str) -> None:

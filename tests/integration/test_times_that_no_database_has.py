@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from exactly_once import Message, Outcome, Retry, RetryLater
 from exactly_once.failures.triage import Chosen, requeue
-from exactly_once.verdict import Redeliver
+from exactly_once.outcome import Redeliver
 from tests.integration.shop import GROUP, Shop, order, put
 from tests.integration.test_failures import BROKER, UNSAFE, deliver, own_engines, states
 from tests.integration.threads import until

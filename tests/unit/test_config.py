@@ -16,8 +16,8 @@ from exactly_once.configuration import settings_file
 from exactly_once.configuration.config import Config, load, redacted
 from exactly_once.database.url import database_url
 from exactly_once.errors import ConfigurationError
-from exactly_once.failures.policy import Retry
 from exactly_once.handlers.plan import Plan, plan
+from exactly_once.handlers.retry import Retry
 from exactly_once.message import Message
 
 

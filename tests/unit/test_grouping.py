@@ -21,10 +21,10 @@ from exactly_once.executor.batching import (
 )
 from exactly_once.executor.fanout import Part, Parts
 from exactly_once.executor.future import Pending
+from exactly_once.outcome import Ack, Hold, Redeliver
 from exactly_once.processing.batch import GroupDelivering
 from exactly_once.processing.processor import Told
 from exactly_once.transports.contract import Features
-from exactly_once.verdict import Ack, Hold, Redeliver
 
 FEATURES = Features(redelivers=True, counts_attempts=True)
 SOON = timedelta(milliseconds=1)

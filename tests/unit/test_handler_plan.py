@@ -21,10 +21,10 @@ from typing_extensions import TypedDict
 
 from exactly_once import ExactlyOnce, keys
 from exactly_once.errors import BadBody, BadKey, ConfigurationError, Misuse
-from exactly_once.failures.policy import Retry
 from exactly_once.handlers.body import NOT_JSON, parse_json
 from exactly_once.handlers.parameters import NO_BODY
 from exactly_once.handlers.plan import Lease, Lock, Plan, Transaction, check_result, plan
+from exactly_once.handlers.retry import Retry
 from exactly_once.handlers.steps import Steps
 from exactly_once.message import Message
 

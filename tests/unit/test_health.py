@@ -12,8 +12,8 @@ import pytest
 
 from exactly_once.daemon.health import Health, host_and_port
 from exactly_once.errors import ConfigurationError
+from exactly_once.outcome import Ack, Hold, Said
 from exactly_once.transports.contract import Delivery, Features
-from exactly_once.verdict import Ack, Hold, Said
 from exactly_once.worker.worker import Worker
 from tests.unit.worker_doubles import Shelf, done, until
 

@@ -8,19 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exactly_once.errors import BadBody, BadKey, ConfigurationError, PayloadConflict, Reject, RetryLater
-from exactly_once.failures.policy import (
-    ByBroker,
-    ByPump,
-    Decision,
-    Park,
-    Retry,
-    check_retry,
-    counts_as,
-    decide,
-    retry_for,
-    spent,
-    wait_delay,
-)
+from exactly_once.failures.policy import ByBroker, ByPump, Decision, Park, counts_as, decide, spent, wait_delay
+from exactly_once.handlers.retry import Retry, check_retry, retry_for
 from exactly_once.outcome import Outcome
 from exactly_once.transports.contract import Features
 

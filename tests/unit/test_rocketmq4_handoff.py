@@ -10,10 +10,10 @@ from time import monotonic
 import pytest
 
 from exactly_once.message import Message
+from exactly_once.outcome import Ack, Redeliver
 from exactly_once.testing.child import wait_until
 from exactly_once.transports.handoff import Handoff
 from exactly_once.transports.inflight import InFlight
-from exactly_once.verdict import Ack, Redeliver
 
 SECOND = timedelta(seconds=1)
 SOON = timedelta(milliseconds=50)

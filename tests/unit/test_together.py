@@ -10,10 +10,9 @@ import pytest
 from exactly_once.executor.executor import Runner
 from exactly_once.executor.fanout import together
 from exactly_once.message import Message
-from exactly_once.outcome import Outcome
+from exactly_once.outcome import Ack, Ending, Hold, Keep, Outcome, Redeliver, Said
 from exactly_once.processing.processor import Told
 from exactly_once.transports.contract import Delivery
-from exactly_once.verdict import Ack, Ending, Hold, Keep, Redeliver, Said
 from tests.unit.worker_doubles import FEATURES
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from exactly_once.message import Message
+from exactly_once.outcome import Ack, Redeliver, Said, Verdict
 from exactly_once.transports.contract import Consumer, Delivery, Features
-from exactly_once.verdict import Ack, Redeliver, Said, Verdict
 from exactly_once.worker import in_hand as unsettled
 from exactly_once.worker.worker import Run, Worker
 from tests.unit.worker_doubles import FEATURES, Hand, InHand, Shelf, done, until

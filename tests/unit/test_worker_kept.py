@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from exactly_once.message import Message
+from exactly_once.outcome import Ack, Hold, Keep, Redeliver, Said
 from exactly_once.transports.contract import Consumer, Delivery, Features, Subscription, Surroundings
 from exactly_once.transports.memory import forget
 from exactly_once.transports.registry import transport_from
-from exactly_once.verdict import Ack, Hold, Keep, Redeliver, Said
 from exactly_once.worker.busy_keys import Kept
 from exactly_once.worker.in_hand import Unsettled
 from exactly_once.worker.worker import Run, Worker

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from exactly_once.outcome import Ack, Hold, Said
 from exactly_once.transports.contract import Consumer, Delivery, Features
-from exactly_once.verdict import Ack, Hold, Said
 from exactly_once.worker.worker import Worker
 from tests.unit.worker_doubles import Hand, Shelf, done, until
 

@@ -14,10 +14,10 @@ from time import sleep
 import pytest
 
 from exactly_once.message import Message
+from exactly_once.outcome import Ack, Redeliver, Said, Verdict
 from exactly_once.transports.contract import Consumer, Delivery, Features, Subscription, Surroundings
 from exactly_once.transports.memory import forget
 from exactly_once.transports.registry import transport_from
-from exactly_once.verdict import Ack, Redeliver, Said, Verdict
 from exactly_once.worker.worker import Worker
 from tests.unit.worker_doubles import until
 

@@ -9,8 +9,8 @@ from threading import Condition, Lock
 from time import monotonic, sleep
 
 from exactly_once.message import Message
+from exactly_once.outcome import Ack, Redeliver, Said, Verdict
 from exactly_once.transports.contract import Delivery, Features
-from exactly_once.verdict import Ack, Redeliver, Said, Verdict
 
 FEATURES = Features(redelivers=True, counts_attempts=True)
 

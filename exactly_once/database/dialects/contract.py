@@ -26,6 +26,7 @@ from exactly_once.exceptions.words import words_of
 
 __all__ = [
     "LEARNT",
+    "WAIT_MS",
     "ClaimBusy",
     "ClaimRow",
     "Dialect",
@@ -431,6 +432,10 @@ class GroupClaims(Protocol):
         Raises:
             ClaimBusy: Another run holds one of the keys, nobody says which; none is ours. Else the driver's error.
         """
+
+
+WAIT_MS: Final = 2000
+"""How long to wait for a row under a lease that somebody is changing: a complete or a record takes a round trip."""
 
 
 class LeaseClaims(Protocol):

@@ -10,14 +10,13 @@ from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
 from exactly_once.database.connections import forked as forked_engines
-from exactly_once.database.dialects.contract import Dialect, State, Trace, Trouble, raise_for_the_store
+from exactly_once.database.dialects.contract import WAIT_MS, Dialect, State, Trace, Trouble, raise_for_the_store
 from exactly_once.database.dialects.firsthand import moment, ready, varies
 from exactly_once.database.owner import new_owner
 from exactly_once.database.trouble.interrupted import interrupted
 from exactly_once.database.trouble.unreached import unreached
-from exactly_once.database.watched.watch import WATCHED, Shut, Watch, begin, elsewhere, let_go, over
+from exactly_once.database.watched.watch import WATCHED, Shut, UnderLease, Watch, begin, elsewhere, let_go, over
 from exactly_once.errors import Misuse
-from exactly_once.guards.lease.contract import WAIT_MS, Held
 
 __all__ = ["Late"]
 
@@ -27,7 +26,7 @@ class Late:
 
     __slots__ = ("_dialect", "_session", "_unwritten", "failed", "held", "shut", "watch")
 
-    def __init__(self, session: Session, dialect: Dialect, held: Held | None) -> None:
+    def __init__(self, session: Session, dialect: Dialect, held: UnderLease | None) -> None:
         self._dialect, self._session, self.held = dialect, session, held
         self.watch: Watch | None = None
         self.shut: Shut | None = None

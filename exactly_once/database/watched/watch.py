@@ -13,7 +13,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Protocol
 from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine
@@ -29,7 +29,6 @@ from exactly_once.errors import Misuse
 from exactly_once.exceptions.drivers import is_drivers
 from exactly_once.exceptions.leaves import leaves
 from exactly_once.exceptions.stops import asked_from_outside
-from exactly_once.guards.lease.contract import Held
 from exactly_once.wording.redaction import redacted
 from exactly_once.wording.text import escaped
 
@@ -43,6 +42,7 @@ __all__ = [
     "Left",
     "LostTransaction",
     "Shut",
+    "UnderLease",
     "Watch",
     "begin",
     "elsewhere",
@@ -70,6 +70,25 @@ class Left(Enum):
 
 
 _WORSE: Final = tuple(Left)
+
+
+class UnderLease(Protocol):
+    """The claim of a transaction that holds none itself: `guards.lease.contract.Held`."""
+
+    @property
+    def row(self) -> ClaimRow:
+        """Whose it is."""
+
+    @property
+    def token(self) -> str:
+        """That of this attempt."""
+
+    @property
+    def attempt(self) -> int:
+        """Which one it is, from 1."""
+
+    def check(self) -> None:
+        """Raise where another run has the message."""
 
 
 class BrokenTransaction(Misuse):
@@ -128,7 +147,7 @@ class Watch:
         dbapi: Any,
         owner: str,
         rows: Sequence[ClaimRow] = (),
-        held: Held | None = None,
+        held: UnderLease | None = None,
         trace: Trace | None = None,
     ) -> None:
         self.connection = connection

@@ -25,10 +25,7 @@ from exactly_once.errors import LeaseLost
 from exactly_once.handlers.fingerprint import Differs, NotCompared, compare
 from exactly_once.wording.text import escaped
 
-__all__ = ["WAIT_MS", "Held", "LeaseStore", "Recorded", "Standing", "clock", "judge"]
-
-WAIT_MS: Final = 2000
-"""How long to wait for a row under a lease that somebody is changing: a complete or a record takes a round trip."""
+__all__ = ["Held", "LeaseStore", "Recorded", "Standing", "clock", "judge"]
 
 _CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 

@@ -34,6 +34,7 @@ from sqlalchemy import (
 from exactly_once.database import claim_rows
 from exactly_once.database.connections.pooler import begin_bounded, is_pooled
 from exactly_once.database.dialects.contract import (
+    WAIT_MS,
     ClaimBusy,
     ClaimRow,
     Dialect,
@@ -65,7 +66,7 @@ from exactly_once.database.trouble.crowded import all_taken, is_news
 from exactly_once.database.trouble.drivers_own import is_taken
 from exactly_once.database.trouble.interrupted import interrupted
 from exactly_once.errors import StoreUnavailable
-from exactly_once.guards.lease.contract import WAIT_MS, Held, Recorded, clock
+from exactly_once.guards.lease.contract import Held, Recorded, clock
 from exactly_once.wording.steady_log import steady
 
 __all__ = ["SqlLeases"]

@@ -7,11 +7,13 @@ that are no database of the application's answer.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from time import sleep
 from typing import TYPE_CHECKING, Final
 
 from sqlalchemy.util import await_only
 
+from exactly_once.alembic import ready
 from exactly_once.alert import Hook
 from exactly_once.database.store import Store
 from exactly_once.errors import ConfigurationError
@@ -177,7 +179,7 @@ class LeaseStores:
         for name, redis in self._used.items():
             yield name, redis.problem
         for store in self._databases.values():
-            yield store.name, store.problem
+            yield store.name, partial(ready.problem, store)
 
     def rename(self, group: str, old: str, new: str) -> Iterator[tuple[str, int]]:
         """Give what these stores hold of a handler to its new name; gives how much, by store.

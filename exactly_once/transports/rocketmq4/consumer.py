@@ -36,6 +36,7 @@ from exactly_once import fork
 from exactly_once.errors import TransportError
 from exactly_once.exceptions.words import trace_of
 from exactly_once.message import Message
+from exactly_once.outcome import Verdict
 from exactly_once.transports.contract import Delivery, Features, Subscription
 from exactly_once.transports.handoff import Handoff
 from exactly_once.transports.inflight import InFlight
@@ -43,7 +44,6 @@ from exactly_once.transports.rocketmq4.ahead import Ahead
 from exactly_once.transports.rocketmq4.connection import Connection
 from exactly_once.transports.rocketmq4.library import CallFailed, enter, leave_without_it
 from exactly_once.transports.rocketmq4.messages import message_reader
-from exactly_once.verdict import Verdict
 from exactly_once.wording.steady_log import steady
 
 __all__ = ["RocketMQ4Consumer"]

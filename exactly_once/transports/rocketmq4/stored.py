@@ -13,6 +13,7 @@ from exactly_once.clients.foreign import keys_of, moment_of, text_of
 from exactly_once.clients.rocketmq_properties import ORDERING_PROPERTY, named_properties
 from exactly_once.errors import BadBody
 from exactly_once.message import Message, with_former
+from exactly_once.transports import packed_messages
 
 __all__ = ["Stored", "opened", "stored_in"]
 
@@ -103,4 +104,4 @@ def opened(stored: Stored, inside: Callable[[str], str], also: tuple[str, ...]) 
     message = with_former(message, keys)
     if not stored.is_packed:
         return message, None
-    return packed.opened(packed.unread(message, packed.named(stored.body)))
+    return packed_messages.opened(packed_messages.unread(message, packed.named(stored.body)))

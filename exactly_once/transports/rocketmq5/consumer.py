@@ -27,6 +27,7 @@ from typing import Any, Final
 
 from rocketmq.grpc_protocol import Code
 
+from exactly_once.outcome import Ack, Verdict
 from exactly_once.transports.contract import Delivery, Features, Subscription
 from exactly_once.transports.rocketmq5 import reading
 from exactly_once.transports.rocketmq5.answers import (
@@ -39,7 +40,6 @@ from exactly_once.transports.rocketmq5.answers import (
 from exactly_once.transports.rocketmq5.endpoints import Endpoints
 from exactly_once.transports.rocketmq5.membership import Membership
 from exactly_once.transports.rocketmq5.session import MOST_PER_POLL, Grip, Poll, Session, describe
-from exactly_once.verdict import Ack, Verdict
 from exactly_once.wording.steady_log import steady
 
 __all__ = ["RocketMQ5Consumer"]

@@ -14,6 +14,7 @@ from rocketmq.grpc_protocol import Encoding
 from exactly_once.clients import packed
 from exactly_once.errors import BadBody
 from exactly_once.message import Message, with_former
+from exactly_once.transports import packed_messages
 from exactly_once.transports.contract import Delivery
 from exactly_once.transports.rocketmq5.session import Grip, describe
 
@@ -51,7 +52,7 @@ def delivery(raw: Any, topic: str, grip: Grip) -> Delivery:
         return _damaged(raw, topic, grip, error)
     if not is_packed:
         return Delivery(message, grip)
-    message, unread = packed.opened(packed.unread(message, packed.named(raw.body)))
+    message, unread = packed_messages.opened(packed_messages.unread(message, packed.named(raw.body)))
     return Delivery(message, grip, unread=unread)
 
 
@@ -62,7 +63,7 @@ def _damaged(raw: Any, topic: str, grip: Grip, error: Exception) -> Delivery:
         message = _message(raw, _Unchecked(received), topic)
     except Exception:  # not even its properties: what names it is kept, and its bytes
         message = Message(topic, raw.body, message_id=grip.message_id)
-    return Delivery(packed.unread(message, _DAMAGED), grip, unread=told)
+    return Delivery(packed_messages.unread(message, _DAMAGED), grip, unread=told)
 
 
 def _as_it_came(raw: Any) -> Any:

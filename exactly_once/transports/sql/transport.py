@@ -36,6 +36,7 @@ from exactly_once.database.trouble.unreached import unreached
 from exactly_once.database.trouble.unusable import denied, is_denied, is_read_only, read_only
 from exactly_once.errors import ConfigurationError
 from exactly_once.message import Message
+from exactly_once.outcome import Ack, Verdict
 from exactly_once.transports.contract import (
     Away,
     BrokerProducer,
@@ -49,7 +50,6 @@ from exactly_once.transports.sql.database import Database, missing_tables
 from exactly_once.transports.sql.producer import SqlProducer, gone, reason, refused, refused_group
 from exactly_once.transports.sql.statements import WINDOW, Look
 from exactly_once.transports.urls import parse
-from exactly_once.verdict import Ack, Verdict
 from exactly_once.wording.redaction import redacted
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped, probably, stopped, taken

@@ -1,0 +1,37 @@
+"""Messages whose body is packed, or damaged: marked as such, kept as they came, and read where that can be. Pure."""
+
+from dataclasses import replace
+
+from exactly_once.clients.packed import READERS, UNREADABLE, unpacked
+from exactly_once.errors import BadBody
+from exactly_once.message import Message
+
+__all__ = ["opened", "unread"]
+
+
+def unread(message: Message, name: str) -> Message:
+    """Return a message marked as one whose body is not read.
+
+    Args:
+        message: With its body as it came.
+        name: The compression, or another word for what is wrong.
+    """
+    return replace(message, unread=name)
+
+
+def opened(message: Message) -> tuple[Message, BadBody | None]:
+    """Return a kept message with its body read; or as it is, and why it cannot be.
+
+    Args:
+        message: As the failure store keeps it.
+    """
+    name = message.unread
+    if name is None:
+        return message, None
+    if name not in READERS or message.body is None:
+        return message, BadBody(UNREADABLE.format(why=name))
+    try:
+        body = unpacked(name, message.body)
+    except BadBody as error:
+        return message, error
+    return replace(message, body=body, unread=None), None
