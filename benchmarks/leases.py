@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from benchmarks.measure import US, Figure, WrongRows, ratios, take_turns
 from benchmarks.stage import Stage
 from exactly_once import ExactlyOnce, Lease, Message, Outcome, Transaction
-from exactly_once.database.dialects.contract import ClaimRow
+from exactly_once.claim import ClaimRow
 from exactly_once.database.store import Store
 from exactly_once.guards.lease.contract import Held, LeaseStore
 from exactly_once.guards.lease.redis import RedisLeases

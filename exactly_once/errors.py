@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy.exc import DontWrapMixin
 
 if TYPE_CHECKING:
-    from exactly_once.database.dialects.contract import ClaimRow
+    from exactly_once.claim import ClaimRow
     from exactly_once.message import Message
 
 __all__ = [

@@ -5,9 +5,8 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final, NoReturn
 
-from exactly_once.clients.foreign import AS_HEX, formerly, keys_of, moment_of, text_of
-from exactly_once.clients.rocketmq_properties import ORDERING_PROPERTY, listed_properties, named_properties
-from exactly_once.errors import BadBody
+from exactly_once.clients import kafka, rocketmq5
+from exactly_once.clients.foreign import AS_HEX, formerly
 
 __all__ = ["Message", "with_former"]
 
@@ -119,27 +118,13 @@ class Message:
             return SUCCESS if eo.process(Message.from_rocketmq(m)).acknowledge else FAILURE
         """
         try:
-            if received.corrupted:
-                raise BadBody(
-                    f"The body of message {received.message_id} of {received.topic} does not match its checksum."
-                )
-            keys = received.keys  # a set; nearly always of one
-            message = cls(
-                received.topic,
-                received.body,
-                tag=text_of(received.tag),
-                key=keys_of(keys) or None,
-                ordering_key=text_of(received.message_group),
-                properties=listed_properties(received.properties) if received.properties else _NONE,
-                message_id=received.message_id,
-                born_at=moment_of(received.born_timestamp),
-                attempt=received.delivery_attempt or 1,
-            )
+            fields, keys = rocketmq5.fields_of(received)
+            message = cls(**fields)
         except AttributeError as error:
             if error.obj is not received:
                 raise  # of the client
             raise _not_received("from_rocketmq", "rocketmq-python-client", received, error.name) from None
-        return with_former(message, " ".join(sorted(keys)))
+        return with_former(message, keys)
 
     @classmethod
     def from_rocketmq4(cls, received: Any, *, properties: Iterable[str] = ()) -> "Message":
@@ -159,21 +144,11 @@ class Message:
         Example:
             return SUCCESS if eo.process(Message.from_rocketmq4(m)).acknowledge else LATER
         """
-        from exactly_once.clients.rocketmq4 import whole_body  # brings ctypes
+        from exactly_once.clients import rocketmq4  # brings ctypes
 
         try:
-            keys = received.keys
-            message = cls(
-                received.topic,
-                whole_body(received),
-                tag=text_of(received.tags) or None,  # empty: this client does not tell it from none
-                key=keys_of(keys) or None,
-                ordering_key=text_of(received.get_property(ORDERING_PROPERTY)) or None,
-                properties=dict(named_properties(received.get_property, properties)),
-                message_id=received.id,
-                born_at=moment_of(received.born_timestamp),
-                attempt=1 + received.reconsume_times,
-            )
+            fields, keys = rocketmq4.fields_of(received, properties)
+            message = cls(**fields)
         except AttributeError as error:
             if error.obj is not received:
                 raise  # of the client
@@ -202,48 +177,15 @@ class Message:
                 outcome = eo.process(Message.from_kafka(m))
         """
         if received is None or isinstance(received, (list, tuple, dict)):
-            raise TypeError(_NO_RECORD.format(kind=_kind(received)))
+            raise TypeError(kafka.NO_RECORD.format(kind=_kind(received)))
         try:
-            return cls._from_record(received) if not callable(received.topic) else cls._from_confluent(received)
+            fields, sent = kafka.fields_of(received)
+            message = cls(**fields)
         except AttributeError as error:
             if error.obj is not received:
                 raise  # of the client
             raise _not_received("from_kafka", "Kafka's client", received, error.name) from None
-
-    @classmethod
-    def _from_confluent(cls, received: Any) -> "Message":
-        """Of `confluent-kafka`."""
-        if (error := received.error()) is not None:
-            raise ValueError(f"from_kafka was given no message but an error of the client: {error}. {_SKIP}")
-        kind, moment_ms = received.timestamp()
-        sent = received.key()
-        key = text_of(sent)
-        message = cls(
-            received.topic(),
-            received.value(),
-            key=key,
-            ordering_key=key,
-            # `headers` is None where there are none, and a header's value may be None
-            properties={name: text_of(value) or "" for name, value in received.headers() or ()},
-            message_id=f"{received.topic()}/{received.partition()}/{received.offset()}",
-            born_at=moment_of(moment_ms) if kind else None,
-        )
         return with_former(message, sent)
-
-    @classmethod
-    def _from_record(cls, record: Any) -> "Message":
-        """Of a `ConsumerRecord`, whose fields are no methods; of those that have none, its timestamp is -1 or None."""
-        key = text_of(record.key)
-        message = cls(
-            record.topic,
-            record.value,
-            key=key,
-            ordering_key=key,
-            properties={name: text_of(value) or "" for name, value in record.headers or ()},
-            message_id=f"{record.topic}/{record.partition}/{record.offset}",
-            born_at=moment_of(record.timestamp),
-        )
-        return with_former(message, record.key)
 
 
 def with_former(message: Message, keys: bytes | str | None) -> Message:
@@ -263,13 +205,6 @@ def with_former(message: Message, keys: bytes | str | None) -> Message:
     if message.properties and AS_HEX in "".join(message.properties.values()):
         found["properties"] = {name: formerly(text) for name, text in message.properties.items()}
     return message if not found else replace(message, former=found)
-
-
-_SKIP: Final = "Skip it: if m is None or m.error(): continue"
-_NO_RECORD: Final = (
-    "from_kafka takes one record that came, not {kind}: poll() of confluent-kafka returns None where nothing came in time, and"
-    f" other methods return several. {_SKIP}"
-)
 
 
 def _text(name: str, value: object) -> str | None:

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import typer
 
 from exactly_once.app import ExactlyOnce
+from exactly_once.claim import ClaimRow, Leased, StepRow
 from exactly_once.cli.failures import AppOption, DatabaseOption, GroupOption
 from exactly_once.cli.reference import application, one_store, repeated
-from exactly_once.database.dialects.contract import ClaimRow, Leased, StepRow
 from exactly_once.database.schema import STEP_BYTES
 from exactly_once.errors import ConfigurationError
 from exactly_once.guards.lease.contract import LeaseStore

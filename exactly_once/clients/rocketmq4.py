@@ -1,4 +1,4 @@
-"""Reads the body of a message of `rocketmq-client-python`. Opens nothing; imports no client library.
+"""Reads a message of `rocketmq-client-python`, and all of its body. Opens nothing; imports no client library.
 
 The client's own `.body` is a C string: it ends at the first NUL byte, and what follows is silently lost. Called by
 `Message.from_rocketmq4` and by the rocketmq4 transport.
@@ -10,13 +10,15 @@ its characters. Neither is believed: each is tried on bodies of ours first, and 
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, Final
 
+from exactly_once.clients.foreign import keys_of, moment_of, text_of
+from exactly_once.clients.rocketmq_properties import ORDERING_PROPERTY, named_properties
 from exactly_once.errors import ConfigurationError
 
-__all__ = ["body_reader", "whole_body"]
+__all__ = ["body_reader", "fields_of", "whole_body"]
 
 # length, capacity and reference count stand before the characters, one machine word each
 _LENGTH_BEFORE_TEXT: Final = 3 * ctypes.sizeof(ctypes.c_size_t)
@@ -24,6 +26,32 @@ _SAMPLES: Final = (b"\0", b"plain", b"a\0b\0", bytes(range(256)) * 40)
 
 BodyOf = Callable[[int], bytes]
 """From the C message's address to its body."""
+
+
+def fields_of(received: Any, properties: Iterable[str]) -> tuple[dict[str, Any], Any]:
+    """Return what a message of ours is made of, and its keys as they came.
+
+    Args:
+        received: The client's own `ReceivedMessage`, inside the callback it was given to.
+        properties: Names to look for, beside those our producer sent.
+
+    Raises:
+        ConfigurationError: This build of librocketmq does not tell how long a body is.
+        AttributeError: It is no such message.
+    """
+    keys = received.keys
+    fields = {
+        "topic": received.topic,
+        "body": whole_body(received),
+        "tag": text_of(received.tags) or None,  # empty: this client does not tell it from none
+        "key": keys_of(keys) or None,
+        "ordering_key": text_of(received.get_property(ORDERING_PROPERTY)) or None,
+        "properties": dict(named_properties(received.get_property, properties)),
+        "message_id": received.id,
+        "born_at": moment_of(received.born_timestamp),
+        "attempt": 1 + received.reconsume_times,
+    }
+    return fields, keys
 
 
 def whole_body(message: Any) -> bytes:

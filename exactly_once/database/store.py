@@ -18,12 +18,13 @@ from sqlalchemy.exc import NoSuchModuleError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import reset_none
 
+from exactly_once.claim import ClaimRow
 from exactly_once.database.characters import utf8_args
 from exactly_once.database.connections import forked as forked_engines
 from exactly_once.database.connections import loops
 from exactly_once.database.connections.pooler import prepare_threshold
 from exactly_once.database.connections.replaced_file import watch_file
-from exactly_once.database.dialects.contract import ClaimRow, Dialect, Trouble
+from exactly_once.database.dialects.contract import Dialect, Trouble
 from exactly_once.database.dialects.firsthand import watch_pool
 from exactly_once.database.dialects.place import schema_in
 from exactly_once.database.dialects.refusing import tried

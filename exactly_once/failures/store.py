@@ -39,10 +39,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
+from exactly_once.claim import ClaimRow
 from exactly_once.database import claim_rows
 from exactly_once.database.characters import characters_of
 from exactly_once.database.connections.pooler import begin_bounded
-from exactly_once.database.dialects.contract import ClaimRow, Dialect
+from exactly_once.database.dialects.contract import Dialect
 from exactly_once.database.schema import CONSUMED, KEY_BYTES, UNFINISHED, Tables, all_rows, utcnow
 from exactly_once.database.trouble.drivers_own import is_taken
 from exactly_once.exceptions.words import place_of, words_of

@@ -29,7 +29,8 @@ from weakref import ReferenceType, WeakSet, ref
 from sqlalchemy import Connection, RootTransaction
 from sqlalchemy.pool import PoolProxiedConnection
 
-from exactly_once.database.dialects.contract import ClaimRow, Dialect, State
+from exactly_once.claim import ClaimRow
+from exactly_once.database.dialects.contract import Dialect, State
 from exactly_once.database.watched.listening import seeing
 from exactly_once.errors import Misuse
 from exactly_once.exceptions.words import words_of

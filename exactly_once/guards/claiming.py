@@ -11,9 +11,10 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session, scoped_session
 
 from exactly_once import errors
+from exactly_once.claim import ClaimRow
 from exactly_once.database.connections import forked as forked_engines
 from exactly_once.database.connections.pooler import SAID
-from exactly_once.database.dialects.contract import ClaimBusy, ClaimRow, Dialect, State, Trouble, raise_for_the_store
+from exactly_once.database.dialects.contract import ClaimBusy, Dialect, State, Trouble, raise_for_the_store
 from exactly_once.database.dialects.firsthand import is_firsthand
 from exactly_once.database.dialects.place import schema_in
 from exactly_once.database.dialects.registry import dialect_for

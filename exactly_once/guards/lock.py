@@ -7,7 +7,8 @@ For handlers that are idempotent by themselves and only must not overlap. A mess
 from sqlalchemy.orm import Session
 
 from exactly_once import errors
-from exactly_once.database.dialects.contract import ClaimRow, Dialect
+from exactly_once.claim import ClaimRow
+from exactly_once.database.dialects.contract import Dialect
 from exactly_once.database.watched.late import Late
 from exactly_once.guards.contract import Claim, InProgress, OpenOurs, Won
 from exactly_once.handlers.plan import Lock

@@ -13,16 +13,8 @@ from typing import Any, Final
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
-from exactly_once.database.dialects.contract import (
-    ClaimBusy,
-    ClaimRow,
-    Dialect,
-    GroupClaims,
-    Known,
-    Trail,
-    Trouble,
-    raise_for_the_store,
-)
+from exactly_once.claim import ClaimRow, Known
+from exactly_once.database.dialects.contract import ClaimBusy, Dialect, GroupClaims, Trail, Trouble, raise_for_the_store
 from exactly_once.database.dialects.firsthand import moment, ready
 from exactly_once.database.dialects.refusing import is_refusal, of_nobody, raise_for_the_table, tried
 from exactly_once.database.dialects.registry import group_claims_for

@@ -13,7 +13,8 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from exactly_once import fork
-from exactly_once.database.dialects.contract import ClaimRow, Dialect, Trouble
+from exactly_once.claim import ClaimRow
+from exactly_once.database.dialects.contract import Dialect, Trouble
 from exactly_once.database.owner import new_owner
 from exactly_once.database.watched.late import Late
 from exactly_once.database.watched.watch import let_go

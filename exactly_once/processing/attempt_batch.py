@@ -12,7 +12,8 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from exactly_once import fork
-from exactly_once.database.dialects.contract import ClaimRow, Dialect
+from exactly_once.claim import ClaimRow
+from exactly_once.database.dialects.contract import Dialect
 from exactly_once.database.owner import new_owner
 from exactly_once.database.watched.watch import Watch, let_go
 from exactly_once.errors import ConfigurationError, StoreUnavailable

@@ -16,7 +16,8 @@ from typing import Any, Final
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
-from exactly_once.database.dialects.contract import ClaimRow, Trouble
+from exactly_once.claim import ClaimRow
+from exactly_once.database.dialects.contract import Trouble
 from exactly_once.database.watched.watch import Watch, flush
 from exactly_once.errors import ConfigurationError, Misuse
 from exactly_once.exceptions.stops import stops

@@ -21,8 +21,9 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from exactly_once import fork
+from exactly_once.claim import ClaimRow
 from exactly_once.database.connections.one_writer import holding
-from exactly_once.database.dialects.contract import ClaimRow, Dialect, Trouble
+from exactly_once.database.dialects.contract import Dialect, Trouble
 from exactly_once.database.watched.watch import DOUBTFUL, HOME, BrokenTransaction, Left, LostTransaction, Watch, flush
 from exactly_once.errors import InProgress, LeaseLost, Misuse, RefusedResult, StoreUnavailable
 from exactly_once.exceptions.finishing import finish

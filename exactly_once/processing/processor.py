@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from exactly_once.alert import Hook
-from exactly_once.database.dialects.contract import ClaimRow
+from exactly_once.claim import ClaimRow
 from exactly_once.database.store import Store
 from exactly_once.database.watched.watch import BrokenTransaction
 from exactly_once.errors import (

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from exactly_once.database.dialects.contract import ClaimRow
+from exactly_once.claim import ClaimRow
 from exactly_once.handlers.plan import Plan, Reading
 from exactly_once.message import Message
 from exactly_once.processing.recording import Told

@@ -6,7 +6,7 @@ from datetime import timedelta
 from time import monotonic, sleep
 from uuid import uuid4
 
-from exactly_once.database.dialects.contract import ClaimRow, Leased, StepRow
+from exactly_once.claim import ClaimRow, Leased, StepRow
 from exactly_once.guards.lease.contract import Held, LeaseStore, Recorded, Standing, judge
 
 LEASE = timedelta(seconds=30)

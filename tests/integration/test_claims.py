@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from exactly_once import ConfigurationError, ExactlyOnce, Outcome, Retry, Transaction
 from exactly_once.alembic import ready
-from exactly_once.database.dialects.contract import ClaimRow
+from exactly_once.claim import ClaimRow
 from exactly_once.database.dialects.registry import dialect_for
 from exactly_once.database.schema import CONSUMED, UNFINISHED
 from tests.integration.shop import COLOURS, DIALECTS, GROUP, ONLY, STOCK, Shop, count_statements, order, put, shops

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from exactly_once import AsyncSteps, ExactlyOnce, Lease, Message, Outcome, Steps, Transaction
-from exactly_once.database.dialects.contract import ClaimRow
+from exactly_once.claim import ClaimRow
 from exactly_once.database.schema import utcnow
 from exactly_once.failures import triage
 from exactly_once.guards.lease.renewal import Renewal

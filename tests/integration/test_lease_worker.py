@@ -18,7 +18,7 @@ from sqlalchemy import Engine, create_engine, make_url, select, update
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Lease, Message, Outcome, Retry, Steps
-from exactly_once.database.dialects.contract import ClaimRow
+from exactly_once.claim import ClaimRow
 from exactly_once.database.schema import tables, utcnow
 from exactly_once.database.store import Store
 from exactly_once.guards.lease.sql import SqlLeases

@@ -27,9 +27,9 @@ from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Lease, Message, Outcome, Retry, Steps, alembic
 from exactly_once.alembic.lock import schema_lock
+from exactly_once.claim import ClaimRow
 from exactly_once.cli.command import main
 from exactly_once.database.connections.pooler import LINK
-from exactly_once.database.dialects.contract import ClaimRow
 from exactly_once.database.store import Store
 from exactly_once.doctor.looking import Finding, Mark, examine
 from exactly_once.errors import ConfigurationError

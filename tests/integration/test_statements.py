@@ -13,9 +13,9 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.orm import Session
 
 from exactly_once import Message
+from exactly_once.claim import ClaimRow, StepRow
 from exactly_once.database.dialects import mysql, sqlite
 from exactly_once.database.dialects import mysql_batch as mysql_group
-from exactly_once.database.dialects.contract import ClaimRow, StepRow
 from exactly_once.database.dialects.postgresql import PostgreSQL
 from exactly_once.database.schema import tables, utcnow
 from exactly_once.database.store import Store

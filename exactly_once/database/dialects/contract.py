@@ -8,14 +8,14 @@ Errors are told apart by SQLSTATE or errno, never by their text: servers speak o
 """
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from enum import Enum
 from typing import Any, Final, NamedTuple, Protocol
 
 from sqlalchemy import Connection, Engine, Insert, Update
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from exactly_once.claim import ClaimRow, Known, Leased
 from exactly_once.database.dialects.keywords import Read
 from exactly_once.database.trouble.crowded import none_free
 from exactly_once.database.trouble.drivers_own import original
@@ -28,15 +28,11 @@ __all__ = [
     "LEARNT",
     "WAIT_MS",
     "ClaimBusy",
-    "ClaimRow",
     "Dialect",
     "Gone",
     "GroupClaims",
-    "Known",
     "LeaseClaims",
-    "Leased",
     "State",
-    "StepRow",
     "Trace",
     "Trouble",
     "first_words",
@@ -46,44 +42,6 @@ __all__ = [
 
 LEARNT: Final = "exactly_once.learnt"
 """In the `info` of a connection: what `Dialect.learn` was told, before anybody else had it."""
-
-
-class ClaimRow(NamedTuple):
-    """What is written when a key is claimed, and by which it is found again. Made for each message: a tuple costs least."""
-
-    group: str
-    handler: str
-    key: str
-    fingerprint: bytes
-    message_id: str | None = None
-    attempt: int = 1
-    owner: str = ""
-    born_at: datetime | None = None
-    content: bytes | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """A row that stands under the key already."""
-
-    status: int
-    fingerprint: bytes
-    owner: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class StepRow:
-    """One step of a lease-guarded message, as it is recorded."""
-
-    name: str
-    ordinal: int
-    """0, 1, 2 in the order they ran."""
-    finished: bool
-    """False: begun, and nobody knows whether it happened."""
-    result: bytes | None
-    """JSON, once it is finished."""
-    attempt: int = 1
-    """The claim under which it ran."""
 
 
 class Trace(NamedTuple):
@@ -97,26 +55,6 @@ class Trace(NamedTuple):
     """In place of a step's; no other transaction's."""
     attempt: int
     token: str
-
-
-@dataclass(frozen=True, slots=True)
-class Leased:
-    """What stands under a key after a lease was asked for."""
-
-    won: bool
-    """It is leased under our token."""
-    consumed: bool
-    """Nobody is to run it: consumed, or `unfinished`."""
-    fingerprint: bytes
-    attempt: int
-    """Which claim of this message the standing one is, from 1."""
-    remaining: timedelta | None = None
-    """How long the standing lease goes on by the server's clock; None where nobody has one."""
-    steps: tuple[StepRow, ...] = ()
-    unfinished: str | None = None
-    """The owner of a claim that was written in a transaction, and committed by something else than its attempt."""
-    settled: bool = False
-    """Consumed by a run that finished, or by a person; not kept for one."""
 
 
 class Trail(Enum):

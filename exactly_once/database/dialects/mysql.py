@@ -47,18 +47,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.util import await_only
 
-from exactly_once.database.dialects.contract import (
-    LEARNT,
-    ClaimBusy,
-    ClaimRow,
-    Gone,
-    Known,
-    State,
-    Trace,
-    Trail,
-    Trouble,
-    steps_of,
-)
+from exactly_once.claim import ClaimRow, Known
+from exactly_once.database.dialects.contract import LEARNT, ClaimBusy, Gone, State, Trace, Trail, Trouble, steps_of
 from exactly_once.database.dialects.keywords import Read, reader
 from exactly_once.database.dialects.mysql_trail import trail_of
 from exactly_once.database.dialects.statements import MARIADB, MYSQL

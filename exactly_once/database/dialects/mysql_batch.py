@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from datetime import UTC
 from typing import Any, Final
 
-from exactly_once.database.dialects.contract import ClaimRow, Dialect, Known
+from exactly_once.claim import ClaimRow, Known
+from exactly_once.database.dialects.contract import Dialect
 from exactly_once.database.dialects.mysql import (
     KEY,
     Seen,

@@ -9,7 +9,8 @@ from collections.abc import MutableMapping
 from datetime import UTC, timedelta
 from typing import Any, Final
 
-from exactly_once.database.dialects.contract import ClaimBusy, ClaimRow, Dialect, Leased, StepRow, Trail, steps_of
+from exactly_once.claim import ClaimRow, Leased, StepRow
+from exactly_once.database.dialects.contract import ClaimBusy, Dialect, Trail, steps_of
 from exactly_once.database.dialects.mysql import DUPLICATE, bound, busy_of, digits, errno, identity
 from exactly_once.database.mysql_committed import COMMITTED_ALONE
 from exactly_once.database.mysql_session import RIGHT_SESSION, SESSION_IS_RIGHT

@@ -35,18 +35,9 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.util import await_only
 
+from exactly_once.claim import ClaimRow, Known
 from exactly_once.database.connections.pooler import LINK, Link
-from exactly_once.database.dialects.contract import (
-    LEARNT,
-    ClaimBusy,
-    ClaimRow,
-    Gone,
-    Known,
-    State,
-    Trace,
-    Trail,
-    Trouble,
-)
+from exactly_once.database.dialects.contract import LEARNT, ClaimBusy, Gone, State, Trace, Trail, Trouble
 from exactly_once.database.dialects.firsthand import varies
 from exactly_once.database.dialects.keywords import Read, reader
 from exactly_once.database.dialects.statements import POSTGRESQL

@@ -12,7 +12,8 @@ from typing import Any, Final
 from psycopg import errors
 from psycopg.pq import Escaping, TransactionStatus
 
-from exactly_once.database.dialects.contract import ClaimRow, Dialect, Known
+from exactly_once.claim import ClaimRow, Known
+from exactly_once.database.dialects.contract import Dialect
 from exactly_once.database.dialects.postgresql import (
     Seen,
     bounded,

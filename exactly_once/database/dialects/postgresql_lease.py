@@ -13,7 +13,8 @@ from typing import Any, Final
 from psycopg import errors
 from psycopg.pq import Escaping
 
-from exactly_once.database.dialects.contract import ClaimBusy, ClaimRow, Leased, StepRow, steps_of
+from exactly_once.claim import ClaimRow, Leased, StepRow
+from exactly_once.database.dialects.contract import ClaimBusy, steps_of
 from exactly_once.database.dialects.postgresql import PostgreSQL, Seen, busy_of, driver_of, send, template
 from exactly_once.database.schema import UNFINISHED
 

@@ -12,14 +12,8 @@ from uuid import uuid4
 
 from sqlalchemy import Engine
 
-from exactly_once.database.dialects.contract import (
-    ClaimBusy,
-    ClaimRow,
-    Dialect,
-    Trouble,
-    first_words,
-    raise_for_the_store,
-)
+from exactly_once.claim import ClaimRow
+from exactly_once.database.dialects.contract import ClaimBusy, Dialect, Trouble, first_words, raise_for_the_store
 from exactly_once.database.owner import new_owner
 from exactly_once.database.trouble.drivers_own import original
 from exactly_once.database.trouble.interrupted import interrupted

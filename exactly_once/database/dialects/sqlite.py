@@ -22,7 +22,8 @@ from sqlalchemy import Connection, Insert, Update
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.util import await_only
 
-from exactly_once.database.dialects.contract import ClaimRow, Gone, Known, State, Trace, Trail, Trouble
+from exactly_once.claim import ClaimRow, Known
+from exactly_once.database.dialects.contract import Gone, State, Trace, Trail, Trouble
 from exactly_once.database.dialects.keywords import Read, reader
 from exactly_once.database.dialects.statements import SQLITE
 from exactly_once.database.trouble.contended import SQLITE as SQLITE_CONTENDED

@@ -6,7 +6,7 @@ Called by the transaction guard.
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
-from exactly_once.database.dialects.contract import ClaimRow, Known
+from exactly_once.claim import ClaimRow, Known
 from exactly_once.database.dialects.sqlite import SQLite
 
 __all__ = ["Claims"]

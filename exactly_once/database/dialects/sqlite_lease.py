@@ -7,7 +7,8 @@ from collections.abc import MutableMapping
 from datetime import UTC, timedelta
 from typing import Any, Final
 
-from exactly_once.database.dialects.contract import ClaimRow, Leased, StepRow, steps_of
+from exactly_once.claim import ClaimRow, Leased, StepRow
+from exactly_once.database.dialects.contract import steps_of
 from exactly_once.database.dialects.sqlite import SQLite
 from exactly_once.database.schema import UNFINISHED
 

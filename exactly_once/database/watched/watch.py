@@ -22,7 +22,8 @@ from sqlalchemy.exc import IllegalStateChangeError, PendingRollbackError
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.session import SessionTransactionState
 
-from exactly_once.database.dialects.contract import ClaimRow, Dialect, Gone, State, Trace
+from exactly_once.claim import ClaimRow
+from exactly_once.database.dialects.contract import Dialect, Gone, State, Trace
 from exactly_once.database.in_memory import in_memory
 from exactly_once.database.watched.unread import raise_as_sqlalchemy_does
 from exactly_once.errors import Misuse

@@ -20,7 +20,7 @@ from enum import Enum
 from typing import Final, Protocol
 
 from exactly_once import fork
-from exactly_once.database.dialects.contract import ClaimRow, Leased, StepRow
+from exactly_once.claim import ClaimRow, Leased, StepRow
 from exactly_once.errors import LeaseLost
 from exactly_once.handlers.fingerprint import Differs, NotCompared, compare
 from exactly_once.wording.text import escaped

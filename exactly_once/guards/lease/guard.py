@@ -18,7 +18,8 @@ from uuid import uuid4
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
-from exactly_once.database.dialects.contract import ClaimRow, Dialect, Trail
+from exactly_once.claim import ClaimRow
+from exactly_once.database.dialects.contract import Dialect, Trail
 from exactly_once.database.watched.late import Late
 from exactly_once.errors import StoreUnavailable
 from exactly_once.exceptions.finishing import finished

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from sqlalchemy.orm import Session
 
 from exactly_once import fork
-from exactly_once.database.dialects.contract import Dialect, StepRow
+from exactly_once.claim import StepRow
+from exactly_once.database.dialects.contract import Dialect
 from exactly_once.database.schema import STEP_BYTES
 from exactly_once.database.trouble.drivers_own import is_of_a_database, is_taken, original
 from exactly_once.database.watched.late import Late

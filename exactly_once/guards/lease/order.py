@@ -6,7 +6,7 @@ goes on without it asks for the next one where it did before. Called by `guards.
 
 from collections.abc import Iterable
 
-from exactly_once.database.dialects.contract import StepRow
+from exactly_once.claim import StepRow
 
 __all__ = ["StepOrder"]
 

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any, Final
 from uuid import uuid4
 
-from exactly_once.database.dialects.contract import ClaimRow, Leased, StepRow
+from exactly_once.claim import ClaimRow, Leased, StepRow
 from exactly_once.guards.lease import scripts
 from exactly_once.guards.lease.contract import Held, Recorded, clock
 

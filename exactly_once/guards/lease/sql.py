@@ -31,20 +31,10 @@ from sqlalchemy import (
     update,
 )
 
+from exactly_once.claim import ClaimRow, Leased, StepRow
 from exactly_once.database import claim_rows
 from exactly_once.database.connections.pooler import begin_bounded, is_pooled
-from exactly_once.database.dialects.contract import (
-    WAIT_MS,
-    ClaimBusy,
-    ClaimRow,
-    Dialect,
-    LeaseClaims,
-    Leased,
-    State,
-    StepRow,
-    Trail,
-    Trouble,
-)
+from exactly_once.database.dialects.contract import WAIT_MS, ClaimBusy, Dialect, LeaseClaims, State, Trail, Trouble
 from exactly_once.database.dialects.contract import raise_for_the_store as raise_for
 from exactly_once.database.dialects.firsthand import is_firsthand, kept_firsthand, moment, ready
 from exactly_once.database.dialects.refusing import is_refusal, of_nobody, raise_for_the_table, tried
