@@ -125,7 +125,7 @@ def test_the_scripts_are_the_approved_ones() -> None:
 def lease_statements(shop: Shop) -> dict[str, list[str]]:
     """Each change of a lease, in the order of its life."""
     name = {"postgres": "postgresql", "mariadb": "mysql"}.get(shop.dialect, shop.dialect)
-    module = import_module(f"exactly_once.database.dialects.contract.{name}_lease")
+    module = import_module(f"exactly_once.database.dialects.{name}_lease")
     texts = {f"lease: {each.lower()}": [getattr(module, each)] for each in module.__all__ if each.isupper()}
     store = Store("default", shop.url)
     leases = SqlLeases(store.name, store.engine, store.dialect, lambda: store.tables)
