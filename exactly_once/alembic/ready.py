@@ -92,7 +92,6 @@ def waited_for(store: Store, error: BaseException) -> str | None:
 
 def _found(store: Store) -> tuple[str | None, str | None]:
     """Say what the tables miss and which character set is too narrow; of another connection where others had this one."""
-
     dialect, since = store.dialect, moment()
     while True:
         with store.engine.connect() as connection:

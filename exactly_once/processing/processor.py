@@ -358,9 +358,8 @@ class Delivering:
             return 0
         if foreign and is_the_callers(error):  # a limit of the caller's: a second run would have none
             return 0
-        if self.store.dialect.gave_up(
-            error
-        ):  # the server still runs that statement, and a second run would wait behind it
+        # of a statement that the server still runs: a second run would wait behind it
+        if self.store.dialect.gave_up(error):
             return 0
         return retry_for(self.plan.retry, one).immediate
 

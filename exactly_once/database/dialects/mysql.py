@@ -482,10 +482,12 @@ class MySQL:
         return _released(dbapi, savepoint_of(owner))
 
     def rows_as(self, dbapi: Any) -> tuple[Any, ...]:
-        return (getattr(_driver(dbapi), _cursor_of(dbapi)),)
+        driver = _driver(dbapi)
+        return (driver.cursorclass if driver is dbapi else driver._cursor_cls,)  # noqa: SLF001  (PyMySQL's, asyncmy's)
 
     def make_rows(self, dbapi: Any, rows_as: tuple[Any, ...]) -> None:
-        setattr(_driver(dbapi), _cursor_of(dbapi), *rows_as)
+        driver = _driver(dbapi)
+        setattr(driver, "cursorclass" if driver is dbapi else "_cursor_cls", *rows_as)
 
     def read_out(self, dbapi: Any) -> bool:
         return _read_out(_driver(dbapi), streams=False)
@@ -812,11 +814,6 @@ def _undone(cursor: Any, name: str) -> bool:
 def _driver(dbapi: Any) -> Any:
     """The driver's own connection: itself when sync, inside the adapter when async."""
     return getattr(dbapi, "driver_connection", None) or dbapi
-
-
-def _cursor_of(dbapi: Any) -> str:
-    """The attribute with the class of its cursors: PyMySQL's, or asyncmy's, which is inside an adapter."""
-    return "cursorclass" if _driver(dbapi) is dbapi else "_cursor_cls"
 
 
 def refuse_autocommit(dbapi: Any) -> None:

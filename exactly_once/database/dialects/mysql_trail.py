@@ -6,6 +6,7 @@ session, and the server is asked whether that one is at work; a session that onl
 Called by `mysql`.
 """
 
+from functools import lru_cache
 from typing import Any, Final
 
 from exactly_once.database.dialects.contract import Trail
@@ -36,17 +37,23 @@ def trail_of(dbapi: Any, steps: str, named: tuple[str, ...]) -> Trail:
     cursor = dbapi.cursor()
     try:
         see_uncommitted(dbapi)
-        cursor.execute(AT_WORK.replace("{steps}", steps), named)
+        cursor.execute(_in(AT_WORK, steps), named)
         at_work = cursor.fetchall()
         if not at_work:
             return Trail.NONE
         dbapi.rollback()
         # asked last: what was at work then, and is not now, has committed or never will
         see_committed(dbapi)
-        cursor.execute(COMMITTED.replace("{steps}", steps), named)
+        cursor.execute(_in(COMMITTED, steps), named)
         committed = cursor.fetchone() is not None
     finally:
         cursor.close()
     if committed:
         return Trail.COMMITTED
     return Trail.RUNNING if any(int(each) for (each,) in at_work) else Trail.NONE
+
+
+@lru_cache(maxsize=32)
+def _in(statement: str, steps: str) -> str:
+    """Made once a database: with leases in Redis each message asks."""
+    return statement.replace("{steps}", steps)
