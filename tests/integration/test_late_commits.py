@@ -94,7 +94,8 @@ def test_what_is_committed_after_its_connection_was_given_up(shop: Shop, way: Wa
         shop.process(order(3))
     is_broken_once(shop)
     while LEFT:
-        LEFT.pop()._result.unbuffered_active = False
+        cursor = LEFT.pop()
+        cursor.connection, cursor._result.unbuffered_active = None, False
 
 
 @pytest.mark.parametrize("store", ["own", "redis"])
