@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 __all__ = ["WHERE_GIVEN", "Store", "claims_twice", "lacking_characters", "try_to_write"]
 
-_log = steady(__name__)
+_log = steady("exactly_once.store")
 
 # the drivers that exist for both worlds, so that one URL serves handlers of both kinds
 _ASYNC: Final = {

@@ -18,7 +18,7 @@ from exactly_once.wording.steady_log import steady
 
 __all__ = ["subscribed_otherwise"]
 
-_log = steady(__name__)
+_log = steady("exactly_once.transports.members")
 
 ASK_FOR_S: Final = 10.0  # then those that were not asked yet are left out: a start waits for this
 _NAMED: Final = 3

@@ -60,7 +60,7 @@ class Worker:
     def is_started(self) -> bool:
         """It receives."""
         assert self.code is None, f"it ended with {self.code}: {self.told()}"
-        return f"{self.pid} exactly_once.worker.worker worker_started" in self._log.read_text()
+        return f"{self.pid} exactly_once.worker worker_started" in self._log.read_text()
 
     def ended(self) -> int:
         """Wait for its end, and return what it ended with."""

@@ -240,7 +240,7 @@ class Run:
             return int(connection.execute(text("SELECT count(*) FROM message_queue")).scalar_one())
 
     def _given_back(self, worker: Worker) -> int:
-        said = re.search(rf" {worker.pid} exactly_once.worker.worker Stopped; (\d+) message", worker.told())
+        said = re.search(rf" {worker.pid} exactly_once.worker Stopped; (\d+) message", worker.told())
         assert said, f"it did not say how it stopped: {worker.told()}"
         return int(said[1])
 

@@ -151,9 +151,9 @@ def test_an_application_that_configures_logging_is_listened_to(
         worker.communicate()
     assert worker.returncode == 0, first + rest
     begins = (
-        " INFO exactly_once.worker.worker worker_started "
+        " INFO exactly_once.worker worker_started "
         if configures == "nobody"
-        else "MINE exactly_once.worker.worker worker_started "
+        else "MINE exactly_once.worker worker_started "
     )
     assert begins in first
     assert ("MINE" in rest) == (configures != "nobody")
@@ -184,6 +184,4 @@ def test_what_is_left_out_of_the_settings_is_said_once_for_all_processes_where_t
         worker.kill()
         worker.wait()
     [said] = [line for line in log.read_text().splitlines() if "left out: Kubernetes" in line]
-    assert said.startswith(
-        "MINE exactly_once.configuration.config settings: EXACTLY_ONCE_PORT, EXACTLY_ONCE_SERVICE_HOST are"
-    )
+    assert said.startswith("MINE exactly_once.config settings: EXACTLY_ONCE_PORT, EXACTLY_ONCE_SERVICE_HOST are")

@@ -300,6 +300,18 @@ def test_each_logger_of_the_package_is_one_that_raises_nothing() -> None:
     }
 
 
+def test_the_loggers_names_are_those_of_the_page() -> None:
+    # a module that moves must not take its logger's name with it: operators' settings name it
+    named = {
+        name
+        for path in (ROOT / "exactly_once").rglob("*.py")
+        for name in re.findall(r'^_?log = steady\("?(__name__|exactly_once\.[a-z]+)', path.read_text(), re.MULTILINE)
+    }
+    [paragraph] = [line for line in page("how-to/production.md").split("\n* ") if "The loggers' names" in line]
+    told = set(re.findall(r"`(exactly_once\.[a-z]+)`", paragraph))
+    assert named == told
+
+
 def test_each_room_is_named_in_contributing() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     package = ROOT / "exactly_once"

@@ -33,7 +33,7 @@ LOOKS_S: Final = 3.0
 LOOKS_AFTER_A_DEATH_S: Final = 15.0
 _AGAIN_S: Final = 1.0
 
-_log = steady(__name__)
+_log = steady("exactly_once.transports.rocketmq4")
 
 Wanted = Callable[[Stored], bool]
 Offer = Callable[[Message, BadBody | None], bool]

@@ -21,7 +21,7 @@ ENDLESS: Final = 2147483647
 """The retryMaxTimes that never runs out: past any other the broker throws the message away, for want of a field that this
 client does not send. We never use that retry, but another member of the group may."""
 
-_log = steady(__name__)
+_log = steady("exactly_once.transports.rocketmq4")
 
 
 def problems(

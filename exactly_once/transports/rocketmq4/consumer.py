@@ -48,7 +48,7 @@ from exactly_once.wording.steady_log import steady
 
 __all__ = ["RocketMQ4Consumer"]
 
-_log = steady(__name__)
+_log = steady("exactly_once.transports.rocketmq4")
 
 CONSUME_SUCCESS: Final = 0
 RECONSUME_LATER: Final = 1

@@ -41,7 +41,7 @@ from exactly_once.wording.steady_log import steady
 
 __all__ = ["RocketMQ4Producer"]
 
-_log = steady(__name__)
+_log = steady("exactly_once.transports.rocketmq4")
 
 TRY_FOR_S: Final = 1.0
 AGAIN_AFTER_S: Final = 0.05

@@ -16,7 +16,7 @@ from exactly_once.wording.steady_log import steady
 
 __all__ = ["FINE", "begun", "refused_acknowledgements", "refused_renewals", "tell"]
 
-log = steady(__name__)
+log = steady("exactly_once.transports.rocketmq5")
 
 FINE: Final = frozenset({Code.OK, Code.MULTIPLE_RESULTS, Code.MESSAGE_NOT_FOUND})
 PATIENCE_S: Final = 8.0  # calls carry their own deadline of 5 s; this bounds a loop that is stuck

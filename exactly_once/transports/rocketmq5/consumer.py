@@ -44,7 +44,7 @@ from exactly_once.wording.steady_log import steady
 
 __all__ = ["RocketMQ5Consumer"]
 
-log = steady(__name__)
+log = steady("exactly_once.transports.rocketmq5")
 
 MOST_POLLS: Final = 4  # a broker, without order: as many as the one event loop of the client can decode
 MOST_ORDERED_POLLS: Final = 16

@@ -20,7 +20,7 @@ from exactly_once.wording.steady_log import steady
 
 __all__ = ["Membership"]
 
-log = steady(__name__)
+log = steady("exactly_once.transports.rocketmq5")
 
 FIRST_PAUSE_S: Final = 0.25
 LONGEST_PAUSE_S: Final = 1.0  # between two tries to reach a proxy that is away
