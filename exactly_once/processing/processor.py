@@ -304,7 +304,7 @@ class Delivering:
                 case How.TRANSIENT if works and not looked:
                     # it can by now: what was said of the store may have been true a moment ago. Said once more, it is a
                     # failure of this message
-                    looked, transient = True, 1
+                    looked, transient = True, _TRANSIENT_TRIES
                 case How.FAILED if ended.stop is None and immediate < self._immediate(ended.error, foreign):
                     immediate += 1
                 case How.IN_PROGRESS if ended.stop is None:

@@ -219,6 +219,30 @@ def test_a_connection_that_is_killed_is_run_again_at_once_whatever_the_handler_m
 
 
 @each_way
+@on("mariadb", "postgres")
+def test_a_connection_that_ends_in_each_run_is_a_failure_after_a_few(shop: Shop, way: Way) -> None:
+    """A body too large for the server does that, and a statement that a watchdog kills."""
+    runs: list[int] = []
+
+    def do(session: Session, no: Any) -> None:
+        runs.append(1)
+        put(session, f"{no} before")
+        mariadb = shop.engine.dialect.name != "postgresql"
+        number = session.execute(text("SELECT CONNECTION_ID()" if mariadb else "SELECT pg_backend_pid()")).scalar_one()
+        with shop.outside.begin() as outside:
+            outside.execute(text(f"KILL {number}" if mariadb else f"SELECT pg_terminate_backend({number}, 10000)"))
+        put(session, f"{no} after")
+
+    way.handles(shop, do, retry=ONE_TRY)
+    assert way.deliver(shop, [order(1)]) == [F]
+    # one, the four that a loss of the moment is worth, and one behind the look that found the store at work
+    assert len(runs) == 6
+    assert shop.failure().attempts == 1
+    assert shop.effects() == []
+    shop.borrow()
+
+
+@each_way
 @on("mariadb")
 def test_a_deadlock_that_a_procedure_swallows_is_run_again_at_once(shop: Shop, way: Way) -> None:
     mariadb_procedures(
