@@ -18,7 +18,7 @@ from benchmarks.stage import Stage
 from exactly_once import ExactlyOnce, Lease, Message, Outcome, Transaction
 from exactly_once.claim import ClaimRow
 from exactly_once.database.store import Store
-from exactly_once.guards.lease.contract import Held, LeaseStore
+from exactly_once.guards.lease.contract import HeldLease, LeaseStore
 from exactly_once.guards.lease.redis import RedisLeases
 from exactly_once.guards.lease.sql import SqlLeases
 from exactly_once.redis.connection import RedisConnection
@@ -61,7 +61,7 @@ def _renewed(where: str, store: LeaseStore, beats: int) -> Figure:
         seen = store.claim(row, token, LEASE, also=b"", steps=False)
         if not seen.won:
             raise WrongRows(f"{row.key} was not free")
-        held.append(Held(row, token, 1, LEASE))
+        held.append(HeldLease(row, token, 1, LEASE))
     took: list[float] = []
     walls: list[float] = []
     for _ in range(beats + 1):

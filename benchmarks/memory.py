@@ -20,7 +20,7 @@ from benchmarks.measure import Figure, WrongRows
 from benchmarks.orders import messages
 from benchmarks.shop import application, make_tables
 from benchmarks.stage import Stage
-from exactly_once.service.worker_service import Serving
+from exactly_once.service.worker_service import WorkerService
 from exactly_once.testing.child import wait_until
 from exactly_once.testing.postgres import EmbeddedPostgres
 
@@ -73,7 +73,7 @@ def _resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _acknowledged(worker: Serving, count: int) -> bool:
+def _acknowledged(worker: WorkerService, count: int) -> bool:
     return worker.counts.acked >= count
 
 

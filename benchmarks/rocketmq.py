@@ -151,7 +151,7 @@ class _Turns:
         transport = transport_from(self._url, Surroundings())
         count = Count()
         stopped = Event()
-        consumers = transport.subscribe(group, [Subscription(topic, largest_group=SET)])
+        consumers = transport.subscribe(group, [Subscription(topic, largest_batch=SET)])
 
         def turn(consumer: Consumer) -> None:
             while not stopped.is_set():

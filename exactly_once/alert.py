@@ -1,6 +1,6 @@
 """What a person should be told of at once: a message kept for them, or a run that goes on for too long.
 
-An ERROR line in the log for each, and the application's own hook, `ExactlyOnce(alert=...)`. Called by `delivery` and by
+An ERROR line in the log for each, and the application's own hook, `ExactlyOnce(alert=...)`. Called by `processor` and by
 `leases.renewal`, in whichever thread noticed.
 """
 
@@ -17,7 +17,7 @@ from exactly_once.exceptions.words import trace_of
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped
 
-__all__ = ["Alert", "Hook", "check_hook", "sound"]
+__all__ = ["Alert", "Hook", "check_hook", "raise_alert"]
 
 _log = steady("exactly_once.alert")
 
@@ -62,7 +62,7 @@ def check_hook(hook: Hook) -> None:
         )
 
 
-def sound(hook: Hook | None, alert: Alert) -> None:
+def raise_alert(hook: Hook | None, alert: Alert) -> None:
     """Log an alert and call the application's hook; what the hook raises is logged, and changes nothing."""
     reason = escaped(alert.reason, 400)
     if alert.what == "parked":

@@ -1,7 +1,7 @@
 """The facade: handlers are registered here, databases are named here, and the three doors open here.
 
 Making one connects to nothing and reads no settings; the first message, claim or worker does. Objects share nothing, so a
-program may have several. What the doors do stands in other rooms: claims in `guards`, a delivery's story in `delivery`,
+program may have several. What the doors do stands in other rooms: claims in `guards`, a delivery's story in `processor`,
 receiving in `worker`.
 """
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from exactly_once.alert import Hook
     from exactly_once.configuration.config import Config
     from exactly_once.database.store import Store
-    from exactly_once.executor.executor import Runner
+    from exactly_once.executor.executor import Executor
     from exactly_once.executor.routing import Route, Router
     from exactly_once.guards.claiming import Claimer
     from exactly_once.guards.lease.stores import LeaseStores
     from exactly_once.redis.connection import RedisConnection, RedisConnections
     from exactly_once.redis.lock import RedisLock
-    from exactly_once.service.worker_service import Serving
+    from exactly_once.service.worker_service import WorkerService
     from exactly_once.transports.contract import Subscription, Transport
     from exactly_once.transports.producer import Producer
 
@@ -265,7 +265,7 @@ class ExactlyOnce(Registrations):
         drain_timeout: timedelta | None = None,
         patience: timedelta | None = None,
         background: bool = False,
-    ) -> "Serving":
+    ) -> "WorkerService":
         """Return a worker over a broker, to be used with `with` or `async with`.
 
         Args:
@@ -282,13 +282,13 @@ class ExactlyOnce(Registrations):
             with eo.worker("memory://test") as worker:
                 worker.drain()
         """
-        from exactly_once.service.worker_service import Serving
+        from exactly_once.service.worker_service import WorkerService
         from exactly_once.wording.redaction import redacted
 
         config = self.config
         router = self._router
         router.require_handlers()
-        return Serving(
+        return WorkerService(
             router,
             self.transport(url),
             concurrency=concurrency or config.concurrency.value,
@@ -326,11 +326,11 @@ class ExactlyOnce(Registrations):
         transport = self.transport(url)
         return Producer(transport.producer(), redacted(url or self._transport_url()))
 
-    def runner(self, concurrency: int) -> "Runner":
+    def executor(self, concurrency: int) -> "Executor":
         """Return what runs deliveries without a worker around it; for the command line. Stop it after use."""
         router = self._router
         router.require_handlers()
-        return router.runner(concurrency)
+        return router.executor(concurrency)
 
     # -- work that must not overlap ------------------------------------------------------------------------------------
 

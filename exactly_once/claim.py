@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-__all__ = ["ClaimRow", "Known", "Leased", "StepRow"]
+__all__ = ["ClaimRow", "ExistingClaim", "LeaseAnswer", "StepRow"]
 
 
 class ClaimRow(NamedTuple):
@@ -22,7 +22,7 @@ class ClaimRow(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class ExistingClaim:
     """A row that stands under the key already."""
 
     status: int
@@ -46,7 +46,7 @@ class StepRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Leased:
+class LeaseAnswer:
     """What stands under a key after a lease was asked for."""
 
     won: bool

@@ -1,8 +1,8 @@
 """What became of a message: `Outcome` for whoever called, a verdict for the worker that has the delivery. Data only.
 
-`Ack` and `Redeliver` go on to the transport, each delivery settled exactly once. `Hold` and `Keep` never reach one: the
-worker keeps the delivery in its hands, renews its invisibility and runs it again, so that waiting does not spend the
-broker's delivery attempts. `Hold` waits for a store, and nothing is received meanwhile; `Keep` waits for another run of
+`Ack` and `Redeliver` go on to the transport, each delivery settled exactly once. `WaitForStore` and `WaitForKey` never reach
+one: the worker keeps the delivery, renews its invisibility and runs it again, so that waiting does not spend the broker's
+delivery attempts. `WaitForStore` waits for a store, and nothing is received meanwhile. `WaitForKey` waits for another run of
 this one key, and everything else goes on.
 """
 
@@ -12,7 +12,7 @@ from datetime import timedelta
 from enum import Enum
 from typing import Any, NoReturn, Protocol
 
-__all__ = ["Ack", "Ending", "Hold", "Keep", "Outcome", "Redeliver", "Said", "Verdict"]
+__all__ = ["Ack", "Outcome", "Redeliver", "RunFuture", "Settlement", "Verdict", "WaitForKey", "WaitForStore"]
 
 
 class Outcome(Enum):
@@ -70,17 +70,17 @@ class Redeliver:
 
 
 @dataclass(frozen=True, slots=True)
-class Hold:
+class WaitForStore:
     """Not run, because the database named `store` does not answer: keep it until it does."""
 
     store: str
 
 
-Verdict = Ack | Redeliver
+Settlement = Ack | Redeliver
 
 
 @dataclass(frozen=True, slots=True)
-class Keep:
+class WaitForKey:
     """Not run, because another run holds its key: run it again after `again`, and after `longest` do `then` instead.
 
     `longest` counts from the moment it was first kept, not from its receive: a delivery that stood behind others has
@@ -90,14 +90,14 @@ class Keep:
 
     again: timedelta
     longest: timedelta
-    then: Verdict
+    then: Settlement
 
 
-Said = Verdict | Hold | Keep
+Verdict = Settlement | WaitForStore | WaitForKey
 """What a run may end with."""
 
 
-class Ending(Protocol):
+class RunFuture(Protocol):
     """What a run will say, to whoever asked for it: a `concurrent.futures.Future`, or what looks like one."""
 
     def add_done_callback(self, callback: Callable[[Any], object], /) -> None:

@@ -138,14 +138,14 @@ def check(connection: "Connection", schema: str | None = None) -> str | None:
     place = f"the schema {schema} of {_place(connection)}" if schema else _place(connection)
     if found is None:
         from exactly_once.alembic.emptied import emptied, told
-        from exactly_once.database.trouble.not_made import not_made, other_schemas, perhaps_dropped, upgrade_command
+        from exactly_once.database.errors.not_made import not_made, other_schemas, perhaps_dropped, upgrade_command
 
         if emptied(connection, schema):
             return told(connection, schema, place, upgrade_command(connection.engine, schema))
         missing = not_made(connection.engine, schema=schema, others=other_schemas(connection))
         return missing + perhaps_dropped(connection)
     if found < HEAD:
-        from exactly_once.database.trouble.not_made import upgrade_command
+        from exactly_once.database.errors.not_made import upgrade_command
 
         return (
             f"The tables of exactly_once in {place} are at version {name_of(found)}, and this program needs {head()}. "

@@ -21,8 +21,8 @@ from sqlalchemy import URL, Connection, Dialect, Engine, create_engine, event, p
 from exactly_once.database.characters import utf8_args
 from exactly_once.database.connections.pooler import IDLE_MS, LINK
 from exactly_once.database.driver_choice import check_driver, with_driver
-from exactly_once.database.trouble.not_made import no_file
-from exactly_once.database.trouble.unusable import silent
+from exactly_once.database.errors.not_made import no_file
+from exactly_once.database.errors.unusable import silent
 from exactly_once.database.url import database_url
 from exactly_once.errors import ConfigurationError, SchemaError, StoreUnavailable
 from exactly_once.wording.redaction import redacted

@@ -5,14 +5,14 @@ Asked at a start, by the doctor and by commands. What waiting mends is a sentenc
 
 from exactly_once.alembic import check
 from exactly_once.database.characters import narrow
-from exactly_once.database.dialects.contract import Trouble
+from exactly_once.database.dialects.contract import ErrorKind
 from exactly_once.database.dialects.firsthand import is_firsthand, kept_firsthand, moment
 from exactly_once.database.dialects.place import as_sessions_begin
+from exactly_once.database.errors.drivers_own import is_of_a_database
+from exactly_once.database.errors.interrupted import interrupted
+from exactly_once.database.errors.unusable import denied, is_denied, is_read_only, read_only, silent, unusable, words
 from exactly_once.database.mysql_session import put_right
 from exactly_once.database.store import WHERE_GIVEN, Store
-from exactly_once.database.trouble.drivers_own import is_of_a_database
-from exactly_once.database.trouble.interrupted import interrupted
-from exactly_once.database.trouble.unusable import denied, is_denied, is_read_only, read_only, silent, unusable, words
 from exactly_once.errors import ConfigurationError, SchemaError
 from exactly_once.exceptions.drivers import is_drivers
 from exactly_once.exceptions.words import words_of
@@ -52,7 +52,7 @@ def problem(store: Store) -> str | None:
         if is_of_a_database(error) or is_drivers(error):  # what we send on the driver itself meets its own errors
             if (refused := refusal(store, error)) is not None:
                 raise ConfigurationError(refused) from error
-            if dialect.trouble(error) is Trouble.UNAVAILABLE and not dialect.hopeless(error):
+            if dialect.error_kind(error) is ErrorKind.UNAVAILABLE and not dialect.hopeless(error):
                 return f"{where} does not answer ({unusable(error, store.engine.url) if ours else words(error)})"
             raise ConfigurationError(
                 f"The database {where} cannot be used: {stopped(words(error))} Check the URL {WHERE_GIVEN}"
@@ -108,7 +108,7 @@ def _found(store: Store) -> tuple[str | None, str | None]:
                 if missing is None:
                     dialect.prepare(connection.connection.dbapi_connection, {}, wait_ms=1000)
             except Exception as error:
-                if believed or dialect.trouble(error) is Trouble.UNAVAILABLE or interrupted(error):
+                if believed or dialect.error_kind(error) is ErrorKind.UNAVAILABLE or interrupted(error):
                     raise
             else:
                 if believed or (missing is None and lacking is None):

@@ -9,7 +9,7 @@ user's migration that called us, or another thread, would lose its own. Inside a
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from exactly_once.database.trouble.unusable import nameless, no_schemas
+from exactly_once.database.errors.unusable import nameless, no_schemas
 from exactly_once.errors import SchemaError
 from exactly_once.wording.redaction import redacted
 
@@ -91,7 +91,7 @@ def climb(operations: Any, schema: str | None, target: int) -> None:
 def _put_back(connection: "Connection", schema: str | None) -> int:
     """Write the row of the version again where it was deleted, and return the version; 0 where there is nothing of ours."""
     from exactly_once.alembic import emptied
-    from exactly_once.database.trouble.not_made import upgrade_command
+    from exactly_once.database.errors.not_made import upgrade_command
 
     if emptied.emptied_of_head(connection, schema):
         connection.execute(_version_table(schema).insert().values(version_num=name_of(HEAD)))

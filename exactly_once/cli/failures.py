@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Row
 from exactly_once.app import ExactlyOnce
 from exactly_once.cli.recorded import Progressing
 from exactly_once.cli.reference import application, one_store, repeated
-from exactly_once.database.dialects.contract import Trouble
+from exactly_once.database.dialects.contract import ErrorKind
 from exactly_once.database.schema import Tables
 from exactly_once.database.store import Store
 from exactly_once.errors import ConfigurationError
@@ -271,7 +271,7 @@ def _carried_out(
 ) -> Part:
     """Decide part by part, showing how far it is; where it is cut off, say what was done."""
     database = Database(
-        store.engine.begin, store.tables, lambda error: store.dialect.trouble(error) is Trouble.TRANSIENT
+        store.engine.begin, store.tables, lambda error: store.dialect.error_kind(error) is ErrorKind.TRANSIENT
     )
     with store.engine.begin() as connection:
         ids = triage.ids(connection, store.tables, chosen)

@@ -16,7 +16,7 @@ from exactly_once.cli.recorded import BadLine, Progressing, messages, opened, si
 from exactly_once.cli.reference import AppOption, application, usable
 from exactly_once.exceptions.words import words_of
 from exactly_once.message import Message
-from exactly_once.outcome import Ack, Ending, Hold, Outcome
+from exactly_once.outcome import Ack, Outcome, RunFuture, WaitForStore
 from exactly_once.transports.contract import Delivery, Features
 from exactly_once.wording.text import escaped, probably, taken
 
@@ -38,7 +38,7 @@ class _Feeding:
         self._wanted = {wanted.topic: wanted.tags for wanted in eo.subscriptions()}
         self.named: list[str] = []
         self.away = False
-        self._runner = eo.runner(concurrency)
+        self._executor = eo.executor(concurrency)
         self._ordered = {wanted.topic for wanted in eo.subscriptions() if wanted.ordered}
         self._most = 2 * concurrency
         self._places = BoundedSemaphore(self._most)
@@ -48,7 +48,7 @@ class _Feeding:
     @property
     def counts(self) -> dict[Outcome, int]:
         """How many ended how."""
-        return {Outcome(name): count for name, count in self._runner.observe().items() if count}
+        return {Outcome(name): count for name, count in self._executor.observe().items() if count}
 
     def feed(self, line: int, message: Message) -> None:
         """Run a message as soon as there is a place for it."""
@@ -93,15 +93,15 @@ class _Feeding:
 
     def stop(self) -> None:
         """End the threads."""
-        self._runner.stop()
+        self._executor.stop()
 
     def _run(self, line: int, message: Message, lane: _Lane | None) -> None:
-        self._runner.run(Delivery(message, None), FILE).add_done_callback(partial(self._finished, line, lane))
+        self._executor.submit(Delivery(message, None), FILE).add_done_callback(partial(self._finished, line, lane))
 
-    def _finished(self, line: int, lane: _Lane | None, future: Ending) -> None:
+    def _finished(self, line: int, lane: _Lane | None, future: RunFuture) -> None:
         if (error := future.exception()) is not None:
             self.leave(line, f"{type(error).__name__}: {escaped(words_of(error), 300)}")
-        elif isinstance(future.result(), Hold):
+        elif isinstance(future.result(), WaitForStore):
             self.away = True
             self.leave(line, "the database does not answer")
         elif not isinstance(future.result(), Ack):

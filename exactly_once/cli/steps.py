@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from exactly_once.app import ExactlyOnce
-from exactly_once.claim import ClaimRow, Leased, StepRow
+from exactly_once.claim import ClaimRow, LeaseAnswer, StepRow
 from exactly_once.cli.failures import AppOption, DatabaseOption, GroupOption
 from exactly_once.cli.reference import application, one_store, repeated
 from exactly_once.database.schema import STEP_BYTES
@@ -103,7 +103,7 @@ def resolve(
 
 def _found(
     key: str, handler: str | None, reference: str | None, group: str | None, database: str | None
-) -> Iterator[tuple[ClaimRow, LeaseStore, Leased]]:
+) -> Iterator[tuple[ClaimRow, LeaseStore, LeaseAnswer]]:
     check_key(key)
     eo = application(reference) if reference else ExactlyOnce()
     store = one_store(eo, database)
@@ -128,7 +128,7 @@ def _nothing(key: str, reference: str | None) -> None:
     raise SystemExit(1)
 
 
-def _state(seen: Leased) -> str:
+def _state(seen: LeaseAnswer) -> str:
     if seen.unfinished is not None:
         return f"committed by something else than its own end, attempt {seen.attempt}: for a person (failures list)"
     if seen.consumed:
@@ -145,7 +145,7 @@ def _told(step: StepRow) -> str:
     return f"finished by attempt {step.attempt}: {escaped(text, _RESULT_CHARACTERS)}"
 
 
-def _plain(row: ClaimRow, seen: Leased) -> dict[str, Any]:
+def _plain(row: ClaimRow, seen: LeaseAnswer) -> dict[str, Any]:
     steps: Sequence[dict[str, Any]] = [
         {
             "name": step.name,

@@ -1,6 +1,6 @@
 """Shows how far a worker is: a live line on a terminal, elsewhere a log line a second at most, only when something changed.
 
-Reads counts and nothing else; a failure with its key is logged where it happens, by `delivery`. Called by the command
+Reads counts and nothing else; a failure with its key is logged where it happens, by `processor`. Called by the command
 line's `run` alone, with a thread of its own.
 """
 

@@ -24,19 +24,19 @@ from exactly_once.database.connections import forked as forked_engines
 from exactly_once.database.connections import loops
 from exactly_once.database.connections.pooler import prepare_threshold
 from exactly_once.database.connections.replaced_file import watch_file
-from exactly_once.database.dialects.contract import Dialect, Trouble
+from exactly_once.database.dialects.contract import Dialect, ErrorKind
 from exactly_once.database.dialects.firsthand import watch_pool
 from exactly_once.database.dialects.place import schema_in
 from exactly_once.database.dialects.refusing import tried
 from exactly_once.database.dialects.registry import dialect_for
 from exactly_once.database.driver_choice import missing_driver
+from exactly_once.database.errors.drivers_own import original
+from exactly_once.database.errors.not_made import not_made, of_the_settings
+from exactly_once.database.errors.unreached import unreached
+from exactly_once.database.errors.whose import came_through
 from exactly_once.database.in_memory import in_memory
 from exactly_once.database.owner import new_owner
 from exactly_once.database.schema import CONSUMING, Tables, tables
-from exactly_once.database.trouble.drivers_own import original
-from exactly_once.database.trouble.not_made import not_made, of_the_settings
-from exactly_once.database.trouble.unreached import unreached
-from exactly_once.database.trouble.whose import came_through
 from exactly_once.database.url import check_options, database_url, remember_parts
 from exactly_once.database.watched.listening import install, install_session
 from exactly_once.database.watched.watch import HOME, elsewhere
@@ -378,7 +378,11 @@ class Store:
                 connection.invalidate()  # before it is rolled back: else a pooler keeps the server's as a stranger has left it
             # this row is not of the application's group, and a table that is partitioned may refuse it alone: whoever claims
             # next is told, and what a claim was refused is waited for
-            if refused is not None or self.dialect.trouble(error) is not Trouble.REFUSED or self._lacks_table(error):
+            if (
+                refused is not None
+                or self.dialect.error_kind(error) is not ErrorKind.REFUSED
+                or self._lacks_table(error)
+            ):
                 return False
         if wants_room and refused is None:
             self._wants_room = False
@@ -416,7 +420,7 @@ class Store:
 
     def away(self, error: BaseException) -> bool:
         """Say whether an error means that the database does not answer."""
-        return self.unreached(error) or self.dialect.trouble(error) is Trouble.UNAVAILABLE
+        return self.unreached(error) or self.dialect.error_kind(error) is ErrorKind.UNAVAILABLE
 
     def gone(self, error: BaseException) -> SchemaError | None:
         """Return what is told of an error that means that our tables were taken away; None of any other."""

@@ -2,7 +2,7 @@
 
 A group is what is waiting: it is never larger than `batch=`, and its first message waits for others no longer than `linger`.
 One group at a time: two would get into each other's way on the rows they lock, and what waits meanwhile is the next group.
-The `runner` takes the groups.
+The `executor` takes the groups.
 """
 
 from collections import deque
@@ -14,13 +14,13 @@ from threading import Lock
 from time import monotonic
 from typing import Final
 
-from exactly_once.executor.future import Pending
+from exactly_once.executor.future import SmallFuture
 from exactly_once.message import Message
-from exactly_once.processing.batch import GroupDelivering
+from exactly_once.processing.batch import BatchProcessor
 from exactly_once.processing.work import Member
 from exactly_once.transports.contract import Features
 
-__all__ = ["FIRST", "FIRST_CALM", "LEAST", "LONGEST", "LONGEST_LIST", "MOST_CALM", "GroupSize", "Grouping", "Waiting"]
+__all__ = ["FIRST", "FIRST_CALM", "LEAST", "LONGEST", "LONGEST_LIST", "MOST_CALM", "BatchSize", "Batching", "Queued"]
 
 LONGEST: Final = timedelta(milliseconds=50)
 """A group of calls that takes longer is followed by smaller ones. Its rows are locked all that time: where processes share rows,
@@ -39,17 +39,17 @@ _LOOK_S: Final = 0.0002
 
 
 @dataclass(slots=True, eq=False)
-class Waiting:
+class Queued:
     """A delivery that waits for its group."""
 
     message: Message
     features: Features
-    future: Pending
+    future: SmallFuture
     since: float
     read: Member | None = None
 
 
-class GroupSize:
+class BatchSize:
     """How many messages the next group takes: more and more, fewer behind a deadlock or a slow group.
 
     A deadlock costs about a second, and growing back at once would find the next one: how many groups must pass without one
@@ -60,7 +60,7 @@ class GroupSize:
         longest: How long one may take.
 
     Example:
-        >>> size = GroupSize(100)
+        >>> size = BatchSize(100)
         >>> size.now
         8
         >>> size.ended(8, timedelta(milliseconds=2), deadlocked=False)
@@ -101,25 +101,25 @@ class GroupSize:
             self._patience = 0
 
 
-class Grouping:
+class Batching:
     """What waits for one handler on one database.
 
     Args:
         handler: Whose; its plan says how many, and how long a message waits for others.
     """
 
-    def __init__(self, handler: GroupDelivering) -> None:
+    def __init__(self, handler: BatchProcessor) -> None:
         self.handler = handler
-        self.size = GroupSize(handler.plan.batch or 1, LONGEST_LIST if handler.plan.in_lists else LONGEST)
+        self.size = BatchSize(handler.plan.batch or 1, LONGEST_LIST if handler.plan.in_lists else LONGEST)
         self._linger_s = handler.plan.linger.total_seconds()
-        self._waiting: deque[Waiting] = deque()
+        self._waiting: deque[Queued] = deque()
         self._taking = False
         self._lock = Lock()
 
-    def add(self, message: Message, features: Features, future: Pending) -> bool:
+    def add(self, message: Message, features: Features, future: SmallFuture) -> bool:
         """Let a delivery wait; True if somebody must begin to take groups, for nobody does."""
         with self._lock:
-            self._waiting.append(Waiting(message, features, future, monotonic()))
+            self._waiting.append(Queued(message, features, future, monotonic()))
             first, self._taking = not self._taking, True
         return first
 
@@ -130,12 +130,12 @@ class Grouping:
             return 0.0
         return max(0.0, waiting[0].since + self._linger_s - monotonic())
 
-    def take(self) -> list[Waiting]:
+    def take(self) -> list[Queued]:
         """Return the next group, oldest first, without those that were given back meanwhile.
 
         Empty: nothing waits, and whoever takes groups ends; the next `add` says that somebody must begin again.
         """
-        group: list[Waiting] = []
+        group: list[Queued] = []
         with self._lock:
             most = self.size.now
             while self._waiting and len(group) < most:
@@ -145,7 +145,7 @@ class Grouping:
             self._taking = bool(group)
         return group
 
-    def members(self, group: Sequence[Waiting]) -> list[Member]:
+    def members(self, group: Sequence[Queued]) -> list[Member]:
         """Return a group as its handler takes it, each message read."""
         read = self.handler.member
         return [one.read or read(one.message, one.features) for one in group]

@@ -2,8 +2,8 @@
 
 Every handler that wants a message gets it, each with its own claim; the delivery is acknowledged when each has finished or is
 parked. One that must be asked again does not stop the others, and those that have finished are duplicates then. A message
-has a transaction of its own, or shares one with others of its handler (`grouping`). Decides nothing about a single handler:
-`delivery` does. The worker calls `run`.
+has a transaction of its own, or shares one with others of its handler (`batching`). Decides nothing about a single handler:
+`processor` does. The worker calls `run`.
 """
 
 from collections import defaultdict
@@ -21,13 +21,13 @@ from sqlalchemy.util import greenlet_spawn
 
 from exactly_once import fork
 from exactly_once.exceptions.words import trace_of
-from exactly_once.executor.batching import Grouping, Waiting
-from exactly_once.executor.fanout import Part, Parts, together
-from exactly_once.executor.future import Pending
+from exactly_once.executor.batching import Batching, Queued
+from exactly_once.executor.fanout import Part, Parts, combine
+from exactly_once.executor.future import SmallFuture
 from exactly_once.message import Message
-from exactly_once.outcome import Ending, Keep, Outcome, Said
-from exactly_once.processing.batch import GroupDelivering, stay
-from exactly_once.processing.processor import Delivering, Told
+from exactly_once.outcome import Outcome, RunFuture, Verdict, WaitForKey
+from exactly_once.processing.batch import BatchProcessor, stay
+from exactly_once.processing.processor import Processor, Result
 from exactly_once.transports.contract import Delivery, Features
 from exactly_once.wording.steady_log import steady
 
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Coroutine
 
-__all__ = ["Find", "Runner", "arun_all", "run_all", "together"]
+__all__ = ["Executor", "Find", "arun_all", "combine", "run_all"]
 
-Find = Callable[[Delivery], Sequence[Delivering]]
+Find = Callable[[Delivery], Sequence[Processor]]
 """Which handlers a delivery is for."""
 
-_One = tuple[Delivery, Features, Sequence[Delivering], Pending]
+_One = tuple[Delivery, Features, Sequence[Processor], SmallFuture]
 
 _log = steady("exactly_once.worker")
 _LOOK_S: Final = 0.001
@@ -57,30 +57,30 @@ def _each_by_itself(features: Features) -> Features:
 
 
 def run_all(
-    found: Sequence[Delivering], message: Message, features: Features, *, pumped: bool = False, foreign: bool = False
-) -> Told:
+    found: Sequence[Processor], message: Message, features: Features, *, pumped: bool = False, foreign: bool = False
+) -> Result:
     """Run all handlers of a message in this thread, one after the other."""
     if len(found) == 1:
         return found[0].run(message, features, pumped=pumped, foreign=foreign)
-    return together([each.run(message, features, pumped=pumped, foreign=foreign) for each in found])
+    return combine([each.run(message, features, pumped=pumped, foreign=foreign) for each in found])
 
 
 async def arun_all(
-    found: Sequence[Delivering], message: Message, features: Features, *, pumped: bool = False, foreign: bool = False
-) -> Told:
+    found: Sequence[Processor], message: Message, features: Features, *, pumped: bool = False, foreign: bool = False
+) -> Result:
     """The same in a loop: async handlers in SQLAlchemy's greenlet, sync ones in a thread beside the loop."""
     import asyncio
 
-    told: list[Told] = []
+    told: list[Result] = []
     for each in found:
         if each.plan.is_async:
             told.append(await greenlet_spawn(each.run, message, features, pumped=pumped, foreign=foreign))
         else:
             told.append(await asyncio.to_thread(_beside, each, message, features, pumped, foreign))
-    return together(told)
+    return combine(told)
 
 
-def _beside(each: Delivering, message: Message, features: Features, pumped: bool, foreign: bool) -> Told:
+def _beside(each: Processor, message: Message, features: Features, pumped: bool, foreign: bool) -> Result:
     """Run it in a thread beside the loop."""
     process = fork.here
     try:
@@ -90,7 +90,7 @@ def _beside(each: Delivering, message: Message, features: Features, pumped: bool
             fork.end(fork.inside())  # this copy of the thread would wait for work that nobody brings
 
 
-class Runner:
+class Executor:
     """Threads and, if any handler is async, a loop of their own.
 
     Args:
@@ -111,8 +111,8 @@ class Runner:
         handlers: Sequence[str] = (),
     ) -> None:
         self._find = find
-        self._work: SimpleQueue[_One | Grouping | None] = SimpleQueue()
-        self._groupings: dict[GroupDelivering, Grouping] = {}
+        self._work: SimpleQueue[_One | Batching | None] = SimpleQueue()
+        self._batchings: dict[BatchProcessor, Batching] = {}
         self._limits = {name: BoundedSemaphore(most) for name, most in limits.items()}
         self._counts = _no_counts()
         self._of_handlers: defaultdict[str, dict[Outcome, int]] = defaultdict(
@@ -137,25 +137,25 @@ class Runner:
         if self._loop is not None:
             self._end_loop()  # a copy of it, if it is the one that forked, turns no further
 
-    def run(self, delivery: Delivery, features: Features) -> Ending:
+    def submit(self, delivery: Delivery, features: Features) -> RunFuture:
         """Begin a delivery and return at once; the result of what is returned is the verdict."""
         found = self._find(delivery)
-        future = Pending()
+        future = SmallFuture()
         if len(found) == 1:
             (one,) = found
-            if isinstance(one, GroupDelivering) and delivery.handler is None:
-                self._wait_for_group(one, delivery, features, future)
+            if isinstance(one, BatchProcessor) and delivery.handler is None:
+                self._wait_for_batch(one, delivery, features, future)
                 return future
         elif found:
             features = _each_by_itself(features)
-            if delivery.handler is None and any(isinstance(each, GroupDelivering) for each in found):
+            if delivery.handler is None and any(isinstance(each, BatchProcessor) for each in found):
                 self._run_apart(delivery, features, found, future)
                 return future
         return self._run_alone(delivery, features, found, future)
 
     def _run_alone(
-        self, delivery: Delivery, features: Features, found: Sequence[Delivering], future: Pending
-    ) -> Ending:
+        self, delivery: Delivery, features: Features, found: Sequence[Processor], future: SmallFuture
+    ) -> RunFuture:
         if self._loop is not None and any(each.plan.is_async for each in found):
             if isinstance(future, Part):
                 return self._on_loop(self._atold(delivery, features, found, noted=True))
@@ -187,8 +187,8 @@ class Runner:
 
     def _turn(self) -> None:
         while (work := self._work.get()) is not None:
-            if isinstance(work, Grouping):
-                self._turn_group(work)
+            if isinstance(work, Batching):
+                self._turn_batch(work)
                 continue
             delivery, features, found, future = work
             if not future.set_running_or_notify_cancel():
@@ -202,7 +202,7 @@ class Runner:
                 self._end(future, told, found[0].plan.name if len(found) == 1 else None)
             del work, delivery, found, future
 
-    def _end(self, future: Pending, told: Told, handler: str | None = None) -> None:
+    def _end(self, future: SmallFuture, told: Result, handler: str | None = None) -> None:
         """End a delivery; or its part, of one handler."""
         if isinstance(future, Part):
             if handler is not None:
@@ -212,96 +212,98 @@ class Runner:
         self._count(told, handler)
         future.set_result(told.verdict)
 
-    def _count(self, told: Told, handler: str | None) -> None:
+    def _count(self, told: Result, handler: str | None) -> None:
         """Count a delivery; where it is for one handler, for that one, too."""
-        if not isinstance(told.verdict, Keep):
+        if not isinstance(told.verdict, WaitForKey):
             with self._counting:
                 self._counts[told.outcome] += 1
                 if handler is not None:
                     self._of_handlers[handler][told.outcome] += 1
 
-    def _note(self, handler: str, told: Told) -> None:
+    def _note(self, handler: str, told: Result) -> None:
         """Count for one of several handlers."""
-        if not isinstance(told.verdict, Keep):
+        if not isinstance(told.verdict, WaitForKey):
             with self._counting:
                 self._of_handlers[handler][told.outcome] += 1
 
-    def _limited(self, delivery: Delivery, features: Features, found: Sequence[Delivering]) -> Told:
+    def _limited(self, delivery: Delivery, features: Features, found: Sequence[Processor]) -> Result:
         pumped = delivery.handler is not None
         if len(found) == 1 and not self._limits:  # what nearly every message is
             return found[0].run(delivery.message, features, pumped=pumped)
-        told: list[Told] = []
+        told: list[Result] = []
         for each in found:
             with self._limits.get(each.plan.name, _NO_LIMIT):
                 told.append(each.run(delivery.message, features, pumped=pumped))
             if len(found) > 1:
                 self._note(each.plan.name, told[-1])
-        return together(told)
+        return combine(told)
 
     # -- groups ------------------------------------------------------------------------------------------------------
 
-    def _run_apart(self, delivery: Delivery, features: Features, found: Sequence[Delivering], future: Pending) -> None:
+    def _run_apart(
+        self, delivery: Delivery, features: Features, found: Sequence[Processor], future: SmallFuture
+    ) -> None:
         """Let a delivery wait for the groups of those handlers that have them; the others run it at once."""
         future.set_running_or_notify_cancel()
         parts = Parts(len(found), partial(self._end, future), future.set_exception)
         for each in found:
             part = Part()
-            part_ends: Ending = part
-            if isinstance(each, GroupDelivering):
-                self._wait_for_group(each, delivery, features, part)
+            part_ends: RunFuture = part
+            if isinstance(each, BatchProcessor):
+                self._wait_for_batch(each, delivery, features, part)
             else:
                 part_ends = self._run_alone(delivery, features, (each,), part)
             part_ends.add_done_callback(parts.ended)
 
-    def _wait_for_group(
-        self, handler: GroupDelivering, delivery: Delivery, features: Features, future: Pending
+    def _wait_for_batch(
+        self, handler: BatchProcessor, delivery: Delivery, features: Features, future: SmallFuture
     ) -> None:
-        grouping = self._groupings.get(handler)
-        if grouping is None:
+        batching = self._batchings.get(handler)
+        if batching is None:
             with self._counting:
-                grouping = self._groupings.setdefault(handler, Grouping(handler))
-        if grouping.add(delivery.message, features, future):
-            self._begin_groups(grouping)
+                batching = self._batchings.setdefault(handler, Batching(handler))
+        if batching.add(delivery.message, features, future):
+            self._begin_batches(batching)
 
-    def _begin_groups(self, grouping: Grouping) -> None:
-        if self._loop is not None and grouping.handler.plan.is_async:
-            self._on_loop(self._aturn_groups(grouping))
+    def _begin_batches(self, batching: Batching) -> None:
+        if self._loop is not None and batching.handler.plan.is_async:
+            self._on_loop(self._aturn_batches(batching))
         else:
-            self._work.put(grouping)
+            self._work.put(batching)
 
-    def _turn_group(self, grouping: Grouping) -> None:
+    def _turn_batch(self, batching: Batching) -> None:
         """Run one group; the next one queues behind what other handlers have waiting."""
-        while (pause := grouping.pause_s()) > 0:
+        while (pause := batching.pause_s()) > 0:
             sleep(min(pause, _LOOK_S))
-        if group := grouping.take():
-            with self._limits.get(grouping.handler.plan.name, _NO_LIMIT):
-                self._run_group(grouping, group)
-            self._work.put(grouping)
+        if group := batching.take():
+            with self._limits.get(batching.handler.plan.name, _NO_LIMIT):
+                self._run_batch(batching, group)
+            self._work.put(batching)
 
-    async def _aturn_groups(self, grouping: Grouping) -> None:
+    async def _aturn_batches(self, batching: Batching) -> None:
         import asyncio
 
-        limit = self._async_limits.get(grouping.handler.plan.name, _NO_LIMIT)
+        limit = self._async_limits.get(batching.handler.plan.name, _NO_LIMIT)
         while True:
-            while (pause := grouping.pause_s()) > 0:
+            while (pause := batching.pause_s()) > 0:
                 await asyncio.sleep(min(pause, _LOOK_S))
-            if not (group := grouping.take()):
+            if not (group := batching.take()):
                 return
             async with self._places, limit:
-                await greenlet_spawn(self._run_group, grouping, group)
+                await greenlet_spawn(self._run_batch, batching, group)
 
-    def _run_group(self, grouping: Grouping, group: Sequence[Waiting]) -> None:
+    def _run_batch(self, batching: Batching, group: Sequence[Queued]) -> None:
         """Run a group and end each of its deliveries; in a greenlet, awaits. Raises only what ends the loop."""
         began = monotonic()
-        leave = self._leave if grouping.handler.plan.is_async else stay
+        leave = self._leave if batching.handler.plan.is_async else stay
         try:
-            found = grouping.handler.run_group(grouping.members(group), leave=leave, meanwhile=grouping.read_ahead())
-            grouping.size.ended(len(group), timedelta(seconds=monotonic() - began), deadlocked=found.deadlocked)
+            found = batching.handler.run_batch(batching.members(group), leave=leave, meanwhile=batching.read_ahead())
+            batching.size.ended(len(group), timedelta(seconds=monotonic() - began), deadlocked=found.deadlocked)
             for one, told in zip(group, found.told, strict=True):
                 if isinstance(told, BaseException):
                     one.future.set_exception(told)
                 else:
-                    self._end(one.future, told, grouping.handler.plan.name)
+                    self._end(one.future, told, batching.handler.plan.name)
         except BaseException as error:  # the worker takes it for "bring it again"; neither thread nor loop ends of it
             self._same_process()
             for one in group:
@@ -382,21 +384,23 @@ class Runner:
         assert self._loop is not None
         self._loop.stop()
 
-    def _on_loop(self, coroutine: "Coroutine[Any, Any, Any]") -> Ending:
+    def _on_loop(self, coroutine: "Coroutine[Any, Any, Any]") -> RunFuture:
         import asyncio
 
         assert self._loop is not None
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    async def _arun(self, delivery: Delivery, features: Features, found: Sequence[Delivering]) -> Said:
+    async def _arun(self, delivery: Delivery, features: Features, found: Sequence[Processor]) -> Verdict:
         alone = len(found) == 1
         one = await self._atold(delivery, features, found, noted=not alone)
         self._count(one, found[0].plan.name if alone else None)
         return one.verdict
 
-    async def _atold(self, delivery: Delivery, features: Features, found: Sequence[Delivering], *, noted: bool) -> Told:
+    async def _atold(
+        self, delivery: Delivery, features: Features, found: Sequence[Processor], *, noted: bool
+    ) -> Result:
         pumped = delivery.handler is not None
-        told: list[Told] = []
+        told: list[Result] = []
         async with self._places:
             for each in found:
                 limit = self._async_limits.get(each.plan.name)
@@ -410,7 +414,7 @@ class Runner:
                     self._same_process()
                 if noted:
                     self._note(each.plan.name, told[-1])
-        return together(told)
+        return combine(told)
 
 
 def _no_counts() -> dict[Outcome, int]:

@@ -10,7 +10,7 @@ from enum import Enum
 from threading import Lock
 from typing import Any, Final
 
-__all__ = ["Pending"]
+__all__ = ["SmallFuture"]
 
 _LOCK: Final = Lock()
 
@@ -25,7 +25,7 @@ class _State(Enum):
 _WAITING, _RUNNING, _CANCELLED, _DONE = _State
 
 
-class Pending:
+class SmallFuture:
     """The end of one run, which is to come. At most one callback."""
 
     __slots__ = ("_callback", "_error", "_result", "_state")

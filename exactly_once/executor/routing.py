@@ -14,15 +14,15 @@ from exactly_once.database.store import Store
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, Reject
 from exactly_once.exceptions.stops import asked_from_outside
 from exactly_once.exceptions.words import words_of
-from exactly_once.executor.executor import Runner, arun_all, run_all
+from exactly_once.executor.executor import Executor, arun_all, run_all
 from exactly_once.failures.due import DueFailures
 from exactly_once.failures.pump import Pump
 from exactly_once.guards.lease.stores import LeaseStores
 from exactly_once.handlers.plan import Plan
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
-from exactly_once.processing.batch import GroupDelivering
-from exactly_once.processing.processor import FOREIGN, Delivering, Told
+from exactly_once.processing.batch import BatchProcessor
+from exactly_once.processing.processor import FOREIGN, Processor, Result
 from exactly_once.transports.contract import Consumer, Delivery, Features, Subscription
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped
@@ -32,16 +32,16 @@ __all__ = ["Route", "Router", "decorated_above"]
 Route = Callable[[Message], str]
 """Names the database a message belongs to."""
 
-_NONE: Final[tuple[Delivering, ...]] = ()
+_NONE: Final[tuple[Processor, ...]] = ()
 _MOST_TOLD: Final = 100  # topics that no handler takes: each is remembered, and the names come from outside
 
 _log = steady("exactly_once.routing")
 
 
-class _Kept(Delivering):
+class _Kept(Processor):
     """Keeps a message for a person that could not be routed, in the first database, or read; never runs its handler."""
 
-    def __init__(self, inner: Delivering, error: ExactlyOnceError) -> None:
+    def __init__(self, inner: Processor, error: ExactlyOnceError) -> None:
         super().__init__(inner.plan, inner.store, inner.group, leases=inner.leases, alert=inner.alert)
         self._error = error
 
@@ -53,7 +53,7 @@ class _Kept(Delivering):
         pumped: bool = False,
         foreign: bool = False,
         beside: bool = False,
-    ) -> Told:
+    ) -> Result:
         return self.recording.failed(message, self.plan.read(message), self._error, features, foreign)
 
 
@@ -84,12 +84,12 @@ class Router:
         self.leases = leases
         self.plans, self.stores, self.group, self._route = tuple(plans), dict(stores), group, route
         self._first = next(iter(self.stores))
-        self._topics: dict[str, dict[str, tuple[Delivering, ...]]] = {}
-        self._names: dict[str, dict[str, Delivering]] = {}
+        self._topics: dict[str, dict[str, tuple[Processor, ...]]] = {}
+        self._names: dict[str, dict[str, Processor]] = {}
         for name, store in self.stores.items():
             delivering = [
                 # let through, duplicates are no part of a group: its claims stand or fall together
-                (GroupDelivering if plan.batch is not None and enforce else Delivering)(
+                (BatchProcessor if plan.batch is not None and enforce else Processor)(
                     plan, store, group, leases=leases, enforce=enforce, alert=alert
                 )
                 for plan in self.plans
@@ -101,7 +101,7 @@ class Router:
         self._only = self._topics[self._first] if route is None else None
         self._told: set[str] = set()
 
-    def find(self, delivery: Delivery) -> Sequence[Delivering]:
+    def find(self, delivery: Delivery) -> Sequence[Processor]:
         """Return the handlers a delivery is for; of a message that comes from the failure store, the one that failed."""
         if delivery.unread is not None:
             return [_Kept(each, delivery.unread) for each in self._of_unread(delivery)]
@@ -109,13 +109,13 @@ class Router:
             return self._failed_before(delivery, delivery.handler)
         return self.matching(delivery.message)
 
-    def _of_unread(self, delivery: Delivery) -> Sequence[Delivering]:
+    def _of_unread(self, delivery: Delivery) -> Sequence[Processor]:
         """Return who is to keep it. Not even its tag may be known: then every handler of the topic, or nobody would."""
         if delivery.handler is not None:
             return self._failed_before(delivery, delivery.handler)
         return self.matching(delivery.message) or self._topics[self._first].get(delivery.message.topic, _NONE)
 
-    def _failed_before(self, delivery: Delivery, handler: str) -> Sequence[Delivering]:
+    def _failed_before(self, delivery: Delivery, handler: str) -> Sequence[Processor]:
         """Ask route= again: what could not be routed was kept in the first database, and is to run in its own.
 
         Elsewhere its claim would not be seen by the message's other copies, and it would be processed twice.
@@ -128,7 +128,7 @@ class Router:
             return _NONE
         return (_Kept(found, Reject(self._unknown(name))),) if unknown else (found,)
 
-    def matching(self, message: Message) -> Sequence[Delivering]:
+    def matching(self, message: Message) -> Sequence[Processor]:
         """Return the handlers of a message on the database it is routed to.
 
         Raises:
@@ -143,7 +143,7 @@ class Router:
             topics = self._topics[name]
         return self._matching(topics, message)
 
-    def _matching(self, topics: Mapping[str, tuple[Delivering, ...]], message: Message) -> Sequence[Delivering]:
+    def _matching(self, topics: Mapping[str, tuple[Processor, ...]], message: Message) -> Sequence[Processor]:
         found = topics.get(message.topic)
         if found is None:
             self._is_nobodys(message.topic)
@@ -177,13 +177,13 @@ class Router:
                 raise
             return f"(it raised {type(error).__name__}: {words_of(error)})"
 
-    def run(self, found: Sequence[Delivering], message: Message) -> Outcome:
+    def run(self, found: Sequence[Processor], message: Message) -> Outcome:
         """Run a message for a consumer loop that is not ours."""
         for each in found if anyone_holds() else ():
             refuse_inside(each.store.engine, "eo.process")
         return _outcome(run_all(found, message, FOREIGN, foreign=True))
 
-    async def arun(self, found: Sequence[Delivering], message: Message) -> Outcome:
+    async def arun(self, found: Sequence[Processor], message: Message) -> Outcome:
         """The same in an event loop."""
         for each in found if anyone_holds() else ():
             refuse_inside(each.store.engine, "eo.aprocess")
@@ -208,9 +208,9 @@ class Router:
             for topic, plans in sorted(wanted.items())
         ]
 
-    def runner(self, concurrency: int) -> Runner:
+    def executor(self, concurrency: int) -> Executor:
         """Return threads, and a loop if any handler is async, that run deliveries; to be stopped by the caller."""
-        return Runner(
+        return Executor(
             self.find,
             threads=concurrency,
             needs_loop=any(plan.is_async for plan in self.plans),
@@ -279,7 +279,7 @@ _NO_HANDLERS: Final = (
 )
 
 
-def _outcome(told: Told) -> Outcome:
+def _outcome(told: Result) -> Outcome:
     if told.raises is not None:
         raise told.raises
     return told.outcome

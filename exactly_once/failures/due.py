@@ -1,6 +1,6 @@
 """What is due of the failure store: taken for running, pushed on, closed. The pump's side of the rows.
 
-Each method is a part of the caller's transaction. What became of a message is written by `delivery`, in
+Each method is a part of the caller's transaction. What became of a message is written by `processor`, in
 `FailureStore.record` and `resolve`; here a row is closed only where nothing else would. Called by the pump.
 """
 

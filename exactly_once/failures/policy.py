@@ -9,7 +9,7 @@ store keeps the message with a time, the broker is told it is done, and the pump
 redelivery is missing or unsafe, cannot wait that long, or where the broker would soon take the message away for good.
 A foreign consumer loop (`process()`) only ever gives back: whoever runs no worker of ours may run no pump either.
 
-Nothing here reads a clock, a store or a message. Called by `delivery`, which has the failure store ask it with
+Nothing here reads a clock, a store or a message. Called by `processor`, which has the failure store ask it with
 the number of failures.
 """
 

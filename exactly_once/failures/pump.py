@@ -19,7 +19,7 @@ from exactly_once.database.connections.pooler import begin_bounded
 from exactly_once.database.dialects.firsthand import kept_firsthand
 from exactly_once.exceptions.words import words_of
 from exactly_once.failures.due import DueFailures, Taken, message_of
-from exactly_once.outcome import Redeliver, Verdict
+from exactly_once.outcome import Redeliver, Settlement
 from exactly_once.transports.contract import Delivery, Features
 from exactly_once.transports.packed_messages import opened
 from exactly_once.wording.steady_log import steady
@@ -157,7 +157,7 @@ class Pump:
                 connection.invalidate()  # before it is rolled back: else a pooler keeps the server's as it is
                 raise
 
-    def settle(self, verdicts: Sequence[tuple[Delivery, Verdict]]) -> None:
+    def settle(self, verdicts: Sequence[tuple[Delivery, Settlement]]) -> None:
         """Put back what was not decided; a decided row says for itself when it is due.
 
         A finished message's row that is still as it was taken is closed: the message was processed or kept under another

@@ -2,7 +2,7 @@
 
 Rows are written in a transaction of their own, after the handler's was rolled back; where that fails, nothing is
 acknowledged. A row has one owner of its next try: `next_attempt_at` NULL means the broker brings the message again, a
-time means the pump does. Called by `delivery`; the `pump` takes what is `due`, and a person's decisions are in `triage`.
+time means the pump does. Called by `processor`; the `pump` takes what is `due`, and a person's decisions are in `triage`.
 
 States: retrying, waiting (not failed, only not yet: it does not count), requeued -> resolved; dead, broken -> requeued or
 discarded by a person.
@@ -44,8 +44,8 @@ from exactly_once.database import claim_rows
 from exactly_once.database.characters import characters_of
 from exactly_once.database.connections.pooler import begin_bounded
 from exactly_once.database.dialects.contract import Dialect
+from exactly_once.database.errors.drivers_own import is_taken
 from exactly_once.database.schema import CONSUMED, KEY_BYTES, UNFINISHED, Tables, all_rows, utcnow
-from exactly_once.database.trouble.drivers_own import is_taken
 from exactly_once.exceptions.words import place_of, words_of
 from exactly_once.failures.large import append, parts_of
 from exactly_once.failures.policy import ByBroker, ByPump, Decision, Park

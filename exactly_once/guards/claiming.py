@@ -14,7 +14,7 @@ from exactly_once import errors
 from exactly_once.claim import ClaimRow
 from exactly_once.database.connections import forked as forked_engines
 from exactly_once.database.connections.pooler import SAID
-from exactly_once.database.dialects.contract import ClaimBusy, Dialect, State, Trouble, raise_for_the_store
+from exactly_once.database.dialects.contract import ClaimBusy, Dialect, ErrorKind, State, raise_for_the_store
 from exactly_once.database.dialects.firsthand import is_firsthand
 from exactly_once.database.dialects.place import schema_in
 from exactly_once.database.dialects.registry import dialect_for
@@ -130,7 +130,7 @@ class Claimer:
                 connection.connection.invalidate(soft=True)
             raise told from busy
         except Exception as error:
-            if dialect.trouble(error) is Trouble.UNAVAILABLE or dialect.unstorable(error):
+            if dialect.error_kind(error) is ErrorKind.UNAVAILABLE or dialect.unstorable(error):
                 # the caller's transaction is lost or aborted, and PostgreSQL would answer its COMMIT without an error
                 connection.invalidate(error)
             elif not is_firsthand(connection):

@@ -1,7 +1,7 @@
 """The contract with whatever remembers claims: what a claim can come back with, and the verbs around a handler.
 
 Called in a thread, or in SQLAlchemy's greenlet under asyncio: never async itself. Called by `attempt`, and by
-`delivery` for a message that has no delivery left.
+`processor` for a message that has no delivery left.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from sqlalchemy.orm import Session
 
 from exactly_once.claim import ClaimRow
-from exactly_once.guards.lease.contract import Held
+from exactly_once.guards.lease.contract import HeldLease
 
 if TYPE_CHECKING:
-    from exactly_once.database.watched.late import Late
+    from exactly_once.database.watched.deferred_watch import DeferredWatch
     from exactly_once.database.watched.watch import Watch
     from exactly_once.redis.lock import RedisLock
 
-__all__ = ["Claim", "Conflict", "Consumed", "Guard", "HookRaised", "InProgress", "OpenOurs", "Unfinished", "Won"]
+__all__ = ["Busy", "Claim", "Conflict", "Consumed", "Guard", "HookRaised", "OpenOurs", "Unfinished", "Won"]
 
 OpenOurs = Callable[[], tuple[Session, Any]]
 """Make a session of our own, beside the handler's."""
@@ -29,13 +29,13 @@ OpenOurs = Callable[[], tuple[Session, Any]]
 class Won:
     """The key is ours.
 
-    `watch` sees that the handler does not end the transaction: from the claim on, or `late`, from the session's first
+    `watch` sees that the handler does not end the transaction: from the claim on, or `deferred_watch`, from the session's first
     statement on. `held` is the lease, `lock` the lock, where that is what makes the key ours.
     """
 
     first_watch: "Watch | None" = None
-    late: "Late | None" = None
-    held: Held | None = None
+    late: "DeferredWatch | None" = None
+    held: HeldLease | None = None
     lock: "RedisLock | None" = None
 
     @property
@@ -59,7 +59,7 @@ class Unfinished:
 
 
 @dataclass(frozen=True, slots=True)
-class InProgress:
+class Busy:
     """Another run holds it. `again`: one more try at once may already see how that run ended. `remaining`: of its lease."""
 
     again: bool = False
@@ -73,7 +73,7 @@ class Conflict:
     fingerprint: bytes
 
 
-Claim = Won | Consumed | InProgress | Conflict | Unfinished
+Claim = Won | Consumed | Busy | Conflict | Unfinished
 
 
 class HookRaised(Exception):

@@ -9,8 +9,8 @@ from sqlalchemy.orm import Session
 from exactly_once import errors
 from exactly_once.claim import ClaimRow
 from exactly_once.database.dialects.contract import Dialect
-from exactly_once.database.watched.late import Late
-from exactly_once.guards.contract import Claim, InProgress, OpenOurs, Won
+from exactly_once.database.watched.deferred_watch import DeferredWatch
+from exactly_once.guards.contract import Busy, Claim, OpenOurs, Won
 from exactly_once.handlers.plan import Lock
 from exactly_once.redis.connection import RedisConnection
 from exactly_once.redis.lock import RedisLock
@@ -43,8 +43,8 @@ class LockGuard:
         try:
             lock.acquire(awaiting=self._awaiting)
         except errors.InProgress:
-            return InProgress(remaining=self._option.expires)
-        return Won(late=Late(session, self._dialect, None), lock=lock)
+            return Busy(remaining=self._option.expires)
+        return Won(late=DeferredWatch(session, self._dialect, None), lock=lock)
 
     def complete(self, session: Session, won: Won) -> None:
         """There is nothing to write."""

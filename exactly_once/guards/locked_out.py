@@ -10,7 +10,7 @@ from typing import Final
 
 from sqlalchemy import Connection, Engine
 
-from exactly_once.database.trouble.contended import is_contended
+from exactly_once.database.errors.contended import is_contended
 from exactly_once.errors import Misuse
 from exactly_once.exceptions.leaves import leaves
 

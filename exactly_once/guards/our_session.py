@@ -1,6 +1,6 @@
 """What is read or written in a session of our own, beside any handler: on another connection where others changed this one.
 
-Called by `delivery` for the order of messages and for what failed, and wherever a claim is looked up.
+Called by `processor` for the order of messages and for what failed, and wherever a claim is looked up.
 """
 
 from collections.abc import Callable
@@ -8,17 +8,17 @@ from typing import Any, Final, TypeVar
 
 from sqlalchemy.orm import Session
 
-from exactly_once.database.dialects.contract import Dialect, Trouble
+from exactly_once.database.dialects.contract import Dialect, ErrorKind
 from exactly_once.database.dialects.firsthand import is_changed, is_firsthand, kept_firsthand, moment
+from exactly_once.database.errors.interrupted import interrupted
 from exactly_once.database.in_memory import in_memory
-from exactly_once.database.trouble.interrupted import interrupted
 from exactly_once.database.watched.watch import let_go
 
 __all__ = ["in_our_session"]
 
 T = TypeVar("T")
 # a server that is away, or a deadlock, is no matter of this connection: the caller decides
-_PASSED_ON: Final = (Trouble.UNAVAILABLE, Trouble.TRANSIENT)
+_PASSED_ON: Final = (ErrorKind.UNAVAILABLE, ErrorKind.TRANSIENT)
 
 
 def in_our_session(open_ours: Callable[[], tuple[Session, Any]], dialect: Dialect, do: Callable[[Session], T]) -> T:
@@ -50,7 +50,7 @@ def in_our_session(open_ours: Callable[[], tuple[Session, Any]], dialect: Dialec
         except Exception as error:
             if not in_memory(session.get_bind().engine):
                 session.invalidate()
-            if believed or dialect.trouble(error) in _PASSED_ON or interrupted(error):
+            if believed or dialect.error_kind(error) in _PASSED_ON or interrupted(error):
                 raise
         finally:
             let_go(session)

@@ -13,34 +13,41 @@ from typing import Any, Final
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
-from exactly_once.claim import ClaimRow, Known
-from exactly_once.database.dialects.contract import ClaimBusy, Dialect, GroupClaims, Trail, Trouble, raise_for_the_store
+from exactly_once.claim import ClaimRow, ExistingClaim
+from exactly_once.database.dialects.contract import (
+    BatchClaims,
+    ClaimBusy,
+    Dialect,
+    ErrorKind,
+    Trail,
+    raise_for_the_store,
+)
 from exactly_once.database.dialects.firsthand import moment, ready
 from exactly_once.database.dialects.refusing import is_refusal, of_nobody, raise_for_the_table, tried
-from exactly_once.database.dialects.registry import group_claims_for
+from exactly_once.database.dialects.registry import batch_claims_for
+from exactly_once.database.errors.interrupted import interrupted
+from exactly_once.database.errors.unreached import unreached
 from exactly_once.database.schema import CONSUMED, UNFINISHED
-from exactly_once.database.trouble.interrupted import interrupted
-from exactly_once.database.trouble.unreached import unreached
 from exactly_once.database.watched.watch import Watch, begin, elsewhere
 from exactly_once.errors import Misuse
 from exactly_once.exceptions.stops import asked_from_outside
-from exactly_once.guards.contract import Claim, Conflict, Consumed, HookRaised, InProgress, OpenOurs, Unfinished, Won
+from exactly_once.guards.contract import Busy, Claim, Conflict, Consumed, HookRaised, OpenOurs, Unfinished, Won
 from exactly_once.guards.lease.sql import SqlLeases
 from exactly_once.guards.our_session import in_our_session
 from exactly_once.handlers.fingerprint import Differs, compare
 
-__all__ = ["GroupClaim", "TransactionGuard", "standing"]
+__all__ = ["BatchClaim", "TransactionGuard", "standing"]
 
 _GROUP_WAIT_MS: Final = 50
 
 
 @dataclass(frozen=True, slots=True)
-class GroupClaim:
+class BatchClaim:
     """What a group's claim came back with."""
 
     won: Won | None
     """The transaction that all the keys that are ours were claimed in; None if none is ours."""
-    others: Mapping[str, Consumed | InProgress | Conflict | Unfinished]
+    others: Mapping[str, Consumed | Busy | Conflict | Unfinished]
     """The keys that are not ours, and why."""
 
 
@@ -71,7 +78,7 @@ class TransactionGuard:
                         return standing(known, row)
                     trail = self._leases.trail_in(connection, row)
                     if trail is Trail.RUNNING:
-                        return InProgress()
+                        return Busy()
                     if trail is Trail.COMMITTED:
                         return Unfinished(known.owner or "")
                     # the look ended what the session's hooks had set up, and the handler's transaction is to have it
@@ -83,18 +90,18 @@ class TransactionGuard:
                     break
             except ClaimBusy as busy:
                 if not (busy.cut and used and self._limit_was_left(session, connection)):
-                    return InProgress(again=busy.again)
+                    return Busy(again=busy.again)
                 asked = self._failed(session, connection, busy, asked, used=used)
             except Exception as error:
                 asked = self._failed(session, connection, error, asked, used=used)
         if not won:  # cleared, and claimed by another before us
             session.rollback()
-            return InProgress(again=True)
+            return Busy(again=True)
         watch = Watch(connection, dialect, dbapi, row.owner, (row,))
         begin(session, watch)
         return Won(watch)
 
-    def claim_group(
+    def claim_batch(
         self,
         session: Session,
         rows: Sequence[ClaimRow],
@@ -102,7 +109,7 @@ class TransactionGuard:
         owner: str,
         patient: bool = True,
         meanwhile: Iterable[object] = (),
-    ) -> "GroupClaim | None":
+    ) -> "BatchClaim | None":
         """Take the keys of a whole group before user code runs; what is not ours is told by its key.
 
         After a claim with winners the session is in the transaction the handler will use; else in none.
@@ -122,7 +129,7 @@ class TransactionGuard:
         """
         # a short bound, or one key in progress would hold all the others
         wait_ms = min(self._wait_ms, _GROUP_WAIT_MS) if patient else 0
-        standing_by_key: Mapping[str, Known | None] | None = None
+        standing_by_key: Mapping[str, ExistingClaim | None] | None = None
         asked: ClaimRow | None = rows[0]
         since = moment()
         while standing_by_key is None:
@@ -141,15 +148,15 @@ class TransactionGuard:
         others = {key: standing(known, by_key[key]) for key, known in standing_by_key.items()}
         if len(others) == len(rows):
             session.rollback()
-            return GroupClaim(None, others)
+            return BatchClaim(None, others)
         ours = [row for row in rows if row.key not in others] if others else rows
         watch = Watch(connection, self._dialect, dbapi, owner, ours)
         begin(session, watch)
-        return GroupClaim(Won(watch), others)
+        return BatchClaim(Won(watch), others)
 
     @cached_property
-    def _groups(self) -> GroupClaims:
-        return group_claims_for(self._dialect)
+    def _groups(self) -> BatchClaims:
+        return batch_claims_for(self._dialect)
 
     def _connected(self, session: Session, since: int) -> tuple[Connection, Any, MutableMapping[Any, Any], bool]:
         """Give the session's connection, prepared, and whether it was used before, and not made since that moment."""
@@ -190,13 +197,13 @@ class TransactionGuard:
 
         Whoever used the connection may have left a role, a time limit or AUTOCOMMIT in it; then no message is to be blamed. A
         connection that nobody used before is believed, and so is what a signal's handler raised on any. What an outage says is
-        not asked again here: `delivery` looks.
+        not asked again here: `processor` looks.
 
         Raises:
             Exception: What failed, in our words where it is an outage.
         """
         dialect = self._dialect
-        away = dialect.trouble(error) is Trouble.UNAVAILABLE or unreached(error, (connection.engine,))
+        away = dialect.error_kind(error) is ErrorKind.UNAVAILABLE or unreached(error, (connection.engine,))
         if used and not away and not interrupted(error) and not dialect.unstorable(error):
             connection.invalidate()
             session.rollback()
@@ -256,7 +263,7 @@ class TransactionGuard:
         """See `Guard.look`."""
         dialect = self._dialect
 
-        def known_of(session: Session) -> Known | None:
+        def known_of(session: Session) -> ExistingClaim | None:
             return dialect.known(session.connection().connection.dbapi_connection, row, end=True, wait=False)
 
         try:
@@ -273,12 +280,12 @@ def _looked(session: Session, statement: str) -> None:
     session.connection().exec_driver_sql(statement)
 
 
-def standing(known: Known | None, row: ClaimRow) -> Consumed | InProgress | Conflict | Unfinished:
+def standing(known: ExistingClaim | None, row: ClaimRow) -> Consumed | Busy | Conflict | Unfinished:
     """Say what a row that stands under our key means for us."""
     if known is None:
-        return InProgress(again=True)  # the row that refused us is gone already: whoever wrote it took it back
+        return Busy(again=True)  # the row that refused us is gone already: whoever wrote it took it back
     if known.status not in (CONSUMED, UNFINISHED):
-        return InProgress()
+        return Busy()
     if isinstance(compare(known.fingerprint, row.fingerprint), Differs):
         return Conflict(known.fingerprint)
     return Unfinished(known.owner or "") if known.status == UNFINISHED else Consumed(known.owner)

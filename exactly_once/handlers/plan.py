@@ -6,7 +6,7 @@
 
 A mistake in the program is a `ConfigurationError` at import, with what to write instead. Nothing here opens, claims,
 commits, retries or logs; the function itself is kept as it was. Called by the facade (plan), the router (matches),
-`config` (moved) and `delivery` (the rest).
+`config` (moved) and `processor` (the rest).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,6 +1,6 @@
 """One attempt: claim, handle, complete, commit, consume. Written once: a thread calls it, and under asyncio a greenlet does.
 
-It never decides on a retry, records no failure and settles nothing; `delivery` does, from how the attempt ended. What a crash
+It never decides on a retry, records no failure and settles nothing; `processor` does, from how the attempt ended. What a crash
 does: see `ending`.
 """
 
@@ -14,17 +14,17 @@ from sqlalchemy.orm import Session
 
 from exactly_once import fork
 from exactly_once.claim import ClaimRow
-from exactly_once.database.dialects.contract import Dialect, Trouble
+from exactly_once.database.dialects.contract import Dialect, ErrorKind
 from exactly_once.database.owner import new_owner
-from exactly_once.database.watched.late import Late
+from exactly_once.database.watched.deferred_watch import DeferredWatch
 from exactly_once.database.watched.watch import let_go
 from exactly_once.errors import ConfigurationError, Misuse, StoreUnavailable
 from exactly_once.exceptions.finishing import finish, finished
-from exactly_once.guards.contract import Conflict, Consumed, Guard, HookRaised, InProgress, Unfinished, Won
+from exactly_once.guards.contract import Busy, Conflict, Consumed, Guard, HookRaised, Unfinished, Won
 from exactly_once.guards.our_session import in_our_session
-from exactly_once.processing.ending import Ended, How, Open, run
+from exactly_once.processing.ending import AttemptEnd, AttemptResult, Open, run
 
-__all__ = ["UNFINISHED", "Ended", "How", "attempt"]
+__all__ = ["UNFINISHED", "AttemptEnd", "AttemptResult", "attempt"]
 
 
 def attempt(
@@ -40,7 +40,7 @@ def attempt(
     also: Callable[[Session, int], object] | None = None,
     failed_before: bool = False,
     enforce: bool = True,
-) -> Ended:
+) -> AttemptResult:
     """Run one message once.
 
     Args:
@@ -70,19 +70,19 @@ def attempt(
     session, handed = open_session()
     won: Won | None = None
     rows: tuple[ClaimRow, ...] = (row,)
-    ended: Ended | None = None
+    ended: AttemptResult | None = None
     try:
         try:
             claim = guard.claim(session, row)
         except StoreUnavailable as error:
-            return Ended(How.AWAY, error)
+            return AttemptResult(AttemptEnd.AWAY, error)
         except ConfigurationError:
             raise  # an engine in AUTOCOMMIT and the like: counting it as this message's failure would park them all
         except HookRaised as hook:
             session.invalidate()
-            return Ended(How.FAILED, told(hook.error))
+            return AttemptResult(AttemptEnd.FAILED, told(hook.error))
         except Exception as error:
-            return Ended(How.FAILED, error)
+            return AttemptResult(AttemptEnd.FAILED, error)
         except BaseException:
             session.invalidate()  # cut off in the middle of a statement: its connection is not used again
             raise
@@ -92,18 +92,18 @@ def attempt(
             case _ if not enforce:
                 # how a team looks before it trusts: run as any other, and watched as any other, only under no claim
                 session.rollback()
-                won, rows = Won(late=Late(session, dialect, None)), ()
+                won, rows = Won(late=DeferredWatch(session, dialect, None)), ()
             case Consumed(owner):
                 return _duplicate(session, open_ours, dialect, also if failed_before else None, owner)
             case Unfinished(owner):
-                return Ended(How.BROKEN, Misuse(UNFINISHED), owner=owner)
-            case InProgress(again, remaining):
-                return Ended(How.IN_PROGRESS, again=again, remaining=remaining)
+                return AttemptResult(AttemptEnd.BROKEN, Misuse(UNFINISHED), owner=owner)
+            case Busy(again, remaining):
+                return AttemptResult(AttemptEnd.IN_PROGRESS, again=again, remaining=remaining)
             case Conflict(fingerprint):
-                return Ended(How.CONFLICT, fingerprint=fingerprint)
+                return AttemptResult(AttemptEnd.CONFLICT, fingerprint=fingerprint)
         assert won is not None
         ended = run(open_ours, session, guard, dialect, rows, won, lambda: handle(handed, won), also, told, foreign)
-        if not rows and ended.how is How.PROCESSED:
+        if not rows and ended.how is AttemptEnd.PROCESSED:
             ended = replace(ended, again=True)
     finally:
         if process is not fork.here:
@@ -122,18 +122,18 @@ def attempt(
                 with suppress(Exception):
                     finished(partial(guard.release, won))
     released = True
-    if ended.how is not How.PROCESSED and not ended.kept:
+    if ended.how is not AttemptEnd.PROCESSED and not ended.kept:
         # after the session's end: its transaction may hold the lock on our own row
-        released, cancelled = finish(partial(guard.release, won, broken=ended.how is How.BROKEN))
+        released, cancelled = finish(partial(guard.release, won, broken=ended.how is AttemptEnd.BROKEN))
         ended = ended.stopped_by(cancelled)
     match ended.how:
-        case How.STOPPED:
+        case AttemptEnd.STOPPED:
             assert ended.error is not None
             raise ended.error
-        case How.BROKEN:
+        case AttemptEnd.BROKEN:
             return ended if ended.owner is not None else replace(ended, owner=row.owner)
         case _:
-            return ended if released else Ended(How.LOST, ended.error, stop=ended.stop)
+            return ended if released else AttemptResult(AttemptEnd.LOST, ended.error, stop=ended.stop)
 
 
 def _duplicate(
@@ -142,7 +142,7 @@ def _duplicate(
     dialect: Dialect,
     also: Callable[[Session, int], object] | None,
     owner: str | None,
-) -> Ended:
+) -> AttemptResult:
     """Nothing runs; a failure row of this message, if there may be one, is closed."""
     if also is not None:
         let_go(session)  # it is the handler's, with its hooks; and it may hold the only connection
@@ -154,14 +154,14 @@ def _duplicate(
         try:
             in_our_session(open_ours, dialect, close)
         except Exception as error:
-            match dialect.trouble(error):
-                case Trouble.UNAVAILABLE:
-                    return Ended(How.AWAY, error)
-                case Trouble.TRANSIENT:
-                    return Ended(How.TRANSIENT, error)
+            match dialect.error_kind(error):
+                case ErrorKind.UNAVAILABLE:
+                    return AttemptResult(AttemptEnd.AWAY, error)
+                case ErrorKind.TRANSIENT:
+                    return AttemptResult(AttemptEnd.TRANSIENT, error)
                 case _:
-                    return Ended(How.FAILED, error)
-    return Ended(How.DUPLICATE, owner=owner)
+                    return AttemptResult(AttemptEnd.FAILED, error)
+    return AttemptResult(AttemptEnd.DUPLICATE, owner=owner)
 
 
 UNFINISHED = (

@@ -1,6 +1,6 @@
 """One attempt at a group of messages of one handler: one claim for all, their handlers on one session, one COMMIT.
 
-All or nothing: whatever fails, every claim and effect of the group is rolled back, and `delivery.group` decides what runs
+All or nothing: whatever fails, every claim and effect of the group is rolled back, and `processing.batch` decides what runs
 again in smaller groups or alone. A process that dies here leaves nothing of the group, or after COMMIT all of it.
 """
 
@@ -17,28 +17,28 @@ from exactly_once.database.dialects.contract import Dialect
 from exactly_once.database.owner import new_owner
 from exactly_once.database.watched.watch import Watch, let_go
 from exactly_once.errors import ConfigurationError, StoreUnavailable
-from exactly_once.guards.contract import Conflict, Consumed, HookRaised, InProgress, Unfinished
+from exactly_once.guards.contract import Busy, Conflict, Consumed, HookRaised, Unfinished
 from exactly_once.guards.transaction import TransactionGuard
-from exactly_once.processing.ending import Ended, How, Open, run
+from exactly_once.processing.ending import AttemptEnd, AttemptResult, Open, run
 
-__all__ = ["GroupEnded", "attempt_group"]
+__all__ = ["BatchAttemptResult", "attempt_batch"]
 
-_BUSY = Ended(How.IN_PROGRESS)
-_NONE_WON = Ended(How.DUPLICATE)
-_NOTHING_KEPT = (How.FAILED, How.TRANSIENT, How.REFUSED, How.IN_PROGRESS)
+_BUSY = AttemptResult(AttemptEnd.IN_PROGRESS)
+_NONE_WON = AttemptResult(AttemptEnd.DUPLICATE)
+_NOTHING_KEPT = (AttemptEnd.FAILED, AttemptEnd.TRANSIENT, AttemptEnd.REFUSED, AttemptEnd.IN_PROGRESS)
 """Of these nothing is written down for the group: its messages would only be tried again."""
 
 
 @dataclass(frozen=True, slots=True)
-class GroupEnded:
+class BatchAttemptResult:
     """How a group's attempt ended, and which of its keys were not ours."""
 
-    ended: Ended
+    ended: AttemptResult
     """Of the messages that were ours, all alike. DUPLICATE: none was; IN_PROGRESS: some key is held, and none was claimed."""
-    others: Mapping[str, Consumed | InProgress | Conflict | Unfinished] = field(default_factory=dict)
+    others: Mapping[str, Consumed | Busy | Conflict | Unfinished] = field(default_factory=dict)
 
 
-def attempt_group(
+def attempt_batch(
     open_session: Open,
     open_ours: Open,
     guard: TransactionGuard,
@@ -50,7 +50,7 @@ def attempt_group(
     foreign: Callable[[BaseException], bool],
     patient: bool = True,
     meanwhile: Iterable[object] = (),
-) -> GroupEnded:
+) -> BatchAttemptResult:
     """Run a group once.
 
     Args:
@@ -79,34 +79,34 @@ def attempt_group(
     watch = None
     try:
         try:
-            claim = guard.claim_group(session, rows, owner=new_owner(), patient=patient, meanwhile=meanwhile)
+            claim = guard.claim_batch(session, rows, owner=new_owner(), patient=patient, meanwhile=meanwhile)
         except StoreUnavailable as error:
-            return GroupEnded(Ended(How.AWAY, error))
+            return BatchAttemptResult(AttemptResult(AttemptEnd.AWAY, error))
         except ConfigurationError:
             raise  # of the program or the server, not of these messages
         except HookRaised as hook:
             session.invalidate()
-            return GroupEnded(Ended(How.FAILED, told(hook.error)))
+            return BatchAttemptResult(AttemptResult(AttemptEnd.FAILED, told(hook.error)))
         except Exception as error:
-            return GroupEnded(Ended(How.FAILED, error))
+            return BatchAttemptResult(AttemptResult(AttemptEnd.FAILED, error))
         except BaseException:
             session.invalidate()  # cut off in the middle of a statement: its connection is not used again
             raise
         if claim is None:
-            return GroupEnded(_BUSY)
+            return BatchAttemptResult(_BUSY)
         won, others = claim.won, claim.others
         if won is None:
-            return GroupEnded(_NONE_WON, others)
+            return BatchAttemptResult(_NONE_WON, others)
         watch = won.watch
         assert watch is not None
         call = partial(handle, session, handed, others, watch)
         ended = run(open_ours, session, guard, dialect, watch.rows, won, call, None, told, foreign)
-        if ended.how is How.STOPPED:
+        if ended.how is AttemptEnd.STOPPED:
             assert ended.error is not None
             raise ended.error
         if ended.stop is not None and ended.how in _NOTHING_KEPT:
             raise ended.stop
-        return GroupEnded(ended, others)
+        return BatchAttemptResult(ended, others)
     finally:
         if process is not fork.here:
             raise fork.inside()

@@ -2,7 +2,7 @@
 
 A group commits as a whole or not at all. When anything in it goes wrong, nothing of it is recorded and nobody is blamed (but
 where a handler committed behind our back, or nobody knows whether COMMIT happened, which is told of each of its messages): it
-is cut in two and tried again, down to single messages, and those have the whole story of `delivery`: tries, failures, dead
+is cut in two and tried again, down to single messages, and those have the whole story of `processor`: tries, failures, dead
 letters. So one bad message costs its group some time, and changes nothing for the rest. A deadlock is no message's fault
 either; then all run alone at once, and the worker makes the next groups smaller. A message that was delivered before runs
 alone from the start.
@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from exactly_once.claim import ClaimRow
-from exactly_once.database.dialects.contract import Trouble
+from exactly_once.database.dialects.contract import ErrorKind
 from exactly_once.database.watched.watch import Watch, flush
 from exactly_once.errors import ConfigurationError, Misuse
 from exactly_once.exceptions.stops import stops
@@ -27,17 +27,17 @@ from exactly_once.guards.transaction import TransactionGuard
 from exactly_once.handlers.one_turn import let_tasks_begin
 from exactly_once.handlers.plan import Reading, check_result
 from exactly_once.message import Message
-from exactly_once.outcome import Hold, Outcome
-from exactly_once.processing.attempt_batch import GroupEnded, attempt_group
-from exactly_once.processing.ending import Ended, How
-from exactly_once.processing.processor import DUPLICATE, PROCESSED, Delivering, Told, as_mistake
-from exactly_once.processing.recording import Owed
-from exactly_once.processing.work import GroupTold, Member
+from exactly_once.outcome import Outcome, WaitForStore
+from exactly_once.processing.attempt_batch import BatchAttemptResult, attempt_batch
+from exactly_once.processing.ending import AttemptEnd, AttemptResult
+from exactly_once.processing.processor import DUPLICATE, PROCESSED, Processor, Result, as_mistake
+from exactly_once.processing.recording import Unrecorded
+from exactly_once.processing.work import BatchResults, Member
 from exactly_once.transports.contract import Features
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped
 
-__all__ = ["GroupDelivering", "stay"]
+__all__ = ["BatchProcessor", "stay"]
 
 _log = steady("exactly_once.delivery")
 _WAITS_S: Final = 2.0
@@ -51,12 +51,12 @@ def stay(error: BaseException) -> None:
 
 @dataclass(slots=True)
 class _Run:
-    """What one `run_group` has found out."""
+    """What one `run_batch` has found out."""
 
     leave: Callable[[BaseException], None]
     """Given what a handler raised that is no `Exception`: raises it on, if the loop ends."""
     meanwhile: Iterable[object]
-    held: Told | None = None
+    held: Result | None = None
     """The store does not answer: what is left is told this."""
     deadlocked: bool = False
     waited_s: float = 0.0
@@ -65,18 +65,18 @@ class _Run:
     """Whom the latest attempt has called the handler for, in that order."""
 
 
-class GroupDelivering(Delivering):
-    """One handler with `batch=` on one database. See `Delivering`."""
+class BatchProcessor(Processor):
+    """One handler with `batch=` on one database. See `Processor`."""
 
     _told_unordered = False
 
-    def run_group(
+    def run_batch(
         self,
         members: Sequence[Member],
         *,
         leave: Callable[[BaseException], None] = stay,
         meanwhile: Iterable[object] = (),
-    ) -> GroupTold:
+    ) -> BatchResults:
         """Tell the story of several deliveries; blocks (in a greenlet: awaits) until all have an end.
 
         Args:
@@ -118,7 +118,7 @@ class GroupDelivering(Delivering):
                 member.told = DUPLICATE
             else:
                 self._alone(member, run)
-        return GroupTold([member.told for member in members if member.told is not None], run.deadlocked)
+        return BatchResults([member.told for member in members if member.told is not None], run.deadlocked)
 
     def _owes(self, row: ClaimRow) -> bool:
         return self.recording.owes and self.recording.owed(row.key) is not None
@@ -174,7 +174,7 @@ class GroupDelivering(Delivering):
             member.told = error
             return
         member.told = told
-        if isinstance(told.verdict, Hold):
+        if isinstance(told.verdict, WaitForStore):
             run.held = told
         if told.outcome is Outcome.IN_PROGRESS and not told.in_handler:
             run.waited_s += monotonic() - began
@@ -188,43 +188,45 @@ class GroupDelivering(Delivering):
         tried = self._attempt(members, run)
         ended = tried.ended
         match ended.how:
-            case How.PROCESSED | How.DUPLICATE | How.BROKEN | How.UNKNOWN:
+            case AttemptEnd.PROCESSED | AttemptEnd.DUPLICATE | AttemptEnd.BROKEN | AttemptEnd.UNKNOWN:
                 self._settle(members, tried, run)
                 self._raise_on(ended, run)
-            case How.FAILED | How.IN_PROGRESS if len(members) > _CUT:
+            case AttemptEnd.FAILED | AttemptEnd.IN_PROGRESS if len(members) > _CUT:
                 middle = len(members) // 2
                 self._together(members[:middle], run)
                 self._together(members[middle:], run)
-            case How.IN_PROGRESS:
+            case AttemptEnd.IN_PROGRESS:
                 for member in members:
                     self._if_free(member, run)
-            case How.REFUSED:
+            case AttemptEnd.REFUSED:
                 for member in members:
                     member.told = self.recording.refuse(ended.error, foreign=False)
             case how:
-                if how is How.AWAY:
+                if how is AttemptEnd.AWAY:
                     self._away(members, ended, run)
                 run.deadlocked = run.deadlocked or self._thrown_away(ended)
                 for member in members:
                     self._alone(member, run)
 
-    def _away(self, members: Sequence[Member], ended: Ended, run: _Run) -> None:
+    def _away(self, members: Sequence[Member], ended: AttemptResult, run: _Run) -> None:
         """The store does not answer: none of these is asked for again now, and what could not be learnt is remembered."""
         run.held = self.recording.away(ended.error)
         if ended.owner is not None:  # whether their claims stand could not be learnt
             for member in members:
-                self.recording.owe(member.row.key, Owed(ended.owner))  # type: ignore[union-attr]
+                self.recording.owe(member.row.key, Unrecorded(ended.owner))  # type: ignore[union-attr]
         self._raise_on(ended, run)
 
-    def _raise_on(self, ended: Ended, run: _Run) -> None:
+    def _raise_on(self, ended: AttemptResult, run: _Run) -> None:
         if ended.stop is not None:
             run.leave(ended.stop)
 
-    def _thrown_away(self, ended: Ended) -> bool:
+    def _thrown_away(self, ended: AttemptResult) -> bool:
         """Whether the server undid it for another transaction's sake; not where a connection was lost."""
         error = ended.error
         return (
-            ended.how is How.TRANSIENT and error is not None and self.store.dialect.trouble(error) is Trouble.TRANSIENT
+            ended.how is AttemptEnd.TRANSIENT
+            and error is not None
+            and self.store.dialect.error_kind(error) is ErrorKind.TRANSIENT
         )
 
     def _if_free(self, member: Member, run: _Run) -> None:
@@ -234,22 +236,22 @@ class GroupDelivering(Delivering):
             return
         tried = self._attempt([member], run)
         match tried.ended.how:
-            case How.IN_PROGRESS:
+            case AttemptEnd.IN_PROGRESS:
                 member.told = self._in_progress(member)
             # what is broken must not run again: its claim stands, and it would be taken for a duplicate
-            case How.PROCESSED | How.DUPLICATE | How.BROKEN | How.UNKNOWN:
+            case AttemptEnd.PROCESSED | AttemptEnd.DUPLICATE | AttemptEnd.BROKEN | AttemptEnd.UNKNOWN:
                 self._settle([member], tried, run)
                 self._raise_on(tried.ended, run)
-            case How.AWAY:
+            case AttemptEnd.AWAY:
                 self._away([member], tried.ended, run)
                 self._alone(member, run)
             case _:
                 self._alone(member, run)
 
-    def _in_progress(self, member: Member) -> Told:
+    def _in_progress(self, member: Member) -> Result:
         return self.recording.wait(Outcome.IN_PROGRESS, member.message, member.reading, member.features, False)
 
-    def _attempt(self, members: Sequence[Member], run: _Run) -> GroupEnded:
+    def _attempt(self, members: Sequence[Member], run: _Run) -> BatchAttemptResult:
         rows = sorted((member.row for member in members if member.row is not None), key=lambda row: row.key)
         guard = self._guard
         assert isinstance(guard, TransactionGuard)
@@ -271,7 +273,7 @@ class GroupDelivering(Delivering):
         began = monotonic()
         patient = not run.waited_s
         try:
-            tried = attempt_group(
+            tried = attempt_batch(
                 self._open,
                 self._ours,
                 guard,
@@ -286,7 +288,7 @@ class GroupDelivering(Delivering):
         except ConfigurationError as error:
             error.store = self.store.name
             raise
-        if tried.ended.how is How.IN_PROGRESS and tried.ended.error is None:
+        if tried.ended.how is AttemptEnd.IN_PROGRESS and tried.ended.error is None:
             run.waited_s += monotonic() - began
         return tried
 
@@ -331,10 +333,10 @@ class GroupDelivering(Delivering):
             let_tasks_begin()
         check_result(result, in_lists=True, handler=plan.name)
 
-    def _settle(self, members: Sequence[Member], tried: GroupEnded, run: _Run) -> None:
+    def _settle(self, members: Sequence[Member], tried: BatchAttemptResult, run: _Run) -> None:
         """Say of each what the group's end means for it."""
         ended, others = tried.ended, tried.others
-        ours = None if ended.how in (How.BROKEN, How.UNKNOWN) else PROCESSED
+        ours = None if ended.how in (AttemptEnd.BROKEN, AttemptEnd.UNKNOWN) else PROCESSED
         for member in members:
             assert member.row is not None
             standing = others.get(member.row.key)
@@ -345,10 +347,10 @@ class GroupDelivering(Delivering):
             else:
                 self._alone(member, run)
 
-    def _told_of(self, member: Member, ended: Ended, reached: Sequence[Member]) -> Told:
+    def _told_of(self, member: Member, ended: AttemptResult, reached: Sequence[Member]) -> Result:
         """The claim of each stands, or may: what became of its effects nobody knows (BROKEN), or the server will say."""
         message, reading, features = member.message, member.reading, member.features
-        if ended.how is How.UNKNOWN:
+        if ended.how is AttemptEnd.UNKNOWN:
             return self.recording.unknown(ended.error, message, reading, features, foreign=False)
         assert ended.error is not None
         assert ended.owner is not None

@@ -23,8 +23,16 @@ from sqlalchemy.orm import Session
 from exactly_once import fork
 from exactly_once.claim import ClaimRow
 from exactly_once.database.connections.one_writer import holding
-from exactly_once.database.dialects.contract import Dialect, Trouble
-from exactly_once.database.watched.watch import DOUBTFUL, HOME, BrokenTransaction, Left, LostTransaction, Watch, flush
+from exactly_once.database.dialects.contract import Dialect, ErrorKind
+from exactly_once.database.watched.watch import (
+    DOUBTFUL,
+    HOME,
+    BrokenTransaction,
+    LostTransaction,
+    TransactionEnd,
+    Watch,
+    flush,
+)
 from exactly_once.errors import InProgress, LeaseLost, Misuse, RefusedResult, StoreUnavailable
 from exactly_once.exceptions.finishing import finish
 from exactly_once.exceptions.leaves import leaves
@@ -33,13 +41,13 @@ from exactly_once.exceptions.words import words_of
 from exactly_once.guards.contract import Consumed, Guard, Unfinished, Won
 from exactly_once.guards.locked_out import locked_out
 
-__all__ = ["PROCESSED", "Ended", "How", "Open", "run"]
+__all__ = ["PROCESSED", "AttemptEnd", "AttemptResult", "Open", "run"]
 
 Open = Callable[[], tuple[Session, Any]]
 """Make a session: the one the core speaks to, and the one the handler is handed (the same, or the AsyncSession around it)."""
 
 
-class How(Enum):
+class AttemptEnd(Enum):
     """How an attempt ended."""
 
     PROCESSED = "processed"
@@ -66,10 +74,10 @@ class How(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class AttemptResult:
     """How an attempt ended, and with what."""
 
-    how: How
+    how: AttemptEnd
     error: BaseException | None = None
     fingerprint: bytes = b""
     again: bool = False
@@ -86,12 +94,12 @@ class Ended:
     answered: bool = False
     """The server refused our COMMIT and still answers: what the error says of the server is not believed without a look."""
 
-    def stopped_by(self, error: BaseException | None) -> "Ended":
+    def stopped_by(self, error: BaseException | None) -> "AttemptResult":
         """Return the same, with what is to be raised on if nothing is yet."""
         return self if error is None or self.stop is not None else replace(self, stop=error)
 
 
-PROCESSED = Ended(How.PROCESSED)
+PROCESSED = AttemptResult(AttemptEnd.PROCESSED)
 
 
 def run(
@@ -105,7 +113,7 @@ def run(
     also: Callable[[Session, int], object] | None,
     told: Callable[[BaseException], BaseException],
     foreign: Callable[[BaseException], bool],
-) -> Ended:
+) -> AttemptResult:
     """From the claim to the end of the COMMIT, and what follows it."""
     process, ended = fork.here, PROCESSED
     try:
@@ -122,7 +130,7 @@ def run(
             also(session, 1 if won.held is None else won.held.attempt)
         flush(session)
         if (settled := guard.complete(session, won)) is not None:
-            return Ended(How.DUPLICATE, owner=settled.owner)
+            return AttemptResult(AttemptEnd.DUPLICATE, owner=settled.owner)
         if (watch := won.watch) is not None:
             watch.check(session)
             watch.committing()
@@ -138,7 +146,7 @@ def run(
         left = partial(_left, open_session, session, guard, dialect, rows, won, told(error), foreign)
         ended, cancelled = finish(left)
         ended = ended.stopped_by(cancelled)
-        if ended.how is not How.PROCESSED:
+        if ended.how is not AttemptEnd.PROCESSED:
             return ended
     try:
         if ended is PROCESSED:
@@ -146,11 +154,11 @@ def run(
         else:
             finish(partial(guard.consume, won))
     except StoreUnavailable as error:
-        return Ended(How.AWAY, error, kept=True, stop=ended.stop)
+        return AttemptResult(AttemptEnd.AWAY, error, kept=True, stop=ended.stop)
     except LeaseLost as error:
-        return Ended(How.LOST, error, stop=ended.stop)
+        return AttemptResult(AttemptEnd.LOST, error, stop=ended.stop)
     except Exception as error:  # committed, and not known to be marked: the redelivery finds out
-        return Ended(How.UNKNOWN, error, kept=True, stop=ended.stop)
+        return AttemptResult(AttemptEnd.UNKNOWN, error, kept=True, stop=ended.stop)
     return ended
 
 
@@ -163,14 +171,14 @@ def _left(
     won: Won,
     error: BaseException,
     foreign: Callable[[BaseException], bool],
-) -> Ended:
+) -> AttemptResult:
     """Say how an attempt ended that raised; what was seen of its transaction weighs more than what was raised."""
     watch = won.watch
     if watch is None:
         return _raised(dialect, won, error, foreign)
-    if watch.committed and watch.left is not Left.BROKEN:
+    if watch.committed and watch.left is not TransactionEnd.BROKEN:
         # a hook of the user's, behind the server's answer: it is done
-        return Ended(How.STOPPED, error, kept=True) if stops(error) else PROCESSED
+        return AttemptResult(AttemptEnd.STOPPED, error, kept=True) if stops(error) else PROCESSED
     unsure = watch.sent and not watch.refused and not watch.committed
     if not watch.sent:
         watch.ask()
@@ -178,12 +186,12 @@ def _left(
     watch.end(session)
     if unsure:
         # where the connection's end decides it, no lease is kept: to let go of one waits for that, and changes no finished claim
-        found = _look_up(open_session, guard, rows, Ended(How.UNKNOWN, error, kept=not dialect.embedded))
+        found = _look_up(open_session, guard, rows, AttemptResult(AttemptEnd.UNKNOWN, error, kept=not dialect.embedded))
         return found.stopped_by(error if stops(error) else None)
     ended = _said(dialect, won, watch, error, why, foreign)
-    if ended.how is not How.BROKEN and watch.rows and not watch.whole:
+    if ended.how is not AttemptEnd.BROKEN and watch.rows and not watch.whole:
         ended = _stands(open_session, guard, watch, ended)
-    if watch.doubtful and ended.how is not How.BROKEN:
+    if watch.doubtful and ended.how is not AttemptEnd.BROKEN:
         # no claim is known to stand, and a procedure may have rolled ours back and committed its own: a copy would repeat it
         return _broken(Misuse(DOUBTFUL), watch.owner, _stop_of(ended), block=True)
     return ended
@@ -196,80 +204,86 @@ def _said(
     error: BaseException,
     why: BaseException,
     foreign: Callable[[BaseException], bool],
-) -> Ended:
+) -> AttemptResult:
     """From what the watch saw, and then from what was raised."""
     stop = error if stops(error) else None
-    if watch.left is Left.BROKEN:
+    if watch.left is TransactionEnd.BROKEN:
         return _broken(watch.error or error, watch.owner, stop, block=watch.replaced or not watch.rows)
     if stop is not None:
-        return Ended(How.STOPPED, stop)
+        return AttemptResult(AttemptEnd.STOPPED, stop)
     ended = _raised(dialect, won, why, foreign)
     return replace(ended, answered=watch.refused) if why is error else ended
 
 
-def _raised(dialect: Dialect, won: Won, error: BaseException, foreign: Callable[[BaseException], bool]) -> Ended:
+def _raised(
+    dialect: Dialect, won: Won, error: BaseException, foreign: Callable[[BaseException], bool]
+) -> AttemptResult:
     """From what was raised alone.
 
     A group ends as its exceptions would if all of them would end so. A broken transaction or a lost lease among them weighs more
     than the rest; a deadlock, or a store that is away, beside an error of the handler's own weighs less.
     """
     if stops(error):
-        return Ended(How.STOPPED, error)
+        return AttemptResult(AttemptEnd.STOPPED, error)
     ends = [_raised_alone(dialect, won, each, foreign) for each in leaves(error)]
     if len(ends) == 1 and (ends[0].error is error or isinstance(error, LostTransaction)):
         return ends[0]
-    for how in (How.BROKEN, How.LOST):
+    for how in (AttemptEnd.BROKEN, AttemptEnd.LOST):
         if (found := next((each for each in ends if each.how is how), None)) is not None:
             return found
-    if any(each.how is How.FAILED for each in ends):
-        return Ended(How.FAILED, error)
-    return next((each for each in ends if each.how is How.AWAY), ends[0])
+    if any(each.how is AttemptEnd.FAILED for each in ends):
+        return AttemptResult(AttemptEnd.FAILED, error)
+    return next((each for each in ends if each.how is AttemptEnd.AWAY), ends[0])
 
 
-def _raised_alone(dialect: Dialect, won: Won, error: BaseException, foreign: Callable[[BaseException], bool]) -> Ended:
+def _raised_alone(
+    dialect: Dialect, won: Won, error: BaseException, foreign: Callable[[BaseException], bool]
+) -> AttemptResult:
     if isinstance(error, BrokenTransaction):  # of a step; the handler may have been told to stop behind it
         stop = error.__cause__
         return _broken(error, None, stop if stop is not None and stops(stop) else None, block=True)
     lost = error.error if isinstance(error, LostTransaction) else None
     if isinstance(lost or error, InProgress):
-        return Ended(
-            How.IN_PROGRESS, lost or error
+        return AttemptResult(
+            AttemptEnd.IN_PROGRESS, lost or error
         )  # of a part that the handler claims, or a lock: not now, no failure
     if lost is not None:
         # a statement that takes longer than the driver waits takes as long the next time; it counts
-        return Ended(How.FAILED if dialect.gave_up(lost) else How.TRANSIENT, lost)
+        return AttemptResult(AttemptEnd.FAILED if dialect.gave_up(lost) else AttemptEnd.TRANSIENT, lost)
     if isinstance(error, RefusedResult):
-        return Ended(How.REFUSED, error)
+        return AttemptResult(AttemptEnd.REFUSED, error)
     if isinstance(error, LeaseLost):
-        return Ended(How.LOST, error)
+        return AttemptResult(AttemptEnd.LOST, error)
     if won.late is not None and isinstance(error, StoreUnavailable) and not error.asked_by_handler:
-        return Ended(How.AWAY, error)  # of a step, or of the session's first statement
+        return AttemptResult(AttemptEnd.AWAY, error)  # of a step, or of the session's first statement
     if isinstance(error, (OSError, EOFError)):
         # a network error of the handler's own; the database's is in `lost`, or comes wrapped
-        return Ended(How.FAILED, error)
-    match dialect.trouble(error):
-        case Trouble.UNAVAILABLE if foreign(error) and not dialect.locked(error):
+        return AttemptResult(AttemptEnd.FAILED, error)
+    match dialect.error_kind(error):
+        case ErrorKind.UNAVAILABLE if foreign(error) and not dialect.locked(error):
             # it counts; and if the store is away as well, it cannot be written down, and the delivery is held. A lock is tried
             # again at once, as any server's is
-            return Ended(How.FAILED, error)
-        case Trouble.TRANSIENT | Trouble.UNAVAILABLE:
-            return Ended(How.TRANSIENT, error)
+            return AttemptResult(AttemptEnd.FAILED, error)
+        case ErrorKind.TRANSIENT | ErrorKind.UNAVAILABLE:
+            return AttemptResult(AttemptEnd.TRANSIENT, error)
         case _:
-            return Ended(How.FAILED, error)
+            return AttemptResult(AttemptEnd.FAILED, error)
 
 
-def _broken(error: BaseException, owner: str | None, stop: BaseException | None, *, block: bool = False) -> Ended:
+def _broken(
+    error: BaseException, owner: str | None, stop: BaseException | None, *, block: bool = False
+) -> AttemptResult:
     told = Misuse(words_of(error)).with_traceback(error.__traceback__)
-    return Ended(How.BROKEN, told, owner=owner, block=block, stop=stop)
+    return AttemptResult(AttemptEnd.BROKEN, told, owner=owner, block=block, stop=stop)
 
 
-def _stands(open_session: Open, guard: Guard, watch: Watch, ended: Ended) -> Ended:
+def _stands(open_session: Open, guard: Guard, watch: Watch, ended: AttemptResult) -> AttemptResult:
     """After the rollback: does this attempt's claim stand all the same? Of a group's, all stand or none does."""
     try:
         found = guard.look(open_session, watch.rows[0])
     except StoreUnavailable as error:
         # not known, and the next claim may find it: whose it is must be remembered until then
-        return Ended(How.AWAY, error, owner=watch.owner, stop=_stop_of(ended))
+        return AttemptResult(AttemptEnd.AWAY, error, owner=watch.owner, stop=_stop_of(ended))
     except Exception:  # whatever it is, the next claim meets it too
         return ended
     if isinstance(found, (Consumed, Unfinished)) and found.owner == watch.owner:
@@ -281,11 +295,11 @@ def _stands(open_session: Open, guard: Guard, watch: Watch, ended: Ended) -> End
     return ended
 
 
-def _stop_of(ended: Ended) -> BaseException | None:
-    return ended.error if ended.how is How.STOPPED else ended.stop
+def _stop_of(ended: AttemptResult) -> BaseException | None:
+    return ended.error if ended.how is AttemptEnd.STOPPED else ended.stop
 
 
-def _look_up(open_session: Open, guard: Guard, rows: Sequence[ClaimRow], ended: Ended) -> Ended:
+def _look_up(open_session: Open, guard: Guard, rows: Sequence[ClaimRow], ended: AttemptResult) -> AttemptResult:
     """After a COMMIT that nobody answered: all our rows there means that all is done. Else nothing is proven, and `ended` stands.
 
     One row of a group says nothing of the others: it may be of a copy that waited for our key and committed it alone. Of
@@ -295,7 +309,7 @@ def _look_up(open_session: Open, guard: Guard, rows: Sequence[ClaimRow], ended: 
     try:
         found = [guard.look(open_session, row) for row in rows]
     except StoreUnavailable as error:
-        return Ended(How.AWAY, error, kept=True)
+        return AttemptResult(AttemptEnd.AWAY, error, kept=True)
     except Exception:  # a look-up that fails leaves the outcome what it was: unknown
         return ended
     if rows and all(isinstance(each, Consumed) for each in found):

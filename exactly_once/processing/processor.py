@@ -36,7 +36,7 @@ from exactly_once.failures.policy import Park, counts_as, spent
 from exactly_once.failures.store import MESSAGE_ID_BYTES, Place
 from exactly_once.guards.contract import Consumed, Guard, Unfinished, Won
 from exactly_once.guards.lease.ledger import StepLedger
-from exactly_once.guards.lease.stores import LeaseStores, Placed, sql_leases
+from exactly_once.guards.lease.stores import LeasePlacement, LeaseStores, sql_leases
 from exactly_once.guards.our_session import in_our_session
 from exactly_once.guards.transaction import TransactionGuard
 from exactly_once.handlers.one_turn import let_tasks_begin
@@ -45,15 +45,15 @@ from exactly_once.handlers.retry import retry_for
 from exactly_once.handlers.steps import AsyncSteps, Steps
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome, Redeliver
-from exactly_once.processing.attempt import UNFINISHED, Ended, How, attempt
+from exactly_once.processing.attempt import UNFINISHED, AttemptEnd, AttemptResult, attempt
 from exactly_once.processing.begun import begun_already
 from exactly_once.processing.ending import Open
-from exactly_once.processing.recording import ACK, DUPLICATE, PROCESSED, UNRECORDED, Owed, Recording, Told
+from exactly_once.processing.recording import ACK, DUPLICATE, PROCESSED, UNRECORDED, Recording, Result, Unrecorded
 from exactly_once.transports.contract import Features
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped, storable
 
-__all__ = ["DUPLICATE", "FOREIGN", "PROCESSED", "Delivering", "Told", "as_mistake"]
+__all__ = ["DUPLICATE", "FOREIGN", "PROCESSED", "Processor", "Result", "as_mistake"]
 
 FOREIGN: Final = Features(redelivers=True, counts_attempts=False)
 """A consumer loop that is not ours: it brings a message back by itself, and nothing else is known of it."""
@@ -71,7 +71,7 @@ _LEARNT_LATE: Final = (
 _log = steady("exactly_once.failures")
 
 
-class Delivering:
+class Processor:
     """One handler on one database, ready to be told of deliveries; made once, at start.
 
     Args:
@@ -100,7 +100,7 @@ class Delivering:
         self.plan, self.store, self.group, self.leases = plan, store, group, leases
         self._enforce, self.alert = enforce, alert
         _check_session(plan, store)
-        self._placed: Placed | None = None
+        self._placed: LeasePlacement | None = None
         self._guard: Guard = self._guarded(plan, store)
         self._open: Open = store.open_async if plan.is_async else store.open
         # for what is not the handler's: no hook of the application's runs in it
@@ -134,7 +134,7 @@ class Delivering:
         pumped: bool = False,
         foreign: bool = False,
         beside: bool = False,
-    ) -> Told:
+    ) -> Result:
         """Tell the whole story of one delivery; blocks (in a greenlet: awaits) until it has an end.
 
         Args:
@@ -145,7 +145,7 @@ class Delivering:
             beside: It asks in an event loop, and this thread is ours.
 
         Returns:
-            Outcome and verdict. A store that does not answer gives `Hold`.
+            Outcome and verdict. A store that does not answer gives `WaitForStore`.
 
         Raises:
             ConfigurationError: The database is set up so that no claim can be trusted.
@@ -186,7 +186,7 @@ class Delivering:
             raise  # of the program or the server: no message is to be blamed for it
         except Exception as error:  # a statement of ours before the attempt: nothing ran, so nothing is acknowledged
             _log.error("message_not_run handler=%s key=%s\n%s", self.plan.name, escaped(row.key), trace_of(error))
-            return Told(Outcome.WAITING, Redeliver(UNRECORDED))
+            return Result(Outcome.WAITING, Redeliver(UNRECORDED))
 
     def row(self, message: Message, reading: Reading) -> ClaimRow:
         """Return what is written when a message's key is claimed; the reading has one."""
@@ -215,7 +215,7 @@ class Delivering:
         foreign: bool,
         former: Sequence[int],
         beside: bool,
-    ) -> Told:
+    ) -> Result:
         sent = False  # COMMIT of a step
 
         def told_of(error: BaseException) -> BaseException:
@@ -265,12 +265,12 @@ class Delivering:
                 failed_before=before,
                 enforce=self._enforce,
             )
-            if ended.how is How.FAILED and ended.error is not None and self.store.unreached(ended.error):
-                ended = replace(ended, how=How.TRANSIENT)  # what was raised does not look like it
-            if ended.stop is not None and ended.how is How.TRANSIENT:
+            if ended.how is AttemptEnd.FAILED and ended.error is not None and self.store.unreached(ended.error):
+                ended = replace(ended, how=AttemptEnd.TRANSIENT)  # what was raised does not look like it
+            if ended.stop is not None and ended.how is AttemptEnd.TRANSIENT:
                 raise ended.stop
             match ended.how:
-                case How.PROCESSED:
+                case AttemptEnd.PROCESSED:
                     self.recording.paid(row.key)
                     self.recording.known(row.key)
                     if before:
@@ -280,7 +280,7 @@ class Delivering:
                     if ended.stop is not None:
                         raise ended.stop
                     return PROCESSED
-                case How.DUPLICATE:
+                case AttemptEnd.DUPLICATE:
                     if self.recording.owes and ended.owner is not None and self.recording.is_owed(row.key, ended.owner):
                         error = Misuse(_LEARNT_LATE)
                         return self._broken(error, ended.owner, message, reading)
@@ -289,25 +289,25 @@ class Delivering:
                     if ended.stop is not None:
                         raise ended.stop
                     return DUPLICATE
-                case How.AWAY:
+                case AttemptEnd.AWAY:
                     if ended.owner is not None:
-                        self.recording.owe(row.key, Owed(ended.owner))
+                        self.recording.owe(row.key, Unrecorded(ended.owner))
                     if ended.stop is not None:
                         raise ended.stop
                     return self.recording.away(ended.error)
-                case How.IN_PROGRESS if ended.again and transient < 1:
+                case AttemptEnd.IN_PROGRESS if ended.again and transient < 1:
                     transient += 1
-                case How.TRANSIENT if transient < _TRANSIENT_TRIES:
+                case AttemptEnd.TRANSIENT if transient < _TRANSIENT_TRIES:
                     transient += 1
-                case How.TRANSIENT if (works := self._works(ended, sent)) is False:
+                case AttemptEnd.TRANSIENT if (works := self._works(ended, sent)) is False:
                     return self.recording.away(ended.error)
-                case How.TRANSIENT if works and not looked:
+                case AttemptEnd.TRANSIENT if works and not looked:
                     # it can by now: what was said of the store may have been true a moment ago. Said once more, it is a
                     # failure of this message
                     looked, transient = True, _TRANSIENT_TRIES
-                case How.FAILED if ended.stop is None and immediate < self._immediate(ended.error, foreign):
+                case AttemptEnd.FAILED if ended.stop is None and immediate < self._immediate(ended.error, foreign):
                     immediate += 1
-                case How.IN_PROGRESS if ended.stop is None:
+                case AttemptEnd.IN_PROGRESS if ended.stop is None:
                     return self._ended(ended, message, reading, features, foreign)
                 case _:
                     told, cancelled = finish(partial(self._ended, ended, message, reading, features, foreign))
@@ -315,26 +315,28 @@ class Delivering:
                         raise stop
                     return told
 
-    def _ended(self, ended: Ended, message: Message, reading: Reading, features: Features, foreign: bool) -> Told:
-        if ended.how is not How.BROKEN and reading.key is not None:
+    def _ended(
+        self, ended: AttemptResult, message: Message, reading: Reading, features: Features, foreign: bool
+    ) -> Result:
+        if ended.how is not AttemptEnd.BROKEN and reading.key is not None:
             self.recording.paid(reading.key)  # it was claimed anew: nothing of an earlier attempt stands
-        if ended.how not in (How.UNKNOWN, How.IN_PROGRESS) and reading.key is not None:
+        if ended.how not in (AttemptEnd.UNKNOWN, AttemptEnd.IN_PROGRESS) and reading.key is not None:
             self.recording.known(reading.key)
         match ended.how:
-            case How.IN_PROGRESS:
+            case AttemptEnd.IN_PROGRESS:
                 wait = self.recording.wait
                 return wait(Outcome.IN_PROGRESS, message, reading, features, foreign, ended.remaining, ended.error)
-            case How.LOST:
+            case AttemptEnd.LOST:
                 return self.recording.wait(Outcome.IN_PROGRESS, message, reading, features, foreign, UNRECORDED)
-            case How.UNKNOWN:
+            case AttemptEnd.UNKNOWN:
                 return self.recording.unknown(ended.error, message, reading, features, foreign)
-            case How.REFUSED:
+            case AttemptEnd.REFUSED:
                 return self.recording.refuse(ended.error, foreign=foreign)
-            case How.CONFLICT:
+            case AttemptEnd.CONFLICT:
                 assert reading.key is not None
                 error = PayloadConflict(self.plan.explain_conflict(ended.fingerprint, message, reading.key))
                 return self.recording.failed(message, reading, error, features, foreign)
-            case How.BROKEN:
+            case AttemptEnd.BROKEN:
                 assert ended.error is not None
                 assert ended.owner is not None
                 return self._broken(ended.error, ended.owner, message, reading, block=ended.block)
@@ -345,7 +347,7 @@ class Delivering:
                 raises = foreign and told.outcome is Outcome.FAILED and is_the_callers(raised)
                 return replace(told, raises=raised) if raises else told
 
-    def _works(self, ended: Ended, sent: bool) -> bool | None:
+    def _works(self, ended: AttemptResult, sent: bool) -> bool | None:
         return None if ended.error is None else self.recording.works(ended.error, spoken=ended.answered or sent)
 
     def _immediate(self, error: BaseException | None, foreign: bool) -> int:
@@ -404,7 +406,7 @@ class Delivering:
 
     # -- what is not a success ---------------------------------------------------------------------------------------
 
-    def _spent(self, message: Message, reading: Reading, row: ClaimRow, features: Features, foreign: bool) -> Told:
+    def _spent(self, message: Message, reading: Reading, row: ClaimRow, features: Features, foreign: bool) -> Result:
         """A message whose deliveries are used up: consumed long ago (only its acks were lost), else parked, never run."""
         if (done := self._done(row, message, reading)) is not None:
             return done
@@ -414,7 +416,7 @@ class Delivering:
         )
         return self.recording.failed(message, reading, error, features, foreign)
 
-    def _done(self, row: ClaimRow, message: Message, reading: Reading) -> Told | None:
+    def _done(self, row: ClaimRow, message: Message, reading: Reading) -> Result | None:
         """Look whether it was done before, without running it."""
         match self._guard.look(self._ours, row):
             case Consumed():
@@ -426,10 +428,10 @@ class Delivering:
 
     def _broken(
         self, error: BaseException, owner: str, message: Message, reading: Reading, *, block: bool = False
-    ) -> Told:
+    ) -> Result:
         """Keep it for a person, with the claim that stands for it; remembered until it is written."""
         assert reading.key is not None
-        self.recording.owe(reading.key, Owed(owner, error, block))
+        self.recording.owe(reading.key, Unrecorded(owner, error, block))
         told = self.recording.record(
             message, reading, error, lambda attempts: Park("broken", words_of(error)), claim_owner=owner, block=block
         )

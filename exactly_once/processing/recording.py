@@ -15,8 +15,8 @@ from uuid import uuid4
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from exactly_once.alert import Alert, Hook, sound
-from exactly_once.database.dialects.contract import Trouble
+from exactly_once.alert import Alert, Hook, raise_alert
+from exactly_once.database.dialects.contract import ErrorKind
 from exactly_once.database.store import Store
 from exactly_once.errors import Reject, StoreUnavailable
 from exactly_once.exceptions.words import words_of
@@ -25,12 +25,12 @@ from exactly_once.failures.store import Failure, FailureStore, text_of
 from exactly_once.guards.our_session import in_our_session
 from exactly_once.handlers.plan import Plan, Reading
 from exactly_once.message import Message
-from exactly_once.outcome import Ack, Hold, Keep, Outcome, Redeliver, Said
+from exactly_once.outcome import Ack, Outcome, Redeliver, Verdict, WaitForKey, WaitForStore
 from exactly_once.transports.contract import Features
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped
 
-__all__ = ["ACK", "DUPLICATE", "PROCESSED", "UNRECORDED", "Owed", "Recording", "Told"]
+__all__ = ["ACK", "DUPLICATE", "PROCESSED", "UNRECORDED", "Recording", "Result", "Unrecorded"]
 
 _RECORD_TRIES: Final = 4  # of each form, where a deadlock or a cut connection was in the way
 UNRECORDED: Final = timedelta(seconds=5)  # neither run nor stored: not in a tight circle
@@ -47,11 +47,11 @@ _log = steady("exactly_once.failures")
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class Result:
     """What became of a delivery for one handler, and what the worker is to do."""
 
     outcome: Outcome
-    verdict: Said
+    verdict: Verdict
     raises: BaseException | None = None
     """What a loop of the caller's is to be raised, once all handlers of the message have run."""
     in_handler: bool = False
@@ -59,7 +59,7 @@ class Told:
 
 
 @dataclass(frozen=True, slots=True)
-class Owed:
+class Unrecorded:
     """What is not written down of a message, because the store went away."""
 
     owner: str
@@ -71,9 +71,9 @@ class Owed:
 
 
 ACK: Final = Ack()
-PROCESSED: Final = Told(Outcome.PROCESSED, ACK)
-DUPLICATE: Final = Told(Outcome.DUPLICATE, ACK)
-_DEAD: Final = Told(Outcome.DEAD, ACK)
+PROCESSED: Final = Result(Outcome.PROCESSED, ACK)
+DUPLICATE: Final = Result(Outcome.DUPLICATE, ACK)
+_DEAD: Final = Result(Outcome.DEAD, ACK)
 
 
 class Recording:
@@ -94,7 +94,7 @@ class Recording:
         self._store, self._group, self._open, self._alert = store, group, open_session, alert
         self.failures = FailureStore(lambda: store.tables)
         self._seen: dict[str, None] = {}
-        self._owed: dict[str, Owed] = {}
+        self._owed: dict[str, Unrecorded] = {}
         self._unknown: dict[str, int] = {}
         self.refused: BaseException | None = None
         """Why this handler is held: it is wrong, and no message."""
@@ -115,7 +115,7 @@ class Recording:
         """Something is not written down."""
         return bool(self._owed)
 
-    def owed(self, key: str) -> Owed | None:
+    def owed(self, key: str) -> Unrecorded | None:
         """What is not written down of this key."""
         return self._owed.get(key)
 
@@ -124,7 +124,7 @@ class Recording:
         owed = self._owed.get(key)
         return owed is not None and owed.owner == owner
 
-    def owe(self, key: str, owed: Owed) -> None:
+    def owe(self, key: str, owed: Unrecorded) -> None:
         """Remember it; not dropped for want of room, for forgotten it would pass for a duplicate."""
         self._owed[key] = owed
 
@@ -142,7 +142,7 @@ class Recording:
         foreign: bool,
         remaining: timedelta | None = None,
         said: BaseException | None = None,
-    ) -> Told:
+    ) -> Result:
         """Not failed, only not now: asked again later, uncounted; near the broker's limit kept in the failure store.
 
         Args:
@@ -163,13 +163,15 @@ class Recording:
             then = Redeliver(decision.delay)
             # under a lease the other run may end at any moment: looked at for a while, at no cost to the broker's attempts
             kept = remaining is not None and not foreign
-            return Told(outcome, Keep(_LOOK_AGAIN, _LOOK_LONGEST, then) if kept else then, in_handler=said is not None)
+            return Result(
+                outcome, WaitForKey(_LOOK_AGAIN, _LOOK_LONGEST, then) if kept else then, in_handler=said is not None
+            )
         error = said or Reject(f"{outcome.value}: not run yet, and the broker would not bring it again")
         return self.record(message, reading, error, lambda attempts: decision, counted=False, outcome=outcome)
 
     def unknown(
         self, error: BaseException | None, message: Message, reading: Reading, features: Features, foreign: bool
-    ) -> Told:
+    ) -> Result:
         """COMMIT was sent and not answered, and its row is not there: the redelivery finds out, for a few times."""
         key = reading.key or ""
         times = self._unknown[key] = self._unknown.get(key, 0) + 1
@@ -201,7 +203,7 @@ class Recording:
         if self._unknown:
             self._unknown.pop(key, None)
 
-    def refuse(self, error: BaseException | None = None, *, foreign: bool) -> Told:
+    def refuse(self, error: BaseException | None = None, *, foreign: bool) -> Result:
         """Hold a handler that is wrong: its messages are neither counted nor kept nor acknowledged until it is mended.
 
         Args:
@@ -216,11 +218,11 @@ class Recording:
                 error,
             )
         again = Redeliver(UNRECORDED)
-        return Told(Outcome.WAITING, again if foreign else Keep(UNRECORDED, _FOR_GOOD, again))
+        return Result(Outcome.WAITING, again if foreign else WaitForKey(UNRECORDED, _FOR_GOOD, again))
 
     def failed(
         self, message: Message, reading: Reading, error: BaseException, features: Features, foreign: bool
-    ) -> Told:
+    ) -> Result:
         """It failed, and counts: tried again as the handler's policy says, or kept for a person."""
         retry = self._retry
 
@@ -247,7 +249,7 @@ class Recording:
         outcome: Outcome = Outcome.FAILED,
         claim_owner: str | None = None,
         block: bool = False,
-    ) -> Told:
+    ) -> Result:
         """Write it down in a new transaction; if that fails, nothing is acknowledged and the message comes again."""
         failure = replace(self.failure(message, reading, error), counted=counted, claim_owner=claim_owner, block=block)
 
@@ -262,16 +264,16 @@ class Recording:
             except Exception as problem:
                 if self.works(problem) is False:
                     return self.away(problem)
-                trouble = self._store.dialect.trouble(problem)
+                trouble = self._store.dialect.error_kind(problem)
                 # whoever holds the table, or a limit of time: what is to be written is not what is wrong
-                waited = trouble is Trouble.TRANSIENT or self._store.dialect.timed_out(problem)
-                if (waited or trouble is Trouble.UNAVAILABLE) and tries < _RECORD_TRIES:
+                waited = trouble is ErrorKind.TRANSIENT or self._store.dialect.timed_out(problem)
+                if (waited or trouble is ErrorKind.UNAVAILABLE) and tries < _RECORD_TRIES:
                     tries += 1
                 elif not waited and (shorter := failure.form.shorter) is not None:
                     failure, tries = replace(failure, form=shorter), 1
                 else:
                     self._unrecorded(failure, problem)
-                    return Told(outcome, Redeliver(UNRECORDED))
+                    return Result(outcome, Redeliver(UNRECORDED))
         _log.log(
             logging.WARNING if counted else logging.INFO,
             "message_failed handler=%s key=%s attempts=%d next=%s error=%s: %s",
@@ -288,16 +290,16 @@ class Recording:
             case Park(state, reason):
                 if state != "discarded":
                     known_by = failure.key or failure.message.message_id or ""
-                    sound(self._alert, Alert("parked", self._group, self._handler, known_by, reason))
+                    raise_alert(self._alert, Alert("parked", self._group, self._handler, known_by, reason))
                 return _DEAD
             case ByPump():
-                return Told(outcome, ACK)  # stored with its time: the pump owns the next try, the broker is done
+                return Result(outcome, ACK)  # stored with its time: the pump owns the next try, the broker is done
             case ByBroker(delay):
                 if failure.key is not None:
                     if len(self._seen) >= _REMEMBERED:
                         self._seen.clear()
                     self._seen[failure.key] = None
-                return Told(outcome, Redeliver(delay))
+                return Result(outcome, Redeliver(delay))
 
     def failure(self, message: Message, reading: Reading, error: BaseException) -> Failure:
         """What is written of a message that is not finished."""
@@ -337,7 +339,7 @@ class Recording:
         """
         if self._store.unreached(problem):
             return False  # whatever was raised there
-        if self._store.dialect.trouble(problem) is not Trouble.UNAVAILABLE:
+        if self._store.dialect.error_kind(problem) is not ErrorKind.UNAVAILABLE:
             return None
         if isinstance(problem, DBAPIError) and not spoken and not _spoke(problem):
             return False
@@ -349,7 +351,7 @@ class Recording:
         self._cannot_until = monotonic() + _LOOKED_S
         return False
 
-    def away(self, error: BaseException | None) -> Told:
+    def away(self, error: BaseException | None) -> Result:
         """The store does not answer: the delivery is held; said in the log once in a while, not for each message."""
         if error is not None:
             self._store.seen(error)
@@ -360,7 +362,7 @@ class Recording:
             words = "" if error is None else words_of(error)
             told = " ".join(filter(None, (escaped(words, 300), self._store.remedy(error))))
             _log.warning("store_away store=%s error=%s", store, told)
-        return Told(Outcome.WAITING, Hold(store))
+        return Result(Outcome.WAITING, WaitForStore(store))
 
 
 def _spoke(problem: BaseException | None) -> bool:

@@ -18,8 +18,8 @@ from typing import Any, Final
 
 from exactly_once import fork
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, StoreUnavailable
+from exactly_once.redis.errors import code, dropped, meaning, secrets, unfit
 from exactly_once.redis.pools import Pools, Side
-from exactly_once.redis.trouble import code, dropped, meaning, secrets, unfit
 from exactly_once.redis.url import checked
 from exactly_once.wording.redaction import redacted
 

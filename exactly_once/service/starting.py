@@ -1,7 +1,7 @@
 """What stands before a worker's start: each server is waited for, and what waiting does not mend is told at once.
 
 In the order that loses nothing: databases and schema, stores of leases, then what the broker says of topics and group. Nothing is
-changed but by a transport's own check. Called by `serving`.
+changed but by a transport's own check. Called by `worker_service`.
 """
 
 from collections.abc import Callable, Sequence

@@ -16,7 +16,7 @@ from exactly_once.database.renamed import claimed_names, told_of_renamed
 from exactly_once.database.store import Store, lacking_characters
 from exactly_once.errors import ForkedProcess
 from exactly_once.exceptions.words import words_of
-from exactly_once.executor.executor import Runner
+from exactly_once.executor.executor import Executor
 from exactly_once.executor.routing import Router
 from exactly_once.service.starting import wait_for_servers
 from exactly_once.transports.contract import Subscription, Transport
@@ -25,7 +25,7 @@ from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import taken
 from exactly_once.worker.worker import Counts, Worker
 
-__all__ = ["Serving"]
+__all__ = ["WorkerService"]
 
 PATIENCE: Final = timedelta(minutes=5)
 """How long a start waits for a server that does not answer; then whoever started us may decide to start us again."""
@@ -48,7 +48,7 @@ _CONCERNED_ENDS_S: Final = 1.0
 _log = steady("exactly_once.worker")
 
 
-class Serving:
+class WorkerService:
     """A worker over one broker.
 
     Args:
@@ -83,14 +83,14 @@ class Serving:
         self._starting: Thread | None = None
         self._failed: str | None = None
         self._worker: Worker | None = None
-        self._runner: Runner | None = None
+        self._executor: Executor | None = None
         self._concerned: Thread | None = None
         self._process = fork.here
         fork.tell(self)
 
     def forked(self) -> None:
         """In a process just forked: the worker is the parent's, and stopping it here is nothing."""
-        self._asked, self._worker, self._runner = Event(), None, None
+        self._asked, self._worker, self._executor = Event(), None, None
         self._concerned = self._starting = None
 
     # -- starting and stopping ---------------------------------------------------------------------------------------
@@ -119,23 +119,23 @@ class Serving:
                 _log.warning("%s", lacking_characters(name, store.lacking))
             self._tell_of_renamed(store)
         told = self._concerns(subscriptions)
-        runner = router.runner(self._concurrency)
+        executor = router.executor(self._concurrency)
         try:
             consumers = [*self._transport.subscribe(router.group, subscriptions), *router.pumps()]
             worker = Worker(
                 consumers,
-                runner.run,
+                executor.submit,
                 capacity=IN_HAND * self._concurrency + GROUPS_IN_HAND * sum(plan.batch or 0 for plan in router.plans),
                 drain_timeout=self.drain_timeout,
                 answers=router.answers,
-                observe=runner.observe,
-                observe_handlers=runner.observe_handlers,
+                observe=executor.observe,
+                observe_handlers=executor.observe_handlers,
             )
             worker.start()
         except BaseException:
-            runner.stop()
+            executor.stop()
             raise
-        self._runner, self._worker = runner, worker
+        self._executor, self._worker = executor, worker
         self._concerned = Thread(target=self._look_again, args=(subscriptions, told), name="eo-concerns", daemon=True)
         self._concerned.start()
         _log.info(
@@ -181,10 +181,10 @@ class Serving:
         self._asked.set()
         if self._starting is not None and self._starting is not current_thread():
             self._starting.join(_LAST_LOOK_S)  # it stops by itself what it has started by then, or starts nothing
-        if self._worker is None or self._runner is None:
+        if self._worker is None or self._executor is None:
             return 0
         given_back = self._worker.stop()
-        self._runner.stop()
+        self._executor.stop()
         if self._concerned is not None:
             self._concerned.join(_CONCERNED_ENDS_S)  # one that is asking a broker is left to end by itself
         return given_back
@@ -210,7 +210,7 @@ class Serving:
                 self.stop()
             ended.set_result(None)
 
-    def __enter__(self) -> "Serving":
+    def __enter__(self) -> "WorkerService":
         if self._background:
             self._start_aside(Future())
         else:
@@ -222,7 +222,7 @@ class Serving:
     ) -> None:
         self.stop()
 
-    async def __aenter__(self) -> "Serving":
+    async def __aenter__(self) -> "WorkerService":
         import asyncio
 
         ended: Future[None] = Future()
@@ -277,14 +277,14 @@ class Serving:
 
     def stuck(self, after: timedelta) -> Sequence[str]:
         """Name the threads that do not turn; none before the start."""
-        if self._worker is None or self._runner is None:
+        if self._worker is None or self._executor is None:
             return ()
-        return [*self._worker.stuck(after), *self._runner.dead()]
+        return [*self._worker.stuck(after), *self._executor.dead()]
 
     def unready(self) -> str | None:
         """Say why nothing is received, or None."""
-        if self._worker is None or self._runner is None:
+        if self._worker is None or self._executor is None:
             return "not started" if self._failed is None else f"not started: {self._failed}"
-        if dead := self._runner.dead():
+        if dead := self._executor.dead():
             return f"ended: {', '.join(dead)}"
         return self._worker.unready() or self._router.unready()

@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 
 from exactly_once.errors import BadBody
 from exactly_once.message import Message
-from exactly_once.outcome import Verdict
+from exactly_once.outcome import Settlement
 
 __all__ = [
     "Away",
@@ -47,14 +47,14 @@ class Delivery:
 class Subscription:
     """What one group wants of one topic: the union over its handlers, since a group must subscribe alike everywhere.
 
-    `tags` is sorted; empty means every tag, and messages without one. `largest_group` is how many messages its
+    `tags` is sorted; empty means every tag, and messages without one. `largest_batch` is how many messages its
     largest group takes: a client that waits in a thread for each message in hand needs as many threads.
     """
 
     topic: str
     tags: tuple[str, ...] = ()
     ordered: bool = False
-    largest_group: int = 1
+    largest_batch: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class Consumer(Protocol):
         due later. A broker that is away is not an error: wait, reconnect, return nothing.
         """
 
-    def settle(self, verdicts: Sequence[tuple[Delivery, Verdict]]) -> None:
+    def settle(self, verdicts: Sequence[tuple[Delivery, Settlement]]) -> None:
         """Carry out each verdict, in the order given.
 
         One that cannot be carried out is logged, for its message comes back by itself. Where ordered, `Redeliver` holds

@@ -25,7 +25,7 @@ from typing import Final
 
 from exactly_once.errors import BadBody
 from exactly_once.message import Message
-from exactly_once.outcome import Redeliver, Verdict
+from exactly_once.outcome import Redeliver, Settlement
 from exactly_once.transports.contract import Delivery
 from exactly_once.transports.inflight import InFlight
 
@@ -119,7 +119,7 @@ class Handoff:
                 return chosen
         return []
 
-    def settle(self, verdicts: Sequence[tuple[Delivery, Verdict]]) -> None:
+    def settle(self, verdicts: Sequence[tuple[Delivery, Settlement]]) -> None:
         """Let the client's thread go, or keep it with its message until the delay has passed."""
         done: list[_Held] = []
         with self._lock:

@@ -22,7 +22,7 @@ from uuid import uuid4
 from exactly_once import fork
 from exactly_once.errors import ConfigurationError, ForkedProcess, TransportError
 from exactly_once.message import Message
-from exactly_once.outcome import Ack, Verdict
+from exactly_once.outcome import Ack, Settlement
 from exactly_once.transports.contract import (
     BrokerProducer,
     Consumer,
@@ -239,7 +239,7 @@ class _MemoryConsumer:
             message = replace(message, attempt=entry.attempts)
         return Delivery(message, (queue, entry, holder))
 
-    def settle(self, verdicts: Sequence[tuple[Delivery, Verdict]]) -> None:
+    def settle(self, verdicts: Sequence[tuple[Delivery, Settlement]]) -> None:
         with self._broker.changed:
             for delivery, verdict in verdicts:
                 queue, entry, holder = delivery.receipt

@@ -5,7 +5,7 @@ settles, never redelivers: a look spends no delivery attempt. What is kept is un
 is in hand, and nothing behind it of its ordering key is handed out. Called by the worker.
 
 How long one was kept goes with it into its run and back, and is written down nowhere: an outage in between, which says
-`Hold`, begins its patience anew, and nothing has to be tidied up behind one that is settled.
+`WaitForStore`, begins its patience anew, and nothing has to be tidied up behind one that is settled.
 """
 
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from itertools import count
 from threading import Condition, Thread
 from time import monotonic
 
-from exactly_once.outcome import Keep
+from exactly_once.outcome import WaitForKey
 from exactly_once.transports.contract import Delivery
-from exactly_once.worker.in_hand import Unsettled
-from exactly_once.worker.outages import Waiting
+from exactly_once.worker.in_hand import InHand
+from exactly_once.worker.outages import Parked
 
-__all__ = ["Kept"]
+__all__ = ["BusyKeys"]
 
 
-class Kept:
+class BusyKeys:
     """What waits for another run to end.
 
     Args:
@@ -33,17 +33,17 @@ class Kept:
 
     def __init__(
         self,
-        run_again: Callable[[Unsettled, Delivery, float], None],
+        run_again: Callable[[InHand, Delivery, float], None],
         changed: Condition,
         stopping: Callable[[], bool],
     ) -> None:
         self._run_again, self._changed, self._stopping = run_again, changed, stopping
         # when it is due, a number that no other has (deliveries do not compare), whose, what, since when
-        self._heap: list[tuple[float, int, Unsettled, Delivery, float]] = []
+        self._heap: list[tuple[float, int, InHand, Delivery, float]] = []
         self._numbers = count()
         self._turning = False
 
-    def keep(self, keep: Keep, unsettled: Unsettled, delivery: Delivery, since: float | None) -> bool:
+    def keep(self, keep: WaitForKey, unsettled: InHand, delivery: Delivery, since: float | None) -> bool:
         """Keep a delivery until its next look.
 
         Args:
@@ -75,9 +75,9 @@ class Kept:
         """How many are kept at this moment."""
         return len(self._heap)
 
-    def give_up(self) -> Waiting:
+    def give_up(self) -> Parked:
         """Return all that waits, and forget it: the worker stops."""
-        waiting: Waiting = {delivery: unsettled for _, _, unsettled, delivery, _ in sorted(self._heap)}
+        waiting: Parked = {delivery: unsettled for _, _, unsettled, delivery, _ in sorted(self._heap)}
         self._heap = []
         return waiting
 

@@ -1,6 +1,6 @@
 """What one consumer handed out and is not settled yet: settles each delivery once, and keeps the rest invisible.
 
-One `Unsettled` for each consumer, with one thread of its own that does both. So a settle that blocks delays no other
+One `InHand` for each consumer, with one thread of its own that does both. So a settle that blocks delays no other
 consumer's extending, and no delivery is ever extended after it was settled. Never receives, never runs, never decides
 a verdict. Called by the worker alone.
 
@@ -15,12 +15,12 @@ from queue import Empty, SimpleQueue
 from time import monotonic, sleep
 from typing import Final
 
-from exactly_once.outcome import Ack, Ending, Verdict
+from exactly_once.outcome import Ack, RunFuture, Settlement
 from exactly_once.transports.contract import Consumer, Delivery
 from exactly_once.wording.steady_log import steady
 from exactly_once.worker.log_throttle import ThrottledLog
 
-__all__ = ["Batch", "Unsettled"]
+__all__ = ["InHand", "Received"]
 
 TURN_S: Final = 1.0
 """A settling thread with nothing to do wakes this often, so that it can be seen to be alive."""
@@ -34,7 +34,7 @@ _LAST_WAIT_S: Final = 0.2
 
 
 @dataclass(eq=False, slots=True)
-class Batch:
+class Received:
     """What one `receive` returned; its deliveries share their clock, so that a message costs no object here."""
 
     received: float
@@ -42,7 +42,7 @@ class Batch:
     """When its deliveries must be extended next, on the monotonic clock."""
 
 
-class Unsettled:
+class InHand:
     """The deliveries of one consumer that are in our hands.
 
     Args:
@@ -53,9 +53,9 @@ class Unsettled:
 
     def __init__(self, consumer: Consumer, name: str, settled: Callable[[int], None]) -> None:
         self.consumer, self.name, self.features = consumer, name, consumer.features
-        self.held: dict[Delivery, Batch] = {}
-        self.running: dict[Delivery, Ending] = {}
-        self.verdicts: SimpleQueue[tuple[Delivery, Verdict] | None] = SimpleQueue()
+        self.held: dict[Delivery, Received] = {}
+        self.running: dict[Delivery, RunFuture] = {}
+        self.verdicts: SimpleQueue[tuple[Delivery, Settlement] | None] = SimpleQueue()
         self.received = self.settled = self.acked = self.redelivered = 0
         self.turned = monotonic()
         self._look = 0.0
@@ -65,12 +65,12 @@ class Unsettled:
     def take(self, deliveries: Sequence[Delivery]) -> None:
         """Note what a receive returned; called by the receiving thread under the worker's lock."""
         now = monotonic()
-        batch = Batch(now, now + self._third())
+        batch = Received(now, now + self._third())
         self.received += len(deliveries)
         for delivery in deliveries:
             self.held[delivery] = batch
 
-    def finish(self, delivery: Delivery, verdict: Verdict) -> bool:
+    def finish(self, delivery: Delivery, verdict: Settlement) -> bool:
         """Have the delivery settled with this verdict, unless it has one already; blocks on nothing.
 
         Returns:
@@ -111,7 +111,7 @@ class Unsettled:
         while 3 * (self.verdicts.qsize() + 1) < len(self.held) and monotonic() < late:
             sleep(_STEP_S)
 
-    def _settle(self, batch: list[tuple[Delivery, Verdict]]) -> None:
+    def _settle(self, batch: list[tuple[Delivery, Settlement]]) -> None:
         """Hand the verdicts to the consumer; after a crash in here the messages come back, and the claims decide."""
         try:
             self.consumer.settle(batch)

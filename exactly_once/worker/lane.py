@@ -11,7 +11,7 @@ from time import monotonic
 from exactly_once.exceptions.words import trace_of
 from exactly_once.wording.steady_log import steady
 from exactly_once.worker.capacity import Seat
-from exactly_once.worker.in_hand import Unsettled
+from exactly_once.worker.in_hand import InHand
 from exactly_once.worker.log_throttle import ThrottledLog
 
 __all__ = ["Lane", "join", "lasting", "on_each"]
@@ -23,7 +23,7 @@ _log = steady("exactly_once.worker")
 class Lane:
     """A consumer, its two threads, and how they are doing."""
 
-    unsettled: Unsettled
+    unsettled: InHand
     seat: Seat = field(default_factory=Seat)
     receiver: Thread = field(init=False)
     settler: Thread = field(init=False)

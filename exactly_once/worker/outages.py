@@ -12,15 +12,15 @@ from typing import Final
 
 from exactly_once.transports.contract import Delivery
 from exactly_once.wording.steady_log import steady
-from exactly_once.worker.in_hand import Unsettled
+from exactly_once.worker.in_hand import InHand
 from exactly_once.worker.log_throttle import ThrottledLog
 
-__all__ = ["Outages", "Waiting"]
+__all__ = ["Outages", "Parked"]
 
 PROBE_S: Final = (0.2, 5.0)
 """A store is asked after the first, and then after twice as long each time, up to the second."""
 
-Waiting = dict[Delivery, Unsettled]
+Parked = dict[Delivery, InHand]
 
 _log = steady("exactly_once.worker")
 
@@ -29,7 +29,7 @@ _log = steady("exactly_once.worker")
 class _Outage:
     store: str
     pause: float
-    waiting: Waiting = field(default_factory=dict)
+    waiting: Parked = field(default_factory=dict)
     ended: float = 0.0
 
 
@@ -46,7 +46,7 @@ class Outages:
     def __init__(
         self,
         answers: Callable[[str], bool],
-        run_again: Callable[[Waiting], None],
+        run_again: Callable[[Parked], None],
         changed: Condition,
         stopping: Callable[[], bool],
     ) -> None:
@@ -68,14 +68,14 @@ class Outages:
         """How many deliveries wait; readable without the lock."""
         return sum(len(outage.waiting) for outage in self._now.copy().values())
 
-    def hold(self, store: str, delivery: Delivery, unsettled: Unsettled) -> None:
+    def hold(self, store: str, delivery: Delivery, unsettled: InHand) -> None:
         """Keep a delivery until this store answers."""
         outage = self._now.get(store)
         if outage is None:
             outage = self._begin(store)
         outage.waiting[delivery] = unsettled
 
-    def park(self, deliveries: Sequence[Delivery], unsettled: Unsettled) -> bool:
+    def park(self, deliveries: Sequence[Delivery], unsettled: InHand) -> bool:
         """Keep what a receive brought that was under way as an outage began: running it would only ask a dead store.
 
         Returns:
@@ -86,9 +86,9 @@ class Outages:
             return True
         return False
 
-    def give_up(self) -> Waiting:
+    def give_up(self) -> Parked:
         """Return all that waits, and forget it: the worker stops."""
-        waiting: Waiting = {}
+        waiting: Parked = {}
         for outage in self._now.values():
             waiting |= outage.waiting
             outage.waiting = {}

@@ -1,15 +1,15 @@
 """Receive, run, settle, stop. Knows no broker, no database and no event loop: `run` gives a future, whoever runs it.
 
-Each consumer has a thread that receives, here, and one that settles and extends, in `unsettled`. Order is the consumers'
+Each consumer has a thread that receives, here, and one that settles and extends, in `in_hand`. Order is the consumers'
 duty: they hand out nothing behind an unsettled message of its ordering key. At most `capacity` messages are in hand
 at any moment, from the receive that asked for them to the end of the settle; that is also the bound on memory.
 
-When a run says `Hold(store)`, the message stays in hand, nothing more is received from anyone, and the store is asked
-until it answers (`outages`); then what was held runs again, oldest first. When a run says `Keep`, its message alone stays
-in hand and runs again a little later (`kept`), until its patience ends; it has its place of `capacity` until then.
+When a run says `WaitForStore(store)`, the message stays in hand, nothing more is received from anyone, and the store is asked
+until it answers (`outages`); then what was held runs again, oldest first. When a run says `WaitForKey`, its message alone stays
+in hand and runs again a little later (`busy_keys`), until its patience ends; it has its place of `capacity` until then.
 
 If the process dies on any line here, what was in hand comes back from the broker, and the claims in the database say
-what of it is done. Made by `serving`.
+what of it is done. Made by `worker_service`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,20 +21,20 @@ from time import monotonic
 from typing import Final
 
 from exactly_once.errors import ConfigurationError, ExactlyOnceError
-from exactly_once.outcome import Ack, Ending, Hold, Keep, Redeliver
+from exactly_once.outcome import Ack, Redeliver, RunFuture, WaitForKey, WaitForStore
 from exactly_once.transports.contract import Consumer, Delivery, Features
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped
-from exactly_once.worker.busy_keys import Kept
+from exactly_once.worker.busy_keys import BusyKeys
 from exactly_once.worker.capacity import Capacity
-from exactly_once.worker.in_hand import Unsettled
+from exactly_once.worker.in_hand import InHand
 from exactly_once.worker.lane import Lane, join, lasting, on_each
 from exactly_once.worker.log_throttle import ThrottledLog
-from exactly_once.worker.outages import Outages, Waiting
+from exactly_once.worker.outages import Outages, Parked
 
 __all__ = ["Counts", "Run", "Worker"]
 
-Run = Callable[[Delivery, Features], Ending]
+Run = Callable[[Delivery, Features], RunFuture]
 
 POLL: Final = timedelta(seconds=1)
 """The longest a quiet receive waits; also the tick at which a full worker keeps its sessions alive."""
@@ -110,7 +110,7 @@ class Worker:
         self._poll, self._wait = poll, poll if capacity > len(consumers) else min(poll, SHORT_POLL)
         self._changed = Condition()
         self._outages = Outages(answers, self._run_again, self._changed, lambda: self._stopping)
-        self._kept = Kept(self._begin, self._changed, lambda: self._stopping)
+        self._kept = BusyKeys(self._begin, self._changed, lambda: self._stopping)
         self._capacity = Capacity(capacity, self._changed, lambda: bool(self._outages))
         self._stopping = self._done = False
         self._stopped = Event()
@@ -120,7 +120,7 @@ class Worker:
         self._lanes: list[Lane] = []
         for n, consumer in enumerate(consumers, 1):
             name = f"consumer {n} ({type(consumer).__name__})"
-            lane = Lane(Unsettled(consumer, name, self._has_settled))
+            lane = Lane(InHand(consumer, name, self._has_settled))
             lane.receiver = lasting(f"receive: {name}", partial(self._receive, lane), self._breathe, self._throttled)
             lane.settler = lasting(f"settle: {name}", lane.unsettled.work, self._breathe, self._throttled)
             self._lanes.append(lane)
@@ -281,7 +281,7 @@ class Worker:
             for delivery in got:
                 self._begin(unsettled, delivery)
 
-    def _begin(self, unsettled: Unsettled, delivery: Delivery, since: float | None = None) -> None:
+    def _begin(self, unsettled: InHand, delivery: Delivery, since: float | None = None) -> None:
         """Have it run; `since` is when it was first kept, if it was."""
         if self._done:
             return
@@ -293,7 +293,7 @@ class Worker:
             unsettled.running[delivery] = future
             future.add_done_callback(partial(self._finish, unsettled, delivery, since))
 
-    def _finish(self, unsettled: Unsettled, delivery: Delivery, since: float | None, done: Ending) -> None:
+    def _finish(self, unsettled: InHand, delivery: Delivery, since: float | None, done: RunFuture) -> None:
         """Called by whichever thread ended the run: blocks on nothing, raises nothing."""
         unsettled.running.pop(delivery, None)
         try:
@@ -303,13 +303,13 @@ class Worker:
             return
         if type(said) is Ack or type(said) is Redeliver:
             unsettled.finish(delivery, said)
-        elif type(said) is Hold:
+        elif type(said) is WaitForStore:
             with self._changed:
                 if not self._stopping:
                     self._outages.hold(said.store, delivery, unsettled)
                     return
             self._give_back(unsettled, delivery)
-        elif type(said) is Keep:
+        elif type(said) is WaitForKey:
             with self._changed:
                 stopping = self._stopping
                 kept = not stopping and self._kept.keep(said, unsettled, delivery, since)
@@ -320,7 +320,7 @@ class Worker:
         else:
             self._broke(unsettled, delivery, TypeError(f"a run ended with {said!r}, which is not a verdict"))
 
-    def _broke(self, unsettled: Unsettled, delivery: Delivery, error: BaseException) -> None:
+    def _broke(self, unsettled: InHand, delivery: Delivery, error: BaseException) -> None:
         if isinstance(error, ConfigurationError) and error.store is not None:
             with self._changed:
                 held = not self._stopping
@@ -338,7 +338,7 @@ class Worker:
                 "run", text, escaped(message.topic), escaped(message.message_id or "none"), error=error
             )
 
-    def _give_back(self, unsettled: Unsettled, delivery: Delivery) -> None:
+    def _give_back(self, unsettled: InHand, delivery: Delivery) -> None:
         """Outside the lock, for a run's callbacks may want locks of their own.
 
         A run that has not begun never begins, a coroutine is cancelled, a thread ends unheard.
@@ -349,7 +349,7 @@ class Worker:
             if run := unsettled.running.pop(delivery, None):
                 run.cancel()
 
-    def _run_again(self, waiting: Waiting) -> None:
+    def _run_again(self, waiting: Parked) -> None:
         """Called by an outage's thread when the store answers."""
         held = [
             (batch.received, delivery, lane.unsettled)

@@ -34,7 +34,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Mapped, Session, mapped_column, sessionmaker
 
-from exactly_once.outcome import Ack, Redeliver, Verdict
+from exactly_once.outcome import Ack, Redeliver, Settlement
 from exactly_once.transports.contract import Consumer, Delivery, Subscription, Surroundings
 from exactly_once.transports.registry import transport_from
 from examples.demo.orders import TAG, TOPIC
@@ -88,7 +88,7 @@ class _Loop:
     def __init__(self, consumer: Consumer, shop: NaiveShop) -> None:
         self._consumer, self._shop = consumer, shop
         self._free = BoundedSemaphore(2 * THREADS)
-        self._done: SimpleQueue[tuple[Delivery, Verdict] | None] = SimpleQueue()
+        self._done: SimpleQueue[tuple[Delivery, Settlement] | None] = SimpleQueue()
 
     def run(self, stopped: Event) -> None:
         with ThreadPoolExecutor(1) as settling:

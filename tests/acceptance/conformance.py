@@ -31,7 +31,7 @@ from typing import Self
 import pytest
 
 from exactly_once.message import Message
-from exactly_once.outcome import Ack, Redeliver, Verdict
+from exactly_once.outcome import Ack, Redeliver, Settlement
 from exactly_once.transports.contract import (
     Away,
     BrokerProducer,
@@ -105,10 +105,10 @@ class Heard:
         return self.delivery.message
 
 
-Decide = Callable[[Delivery], Verdict | None]
+Decide = Callable[[Delivery], Settlement | None]
 
 
-def ack(_: Delivery) -> Verdict:
+def ack(_: Delivery) -> Settlement:
     return Ack()
 
 
@@ -372,7 +372,7 @@ class Conformance:
         topic, group, delay = harness.topic(), harness.group(), timedelta(seconds=2)
         settled: list[float] = []
 
-        def once(delivery: Delivery) -> Verdict:
+        def once(delivery: Delivery) -> Settlement:
             if settled:
                 return Ack()
             settled.append(time.monotonic())
@@ -396,7 +396,7 @@ class Conformance:
         topic, group = harness.topic(), harness.group()
         seen: Counter[int] = Counter()
 
-        def thrice(delivery: Delivery) -> Verdict:
+        def thrice(delivery: Delivery) -> Settlement:
             seen[number(delivery)] += 1
             return Ack() if seen[number(delivery)] == 3 else Redeliver()
 
@@ -592,7 +592,7 @@ class Conformance:
         seen: defaultdict[str, list[int]] = defaultdict(list)
         broken: list[str] = []
 
-        def slowly(delivery: Delivery) -> Verdict:
+        def slowly(delivery: Delivery) -> Settlement:
             key = str(delivery.message.ordering_key)
             with watch:
                 if key in running:
@@ -635,7 +635,7 @@ class Conformance:
         told: list[tuple[str, int]] = []
         failures = 3
 
-        def first_fails(delivery: Delivery) -> Verdict:
+        def first_fails(delivery: Delivery) -> Settlement:
             key, n = str(delivery.message.ordering_key), number(delivery)
             with watch:
                 told.append((key, n))
@@ -671,7 +671,7 @@ class Conformance:
         topic, group, delay = harness.topic(ordered=True), harness.group(ordered=True), timedelta(seconds=2)
         failed: list[float] = []
 
-        def fail_once(delivery: Delivery) -> Verdict:
+        def fail_once(delivery: Delivery) -> Settlement:
             if failed or number(delivery):
                 return Ack()
             time.sleep(0.05)  # a receive is certainly under way
@@ -766,7 +766,7 @@ class Conformance:
         watch = threading.Lock()
         acked: Counter[int] = Counter()
 
-        def sometimes(delivery: Delivery) -> Verdict:
+        def sometimes(delivery: Delivery) -> Settlement:
             with watch:
                 if features.redelivers and dice.random() < 0.1:
                     return Redeliver(timedelta(seconds=dice.choice([0, 0, 1])))

@@ -133,12 +133,12 @@ PUMP_POINTS = ("the pump took it", "before the pump's settle")
 
 def install() -> None:
     from exactly_once.database.watched.watch import Watch
-    from exactly_once.executor import executor as runner
+    from exactly_once.executor import executor
     from exactly_once.failures.store import FailureStore
     from exactly_once.guards.transaction import TransactionGuard
-    from exactly_once.processing.batch import GroupDelivering
-    from exactly_once.processing.processor import Delivering
-    from exactly_once.worker.in_hand import Unsettled
+    from exactly_once.processing.batch import BatchProcessor
+    from exactly_once.processing.processor import Processor
+    from exactly_once.worker.in_hand import InHand
 
     current: dict[int, str] = {}
     import threading
@@ -153,18 +153,18 @@ def install() -> None:
         every = list(numbers)
         return next((each for each in (VICTIM, FAILING) if each in every), every[0])
 
-    _wrap(runner.Runner, "run", "received", None, lambda self, delivery, features: number(delivery.message))
+    _wrap(executor.Executor, "submit", "received", None, lambda self, delivery, features: number(delivery.message))
 
-    real_run = Delivering.run
+    real_run = Processor.run
 
-    def run(self: Delivering, message: Message, features: Any, **kwargs: Any) -> Any:
+    def run(self: Processor, message: Message, features: Any, **kwargs: Any) -> Any:
         current[threading.get_ident()] = number(message)
         told = real_run(self, message, features, **kwargs)
         if kwargs.get("pumped"):
             _die("the pump took it", number(message))
         return told
 
-    Delivering.run = run  # type: ignore[method-assign]
+    Processor.run = run  # type: ignore[method-assign]
     _wrap(TransactionGuard, "claim", "before the claim", "claimed", lambda self, session, row: row.key)
     _wrap(
         TransactionGuard,
@@ -173,17 +173,17 @@ def install() -> None:
         "claimed",
         lambda self, session, rows, **_: one(r.key for r in rows),
     )
-    real_attempt = GroupDelivering._attempt
+    real_attempt = BatchProcessor._attempt
 
-    def attempt(self: GroupDelivering, members: Any, run: Any) -> Any:
+    def attempt(self: BatchProcessor, members: Any, run: Any) -> Any:
         found = current[threading.get_ident()] = one(number(member.message) for member in members)
         ended = real_attempt(self, members, run)
         _die("after COMMIT", found)
         return ended
 
-    GroupDelivering._attempt = attempt  # type: ignore[method-assign]
+    BatchProcessor._attempt = attempt  # type: ignore[method-assign]
     _wrap(Watch, "committing", "before COMMIT", None, lambda self: current[threading.get_ident()])
-    _wrap(Delivering, "_try", None, "after COMMIT", lambda self, message, *_, **__: number(message))
+    _wrap(Processor, "_try", None, "after COMMIT", lambda self, message, *_, **__: number(message))
     _wrap(
         FailureStore,
         "record",
@@ -191,9 +191,9 @@ def install() -> None:
         "after a failure is recorded",
         lambda self, session, failure, decide: failure.key,
     )
-    real_settle = Unsettled.__init__
+    real_settle = InHand.__init__
 
-    def made(self: Unsettled, consumer: Any, *args: Any, **kwargs: Any) -> None:
+    def made(self: InHand, consumer: Any, *args: Any, **kwargs: Any) -> None:
         real = consumer.settle
 
         def settle(verdicts: Any) -> None:
@@ -211,7 +211,7 @@ def install() -> None:
         consumer.settle = settle
         real_settle(self, consumer, *args, **kwargs)
 
-    Unsettled.__init__ = made  # type: ignore[method-assign]
+    InHand.__init__ = made  # type: ignore[method-assign]
 
 
 def main() -> int:

@@ -186,20 +186,20 @@ def install(point: str, how: str, marker: Path) -> None:
     from exactly_once.guards.lease import sql
     from exactly_once.guards.lease.guard import LeaseGuard
     from exactly_once.guards.lease.ledger import StepLedger
-    from exactly_once.processing.processor import Delivering
-    from exactly_once.worker.in_hand import Unsettled
+    from exactly_once.processing.processor import Processor
+    from exactly_once.worker.in_hand import InHand
 
     assert point in (*POINTS, RENEWING), point
     _wanted, _how, _marker = point, {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how], marker
-    real_run = Delivering.run
+    real_run = Processor.run
 
-    def run(self: Delivering, message: Message, *args: Any, **kwargs: Any) -> Any:
+    def run(self: Processor, message: Message, *args: Any, **kwargs: Any) -> Any:
         told = real_run(self, message, *args, **kwargs)
         if _hit.is_set() and is_victim(message.key or ""):
             _marker.write_text(OVER)
         return told
 
-    Delivering.run = run  # type: ignore[method-assign]
+    Processor.run = run  # type: ignore[method-assign]
 
     def of_won(self: LeaseGuard, *args: Any) -> str:
         held = args[-1].held
@@ -256,9 +256,9 @@ def install(point: str, how: str, marker: Path) -> None:
             _point("before COMMIT", self.held.row.key)
 
     Watch.committing = committing  # type: ignore[method-assign]
-    real_made = Unsettled.__init__
+    real_made = InHand.__init__
 
-    def made(self: Unsettled, consumer: Any, *args: Any, **kwargs: Any) -> None:
+    def made(self: InHand, consumer: Any, *args: Any, **kwargs: Any) -> None:
         real_settle = consumer.settle
 
         def settle(verdicts: Any) -> None:
@@ -272,7 +272,7 @@ def install(point: str, how: str, marker: Path) -> None:
         consumer.settle = settle
         real_made(self, consumer, *args, **kwargs)
 
-    Unsettled.__init__ = made  # type: ignore[method-assign]
+    InHand.__init__ = made  # type: ignore[method-assign]
 
 
 # -- what is left ------------------------------------------------------------------------------------------------------
@@ -396,9 +396,9 @@ def _no_key() -> None:
 
 def _no_asking() -> None:
     """A run that stood still goes on as if no time had passed."""
-    from exactly_once.guards.lease.contract import Held
+    from exactly_once.guards.lease.contract import HeldLease
 
-    Held.may_insist = lambda self: not self.lost  # type: ignore[method-assign]
+    HeldLease.may_insist = lambda self: not self.lost  # type: ignore[method-assign]
 
 
 def _no_complete() -> None:

@@ -30,7 +30,7 @@ from exactly_once.errors import ConfigurationError, TransportError
 from exactly_once.message import Message
 from exactly_once.outcome import Ack, Redeliver
 from exactly_once.service import worker_service as serving
-from exactly_once.service.worker_service import Serving
+from exactly_once.service.worker_service import WorkerService
 from exactly_once.testing.child import wait_until
 from exactly_once.transports.contract import Away, Consumer, Delivery, Receipt, Subscription, Surroundings, Transport
 from exactly_once.transports.registry import transport_from
@@ -798,15 +798,17 @@ def test_two_programs_that_start_at_one_moment_and_subscribe_differently_are_tol
     """Each asks before either has joined, so the start tells nobody."""
     monkeypatch.setattr(serving, "_CONCERNED_SOON_S", 5.0)
     begun = Barrier(2)
-    asks = Serving._concerns
+    asks = WorkerService._concerns
 
-    def ask_together(self: Serving, subscriptions: Sequence[Subscription], told: Sequence[str] = ()) -> Sequence[str]:
+    def ask_together(
+        self: WorkerService, subscriptions: Sequence[Subscription], told: Sequence[str] = ()
+    ) -> Sequence[str]:
         found = asks(self, subscriptions, told)
         if self._worker is None:
             begun.wait(60)  # neither goes on to join before both have asked
         return found
 
-    monkeypatch.setattr(Serving, "_concerns", ask_together)
+    monkeypatch.setattr(WorkerService, "_concerns", ask_together)
     workers = []
     for tag in ("created", "paid"):
         database = f"sqlite:///{tmp_path / tag}.db"
@@ -816,7 +818,7 @@ def test_two_programs_that_start_at_one_moment_and_subscribe_differently_are_tol
         workers.append(eo.worker(f"rocketmq4://{place.server.name_server}?state_dir={tmp_path / 'journals'}"))
     try:
         with ThreadPoolExecutor(2) as threads:
-            list(threads.map(Serving.start, workers))
+            list(threads.map(WorkerService.start, workers))
         wait_until(
             lambda: [r for r in caplog.records if "LOSES MESSAGES" in r.getMessage()] != [], what="told", patience_s=60
         )

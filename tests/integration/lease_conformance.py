@@ -6,8 +6,8 @@ from datetime import timedelta
 from time import monotonic, sleep
 from uuid import uuid4
 
-from exactly_once.claim import ClaimRow, Leased, StepRow
-from exactly_once.guards.lease.contract import Held, LeaseStore, Recorded, Standing, judge
+from exactly_once.claim import ClaimRow, LeaseAnswer, StepRow
+from exactly_once.guards.lease.contract import HeldLease, LeaseState, LeaseStore, Recorded, judge
 
 LEASE = timedelta(seconds=30)
 SHORT = timedelta(seconds=1)
@@ -29,13 +29,13 @@ class LeaseConformance:
 
     def claim(
         self, store: LeaseStore, row: ClaimRow | None = None, token: str | None = None, lease: timedelta = LEASE
-    ) -> tuple[Leased, Held]:
+    ) -> tuple[LeaseAnswer, HeldLease]:
         row = row or message()
         token = token or uuid4().hex
         seen = store.claim(row, token, lease, also=row.fingerprint, steps=True)
-        return seen, Held(row, token, seen.attempt, lease, seen.steps)
+        return seen, HeldLease(row, token, seen.attempt, lease, seen.steps)
 
-    def won(self, store: LeaseStore, row: ClaimRow | None = None, lease: timedelta = LEASE) -> Held:
+    def won(self, store: LeaseStore, row: ClaimRow | None = None, lease: timedelta = LEASE) -> HeldLease:
         seen, held = self.claim(store, row, lease=lease)
         assert seen.won
         return held
@@ -49,7 +49,7 @@ class LeaseConformance:
         seen, _ = self.claim(store)
         assert not seen.won
         assert not seen.consumed
-        assert judge(seen, message().fingerprint) is Standing.RUNNING
+        assert judge(seen, message().fingerprint) is LeaseState.RUNNING
         assert seen.remaining is not None
         assert timedelta(seconds=25) < seen.remaining <= LEASE
 
@@ -57,7 +57,7 @@ class LeaseConformance:
         held = self.won(store)
         assert store.complete(held)
         seen, _ = self.claim(store)
-        assert judge(seen, message().fingerprint) is Standing.CONSUMED
+        assert judge(seen, message().fingerprint) is LeaseState.CONSUMED
         assert seen.attempt == 1
 
     def test_a_released_key_is_won_at_once_as_the_next_attempt(self, store: LeaseStore) -> None:
@@ -101,19 +101,19 @@ class LeaseConformance:
     def test_another_payload_is_a_conflict_while_the_first_runs_and_after(self, store: LeaseStore) -> None:
         other = message(fingerprint=b"\x01aaaANOTHER")
         held = self.won(store)
-        assert judge(self.claim(store, other)[0], other.fingerprint) is Standing.CONFLICT
+        assert judge(self.claim(store, other)[0], other.fingerprint) is LeaseState.CONFLICT
         store.release(held)
-        assert judge(self.claim(store, other)[0], other.fingerprint) is Standing.CONFLICT
+        assert judge(self.claim(store, other)[0], other.fingerprint) is LeaseState.CONFLICT
         seen, held = self.claim(store)
         assert seen.won
         assert store.complete(held)
-        assert judge(self.claim(store, other)[0], other.fingerprint) is Standing.CONFLICT
+        assert judge(self.claim(store, other)[0], other.fingerprint) is LeaseState.CONFLICT
 
     def test_a_fingerprint_of_another_kind_is_not_compared(self, store: LeaseStore) -> None:
         store.release(self.won(store))
         other = message(fingerprint=b"\x01bbbOTHERWISE")
         seen, _ = self.claim(store, other)
-        assert judge(seen, other.fingerprint) is Standing.FREE
+        assert judge(seen, other.fingerprint) is LeaseState.FREE
         token = uuid4().hex
         again = store.claim(other, token, LEASE, also=seen.fingerprint, steps=True)
         assert (again.won, again.fingerprint) == (True, other.fingerprint)

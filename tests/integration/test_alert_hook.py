@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from exactly_once import Alert, ConfigurationError, ExactlyOnce, Outcome, Retry
-from exactly_once.alert import sound
+from exactly_once.alert import raise_alert
 from tests.integration.shop import GROUP, Shop, order
 from tests.integration.test_ends_badly import Panic, until
 
@@ -124,7 +124,7 @@ def test_a_filter_of_the_programs_logging_that_raises_changes_no_verdict(
 
 def test_a_parked_message_is_said_to_be_kept_and_where_to_look(caplog: pytest.LogCaptureFixture) -> None:
     for what in ("parked", "overrun"):
-        sound(None, Alert(what, "the shop", "reserve", "A-1", "no stock"))  # type: ignore[arg-type]
+        raise_alert(None, Alert(what, "the shop", "reserve", "A-1", "no stock"))  # type: ignore[arg-type]
     parked, overrun = caplog.messages
     assert parked == (
         "message_parked group=the shop handler=reserve key=A-1: no stock (kept whole; look: exactly-once failures list"

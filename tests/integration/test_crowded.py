@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from exactly_once import ExactlyOnce, Lease, Message, Outcome, Steps
-from exactly_once.database.trouble.crowded import all_taken
+from exactly_once.database.errors.crowded import all_taken
 
 CONNECTIONS = 3
 POOL_TIMEOUT_S = 4

@@ -19,7 +19,7 @@ from exactly_once.failures.decisions import Database, Part
 from exactly_once.failures.store import FailureStore
 from exactly_once.failures.triage import Chosen
 from exactly_once.outcome import Ack
-from exactly_once.processing.processor import Delivering, Told
+from exactly_once.processing.processor import Processor, Result
 from exactly_once.transports.contract import Features
 from tests.integration.threads import Turn, in_thread, until
 
@@ -40,7 +40,7 @@ class World:
         self.eo.handler("orders", key="no", retry=once, name="reserve", guard=guard)(self.reserve)
         self.store = next(iter(self.eo.stores.values()))
         self.database = Database(
-            engine.begin, tables(), lambda error: self.store.dialect.trouble(error).name == "TRANSIENT"
+            engine.begin, tables(), lambda error: self.store.dialect.error_kind(error).name == "TRANSIENT"
         )
 
     def reserve(self, session: Session, order: dict[str, Any]) -> None:
@@ -53,9 +53,9 @@ class World:
         body = json.dumps({"no": number}).encode()
         return self.eo.process(Message("orders", body, message_id=number, attempt=attempt))
 
-    def pump(self, number: str) -> Told:
+    def pump(self, number: str) -> Result:
         """As the pump brings it, which is the one to bring it again."""
-        delivering = Delivering(self.eo.plans[0], self.store, GROUP, leases=self.eo.leases)
+        delivering = Processor(self.eo.plans[0], self.store, GROUP, leases=self.eo.leases)
         message = Message("orders", json.dumps({"no": number}).encode(), message_id=number)
         return delivering.run(message, Features(redelivers=False, counts_attempts=False), pumped=True)
 

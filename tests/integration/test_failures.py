@@ -24,7 +24,7 @@ from exactly_once.failures.due import DueFailures
 from exactly_once.failures.store import FailureStore
 from exactly_once.failures.triage import Chosen, discard
 from exactly_once.outcome import Ack, Redeliver
-from exactly_once.processing.processor import Told
+from exactly_once.processing.processor import Result
 from exactly_once.transports import packed_messages
 from exactly_once.transports.contract import Delivery, Features
 from tests.integration.shop import EFFECT, GROUP, ONLY, Do, Shop, order, put
@@ -40,11 +40,11 @@ LATER = Retry(immediate=0, delays=[3600])
 _names = count()
 
 
-def deliver(shop: Shop, message: Message, features: Features) -> Told:
+def deliver(shop: Shop, message: Message, features: Features) -> Result:
     """Tell the handlers of a delivery from a broker with these features, as the worker does."""
     found = shop.eo._router.matching(message)
     if shop.is_async:
-        told: Told = shop.await_(greenlet_spawn(run_all, found, message, features))
+        told: Result = shop.await_(greenlet_spawn(run_all, found, message, features))
         return told
     return run_all(found, message, features)
 
@@ -103,13 +103,13 @@ def states(shop: Shop) -> list[str]:
 
 def test_a_brokers_retry_has_no_time_of_its_own(shop: Shop) -> None:
     Flaky("A-1").register(shop, retry=Retry(immediate=0, delays=[7]))
-    assert deliver(shop, order(), BROKER) == Told(Outcome.FAILED, Redeliver(timedelta(seconds=7)))
+    assert deliver(shop, order(), BROKER) == Result(Outcome.FAILED, Redeliver(timedelta(seconds=7)))
     assert (shop.failure().state, shop.failure().next_attempt_at) == ("retrying", None)
 
 
 def test_the_pumps_retry_has_a_time_and_the_broker_is_done_with_it(shop: Shop) -> None:
     Flaky("A-1").register(shop, retry=Retry(immediate=0, delays=[3600]))
-    assert deliver(shop, order(), UNSAFE) == Told(Outcome.FAILED, Ack())
+    assert deliver(shop, order(), UNSAFE) == Result(Outcome.FAILED, Ack())
     failure = shop.failure()
     assert failure.state == "retrying"
     assert failure.next_attempt_at is not None
@@ -150,10 +150,10 @@ def test_a_message_whose_attempts_are_spent_is_looked_up_first(shop: Shop) -> No
     flaky.register(shop)
     assert deliver(shop, order("done"), BROKER).outcome is Outcome.PROCESSED
     # its acknowledgements were lost, all of them
-    assert deliver(shop, order("done", attempt=5), BROKER) == Told(Outcome.DUPLICATE, Ack())
+    assert deliver(shop, order("done", attempt=5), BROKER) == Result(Outcome.DUPLICATE, Ack())
     assert shop.failures() == []
     # and this one ended the process each time
-    assert deliver(shop, order("poison", attempt=5), BROKER) == Told(Outcome.DEAD, Ack())
+    assert deliver(shop, order("poison", attempt=5), BROKER) == Result(Outcome.DEAD, Ack())
     assert flaky.ran == ["done"]
     assert shop.failure().state == "dead"
     assert "attempts spent, never finished" in shop.failure().error_text

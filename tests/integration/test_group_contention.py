@@ -15,7 +15,7 @@ from sqlalchemy import insert, update
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Outcome
-from exactly_once.processing.batch import GroupDelivering
+from exactly_once.processing.batch import BatchProcessor
 from tests import length
 from tests.integration.shop import GROUP, STOCK, Shop, order, put, shops
 from tests.integration.test_groups import FEATURES
@@ -56,13 +56,13 @@ def contend(shop: Shop) -> str:
 
         draw = random.Random(seed)
         (groups,) = eo._router.matching(order(0))
-        assert isinstance(groups, GroupDelivering)
+        assert isinstance(groups, BatchProcessor)
         try:
             while monotonic() < end:
                 newest = max(offered, default=0)
                 numbers = [draw.randrange(max(0, newest - 30), newest + 20) for _ in range(20)]
                 offered.update(numbers)
-                told = groups.run_group([groups.member(order(number), FEATURES) for number in numbers])
+                told = groups.run_batch([groups.member(order(number), FEATURES) for number in numbers])
                 outcomes.update(each.outcome for each in told.told)
                 deadlocks.append(told.deadlocked)
         except BaseException as error:

@@ -21,9 +21,9 @@ from sqlalchemy.util import greenlet_spawn
 
 from exactly_once import ExactlyOnce, Message, Outcome, Reject, Retry
 from exactly_once.database.schema import CONSUMING
-from exactly_once.outcome import Ack, Hold, Redeliver
-from exactly_once.processing.batch import GroupDelivering
-from exactly_once.processing.work import GroupTold
+from exactly_once.outcome import Ack, Redeliver, WaitForStore
+from exactly_once.processing.batch import BatchProcessor
+from exactly_once.processing.work import BatchResults
 from exactly_once.transports.contract import Features
 from tests.integration.shop import EFFECT, GROUP, ONE_TRY, ONLY, STOCK, Shop, order, put, shops
 from tests.integration.test_claims import KEYS
@@ -47,18 +47,18 @@ def handles(shop: Shop, do: Callable[[Session, Any], object], **options: Any) ->
             do(session, body["no"])
 
 
-def run_together(shop: Shop, messages: Sequence[Message], features: Features = FEATURES) -> Callable[[], GroupTold]:
+def run_together(shop: Shop, messages: Sequence[Message], features: Features = FEATURES) -> Callable[[], BatchResults]:
     """What runs these as one group, in a thread or a greenlet."""
     (handler,) = shop.eo._router.matching(messages[0])
-    assert isinstance(handler, GroupDelivering)
-    return partial(handler.run_group, [handler.member(message, features) for message in messages])
+    assert isinstance(handler, BatchProcessor)
+    return partial(handler.run_batch, [handler.member(message, features) for message in messages])
 
 
-def told(shop: Shop, messages: Sequence[Message], features: Features = FEATURES) -> GroupTold:
+def told(shop: Shop, messages: Sequence[Message], features: Features = FEATURES) -> BatchResults:
     """Run these as one group."""
     run = run_together(shop, messages, features)
     if shop.is_async:
-        found: GroupTold = shop.await_(greenlet_spawn(run))
+        found: BatchResults = shop.await_(greenlet_spawn(run))
         return found
     return run()
 
@@ -295,11 +295,11 @@ def test_two_groups_that_lock_rows_in_opposite_order_both_end_processed(request:
             handles(shop, do)
             with shop.outside.begin() as connection:
                 connection.execute(insert(STOCK), [{"item": 1, "amount": 0}, {"item": 2, "amount": 0}])
-            found: list[GroupTold] = []
+            found: list[BatchResults] = []
             groups = [orders(0, 1), orders(11, 10)]
             shop.eo._router  # noqa: B018  (made once, before the threads)
 
-            def run(group: list[Message], shop: Shop = shop, found: list[GroupTold] = found) -> None:
+            def run(group: list[Message], shop: Shop = shop, found: list[BatchResults] = found) -> None:
                 found.append(told(shop, group))
 
             threads = [threading.Thread(target=run, args=(group,)) for group in groups]
@@ -325,7 +325,7 @@ def test_a_database_that_does_not_answer_holds_the_whole_group(shop: Shop) -> No
     found = told(shop, orders(*range(30)))
     assert {each.outcome for each in found.told} == {Outcome.WAITING}
     assert len(tried) < 5, "not each of a group asks a server that is away"
-    assert all(isinstance(each.verdict, Hold) for each in found.told)
+    assert all(isinstance(each.verdict, WaitForStore) for each in found.told)
     assert not shop.claims()
     assert not shop.failures()
 

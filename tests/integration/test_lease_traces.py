@@ -25,7 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from exactly_once import AsyncSteps, Lease, Lock, Outcome, Steps, Transaction
-from exactly_once.processing.processor import Delivering
+from exactly_once.processing.processor import Processor
 from exactly_once.transports.contract import Features
 from tests.integration.shop import ONE_TRY, Shop, order, put, shops
 from tests.integration.ways import ALONE, IN_A_STEP, UNDER_A_LEASE, Way, driver_of, mariadb_procedures, requeued
@@ -173,7 +173,7 @@ def test_a_message_whose_deliveries_are_used_up_is_broken_and_not_only_dead(requ
         UNDER_A_LEASE.handles(shop, lambda session, no: None, guard=Lease(SHORT))
         (plan,), (store,) = shop.eo.plans, shop.eo.stores.values()
         features = Features(redelivers=True, counts_attempts=True, max_attempts=16)
-        Delivering(plan, store, "shop", leases=shop.eo.leases).run(order(3, attempt=16), features)
+        Processor(plan, store, "shop", leases=shop.eo.leases).run(order(3, attempt=16), features)
         assert states(shop) == ["broken"]
 
 

@@ -158,7 +158,7 @@ def test_a_lease_is_renewed_for_as_long_as_its_handler_runs(engine: Engine) -> N
 
 
 def test_a_row_that_its_own_step_has_locked_keeps_no_other_lease_from_being_renewed(engine: Engine) -> None:
-    from exactly_once.guards.lease.contract import Held
+    from exactly_once.guards.lease.contract import HeldLease
 
     store, mine = leases(engine)
     lease = timedelta(seconds=30)
@@ -167,7 +167,7 @@ def test_a_row_that_its_own_step_has_locked_keeps_no_other_lease_from_being_rene
         row = ClaimRow("shop", "handler", f"A-{n}", b"")
         token = uuid4().hex
         assert mine.claim(row, token, timedelta(seconds=2), also=b"", steps=False).won
-        held.append(Held(row, token, 1, lease))
+        held.append(HeldLease(row, token, 1, lease))
     t = tables().idempotent
     with engine.connect() as step, step.begin():
         step.execute(select(t.c.token).where(t.c.business_key == "A-25").with_for_update())

@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import pytest
 
-from exactly_once.guards.lease.contract import LeaseStore, Standing, judge
+from exactly_once.guards.lease.contract import LeaseState, LeaseStore, judge
 from exactly_once.guards.lease.redis import RedisLeases
 from exactly_once.redis.connection import RedisConnection
 from tests.integration.lease_conformance import LeaseConformance, message
@@ -27,6 +27,6 @@ class TestLeasesInRedis(LeaseConformance):
         assert store.rename("shop", "checkout", "till") == (0, 0)
         assert store.rename("shop", "check[out]*", "odd") == (1, 0)
         for row in (message("A-7")._replace(handler="till"), odd._replace(handler="odd")):
-            assert judge(self.claim(store, row)[0], row.fingerprint) is Standing.CONSUMED
+            assert judge(self.claim(store, row)[0], row.fingerprint) is LeaseState.CONSUMED
         assert self.claim(store, message("A-7"))[0].won
         assert store.rename("shop", "checkout", "till") == (0, 1)

@@ -11,11 +11,11 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
 from exactly_once import Message, Outcome
-from exactly_once.executor import batching as grouping
-from exactly_once.executor.batching import Grouping
-from exactly_once.executor.future import Pending
-from exactly_once.processing.batch import GroupDelivering
-from exactly_once.processing.work import GroupTold
+from exactly_once.executor import batching as batching
+from exactly_once.executor.batching import Batching
+from exactly_once.executor.future import SmallFuture
+from exactly_once.processing.batch import BatchProcessor
+from exactly_once.processing.work import BatchResults
 from tests.integration.shop import GROUP, Shop, order, put, shops
 from tests.integration.test_groups import FEATURES, handles
 
@@ -30,8 +30,8 @@ class Groups:
         self.story: list[str] = []
         handles(shop, self._effect, key=self._key, batch=2)
         (handler,) = shop.eo._router.matching(order(1))
-        assert isinstance(handler, GroupDelivering)
-        self.grouping = Grouping(handler)
+        assert isinstance(handler, BatchProcessor)
+        self.batching = Batching(handler)
 
     def _key(self, message: Message) -> str:
         number = json.loads(message.body or b"")["no"]
@@ -47,7 +47,7 @@ class Groups:
 
     def add(self, *numbers: int) -> None:
         for number in numbers:
-            self.grouping.add(order(number), FEATURES, Pending())
+            self.batching.add(order(number), FEATURES, SmallFuture())
 
     def run(self) -> list[Any]:
         """Take a group and run it, with the next one behind it."""
@@ -55,11 +55,11 @@ class Groups:
 
     def told(self) -> Sequence[Any]:
         """The same, all that is said of each."""
-        group = self.grouping.take()
+        group = self.batching.take()
 
-        def run() -> GroupTold:
-            members = self.grouping.members(group)
-            return self.grouping.handler.run_group(members, meanwhile=self.grouping.read_ahead())
+        def run() -> BatchResults:
+            members = self.batching.members(group)
+            return self.batching.handler.run_batch(members, meanwhile=self.batching.read_ahead())
 
         found: Any = self._shop.await_(greenlet_spawn(run)) if self._shop.is_async else run()
         return found.told
@@ -68,7 +68,7 @@ class Groups:
 def test_the_next_group_is_read_before_this_one_is_called_where_the_driver_lets_go(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grouping, "_LOOK_S", 60)  # however fast the server answers, all is read
+    monkeypatch.setattr(batching, "_LOOK_S", 60)  # however fast the server answers, all is read
     groups = Groups(shop)
     groups.add(1, 2, 3, 4)
     assert groups.run() == [P, P]
@@ -103,7 +103,7 @@ def test_a_key_function_that_always_exits_costs_its_message_alone(shop: Shop) ->
 def test_a_claim_that_finds_a_key_held_reads_ahead_all_the_same(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grouping, "_LOOK_S", 60)
+    monkeypatch.setattr(batching, "_LOOK_S", 60)
     for shop in shops(request, "postgres", "sync"):
         groups = Groups(shop)
         groups.add(1, 2, 3, 4)

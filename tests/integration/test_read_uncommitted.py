@@ -13,7 +13,7 @@ from exactly_once import Outcome
 from exactly_once.database.schema import CONSUMED, tables
 from exactly_once.database.store import Store
 from exactly_once.failures.due import DueFailures
-from exactly_once.guards.lease.contract import Standing, judge
+from exactly_once.guards.lease.contract import LeaseState, judge
 from exactly_once.guards.lease.sql import SqlLeases
 from tests.integration.lease_conformance import message as claim_row
 from tests.integration.shop import COLOURS, Shop, order, put, shops
@@ -66,6 +66,6 @@ def test_of_a_lease_that_is_just_completed(mariadb_url: str) -> None:
         run.execute(update(tables().idempotent).values(status=CONSUMED, lease_until=None))
         seen = leases.look(row)
         assert seen is not None
-        assert judge(seen, row.fingerprint) is Standing.RUNNING
+        assert judge(seen, row.fingerprint) is LeaseState.RUNNING
         transaction.rollback()
     store.close()

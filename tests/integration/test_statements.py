@@ -23,7 +23,7 @@ from exactly_once.errors import Reject
 from exactly_once.failures.due import DueFailures
 from exactly_once.failures.policy import ByBroker, ByPump, Park
 from exactly_once.failures.store import Failure, FailureStore
-from exactly_once.guards.lease.contract import Held
+from exactly_once.guards.lease.contract import HeldLease
 from exactly_once.guards.lease.sql import SqlLeases
 from tests.integration.shop import GROUP, Shop, order, shops
 
@@ -131,10 +131,10 @@ def lease_statements(shop: Shop) -> dict[str, list[str]]:
     leases = SqlLeases(store.name, store.engine, store.dialect, lambda: store.tables)
     row = ClaimRow(GROUP, "handler", "L-1", b"\x01")
 
-    def held(token: str) -> Held:
+    def held(token: str) -> HeldLease:
         seen = leases.claim(row, token, timedelta(seconds=30), also=row.fingerprint, steps=True)
         assert seen.won
-        return Held(row, token, seen.attempt, timedelta(seconds=30), seen.steps)
+        return HeldLease(row, token, seen.attempt, timedelta(seconds=30), seen.steps)
 
     one = held("one")
     verbs: dict[str, Callable[[], object]] = {

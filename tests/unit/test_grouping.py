@@ -16,43 +16,43 @@ from exactly_once.executor.batching import (
     LONGEST,
     LONGEST_LIST,
     MOST_CALM,
-    Grouping,
-    GroupSize,
+    Batching,
+    BatchSize,
 )
 from exactly_once.executor.fanout import Part, Parts
-from exactly_once.executor.future import Pending
-from exactly_once.outcome import Ack, Hold, Redeliver
-from exactly_once.processing.batch import GroupDelivering
-from exactly_once.processing.processor import Told
+from exactly_once.executor.future import SmallFuture
+from exactly_once.outcome import Ack, Redeliver, WaitForStore
+from exactly_once.processing.batch import BatchProcessor
+from exactly_once.processing.processor import Result
 from exactly_once.transports.contract import Features
 
 FEATURES = Features(redelivers=True, counts_attempts=True)
 SOON = timedelta(milliseconds=1)
 
 
-def grouping(batch: int = 3, linger: timedelta = timedelta(0)) -> Grouping:
+def batching(batch: int = 3, linger: timedelta = timedelta(0)) -> Batching:
     handler = SimpleNamespace(plan=SimpleNamespace(batch=batch, linger=linger, in_lists=False))
-    return Grouping(cast(GroupDelivering, handler))
+    return Batching(cast(BatchProcessor, handler))
 
 
-def add(waiting: Grouping, number: int) -> tuple[bool, Pending]:
-    future = Pending()
+def add(waiting: Batching, number: int) -> tuple[bool, SmallFuture]:
+    future = SmallFuture()
     return waiting.add(Message("orders", str(number).encode()), FEATURES, future), future
 
 
-def taken(waiting: Grouping) -> list[bytes | None]:
+def taken(waiting: Batching) -> list[bytes | None]:
     return [one.message.body for one in waiting.take()]
 
 
 def test_a_group_is_what_waits_in_the_order_it_came_and_no_more_than_allowed() -> None:
-    waiting = grouping()
+    waiting = batching()
     assert [add(waiting, number)[0] for number in range(5)] == [True, False, False, False, False]
     assert taken(waiting) == [b"0", b"1", b"2"]
     assert taken(waiting) == [b"3", b"4"]
 
 
 def test_whoever_finds_nothing_ends_and_the_next_message_begins_again() -> None:
-    waiting = grouping()
+    waiting = batching()
     add(waiting, 1)
     assert taken(waiting) == [b"1"]
     assert add(waiting, 2)[0] is False, "somebody is still taking"
@@ -62,7 +62,7 @@ def test_whoever_finds_nothing_ends_and_the_next_message_begins_again() -> None:
 
 
 def test_what_was_given_back_meanwhile_does_not_run() -> None:
-    waiting = grouping()
+    waiting = batching()
     _, first = add(waiting, 1)
     _, second = add(waiting, 2)
     assert first.cancel()
@@ -71,7 +71,7 @@ def test_what_was_given_back_meanwhile_does_not_run() -> None:
 
 
 def test_only_the_first_message_waits_for_others_and_never_for_a_full_group() -> None:
-    waiting = grouping(batch=2, linger=timedelta(seconds=5))
+    waiting = batching(batch=2, linger=timedelta(seconds=5))
     assert waiting.pause_s() == 0
     add(waiting, 1)
     assert 4 < waiting.pause_s() <= 5
@@ -79,7 +79,7 @@ def test_only_the_first_message_waits_for_others_and_never_for_a_full_group() ->
     assert waiting.pause_s() == 0
 
 
-def grown(size: GroupSize, groups: int, took: timedelta = SOON) -> list[int]:
+def grown(size: BatchSize, groups: int, took: timedelta = SOON) -> list[int]:
     found = []
     for _ in range(groups):
         size.ended(size.now, took, deadlocked=False)
@@ -88,21 +88,21 @@ def grown(size: GroupSize, groups: int, took: timedelta = SOON) -> list[int]:
 
 
 def test_a_worker_begins_with_small_groups_and_doubles_them() -> None:
-    size = GroupSize(100)
+    size = BatchSize(100)
     assert size.now == FIRST
     assert grown(size, 5) == [2 * FIRST, 4 * FIRST, 8 * FIRST, 100, 100]
-    assert GroupSize(2).now == 2
+    assert BatchSize(2).now == 2
 
 
 def test_a_group_that_was_not_full_says_nothing_of_larger_ones() -> None:
-    size = GroupSize(100)
+    size = BatchSize(100)
     size.ended(FIRST - 1, SOON, deadlocked=False)
     assert size.now == FIRST
 
 
 @pytest.mark.parametrize("most", [2, 100, 10_000])
 def test_a_size_is_halved_by_a_deadlock_and_grows_back_slowly(most: int) -> None:
-    size = GroupSize(most)
+    size = BatchSize(most)
     grown(size, 20)
     size.ended(most, SOON, deadlocked=True)
     assert size.now == max(LEAST, most // 2)
@@ -116,7 +116,7 @@ def test_a_size_is_halved_by_a_deadlock_and_grows_back_slowly(most: int) -> None
 
 
 def test_a_size_that_is_back_at_its_most_forgets_its_deadlocks() -> None:
-    size = GroupSize(4)
+    size = BatchSize(4)
     waits = []
     for _ in range(2):
         size.ended(4, SOON, deadlocked=True)
@@ -130,7 +130,7 @@ def test_a_size_that_is_back_at_its_most_forgets_its_deadlocks() -> None:
 
 @pytest.mark.parametrize("longest", [LONGEST, LONGEST_LIST])
 def test_a_slow_group_is_followed_by_one_that_fits_and_grows_again_soon(longest: timedelta) -> None:
-    size = GroupSize(1000, longest)
+    size = BatchSize(1000, longest)
     grown(size, 20)
     size.ended(1000, 4 * longest, deadlocked=False)
     assert size.now == 250
@@ -139,13 +139,13 @@ def test_a_slow_group_is_followed_by_one_that_fits_and_grows_again_soon(longest:
     assert size.now == LEAST
 
 
-def parts(number: int) -> tuple[Parts, list[Told], list[BaseException]]:
-    ended: list[Told] = []
+def parts(number: int) -> tuple[Parts, list[Result], list[BaseException]]:
+    ended: list[Result] = []
     failed: list[BaseException] = []
     return Parts(number, ended.append, failed.append), ended, failed
 
 
-def ended_with(result: Told | BaseException | None) -> Part:
+def ended_with(result: Result | BaseException | None) -> Part:
     part = Part()
     if result is None:
         part.cancel()
@@ -159,7 +159,7 @@ def ended_with(result: Told | BaseException | None) -> Part:
 def test_what_is_to_come_calls_back_once_whoever_ends_it() -> None:
     for end in ("before", "after"):
         seen: list[object] = []
-        pending = Pending()
+        pending = SmallFuture()
         assert pending.set_running_or_notify_cancel()
         if end == "before":
             pending.set_result("said")
@@ -178,7 +178,7 @@ def test_what_is_to_come_calls_back_once_whoever_ends_it() -> None:
 
 def test_what_has_not_begun_can_be_cancelled_and_never_begins() -> None:
     seen: list[object] = []
-    pending = Pending()
+    pending = SmallFuture()
     pending.add_done_callback(seen.append)
     assert pending.cancel()
     assert pending.cancel(), "twice is once"
@@ -190,7 +190,7 @@ def test_what_has_not_begun_can_be_cancelled_and_never_begins() -> None:
 
 
 def test_what_broke_raises_it() -> None:
-    pending = Pending()
+    pending = SmallFuture()
     pending.set_running_or_notify_cancel()
     pending.set_exception(KeyError("broke"))
     assert isinstance(pending.exception(), KeyError)
@@ -201,36 +201,36 @@ def test_what_broke_raises_it() -> None:
 def test_begin_and_cancel_at_the_same_moment_have_one_winner() -> None:
     with ThreadPoolExecutor(2) as threads:
         for _ in range(500):
-            pending, meet = Pending(), Barrier(2)
+            pending, meet = SmallFuture(), Barrier(2)
 
-            def begin(pending: Pending = pending, meet: Barrier = meet) -> bool:
+            def begin(pending: SmallFuture = pending, meet: Barrier = meet) -> bool:
                 meet.wait()
                 return pending.set_running_or_notify_cancel()
 
-            def cancel(pending: Pending = pending, meet: Barrier = meet) -> bool:
+            def cancel(pending: SmallFuture = pending, meet: Barrier = meet) -> bool:
                 meet.wait()
                 return pending.cancel()
 
             assert [threads.submit(begin), threads.submit(cancel)][0].result() is not pending.cancelled()
 
 
-DONE = Told(Outcome.PROCESSED, Ack())
+DONE = Result(Outcome.PROCESSED, Ack())
 
 
 def test_a_delivery_ends_when_its_last_handler_has() -> None:
     together, ended, failed = parts(2)
     together.ended(ended_with(DONE))
     assert not ended
-    together.ended(ended_with(Told(Outcome.FAILED, Redeliver(SOON))))
-    assert ended == [Told(Outcome.FAILED, Redeliver(SOON))]
+    together.ended(ended_with(Result(Outcome.FAILED, Redeliver(SOON))))
+    assert ended == [Result(Outcome.FAILED, Redeliver(SOON))]
     assert not failed
 
 
 def test_a_store_that_is_away_for_one_of_them_holds_the_delivery() -> None:
     together, ended, _ = parts(2)
-    together.ended(ended_with(Told(Outcome.WAITING, Hold("default"))))
+    together.ended(ended_with(Result(Outcome.WAITING, WaitForStore("default"))))
     together.ended(ended_with(DONE))
-    assert ended == [Told(Outcome.WAITING, Hold("default"))]
+    assert ended == [Result(Outcome.WAITING, WaitForStore("default"))]
 
 
 @pytest.mark.parametrize("broken", [RuntimeError("broke"), None])

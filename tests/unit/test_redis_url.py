@@ -6,7 +6,7 @@ import pytest
 
 from exactly_once.errors import ConfigurationError
 from exactly_once.redis.connection import RedisConnection, checked
-from exactly_once.redis.trouble import secrets, unfit
+from exactly_once.redis.errors import secrets, unfit
 
 PASSWORD = "hunter2"
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from exactly_once.executor.executor import Runner
-from exactly_once.executor.fanout import together
+from exactly_once.executor.executor import Executor
+from exactly_once.executor.fanout import combine
 from exactly_once.message import Message
-from exactly_once.outcome import Ack, Ending, Hold, Keep, Outcome, Redeliver, Said
-from exactly_once.processing.processor import Told
+from exactly_once.outcome import Ack, Outcome, Redeliver, RunFuture, Verdict, WaitForKey, WaitForStore
+from exactly_once.processing.processor import Result
 from exactly_once.transports.contract import Delivery
 from tests.unit.worker_doubles import FEATURES
 
@@ -20,33 +20,33 @@ def seconds(number: float) -> timedelta:
     return timedelta(seconds=number)
 
 
-def told(outcome: Outcome, said: Said) -> Told:
-    return Told(outcome, said)
+def told(outcome: Outcome, said: Verdict) -> Result:
+    return Result(outcome, said)
 
 
-KEEP = Keep(seconds(0.5), seconds(5), Redeliver(seconds(50)))
+KEEP = WaitForKey(seconds(0.5), seconds(5), Redeliver(seconds(50)))
 PROCESSED, DUPLICATE = told(Outcome.PROCESSED, Ack()), told(Outcome.DUPLICATE, Ack())
 STORED, DEAD = told(Outcome.FAILED, Ack()), told(Outcome.DEAD, Ack())
 UNRECORDED = told(Outcome.FAILED, Redeliver(seconds(5)))
-AWAY = told(Outcome.WAITING, Hold("eu"))
+AWAY = told(Outcome.WAITING, WaitForStore("eu"))
 KEPT = told(Outcome.IN_PROGRESS, KEEP)
 
 
-def both_ways(*each: Told) -> Told:
-    one, other = together(each), together(each[::-1])
+def both_ways(*each: Result) -> Result:
+    one, other = combine(each), combine(each[::-1])
     assert one.outcome is other.outcome
     assert one.verdict == other.verdict
     return one
 
 
 def test_one_handler_says_it_alone_and_none_acknowledges() -> None:
-    assert together([KEPT]) is KEPT
-    assert together([]) == told(Outcome.NOT_MINE, Ack())
+    assert combine([KEPT]) is KEPT
+    assert combine([]) == told(Outcome.NOT_MINE, Ack())
 
 
 def test_a_store_that_does_not_answer_wins_over_all() -> None:
     for other in (KEPT, UNRECORDED, PROCESSED, STORED):
-        assert both_ways(AWAY, other).verdict == Hold("eu")
+        assert both_ways(AWAY, other).verdict == WaitForStore("eu")
 
 
 def test_the_soonest_redelivery_wins() -> None:
@@ -66,42 +66,42 @@ def test_a_redelivery_wins_over_what_is_kept() -> None:
 
 
 @pytest.mark.parametrize("stored", [STORED, DEAD, told(Outcome.WAITING, Ack())], ids=["failed", "dead", "waiting"])
-def test_looking_again_runs_no_handler_whose_failure_is_stored(stored: Told) -> None:
+def test_looking_again_runs_no_handler_whose_failure_is_stored(stored: Result) -> None:
     assert both_ways(KEPT, stored, PROCESSED).verdict == KEEP.then
 
 
 def test_of_two_that_keep_the_least_patient_decides_and_no_ones_message_is_acknowledged() -> None:
-    other = told(Outcome.IN_PROGRESS, Keep(seconds(2), seconds(3), Redeliver(seconds(20))))
-    careless = told(Outcome.IN_PROGRESS, Keep(seconds(2), seconds(3), Ack()))
-    assert both_ways(KEPT, other).verdict == Keep(seconds(0.5), seconds(3), Redeliver(seconds(20)))
-    assert both_ways(KEPT, careless).verdict == Keep(seconds(0.5), seconds(3), Redeliver(seconds(50)))
+    other = told(Outcome.IN_PROGRESS, WaitForKey(seconds(2), seconds(3), Redeliver(seconds(20))))
+    careless = told(Outcome.IN_PROGRESS, WaitForKey(seconds(2), seconds(3), Ack()))
+    assert both_ways(KEPT, other).verdict == WaitForKey(seconds(0.5), seconds(3), Redeliver(seconds(20)))
+    assert both_ways(KEPT, careless).verdict == WaitForKey(seconds(0.5), seconds(3), Redeliver(seconds(50)))
 
 
 class Handler:
-    """As much of a `Delivering` as the runner touches; `is_async` puts it on the loop."""
+    """As much of a `Processor` as the executor touches; `is_async` puts it on the loop."""
 
-    def __init__(self, looks: Sequence[Told], is_async: bool) -> None:
+    def __init__(self, looks: Sequence[Result], is_async: bool) -> None:
         self.plan: Any = type("Plan", (), {"name": "h", "is_async": is_async})
         self._looks = iter(looks)
 
-    def run(self, *_: Any, **__: Any) -> Told:
+    def run(self, *_: Any, **__: Any) -> Result:
         return next(self._looks)
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["thread", "loop"])
 def test_a_message_is_counted_when_it_ends_and_not_each_time_it_is_looked_at(is_async: bool) -> None:
     handler: Any = Handler([KEPT, KEPT, PROCESSED], is_async)
-    runner = Runner(lambda delivery: [handler], threads=1, needs_loop=is_async, limits={})
+    executor = Executor(lambda delivery: [handler], threads=1, needs_loop=is_async, limits={})
     try:
-        ended: SimpleQueue[Ending] = SimpleQueue()
+        ended: SimpleQueue[RunFuture] = SimpleQueue()
         said = []
         for _ in range(3):
-            runner.run(Delivery(Message("t", b""), None), FEATURES).add_done_callback(ended.put)
+            executor.submit(Delivery(Message("t", b""), None), FEATURES).add_done_callback(ended.put)
             said.append(ended.get(timeout=10).result())
     finally:
-        runner.stop()
+        executor.stop()
     assert said == [KEEP, KEEP, Ack()]
-    assert {name: number for name, number in runner.observe().items() if number} == {"processed": 1}
+    assert {name: number for name, number in executor.observe().items() if number} == {"processed": 1}
 
 
 def test_an_outcome_is_neither_true_nor_false() -> None:

@@ -13,8 +13,8 @@ import pytest
 from sqlalchemy import column, select
 from sqlalchemy.exc import ArgumentError, IntegrityError, InvalidRequestError, PendingRollbackError, StatementError
 
-from exactly_once.alert import Alert, sound
-from exactly_once.database.trouble.drivers_own import original
+from exactly_once.alert import Alert, raise_alert
+from exactly_once.database.errors.drivers_own import original
 from exactly_once.errors import Reject
 from exactly_once.exceptions.drivers import is_drivers
 from exactly_once.exceptions.struck import (
@@ -327,7 +327,7 @@ def test_a_hook_that_fails_in_the_database_is_logged_without_values(caplog: pyte
     def hook(alert: Alert) -> None:
         raise statement_error(sqlite3.IntegrityError("UNIQUE constraint failed: pages.no"))
 
-    sound(hook, Alert("parked", "g", "h", "k", "r"))
+    raise_alert(hook, Alert("parked", "g", "h", "k", "r"))
     ThrottledLog(logging.getLogger("exactly_once.worker")).warning(
         "run", "broke", error=raised(statement_error(Exception()))
     )

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from exactly_once.message import Message
-from exactly_once.outcome import Ack, Redeliver, Said, Verdict
+from exactly_once.outcome import Ack, Redeliver, Settlement, Verdict
 from exactly_once.transports.contract import Consumer, Delivery, Features
 from exactly_once.worker import in_hand as unsettled
 from exactly_once.worker.worker import Run, Worker
@@ -24,11 +24,11 @@ MS = timedelta(milliseconds=1)
 SECOND = timedelta(seconds=1)
 
 
-def ack(delivery: Delivery, features: Features) -> Future[Said]:
+def ack(delivery: Delivery, features: Features) -> Future[Verdict]:
     return done(Ack())
 
 
-def slow() -> Said:
+def slow() -> Verdict:
     sleep(0.0005)
     return Ack()
 
@@ -54,7 +54,7 @@ def working(consumers: Sequence[Consumer], run: Run, **options: Any) -> Iterator
 def test_what_is_received_runs_and_is_settled_with_its_verdict() -> None:
     shelf = Shelf([b"good", b"bad"])
 
-    def run(delivery: Delivery, features: Features) -> Future[Said]:
+    def run(delivery: Delivery, features: Features) -> Future[Verdict]:
         assert features is FEATURES
         failed = delivery.message.body == b"bad" and delivery.message.attempt == 1
         return done(Redeliver(30 * MS) if failed else Ack())
@@ -148,10 +148,10 @@ def test_a_full_worker_keeps_its_sessions_alive() -> None:
 def test_a_run_that_breaks_has_its_message_brought_again(error: BaseException) -> None:
     shelf = Shelf([b"a"])
 
-    def run(delivery: Delivery, features: Features) -> Future[Said]:
+    def run(delivery: Delivery, features: Features) -> Future[Verdict]:
         if delivery.message.attempt > 1:
             return done(Ack())
-        future: Future[Said] = Future()
+        future: Future[Verdict] = Future()
         future.set_exception(error)
         return future
 
@@ -248,7 +248,7 @@ def test_a_settle_that_blocks_delays_no_other_consumers_extending() -> None:
     blocked.on_settle = lambda: release.wait(10)
     shelf, hand = Shelf([b"slow"], invisible=450 * MS), Hand()
 
-    def run(delivery: Delivery, features: Features) -> Future[Said]:
+    def run(delivery: Delivery, features: Features) -> Future[Verdict]:
         return done(Ack()) if delivery.message.body == b"a" else hand(delivery, features)
 
     with working([blocked, shelf], run):
@@ -350,7 +350,7 @@ def test_stop_before_start_closes_the_consumers() -> None:
 def test_drain_waits_for_what_messages_bring_about() -> None:
     second = Shelf(topic="second")
 
-    def run(delivery: Delivery, features: Features) -> Future[Said]:
+    def run(delivery: Delivery, features: Features) -> Future[Verdict]:
         number = int(delivery.message.body or b"")
         if number:
             other = second if delivery.message.topic == "first" else first
@@ -401,7 +401,7 @@ def test_memory_does_not_grow_with_messages() -> None:
                 sleep(0.005)
             return [Delivery(self.message, None) for _ in range(number)]
 
-        def settle(self, verdicts: Sequence[tuple[Delivery, Verdict]]) -> None: ...
+        def settle(self, verdicts: Sequence[tuple[Delivery, Settlement]]) -> None: ...
         def extend(self, deliveries: Sequence[Delivery]) -> None: ...
         def stop(self) -> None: ...
         def close(self) -> None: ...

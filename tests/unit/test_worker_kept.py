@@ -14,19 +14,19 @@ from typing import Any
 import pytest
 
 from exactly_once.message import Message
-from exactly_once.outcome import Ack, Hold, Keep, Redeliver, Said
+from exactly_once.outcome import Ack, Redeliver, Verdict, WaitForKey, WaitForStore
 from exactly_once.transports.contract import Consumer, Delivery, Features, Subscription, Surroundings
 from exactly_once.transports.memory import forget
 from exactly_once.transports.registry import transport_from
-from exactly_once.worker.busy_keys import Kept
-from exactly_once.worker.in_hand import Unsettled
+from exactly_once.worker.busy_keys import BusyKeys
+from exactly_once.worker.in_hand import InHand
 from exactly_once.worker.worker import Run, Worker
 from tests.unit.worker_doubles import Hand, Shelf, done, until
 
 MS = timedelta(milliseconds=1)
 SECOND = timedelta(seconds=1)
 LATER = Redeliver(50 * SECOND)
-PATIENT = Keep(20 * MS, 60 * SECOND, LATER)
+PATIENT = WaitForKey(20 * MS, 60 * SECOND, LATER)
 _names = count()
 
 
@@ -54,12 +54,12 @@ def threads() -> int:
 class Held:
     """Keys that another run holds for so many looks; the moments of the looks."""
 
-    def __init__(self, looks: int, keep: Keep = PATIENT) -> None:
+    def __init__(self, looks: int, keep: WaitForKey = PATIENT) -> None:
         self._looks, self._keep = looks, keep
         self.seen: defaultdict[bytes, list[float]] = defaultdict(list)
         self.attempts: set[int] = set()
 
-    def run(self, delivery: Delivery, features: Features) -> Future[Said]:
+    def run(self, delivery: Delivery, features: Features) -> Future[Verdict]:
         seen = self.seen[delivery.message.body or b""]
         seen.append(monotonic())
         self.attempts.add(delivery.message.attempt)
@@ -92,7 +92,7 @@ def test_drain_does_not_take_what_is_kept_for_rest() -> None:
 def test_others_go_on_while_one_is_kept() -> None:
     shelf, hand = Shelf([b"kept", *numbered(100)]), Hand()
 
-    def run(delivery: Delivery, features: Features) -> Future[Said]:
+    def run(delivery: Delivery, features: Features) -> Future[Verdict]:
         return hand(delivery, features) if delivery.message.body == b"kept" else done(Ack())
 
     with working([shelf], run, drain_timeout=0 * SECOND):
@@ -106,12 +106,12 @@ def test_others_go_on_while_one_is_kept() -> None:
 def test_many_kept_at_once_are_each_acknowledged_once_by_one_thread() -> None:
     shelf, seen, most = Shelf(numbered(500)), defaultdict[bytes, int](int), 0
 
-    def run(delivery: Delivery, features: Features) -> Future[Said]:
+    def run(delivery: Delivery, features: Features) -> Future[Verdict]:
         nonlocal most
         body = delivery.message.body or b""
         seen[body] += 1
         most = max(most, threads())
-        return done(Keep(int(body) % 97 * MS, 60 * SECOND, LATER) if seen[body] <= 3 else Ack())
+        return done(WaitForKey(int(body) % 97 * MS, 60 * SECOND, LATER) if seen[body] <= 3 else Ack())
 
     with working([shelf], run, capacity=1000) as worker:
         worker.drain(20 * SECOND)
@@ -125,7 +125,7 @@ def test_the_one_that_is_due_first_runs_first_whenever_it_came() -> None:
     shelf, hand = Shelf([b"late"]), Hand()
     with working([shelf], hand, poll=60 * SECOND) as worker:  # a quiet one: no receive that ends wakes anybody
         until(lambda: hand.begun, "one runs")
-        hand.begun[0][1].set_result(Keep(60 * SECOND, 120 * SECOND, LATER))
+        hand.begun[0][1].set_result(WaitForKey(60 * SECOND, 120 * SECOND, LATER))
         shelf.put([b"soon"])
         until(lambda: len(hand.begun) == 2, "the other runs")
         hand.begun[1][1].set_result(PATIENT)
@@ -136,9 +136,9 @@ def test_the_one_that_is_due_first_runs_first_whenever_it_came() -> None:
 
 
 def test_two_that_are_due_at_the_same_moment_both_run() -> None:
-    ran, changed, mine = list[Delivery](), Condition(), Unsettled(Shelf(), "consumer 1", lambda number: None)
-    kept = Kept(lambda unsettled, delivery, since: ran.append(delivery), changed, lambda: False)
-    since, keep = monotonic(), Keep(60 * SECOND, SECOND / 5, LATER)
+    ran, changed, mine = list[Delivery](), Condition(), InHand(Shelf(), "consumer 1", lambda number: None)
+    kept = BusyKeys(lambda unsettled, delivery, since: ran.append(delivery), changed, lambda: False)
+    since, keep = monotonic(), WaitForKey(60 * SECOND, SECOND / 5, LATER)
     both = [Delivery(Message("t", body), None) for body in numbered(2)]
     with changed:
         assert all(kept.keep(keep, mine, each, since) for each in both)
@@ -157,7 +157,7 @@ def test_what_is_kept_is_extended_in_time() -> None:
 def test_nothing_behind_a_kept_message_of_its_ordering_key_is_handed_out() -> None:
     name, hand, ran = f"kept-{next(_names)}", Hand(), list[bytes]()
 
-    def run(delivery: Delivery, features: Features) -> Future[Said]:
+    def run(delivery: Delivery, features: Features) -> Future[Verdict]:
         if delivery.message.body == b"first":
             return hand(delivery, features)
         ran.append(delivery.message.body or b"")
@@ -188,11 +188,11 @@ def test_nothing_behind_a_kept_message_of_its_ordering_key_is_handed_out() -> No
 def test_after_its_patience_it_is_settled_with_what_its_last_run_said() -> None:
     shelf, begun = Shelf([b"a"]), list[float]()
 
-    def run(delivery: Delivery, features: Features) -> Future[Said]:
+    def run(delivery: Delivery, features: Features) -> Future[Verdict]:
         if delivery.message.attempt > 1:
             return done(Ack())
         begun.append(monotonic())
-        return done(Keep(30 * MS, 200 * MS, Redeliver(len(begun) * MS)))
+        return done(WaitForKey(30 * MS, 200 * MS, Redeliver(len(begun) * MS)))
 
     with working([shelf], run) as worker:
         worker.drain(10 * SECOND)
@@ -204,7 +204,7 @@ def test_after_its_patience_it_is_settled_with_what_its_last_run_said() -> None:
 
 
 def test_looks_further_apart_than_its_patience_do_not_lengthen_it() -> None:
-    shelf, held = Shelf([b"a"]), Held(9, Keep(60 * SECOND, 100 * MS, LATER))
+    shelf, held = Shelf([b"a"]), Held(9, WaitForKey(60 * SECOND, 100 * MS, LATER))
     with working([shelf], held.run):
         until(lambda: shelf.settled, "it is settled", 5)
     assert [verdict for _, verdict in shelf.settled] == [LATER]
@@ -212,7 +212,7 @@ def test_looks_further_apart_than_its_patience_do_not_lengthen_it() -> None:
 
 
 def test_no_patience_is_settled_at_once() -> None:
-    shelf, held = Shelf([b"a"]), Held(9, Keep(20 * MS, 0 * SECOND, LATER))
+    shelf, held = Shelf([b"a"]), Held(9, WaitForKey(20 * MS, 0 * SECOND, LATER))
     with working([shelf], held.run):
         until(lambda: shelf.settled, "it is settled")
     assert [verdict for _, verdict in shelf.settled] == [LATER]
@@ -225,7 +225,7 @@ def test_what_waited_long_before_its_first_look_ended_has_all_its_patience() -> 
         until(lambda: hand.begun, "it runs")
         began = monotonic()
         until(lambda: monotonic() > began + 0.6, "more than its patience is over")
-        hand.begun[0][1].set_result(Keep(20 * MS, 500 * MS, LATER))
+        hand.begun[0][1].set_result(WaitForKey(20 * MS, 500 * MS, LATER))
         until(lambda: len(hand.begun) == 2, "it was kept all the same")
         assert not shelf.settled
         hand.begun[1][1].set_result(Ack())
@@ -233,12 +233,12 @@ def test_what_waited_long_before_its_first_look_ended_has_all_its_patience() -> 
 
 def test_an_outage_does_not_wear_out_its_patience() -> None:
     shelf, hand, answers = Shelf([b"a"]), Hand(), Event()
-    keep = Keep(20 * MS, 500 * MS, LATER)
+    keep = WaitForKey(20 * MS, 500 * MS, LATER)
     with working([shelf], hand, answers=lambda store: answers.is_set()) as worker:
         until(lambda: hand.begun, "it runs")
         hand.begun[0][1].set_result(keep)
         until(lambda: len(hand.begun) == 2, "it runs again")
-        hand.begun[1][1].set_result(Hold("eu"))
+        hand.begun[1][1].set_result(WaitForStore("eu"))
         until(lambda: worker.counts.held == 1, "the outage begins")
         began = monotonic()
         until(lambda: monotonic() > began + 0.6, "more than its patience is over")
@@ -254,12 +254,12 @@ def test_an_outage_does_not_wear_out_its_patience() -> None:
 def test_what_is_kept_and_due_in_an_outage_waits_for_the_store() -> None:
     shelf, seen, up = Shelf([b"kept"]), defaultdict[bytes, int](int), Event()
 
-    def run(delivery: Delivery, features: Features) -> Future[Said]:
+    def run(delivery: Delivery, features: Features) -> Future[Verdict]:
         body = delivery.message.body or b""
         seen[body] += 1
         if body == b"kept" and seen[body] == 1:
-            return done(Keep(100 * MS, 60 * SECOND, LATER))
-        return done(Ack() if up.is_set() else Hold("eu"))
+            return done(WaitForKey(100 * MS, 60 * SECOND, LATER))
+        return done(Ack() if up.is_set() else WaitForStore("eu"))
 
     with working([shelf], run, answers=lambda store: up.is_set()) as worker:
         until(lambda: seen[b"kept"] == 1, "one is kept")
@@ -275,7 +275,7 @@ def test_what_is_kept_and_due_in_an_outage_waits_for_the_store() -> None:
 
 
 def test_stop_gives_back_at_once_what_is_kept() -> None:
-    shelf, held = Shelf(numbered(3)), Held(9, Keep(60 * SECOND, 120 * SECOND, LATER))
+    shelf, held = Shelf(numbered(3)), Held(9, WaitForKey(60 * SECOND, 120 * SECOND, LATER))
     with working([shelf], held.run, drain_timeout=60 * SECOND) as worker:
         until(lambda: len(held.seen) == 3, "all are kept")
         began = monotonic()
@@ -292,7 +292,7 @@ def test_a_run_that_would_be_kept_while_stopping_is_given_back() -> None:
     with working([shelf], hand, drain_timeout=60 * SECOND) as worker, ThreadPoolExecutor(1) as pool:
         until(lambda: len(hand.begun) == 2, "both run")
         futures = {delivery.message.body: future for delivery, future in hand.begun}
-        futures[b"kept"].set_result(Keep(60 * SECOND, 120 * SECOND, LATER))
+        futures[b"kept"].set_result(WaitForKey(60 * SECOND, 120 * SECOND, LATER))
         stop = pool.submit(worker.stop)
         until(lambda: shelf.settled, "what was kept is given back")
         futures[b"runs"].set_result(PATIENT)
@@ -307,13 +307,13 @@ def test_a_run_that_would_be_kept_while_stopping_is_given_back() -> None:
 def test_stop_while_kept_messages_run_again_settles_each_once(round_: int) -> None:
     shelf, begun = Shelf(numbered(60)), list[Delivery]()
 
-    def look(number: int) -> Said:
+    def look(number: int) -> Verdict:
         sleep(0.0005)
-        return Ack() if number % 7 == 0 else Keep(number % 3 * MS, 20 * MS, Redeliver(5 * MS))
+        return Ack() if number % 7 == 0 else WaitForKey(number % 3 * MS, 20 * MS, Redeliver(5 * MS))
 
     with ThreadPoolExecutor(4) as pool:
 
-        def run(delivery: Delivery, features: Features) -> Future[Said]:
+        def run(delivery: Delivery, features: Features) -> Future[Verdict]:
             begun.append(delivery)
             return pool.submit(look, len(begun))
 
@@ -336,7 +336,7 @@ def test_a_worker_that_keeps_nothing_has_no_thread_for_it_and_the_last_one_kept_
         hand.begun[0][1].set_result(Ack())
         until(lambda: shelf.settled, "one is settled")
         assert not threads()
-        hand.begun[1][1].set_result(Keep(100 * MS, 60 * SECOND, LATER))
+        hand.begun[1][1].set_result(WaitForKey(100 * MS, 60 * SECOND, LATER))
         assert threads() == 1
         until(lambda: len(hand.begun) == 3, "it runs again")
         until(lambda: not threads(), "nothing is kept")

@@ -14,7 +14,7 @@ from time import sleep
 import pytest
 
 from exactly_once.message import Message
-from exactly_once.outcome import Ack, Redeliver, Said, Verdict
+from exactly_once.outcome import Ack, Redeliver, Settlement, Verdict
 from exactly_once.transports.contract import Consumer, Delivery, Features, Subscription, Surroundings
 from exactly_once.transports.memory import forget
 from exactly_once.transports.registry import transport_from
@@ -25,7 +25,7 @@ MS = timedelta(milliseconds=1)
 KEYS, EACH = 20, 15
 _names = count()
 
-Verdicts = Future[Said]
+Verdicts = Future[Verdict]
 Start = Callable[[Delivery, Features], Verdicts]
 
 
@@ -44,7 +44,7 @@ class Ledger:
         with self._lock:
             return self._random.random() * 0.003
 
-    def commit(self, message: Message) -> Verdict:
+    def commit(self, message: Message) -> Settlement:
         body = message.body or b""
         number = int(body)
         with self._lock:
@@ -62,7 +62,7 @@ class Ledger:
 
 @contextmanager
 def on_threads(ledger: Ledger) -> Iterator[Start]:
-    def handle(delivery: Delivery) -> Said:
+    def handle(delivery: Delivery) -> Verdict:
         sleep(ledger.pause_s())
         return ledger.commit(delivery.message)
 
@@ -72,7 +72,7 @@ def on_threads(ledger: Ledger) -> Iterator[Start]:
 
 @contextmanager
 def on_a_loop(ledger: Ledger) -> Iterator[Start]:
-    async def handle(delivery: Delivery) -> Said:
+    async def handle(delivery: Delivery) -> Verdict:
         await asyncio.sleep(ledger.pause_s())
         return ledger.commit(delivery.message)
 
@@ -101,7 +101,7 @@ class SlowToSettle:
     def invisible(self) -> timedelta | None:
         return self.inner.invisible
 
-    def settle(self, verdicts: Sequence[tuple[Delivery, Verdict]]) -> None:
+    def settle(self, verdicts: Sequence[tuple[Delivery, Settlement]]) -> None:
         sleep(0.005)
         self.inner.settle(verdicts)
 

@@ -9,7 +9,7 @@ from threading import Condition, Lock
 from time import monotonic, sleep
 
 from exactly_once.message import Message
-from exactly_once.outcome import Ack, Redeliver, Said, Verdict
+from exactly_once.outcome import Ack, Redeliver, Settlement, Verdict
 from exactly_once.transports.contract import Delivery, Features
 
 FEATURES = Features(redelivers=True, counts_attempts=True)
@@ -47,7 +47,7 @@ class Shelf:
         self.put(bodies)
         self.receives: list[tuple[float, int]] = []
         """When and with which limit it was asked."""
-        self.settled: list[tuple[Message, Verdict]] = []
+        self.settled: list[tuple[Message, Settlement]] = []
         self.extended: list[tuple[float, Message]] = []
         self.out: dict[Delivery, float] = {}
         """Handed out, not settled; since when, or when last extended."""
@@ -83,7 +83,7 @@ class Shelf:
                 self.changed.wait(min(deadline - now, 0.01 if self._ready else 1.0))
         return []
 
-    def settle(self, verdicts: Sequence[tuple[Delivery, Verdict]]) -> None:
+    def settle(self, verdicts: Sequence[tuple[Delivery, Settlement]]) -> None:
         self.calls.append("settle")
         self.on_settle()
         sleep(self._settle_s)
@@ -128,10 +128,10 @@ class Hand:
     """A `run` whose futures the test completes, in the order they were begun."""
 
     def __init__(self) -> None:
-        self.begun: list[tuple[Delivery, Future[Said]]] = []
+        self.begun: list[tuple[Delivery, Future[Verdict]]] = []
 
-    def __call__(self, delivery: Delivery, features: Features) -> Future[Said]:
-        future: Future[Said] = Future()
+    def __call__(self, delivery: Delivery, features: Features) -> Future[Verdict]:
+        future: Future[Verdict] = Future()
         self.begun.append((delivery, future))
         return future
 
@@ -139,8 +139,8 @@ class Hand:
         return [delivery.message.body or b"" for delivery, _ in self.begun]
 
 
-def done(verdict: Said) -> Future[Said]:
-    future: Future[Said] = Future()
+def done(verdict: Verdict) -> Future[Verdict]:
+    future: Future[Verdict] = Future()
     future.set_result(verdict)
     return future
 

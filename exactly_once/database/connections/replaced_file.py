@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Dialect, Engine
 from sqlalchemy.exc import DisconnectionError
 
+from exactly_once.database.errors.not_made import file_of, no_file, upgrade_command
 from exactly_once.database.listeners import listen
-from exactly_once.database.trouble.not_made import file_of, no_file, upgrade_command
 from exactly_once.errors import StoreUnavailable
 from exactly_once.wording.steady_log import steady
 

@@ -15,26 +15,26 @@ from typing import Any, Final, NamedTuple, Protocol
 from sqlalchemy import Connection, Engine, Insert, Update
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from exactly_once.claim import ClaimRow, Known, Leased
+from exactly_once.claim import ClaimRow, ExistingClaim, LeaseAnswer
 from exactly_once.database.dialects.keywords import Read
-from exactly_once.database.trouble.crowded import none_free
-from exactly_once.database.trouble.drivers_own import original
-from exactly_once.database.trouble.not_made import not_made
-from exactly_once.database.trouble.unreached import unreached
+from exactly_once.database.errors.crowded import none_free
+from exactly_once.database.errors.drivers_own import original
+from exactly_once.database.errors.not_made import not_made
+from exactly_once.database.errors.unreached import unreached
 from exactly_once.errors import BadKey, SchemaError, StoreUnavailable
 from exactly_once.exceptions.words import words_of
 
 __all__ = [
     "LEARNT",
     "WAIT_MS",
+    "BatchClaims",
     "ClaimBusy",
     "Dialect",
+    "ErrorKind",
     "Gone",
-    "GroupClaims",
     "LeaseClaims",
     "State",
     "Trace",
-    "Trouble",
     "first_words",
     "raise_for_the_store",
     "steps_of",
@@ -75,7 +75,7 @@ class State(Enum):
     CLOSED = "closed by whoever has the connection, and not by the server: what was committed before is not known"
 
 
-class Trouble(Enum):
+class ErrorKind(Enum):
     """What a database error means for the attempt it struck."""
 
     TRANSIENT = "deadlock, serialization or lock timeout: a fresh transaction may succeed at once"
@@ -265,7 +265,7 @@ class Dialect(Protocol):
     def sent_since(self, dbapi: Any, mark: Any) -> bool:
         """Say whether anything that may have been committed was sent on it since `mark` gave `mark`: free, no round trip."""
 
-    def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> Known | None:
+    def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> ExistingClaim | None:
         """Read what stands under the key.
 
         Args:
@@ -287,7 +287,7 @@ class Dialect(Protocol):
     def state(self, dbapi: Any) -> State:
         """Read the driver's own transaction state: free, no round trip."""
 
-    def trouble(self, error: BaseException) -> Trouble:
+    def error_kind(self, error: BaseException) -> ErrorKind:
         """Say what a driver's error means."""
 
     def no_table(self, error: BaseException) -> bool:
@@ -338,7 +338,7 @@ class Dialect(Protocol):
         """Say what a handler's statement would do to its transaction and its connection, by its first words."""
 
 
-class GroupClaims(Protocol):
+class BatchClaims(Protocol):
     """Claims of a whole group of messages on one database server."""
 
     def claim(
@@ -350,7 +350,7 @@ class GroupClaims(Protocol):
         owner: str,
         wait_ms: int,
         meanwhile: Iterable[object] = (),
-    ) -> Mapping[str, Known | None]:
+    ) -> Mapping[str, ExistingClaim | None]:
         """Insert `rows`, first thing in a transaction that this begins; what stood there already is left as it is.
 
         Args:
@@ -390,7 +390,7 @@ class LeaseClaims(Protocol):
         also: bytes,
         wait_ms: int,
         steps: bool,
-    ) -> Leased:
+    ) -> LeaseAnswer:
         """Take the key if it is new, or free and of this payload; say what stands there. Begins and ends its transaction.
 
         Args:
@@ -426,7 +426,7 @@ def raise_for_the_store(dialect: Dialect, error: BaseException, engine: Engine, 
         raise StoreUnavailable(f"{error}; nothing ran.", store=store) from error
     if isinstance(error, PoolTimeout):
         raise StoreUnavailable(none_free(engine), store=store) from error
-    if dialect.trouble(error) is Trouble.UNAVAILABLE:
+    if dialect.error_kind(error) is ErrorKind.UNAVAILABLE:
         raise StoreUnavailable(
             f"The database does not answer ({type(error).__name__}: {first_words(error)}); nothing ran.", store=store
         ) from error

@@ -19,8 +19,8 @@ from exactly_once.database.connections.had_before import (
     moment,
     watch_pool,
 )
-from exactly_once.database.dialects.contract import LEARNT, Dialect, Trouble
-from exactly_once.database.trouble.interrupted import interrupted
+from exactly_once.database.dialects.contract import LEARNT, Dialect, ErrorKind
+from exactly_once.database.errors.interrupted import interrupted
 
 __all__ = ["is_changed", "is_firsthand", "kept_firsthand", "moment", "ready", "varies", "watch_pool"]
 
@@ -83,7 +83,7 @@ def ready(dialect: Dialect, connection: Connection, *, wait_ms: int, since: int)
     try:  # others have had it, since another application of this process learnt from it or where there is nothing to learn
         dialect.prepare(dbapi, info, wait_ms=wait_ms, varies=varies(connection))
     except Exception as error:
-        if dialect.trouble(error) is Trouble.UNAVAILABLE or interrupted(error):
+        if dialect.error_kind(error) is ErrorKind.UNAVAILABLE or interrupted(error):
             raise
         return None
     return None if dialect.strange(dbapi, info) else True

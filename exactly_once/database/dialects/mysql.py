@@ -47,16 +47,16 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.util import await_only
 
-from exactly_once.claim import ClaimRow, Known
-from exactly_once.database.dialects.contract import LEARNT, ClaimBusy, Gone, State, Trace, Trail, Trouble, steps_of
+from exactly_once.claim import ClaimRow, ExistingClaim
+from exactly_once.database.dialects.contract import LEARNT, ClaimBusy, ErrorKind, Gone, State, Trace, Trail, steps_of
 from exactly_once.database.dialects.keywords import Read, reader
 from exactly_once.database.dialects.mysql_trail import trail_of
 from exactly_once.database.dialects.statements import MARIADB, MYSQL
+from exactly_once.database.errors import contended
+from exactly_once.database.errors.drivers_own import original
 from exactly_once.database.mysql_committed import see_committed
 from exactly_once.database.mysql_session import END_PLAINLY, ENDS_PLAINLY, RIGHT_SESSION, SESSION_IS_RIGHT
 from exactly_once.database.owner import savepoint_of
-from exactly_once.database.trouble import contended
-from exactly_once.database.trouble.drivers_own import original
 from exactly_once.errors import ConfigurationError
 from exactly_once.exceptions.drivers import is_drivers
 
@@ -565,7 +565,7 @@ class MySQL:
         # asyncmy takes no status of 0 over: there the result tells; of an error there is none
         return driver._result is not None and driver._result is not mark.result  # noqa: SLF001
 
-    def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> Known | None:
+    def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> ExistingClaim | None:
         if not wait:
             see_committed(dbapi)
         cursor = dbapi.cursor()
@@ -580,7 +580,7 @@ class MySQL:
         if found is None:
             return None
         status, fingerprint, owner = found
-        return Known(int(status), bytes(fingerprint), None if owner is None else owner.decode())
+        return ExistingClaim(int(status), bytes(fingerprint), None if owner is None else owner.decode())
 
     def trail(self, dbapi: Any, row: ClaimRow) -> Trail:
         return trail_of(dbapi, steps_of(self.table), identity(row))
@@ -598,19 +598,19 @@ class MySQL:
         ended = result is not None and not result.server_status & _IN_TRANSACTION
         return State.IDLE if ended else State.OPEN
 
-    def trouble(self, error: BaseException) -> Trouble:
+    def error_kind(self, error: BaseException) -> ErrorKind:
         if isinstance(error, PoolTimeout):
-            return Trouble.UNAVAILABLE
+            return ErrorKind.UNAVAILABLE
         code = errno(error)
         if code is None:
             gone = isinstance(error, _GONE) or (isinstance(error, DBAPIError) and error.connection_invalidated)
             gone = gone or _is_closed(error)
-            return Trouble.UNAVAILABLE if gone else Trouble.UNKNOWN
+            return ErrorKind.UNAVAILABLE if gone else ErrorKind.UNKNOWN
         if code in contended.MYSQL:
-            return Trouble.TRANSIENT
+            return ErrorKind.TRANSIENT
         if code in _UNAVAILABLE:
-            return Trouble.UNAVAILABLE
-        return Trouble.REFUSED if 1000 <= code < 2000 or code >= 3000 else Trouble.UNKNOWN
+            return ErrorKind.UNAVAILABLE
+        return ErrorKind.REFUSED if 1000 <= code < 2000 or code >= 3000 else ErrorKind.UNKNOWN
 
     def no_table(self, error: BaseException) -> bool:
         return errno(error) == _NO_SUCH_TABLE

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from datetime import UTC
 from typing import Any, Final
 
-from exactly_once.claim import ClaimRow, Known
+from exactly_once.claim import ClaimRow, ExistingClaim
 from exactly_once.database.dialects.contract import Dialect
 from exactly_once.database.dialects.mysql import (
     KEY,
@@ -43,7 +43,7 @@ KNOWN: Final = (
 
 
 class Claims:
-    """See `GroupClaims`."""
+    """See `BatchClaims`."""
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
@@ -58,8 +58,8 @@ class Claims:
         owner: str,
         wait_ms: int,
         meanwhile: Iterable[object] = (),
-    ) -> Mapping[str, Known | None]:
-        """See `GroupClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
+    ) -> Mapping[str, ExistingClaim | None]:
+        """See `BatchClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
         refuse_autocommit(dbapi)
         # in whole seconds; where the session alone can be bound, its bound holds here too
         seen: Seen = info[self._dialect.kept_as]
@@ -83,11 +83,11 @@ class Claims:
             raise
         finally:
             cursor.close()
-        standing: dict[str, Known | None] = dict.fromkeys(row.key for row in rows)
+        standing: dict[str, ExistingClaim | None] = dict.fromkeys(row.key for row in rows)
         for key, status, fingerprint, named in found:
             owned_by = None if named is None else named.decode()
             if owned_by == owner:
                 del standing[key.decode()]
             else:
-                standing[key.decode()] = Known(int(status), bytes(fingerprint), owned_by)
+                standing[key.decode()] = ExistingClaim(int(status), bytes(fingerprint), owned_by)
         return standing

@@ -9,7 +9,7 @@ from collections.abc import MutableMapping
 from datetime import UTC, timedelta
 from typing import Any, Final
 
-from exactly_once.claim import ClaimRow, Leased, StepRow
+from exactly_once.claim import ClaimRow, LeaseAnswer, StepRow
 from exactly_once.database.dialects.contract import ClaimBusy, Dialect, Trail, steps_of
 from exactly_once.database.dialects.mysql import DUPLICATE, bound, busy_of, digits, errno, identity
 from exactly_once.database.mysql_committed import COMMITTED_ALONE
@@ -73,7 +73,7 @@ class Claims:
         also: bytes,
         wait_ms: int,
         steps: bool,
-    ) -> Leased:
+    ) -> LeaseAnswer:
         """See `LeaseClaims.claim`. A crash before COMMIT leaves nothing; one after it the claim, until its lease ends."""
         bounded = bound(info[self._dialect.kept_as], wait_ms)
         named = identity(row)
@@ -90,7 +90,7 @@ class Claims:
                     cursor.execute(bounded + self._claim, claimed)
                 recorded = self._recorded(cursor, named) if steps else ()  # of a claim that was taken away by hand
                 dbapi.commit()
-                return Leased(True, False, row.fingerprint, 1, lease, recorded)
+                return LeaseAnswer(True, False, row.fingerprint, 1, lease, recorded)
             except Exception as error:
                 if errno(error) != DUPLICATE:
                     raise
@@ -132,7 +132,7 @@ class Claims:
         if found is None:
             raise ClaimBusy(again=True)  # taken away between the two: the next try may insert it
         status, standing, known, retry_times, remaining, owner = found
-        return Leased(
+        return LeaseAnswer(
             won=standing == token and not status,
             consumed=bool(status),
             unfinished=owner or "" if status == UNFINISHED else None,

@@ -17,8 +17,8 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.pool import NullPool
 
 from exactly_once.database.connections.pooler import LINK, Link
-from exactly_once.database.trouble.not_made import not_made, other_schemas
-from exactly_once.database.trouble.unusable import nameless
+from exactly_once.database.errors.not_made import not_made, other_schemas
+from exactly_once.database.errors.unusable import nameless
 from exactly_once.errors import ConfigurationError, SchemaError
 
 __all__ = ["as_sessions_begin", "schema_in"]

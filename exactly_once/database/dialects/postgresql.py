@@ -35,16 +35,16 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.util import await_only
 
-from exactly_once.claim import ClaimRow, Known
+from exactly_once.claim import ClaimRow, ExistingClaim
 from exactly_once.database.connections.pooler import LINK, Link
-from exactly_once.database.dialects.contract import LEARNT, ClaimBusy, Gone, State, Trace, Trail, Trouble
+from exactly_once.database.dialects.contract import LEARNT, ClaimBusy, ErrorKind, Gone, State, Trace, Trail
 from exactly_once.database.dialects.firsthand import varies
 from exactly_once.database.dialects.keywords import Read, reader
 from exactly_once.database.dialects.statements import POSTGRESQL
+from exactly_once.database.errors import contended
+from exactly_once.database.errors.drivers_own import original
+from exactly_once.database.errors.whose import is_of
 from exactly_once.database.owner import savepoint_of
-from exactly_once.database.trouble import contended
-from exactly_once.database.trouble.drivers_own import original
-from exactly_once.database.trouble.whose import is_of
 from exactly_once.errors import ConfigurationError, Misuse
 
 __all__ = [
@@ -481,7 +481,7 @@ class PostgreSQL:
     def sent_since(self, dbapi: Any, mark: Any) -> bool:
         return _replaced(driver_of(dbapi))
 
-    def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> Known | None:
+    def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> ExistingClaim | None:
         driver = driver_of(dbapi)
         quote = Escaping(driver.pgconn).escape_literal
         text = self._known % (quote(row.group.encode()), quote(row.handler.encode()), quote(row.key.encode()))
@@ -489,7 +489,7 @@ class PostgreSQL:
         if not result.ntuples:
             return None
         status, fingerprint, owner = (result.get_value(0, column) for column in range(3))
-        return Known(
+        return ExistingClaim(
             int(status or b"0"), bytes.fromhex((fingerprint or b"").decode()), owner.decode() if owner else None
         )
 
@@ -498,23 +498,23 @@ class PostgreSQL:
         state = _STATES[driver.pgconn.transaction_status]
         return State.CLOSED if state is State.ABORTED and driver.closed and not driver.broken else state
 
-    def trouble(self, error: BaseException) -> Trouble:
+    def error_kind(self, error: BaseException) -> ErrorKind:
         if isinstance(error, PoolTimeout):
-            return Trouble.UNAVAILABLE
+            return ErrorKind.UNAVAILABLE
         origin = original(error)
         if not isinstance(origin, psycopg.Error):
-            return Trouble.UNKNOWN
+            return ErrorKind.UNKNOWN
         code = origin.sqlstate
         if code is None:
             # no SQLSTATE means no server spoke: psycopg lost the connection, or never had one
-            return Trouble.UNAVAILABLE if isinstance(origin, psycopg.OperationalError) else Trouble.UNKNOWN
+            return ErrorKind.UNAVAILABLE if isinstance(origin, psycopg.OperationalError) else ErrorKind.UNKNOWN
         if code in contended.POSTGRESQL:
-            return Trouble.TRANSIENT
+            return ErrorKind.TRANSIENT
         if code in _UNAVAILABLE or code[:2] in _UNAVAILABLE_CLASSES:
-            return Trouble.UNAVAILABLE
+            return ErrorKind.UNAVAILABLE
         if code[:2] in _REFUSING_CLASSES and code != "40003":
-            return Trouble.REFUSED
-        return Trouble.UNKNOWN
+            return ErrorKind.REFUSED
+        return ErrorKind.UNKNOWN
 
     def no_table(self, error: BaseException) -> bool:
         return isinstance(error, (errors.UndefinedTable, errors.InvalidSchemaName))

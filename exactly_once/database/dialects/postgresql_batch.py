@@ -12,7 +12,7 @@ from typing import Any, Final
 from psycopg import errors
 from psycopg.pq import Escaping, TransactionStatus
 
-from exactly_once.claim import ClaimRow, Known
+from exactly_once.claim import ClaimRow, ExistingClaim
 from exactly_once.database.dialects.contract import Dialect
 from exactly_once.database.dialects.postgresql import (
     Seen,
@@ -47,7 +47,7 @@ _VALUES: Final = ("group", "handler", "owner", "keys", "message_ids", "fingerpri
 
 
 class Claims:
-    """See `GroupClaims`."""
+    """See `BatchClaims`."""
 
     def __init__(self, dialect: Dialect) -> None:
         # made at the first claim, when it is known where the table is
@@ -64,8 +64,8 @@ class Claims:
         owner: str,
         wait_ms: int,
         meanwhile: Iterable[object] = (),
-    ) -> Mapping[str, Known | None]:
-        """See `GroupClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
+    ) -> Mapping[str, ExistingClaim | None]:
+        """See `BatchClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
         driver = driver_of(dbapi)
         seen: Seen = info[self._dialect.kept_as]
         # else a hook of the user's has sent something, and the driver has begun
@@ -102,10 +102,10 @@ class Claims:
         others = [row.key for row in rows if row.key.encode() not in won]
         look = self._known % (group, handler, quote(_array(others)))
         found = send(driver, look if won else look + b";ROLLBACK")[0]
-        standing: dict[str, Known | None] = dict.fromkeys(others)
+        standing: dict[str, ExistingClaim | None] = dict.fromkeys(others)
         for place in range(found.ntuples):
             key, status, fingerprint, owned_by = (found.get_value(place, column) for column in range(4))
-            standing[key.decode()] = Known(
+            standing[key.decode()] = ExistingClaim(
                 int(status), bytes.fromhex(fingerprint.decode()), None if owned_by is None else owned_by.decode()
             )
         return standing

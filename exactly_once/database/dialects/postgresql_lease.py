@@ -13,7 +13,7 @@ from typing import Any, Final
 from psycopg import errors
 from psycopg.pq import Escaping
 
-from exactly_once.claim import ClaimRow, Leased, StepRow
+from exactly_once.claim import ClaimRow, LeaseAnswer, StepRow
 from exactly_once.database.dialects.contract import ClaimBusy, steps_of
 from exactly_once.database.dialects.postgresql import PostgreSQL, Seen, busy_of, driver_of, send, template
 from exactly_once.database.schema import UNFINISHED
@@ -73,7 +73,7 @@ class Claims:
         also: bytes,
         wait_ms: int,
         steps: bool,
-    ) -> Leased:
+    ) -> LeaseAnswer:
         """See `LeaseClaims.claim`. A crash here leaves the claim or none; a lost answer leaves one, until its lease ends."""
         driver = driver_of(dbapi)
         quote = Escaping(driver.pgconn).escape_literal
@@ -108,7 +108,7 @@ class Claims:
         if not found.ntuples:
             raise ClaimBusy(again=True)  # taken away between the two: the next try may insert it
         status, standing, fingerprint, retry_times, remaining, owner = (found.get_value(0, n) for n in range(6))
-        return Leased(
+        return LeaseAnswer(
             won=standing == token.encode() and status == b"0",
             consumed=status != b"0",
             unfinished=(owner or b"").decode() if int(status) == UNFINISHED else None,

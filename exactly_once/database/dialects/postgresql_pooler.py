@@ -16,8 +16,8 @@ from sqlalchemy import Engine
 
 from exactly_once.database.connections.pooler import IDLE_MS, LINK, SAID, Link
 from exactly_once.database.dialects.postgresql import DURABLE, Seen, driver_of, opening, send, unlisten
+from exactly_once.database.errors.drivers_own import original
 from exactly_once.database.listeners import listen
-from exactly_once.database.trouble.drivers_own import original
 
 __all__ = ["look", "look_at_each", "may_be_left"]
 

@@ -13,10 +13,10 @@ from uuid import uuid4
 from sqlalchemy import Engine
 
 from exactly_once.claim import ClaimRow
-from exactly_once.database.dialects.contract import ClaimBusy, Dialect, Trouble, first_words, raise_for_the_store
+from exactly_once.database.dialects.contract import ClaimBusy, Dialect, ErrorKind, first_words, raise_for_the_store
+from exactly_once.database.errors.drivers_own import original
+from exactly_once.database.errors.interrupted import interrupted
 from exactly_once.database.owner import new_owner
-from exactly_once.database.trouble.drivers_own import original
-from exactly_once.database.trouble.interrupted import interrupted
 from exactly_once.errors import StoreUnavailable
 from exactly_once.exceptions.drivers import is_drivers
 
@@ -25,7 +25,7 @@ __all__ = ["is_refusal", "of_nobody", "raise_for_the_table", "tried"]
 
 def is_refusal(dialect: Dialect, error: BaseException) -> bool:
     """Say whether a statement of a claim was refused for a reason that may be the message's or the table's."""
-    refused = is_drivers(original(error)) and dialect.trouble(error) in (Trouble.REFUSED, Trouble.UNKNOWN)
+    refused = is_drivers(original(error)) and dialect.error_kind(error) in (ErrorKind.REFUSED, ErrorKind.UNKNOWN)
     return refused and not interrupted(error) and not dialect.unstorable(error)
 
 

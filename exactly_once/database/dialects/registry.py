@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Final, cast
 
 from sqlalchemy import Engine
 
-from exactly_once.database.dialects.contract import Dialect, GroupClaims, LeaseClaims
+from exactly_once.database.dialects.contract import BatchClaims, Dialect, LeaseClaims
 from exactly_once.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from exactly_once.database.dialects.postgresql import PostgreSQL
     from exactly_once.database.dialects.sqlite import SQLite
 
-__all__ = ["dialect_for", "group_claims_for", "lease_claims_for"]
+__all__ = ["batch_claims_for", "dialect_for", "lease_claims_for"]
 
 _KNOWN: Final = frozenset(
     {
@@ -91,7 +91,7 @@ def lease_claims_for(dialect: Dialect) -> LeaseClaims:
             return mysql_lease.Claims(dialect)
 
 
-def group_claims_for(dialect: Dialect) -> GroupClaims:
+def batch_claims_for(dialect: Dialect) -> BatchClaims:
     """Return how batches are claimed on the server that `dialect` speaks to."""
     match dialect.name:
         case "postgresql":

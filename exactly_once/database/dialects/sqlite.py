@@ -22,12 +22,12 @@ from sqlalchemy import Connection, Insert, Update
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.util import await_only
 
-from exactly_once.claim import ClaimRow, Known
-from exactly_once.database.dialects.contract import Gone, State, Trace, Trail, Trouble
+from exactly_once.claim import ClaimRow, ExistingClaim
+from exactly_once.database.dialects.contract import ErrorKind, Gone, State, Trace, Trail
 from exactly_once.database.dialects.keywords import Read, reader
 from exactly_once.database.dialects.statements import SQLITE
-from exactly_once.database.trouble.contended import SQLITE as SQLITE_CONTENDED
-from exactly_once.database.trouble.drivers_own import original
+from exactly_once.database.errors.contended import SQLITE as SQLITE_CONTENDED
+from exactly_once.database.errors.drivers_own import original
 from exactly_once.errors import ConfigurationError
 
 __all__ = ["BEGIN", "CLAIM", "KNOWN", "RELEASE", "SAVEPOINT", "SQLite"]
@@ -235,7 +235,7 @@ class SQLite:
         driver = _driver(dbapi)
         return bool(driver.in_transaction or driver.total_changes != mark)
 
-    def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> Known | None:
+    def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> ExistingClaim | None:
         cursor = dbapi.cursor()
         try:
             cursor.execute(self._known, (row.group, row.handler, row.key))
@@ -244,7 +244,7 @@ class SQLite:
             cursor.close()
             if end:
                 dbapi.rollback()
-        return None if found is None else Known(int(found[0]), bytes(found[1]), found[2])
+        return None if found is None else ExistingClaim(int(found[0]), bytes(found[1]), found[2])
 
     def state(self, dbapi: Any) -> State:
         driver = _driver(dbapi)
@@ -255,13 +255,13 @@ class SQLite:
             return State.CLOSED
         return State.BUSY if getattr(driver, _UNDER_WAY, 0) else State.OPEN
 
-    def trouble(self, error: BaseException) -> Trouble:
+    def error_kind(self, error: BaseException) -> ErrorKind:
         if isinstance(error, PoolTimeout):
-            return Trouble.UNAVAILABLE
+            return ErrorKind.UNAVAILABLE
         code = _code(error)
         if code is None:
-            return Trouble.UNKNOWN
-        return Trouble.UNAVAILABLE if code & _PRIMARY in _UNAVAILABLE else Trouble.REFUSED
+            return ErrorKind.UNKNOWN
+        return ErrorKind.UNAVAILABLE if code & _PRIMARY in _UNAVAILABLE else ErrorKind.REFUSED
 
     def no_table(self, error: BaseException) -> bool:
         # its code is that of any wrong statement, and its text is always English

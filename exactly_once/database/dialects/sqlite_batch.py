@@ -6,14 +6,14 @@ Called by the transaction guard.
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
-from exactly_once.claim import ClaimRow, Known
+from exactly_once.claim import ClaimRow, ExistingClaim
 from exactly_once.database.dialects.sqlite import SQLite
 
 __all__ = ["Claims"]
 
 
 class Claims:
-    """See `GroupClaims`."""
+    """See `BatchClaims`."""
 
     def __init__(self, dialect: SQLite) -> None:
         self._dialect = dialect
@@ -27,8 +27,8 @@ class Claims:
         owner: str,
         wait_ms: int,
         meanwhile: Iterable[object] = (),
-    ) -> Mapping[str, Known | None]:
-        """See `GroupClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
+    ) -> Mapping[str, ExistingClaim | None]:
+        """See `BatchClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
         one = self._dialect
         owned = [row._replace(owner=owner) for row in rows]
         first, *rest = owned

@@ -7,7 +7,7 @@ from collections.abc import MutableMapping
 from datetime import UTC, timedelta
 from typing import Any, Final
 
-from exactly_once.claim import ClaimRow, Leased, StepRow
+from exactly_once.claim import ClaimRow, LeaseAnswer, StepRow
 from exactly_once.database.dialects.contract import steps_of
 from exactly_once.database.dialects.sqlite import SQLite
 from exactly_once.database.schema import UNFINISHED
@@ -57,7 +57,7 @@ class Claims:
         also: bytes,
         wait_ms: int,
         steps: bool,
-    ) -> Leased:
+    ) -> LeaseAnswer:
         """See `LeaseClaims.claim`."""
         identity = (row.group, row.handler, row.key)
         born = None if row.born_at is None else row.born_at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
@@ -91,7 +91,7 @@ class Claims:
             raise
         finally:
             cursor.close()
-        return Leased(
+        return LeaseAnswer(
             won=standing == token and not status,
             consumed=bool(status),
             unfinished=owner or "" if status == UNFINISHED else None,

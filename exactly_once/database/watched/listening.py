@@ -20,10 +20,10 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from exactly_once.database.dialects.contract import State
 from exactly_once.database.dialects.keywords import LOCK
+from exactly_once.database.errors.whose import is_of, watch_made
 from exactly_once.database.listeners import listen
-from exactly_once.database.trouble.whose import is_of, watch_made
-from exactly_once.database.watched.late import Late
-from exactly_once.database.watched.watch import LEFT, WATCHED, Left, Watch
+from exactly_once.database.watched.deferred_watch import DeferredWatch
+from exactly_once.database.watched.watch import LEFT, WATCHED, TransactionEnd, Watch
 from exactly_once.exceptions.words import place_here
 
 __all__ = ["install", "install_session", "seeing"]
@@ -91,7 +91,7 @@ def _sending(statement: str, values: object, context: ExecutionContext, send: Ca
     read = dialect.read(dbapi, watch.info, statement)
     if read.refused is not None:
         raise watch.leave(
-            Left.REFUSED,
+            TransactionEnd.REFUSED,
             f"The handler sent {read.refused}, which ends the transaction it was given; it was not sent. Delete that"
             " statement: the transaction is committed for you when the handler returns.",
         )
@@ -185,7 +185,7 @@ def _refusing_commit(send: _Send) -> _Send:
             send(dbapi_connection)
             return
         if not watch.ours:
-            raise watch.leave(Left.REFUSED, _COMMITTED)
+            raise watch.leave(TransactionEnd.REFUSED, _COMMITTED)
         if watch.error is not None:
             raise watch.error  # of a hook that swallowed it
         # the last look, after every hook of the user's has run: COMMIT of an aborted transaction succeeds and keeps nothing
@@ -215,7 +215,7 @@ def _marking_rollback(send: _Send) -> _Send:
         watch.rolled_back = True
         if not watch.ours:
             first = watch.error is None
-            misuse = watch.leave(Left.ROLLED_BACK, LEFT)
+            misuse = watch.leave(TransactionEnd.ROLLED_BACK, LEFT)
             if first:  # where it is raised, if it is, is another line
                 misuse.place = place_here()
         send(dbapi_connection)
@@ -234,11 +234,11 @@ def install_session(session_class: Any) -> None:
 
 
 def _begun(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
-    watch: Watch | Late | None = session.info.get(WATCHED)
-    if isinstance(watch, Late):
+    watch: Watch | DeferredWatch | None = session.info.get(WATCHED)
+    if isinstance(watch, DeferredWatch):
         watch.began(session, connection)
-    elif watch is not None and (connection is not watch.connection or watch.left is not Left.NOT):
-        raise watch.leave(Left.REFUSED, _SECOND)
+    elif watch is not None and (connection is not watch.connection or watch.left is not TransactionEnd.NOT):
+        raise watch.leave(TransactionEnd.REFUSED, _SECOND)
 
 
 _COMMITTED: Final = (

@@ -6,7 +6,7 @@ procedure, an implicit commit) shows in the driver's transaction state, and wher
 witness: then the attempt is *broken*, unless it is shown that nothing of it was committed. It is asked on every way out of a
 handler, also when the handler raises. Limit: a handler that calls the raw driver object is seen only by what it leaves behind.
 
-Made by the guards, by `late` and by steps; asked by `attempt`.
+Made by the guards, by `deferred_watch` and by steps; asked by `attempt`.
 """
 
 from collections.abc import Callable, MutableMapping, Sequence
@@ -40,9 +40,9 @@ __all__ = [
     "SWALLOWED",
     "WATCHED",
     "BrokenTransaction",
-    "Left",
     "LostTransaction",
     "Shut",
+    "TransactionEnd",
     "UnderLease",
     "Watch",
     "begin",
@@ -60,7 +60,7 @@ _LAST: Final = " The last statement through SQLAlchemy: "
 _SHOWN: Final = 120  # characters of a statement in an error
 
 
-class Left(Enum):
+class TransactionEnd(Enum):
     """How the transaction was left, if it was; from harmless to worst."""
 
     NOT = "still in it"
@@ -70,11 +70,11 @@ class Left(Enum):
     BROKEN = "ended by something only noticed afterwards: it may have been committed"
 
 
-_WORSE: Final = tuple(Left)
+_WORSE: Final = tuple(TransactionEnd)
 
 
 class UnderLease(Protocol):
-    """The claim of a transaction that holds none itself: `guards.lease.contract.Held`."""
+    """The claim of a transaction that holds none itself: `guards.lease.contract.HeldLease`."""
 
     @property
     def row(self) -> ClaimRow:
@@ -162,7 +162,7 @@ class Watch:
         self.current: ClaimRow | None = None
         """Of a group: the message that is being handled; None where all are at once."""
         self.begun: SessionTransaction | None = None
-        self.left = Left.NOT
+        self.left = TransactionEnd.NOT
         self.error: Misuse | None = None
         self.stopped = False
         """`error` is of a try to leave, the first that was noticed, and what is raised after that is made of it."""
@@ -212,11 +212,11 @@ class Watch:
 
     # -- what is noticed ---------------------------------------------------------------------------------------------
 
-    def leave(self, how: Left, text: str) -> Misuse:
+    def leave(self, how: TransactionEnd, text: str) -> Misuse:
         """Remember the worst that happened; the first error is the one that names the line."""
         if self.error is None:
             self.error = Misuse(text)
-            self.stopped = how is Left.REFUSED
+            self.stopped = how is TransactionEnd.REFUSED
         if _WORSE.index(how) > _WORSE.index(self.left):
             self.left = how
         return self.error
@@ -243,7 +243,7 @@ class Watch:
 
     def closed(self) -> Misuse:
         """The handler closed the driver's connection. What it committed before, the claim's row tells, where there is one."""
-        misuse = self.leave(Left.ROLLED_BACK if self.rows else Left.BROKEN, _CLOSED)
+        misuse = self.leave(TransactionEnd.ROLLED_BACK if self.rows else TransactionEnd.BROKEN, _CLOSED)
         self.stopped = (
             True  # what is raised after that says that the connection is closed, as if the server had ended it
         )
@@ -270,9 +270,9 @@ class Watch:
     def _over(self, since: bool | None, text: str) -> Misuse:
         text = _ANEW if self.connected_anew else text + self._shown(_LAST)
         if since is not False:
-            return self.leave(Left.BROKEN, text)
+            return self.leave(TransactionEnd.BROKEN, text)
         self.is_over()
-        return self.leave(Left.GONE, text)
+        return self.leave(TransactionEnd.GONE, text)
 
     def lose(self, error: BaseException) -> None:
         """The server threw it away with this error."""
@@ -287,7 +287,7 @@ class Watch:
     def swallowed(self) -> Misuse:
         """It is lost, and the handler went on: say so, unless that has committed something of its own."""
         self.ask()
-        return self.error or self.leave(Left.ROLLED_BACK, SWALLOWED)
+        return self.error or self.leave(TransactionEnd.ROLLED_BACK, SWALLOWED)
 
     def reads(self, context: ExecutionContext) -> None:
         """A statement begins whose rows are read one by one."""
@@ -347,12 +347,12 @@ class Watch:
         if self.lost is not None:  # before the look at the driver, which would take it for a commit behind our back
             return self.swallowed()
         if self.cut_off:
-            return self.leave(Left.ROLLED_BACK, CUT_OFF)
+            return self.leave(TransactionEnd.ROLLED_BACK, CUT_OFF)
         root = self.connection.get_transaction() if not self.connection.closed else None
         if self.given_back:
-            return self.leave(Left.ROLLED_BACK, LEFT)
+            return self.leave(TransactionEnd.ROLLED_BACK, LEFT)
         if root is None or root is not self.root or not root.is_active:
-            return self.leave(Left.ROLLED_BACK, LEFT)
+            return self.leave(TransactionEnd.ROLLED_BACK, LEFT)
         state = State.BUSY if self.busy or self._reads() else self.dialect.state(self.dbapi)
         if state is State.BUSY:
             return self.still_used()
@@ -363,12 +363,12 @@ class Watch:
         if state is State.CLOSED:
             return self.closed()
         if session.get_transaction() is not self.begun:  # another one, on whatever connection; or none at all
-            return self.leave(Left.ROLLED_BACK, LEFT)
+            return self.leave(TransactionEnd.ROLLED_BACK, LEFT)
         return None
 
     def still_used(self) -> Misuse:
         """Somebody else is in the middle of something on it."""
-        return self.leave(Left.REFUSED, _STILL_USED + self._shown(" The last statement: "))
+        return self.leave(TransactionEnd.REFUSED, _STILL_USED + self._shown(" The last statement: "))
 
     def _reads(self) -> bool:
         """Somebody holds rows that are not read to their end; of an async driver, whose cursor forgets its inner one then."""
@@ -402,7 +402,7 @@ class Watch:
 
         Never raises: what cannot be asked now is looked up by the claim's row afterwards.
         """
-        if self.left is Left.BROKEN or self.committed or self.connection.closed:
+        if self.left is TransactionEnd.BROKEN or self.committed or self.connection.closed:
             return
         if self.connection.invalidated or self.busy or self.given_back:
             return
@@ -411,7 +411,7 @@ class Watch:
             state = self.dialect.state(self.dbapi)
             if state is State.CLOSED:
                 self.closed()
-            elif self.left is Left.GONE or self.rolled_back or (self.lost is not None and self.call is None):
+            elif self.left is TransactionEnd.GONE or self.rolled_back or (self.lost is not None and self.call is None):
                 self._ask_again()
             elif state is State.IDLE:
                 self.ended()
@@ -437,7 +437,7 @@ class Watch:
 
         Of an attempt and of a step alike. Asked after `ask`, of what is not broken, and of nobody's stop.
         """
-        if self.left is Left.GONE:
+        if self.left is TransactionEnd.GONE:
             assert self.error is not None
             return LostTransaction(self.error)  # it was shown that nothing was committed since
         if self.lost is not None:
@@ -458,7 +458,7 @@ class Watch:
             LeaseLost: Another run has the message.
         """
         if self.committed:
-            raise self.leave(Left.BROKEN, AFTER)
+            raise self.leave(TransactionEnd.BROKEN, AFTER)
         if self.error is not None:
             raise self.error  # it has left already: what it sends now would be outside, or undone
         if self.shut is not None:
@@ -484,7 +484,9 @@ class Watch:
     @property
     def doubtful(self) -> bool:
         """A statement that can commit unseen was sent, and nothing has shown what became of the transaction."""
-        return self.call is not None and not self.whole and self.left not in (Left.GONE, Left.BROKEN)
+        return (
+            self.call is not None and not self.whole and self.left not in (TransactionEnd.GONE, TransactionEnd.BROKEN)
+        )
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -501,10 +503,10 @@ class Watch:
         if state is not SessionTransactionState.PREPARED:
             type(begun)._raise_for_prerequisite_state(begun, operation, state)  # noqa: SLF001
         if not self.sent:
-            raise self.leave(Left.REFUSED, _STILL_USED)
+            raise self.leave(TransactionEnd.REFUSED, _STILL_USED)
         self.meanwhile = True
         if self.committed:
-            self.leave(Left.BROKEN, _MEANWHILE)
+            self.leave(TransactionEnd.BROKEN, _MEANWHILE)
         raise Misuse(_TOO_LATE)
 
     def commit(self, send: Callable[[], None]) -> None:
@@ -530,7 +532,7 @@ class Watch:
                 self.connection.connection.invalidate(soft=not self.locked)
         self.committed = True
         if self.meanwhile:
-            self.leave(Left.BROKEN, _MEANWHILE)
+            self.leave(TransactionEnd.BROKEN, _MEANWHILE)
 
     def confirm(self) -> None:
         """After `session.commit()` came back: raise what speaks against it being done.
@@ -541,7 +543,7 @@ class Watch:
         """
         if not self.committed:
             raise self.uncommitted()
-        if self.left is Left.BROKEN and self.meanwhile:
+        if self.left is TransactionEnd.BROKEN and self.meanwhile:
             assert self.error is not None
             raise self.error
 
@@ -579,7 +581,9 @@ class Watch:
         if not connection.closed and not connection.invalidated and not self.given_back:
             # whatever ended the transaction may have left its mark: autocommit, a procedure's locks, temporary tables; so did a
             # statement that changed the session; and what is in the middle of a statement cannot be asked
-            marked = self.left in (Left.GONE, Left.BROKEN) or self.changed is not None or self.locked
+            marked = (
+                self.left in (TransactionEnd.GONE, TransactionEnd.BROKEN) or self.changed is not None or self.locked
+            )
             stays = in_memory(connection.engine)
             if self.busy or self.dialect.state(self.dbapi) is State.BUSY:
                 self.dialect.cut(self.dbapi)

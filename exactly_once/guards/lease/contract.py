@@ -20,12 +20,12 @@ from enum import Enum
 from typing import Final, Protocol
 
 from exactly_once import fork
-from exactly_once.claim import ClaimRow, Leased, StepRow
+from exactly_once.claim import ClaimRow, LeaseAnswer, StepRow
 from exactly_once.errors import LeaseLost
 from exactly_once.handlers.fingerprint import Differs, NotCompared, compare
 from exactly_once.wording.text import escaped
 
-__all__ = ["Held", "LeaseStore", "Recorded", "Standing", "clock", "judge"]
+__all__ = ["HeldLease", "LeaseState", "LeaseStore", "Recorded", "clock", "judge"]
 
 _CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
@@ -36,7 +36,7 @@ def clock() -> float:
 
 
 @dataclass(eq=False, slots=True)
-class Held:
+class HeldLease:
     """A lease that is ours, while its message runs. `lost` is written by whoever learns it first, in any thread."""
 
     row: ClaimRow
@@ -83,7 +83,7 @@ class Held:
         return not self.lost and clock() - self.renewed < self.lease.total_seconds()
 
 
-class Standing(Enum):
+class LeaseState(Enum):
     """What a claim's answer means."""
 
     WON = "ours"
@@ -96,21 +96,21 @@ class Standing(Enum):
     )
 
 
-def judge(seen: Leased, fingerprint: bytes) -> Standing:
+def judge(seen: LeaseAnswer, fingerprint: bytes) -> LeaseState:
     """Say what a claim's answer means for a message with this fingerprint.
 
     Another payload is a conflict also while the first one runs: its steps would be taken for this one's.
     """
     if seen.won:
-        return Standing.WON
+        return LeaseState.WON
     verdict = compare(seen.fingerprint, fingerprint)
     if isinstance(verdict, Differs):
-        return Standing.CONFLICT
+        return LeaseState.CONFLICT
     if seen.consumed:
-        return Standing.CONSUMED if seen.unfinished is None else Standing.UNFINISHED
+        return LeaseState.CONSUMED if seen.unfinished is None else LeaseState.UNFINISHED
     if isinstance(verdict, NotCompared) and (seen.remaining is None or seen.remaining <= timedelta(0)):
-        return Standing.FREE
-    return Standing.RUNNING
+        return LeaseState.FREE
+    return LeaseState.RUNNING
 
 
 class Recorded(Enum):
@@ -132,7 +132,7 @@ class LeaseStore(Protocol):
     name: str
     """For logs and for asking whether it answers; without passwords."""
 
-    def claim(self, row: ClaimRow, token: str, lease: timedelta, *, also: bytes, steps: bool) -> Leased:
+    def claim(self, row: ClaimRow, token: str, lease: timedelta, *, also: bytes, steps: bool) -> LeaseAnswer:
         """Take the key if it is new, or free and of this payload (or that of `also`); say what stands there.
 
         Args:
@@ -146,19 +146,19 @@ class LeaseStore(Protocol):
             What stands. `remaining` is a moment where somebody is just changing it.
         """
 
-    def complete(self, held: Held) -> bool:
+    def complete(self, held: HeldLease) -> bool:
         """Write *consumed*; False where the lease is not ours any more."""
 
-    def release(self, held: Held) -> bool:
+    def release(self, held: HeldLease) -> bool:
         """Let go of an attempt that failed, keeping its number and steps; False where the lease is not ours any more."""
 
-    def renew(self, held: Sequence[Held]) -> Sequence[Held]:
+    def renew(self, held: Sequence[HeldLease]) -> Sequence[HeldLease]:
         """Let these, all of one length, hold that long from now; return those that are not ours any more.
 
         One that somebody is changing at the moment is neither renewed nor lost: its `renewed` stays as it was.
         """
 
-    def record(self, held: Held, step: StepRow, *, begun: bool = False) -> Recorded:
+    def record(self, held: HeldLease, step: StepRow, *, begun: bool = False) -> Recorded:
         """Store a step: its beginning, or its result, where the lease is ours.
 
         Args:
@@ -167,7 +167,7 @@ class LeaseStore(Protocol):
             begun: Its beginning was recorded by this attempt.
         """
 
-    def look(self, row: ClaimRow) -> Leased | None:
+    def look(self, row: ClaimRow) -> LeaseAnswer | None:
         """Say what stands under a key, steps included; None where nothing does."""
 
     def resolve(self, row: ClaimRow, step: str, result: bytes) -> bool:

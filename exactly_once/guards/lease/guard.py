@@ -20,12 +20,12 @@ from sqlalchemy.orm import Session
 
 from exactly_once.claim import ClaimRow
 from exactly_once.database.dialects.contract import Dialect, Trail
-from exactly_once.database.watched.late import Late
+from exactly_once.database.watched.deferred_watch import DeferredWatch
 from exactly_once.errors import StoreUnavailable
 from exactly_once.exceptions.finishing import finished
 from exactly_once.exceptions.words import words_of
-from exactly_once.guards.contract import Claim, Conflict, Consumed, InProgress, OpenOurs, Unfinished, Won
-from exactly_once.guards.lease.contract import Held, LeaseStore, Standing, clock, judge
+from exactly_once.guards.contract import Busy, Claim, Conflict, Consumed, OpenOurs, Unfinished, Won
+from exactly_once.guards.lease.contract import HeldLease, LeaseState, LeaseStore, clock, judge
 from exactly_once.guards.lease.renewal import Renewal
 from exactly_once.guards.lease.sql import SqlLeases
 from exactly_once.wording.steady_log import steady
@@ -80,32 +80,32 @@ class LeaseGuard:
         try:
             seen = self._store.claim(row, token, self._lease, also=row.fingerprint, steps=self._steps)
             standing = judge(seen, row.fingerprint)
-            if standing is Standing.FREE:  # the handler's fingerprint= was changed since it was last tried
+            if standing is LeaseState.FREE:  # the handler's fingerprint= was changed since it was last tried
                 seen = self._store.claim(row, token, self._lease, also=seen.fingerprint, steps=self._steps)
                 standing = judge(seen, row.fingerprint)
         except CancelledError:  # it may be ours all the same, and nobody would let go of it
-            self._let_go(Held(row, token, 0, self._lease))
+            self._let_go(HeldLease(row, token, 0, self._lease))
             raise
         match standing:
-            case Standing.WON:
-                held = Held(
+            case LeaseState.WON:
+                held = HeldLease(
                     row, token, seen.attempt, self._lease, seen.steps, self._max_run, began=began, renewed=asked
                 )
                 if not self._own and (settled := self._settled(held)) is not None:
                     return settled
                 self._renewal.add(held)
-                return Won(late=Late(session, self._dialect, held), held=held)
-            case Standing.CONSUMED:
+                return Won(late=DeferredWatch(session, self._dialect, held), held=held)
+            case LeaseState.CONSUMED:
                 return Consumed()
-            case Standing.UNFINISHED:
+            case LeaseState.UNFINISHED:
                 return Unfinished(seen.unfinished or "")
-            case Standing.CONFLICT:
+            case LeaseState.CONFLICT:
                 return Conflict(seen.fingerprint)
             case _:
                 over = seen.remaining is None or seen.remaining <= timedelta(0)
-                return InProgress(again=over, remaining=seen.remaining)
+                return Busy(again=over, remaining=seen.remaining)
 
-    def _settled(self, held: Held) -> Consumed | Conflict | InProgress | Unfinished | None:
+    def _settled(self, held: HeldLease) -> Consumed | Conflict | Busy | Unfinished | None:
         """Ask the handler's own database whether the message is settled there.
 
         A run has left its mark beside what it committed, and the store of leases was never told; or a person discarded the
@@ -121,7 +121,7 @@ class LeaseGuard:
             raise
         if trail is not Trail.NONE:
             self._store.release(held)
-            return Unfinished(row.owner) if trail is Trail.COMMITTED else InProgress()
+            return Unfinished(row.owner) if trail is Trail.COMMITTED else Busy()
         if known is None or not known.consumed:
             return None
         if known.settled:
@@ -129,14 +129,14 @@ class LeaseGuard:
         else:
             self._store.release(held)
         match judge(known, row.fingerprint):
-            case Standing.CONFLICT:
+            case LeaseState.CONFLICT:
                 return Conflict(known.fingerprint)
-            case Standing.UNFINISHED:
+            case LeaseState.UNFINISHED:
                 return Unfinished(known.unfinished or "")
             case _:
                 return Consumed()
 
-    def _let_go(self, held: Held) -> None:
+    def _let_go(self, held: HeldLease) -> None:
         """After a claim that something ended: what was raised first is what happened, and a lease runs out by itself.
 
         What the claim waited for may still be in the way.
@@ -211,12 +211,12 @@ class LeaseGuard:
         if (seen is None or not seen.consumed) and self._local.trail(row) is Trail.COMMITTED:
             return Unfinished(row.owner)
         standing = None if seen is None else judge(seen, row.fingerprint)
-        if standing is Standing.UNFINISHED and seen is not None:
+        if standing is LeaseState.UNFINISHED and seen is not None:
             return Unfinished(seen.unfinished or "")
-        return Consumed() if standing is Standing.CONSUMED else None
+        return Consumed() if standing is LeaseState.CONSUMED else None
 
 
-def still_ours(held: Held, store: LeaseStore, pause: Callable[[float], None]) -> bool:
+def still_ours(held: HeldLease, store: LeaseStore, pause: Callable[[float], None]) -> bool:
     """Say whether a lease is ours, as its clock says; a process that stood still past it asks the store.
 
     It prolongs the lease in the same breath, or another run could take it over a moment later; but a run past its `max_run`
@@ -234,7 +234,7 @@ def still_ours(held: Held, store: LeaseStore, pause: Callable[[float], None]) ->
     return not held.lost
 
 
-def insisting(held: Held, pause: Callable[[float], None], do: Callable[[], T]) -> T:
+def insisting(held: HeldLease, pause: Callable[[float], None], do: Callable[[], T]) -> T:
     """Do it, and while the store does not answer again, for one lease at most: what was done outside stands.
 
     Raises:
@@ -252,6 +252,6 @@ def insisting(held: Held, pause: Callable[[float], None], do: Callable[[], T]) -
         wait = min(2 * wait, _PAUSE_S[1])
 
 
-def _held(won: Won) -> Held:
+def _held(won: Won) -> HeldLease:
     assert won.held is not None
     return won.held

@@ -2,7 +2,7 @@
 
 Three things park the message for a person: a step that was begun `at_most_once` and has no result, steps that come in
 another order than they were recorded in, and a result that cannot be stored. The first error stands, also where the handler
-swallows it. Made by `delivery` for each attempt of a handler that asks for `Steps`.
+swallows it. Made by `processor` for each attempt of a handler that asks for `Steps`.
 """
 
 from collections.abc import Callable, Coroutine
@@ -15,15 +15,15 @@ from sqlalchemy.orm import Session
 from exactly_once import fork
 from exactly_once.claim import StepRow
 from exactly_once.database.dialects.contract import Dialect
+from exactly_once.database.errors.drivers_own import is_of_a_database, is_taken, original
 from exactly_once.database.schema import STEP_BYTES
-from exactly_once.database.trouble.drivers_own import is_of_a_database, is_taken, original
-from exactly_once.database.watched.late import Late
-from exactly_once.database.watched.watch import DOUBTFUL, BrokenTransaction, Left, Watch, flush
+from exactly_once.database.watched.deferred_watch import DeferredWatch
+from exactly_once.database.watched.watch import DOUBTFUL, BrokenTransaction, TransactionEnd, Watch, flush
 from exactly_once.errors import ConfigurationError, LeaseLost, Misuse, StepError
 from exactly_once.exceptions.finishing import finished
 from exactly_once.exceptions.leaves import leaves
 from exactly_once.exceptions.stops import stops
-from exactly_once.guards.lease.contract import Held, LeaseStore, Recorded
+from exactly_once.guards.lease.contract import HeldLease, LeaseStore, Recorded
 from exactly_once.guards.lease.guard import insisting, still_ours
 from exactly_once.guards.lease.order import StepOrder
 from exactly_once.guards.lease.sql import SqlLeases
@@ -58,8 +58,8 @@ class StepLedger:
 
     def __init__(
         self,
-        held: Held,
-        late: Late,
+        held: HeldLease,
+        late: DeferredWatch,
         store: LeaseStore,
         local: SqlLeases,
         *,
@@ -250,7 +250,7 @@ class StepLedger:
     def _transacted(self, begun: Begun, work: Callable[[Any], Any]) -> bytes:
         self.why = None
         session, handed = self._open()
-        late = Late(session, self._dialect, self._held)
+        late = DeferredWatch(session, self._dialect, self._held)
         result = b""
         try:
             if self._late.watch is not None and self._dialect.name == "postgresql":
@@ -289,7 +289,7 @@ class StepLedger:
             late.end(session)
         return result
 
-    def _left(self, late: Late, session: Session, error: BaseException) -> bool:
+    def _left(self, late: DeferredWatch, session: Session, error: BaseException) -> bool:
         try:
             return late.watch is not None and self._is_committed(late.watch, error)
         finally:
@@ -301,12 +301,12 @@ class StepLedger:
         Raises:
             BrokenTransaction: It was committed behind our back: the step is done in part, and the message is for a person.
         """
-        if watch.committed and watch.left is not Left.BROKEN:
+        if watch.committed and watch.left is not TransactionEnd.BROKEN:
             return isinstance(error, Exception)
         self.sent = watch.sent
         if not watch.sent:
             watch.ask()
-        if watch.left is Left.BROKEN or watch.doubtful:
+        if watch.left is TransactionEnd.BROKEN or watch.doubtful:
             self.error = BrokenTransaction(f"In a steps.transaction: {watch.error or DOUBTFUL}")
             raise self.error from error
         why = watch.why(error)

@@ -13,9 +13,9 @@ from datetime import timedelta
 from typing import Any, Final
 from uuid import uuid4
 
-from exactly_once.claim import ClaimRow, Leased, StepRow
+from exactly_once.claim import ClaimRow, LeaseAnswer, StepRow
 from exactly_once.guards.lease import scripts
-from exactly_once.guards.lease.contract import Held, Recorded, clock
+from exactly_once.guards.lease.contract import HeldLease, Recorded, clock
 
 __all__ = ["RedisLeases", "key_of"]
 
@@ -52,22 +52,22 @@ class RedisLeases:
         self._step, self._look = script(scripts.STEP), script(scripts.LOOK)
         self._rename = script(scripts.RENAME)
 
-    def claim(self, row: ClaimRow, token: str, lease: timedelta, *, also: bytes, steps: bool) -> Leased:
+    def claim(self, row: ClaimRow, token: str, lease: timedelta, *, also: bytes, steps: bool) -> LeaseAnswer:
         """See `LeaseStore.claim`."""
         now, found = self._claim([key_of(row)], [token, _ms(lease), self._retention, row.fingerprint, also])
         return _leased(now, found, token)
 
-    def complete(self, held: Held) -> bool:
+    def complete(self, held: HeldLease) -> bool:
         """See `LeaseStore.complete`."""
         return bool(self._complete([key_of(held.row)], [held.token, self._retention]))
 
-    def release(self, held: Held) -> bool:
+    def release(self, held: HeldLease) -> bool:
         """See `LeaseStore.release`."""
         return bool(self._release([key_of(held.row)], [held.token, self._retention]))
 
-    def renew(self, held: Sequence[Held]) -> Sequence[Held]:
+    def renew(self, held: Sequence[HeldLease]) -> Sequence[HeldLease]:
         """See `LeaseStore.renew`."""
-        lost: list[Held] = []
+        lost: list[HeldLease] = []
         for first in range(0, len(held), AT_ONCE):
             some = held[first : first + AT_ONCE]
             now = clock()
@@ -82,11 +82,11 @@ class RedisLeases:
                     each.renewed = now
         return lost
 
-    def record(self, held: Held, step: StepRow, *, begun: bool = False) -> Recorded:
+    def record(self, held: HeldLease, step: StepRow, *, begun: bool = False) -> Recorded:
         """See `LeaseStore.record`."""
         return self._write(held.row, held.token, step, held.attempt, over="0")
 
-    def look(self, row: ClaimRow) -> Leased | None:
+    def look(self, row: ClaimRow) -> LeaseAnswer | None:
         """See `LeaseStore.look`."""
         now, found = self._look([key_of(row)], [])
         return _leased(now, found, "") if found else None
@@ -130,11 +130,11 @@ class RedisLeases:
         return _RECORDED[answer]
 
 
-def _leased(now: int, found: Sequence[bytes], token: str) -> Leased:
+def _leased(now: int, found: Sequence[bytes], token: str) -> LeaseAnswer:
     fields = dict(zip(found[::2], found[1::2], strict=True))
     standing, until = fields.get(b"token", b""), fields.get(b"until")
     consumed = fields[b"status"] == b"1"
-    return Leased(
+    return LeaseAnswer(
         won=standing == token.encode() and not consumed and bool(standing),
         consumed=consumed,
         fingerprint=fields[b"fingerprint"],

@@ -12,10 +12,10 @@ from time import monotonic
 from typing import Final
 
 from exactly_once import fork
-from exactly_once.alert import Alert, Hook, sound
+from exactly_once.alert import Alert, Hook, raise_alert
 from exactly_once.errors import StoreUnavailable
 from exactly_once.exceptions.words import trace_of
-from exactly_once.guards.lease.contract import Held, LeaseStore, clock
+from exactly_once.guards.lease.contract import HeldLease, LeaseStore, clock
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped
 
@@ -40,7 +40,7 @@ class Renewal:
         self.store = store
         self._alert = alert
         self._changed = Condition()
-        self._due: dict[Held, float] = {}
+        self._due: dict[HeldLease, float] = {}
         self._thread: Thread | None = None
         self._wakes = 0.0
         fork.tell(self)
@@ -50,7 +50,7 @@ class Renewal:
         self._changed = Condition()
         self._due, self._thread = {}, None
 
-    def add(self, held: Held) -> None:
+    def add(self, held: HeldLease) -> None:
         """Renew this one from now on."""
         with self._changed:
             due = self._due[held] = self._next(held, monotonic())
@@ -65,12 +65,12 @@ class Renewal:
             elif due < self._wakes:
                 self._changed.notify()
 
-    def drop(self, held: Held) -> None:
+    def drop(self, held: HeldLease) -> None:
         """Its run has ended."""
         with self._changed:
             self._due.pop(held, None)
 
-    def _next(self, held: Held, now: float) -> float:
+    def _next(self, held: HeldLease, now: float) -> float:
         third = held.lease.total_seconds() / 3
         return min(now + third, _end(held))
 
@@ -91,21 +91,21 @@ class Renewal:
                 # the hook is the application's, and whatever it waits for must not keep the others from being renewed
                 Thread(target=self._overran, args=(held,), name="alert: max_run", daemon=True).start()
 
-    def _taken(self, now: float) -> tuple[list[Held], Iterable[list[Held]]]:
+    def _taken(self, now: float) -> tuple[list[HeldLease], Iterable[list[HeldLease]]]:
         """Take out what ran too long, and gather what is due soon, by length of lease."""
         over = [held for held in self._due if _end(held) <= now]
         for held in over:
             del self._due[held]
-        groups: dict[timedelta, list[Held]] = {}
+        groups: dict[timedelta, list[HeldLease]] = {}
         for held, due in self._due.items():
             if due <= now + held.lease.total_seconds() / 3 / _TOGETHER:
                 groups.setdefault(held.lease, []).append(held)
         return over, groups.values()
 
-    def _renew(self, group: list[Held]) -> None:
+    def _renew(self, group: list[HeldLease]) -> None:
         asked = clock()
         again = min(_AGAIN_S, group[0].lease.total_seconds() / 3 / _TOGETHER)
-        lost: set[Held] = set()
+        lost: set[HeldLease] = set()
         try:
             lost = self._asked(group)
         except StoreUnavailable as error:
@@ -133,7 +133,7 @@ class Renewal:
                     # not renewed and not lost: locked by its own step at this moment, or the store is away
                     self._due[held] = self._next(held, now) if held.renewed >= asked else min(now + again, _end(held))
 
-    def _asked(self, group: Sequence[Held]) -> set[Held]:
+    def _asked(self, group: Sequence[HeldLease]) -> set[HeldLease]:
         """Renew them, in the context of a run: a listener of the engine's may want its tenant, and any of these has the rights.
 
         One that a listener refuses must not cost the others their leases.
@@ -146,14 +146,14 @@ class Renewal:
                     raise
         return set(group[-1].context.run(self.store.renew, group))
 
-    def _overran(self, held: Held) -> None:
+    def _overran(self, held: HeldLease) -> None:
         assert held.max_run is not None
         text = (
             f"has run for longer than max_run={held.max_run}; its lease is not renewed any more and ends within"
             f" {held.lease}, then another run may take it over. Look at what hangs, and restart this process."
         )
-        sound(self._alert, Alert("overrun", held.row.group, held.row.handler, held.row.key, text))
+        raise_alert(self._alert, Alert("overrun", held.row.group, held.row.handler, held.row.key, text))
 
 
-def _end(held: Held) -> float:
+def _end(held: HeldLease) -> float:
     return float("inf") if held.max_run is None else held.began + held.max_run.total_seconds()

@@ -31,14 +31,17 @@ from sqlalchemy import (
     update,
 )
 
-from exactly_once.claim import ClaimRow, Leased, StepRow
+from exactly_once.claim import ClaimRow, LeaseAnswer, StepRow
 from exactly_once.database import claim_rows
 from exactly_once.database.connections.pooler import begin_bounded, is_pooled
-from exactly_once.database.dialects.contract import WAIT_MS, ClaimBusy, Dialect, LeaseClaims, State, Trail, Trouble
+from exactly_once.database.dialects.contract import WAIT_MS, ClaimBusy, Dialect, ErrorKind, LeaseClaims, State, Trail
 from exactly_once.database.dialects.contract import raise_for_the_store as raise_for
 from exactly_once.database.dialects.firsthand import is_firsthand, kept_firsthand, moment, ready
 from exactly_once.database.dialects.refusing import is_refusal, of_nobody, raise_for_the_table, tried
 from exactly_once.database.dialects.registry import lease_claims_for
+from exactly_once.database.errors.crowded import all_taken, is_news
+from exactly_once.database.errors.drivers_own import is_taken
+from exactly_once.database.errors.interrupted import interrupted
 from exactly_once.database.mysql_committed import see_committed
 from exactly_once.database.schema import (
     CONSUMED,
@@ -52,11 +55,8 @@ from exactly_once.database.schema import (
     all_rows,
     utcnow,
 )
-from exactly_once.database.trouble.crowded import all_taken, is_news
-from exactly_once.database.trouble.drivers_own import is_taken
-from exactly_once.database.trouble.interrupted import interrupted
 from exactly_once.errors import StoreUnavailable
-from exactly_once.guards.lease.contract import Held, Recorded, clock
+from exactly_once.guards.lease.contract import HeldLease, Recorded, clock
 from exactly_once.wording.steady_log import steady
 
 __all__ = ["SqlLeases"]
@@ -103,7 +103,7 @@ class SqlLeases:
     def _steps(self) -> Table:
         return self._tables().step
 
-    def claim(self, row: ClaimRow, token: str, lease: timedelta, *, also: bytes, steps: bool) -> Leased:
+    def claim(self, row: ClaimRow, token: str, lease: timedelta, *, also: bytes, steps: bool) -> LeaseAnswer:
         """See `LeaseStore.claim`."""
         since, asked = moment(), False
         while True:
@@ -124,9 +124,9 @@ class SqlLeases:
                             if busy.cut and used and self._dialect.limit_was_left(dbapi, info):
                                 raise
                             if last or not busy.again:
-                                return Leased(False, False, row.fingerprint, 0, _MOMENT)
+                                return LeaseAnswer(False, False, row.fingerprint, 0, _MOMENT)
                 except Exception as error:
-                    away = self._dialect.trouble(error) is Trouble.UNAVAILABLE
+                    away = self._dialect.error_kind(error) is ErrorKind.UNAVAILABLE
                     if not used and not asked and is_refusal(self._dialect, error):
                         self._tried(connection, of_nobody(row), steps=steps)
                         asked = True  # once more for this one: somebody may have mended it in between
@@ -161,11 +161,11 @@ class SqlLeases:
 
             raise_for_the_table(dialect, refusal, row, look, self._engine, store=self.name)
 
-    def complete(self, held: Held) -> bool:
+    def complete(self, held: HeldLease) -> bool:
         """See `LeaseStore.complete`."""
         return self._changed(lambda connection: self.complete_in(connection, held))
 
-    def complete_in(self, connection: Connection, held: Held) -> bool:
+    def complete_in(self, connection: Connection, held: HeldLease) -> bool:
         """The same as a part of the handler's transaction: the last statement before its COMMIT."""
         row = held.row
         named = {"b_group": row.group, "b_handler": row.handler, "b_key": row.key, "b_token": held.token}
@@ -178,7 +178,7 @@ class SqlLeases:
         ours = [column == bindparam(name, type_=column.type) for column, name in (*identity, (t.c.token, "b_token"))]
         return update(t).where(*ours).values(status=CONSUMED, consumed_at=utcnow(), lease_until=None)
 
-    def mark_in(self, connection: Connection, held: Held) -> bool:
+    def mark_in(self, connection: Connection, held: HeldLease) -> bool:
         """In the handler's transaction, leave a mark of a lease that is kept elsewhere; False where there is one already.
 
         It stands or falls with the handler's effects, so it says of them what the other store cannot know.
@@ -200,7 +200,7 @@ class SqlLeases:
             return True
         return in_our_name(connection, self._remarking, named) == 1
 
-    def stands_in(self, connection: Connection, held: Held) -> bool:
+    def stands_in(self, connection: Connection, held: HeldLease) -> bool:
         """Say whether another run has left its mark: asked by a change of nothing, which goes in our name as `mark_in` does."""
         row = held.row
         named = {"b_consumer_group": row.group, "b_handler": row.handler, "b_business_key": row.key}
@@ -239,12 +239,12 @@ class SqlLeases:
         values = {name: bindparam(f"b_{name}", type_=self._t.c[name].type) for name in columns}
         return claim_rows.writing(self._engine.dialect.name, self._t, values)
 
-    def release(self, held: Held) -> bool:
+    def release(self, held: HeldLease) -> bool:
         """See `LeaseStore.release`."""
         free = update(self._t).where(self._ours(held)).values(token=None, lease_until=None)
         return self._changed(lambda connection: _one(connection, free))
 
-    def leave_unfinished(self, held: Held) -> bool:
+    def leave_unfinished(self, held: HeldLease) -> bool:
         """Let no other run have a message whose effects may be committed; its failure row is written next.
 
         A crash between the two: the next claim finds it unfinished, and the message is *broken* all the same.
@@ -253,7 +253,7 @@ class SqlLeases:
         done = left.values(status=UNFINISHED, consumed_at=utcnow(), lease_until=None)
         return self._changed(lambda connection: _one(connection, done))
 
-    def renew(self, held: Sequence[Held]) -> Sequence[Held]:
+    def renew(self, held: Sequence[HeldLease]) -> Sequence[HeldLease]:
         """See `LeaseStore.renew`. Rows that are locked by their own steps are left alone: whoever locks them is alive."""
         if len(held) > AT_ONCE:
             return [*self.renew(held[:AT_ONCE]), *self.renew(held[AT_ONCE:])]
@@ -295,7 +295,7 @@ class SqlLeases:
             by_token[token].renewed = asked
         return [by_token[token] for token in missing]
 
-    def record(self, held: Held, step: StepRow, *, begun: bool = False) -> Recorded:
+    def record(self, held: HeldLease, step: StepRow, *, begun: bool = False) -> Recorded:
         """See `LeaseStore.record`."""
         self._say_if_crowded()
         if not begun:
@@ -309,7 +309,7 @@ class SqlLeases:
                 return recorded
         return self._changed(lambda connection: self._finish(connection, held, step))
 
-    def record_in(self, connection: Connection, held: Held, step: StepRow, *, fenced: bool = True) -> Recorded:
+    def record_in(self, connection: Connection, held: HeldLease, step: StepRow, *, fenced: bool = True) -> Recorded:
         """Insert a step's row, in whichever transaction the connection is in.
 
         Args:
@@ -350,7 +350,7 @@ class SqlLeases:
         stored = self._dialect.in_our_name(connection, insert(s).from_select(list(values), source), {})
         return Recorded.STORED if stored else Recorded.LOST
 
-    def _finish(self, connection: Connection, held: Held, step: StepRow) -> Recorded:
+    def _finish(self, connection: Connection, held: HeldLease, step: StepRow) -> Recorded:
         """Write the result to the row that this attempt began, in one round trip; look only where it changed nothing."""
         s = self._steps
         mine = and_(self._of(s, held.row), s.c.step == step.name)
@@ -370,11 +370,11 @@ class SqlLeases:
         of_step = select(s.c.result).where(self._of(s, row), s.c.step == step, s.c.status == STEP_FINISHED)
         return self._seen(lambda connection: connection.execute(self._all(of_step)).scalar_one_or_none())
 
-    def look(self, row: ClaimRow) -> Leased | None:
+    def look(self, row: ClaimRow) -> LeaseAnswer | None:
         """See `LeaseStore.look`."""
         t, s = self._t, self._steps
 
-        def read(connection: Connection) -> Leased | None:
+        def read(connection: Connection) -> LeaseAnswer | None:
             columns = (
                 t.c.status, t.c.token, t.c.fingerprint, t.c.retry_times, t.c.lease_until, t.c.owner, utcnow().label("now")
             )  # fmt: skip
@@ -385,7 +385,7 @@ class SqlLeases:
                 self._of(s, row), s.c.status != STEP_TRACE
             )
             running = found.token is not None and found.lease_until is not None
-            return Leased(
+            return LeaseAnswer(
                 won=False,
                 consumed=found.status != CONSUMING,
                 unfinished=found.owner or "" if found.status == UNFINISHED else None,
@@ -474,7 +474,7 @@ class SqlLeases:
         t = self._t
         return and_(self._of(t, row), t.c.status == CONSUMING, or_(t.c.token.is_(None), t.c.lease_until <= utcnow()))
 
-    def _ours(self, held: Held) -> Any:
+    def _ours(self, held: HeldLease) -> Any:
         t = self._t
         return and_(self._of(t, held.row), t.c.status == CONSUMING, t.c.token == held.token)
 
@@ -529,11 +529,11 @@ class SqlLeases:
                     continue
                 if is_taken(error) or isinstance(error, StoreUnavailable):
                     raise
-                trouble = self._dialect.trouble(error)
-                if trouble is Trouble.TRANSIENT and tries < _TRIES:
+                trouble = self._dialect.error_kind(error)
+                if trouble is ErrorKind.TRANSIENT and tries < _TRIES:
                     # rolled back as a whole, so nothing else is lost with it: a deadlock's victim may simply ask again
                     tries += 1
-                elif believed or trouble in (Trouble.TRANSIENT, Trouble.UNAVAILABLE) or interrupted(error):
+                elif believed or trouble in (ErrorKind.TRANSIENT, ErrorKind.UNAVAILABLE) or interrupted(error):
                     raise
                 # else whoever had the connection, which is closed now, may have left a role or a time limit in it
 
@@ -556,7 +556,7 @@ class SqlLeases:
                 raise
 
     def _throw_away(self, connection: Connection, error: BaseException) -> None:
-        if not is_taken(error) and self._dialect.trouble(error) is not Trouble.TRANSIENT:
+        if not is_taken(error) and self._dialect.error_kind(error) is not ErrorKind.TRANSIENT:
             # a raw error passes SQLAlchemy by, which would hand the connection out again; whoever had it before may have
             # left it changed; and what was cancelled is in the middle of a statement
             connection.invalidate(error)

@@ -1,6 +1,6 @@
 """Where the leases of each handler are: its own database, another one, or Redis; each opened once, with its renewal.
 
-Made by the router, and asked by each handler's `Delivering` when it is put together. The worker asks it which of the stores
+Made by the router, and asked by each handler's `Processor` when it is put together. The worker asks it which of the stores
 that are no database of the application's answer.
 """
 
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from exactly_once.guards.lock import LockGuard
     from exactly_once.redis.connection import RedisConnection, RedisConnections
 
-__all__ = ["LeaseStores", "Placed", "sql_leases"]
+__all__ = ["LeasePlacement", "LeaseStores", "sql_leases"]
 
 SETTING: Final = "redis"
 _REDIS: Final = ("redis", "rediss", "unix")
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class LeasePlacement:
     """Where one handler's leases are."""
 
     store: LeaseStore
@@ -93,7 +93,7 @@ class LeaseStores:
         self._databases: dict[str, Store] = {}
         self._used: dict[str, RedisConnection] = {}
 
-    def placed(self, plan: Plan, store: Store) -> Placed:
+    def placed(self, plan: Plan, store: Store) -> LeasePlacement:
         """Say where a handler's leases are. Opens nothing.
 
         Raises:
@@ -105,7 +105,7 @@ class LeaseStores:
         url = self.url(plan.guard.store)
         if url is None:
             renewal = self._renewal(store.name, None, lambda: _renewed_in(store))
-            return Placed(local, local, True, renewal, pause)
+            return LeasePlacement(local, local, True, renewal, pause)
         if url.partition("://")[0] in _REDIS:
             return self._in_redis(plan, self._connection(url), local, pause)
         other = self._databases.get(url)
@@ -116,7 +116,7 @@ class LeaseStores:
             )
         # by its URL: two that differ behind a password alone are printed alike
         renewal = self._renewal(url, None, lambda: _renewed_in(other))
-        return Placed(sql_leases(other, is_async=plan.is_async), local, False, renewal, pause)
+        return LeasePlacement(sql_leases(other, is_async=plan.is_async), local, False, renewal, pause)
 
     def at_rest(self, plan: Plan, store: Store) -> LeaseStore:
         """Return where a handler's leases are, spoken to from a thread: for the command line."""
@@ -144,12 +144,12 @@ class LeaseStores:
 
     def _in_redis(
         self, plan: Plan, redis: "RedisConnection", local: SqlLeases, pause: "Callable[[float], None]"
-    ) -> Placed:
+    ) -> LeasePlacement:
         assert isinstance(plan.guard, Lease)
         retention = plan.guard.retention
         in_threads = RedisLeases(redis.name, redis.script, retention)
         store = RedisLeases(redis.name, redis.ascript, retention) if plan.is_async else in_threads
-        return Placed(store, local, False, self._renewal(redis.name, retention, lambda: in_threads), pause)
+        return LeasePlacement(store, local, False, self._renewal(redis.name, retention, lambda: in_threads), pause)
 
     def _connection(self, url: str) -> "RedisConnection":
         found = self._connections.at(url)

@@ -36,7 +36,7 @@ from exactly_once import fork
 from exactly_once.errors import TransportError
 from exactly_once.exceptions.words import trace_of
 from exactly_once.message import Message
-from exactly_once.outcome import Verdict
+from exactly_once.outcome import Settlement
 from exactly_once.transports.contract import Delivery, Features, Subscription
 from exactly_once.transports.handoff import Handoff
 from exactly_once.transports.inflight import InFlight
@@ -178,7 +178,7 @@ class RocketMQ4Consumer:
             self._join_group()
         return self._handoff.receive(limit, wait)
 
-    def settle(self, verdicts: Sequence[tuple[Delivery, Verdict]]) -> None:
+    def settle(self, verdicts: Sequence[tuple[Delivery, Settlement]]) -> None:
         """Let native threads go with success, or keep them with their message until it is due again."""
         self._handoff.settle(verdicts)
 

@@ -58,7 +58,7 @@ def threads_for(subscriptions: Sequence[Subscription]) -> int:
         200
     """
     # one group runs, the next one forms
-    in_groups = sum(2 * each.largest_group for each in subscriptions if each.largest_group > 1)
+    in_groups = sum(2 * each.largest_batch for each in subscriptions if each.largest_batch > 1)
     return min(MOST_THREADS, max(DEFAULT_THREADS, in_groups))
 
 

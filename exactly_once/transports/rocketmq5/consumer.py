@@ -27,7 +27,7 @@ from typing import Any, Final
 
 from rocketmq.grpc_protocol import Code
 
-from exactly_once.outcome import Ack, Verdict
+from exactly_once.outcome import Ack, Settlement
 from exactly_once.transports.contract import Delivery, Features, Subscription
 from exactly_once.transports.rocketmq5 import reading
 from exactly_once.transports.rocketmq5.answers import (
@@ -114,7 +114,7 @@ class RocketMQ5Consumer:
                 return found
         return ()
 
-    def settle(self, verdicts: Sequence[tuple[Delivery, Verdict]]) -> None:
+    def settle(self, verdicts: Sequence[tuple[Delivery, Settlement]]) -> None:
         """Carry out each verdict; acknowledgements share requests. See `transport.Consumer`."""
         session, topic = self._member.session, self._mine.topic
         if session is None:

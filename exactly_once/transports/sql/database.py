@@ -26,10 +26,10 @@ from exactly_once import fork
 from exactly_once.database.characters import characters_of
 from exactly_once.database.connections.had_before import is_firsthand, kept_firsthand, moment
 from exactly_once.database.connections.pooler import begin_bounded, is_pooled
+from exactly_once.database.errors.contended import is_contended
+from exactly_once.database.errors.drivers_own import is_taken
+from exactly_once.database.errors.interrupted import interrupted
 from exactly_once.database.mysql_committed import COMMITTED_ALONE, see_committed
-from exactly_once.database.trouble.contended import is_contended
-from exactly_once.database.trouble.drivers_own import is_taken
-from exactly_once.database.trouble.interrupted import interrupted
 from exactly_once.transports.sql.statements import NO_GROUP, Statements, statements
 from exactly_once.wording.redaction import redacted
 from exactly_once.wording.text import storable

@@ -16,10 +16,10 @@ from uuid import uuid4
 from sqlalchemy.exc import SQLAlchemyError
 
 from exactly_once.database.connections.one_writer import refuse_inside
+from exactly_once.database.errors.drivers_own import is_of_a_database, original
+from exactly_once.database.errors.not_made import not_made
+from exactly_once.database.errors.unusable import denied, is_denied, is_read_only, read_only
 from exactly_once.database.schema import GROUP_BYTES
-from exactly_once.database.trouble.drivers_own import is_of_a_database, original
-from exactly_once.database.trouble.not_made import not_made
-from exactly_once.database.trouble.unusable import denied, is_denied, is_read_only, read_only
 from exactly_once.errors import ConfigurationError, SchemaError, TransportError
 from exactly_once.exceptions.words import words_of
 from exactly_once.message import Message

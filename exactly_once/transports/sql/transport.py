@@ -30,13 +30,13 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
 from exactly_once.database.connections.replaced_file import replaced
-from exactly_once.database.trouble.drivers_own import is_of_a_database
-from exactly_once.database.trouble.not_made import upgrade_command
-from exactly_once.database.trouble.unreached import unreached
-from exactly_once.database.trouble.unusable import denied, is_denied, is_read_only, read_only
+from exactly_once.database.errors.drivers_own import is_of_a_database
+from exactly_once.database.errors.not_made import upgrade_command
+from exactly_once.database.errors.unreached import unreached
+from exactly_once.database.errors.unusable import denied, is_denied, is_read_only, read_only
 from exactly_once.errors import ConfigurationError
 from exactly_once.message import Message
-from exactly_once.outcome import Ack, Verdict
+from exactly_once.outcome import Ack, Settlement
 from exactly_once.transports.contract import (
     Away,
     BrokerProducer,
@@ -327,7 +327,7 @@ class _SqlConsumer:
             connection.execute(sql.hold([row.id for row in rows], token, self._invisible))
         return rows
 
-    def settle(self, verdicts: Sequence[tuple[Delivery, Verdict]]) -> None:
+    def settle(self, verdicts: Sequence[tuple[Delivery, Settlement]]) -> None:
         sql = self._database.sql
         finished = [delivery.receipt for delivery, verdict in verdicts if isinstance(verdict, Ack)]
         again: dict[timedelta, list[tuple[int, str]]] = {}

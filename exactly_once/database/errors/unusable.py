@@ -15,7 +15,7 @@ from typing import Final
 
 from sqlalchemy import URL
 
-from exactly_once.database.trouble.drivers_own import original
+from exactly_once.database.errors.drivers_own import original
 from exactly_once.errors import ConfigurationError
 from exactly_once.wording.redaction import redacted, struck
 from exactly_once.wording.text import escaped, stopped

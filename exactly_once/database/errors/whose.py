@@ -21,8 +21,8 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import Dialect
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from exactly_once.database.errors.unreached import unreached
 from exactly_once.database.listeners import listen
-from exactly_once.database.trouble.unreached import unreached
 from exactly_once.exceptions.drivers import DRIVERS
 
 __all__ = ["came_through", "is_of", "watch_made"]

@@ -5,7 +5,7 @@ That is no matter of the connection. Called by the broker in a table; the number
 
 from typing import Final
 
-from exactly_once.database.trouble.drivers_own import original
+from exactly_once.database.errors.drivers_own import original
 from exactly_once.exceptions.drivers import is_drivers
 
 __all__ = ["MYSQL", "POSTGRESQL", "SQLITE", "is_contended"]

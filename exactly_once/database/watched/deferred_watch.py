@@ -10,18 +10,18 @@ from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
 from exactly_once.database.connections import forked as forked_engines
-from exactly_once.database.dialects.contract import WAIT_MS, Dialect, State, Trace, Trouble, raise_for_the_store
+from exactly_once.database.dialects.contract import WAIT_MS, Dialect, ErrorKind, State, Trace, raise_for_the_store
 from exactly_once.database.dialects.firsthand import moment, ready, varies
+from exactly_once.database.errors.interrupted import interrupted
+from exactly_once.database.errors.unreached import unreached
 from exactly_once.database.owner import new_owner
-from exactly_once.database.trouble.interrupted import interrupted
-from exactly_once.database.trouble.unreached import unreached
 from exactly_once.database.watched.watch import WATCHED, Shut, UnderLease, Watch, begin, elsewhere, let_go, over
 from exactly_once.errors import Misuse
 
-__all__ = ["Late"]
+__all__ = ["DeferredWatch"]
 
 
-class Late:
+class DeferredWatch:
     """Waits for a session's first statement, and watches its transaction from there on."""
 
     __slots__ = ("_dialect", "_session", "_unwritten", "failed", "held", "shut", "watch")
@@ -114,7 +114,7 @@ class Late:
             try:
                 dialect.begin(dbapi, info, owner, trace)
             except Exception as error:
-                passes = dialect.trouble(error) in (Trouble.UNAVAILABLE, Trouble.TRANSIENT)
+                passes = dialect.error_kind(error) in (ErrorKind.UNAVAILABLE, ErrorKind.TRANSIENT)
                 passes = passes or unreached(error, (connection.engine,)) or interrupted(error)
                 if not used or not exchange or passes or dialect.unstorable(error):
                     raise
@@ -122,7 +122,7 @@ class Late:
                 return False
         except Exception as error:
             self.failed = error
-            if dialect.trouble(error) is Trouble.UNAVAILABLE:
+            if dialect.error_kind(error) is ErrorKind.UNAVAILABLE:
                 connection.invalidate(error)
             raise_for_the_store(dialect, error, connection.engine)
             raise
