@@ -6,13 +6,24 @@ delivery attempts. `WaitForStore` waits for a store, and nothing is received mea
 this one key, and everything else goes on.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
 from typing import Any, NoReturn, Protocol
 
-__all__ = ["Ack", "Outcome", "Redeliver", "RunFuture", "Settlement", "Verdict", "WaitForKey", "WaitForStore"]
+__all__ = [
+    "Ack",
+    "HandlerOutcome",
+    "Outcome",
+    "Redeliver",
+    "Result",
+    "RunFuture",
+    "Settlement",
+    "Verdict",
+    "WaitForKey",
+    "WaitForStore",
+]
 
 
 class Outcome(Enum):
@@ -94,7 +105,25 @@ class WaitForKey:
 
 
 Verdict = Settlement | WaitForStore | WaitForKey
-"""What a run may end with."""
+"""What the worker is to do with a delivery."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of a delivery, and what the worker is to do: what every run ends with."""
+
+    outcome: Outcome
+    verdict: Verdict
+    raises: BaseException | None = None
+    """What a loop of the caller's is to be raised, once all handlers of the message have run."""
+    in_handler: bool = False
+    """In progress as the handler said, which claims a part or takes a lock: the message's own key was free."""
+    handlers: Sequence["HandlerOutcome"] = field(default=(), compare=False)
+    """What became of it for each handler that wanted it and has ended; filled in by the executor."""
+
+
+HandlerOutcome = tuple[str, Outcome]
+"""A handler's name, and what became of a message for it."""
 
 
 class RunFuture(Protocol):
@@ -109,5 +138,5 @@ class RunFuture(Protocol):
     def exception(self) -> BaseException | None:
         """What it broke with, of one that has ended."""
 
-    def result(self) -> Any:
+    def result(self) -> Result:
         """What it said, of one that has ended; raises what it broke with."""

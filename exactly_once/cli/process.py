@@ -14,6 +14,7 @@ import typer
 from exactly_once.app import ExactlyOnce
 from exactly_once.cli.recorded import BadLine, Progressing, messages, opened, size_of
 from exactly_once.cli.reference import AppOption, application, usable
+from exactly_once.events.settled import OutcomeCounts, Settled
 from exactly_once.exceptions.words import words_of
 from exactly_once.message import Message
 from exactly_once.outcome import Ack, Outcome, RunFuture, WaitForStore
@@ -39,6 +40,7 @@ class _Feeding:
         self.named: list[str] = []
         self.away = False
         self._executor = eo.executor(concurrency)
+        self._outcomes = OutcomeCounts()
         self._ordered = {wanted.topic for wanted in eo.subscriptions() if wanted.ordered}
         self._most = 2 * concurrency
         self._places = BoundedSemaphore(self._most)
@@ -48,7 +50,7 @@ class _Feeding:
     @property
     def counts(self) -> dict[Outcome, int]:
         """How many ended how."""
-        return {Outcome(name): count for name, count in self._executor.observe().items() if count}
+        return {Outcome(name): count for name, count in self._outcomes.outcomes.items() if count}
 
     def feed(self, line: int, message: Message) -> None:
         """Run a message as soon as there is a place for it."""
@@ -96,16 +98,21 @@ class _Feeding:
         self._executor.stop()
 
     def _run(self, line: int, message: Message, lane: _Lane | None) -> None:
-        self._executor.submit(Delivery(message, None), FILE).add_done_callback(partial(self._finished, line, lane))
+        self._executor.submit(Delivery(message, None), FILE).add_done_callback(
+            partial(self._finished, line, message.topic, lane)
+        )
 
-    def _finished(self, line: int, lane: _Lane | None, future: RunFuture) -> None:
+    def _finished(self, line: int, topic: str, lane: _Lane | None, future: RunFuture) -> None:
         if (error := future.exception()) is not None:
             self.leave(line, f"{type(error).__name__}: {escaped(words_of(error), 300)}")
-        elif isinstance(future.result(), WaitForStore):
-            self.away = True
-            self.leave(line, "the database does not answer")
-        elif not isinstance(future.result(), Ack):
-            self.leave(line, "not finished; feed it again later")
+        else:
+            result = future.result()
+            self._outcomes.add(Settled(topic, result))
+            if isinstance(result.verdict, WaitForStore):
+                self.away = True
+                self.leave(line, "the database does not answer")
+            elif not isinstance(result.verdict, Ack):
+                self.leave(line, "not finished; feed it again later")
         following = None
         with self._lock:
             self.ended += 1

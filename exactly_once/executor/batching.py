@@ -158,7 +158,7 @@ class Batching:
         for one in coming:
             if one.read is None:
                 made = self.handler.member(one.message, one.features)
-                if made.row is not None:  # an error keeps its frames alive, and so this group
+                if made.work.row is not None:  # an error keeps its frames alive, and so this group
                     one.read = made
             if monotonic() > look_at:
                 yield

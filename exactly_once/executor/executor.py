@@ -3,31 +3,30 @@
 Every handler that wants a message gets it, each with its own claim; the delivery is acknowledged when each has finished or is
 parked. One that must be asked again does not stop the others, and those that have finished are duplicates then. A message
 has a transaction of its own, or shares one with others of its handler (`batching`). Decides nothing about a single handler:
-`processor` does. The worker calls `run`.
+`processor` does. The worker calls `submit`.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache, partial
 from queue import SimpleQueue
 from threading import BoundedSemaphore, Lock, Thread
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from sqlalchemy.util import greenlet_spawn
+from sqlalchemy.util import await_only, greenlet_spawn
 
 from exactly_once import fork
 from exactly_once.exceptions.words import trace_of
 from exactly_once.executor.batching import Batching, Queued
-from exactly_once.executor.fanout import Part, Parts, combine
+from exactly_once.executor.fanout import Parts, run_each
 from exactly_once.executor.future import SmallFuture
-from exactly_once.message import Message
-from exactly_once.outcome import Outcome, RunFuture, Verdict, WaitForKey
+from exactly_once.handlers.plan import Plan
+from exactly_once.outcome import Result, RunFuture
 from exactly_once.processing.batch import BatchProcessor, stay
-from exactly_once.processing.processor import Processor, Result
+from exactly_once.processing.processor import Processor
 from exactly_once.transports.contract import Delivery, Features
 from exactly_once.wording.steady_log import steady
 
@@ -35,16 +34,17 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Coroutine
 
-__all__ = ["Executor", "Find", "arun_all", "combine", "run_all"]
+__all__ = ["Executor", "Find"]
 
 Find = Callable[[Delivery], Sequence[Processor]]
 """Which handlers a delivery is for."""
 
 _One = tuple[Delivery, Features, Sequence[Processor], SmallFuture]
 
+T = TypeVar("T")
+
 _log = steady("exactly_once.worker")
 _LOOK_S: Final = 0.001
-_NO_LIMIT: Final[Any] = nullcontext()
 
 
 @lru_cache(maxsize=16)
@@ -56,120 +56,70 @@ def _each_by_itself(features: Features) -> Features:
     return replace(features, redelivers=False)
 
 
-def run_all(
-    found: Sequence[Processor], message: Message, features: Features, *, pumped: bool = False, foreign: bool = False
-) -> Result:
-    """Run all handlers of a message in this thread, one after the other."""
-    if len(found) == 1:
-        return found[0].run(message, features, pumped=pumped, foreign=foreign)
-    return combine([each.run(message, features, pumped=pumped, foreign=foreign) for each in found])
-
-
-async def arun_all(
-    found: Sequence[Processor], message: Message, features: Features, *, pumped: bool = False, foreign: bool = False
-) -> Result:
-    """The same in a loop: async handlers in SQLAlchemy's greenlet, sync ones in a thread beside the loop."""
-    import asyncio
-
-    told: list[Result] = []
-    for each in found:
-        if each.plan.is_async:
-            told.append(await greenlet_spawn(each.run, message, features, pumped=pumped, foreign=foreign))
-        else:
-            told.append(await asyncio.to_thread(_beside, each, message, features, pumped, foreign))
-    return combine(told)
-
-
-def _beside(each: Processor, message: Message, features: Features, pumped: bool, foreign: bool) -> Result:
-    """Run it in a thread beside the loop."""
-    process = fork.here
-    try:
-        return each.run(message, features, pumped=pumped, foreign=foreign, beside=True)
-    finally:
-        if process is not fork.here:
-            fork.end(fork.inside())  # this copy of the thread would wait for work that nobody brings
-
-
 class Executor:
     """Threads and, if any handler is async, a loop of their own.
 
     Args:
         find: Which handlers a delivery is for.
+        plans: The handlers.
         threads: How many deliveries run at once on threads, and as many on the loop.
-        needs_loop: There are async handlers.
-        limits: Of each handler with `concurrency=`, how many of it run at once.
-        handlers: Their names, for the counts of those that have run nothing yet.
     """
 
-    def __init__(
-        self,
-        find: Find,
-        *,
-        threads: int,
-        needs_loop: bool,
-        limits: Mapping[str, int],
-        handlers: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, find: Find, plans: Sequence[Plan], *, threads: int) -> None:
         self._find = find
         self._work: SimpleQueue[_One | Batching | None] = SimpleQueue()
         self._batchings: dict[BatchProcessor, Batching] = {}
-        self._limits = {name: BoundedSemaphore(most) for name, most in limits.items()}
-        self._counts = _no_counts()
-        self._of_handlers: defaultdict[str, dict[Outcome, int]] = defaultdict(
-            _no_counts, {name: _no_counts() for name in handlers}
-        )
-        self._counting = Lock()
+        self._batchings_lock = Lock()
+        self._limits = {plan.name: _limit(plan, plan.concurrency) for plan in plans if plan.concurrency is not None}
         self._stopping = False
         self._process = fork.here
         self._threads = [Thread(target=self._turn, name=f"handler {n}", daemon=True) for n in range(1, threads + 1)]
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_ends = False
         self._loop_thread: Thread | None = None
-        if needs_loop:
-            self._start_loop(threads, limits)
+        if any(plan.is_async for plan in plans):
+            self._start_loop(threads)
         for thread in self._threads:
             thread.start()
         fork.tell(self)
 
     def forked(self) -> None:
         """In a process just forked, perhaps inside a handler: there are no threads, and the loop's wake-ups are the parent's."""
-        self._stopping, self._threads, self._counting = True, [], Lock()
+        self._stopping, self._threads, self._batchings_lock = True, [], Lock()
         if self._loop is not None:
             self._end_loop()  # a copy of it, if it is the one that forked, turns no further
 
     def submit(self, delivery: Delivery, features: Features) -> RunFuture:
-        """Begin a delivery and return at once; the result of what is returned is the verdict."""
+        """Begin a delivery and return at once; what is returned ends with its `Result`."""
         found = self._find(delivery)
-        future = SmallFuture()
         if len(found) == 1:
-            (one,) = found
-            if isinstance(one, BatchProcessor) and delivery.handler is None:
-                self._wait_for_batch(one, delivery, features, future)
-                return future
-        elif found:
-            features = _each_by_itself(features)
-            if delivery.handler is None and any(isinstance(each, BatchProcessor) for each in found):
-                self._run_apart(delivery, features, found, future)
-                return future
-        return self._run_alone(delivery, features, found, future)
+            return self._begin(delivery, features, found[0])
+        features = _each_by_itself(features)
+        if delivery.handler is None and any(isinstance(each, BatchProcessor) for each in found):
+            return self._begin_apart(delivery, features, found)
+        return self._begin_alone(delivery, features, found)
 
-    def _run_alone(
-        self, delivery: Delivery, features: Features, found: Sequence[Processor], future: SmallFuture
-    ) -> RunFuture:
+    def _begin(self, delivery: Delivery, features: Features, one: Processor) -> RunFuture:
+        # what failed before runs alone: its company would pay for it again
+        if isinstance(one, BatchProcessor) and delivery.handler is None:
+            return self._begin_in_batch(delivery, features, one)
+        return self._begin_alone(delivery, features, (one,))
+
+    def _begin_alone(self, delivery: Delivery, features: Features, found: Sequence[Processor]) -> RunFuture:
         if self._loop is not None and any(each.plan.is_async for each in found):
-            if isinstance(future, Part):
-                return self._on_loop(self._atold(delivery, features, found, noted=True))
             return self._on_loop(self._arun(delivery, features, found))
+        future = SmallFuture()
         self._work.put((delivery, features, found, future))
         return future
 
-    def observe(self) -> Mapping[str, int]:
-        """How many deliveries ended how, since the start; one that is kept has not ended, however often it is looked at."""
-        return _by_name(self._counts)
-
-    def observe_handlers(self) -> Mapping[str, Mapping[str, int]]:
-        """The same for each handler by itself: what became of each delivery that it wanted."""
-        return {name: _by_name(counts) for name, counts in self._of_handlers.copy().items()}
+    def _begin_apart(self, delivery: Delivery, features: Features, found: Sequence[Processor]) -> RunFuture:
+        """Let a delivery wait for the batches of those handlers that have them; the others run it at once."""
+        future = SmallFuture()
+        future.set_running_or_notify_cancel()
+        parts = Parts(len(found), future.set_result, future.set_exception)
+        for each in found:
+            self._begin(delivery, features, each).add_done_callback(parts.ended)
+        return future
 
     def stop(self) -> None:
         """End the threads and the loop; what still runs is cancelled (async) or left to end unheard (threads)."""
@@ -194,76 +144,36 @@ class Executor:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                told = self._limited(delivery, features, found)
+                result = self._run(delivery, features, found)
             except BaseException as error:  # the worker takes it for "bring it again"; a thread never dies
                 self._same_process()
                 future.set_exception(error)
             else:
-                self._end(future, told, found[0].plan.name if len(found) == 1 else None)
+                future.set_result(result)
             del work, delivery, found, future
 
-    def _end(self, future: SmallFuture, told: Result, handler: str | None = None) -> None:
-        """End a delivery; or its part, of one handler."""
-        if isinstance(future, Part):
-            if handler is not None:
-                self._note(handler, told)
-            future.set_result(told)
-            return
-        self._count(told, handler)
-        future.set_result(told.verdict)
-
-    def _count(self, told: Result, handler: str | None) -> None:
-        """Count a delivery; where it is for one handler, for that one, too."""
-        if not isinstance(told.verdict, WaitForKey):
-            with self._counting:
-                self._counts[told.outcome] += 1
-                if handler is not None:
-                    self._of_handlers[handler][told.outcome] += 1
-
-    def _note(self, handler: str, told: Result) -> None:
-        """Count for one of several handlers."""
-        if not isinstance(told.verdict, WaitForKey):
-            with self._counting:
-                self._of_handlers[handler][told.outcome] += 1
-
-    def _limited(self, delivery: Delivery, features: Features, found: Sequence[Processor]) -> Result:
-        pumped = delivery.handler is not None
+    def _run(
+        self, delivery: Delivery, features: Features, found: Sequence[Processor], *, on_loop: bool = False
+    ) -> Result:
         if len(found) == 1 and not self._limits:  # what nearly every message is
-            return found[0].run(delivery.message, features, pumped=pumped)
-        told: list[Result] = []
-        for each in found:
-            with self._limits.get(each.plan.name, _NO_LIMIT):
-                told.append(each.run(delivery.message, features, pumped=pumped))
-            if len(found) > 1:
-                self._note(each.plan.name, told[-1])
-        return combine(told)
+            return found[0].run(delivery.message, features, pumped=delivery.handler is not None)
+        return run_each(found, partial(self._run_one, delivery, features), on_loop=on_loop)
 
-    # -- groups ------------------------------------------------------------------------------------------------------
+    def _run_one(self, delivery: Delivery, features: Features, one: Processor) -> Result:
+        run = partial(one.run, delivery.message, features, pumped=delivery.handler is not None)
+        return _limited(self._limits.get(one.plan.name), run)
 
-    def _run_apart(
-        self, delivery: Delivery, features: Features, found: Sequence[Processor], future: SmallFuture
-    ) -> None:
-        """Let a delivery wait for the groups of those handlers that have them; the others run it at once."""
-        future.set_running_or_notify_cancel()
-        parts = Parts(len(found), partial(self._end, future), future.set_exception)
-        for each in found:
-            part = Part()
-            part_ends: RunFuture = part
-            if isinstance(each, BatchProcessor):
-                self._wait_for_batch(each, delivery, features, part)
-            else:
-                part_ends = self._run_alone(delivery, features, (each,), part)
-            part_ends.add_done_callback(parts.ended)
+    # -- batches -----------------------------------------------------------------------------------------------------
 
-    def _wait_for_batch(
-        self, handler: BatchProcessor, delivery: Delivery, features: Features, future: SmallFuture
-    ) -> None:
+    def _begin_in_batch(self, delivery: Delivery, features: Features, handler: BatchProcessor) -> RunFuture:
         batching = self._batchings.get(handler)
         if batching is None:
-            with self._counting:
+            with self._batchings_lock:
                 batching = self._batchings.setdefault(handler, Batching(handler))
+        future = SmallFuture()
         if batching.add(delivery.message, features, future):
             self._begin_batches(batching)
+        return future
 
     def _begin_batches(self, batching: Batching) -> None:
         if self._loop is not None and batching.handler.plan.is_async:
@@ -272,41 +182,44 @@ class Executor:
             self._work.put(batching)
 
     def _turn_batch(self, batching: Batching) -> None:
-        """Run one group; the next one queues behind what other handlers have waiting."""
+        """Run one batch; the next one queues behind what other handlers have waiting."""
         while (pause := batching.pause_s()) > 0:
             sleep(min(pause, _LOOK_S))
-        if group := batching.take():
-            with self._limits.get(batching.handler.plan.name, _NO_LIMIT):
-                self._run_batch(batching, group)
+        if batch := batching.take():
+            self._run_batch(batching, batch)
             self._work.put(batching)
 
     async def _aturn_batches(self, batching: Batching) -> None:
         import asyncio
 
-        limit = self._async_limits.get(batching.handler.plan.name, _NO_LIMIT)
         while True:
             while (pause := batching.pause_s()) > 0:
                 await asyncio.sleep(min(pause, _LOOK_S))
-            if not (group := batching.take()):
+            if not (batch := batching.take()):
                 return
-            async with self._places, limit:
-                await greenlet_spawn(self._run_batch, batching, group)
+            async with self._places:
+                await greenlet_spawn(self._run_batch, batching, batch)
 
-    def _run_batch(self, batching: Batching, group: Sequence[Queued]) -> None:
-        """Run a group and end each of its deliveries; in a greenlet, awaits. Raises only what ends the loop."""
-        began = monotonic()
-        leave = self._leave if batching.handler.plan.is_async else stay
-        try:
-            found = batching.handler.run_batch(batching.members(group), leave=leave, meanwhile=batching.read_ahead())
-            batching.size.ended(len(group), timedelta(seconds=monotonic() - began), deadlocked=found.deadlocked)
-            for one, told in zip(group, found.told, strict=True):
-                if isinstance(told, BaseException):
-                    one.future.set_exception(told)
+    def _run_batch(self, batching: Batching, batch: Sequence[Queued]) -> None:
+        """Run a batch and end each of its deliveries; in a greenlet, awaits. Raises only what ends the loop."""
+        handler = batching.handler
+        leave = self._leave if handler.plan.is_async else stay
+
+        def run() -> None:
+            began = monotonic()
+            found = handler.run_batch(batching.members(batch), leave=leave, meanwhile=batching.read_ahead())
+            batching.size.ended(len(batch), timedelta(seconds=monotonic() - began), deadlocked=found.deadlocked)
+            for one, result in zip(batch, found.results, strict=True):
+                if isinstance(result, BaseException):
+                    one.future.set_exception(result)
                 else:
-                    self._end(one.future, told, batching.handler.plan.name)
+                    one.future.set_result(result)
+
+        try:
+            _limited(self._limits.get(handler.plan.name), run)
         except BaseException as error:  # the worker takes it for "bring it again"; neither thread nor loop ends of it
             self._same_process()
-            for one in group:
+            for one in batch:
                 if not one.future.done():
                     one.future.set_exception(error)
             if self._stopping and not isinstance(error, Exception):
@@ -329,12 +242,11 @@ class Executor:
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
-    def _start_loop(self, most: int, limits: Mapping[str, int]) -> None:
+    def _start_loop(self, most: int) -> None:
         import asyncio
 
         loop = self._loop = asyncio.new_event_loop()
         self._places = asyncio.Semaphore(most)  # more are in hand than the pool has connections for
-        self._async_limits = {name: asyncio.Semaphore(most) for name, most in limits.items()}
         self._loop_thread = Thread(target=self._turn_loop, args=(loop,), name="handlers' loop", daemon=True)
         self._loop_thread.start()
 
@@ -390,36 +302,30 @@ class Executor:
         assert self._loop is not None
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    async def _arun(self, delivery: Delivery, features: Features, found: Sequence[Processor]) -> Verdict:
-        alone = len(found) == 1
-        one = await self._atold(delivery, features, found, noted=not alone)
-        self._count(one, found[0].plan.name if alone else None)
-        return one.verdict
-
-    async def _atold(
-        self, delivery: Delivery, features: Features, found: Sequence[Processor], *, noted: bool
-    ) -> Result:
-        pumped = delivery.handler is not None
-        told: list[Result] = []
+    async def _arun(self, delivery: Delivery, features: Features, found: Sequence[Processor]) -> Result:
         async with self._places:
-            for each in found:
-                limit = self._async_limits.get(each.plan.name)
-                try:
-                    if limit is None:
-                        told.append(await arun_all((each,), delivery.message, features, pumped=pumped))
-                    else:
-                        async with limit:
-                            told.append(await arun_all((each,), delivery.message, features, pumped=pumped))
-                finally:
-                    self._same_process()
-                if noted:
-                    self._note(each.plan.name, told[-1])
-        return combine(told)
+            try:
+                return await greenlet_spawn(self._run, delivery, features, found, on_loop=True)
+            finally:
+                self._same_process()
 
 
-def _no_counts() -> dict[Outcome, int]:
-    return dict.fromkeys(Outcome, 0)
+def _limit(plan: Plan, most: int) -> Any:
+    """Return what lets so many of a handler run at once: of threads, or of the loop's tasks."""
+    if not plan.is_async:
+        return BoundedSemaphore(most)
+    import asyncio
+
+    return asyncio.Semaphore(most)
 
 
-def _by_name(counts: Mapping[Outcome, int]) -> Mapping[str, int]:
-    return {outcome.value: count for outcome, count in counts.items()}
+def _limited(limit: Any, run: Callable[[], T]) -> T:
+    if limit is None:
+        return run()
+    acquired = limit.acquire()  # waits; of the loop's it is still to be awaited
+    if acquired is not True:
+        await_only(acquired)
+    try:
+        return run()
+    finally:
+        limit.release()

@@ -1,15 +1,32 @@
-"""What several handlers of one delivery say, put into one voice; as values, or as parts that end in threads of their own."""
+"""One delivery for several handlers: each is run, and what they say becomes one result."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from threading import Lock
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from exactly_once.executor.future import SmallFuture
-from exactly_once.outcome import Ack, Outcome, Redeliver, RunFuture, Settlement, Verdict, WaitForKey, WaitForStore
-from exactly_once.processing.processor import Result
+from sqlalchemy.util import await_only
 
-__all__ = ["Part", "Parts", "combine"]
+from exactly_once import fork
+from exactly_once.outcome import (
+    Ack,
+    Outcome,
+    Redeliver,
+    Result,
+    RunFuture,
+    Settlement,
+    Verdict,
+    WaitForKey,
+    WaitForStore,
+)
+
+if TYPE_CHECKING:
+    from exactly_once.processing.processor import Processor
+
+__all__ = ["Parts", "combine", "run_each"]
+
+RunOne = Callable[["Processor"], Result]
+"""Run the delivery for one handler."""
 
 _NOT_MINE: Final = Result(Outcome.NOT_MINE, Ack())
 # of several handlers' outcomes the one that says most: what is not acknowledged first, then what happened
@@ -34,34 +51,62 @@ _WEIGHT: Final = {
 _SETTLED: Final = frozenset({Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.NOT_MINE})
 
 
-def combine(told: Sequence[Result]) -> Result:
-    """Return what a delivery's handlers say with one voice.
+def run_each(found: Sequence["Processor"], run: RunOne, *, on_loop: bool = False) -> Result:
+    """Run a delivery for each of its handlers, one after the other.
 
-    A store that does not answer holds the delivery; else the soonest redelivery anyone asks for; else it is kept, if
-    anyone keeps it and the others have finished; else it is acknowledged.
+    Args:
+        found: The handlers.
+        run: Runs it for one of them.
+        on_loop: We are in a greenlet of an event loop: async handlers run there, sync ones in a thread beside the loop.
     """
-    if len(told) == 1:
-        return told[0]
-    if not told:
+    if on_loop:
+        return combine([run(each) if each.plan.is_async else _beside_the_loop(run, each) for each in found])
+    return combine([run(each) for each in found])
+
+
+def _beside_the_loop(run: RunOne, each: "Processor") -> Result:
+    import asyncio
+
+    return await_only(asyncio.to_thread(_unless_forked, run, each))
+
+
+def _unless_forked(run: RunOne, each: "Processor") -> Result:
+    process = fork.here
+    try:
+        return run(each)
+    finally:
+        if process is not fork.here:
+            fork.end(fork.inside())  # this copy of the thread would wait for work that nobody brings
+
+
+def combine(results: Sequence[Result]) -> Result:
+    """Combine what a delivery's handlers say into one result.
+
+    A store that does not answer holds the delivery; else the soonest redelivery anyone asks for; else it waits for its key, if
+    anyone's does and the others have finished; else it is acknowledged.
+    """
+    if len(results) == 1:
+        return results[0]
+    if not results:
         return _NOT_MINE
-    raises = next((each.raises for each in told if each.raises is not None), None)
-    return replace(_one_voice(told), raises=raises)
+    raises = next((each.raises for each in results if each.raises is not None), None)
+    return replace(_combined(results), raises=raises, handlers=[one for each in results for one in each.handlers])
 
 
-def _one_voice(told: Sequence[Result]) -> Result:
-    outcome = min((each.outcome for each in told), key=_WEIGHT.__getitem__)
-    said: list[Verdict] = [each.verdict for each in told]
-    for each in said:
+def _combined(results: Sequence[Result]) -> Result:
+    outcome = min((each.outcome for each in results), key=_WEIGHT.__getitem__)
+    verdicts: list[Verdict] = [each.verdict for each in results]
+    for each in verdicts:
         if isinstance(each, WaitForStore):
             return Result(outcome, each)
-    kept = [each for each in said if isinstance(each, WaitForKey)]
-    verdict = _soonest([each for each in said if not isinstance(each, (WaitForStore, WaitForKey))])
+    kept = [each for each in verdicts if isinstance(each, WaitForKey)]
+    verdict = _soonest([each for each in verdicts if not isinstance(each, (WaitForStore, WaitForKey))])
     if not kept or isinstance(verdict, Redeliver):
-        # of a Keep and a Redeliver the latter: what is kept runs again for all its handlers, twice a second, and the one
+        # of a WaitForKey and a Redeliver the latter: what waits runs again for all its handlers, twice a second, and the one
         # that asked for a delay would spend its attempts on looks at another's lease
         return Result(outcome, verdict)
     then = _soonest([each.then for each in kept])
-    if any(each.outcome not in _SETTLED and not isinstance(each.verdict, WaitForKey) for each in told):
+    if any(each.outcome not in _SETTLED and not isinstance(each.verdict, WaitForKey) for each in results):
         return Result(outcome, then)  # the same for one whose failure is stored for the pump, or for a person
     return Result(outcome, WaitForKey(min(each.again for each in kept), min(each.longest for each in kept), then))
 
@@ -72,39 +117,39 @@ def _soonest(verdicts: Sequence[Settlement]) -> Settlement:
     return min(again, key=lambda each: each.delay) if again else Ack()
 
 
-class Part(SmallFuture):
-    """What one of a delivery's handlers makes of it, where they run apart: a `Result`, and no verdict yet."""
-
-    __slots__ = ()
-
-
 class Parts:
-    """Puts together what a delivery's handlers say, when the last has ended."""
+    """Combines what a delivery's handlers say where they run apart, when the last has ended.
+
+    Args:
+        number: How many there are.
+        end: Given the result of all.
+        fail: Given what one of them raised: the delivery is not acknowledged, and who has finished will be a duplicate.
+    """
 
     def __init__(self, number: int, end: Callable[[Result], None], fail: Callable[[BaseException], None]) -> None:
         self._missing, self._end, self._fail = number, end, fail
-        self._told: list[Result] = []
+        self._results: list[Result] = []
         self._errors: list[BaseException] = []
         self._lock = Lock()
 
     def ended(self, part: RunFuture) -> None:
         """Note one handler's end."""
-        told: Result | None = None
+        result: Result | None = None
         error: BaseException | None = None
         try:
-            told = part.result()
+            result = part.result()
         except BaseException as broke:  # noqa: BLE001, RUF100  (cancelled with its loop, too)
             error = broke
         with self._lock:
-            if told is not None:
-                self._told.append(told)
+            if result is not None:
+                self._results.append(result)
             if error is not None:
                 self._errors.append(error)
             self._missing -= 1
             last = not self._missing
         if not last:
             return
-        if self._errors:  # not acknowledged; who has finished will be a duplicate
+        if self._errors:
             self._fail(self._errors[0])
         else:
-            self._end(combine(self._told))
+            self._end(combine(self._results))

@@ -10,6 +10,8 @@ from enum import Enum
 from threading import Lock
 from typing import Any, Final
 
+from exactly_once.outcome import Result
+
 __all__ = ["SmallFuture"]
 
 _LOCK: Final = Lock()
@@ -32,7 +34,7 @@ class SmallFuture:
 
     def __init__(self) -> None:
         self._state = _WAITING
-        self._result: Any = None
+        self._result: Result | None = None
         self._error: BaseException | None = None
         self._callback: Callable[[Any], object] | None = None
 
@@ -61,7 +63,7 @@ class SmallFuture:
         self._call()
         return True
 
-    def set_result(self, result: Any) -> None:
+    def set_result(self, result: Result) -> None:
         """End it."""
         self._result = result
         self._end()
@@ -83,7 +85,7 @@ class SmallFuture:
         """What it broke with; of one that has ended."""
         return self._error
 
-    def result(self) -> Any:
+    def result(self) -> Result:
         """What it said; of one that has ended.
 
         Raises:
@@ -93,6 +95,7 @@ class SmallFuture:
             raise CancelledError
         if self._error is not None:
             raise self._error
+        assert self._result is not None
         return self._result
 
     def _end(self) -> None:

@@ -8,21 +8,24 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Final
 
+from sqlalchemy.util import greenlet_spawn
+
 from exactly_once.alert import Hook
 from exactly_once.database.connections.one_writer import anyone_holds, refuse_inside
 from exactly_once.database.store import Store
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, Reject
 from exactly_once.exceptions.stops import asked_from_outside
 from exactly_once.exceptions.words import words_of
-from exactly_once.executor.executor import Executor, arun_all, run_all
+from exactly_once.executor.executor import Executor
+from exactly_once.executor.fanout import run_each
 from exactly_once.failures.due import DueFailures
 from exactly_once.failures.pump import Pump
 from exactly_once.guards.lease.stores import LeaseStores
 from exactly_once.handlers.plan import Plan
 from exactly_once.message import Message
-from exactly_once.outcome import Outcome
+from exactly_once.outcome import Outcome, Result
 from exactly_once.processing.batch import BatchProcessor
-from exactly_once.processing.processor import FOREIGN, Processor, Result
+from exactly_once.processing.processor import FOREIGN, Processor
 from exactly_once.transports.contract import Consumer, Delivery, Features, Subscription
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped
@@ -38,7 +41,7 @@ _MOST_TOLD: Final = 100  # topics that no handler takes: each is remembered, and
 _log = steady("exactly_once.routing")
 
 
-class _Kept(Processor):
+class _Parked(Processor):
     """Keeps a message for a person that could not be routed, in the first database, or read; never runs its handler."""
 
     def __init__(self, inner: Processor, error: ExactlyOnceError) -> None:
@@ -54,7 +57,8 @@ class _Kept(Processor):
         foreign: bool = False,
         beside: bool = False,
     ) -> Result:
-        return self.recording.failed(message, self.plan.read(message), self._error, features, foreign)
+        work = self.read(message, features, pumped=pumped, foreign=foreign, beside=beside)
+        return self.recording.failed(work, self._error)
 
 
 class Router:
@@ -104,7 +108,7 @@ class Router:
     def find(self, delivery: Delivery) -> Sequence[Processor]:
         """Return the handlers a delivery is for; of a message that comes from the failure store, the one that failed."""
         if delivery.unread is not None:
-            return [_Kept(each, delivery.unread) for each in self._of_unread(delivery)]
+            return [_Parked(each, delivery.unread) for each in self._of_unread(delivery)]
         if delivery.handler is not None:
             return self._failed_before(delivery, delivery.handler)
         return self.matching(delivery.message)
@@ -126,7 +130,7 @@ class Router:
         found = self._names[kept_in if unknown else str(name)].get(handler)
         if found is None:
             return _NONE
-        return (_Kept(found, Reject(self._unknown(name))),) if unknown else (found,)
+        return (_Parked(found, Reject(self._unknown(name))),) if unknown else (found,)
 
     def matching(self, message: Message) -> Sequence[Processor]:
         """Return the handlers of a message on the database it is routed to.
@@ -139,7 +143,7 @@ class Router:
             name = self._named(message)
             if name not in self._topics:
                 reason = self._unknown(name)
-                return [_Kept(each, Reject(reason)) for each in self._matching(self._topics[self._first], message)]
+                return [_Parked(each, Reject(reason)) for each in self._matching(self._topics[self._first], message)]
             topics = self._topics[name]
         return self._matching(topics, message)
 
@@ -181,13 +185,17 @@ class Router:
         """Run a message for a consumer loop that is not ours."""
         for each in found if anyone_holds() else ():
             refuse_inside(each.store.engine, "eo.process")
-        return _outcome(run_all(found, message, FOREIGN, foreign=True))
+        return _outcome(run_each(found, lambda each: each.run(message, FOREIGN, foreign=True)))
 
     async def arun(self, found: Sequence[Processor], message: Message) -> Outcome:
         """The same in an event loop."""
         for each in found if anyone_holds() else ():
             refuse_inside(each.store.engine, "eo.aprocess")
-        return _outcome(await arun_all(found, message, FOREIGN, foreign=True))
+
+        def run(each: Processor) -> Result:
+            return each.run(message, FOREIGN, foreign=True, beside=not each.plan.is_async)
+
+        return _outcome(await greenlet_spawn(run_each, found, run, on_loop=True))
 
     def subscriptions(self) -> Sequence[Subscription]:
         """Return what the group wants: per topic the union of its handlers' tags, sorted, alike in every process.
@@ -210,13 +218,7 @@ class Router:
 
     def executor(self, concurrency: int) -> Executor:
         """Return threads, and a loop if any handler is async, that run deliveries; to be stopped by the caller."""
-        return Executor(
-            self.find,
-            threads=concurrency,
-            needs_loop=any(plan.is_async for plan in self.plans),
-            limits={plan.name: plan.concurrency for plan in self.plans if plan.concurrency is not None},
-            handlers=[plan.name for plan in self.plans],
-        )
+        return Executor(self.find, self.plans, threads=concurrency)
 
     def pumps(self) -> Sequence[Consumer]:
         """Return a consumer of due failures for each database."""

@@ -21,18 +21,17 @@ from exactly_once.database.dialects.contract import ErrorKind
 from exactly_once.database.watched.watch import Watch, flush
 from exactly_once.errors import ConfigurationError, Misuse
 from exactly_once.exceptions.stops import stops
-from exactly_once.guards.contract import Consumed
+from exactly_once.guards.contract import Consumed, Won
 from exactly_once.guards.our_session import in_our_session
-from exactly_once.guards.transaction import TransactionGuard
 from exactly_once.handlers.one_turn import let_tasks_begin
 from exactly_once.handlers.plan import Reading, check_result
 from exactly_once.message import Message
-from exactly_once.outcome import Outcome, WaitForStore
-from exactly_once.processing.attempt_batch import BatchAttemptResult, attempt_batch
-from exactly_once.processing.ending import AttemptEnd, AttemptResult
-from exactly_once.processing.processor import DUPLICATE, PROCESSED, Processor, Result, as_mistake
+from exactly_once.outcome import Outcome, Result, WaitForStore
+from exactly_once.processing.attempt import BatchAttemptResult, attempt_batch
+from exactly_once.processing.attempt_result import AttemptEnd, AttemptResult
+from exactly_once.processing.processor import Processor, as_mistake
 from exactly_once.processing.recording import Unrecorded
-from exactly_once.processing.work import BatchResults, Member
+from exactly_once.processing.work import BatchResults, Member, Work
 from exactly_once.transports.contract import Features
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped
@@ -93,7 +92,7 @@ class BatchProcessor(Processor):
         repeats: list[tuple[Member, Member]] = []
         blocking = self._blocking(members)
         for member in members:
-            row, message = member.row, member.message
+            row, message = member.work.row, member.work.message
             waits = blocking and message.ordering_key is not None
             # what came before may be what failed, or killed the process: its company would pay for it again
             if (
@@ -113,12 +112,15 @@ class BatchProcessor(Processor):
         for member in alone:
             self._alone(member, run)
         for member, first in repeats:
-            same = first.told in (PROCESSED, DUPLICATE) and member.reading.fingerprint == first.reading.fingerprint
+            same = (
+                first.result in (self.recording.processed, self.recording.duplicate)
+                and member.work.reading.fingerprint == first.work.reading.fingerprint
+            )
             if same:
-                member.told = DUPLICATE
+                member.result = self.recording.duplicate
             else:
                 self._alone(member, run)
-        return BatchResults([member.told for member in members if member.told is not None], run.deadlocked)
+        return BatchResults([member.result for member in members if member.result is not None], run.deadlocked)
 
     def _owes(self, row: ClaimRow) -> bool:
         return self.recording.owes and self.recording.owed(row.key) is not None
@@ -131,17 +133,15 @@ class BatchProcessor(Processor):
             features: What the source of its delivery can do.
         """
         try:
-            reading = self.plan.read(message)
+            return Member(self.read(message, features))
         except Exception:
             raise
         except BaseException:  # a key function that exits: the message runs alone, and costs the others nothing
-            reading = Reading(None, b"", None, None)
-        readable = reading.key is not None and reading.error is None
-        return Member(message, features, reading, self.row(message, reading) if readable else None)
+            return Member(Work(message, Reading(None, b"", None, None), None, features))
 
     def _blocking(self, members: Sequence[Member]) -> bool:
         """Whether messages of some ordering key must wait behind an older one; then those with such a key ask one by one."""
-        if not self.plan.ordered or all(member.message.ordering_key is None for member in members):
+        if not self.plan.ordered or all(member.work.message.ordering_key is None for member in members):
             return False
         waits, any_blocking = self.plan.after_dead == "wait", self.recording.failures.any_blocking
         try:
@@ -156,24 +156,24 @@ class BatchProcessor(Processor):
     def _alone(self, member: Member, run: _Run) -> None:
         """Run a single message. Where the store was found not to answer, or much was waited for, not each asks again."""
         if run.held is not None:
-            member.told = run.held
+            member.result = run.held
             return
         if self.recording.refused is not None:
-            member.told = self.recording.refuse(foreign=False)
+            member.result = self.recording.refuse(foreign=False)
             return
-        if member.row is not None and run.waited_s > _WAITS_S:
-            member.told = self._in_progress(member)
+        if member.work.row is not None and run.waited_s > _WAITS_S:
+            member.result = self._in_progress(member)
             return
         began = monotonic()
         try:
-            told = self.run(member.message, member.features)
+            told = self.run(member.work.message, member.work.features)
         except Exception:
             raise
         except BaseException as error:
             run.leave(error)
-            member.told = error
+            member.result = error
             return
-        member.told = told
+        member.result = told
         if isinstance(told.verdict, WaitForStore):
             run.held = told
         if told.outcome is Outcome.IN_PROGRESS and not told.in_handler:
@@ -200,7 +200,7 @@ class BatchProcessor(Processor):
                     self._if_free(member, run)
             case AttemptEnd.REFUSED:
                 for member in members:
-                    member.told = self.recording.refuse(ended.error, foreign=False)
+                    member.result = self.recording.refuse(ended.error, foreign=False)
             case how:
                 if how is AttemptEnd.AWAY:
                     self._away(members, ended, run)
@@ -213,7 +213,8 @@ class BatchProcessor(Processor):
         run.held = self.recording.away(ended.error)
         if ended.owner is not None:  # whether their claims stand could not be learnt
             for member in members:
-                self.recording.owe(member.row.key, Unrecorded(ended.owner))  # type: ignore[union-attr]
+                assert member.work.row is not None
+                self.recording.owe(member.work.row.key, Unrecorded(ended.owner))
         self._raise_on(ended, run)
 
     def _raise_on(self, ended: AttemptResult, run: _Run) -> None:
@@ -237,7 +238,7 @@ class BatchProcessor(Processor):
         tried = self._attempt([member], run)
         match tried.ended.how:
             case AttemptEnd.IN_PROGRESS:
-                member.told = self._in_progress(member)
+                member.result = self._in_progress(member)
             # what is broken must not run again: its claim stands, and it would be taken for a duplicate
             case AttemptEnd.PROCESSED | AttemptEnd.DUPLICATE | AttemptEnd.BROKEN | AttemptEnd.UNKNOWN:
                 self._settle([member], tried, run)
@@ -249,15 +250,15 @@ class BatchProcessor(Processor):
                 self._alone(member, run)
 
     def _in_progress(self, member: Member) -> Result:
-        return self.recording.wait(Outcome.IN_PROGRESS, member.message, member.reading, member.features, False)
+        return self.recording.wait(member.work, Outcome.IN_PROGRESS)
 
     def _attempt(self, members: Sequence[Member], run: _Run) -> BatchAttemptResult:
-        rows = sorted((member.row for member in members if member.row is not None), key=lambda row: row.key)
-        guard = self._guard
-        assert isinstance(guard, TransactionGuard)
+        rows = sorted((row for member in members if (row := member.work.row) is not None), key=lambda row: row.key)
 
-        def handle(session: Session, handed: Any, others: Mapping[str, object], watch: Watch) -> None:
-            ours = [member for member in members if member.reading.key not in others] if others else members
+        def handle(session: Session, handed: Any, others: Mapping[str, object], won: Won) -> None:
+            watch = won.watch
+            assert watch is not None
+            ours = [member for member in members if member.work.reading.key not in others] if others else members
             try:
                 self._call_all(session, handed, self._in_order(ours), watch, run)
             except BaseException as error:
@@ -274,16 +275,7 @@ class BatchProcessor(Processor):
         patient = not run.waited_s
         try:
             tried = attempt_batch(
-                self._open,
-                self._ours,
-                guard,
-                self.store.dialect,
-                rows,
-                handle,
-                told=as_mistake,
-                foreign=self.store.is_foreign,
-                patient=patient,
-                meanwhile=run.meanwhile,
+                self._context, rows, handle, told=as_mistake, patient=patient, meanwhile=run.meanwhile
             )
         except ConfigurationError as error:
             error.store = self.store.name
@@ -296,14 +288,14 @@ class BatchProcessor(Processor):
         """Return them in the order they are handled in: that of `batch_order=`, else as the messages came."""
         if self.plan.batch_order is None:
             return ours
-        ordered = sorted(ours, key=lambda member: member.reading.order)
-        if not ordered[0].reading.order and not self._told_unordered:
+        ordered = sorted(ours, key=lambda member: member.work.reading.order)
+        if not ordered[0].work.reading.order and not self._told_unordered:
             self._told_unordered = True
             _log.warning(
                 "no_batch_order handler=%s key=%s batch_order= finds nothing in this message, or raises. Such messages run in"
                 " no order, and groups may deadlock on the rows they lock; this is said once.",
                 self.plan.name,
-                escaped(ordered[0].reading.key or ""),
+                escaped(ordered[0].work.reading.key or ""),
             )
         return ordered
 
@@ -315,8 +307,8 @@ class BatchProcessor(Processor):
             for member in ordered:
                 reading = member.unchanged(plan)
                 reached.append(member)
-                watch.current = member.row
-                call(handed, reading, member.message, None)
+                watch.current = member.work.row
+                call(handed, reading, member.work.message, None)
                 # before the next call, which may refresh, expire or expunge what this one has changed
                 flush(session)
                 watch.check(session)
@@ -325,7 +317,7 @@ class BatchProcessor(Processor):
                         "The handler left a savepoint open, and the next message's work would stand inside it."
                     )
             return
-        given = [(member.unchanged(plan), member.message) for member in ordered]
+        given = [(member.unchanged(plan), member.work.message) for member in ordered]
         reached.extend(ordered)
         result: Any = plan.call_with_lists(handed, given)
         if plan.is_async:
@@ -336,34 +328,34 @@ class BatchProcessor(Processor):
     def _settle(self, members: Sequence[Member], tried: BatchAttemptResult, run: _Run) -> None:
         """Say of each what the group's end means for it."""
         ended, others = tried.ended, tried.others
-        ours = None if ended.how in (AttemptEnd.BROKEN, AttemptEnd.UNKNOWN) else PROCESSED
+        ours = None if ended.how in (AttemptEnd.BROKEN, AttemptEnd.UNKNOWN) else self.recording.processed
         for member in members:
-            assert member.row is not None
-            standing = others.get(member.row.key)
+            row = member.work.row
+            assert row is not None
+            standing = others.get(row.key)
             if standing is None:
-                member.told = ours or self._told_of(member, ended, run.reached)
-            elif isinstance(standing, Consumed) and not self._owes(member.row):
-                member.told = DUPLICATE
+                member.result = ours or self._told_of(member, ended, run.reached)
+            elif isinstance(standing, Consumed) and not self._owes(row):
+                member.result = self.recording.duplicate
             else:
                 self._alone(member, run)
 
     def _told_of(self, member: Member, ended: AttemptResult, reached: Sequence[Member]) -> Result:
         """The claim of each stands, or may: what became of its effects nobody knows (BROKEN), or the server will say."""
-        message, reading, features = member.message, member.reading, member.features
         if ended.how is AttemptEnd.UNKNOWN:
-            return self.recording.unknown(ended.error, message, reading, features, foreign=False)
+            return self.recording.unknown(member.work, ended.error)
         assert ended.error is not None
         assert ended.owner is not None
         text = f"{ended.error} {self._in_company(member, reached)}"
         error = Misuse(text).with_traceback(ended.error.__traceback__)
-        return self._broken(error, ended.owner, message, reading, block=ended.block)
+        return self._broken(member.work, error, ended.owner, block=ended.block)
 
     def _in_company(self, member: Member, reached: Sequence[Member]) -> str:
         """Say what a message of a group that is parked as a whole has had of it: only one of them did it."""
         if self.plan.in_lists:
             return f"This message was one of {len(reached)} in the list."
         found = (
-            f"at '{escaped(reached[-1].reading.key or '')}', call {len(reached)}"
+            f"at '{escaped(reached[-1].work.reading.key or '')}', call {len(reached)}"
             if reached
             else "before the first call"
         )

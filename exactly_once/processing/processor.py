@@ -44,16 +44,17 @@ from exactly_once.handlers.plan import Lease, Lock, Plan, Reading, Transaction, 
 from exactly_once.handlers.retry import retry_for
 from exactly_once.handlers.steps import AsyncSteps, Steps
 from exactly_once.message import Message
-from exactly_once.outcome import Outcome, Redeliver
-from exactly_once.processing.attempt import UNFINISHED, AttemptEnd, AttemptResult, attempt
+from exactly_once.outcome import Outcome, Redeliver, Result
+from exactly_once.processing.attempt import UNFINISHED, attempt
+from exactly_once.processing.attempt_result import AttemptContext, AttemptEnd, AttemptResult, Open
 from exactly_once.processing.begun import begun_already
-from exactly_once.processing.ending import Open
-from exactly_once.processing.recording import ACK, DUPLICATE, PROCESSED, UNRECORDED, Recording, Result, Unrecorded
+from exactly_once.processing.recording import ACK, UNRECORDED, Recording, Unrecorded
+from exactly_once.processing.work import Work
 from exactly_once.transports.contract import Features
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped, storable
 
-__all__ = ["DUPLICATE", "FOREIGN", "PROCESSED", "Processor", "Result", "as_mistake"]
+__all__ = ["FOREIGN", "Processor", "as_mistake"]
 
 FOREIGN: Final = Features(redelivers=True, counts_attempts=False)
 """A consumer loop that is not ours: it brings a message back by itself, and nothing else is known of it."""
@@ -106,6 +107,9 @@ class Processor:
         # for what is not the handler's: no hook of the application's runs in it
         self._ours: Open = store.open_ours_async if plan.is_async else store.open_ours
         self.recording = Recording(plan, store, group, self._ours, alert)
+        self._context = AttemptContext(
+            self._open, self._ours, self._guard, store.dialect, store.is_foreign, enforce=enforce
+        )
         self._call = self._call_awaited if plan.is_async else self._call_plain
 
     def _guarded(self, plan: Plan, store: Store) -> Guard:
@@ -126,6 +130,28 @@ class Processor:
                 assert self.leases is not None
                 return self.leases.lock_guard(plan, store)
 
+    def read(
+        self,
+        message: Message,
+        features: Features,
+        *,
+        pumped: bool = False,
+        foreign: bool = False,
+        beside: bool = False,
+    ) -> Work:
+        """Read a message; what is wrong with it is in the reading's `error`, never raised.
+
+        Args:
+            message: What was delivered.
+            features: What the source of the delivery can do.
+            pumped: It comes from the failure store.
+            foreign: A consumer loop that is not ours asks; nothing is scheduled.
+            beside: It asks in an event loop, and this thread is ours.
+        """
+        reading = self.plan.read(message)
+        row = self._row(message, reading) if reading.key is not None and reading.error is None else None
+        return Work(message, reading, row, features, pumped, foreign, beside)
+
     def run(
         self,
         message: Message,
@@ -138,11 +164,11 @@ class Processor:
         """Tell the whole story of one delivery; blocks (in a greenlet: awaits) until it has an end.
 
         Args:
-            message: What was delivered.
-            features: What the source of the delivery can do.
-            pumped: It comes from the failure store.
-            foreign: A consumer loop that is not ours asks; nothing is scheduled.
-            beside: It asks in an event loop, and this thread is ours.
+            message: As of `read`.
+            features: As of `read`.
+            pumped: As of `read`.
+            foreign: As of `read`.
+            beside: As of `read`.
 
         Returns:
             Outcome and verdict. A store that does not answer gives `WaitForStore`.
@@ -152,44 +178,46 @@ class Processor:
         """
         if self.recording.refused is not None:
             return self.recording.refuse(foreign=foreign)
-        reading = self.plan.read(message)
-        if reading.key is None or reading.error is not None:
-            assert reading.error is not None
-            return self.recording.failed(message, reading, reading.error, features, foreign)
-        row = self.row(message, reading)
+        work = self.read(message, features, pumped=pumped, foreign=foreign, beside=beside)
+        if work.row is None:
+            assert work.reading.error is not None
+            return self.recording.failed(work, work.reading.error)
         try:
             if message.former is not None:
-                message, reading = self._as_begun(message, message.former, reading)
-                row = self.row(message, reading)
-            if not pumped and spent(message.attempt, features):
-                return self._spent(message, reading, row, features, foreign)
-            if self.recording.owes and (owed := self.recording.owed(row.key)) is not None and owed.error is not None:
-                # broken, and not written down: the store went away; run again it would double what was committed
-                return self._broken(owed.error, owed.owner, message, reading, block=owed.block)
-            before = pumped or self.recording.came_before(message, row.key)
-            former: Sequence[int] = ()
-            if self.plan.ordered and message.ordering_key is not None:
-                place = self._place(message, reading)
-                if place.blocked:
-                    # what was done before needs no place behind others
-                    return self._done(row, message, reading) or self.recording.wait(
-                        Outcome.WAITING, message, reading, features, foreign
-                    )
-                before, former = before or place.known, place.former
-            return self._try(message, reading, row, features, before, foreign, former, beside)
+                work = self._as_begun(work, message.former)
+            return self._process(work)
         except StoreUnavailable as error:
             return self.recording.away(error)
         except BadKey as error:  # its characters are none of the database's
-            return self.recording.failed(message, reading, error, features, foreign)
+            return self.recording.failed(work, error)
         except ConfigurationError as error:
             error.store = self.store.name
             raise  # of the program or the server: no message is to be blamed for it
         except Exception as error:  # a statement of ours before the attempt: nothing ran, so nothing is acknowledged
-            _log.error("message_not_run handler=%s key=%s\n%s", self.plan.name, escaped(row.key), trace_of(error))
-            return Result(Outcome.WAITING, Redeliver(UNRECORDED))
+            key = escaped(work.reading.key or "")
+            _log.error("message_not_run handler=%s key=%s\n%s", self.plan.name, key, trace_of(error))
+            return self.recording.result(Outcome.WAITING, Redeliver(UNRECORDED))
 
-    def row(self, message: Message, reading: Reading) -> ClaimRow:
-        """Return what is written when a message's key is claimed; the reading has one."""
+    def _process(self, work: Work) -> Result:
+        """What was done before, what must wait, what was given up: looked at first. Then it is tried."""
+        message, row = work.message, work.row
+        assert row is not None
+        if not work.pumped and spent(message.attempt, work.features):
+            return self._spent(work, row)
+        if self.recording.owes and (owed := self.recording.owed(row.key)) is not None and owed.error is not None:
+            # broken, and not written down: the store went away; run again it would double what was committed
+            return self._broken(work, owed.error, owed.owner, block=owed.block)
+        before = work.pumped or self.recording.came_before(message, row.key)
+        former: Sequence[int] = ()
+        if self.plan.ordered and message.ordering_key is not None:
+            place = self._place(work)
+            if place.blocked:
+                # what was done before needs no place behind others
+                return self._done(work, row) or self.recording.wait(work, Outcome.WAITING)
+            before, former = before or place.known, place.former
+        return self._try(work, row, before, former)
+
+    def _row(self, message: Message, reading: Reading) -> ClaimRow:
         assert reading.key is not None
         return ClaimRow(
             self.group,
@@ -205,29 +233,20 @@ class Processor:
 
     # -- the tries ---------------------------------------------------------------------------------------------------
 
-    def _try(
-        self,
-        message: Message,
-        reading: Reading,
-        row: ClaimRow,
-        features: Features,
-        before: bool,
-        foreign: bool,
-        former: Sequence[int],
-        beside: bool,
-    ) -> Result:
+    def _try(self, work: Work, row: ClaimRow, before: bool, former: Sequence[int]) -> Result:
+        message, foreign = work.message, work.foreign
         sent = False  # COMMIT of a step
 
         def told_of(error: BaseException) -> BaseException:
             # of a caller's loop the thread is the caller's, and a signal may have asked it to end
-            return (begun_already(error) or error) if foreign and not beside else as_mistake(error)
+            return (begun_already(error) or error) if foreign and not work.beside else as_mistake(error)
 
         def handle(handed: Any, won: Won) -> None:
             nonlocal sent
             sent = False
             ledger = self._ledger(won)
             try:
-                self._call(handed, reading, message, ledger)
+                self._call(handed, work.reading, message, ledger)
             except BaseException as error:
                 told = told_of(error)
                 if ledger is not None:
@@ -251,20 +270,10 @@ class Processor:
         looked = False
         while True:
             if transient or immediate:
-                reading = self.plan.read(message)  # the handler may have changed the body it was given
-            ended = attempt(
-                self._open,
-                self._ours,
-                self._guard,
-                self.store.dialect,
-                row,
-                handle,
-                told=told_of,
-                foreign=self.store.is_foreign,
-                also=also,
-                failed_before=before,
-                enforce=self._enforce,
-            )
+                work = work._replace(
+                    reading=self.plan.read(message)
+                )  # the handler may have changed the body it was given
+            ended = attempt(self._context, row, handle, told=told_of, also=also, failed_before=before)
             if ended.how is AttemptEnd.FAILED and ended.error is not None and self.store.unreached(ended.error):
                 ended = replace(ended, how=AttemptEnd.TRANSIENT)  # what was raised does not look like it
             if ended.stop is not None and ended.how is AttemptEnd.TRANSIENT:
@@ -279,16 +288,16 @@ class Processor:
                         _log.warning("duplicate_ran handler=%s key=%s enforce=False", row.handler, escaped(row.key))
                     if ended.stop is not None:
                         raise ended.stop
-                    return PROCESSED
+                    return self.recording.processed
                 case AttemptEnd.DUPLICATE:
                     if self.recording.owes and ended.owner is not None and self.recording.is_owed(row.key, ended.owner):
                         error = Misuse(_LEARNT_LATE)
-                        return self._broken(error, ended.owner, message, reading)
+                        return self._broken(work, error, ended.owner)
                     self.recording.paid(row.key)
                     self.recording.known(row.key)
                     if ended.stop is not None:
                         raise ended.stop
-                    return DUPLICATE
+                    return self.recording.duplicate
                 case AttemptEnd.AWAY:
                     if ended.owner is not None:
                         self.recording.owe(row.key, Unrecorded(ended.owner))
@@ -308,43 +317,41 @@ class Processor:
                 case AttemptEnd.FAILED if ended.stop is None and immediate < self._immediate(ended.error, foreign):
                     immediate += 1
                 case AttemptEnd.IN_PROGRESS if ended.stop is None:
-                    return self._ended(ended, message, reading, features, foreign)
+                    return self._ended(work, ended)
                 case _:
-                    told, cancelled = finish(partial(self._ended, ended, message, reading, features, foreign))
+                    told, cancelled = finish(partial(self._ended, work, ended))
                     if (stop := ended.stop or cancelled) is not None:
                         raise stop
                     return told
 
-    def _ended(
-        self, ended: AttemptResult, message: Message, reading: Reading, features: Features, foreign: bool
-    ) -> Result:
+    def _ended(self, work: Work, ended: AttemptResult) -> Result:
+        reading, recording = work.reading, self.recording
         if ended.how is not AttemptEnd.BROKEN and reading.key is not None:
             self.recording.paid(reading.key)  # it was claimed anew: nothing of an earlier attempt stands
         if ended.how not in (AttemptEnd.UNKNOWN, AttemptEnd.IN_PROGRESS) and reading.key is not None:
             self.recording.known(reading.key)
         match ended.how:
             case AttemptEnd.IN_PROGRESS:
-                wait = self.recording.wait
-                return wait(Outcome.IN_PROGRESS, message, reading, features, foreign, ended.remaining, ended.error)
+                return recording.wait(work, Outcome.IN_PROGRESS, ended.remaining, ended.error)
             case AttemptEnd.LOST:
-                return self.recording.wait(Outcome.IN_PROGRESS, message, reading, features, foreign, UNRECORDED)
+                return recording.wait(work, Outcome.IN_PROGRESS, UNRECORDED)
             case AttemptEnd.UNKNOWN:
-                return self.recording.unknown(ended.error, message, reading, features, foreign)
+                return recording.unknown(work, ended.error)
             case AttemptEnd.REFUSED:
-                return self.recording.refuse(ended.error, foreign=foreign)
+                return recording.refuse(ended.error, foreign=work.foreign)
             case AttemptEnd.CONFLICT:
                 assert reading.key is not None
-                error = PayloadConflict(self.plan.explain_conflict(ended.fingerprint, message, reading.key))
-                return self.recording.failed(message, reading, error, features, foreign)
+                error = PayloadConflict(self.plan.explain_conflict(ended.fingerprint, work.message, reading.key))
+                return self.recording.failed(work, error)
             case AttemptEnd.BROKEN:
                 assert ended.error is not None
                 assert ended.owner is not None
-                return self._broken(ended.error, ended.owner, message, reading, block=ended.block)
+                return self._broken(work, ended.error, ended.owner, block=ended.block)
             case _:
                 assert ended.error is not None
-                told = self.recording.failed(message, reading, ended.error, features, foreign)
+                told = recording.failed(work, ended.error)
                 raised = _exit_behind(ended.error) or ended.error
-                raises = foreign and told.outcome is Outcome.FAILED and is_the_callers(raised)
+                raises = work.foreign and told.outcome is Outcome.FAILED and is_the_callers(raised)
                 return replace(told, raises=raised) if raises else told
 
     def _works(self, ended: AttemptResult, sent: bool) -> bool | None:
@@ -406,48 +413,48 @@ class Processor:
 
     # -- what is not a success ---------------------------------------------------------------------------------------
 
-    def _spent(self, message: Message, reading: Reading, row: ClaimRow, features: Features, foreign: bool) -> Result:
+    def _spent(self, work: Work, row: ClaimRow) -> Result:
         """A message whose deliveries are used up: consumed long ago (only its acks were lost), else parked, never run."""
-        if (done := self._done(row, message, reading)) is not None:
+        if (done := self._done(work, row)) is not None:
             return done
         error = Reject(
-            f"attempts spent, never finished: delivered {message.attempt} times, and each time the process ended before"
+            f"attempts spent, never finished: delivered {work.message.attempt} times, and each time the process ended before"
             " the handler did. Look for what kills it, then: exactly-once failures requeue"
         )
-        return self.recording.failed(message, reading, error, features, foreign)
+        return self.recording.failed(work, error)
 
-    def _done(self, row: ClaimRow, message: Message, reading: Reading) -> Result | None:
+    def _done(self, work: Work, row: ClaimRow) -> Result | None:
         """Look whether it was done before, without running it."""
         match self._guard.look(self._ours, row):
             case Consumed():
-                return DUPLICATE
+                return self.recording.duplicate
             case Unfinished(owner):
-                return self._broken(Misuse(UNFINISHED), owner, message, reading)
+                return self._broken(work, Misuse(UNFINISHED), owner)
             case _:
                 return None
 
-    def _broken(
-        self, error: BaseException, owner: str, message: Message, reading: Reading, *, block: bool = False
-    ) -> Result:
+    def _broken(self, work: Work, error: BaseException, owner: str, *, block: bool = False) -> Result:
         """Keep it for a person, with the claim that stands for it; remembered until it is written."""
-        assert reading.key is not None
-        self.recording.owe(reading.key, Unrecorded(owner, error, block))
+        key = work.reading.key
+        assert key is not None
+        self.recording.owe(key, Unrecorded(owner, error, block))
         told = self.recording.record(
-            message, reading, error, lambda attempts: Park("broken", words_of(error)), claim_owner=owner, block=block
+            work, error, lambda attempts: Park("broken", words_of(error)), claim_owner=owner, block=block
         )
         if told.verdict == ACK:
-            self.recording.paid(reading.key)
+            self.recording.paid(key)
         return told
 
-    def _as_begun(self, message: Message, former: Mapping[str, Any], reading: Reading) -> tuple[Message, Reading]:
+    def _as_begun(self, work: Work, former: Mapping[str, Any]) -> Work:
         """Return a message as the release before spelled it, where it was begun so: its claim and its failures stand there."""
+        message, reading = work.message, work.reading
         if message.message_id is None:
-            return message, reading  # several keys may have had that one spelling, and nothing tells whose the claim is
+            return work  # several keys may have had that one spelling, and nothing tells whose the claim is
         before = replace(message, former=None, **former)
         read = self.plan.read(before)
         key, id_ = read.key, message.message_id
         if key is None or key == reading.key:
-            return message, reading
+            return work
         begun = self.recording.failures.begun
         try:
             found = in_our_session(
@@ -457,19 +464,19 @@ class Processor:
             if self.store.away(error):
                 raise StoreUnavailable("The database does not answer; nothing ran.") from error
             if isinstance(error, UnicodeEncodeError) or self.store.dialect.unstorable(error):
-                return message, reading  # nothing can stand under it
+                return work  # nothing can stand under it
             raise
-        return (before, read) if found else (message, reading)
+        return work._replace(message=before, reading=read, row=self._row(before, read)) if found else work
 
-    def _place(self, message: Message, reading: Reading) -> Place:
-        failure = self.recording.failure(message, reading, Reject(""))
+    def _place(self, work: Work) -> Place:
+        failure = self.recording.failure(work, Reject(""))
         waits, place = self.plan.after_dead == "wait", self.recording.failures.place
         try:
             return in_our_session(
                 self._ours,
                 self.store.dialect,
                 lambda session: place(
-                    session, failure, after_dead_wait=waits, is_its_own=lambda row: self._keeps(row, reading)
+                    session, failure, after_dead_wait=waits, is_its_own=lambda row: self._keeps(row, work.reading)
                 ),
             )
         except Exception as error:

@@ -23,14 +23,14 @@ from exactly_once.exceptions.words import words_of
 from exactly_once.failures.policy import ByBroker, ByPump, Decision, Park, decide, wait_delay
 from exactly_once.failures.store import Failure, FailureStore, text_of
 from exactly_once.guards.our_session import in_our_session
-from exactly_once.handlers.plan import Plan, Reading
+from exactly_once.handlers.plan import Plan
 from exactly_once.message import Message
-from exactly_once.outcome import Ack, Outcome, Redeliver, Verdict, WaitForKey, WaitForStore
-from exactly_once.transports.contract import Features
+from exactly_once.outcome import Ack, Outcome, Redeliver, Result, Verdict, WaitForKey, WaitForStore
+from exactly_once.processing.work import Work
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped
 
-__all__ = ["ACK", "DUPLICATE", "PROCESSED", "UNRECORDED", "Recording", "Result", "Unrecorded"]
+__all__ = ["ACK", "UNRECORDED", "Recording", "Unrecorded"]
 
 _RECORD_TRIES: Final = 4  # of each form, where a deadlock or a cut connection was in the way
 UNRECORDED: Final = timedelta(seconds=5)  # neither run nor stored: not in a tight circle
@@ -47,18 +47,6 @@ _log = steady("exactly_once.failures")
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """What became of a delivery for one handler, and what the worker is to do."""
-
-    outcome: Outcome
-    verdict: Verdict
-    raises: BaseException | None = None
-    """What a loop of the caller's is to be raised, once all handlers of the message have run."""
-    in_handler: bool = False
-    """In progress as the handler said, which claims a part or takes a lock: the message's own key was free."""
-
-
-@dataclass(frozen=True, slots=True)
 class Unrecorded:
     """What is not written down of a message, because the store went away."""
 
@@ -71,9 +59,6 @@ class Unrecorded:
 
 
 ACK: Final = Ack()
-PROCESSED: Final = Result(Outcome.PROCESSED, ACK)
-DUPLICATE: Final = Result(Outcome.DUPLICATE, ACK)
-_DEAD: Final = Result(Outcome.DEAD, ACK)
 
 
 class Recording:
@@ -96,9 +81,15 @@ class Recording:
         self._seen: dict[str, None] = {}
         self._owed: dict[str, Unrecorded] = {}
         self._unknown: dict[str, int] = {}
+        self.processed, self.duplicate = (self.result(each, ACK) for each in (Outcome.PROCESSED, Outcome.DUPLICATE))
         self.refused: BaseException | None = None
         """Why this handler is held: it is wrong, and no message."""
         self._tell_away_at = self._cannot_until = 0.0
+
+    def result(self, outcome: Outcome, verdict: Verdict, *, in_handler: bool = False) -> Result:
+        """What became of a message for this handler; counted unless it waits for its key."""
+        counted = () if type(verdict) is WaitForKey else ((self._handler, outcome),)
+        return Result(outcome, verdict, in_handler=in_handler, handlers=counted)
 
     def came_before(self, message: Message, key: str) -> bool:
         """Only a message that came before can have a failure row to close; others do not pay a statement for it."""
@@ -135,45 +126,47 @@ class Recording:
 
     def wait(
         self,
+        work: Work,
         outcome: Outcome,
-        message: Message,
-        reading: Reading,
-        features: Features,
-        foreign: bool,
         remaining: timedelta | None = None,
         said: BaseException | None = None,
     ) -> Result:
         """Not failed, only not now: asked again later, uncounted; near the broker's limit kept in the failure store.
 
         Args:
+            work: The message.
+            outcome: What became of it.
+            remaining: How long another run's lease goes on.
             said: What the handler raised to say so; None where the message's own key is another run's.
         """
         decision = wait_delay(
-            outcome, features=features, delivery_attempt=message.attempt, remaining=remaining, foreign=foreign
+            outcome,
+            features=work.features,
+            delivery_attempt=work.message.attempt,
+            remaining=remaining,
+            foreign=work.foreign,
         )
         if said is not None:
             # else nothing would name a part whose holder never lets go, such as the handler's own other session
             _log.warning(
                 "part_in_progress handler=%s message_id=%s error=%s",
                 self._handler,
-                escaped(message.message_id or ""),
+                escaped(work.message.message_id or ""),
                 escaped(words_of(said), 300),
             )
         if isinstance(decision, ByBroker):
             then = Redeliver(decision.delay)
             # under a lease the other run may end at any moment: looked at for a while, at no cost to the broker's attempts
-            kept = remaining is not None and not foreign
-            return Result(
+            kept = remaining is not None and not work.foreign
+            return self.result(
                 outcome, WaitForKey(_LOOK_AGAIN, _LOOK_LONGEST, then) if kept else then, in_handler=said is not None
             )
         error = said or Reject(f"{outcome.value}: not run yet, and the broker would not bring it again")
-        return self.record(message, reading, error, lambda attempts: decision, counted=False, outcome=outcome)
+        return self.record(work, error, lambda attempts: decision, counted=False, outcome=outcome)
 
-    def unknown(
-        self, error: BaseException | None, message: Message, reading: Reading, features: Features, foreign: bool
-    ) -> Result:
+    def unknown(self, work: Work, error: BaseException | None) -> Result:
         """COMMIT was sent and not answered, and its row is not there: the redelivery finds out, for a few times."""
-        key = reading.key or ""
+        key = work.reading.key or ""
         times = self._unknown[key] = self._unknown.get(key, 0) + 1
         words = words_of(error) if error is not None else "no answer"
         _log.warning(
@@ -186,7 +179,7 @@ class Recording:
         if times < _UNKNOWN_TRIES:
             if len(self._unknown) > _REMEMBERED:
                 self._unknown.clear()
-            return self.wait(Outcome.UNKNOWN, message, reading, features, foreign)
+            return self.wait(work, Outcome.UNKNOWN)
         self.known(key)
         reason = (
             f"COMMIT was sent {times} times, and each time the connection ended without an answer and nothing of it was"
@@ -194,9 +187,7 @@ class Recording:
             " idle_in_transaction_session_timeout) that is shorter than the handler, a proxy between the two. Then:"
             " exactly-once failures requeue"
         )
-        return self.record(
-            message, reading, error or Reject(reason), lambda attempts: Park("waiting", reason), counted=False
-        )
+        return self.record(work, error or Reject(reason), lambda attempts: Park("waiting", reason), counted=False)
 
     def known(self, key: str) -> None:
         """What became of its COMMIT is known: only those in a row are counted."""
@@ -218,11 +209,9 @@ class Recording:
                 error,
             )
         again = Redeliver(UNRECORDED)
-        return Result(Outcome.WAITING, again if foreign else WaitForKey(UNRECORDED, _FOR_GOOD, again))
+        return self.result(Outcome.WAITING, again if foreign else WaitForKey(UNRECORDED, _FOR_GOOD, again))
 
-    def failed(
-        self, message: Message, reading: Reading, error: BaseException, features: Features, foreign: bool
-    ) -> Result:
+    def failed(self, work: Work, error: BaseException) -> Result:
         """It failed, and counts: tried again as the handler's policy says, or kept for a person."""
         retry = self._retry
 
@@ -231,17 +220,16 @@ class Recording:
                 error,
                 attempts=attempts,
                 retry=retry,
-                features=features,
-                delivery_attempt=message.attempt,
-                foreign=foreign,
+                features=work.features,
+                delivery_attempt=work.message.attempt,
+                foreign=work.foreign,
             )
 
-        return self.record(message, reading, error, by_policy)
+        return self.record(work, error, by_policy)
 
     def record(
         self,
-        message: Message,
-        reading: Reading,
+        work: Work,
         error: BaseException,
         decision_of: Callable[[int], Decision],
         *,
@@ -251,7 +239,7 @@ class Recording:
         block: bool = False,
     ) -> Result:
         """Write it down in a new transaction; if that fails, nothing is acknowledged and the message comes again."""
-        failure = replace(self.failure(message, reading, error), counted=counted, claim_owner=claim_owner, block=block)
+        failure = replace(self.failure(work, error), counted=counted, claim_owner=claim_owner, block=block)
 
         def recorded(session: Session) -> tuple[Decision, int]:
             return self.failures.record(session, failure, decision_of)
@@ -273,7 +261,7 @@ class Recording:
                     failure, tries = replace(failure, form=shorter), 1
                 else:
                     self._unrecorded(failure, problem)
-                    return Result(outcome, Redeliver(UNRECORDED))
+                    return self.result(outcome, Redeliver(UNRECORDED))
         _log.log(
             logging.WARNING if counted else logging.INFO,
             "message_failed handler=%s key=%s attempts=%d next=%s error=%s: %s",
@@ -286,23 +274,24 @@ class Recording:
         )
         match decision:
             case Park("resolved"):
-                return DUPLICATE
+                return self.duplicate
             case Park(state, reason):
                 if state != "discarded":
                     known_by = failure.key or failure.message.message_id or ""
                     raise_alert(self._alert, Alert("parked", self._group, self._handler, known_by, reason))
-                return _DEAD
+                return self.result(Outcome.DEAD, ACK)
             case ByPump():
-                return Result(outcome, ACK)  # stored with its time: the pump owns the next try, the broker is done
+                return self.result(outcome, ACK)  # stored with its time: the pump owns the next try, the broker is done
             case ByBroker(delay):
                 if failure.key is not None:
                     if len(self._seen) >= _REMEMBERED:
                         self._seen.clear()
                     self._seen[failure.key] = None
-                return Result(outcome, Redeliver(delay))
+                return self.result(outcome, Redeliver(delay))
 
-    def failure(self, message: Message, reading: Reading, error: BaseException) -> Failure:
+    def failure(self, work: Work, error: BaseException) -> Failure:
         """What is written of a message that is not finished."""
+        message, reading = work.message, work.reading
         if reading.key is None and not message.message_id:
             # nothing to know it by: never the same as another, or one of the two would be lost on requeue
             message = replace(message, message_id=f"anonymous-{uuid4().hex}")
@@ -362,7 +351,7 @@ class Recording:
             words = "" if error is None else words_of(error)
             told = " ".join(filter(None, (escaped(words, 300), self._store.remedy(error))))
             _log.warning("store_away store=%s error=%s", store, told)
-        return Result(Outcome.WAITING, WaitForStore(store))
+        return self.result(Outcome.WAITING, WaitForStore(store))
 
 
 def _spoke(problem: BaseException | None) -> bool:

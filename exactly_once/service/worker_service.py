@@ -128,8 +128,7 @@ class WorkerService:
                 capacity=IN_HAND * self._concurrency + GROUPS_IN_HAND * sum(plan.batch or 0 for plan in router.plans),
                 drain_timeout=self.drain_timeout,
                 answers=router.answers,
-                observe=executor.observe,
-                observe_handlers=executor.observe_handlers,
+                handlers=[plan.name for plan in router.plans],
             )
             worker.start()
         except BaseException:

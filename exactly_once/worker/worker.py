@@ -21,6 +21,7 @@ from time import monotonic
 from typing import Final
 
 from exactly_once.errors import ConfigurationError, ExactlyOnceError
+from exactly_once.events.settled import OutcomeCounts, Settled
 from exactly_once.outcome import Ack, Redeliver, RunFuture, WaitForKey, WaitForStore
 from exactly_once.transports.contract import Consumer, Delivery, Features
 from exactly_once.wording.steady_log import steady
@@ -64,9 +65,9 @@ class Counts:
     outages: tuple[str, ...]
     """The stores that do not answer."""
     outcomes: Mapping[str, int]
-    """What `observe` said: messages by outcome; of several handlers the one that says most."""
+    """Messages by outcome; of several handlers the one that says most."""
     handlers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """What `observe_handlers` said: the same for each handler by itself."""
+    """The same for each handler by itself."""
 
 
 class Worker:
@@ -79,8 +80,7 @@ class Worker:
         capacity: The most messages in hand at a moment, over all consumers.
         drain_timeout: How long `stop` lets running messages finish.
         answers: Whether the store of this name answers again; called in a thread of its own, may block or raise.
-        observe: Gives the counts by outcome, put into `counts` unchanged.
-        observe_handlers: Gives them for each handler.
+        handlers: Names of the handlers, for the counts of those that have run nothing yet.
         poll: The longest a quiet receive waits.
 
     Example:
@@ -99,14 +99,13 @@ class Worker:
         capacity: int,
         drain_timeout: timedelta,
         answers: Callable[[str], bool] = lambda store: True,
-        observe: Callable[[], Mapping[str, int]] = dict,
-        observe_handlers: Callable[[], Mapping[str, Mapping[str, int]]] = dict,
+        handlers: Sequence[str] = (),
         poll: timedelta = POLL,
     ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity is the most messages in hand and must be at least 1, not {capacity}")
         self._run, self._drain_timeout = run, drain_timeout
-        self._observe, self._observe_handlers = observe, observe_handlers
+        self._outcomes = OutcomeCounts(handlers)
         self._poll, self._wait = poll, poll if capacity > len(consumers) else min(poll, SHORT_POLL)
         self._changed = Condition()
         self._outages = Outages(answers, self._run_again, self._changed, lambda: self._stopping)
@@ -213,8 +212,8 @@ class Worker:
             in_hand=self._in_hand(),
             held=self._outages.held,
             outages=self._outages.stores,
-            outcomes=self._observe(),
-            handlers=self._observe_handlers(),
+            outcomes=self._outcomes.outcomes,
+            handlers=self._outcomes.handlers,
         )
 
     def stuck(self, after: timedelta) -> Sequence[str]:
@@ -297,28 +296,30 @@ class Worker:
         """Called by whichever thread ended the run: blocks on nothing, raises nothing."""
         unsettled.running.pop(delivery, None)
         try:
-            said = done.result()
+            result = done.result()
+            self._outcomes.add(Settled(delivery.message.topic, result))
+            verdict = result.verdict
         except BaseException as error:  # noqa: BLE001, RUF100  (cancellation too: it is not acknowledged)
             self._broke(unsettled, delivery, error)
             return
-        if type(said) is Ack or type(said) is Redeliver:
-            unsettled.finish(delivery, said)
-        elif type(said) is WaitForStore:
+        if type(verdict) is Ack or type(verdict) is Redeliver:
+            unsettled.finish(delivery, verdict)
+        elif type(verdict) is WaitForStore:
             with self._changed:
                 if not self._stopping:
-                    self._outages.hold(said.store, delivery, unsettled)
+                    self._outages.hold(verdict.store, delivery, unsettled)
                     return
             self._give_back(unsettled, delivery)
-        elif type(said) is WaitForKey:
+        elif type(verdict) is WaitForKey:
             with self._changed:
                 stopping = self._stopping
-                kept = not stopping and self._kept.keep(said, unsettled, delivery, since)
+                kept = not stopping and self._kept.keep(verdict, unsettled, delivery, since)
             if stopping:
                 self._give_back(unsettled, delivery)
             elif not kept:
-                unsettled.finish(delivery, said.then)
+                unsettled.finish(delivery, verdict.then)
         else:
-            self._broke(unsettled, delivery, TypeError(f"a run ended with {said!r}, which is not a verdict"))
+            self._broke(unsettled, delivery, TypeError(f"a run ended with {verdict!r}, which is not a verdict"))
 
     def _broke(self, unsettled: InHand, delivery: Delivery, error: BaseException) -> None:
         if isinstance(error, ConfigurationError) and error.store is not None:

@@ -168,7 +168,7 @@ def install() -> None:
     _wrap(TransactionGuard, "claim", "before the claim", "claimed", lambda self, session, row: row.key)
     _wrap(
         TransactionGuard,
-        "claim_group",
+        "claim_batch",
         "before the claim",
         "claimed",
         lambda self, session, rows, **_: one(r.key for r in rows),
@@ -176,14 +176,14 @@ def install() -> None:
     real_attempt = BatchProcessor._attempt
 
     def attempt(self: BatchProcessor, members: Any, run: Any) -> Any:
-        found = current[threading.get_ident()] = one(number(member.message) for member in members)
+        found = current[threading.get_ident()] = one(number(member.work.message) for member in members)
         ended = real_attempt(self, members, run)
         _die("after COMMIT", found)
         return ended
 
     BatchProcessor._attempt = attempt  # type: ignore[method-assign]
     _wrap(Watch, "committing", "before COMMIT", None, lambda self: current[threading.get_ident()])
-    _wrap(Processor, "_try", None, "after COMMIT", lambda self, message, *_, **__: number(message))
+    _wrap(Processor, "_try", None, "after COMMIT", lambda self, work, *_, **__: number(work.message))
     _wrap(
         FailureStore,
         "record",

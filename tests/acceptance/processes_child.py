@@ -25,18 +25,18 @@ def work() -> int:
     from datetime import timedelta
 
     from exactly_once.daemon.signals import run_until_signal
-    from exactly_once.outcome import Ack
+    from exactly_once.outcome import Ack, Outcome, Result
     from exactly_once.worker.worker import Worker
     from tests.unit.worker_doubles import Shelf
 
     pool = ThreadPoolExecutor(1)
 
-    def handle() -> Ack:
+    def handle() -> Result:
         said("running")
         while not (folder / "finish").exists():
             time.sleep(0.01)
         said("effect")
-        return Ack()
+        return Result(Outcome.PROCESSED, Ack())
 
     drain = timedelta(seconds=float(sys.argv[3]))
     worker = Worker([Shelf([b"m"])], lambda d, f: pool.submit(handle), capacity=2, drain_timeout=drain)

@@ -66,7 +66,7 @@ def test_in_a_group_too(shop: Shop) -> None:
     shop.handles(effect, key=keys.message_key(), batch=10)
     assert shop.process(before()) is Outcome.PROCESSED
     messages = [now(), now(b"b a", message_id="id-2"), now(b"c", message_id="id-3")]
-    assert [one.outcome for one in told_together(shop, messages).told] == [  # type: ignore[union-attr]
+    assert [one.outcome for one in told_together(shop, messages).results] == [  # type: ignore[union-attr]
         *(Outcome.DUPLICATE, Outcome.PROCESSED, Outcome.PROCESSED),
     ]
     assert shop.claims() == ["a b", "c", "order-7 buyer-3"]

@@ -73,7 +73,7 @@ class Copy:
 
 def nothing_lost(shop: Shop, ran: Any) -> None:
     effects = shop.effects()
-    for number, each in zip((1, 2, 3), ran.told, strict=True):
+    for number, each in zip((1, 2, 3), ran.results, strict=True):
         if isinstance(each.verdict, Ack):
             assert str(number) in effects or f"copy {number}" in effects, f"{number} is acknowledged and has no effect"
 
@@ -174,7 +174,7 @@ def run(
 
     messages = [order(number) for number in numbers]
     if grouped:
-        return [each.outcome for each in told(shop, messages).told]
+        return [each.outcome for each in told(shop, messages).results]
     return [shop.process(message) for message in messages]
 
 

@@ -63,7 +63,7 @@ def contend(shop: Shop) -> str:
                 numbers = [draw.randrange(max(0, newest - 30), newest + 20) for _ in range(20)]
                 offered.update(numbers)
                 told = groups.run_batch([groups.member(order(number), FEATURES) for number in numbers])
-                outcomes.update(each.outcome for each in told.told)
+                outcomes.update(each.outcome for each in told.results)
                 deadlocks.append(told.deadlocked)
         except BaseException as error:
             errors.append(error)

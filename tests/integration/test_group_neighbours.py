@@ -71,10 +71,10 @@ def test_what_is_no_exception_costs_the_others_nothing(
         handles(shop, do)
         ran = told(shop, orders(*range(5)), LIMITED)
         if raised is asyncio.CancelledError:  # nobody asked for it: it is a failure like any other
-            assert ran.told[0].outcome is Outcome.FAILED  # type: ignore[union-attr]
+            assert ran.results[0].outcome is Outcome.FAILED  # type: ignore[union-attr]
         else:
-            assert isinstance(ran.told[0], raised), "the worker brings it again, and says so"
-        assert [each.outcome for each in ran.told[1:]] == [Outcome.PROCESSED] * 4
+            assert isinstance(ran.results[0], raised), "the worker brings it again, and says so"
+        assert [each.outcome for each in ran.results[1:]] == [Outcome.PROCESSED] * 4
         assert sorted(shop.effects()) == ["1", "2", "3", "4"]
 
 
@@ -109,7 +109,7 @@ def test_many_held_keys_hold_the_others_no_longer_than_one(
             ran = told(shop, messages)
             took_s = monotonic() - began
             other.rollback()
-        outcomes = [each.outcome for each in ran.told]
+        outcomes = [each.outcome for each in ran.results]
         assert outcomes == [Outcome.IN_PROGRESS] * held + [Outcome.PROCESSED] * (20 - held)
         assert took_s < held  # not a second for each; alone a message waits two
 
@@ -129,7 +129,7 @@ def test_who_commits_behind_our_back_beside_a_held_key_is_parked(request: pytest
             ran = told(shop, orders(0, 1, 2, 3))
             other.rollback()
         processed = Outcome.PROCESSED
-        assert [each.outcome for each in ran.told] == [Outcome.IN_PROGRESS, processed, Outcome.DEAD, processed]
+        assert [each.outcome for each in ran.results] == [Outcome.IN_PROGRESS, processed, Outcome.DEAD, processed]
         assert [(row.business_key, row.state) for row in shop.failures()] == [("2", "broken")]
 
 
@@ -147,7 +147,7 @@ def test_a_group_waits_for_no_key_that_is_not_its_own(request: pytest.FixtureReq
             ran = told(shop, [order(f"a{number:03}") for number in range(100)])
             took_s = monotonic() - began
             other.rollback()
-        assert {each.outcome for each in ran.told} == {Outcome.PROCESSED}
+        assert {each.outcome for each in ran.results} == {Outcome.PROCESSED}
         assert took_s < 10  # as delivered the server waits 50 s for a lock
 
 

@@ -64,7 +64,7 @@ def told(shop: Shop, messages: Sequence[Message], features: Features = FEATURES)
 
 
 def outcomes(shop: Shop, messages: Sequence[Message]) -> list[Outcome]:
-    return [each.outcome for each in told(shop, messages).told]
+    return [each.outcome for each in told(shop, messages).results]
 
 
 def orders(*numbers: object, **more: Any) -> list[Message]:
@@ -122,8 +122,8 @@ def test_a_copy_of_one_that_failed_is_no_duplicate(shop: Shop) -> None:
 
     handles(shop, do, retry=Retry(immediate=0, delays=[60]))
     found = told(shop, orders(1, 1, 2))
-    assert [each.outcome for each in found.told] == [F, F, P]
-    assert [type(each.verdict) for each in found.told] == [Redeliver, Redeliver, Ack]
+    assert [each.outcome for each in found.results] == [F, F, P]
+    assert [type(each.verdict) for each in found.results] == [Redeliver, Redeliver, Ack]
 
 
 def test_another_payload_under_one_key_is_parked_and_the_first_stands(shop: Shop) -> None:
@@ -148,8 +148,8 @@ def test_one_that_fails_is_recorded_alone_and_changes_nothing_for_the_rest(shop:
 
     handles(shop, do, retry=Retry(immediate=0, delays=[60]))
     found = told(shop, orders(*range(number)))
-    assert [each.outcome for each in found.told] == [F if n == 2 else P for n in range(number)]
-    assert [type(each.verdict) for each in found.told] == [Redeliver if n == 2 else Ack for n in range(number)]
+    assert [each.outcome for each in found.results] == [F if n == 2 else P for n in range(number)]
+    assert [type(each.verdict) for each in found.results] == [Redeliver if n == 2 else Ack for n in range(number)]
     assert sorted(shop.effects()) == sorted(str(n) for n in range(number) if n != 2)
     assert (shop.failure().business_key, shop.failure().attempts) == ("2", 1)
     assert calls.count(2) > 1  # in its group, and then alone: at least once, as any call
@@ -254,7 +254,7 @@ def test_a_key_that_another_run_holds_does_not_hold_the_others(request: pytest.F
                 began = monotonic()
                 found = told(shop, orders(1, 2, 3))
                 assert monotonic() - began < 8
-                assert [each.outcome for each in found.told] == [P, Outcome.IN_PROGRESS, P]
+                assert [each.outcome for each in found.results] == [P, Outcome.IN_PROGRESS, P]
                 other.rollback()
             assert outcomes(shop, orders(2)) == [P]
             shop.assert_kept("1", "3", "2", claims=["1", "2", "3"])
@@ -307,7 +307,7 @@ def test_two_groups_that_lock_rows_in_opposite_order_both_end_processed(request:
                 thread.start()
             for thread in threads:
                 thread.join(30)
-            assert [each.outcome for group in found for each in group.told] == [P] * 4
+            assert [each.outcome for group in found for each in group.results] == [P] * 4
             assert sorted(group.deadlocked for group in found) == [False, True]
             assert {row.item: row.amount for row in shop.rows(STOCK)} == {1: 2, 2: 2}
             assert not shop.failures()
@@ -323,9 +323,9 @@ def test_a_database_that_does_not_answer_holds_the_whole_group(shop: Shop) -> No
     engine = store.async_engine.sync_engine if shop.is_async else store.engine
     event.listen(engine, "do_connect", lambda *_: tried.append(1))
     found = told(shop, orders(*range(30)))
-    assert {each.outcome for each in found.told} == {Outcome.WAITING}
+    assert {each.outcome for each in found.results} == {Outcome.WAITING}
     assert len(tried) < 5, "not each of a group asks a server that is away"
-    assert all(isinstance(each.verdict, WaitForStore) for each in found.told)
+    assert all(isinstance(each.verdict, WaitForStore) for each in found.results)
     assert not shop.claims()
     assert not shop.failures()
 
@@ -572,8 +572,8 @@ def test_a_commit_without_an_answer_is_looked_up_once_for_all(request: pytest.Fi
                 proxy.cut_before_commit()
                 # the claim of 0 is there, and proves nothing for the others
                 found = told(shop, orders(0, 1, 2, 3))
-                assert [each.outcome for each in found.told] == [D] + [Outcome.UNKNOWN] * 3
-                assert [isinstance(each.verdict, Ack) for each in found.told] == [True, False, False, False]
+                assert [each.outcome for each in found.results] == [D] + [Outcome.UNKNOWN] * 3
+                assert [isinstance(each.verdict, Ack) for each in found.results] == [True, False, False, False]
                 assert not shop.failures()
                 assert outcomes(shop, orders(1, 2, 3)) == [P, P, P]
             assert proxy.cuts == 1

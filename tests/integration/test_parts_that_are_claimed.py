@@ -194,7 +194,7 @@ def test_a_cancellation_behind_what_the_handler_raised_comes_out(shop: Shop, way
         try:
             if way.together:
                 found = await greenlet_spawn(run_together(shop, [order(1), order(2)]))
-                assert any(isinstance(each, asyncio.CancelledError) for each in found.told)
+                assert any(isinstance(each, asyncio.CancelledError) for each in found.results)
                 return "cancelled"
             await shop.eo.aprocess(order(1))
         except asyncio.CancelledError:

@@ -62,7 +62,7 @@ class Groups:
             return self.batching.handler.run_batch(members, meanwhile=self.batching.read_ahead())
 
         found: Any = self._shop.await_(greenlet_spawn(run)) if self._shop.is_async else run()
-        return found.told
+        return found.results
 
 
 def test_the_next_group_is_read_before_this_one_is_called_where_the_driver_lets_go(

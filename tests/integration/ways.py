@@ -52,14 +52,14 @@ class Way:
     def deliver(self, shop: Shop, messages: Sequence[Message]) -> list[Outcome]:
         """Bring these, together where messages share a transaction."""
         if self.together and messages:
-            return [each.outcome for each in told(shop, messages).told]
+            return [each.outcome for each in told(shop, messages).results]
         return [shop.process(message) for message in messages]
 
     def attempted(self, shop: Shop, messages: Sequence[Message]) -> list[Outcome | BaseException]:
         """The same where what the handler raises may come out: it is a message's end, too."""
         if self.together and messages:
             try:
-                found = told(shop, messages).told
+                found = told(shop, messages).results
                 return [each if isinstance(each, BaseException) else each.outcome for each in found]
             except BaseException as error:
                 return [error] * len(messages)

@@ -19,15 +19,15 @@ from exactly_once.executor.batching import (
     Batching,
     BatchSize,
 )
-from exactly_once.executor.fanout import Part, Parts
+from exactly_once.executor.fanout import Parts
 from exactly_once.executor.future import SmallFuture
-from exactly_once.outcome import Ack, Redeliver, WaitForStore
+from exactly_once.outcome import Ack, Redeliver, Result, WaitForStore
 from exactly_once.processing.batch import BatchProcessor
-from exactly_once.processing.processor import Result
 from exactly_once.transports.contract import Features
 
 FEATURES = Features(redelivers=True, counts_attempts=True)
 SOON = timedelta(milliseconds=1)
+SAID = Result(Outcome.PROCESSED, Ack())
 
 
 def batching(batch: int = 3, linger: timedelta = timedelta(0)) -> Batching:
@@ -145,8 +145,8 @@ def parts(number: int) -> tuple[Parts, list[Result], list[BaseException]]:
     return Parts(number, ended.append, failed.append), ended, failed
 
 
-def ended_with(result: Result | BaseException | None) -> Part:
-    part = Part()
+def ended_with(result: Result | BaseException | None) -> SmallFuture:
+    part = SmallFuture()
     if result is None:
         part.cancel()
     elif isinstance(result, BaseException):
@@ -162,13 +162,13 @@ def test_what_is_to_come_calls_back_once_whoever_ends_it() -> None:
         pending = SmallFuture()
         assert pending.set_running_or_notify_cancel()
         if end == "before":
-            pending.set_result("said")
+            pending.set_result(SAID)
         pending.add_done_callback(seen.append)
         if end == "after":
-            pending.set_result("said")
+            pending.set_result(SAID)
         assert seen == [pending]
         assert (pending.result(), pending.exception(), pending.done(), pending.cancelled()) == (
-            "said",
+            SAID,
             None,
             True,
             False,

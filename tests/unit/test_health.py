@@ -12,7 +12,7 @@ import pytest
 
 from exactly_once.daemon.health import Health, host_and_port
 from exactly_once.errors import ConfigurationError
-from exactly_once.outcome import Ack, Verdict, WaitForStore
+from exactly_once.outcome import Ack, Result, WaitForStore
 from exactly_once.transports.contract import Delivery, Features
 from exactly_once.worker.worker import Worker
 from tests.unit.worker_doubles import Shelf, done, until
@@ -78,7 +78,7 @@ def test_an_outage_is_not_ready_but_live(state: State, health: Health) -> None:
 def test_a_worker_tells_its_own_story() -> None:
     up, release = Event(), Event()
 
-    def run(delivery: Delivery, features: Features) -> Future[Verdict]:
+    def run(delivery: Delivery, features: Features) -> Future[Result]:
         return done(Ack() if up.is_set() else WaitForStore("eu"))
 
     shelf = Shelf([b"a"])

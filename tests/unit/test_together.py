@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from exactly_once.events.settled import OutcomeCounts, Settled
 from exactly_once.executor.executor import Executor
 from exactly_once.executor.fanout import combine
 from exactly_once.message import Message
-from exactly_once.outcome import Ack, Outcome, Redeliver, RunFuture, Verdict, WaitForKey, WaitForStore
-from exactly_once.processing.processor import Result
+from exactly_once.outcome import Ack, Outcome, Redeliver, Result, RunFuture, Verdict, WaitForKey, WaitForStore
 from exactly_once.transports.contract import Delivery
 from tests.unit.worker_doubles import FEATURES
 
@@ -81,7 +81,7 @@ class Handler:
     """As much of a `Processor` as the executor touches; `is_async` puts it on the loop."""
 
     def __init__(self, looks: Sequence[Result], is_async: bool) -> None:
-        self.plan: Any = type("Plan", (), {"name": "h", "is_async": is_async})
+        self.plan: Any = type("Plan", (), {"name": "h", "is_async": is_async, "concurrency": None})
         self._looks = iter(looks)
 
     def run(self, *_: Any, **__: Any) -> Result:
@@ -91,17 +91,20 @@ class Handler:
 @pytest.mark.parametrize("is_async", [False, True], ids=["thread", "loop"])
 def test_a_message_is_counted_when_it_ends_and_not_each_time_it_is_looked_at(is_async: bool) -> None:
     handler: Any = Handler([KEPT, KEPT, PROCESSED], is_async)
-    executor = Executor(lambda delivery: [handler], threads=1, needs_loop=is_async, limits={})
+    executor = Executor(lambda delivery: [handler], [handler.plan], threads=1)
     try:
         ended: SimpleQueue[RunFuture] = SimpleQueue()
-        said = []
+        results = []
         for _ in range(3):
             executor.submit(Delivery(Message("t", b""), None), FEATURES).add_done_callback(ended.put)
-            said.append(ended.get(timeout=10).result())
+            results.append(ended.get(timeout=10).result())
     finally:
         executor.stop()
-    assert said == [KEEP, KEEP, Ack()]
-    assert {name: number for name, number in executor.observe().items() if number} == {"processed": 1}
+    assert [result.verdict for result in results] == [KEEP, KEEP, Ack()]
+    counts = OutcomeCounts()
+    for result in results:
+        counts.add(Settled("t", result))
+    assert {name: number for name, number in counts.outcomes.items() if number} == {"processed": 1}
 
 
 def test_an_outcome_is_neither_true_nor_false() -> None:

@@ -14,23 +14,23 @@ from typing import Any
 import pytest
 
 from exactly_once.message import Message
-from exactly_once.outcome import Ack, Redeliver, Settlement, Verdict
+from exactly_once.outcome import Ack, Redeliver, Result, Settlement
 from exactly_once.transports.contract import Consumer, Delivery, Features
 from exactly_once.worker import in_hand as unsettled
 from exactly_once.worker.worker import Run, Worker
-from tests.unit.worker_doubles import FEATURES, Hand, InHand, Shelf, done, until
+from tests.unit.worker_doubles import FEATURES, Hand, InHand, Shelf, done, ended, until
 
 MS = timedelta(milliseconds=1)
 SECOND = timedelta(seconds=1)
 
 
-def ack(delivery: Delivery, features: Features) -> Future[Verdict]:
+def ack(delivery: Delivery, features: Features) -> Future[Result]:
     return done(Ack())
 
 
-def slow() -> Verdict:
+def slow() -> Result:
     sleep(0.0005)
-    return Ack()
+    return ended(Ack())
 
 
 def numbered(count: int) -> list[bytes]:
@@ -54,7 +54,7 @@ def working(consumers: Sequence[Consumer], run: Run, **options: Any) -> Iterator
 def test_what_is_received_runs_and_is_settled_with_its_verdict() -> None:
     shelf = Shelf([b"good", b"bad"])
 
-    def run(delivery: Delivery, features: Features) -> Future[Verdict]:
+    def run(delivery: Delivery, features: Features) -> Future[Result]:
         assert features is FEATURES
         failed = delivery.message.body == b"bad" and delivery.message.attempt == 1
         return done(Redeliver(30 * MS) if failed else Ack())
@@ -82,11 +82,11 @@ def test_a_verdict_waits_for_others_while_most_of_what_is_in_hand_still_runs(mon
         until(lambda: len(hand.begun) == 40, "all are in hand")
         for _, future in hand.begun[:10]:
             assert shelf.settled == []
-            future.set_result(Ack())
+            future.set_result(ended(Ack()))
         until(lambda: len(shelf.settled) == 10, "a quarter is settled")
         assert shelf.calls == ["settle"]
         for _, future in hand.begun[10:]:
-            future.set_result(Ack())
+            future.set_result(ended(Ack()))
         until(lambda: len(shelf.settled) == 40, "and the last without waiting for what never comes")
 
 
@@ -96,10 +96,10 @@ def test_a_nearly_full_worker_asks_for_several_at_once() -> None:
         until(lambda: len(hand.begun) == 15, "1, 2, 4 and 8 are in hand")
         at = len(shelf.receives)
         for number in range(2):
-            hand.begun[number][1].set_result(Ack())
+            hand.begun[number][1].set_result(ended(Ack()))
         until(lambda: len(shelf.settled) == 2 and len(shelf.receives) > at + 3, "they are settled, and it turns on")
         assert {limit for _, limit in shelf.receives[at:]} == {0}  # three places of sixteen are no reason to ask
-        hand.begun[2][1].set_result(Ack())
+        hand.begun[2][1].set_result(ended(Ack()))
         until(lambda: len(hand.begun) == 19, "four are")
         assert [limit for _, limit in shelf.receives[at:] if limit] == [4]
 
@@ -148,10 +148,10 @@ def test_a_full_worker_keeps_its_sessions_alive() -> None:
 def test_a_run_that_breaks_has_its_message_brought_again(error: BaseException) -> None:
     shelf = Shelf([b"a"])
 
-    def run(delivery: Delivery, features: Features) -> Future[Verdict]:
+    def run(delivery: Delivery, features: Features) -> Future[Result]:
         if delivery.message.attempt > 1:
             return done(Ack())
-        future: Future[Verdict] = Future()
+        future: Future[Result] = Future()
         future.set_exception(error)
         return future
 
@@ -218,9 +218,9 @@ def test_what_runs_is_extended_in_time_and_what_is_quick_is_not() -> None:
         until(lambda: len(shelf.extended) >= 4, "it was extended")
         shelf.put([b"quick"])
         until(lambda: len(hand.begun) == 2, "the quick one runs")
-        hand.begun[1][1].set_result(Ack())
+        hand.begun[1][1].set_result(ended(Ack()))
         until(lambda: len(shelf.extended) >= 6, "it was extended further")
-        hand.begun[0][1].set_result(Ack())
+        hand.begun[0][1].set_result(ended(Ack()))
         until(lambda: len(shelf.settled) == 2, "both are settled")
     assert {message.body for _, message in shelf.extended} == {b"slow"}
     assert shelf.longest < 0.6
@@ -238,7 +238,7 @@ def test_an_extend_that_raises_is_tried_again_before_the_time_is_over() -> None:
     shelf.on_extend = fail
     with working([shelf], hand):
         until(lambda: len(shelf.extended) >= 2, "it was extended")
-        hand.begun[0][1].set_result(Ack())
+        hand.begun[0][1].set_result(ended(Ack()))
         until(lambda: shelf.settled, "it is settled")
     assert shelf.longest < 0.6
 
@@ -248,13 +248,13 @@ def test_a_settle_that_blocks_delays_no_other_consumers_extending() -> None:
     blocked.on_settle = lambda: release.wait(10)
     shelf, hand = Shelf([b"slow"], invisible=450 * MS), Hand()
 
-    def run(delivery: Delivery, features: Features) -> Future[Verdict]:
+    def run(delivery: Delivery, features: Features) -> Future[Result]:
         return done(Ack()) if delivery.message.body == b"a" else hand(delivery, features)
 
     with working([blocked, shelf], run):
         until(lambda: "settle" in blocked.calls, "the settle blocks")
         until(lambda: len(shelf.extended) >= 5, "the other is extended all the same")
-        hand.begun[0][1].set_result(Ack())
+        hand.begun[0][1].set_result(ended(Ack()))
         until(lambda: shelf.settled, "the other is settled all the same")
         release.set()
     assert shelf.longest < 0.45
@@ -283,7 +283,7 @@ def test_stop_lets_what_runs_finish_and_closes_after_the_last_settle() -> None:
     stop.start()
     until(lambda: worker.unready() == "stopping", "it stops")
     for _, future in hand.begun:
-        future.set_result(Ack())
+        future.set_result(ended(Ack()))
     stop.join(10)
     assert given_back == [0]
     assert shelf.verdicts(Ack) == numbered(3)
@@ -296,11 +296,11 @@ def test_stop_gives_back_what_does_not_finish_and_ignores_what_it_says_later() -
     worker = Worker([shelf], hand, capacity=3, drain_timeout=50 * MS, poll=20 * MS)
     worker.start()
     until(lambda: len(hand.begun) == 3, "three run")
-    hand.begun[1][1].set_result(Ack())
+    hand.begun[1][1].set_result(ended(Ack()))
     hand.begun[0][1].set_running_or_notify_cancel()
     until(lambda: len(hand.begun) == 4, "its place was taken")
     assert worker.stop() == 3
-    hand.begun[0][1].set_result(Ack())
+    hand.begun[0][1].set_result(ended(Ack()))
     assert hand.begun[2][1].cancelled(), "what was given back and had not begun never begins"
     assert worker.stop() == 3, "a second stop does nothing"
     assert shelf.verdicts(Ack) == [b"1"]
@@ -314,7 +314,11 @@ def test_every_delivery_is_settled_once_however_stop_meets_its_end() -> None:
         shelf = Shelf(numbered(200))
         with ThreadPoolExecutor(4) as pool:
             worker = Worker(
-                [shelf], lambda d, f: pool.submit(Ack), capacity=50, drain_timeout=round_ % 3 * MS, poll=20 * MS
+                [shelf],
+                lambda d, f: pool.submit(ended, Ack()),
+                capacity=50,
+                drain_timeout=round_ % 3 * MS,
+                poll=20 * MS,
             )
             worker.start()
             sleep(0.0007 * round_)
@@ -350,7 +354,7 @@ def test_stop_before_start_closes_the_consumers() -> None:
 def test_drain_waits_for_what_messages_bring_about() -> None:
     second = Shelf(topic="second")
 
-    def run(delivery: Delivery, features: Features) -> Future[Verdict]:
+    def run(delivery: Delivery, features: Features) -> Future[Result]:
         number = int(delivery.message.body or b"")
         if number:
             other = second if delivery.message.topic == "first" else first

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from exactly_once.message import Message
-from exactly_once.outcome import Ack, Redeliver, Verdict, WaitForKey, WaitForStore
+from exactly_once.outcome import Ack, Redeliver, Result, WaitForKey, WaitForStore
 from exactly_once.transports.contract import Consumer, Delivery, Features, Subscription, Surroundings
 from exactly_once.transports.memory import forget
 from exactly_once.transports.registry import transport_from
 from exactly_once.worker.busy_keys import BusyKeys
 from exactly_once.worker.in_hand import InHand
 from exactly_once.worker.worker import Run, Worker
-from tests.unit.worker_doubles import Hand, Shelf, done, until
+from tests.unit.worker_doubles import Hand, Shelf, done, ended, until
 
 MS = timedelta(milliseconds=1)
 SECOND = timedelta(seconds=1)
@@ -59,7 +59,7 @@ class Held:
         self.seen: defaultdict[bytes, list[float]] = defaultdict(list)
         self.attempts: set[int] = set()
 
-    def run(self, delivery: Delivery, features: Features) -> Future[Verdict]:
+    def run(self, delivery: Delivery, features: Features) -> Future[Result]:
         seen = self.seen[delivery.message.body or b""]
         seen.append(monotonic())
         self.attempts.add(delivery.message.attempt)
@@ -92,12 +92,12 @@ def test_drain_does_not_take_what_is_kept_for_rest() -> None:
 def test_others_go_on_while_one_is_kept() -> None:
     shelf, hand = Shelf([b"kept", *numbered(100)]), Hand()
 
-    def run(delivery: Delivery, features: Features) -> Future[Verdict]:
+    def run(delivery: Delivery, features: Features) -> Future[Result]:
         return hand(delivery, features) if delivery.message.body == b"kept" else done(Ack())
 
     with working([shelf], run, drain_timeout=0 * SECOND):
         until(lambda: hand.begun, "it runs")
-        hand.begun[0][1].set_result(PATIENT)
+        hand.begun[0][1].set_result(ended(PATIENT))
         until(lambda: len(shelf.settled) == 100, "the others are through")
         until(lambda: len(hand.begun) == 2, "it runs again")
         assert b"kept" not in shelf.verdicts(Ack)
@@ -106,7 +106,7 @@ def test_others_go_on_while_one_is_kept() -> None:
 def test_many_kept_at_once_are_each_acknowledged_once_by_one_thread() -> None:
     shelf, seen, most = Shelf(numbered(500)), defaultdict[bytes, int](int), 0
 
-    def run(delivery: Delivery, features: Features) -> Future[Verdict]:
+    def run(delivery: Delivery, features: Features) -> Future[Result]:
         nonlocal most
         body = delivery.message.body or b""
         seen[body] += 1
@@ -125,13 +125,13 @@ def test_the_one_that_is_due_first_runs_first_whenever_it_came() -> None:
     shelf, hand = Shelf([b"late"]), Hand()
     with working([shelf], hand, poll=60 * SECOND) as worker:  # a quiet one: no receive that ends wakes anybody
         until(lambda: hand.begun, "one runs")
-        hand.begun[0][1].set_result(WaitForKey(60 * SECOND, 120 * SECOND, LATER))
+        hand.begun[0][1].set_result(ended(WaitForKey(60 * SECOND, 120 * SECOND, LATER)))
         shelf.put([b"soon"])
         until(lambda: len(hand.begun) == 2, "the other runs")
-        hand.begun[1][1].set_result(PATIENT)
+        hand.begun[1][1].set_result(ended(PATIENT))
         until(lambda: len(hand.begun) == 3, "one runs again", 5)
         assert hand.bodies()[2] == b"soon"
-        hand.begun[2][1].set_result(Ack())
+        hand.begun[2][1].set_result(ended(Ack()))
         assert worker.stop() == 1
 
 
@@ -157,7 +157,7 @@ def test_what_is_kept_is_extended_in_time() -> None:
 def test_nothing_behind_a_kept_message_of_its_ordering_key_is_handed_out() -> None:
     name, hand, ran = f"kept-{next(_names)}", Hand(), list[bytes]()
 
-    def run(delivery: Delivery, features: Features) -> Future[Verdict]:
+    def run(delivery: Delivery, features: Features) -> Future[Result]:
         if delivery.message.body == b"first":
             return hand(delivery, features)
         ran.append(delivery.message.body or b"")
@@ -171,11 +171,11 @@ def test_nothing_behind_a_kept_message_of_its_ordering_key_is_handed_out() -> No
         with working(consumers, run) as worker:
             for look in range(5):
                 until(lambda: len(hand.begun) > look, "it is looked at")  # noqa: B023  (called in here only)
-                hand.begun[look][1].set_result(PATIENT)
+                hand.begun[look][1].set_result(ended(PATIENT))
             until(lambda: ran == [b"other", b"another"], "another key goes on")
             until(lambda: len(hand.begun) == 6, "it is looked at once more")
             assert ran == [b"other", b"another"]
-            hand.begun[5][1].set_result(Ack())
+            hand.begun[5][1].set_result(ended(Ack()))
             worker.drain(10 * SECOND)
         assert ran == [b"other", b"another", b"second"]
     finally:
@@ -188,7 +188,7 @@ def test_nothing_behind_a_kept_message_of_its_ordering_key_is_handed_out() -> No
 def test_after_its_patience_it_is_settled_with_what_its_last_run_said() -> None:
     shelf, begun = Shelf([b"a"]), list[float]()
 
-    def run(delivery: Delivery, features: Features) -> Future[Verdict]:
+    def run(delivery: Delivery, features: Features) -> Future[Result]:
         if delivery.message.attempt > 1:
             return done(Ack())
         begun.append(monotonic())
@@ -225,10 +225,10 @@ def test_what_waited_long_before_its_first_look_ended_has_all_its_patience() -> 
         until(lambda: hand.begun, "it runs")
         began = monotonic()
         until(lambda: monotonic() > began + 0.6, "more than its patience is over")
-        hand.begun[0][1].set_result(WaitForKey(20 * MS, 500 * MS, LATER))
+        hand.begun[0][1].set_result(ended(WaitForKey(20 * MS, 500 * MS, LATER)))
         until(lambda: len(hand.begun) == 2, "it was kept all the same")
         assert not shelf.settled
-        hand.begun[1][1].set_result(Ack())
+        hand.begun[1][1].set_result(ended(Ack()))
 
 
 def test_an_outage_does_not_wear_out_its_patience() -> None:
@@ -236,17 +236,17 @@ def test_an_outage_does_not_wear_out_its_patience() -> None:
     keep = WaitForKey(20 * MS, 500 * MS, LATER)
     with working([shelf], hand, answers=lambda store: answers.is_set()) as worker:
         until(lambda: hand.begun, "it runs")
-        hand.begun[0][1].set_result(keep)
+        hand.begun[0][1].set_result(ended(keep))
         until(lambda: len(hand.begun) == 2, "it runs again")
-        hand.begun[1][1].set_result(WaitForStore("eu"))
+        hand.begun[1][1].set_result(ended(WaitForStore("eu")))
         until(lambda: worker.counts.held == 1, "the outage begins")
         began = monotonic()
         until(lambda: monotonic() > began + 0.6, "more than its patience is over")
         answers.set()
         until(lambda: len(hand.begun) == 3, "it runs when the store answers")
-        hand.begun[2][1].set_result(keep)
+        hand.begun[2][1].set_result(ended(keep))
         until(lambda: len(hand.begun) == 4, "it is kept once more")
-        hand.begun[3][1].set_result(Ack())
+        hand.begun[3][1].set_result(ended(Ack()))
         worker.drain(10 * SECOND)
     assert [verdict for _, verdict in shelf.settled] == [Ack()]
 
@@ -254,7 +254,7 @@ def test_an_outage_does_not_wear_out_its_patience() -> None:
 def test_what_is_kept_and_due_in_an_outage_waits_for_the_store() -> None:
     shelf, seen, up = Shelf([b"kept"]), defaultdict[bytes, int](int), Event()
 
-    def run(delivery: Delivery, features: Features) -> Future[Verdict]:
+    def run(delivery: Delivery, features: Features) -> Future[Result]:
         body = delivery.message.body or b""
         seen[body] += 1
         if body == b"kept" and seen[body] == 1:
@@ -292,10 +292,10 @@ def test_a_run_that_would_be_kept_while_stopping_is_given_back() -> None:
     with working([shelf], hand, drain_timeout=60 * SECOND) as worker, ThreadPoolExecutor(1) as pool:
         until(lambda: len(hand.begun) == 2, "both run")
         futures = {delivery.message.body: future for delivery, future in hand.begun}
-        futures[b"kept"].set_result(WaitForKey(60 * SECOND, 120 * SECOND, LATER))
+        futures[b"kept"].set_result(ended(WaitForKey(60 * SECOND, 120 * SECOND, LATER)))
         stop = pool.submit(worker.stop)
         until(lambda: shelf.settled, "what was kept is given back")
-        futures[b"runs"].set_result(PATIENT)
+        futures[b"runs"].set_result(ended(PATIENT))
         assert stop.result(10) == 2
     assert [(message.body, verdict) for message, verdict in shelf.settled] == [
         (b"kept", Redeliver()),
@@ -307,13 +307,13 @@ def test_a_run_that_would_be_kept_while_stopping_is_given_back() -> None:
 def test_stop_while_kept_messages_run_again_settles_each_once(round_: int) -> None:
     shelf, begun = Shelf(numbered(60)), list[Delivery]()
 
-    def look(number: int) -> Verdict:
+    def look(number: int) -> Result:
         sleep(0.0005)
-        return Ack() if number % 7 == 0 else WaitForKey(number % 3 * MS, 20 * MS, Redeliver(5 * MS))
+        return ended(Ack() if number % 7 == 0 else WaitForKey(number % 3 * MS, 20 * MS, Redeliver(5 * MS)))
 
     with ThreadPoolExecutor(4) as pool:
 
-        def run(delivery: Delivery, features: Features) -> Future[Verdict]:
+        def run(delivery: Delivery, features: Features) -> Future[Result]:
             begun.append(delivery)
             return pool.submit(look, len(begun))
 
@@ -333,12 +333,12 @@ def test_a_worker_that_keeps_nothing_has_no_thread_for_it_and_the_last_one_kept_
     shelf, hand = Shelf([b"a", b"b"]), Hand()
     with working([shelf], hand):
         until(lambda: len(hand.begun) == 2, "they run")
-        hand.begun[0][1].set_result(Ack())
+        hand.begun[0][1].set_result(ended(Ack()))
         until(lambda: shelf.settled, "one is settled")
         assert not threads()
-        hand.begun[1][1].set_result(WaitForKey(100 * MS, 60 * SECOND, LATER))
+        hand.begun[1][1].set_result(ended(WaitForKey(100 * MS, 60 * SECOND, LATER)))
         assert threads() == 1
         until(lambda: len(hand.begun) == 3, "it runs again")
         until(lambda: not threads(), "nothing is kept")
-        hand.begun[2][1].set_result(Ack())
+        hand.begun[2][1].set_result(ended(Ack()))
         until(lambda: len(shelf.settled) == 2, "all are settled")

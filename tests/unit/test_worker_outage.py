@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from exactly_once.outcome import Ack, Verdict, WaitForStore
+from exactly_once.outcome import Ack, Result, WaitForStore
 from exactly_once.transports.contract import Consumer, Delivery, Features
 from exactly_once.worker.worker import Worker
-from tests.unit.worker_doubles import Hand, Shelf, done, until
+from tests.unit.worker_doubles import Hand, Shelf, done, ended, until
 
 MS = timedelta(milliseconds=1)
 SECOND = timedelta(seconds=1)
@@ -33,7 +33,7 @@ class Database:
         self.asked.append(monotonic())
         return self.up
 
-    def run(self, delivery: Delivery, features: Features) -> Future[Verdict]:
+    def run(self, delivery: Delivery, features: Features) -> Future[Result]:
         self.begun += 1
         if not self.up:
             return done(WaitForStore("eu"))
@@ -62,14 +62,14 @@ def test_an_outage_redelivers_nothing_and_afterwards_the_oldest_runs_first() -> 
     database, hand = Database(), Hand()
     shelf, other = Shelf(numbered(10)), Shelf(topic="other")
 
-    def run(delivery: Delivery, features: Features) -> Future[Verdict]:
+    def run(delivery: Delivery, features: Features) -> Future[Result]:
         return database.run(delivery, features) if len(hand.begun) == 10 else hand(delivery, features)
 
     with working([shelf, other], run, database.answers, capacity=100) as worker:
         until(lambda: len(hand.begun) == 10, "ten run")
         database.up = False
         for _, future in reversed(hand.begun):
-            future.set_result(WaitForStore("eu"))
+            future.set_result(ended(WaitForStore("eu")))
         until(lambda: worker.counts.held == 10, "they are held")
         assert worker.counts.outages == ("eu",)
         assert worker.unready() == "no answer from: eu"
@@ -111,7 +111,7 @@ def test_a_store_that_answers_and_fails_again_is_not_asked_in_a_tight_circle() -
 
     with (
         ThreadPoolExecutor(1) as pool,
-        working([Shelf([b"a"])], lambda d, f: pool.submit(WaitForStore, "eu"), answers) as worker,
+        working([Shelf([b"a"])], lambda d, f: pool.submit(ended, WaitForStore("eu")), answers) as worker,
     ):
         until(lambda: len(asked) == 4, "it was asked four times")
         assert worker.counts.redelivered == 0
@@ -181,12 +181,12 @@ def test_stop_lets_finish_what_another_store_runs_and_gives_back_what_waits() ->
     with working([shelf], hand, lambda store: False, drain_timeout=60 * SECOND) as worker:
         until(lambda: len(hand.begun) == 2, "both run")
         futures = {delivery.message.body: future for delivery, future in hand.begun}
-        futures[b"waits"].set_result(WaitForStore("eu"))
+        futures[b"waits"].set_result(ended(WaitForStore("eu")))
         until(lambda: worker.counts.held == 1, "one waits")
         with ThreadPoolExecutor(1) as pool:
             stop = pool.submit(worker.stop)
             until(lambda: len(shelf.settled) == 1, "what waits was given back")
-            futures[b"runs"].set_result(Ack())
+            futures[b"runs"].set_result(ended(Ack()))
             assert stop.result(10) == 1
     assert [(m.body, type(v).__name__) for m, v in shelf.settled] == [(b"waits", "Redeliver"), (b"runs", "Ack")]
 
@@ -199,7 +199,7 @@ def test_a_run_that_finds_no_store_while_stopping_is_given_back() -> None:
             stop = pool.submit(worker.stop)
             # not sooner: what is given back before the consumer has stopped may be received, and begun, once more
             until(lambda: shelf.stopped, "it stops")
-            hand.begun[0][1].set_result(WaitForStore("eu"))
+            hand.begun[0][1].set_result(ended(WaitForStore("eu")))
             assert stop.result(10) == 1
 
 
@@ -211,14 +211,14 @@ def test_stop_while_held_messages_are_begun_again_settles_each_once(round_: int)
     begun: list[Delivery] = []
     ten = Event()
 
-    def late(delivery: Delivery, features: Features) -> Verdict:
+    def late(delivery: Delivery, features: Features) -> Result:
         ten.wait(10)
         sleep(0.0005)
         return database.run(delivery, features).result()
 
     with ThreadPoolExecutor(4) as pool:
 
-        def run(delivery: Delivery, features: Features) -> Future[Verdict]:
+        def run(delivery: Delivery, features: Features) -> Future[Result]:
             begun.append(delivery)
             if len(begun) == 10:
                 ten.set()
@@ -239,7 +239,7 @@ def test_stop_begins_none_of_those_held_again() -> None:
     stops: list[Future[int]] = []
     with ThreadPoolExecutor(1) as pool:
 
-        def run(delivery: Delivery, features: Features) -> Future[Verdict]:
+        def run(delivery: Delivery, features: Features) -> Future[Result]:
             if answers.is_set() and not stops:
                 stops.append(pool.submit(worker.stop))
                 until(lambda: worker.unready() == "stopping", "it stops while the first is begun again")
@@ -248,11 +248,11 @@ def test_stop_begins_none_of_those_held_again() -> None:
         with working([shelf], run, lambda store: answers.is_set(), drain_timeout=60 * SECOND) as worker:
             until(lambda: len(hand.begun) == 5, "all run")
             for _, future in hand.begun:
-                future.set_result(WaitForStore("eu"))
+                future.set_result(ended(WaitForStore("eu")))
             until(lambda: worker.counts.held == 5, "all are held")
             answers.set()
             until(lambda: len(shelf.settled) == 4, "four are given back")
-            hand.begun[5][1].set_result(Ack())
+            hand.begun[5][1].set_result(ended(Ack()))
             assert stops[0].result(10) == 4
     assert shelf.verdicts(Ack) == [b"0"]
 

@@ -14,19 +14,18 @@ from time import sleep
 import pytest
 
 from exactly_once.message import Message
-from exactly_once.outcome import Ack, Redeliver, Settlement, Verdict
+from exactly_once.outcome import Ack, Redeliver, Result, Settlement
 from exactly_once.transports.contract import Consumer, Delivery, Features, Subscription, Surroundings
 from exactly_once.transports.memory import forget
 from exactly_once.transports.registry import transport_from
 from exactly_once.worker.worker import Worker
-from tests.unit.worker_doubles import until
+from tests.unit.worker_doubles import ended, until
 
 MS = timedelta(milliseconds=1)
 KEYS, EACH = 20, 15
 _names = count()
 
-Verdicts = Future[Verdict]
-Start = Callable[[Delivery, Features], Verdicts]
+Start = Callable[[Delivery, Features], Future[Result]]
 
 
 class Ledger:
@@ -62,9 +61,9 @@ class Ledger:
 
 @contextmanager
 def on_threads(ledger: Ledger) -> Iterator[Start]:
-    def handle(delivery: Delivery) -> Verdict:
+    def handle(delivery: Delivery) -> Result:
         sleep(ledger.pause_s())
-        return ledger.commit(delivery.message)
+        return ended(ledger.commit(delivery.message))
 
     with ThreadPoolExecutor(8) as pool:
         yield lambda delivery, features: pool.submit(handle, delivery)
@@ -72,9 +71,9 @@ def on_threads(ledger: Ledger) -> Iterator[Start]:
 
 @contextmanager
 def on_a_loop(ledger: Ledger) -> Iterator[Start]:
-    async def handle(delivery: Delivery) -> Verdict:
+    async def handle(delivery: Delivery) -> Result:
         await asyncio.sleep(ledger.pause_s())
-        return ledger.commit(delivery.message)
+        return ended(ledger.commit(delivery.message))
 
     loop = asyncio.new_event_loop()
     thread = Thread(target=loop.run_forever)

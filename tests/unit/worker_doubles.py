@@ -9,7 +9,7 @@ from threading import Condition, Lock
 from time import monotonic, sleep
 
 from exactly_once.message import Message
-from exactly_once.outcome import Ack, Redeliver, Settlement, Verdict
+from exactly_once.outcome import Ack, Outcome, Redeliver, Result, Settlement, Verdict
 from exactly_once.transports.contract import Delivery, Features
 
 FEATURES = Features(redelivers=True, counts_attempts=True)
@@ -128,10 +128,10 @@ class Hand:
     """A `run` whose futures the test completes, in the order they were begun."""
 
     def __init__(self) -> None:
-        self.begun: list[tuple[Delivery, Future[Verdict]]] = []
+        self.begun: list[tuple[Delivery, Future[Result]]] = []
 
-    def __call__(self, delivery: Delivery, features: Features) -> Future[Verdict]:
-        future: Future[Verdict] = Future()
+    def __call__(self, delivery: Delivery, features: Features) -> Future[Result]:
+        future: Future[Result] = Future()
         self.begun.append((delivery, future))
         return future
 
@@ -139,9 +139,14 @@ class Hand:
         return [delivery.message.body or b"" for delivery, _ in self.begun]
 
 
-def done(verdict: Verdict) -> Future[Verdict]:
-    future: Future[Verdict] = Future()
-    future.set_result(verdict)
+def ended(verdict: Verdict) -> Result:
+    """What a run ends with that says this; the worker asks for nothing else."""
+    return Result(Outcome.PROCESSED, verdict)
+
+
+def done(verdict: Verdict) -> Future[Result]:
+    future: Future[Result] = Future()
+    future.set_result(ended(verdict))
     return future
 
 

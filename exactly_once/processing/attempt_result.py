@@ -1,50 +1,51 @@
-"""From the claim to the end of COMMIT, and what an attempt that did not get there says of itself; for one message or a group.
+"""How an attempt ended: said by one that did not come to its end, for one message or a batch.
 
-Where a process dies on a line of this file, the database rolls back everything the attempt wrote, the claim included (a
-lease runs out), and the broker's redelivery runs it again; after COMMIT was executed the redelivery finds the claim and is
-a duplicate. Where something else had committed the transaction before the crash, the redelivery finds that (MySQL and MariaDB)
-and the message is *broken*.
-
-Whatever ends a handler, an exception, a cancellation, the end of the process being asked for, the same questions follow: was
-its transaction still the one it was given, and if nobody can say so, does this attempt's claim stand in the database? If it
+Whatever ends a handler (an exception, a cancellation, a request to end the process), two questions follow. Was its
+transaction still the one it was given? If nobody can say so, does this attempt's claim stand in the database? If it
 does, something else than our COMMIT has committed it, and the attempt is *broken*.
+
+Never runs a handler and never commits; called by `attempt` alone.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import Enum
-from functools import partial
 from typing import Any
 
 from sqlalchemy.orm import Session
 
-from exactly_once import fork
 from exactly_once.claim import ClaimRow
-from exactly_once.database.connections.one_writer import holding
 from exactly_once.database.dialects.contract import Dialect, ErrorKind
-from exactly_once.database.watched.watch import (
-    DOUBTFUL,
-    HOME,
-    BrokenTransaction,
-    LostTransaction,
-    TransactionEnd,
-    Watch,
-    flush,
-)
+from exactly_once.database.watched.watch import DOUBTFUL, BrokenTransaction, LostTransaction, TransactionEnd, Watch
 from exactly_once.errors import InProgress, LeaseLost, Misuse, RefusedResult, StoreUnavailable
-from exactly_once.exceptions.finishing import finish
 from exactly_once.exceptions.leaves import leaves
 from exactly_once.exceptions.stops import stops
 from exactly_once.exceptions.words import words_of
 from exactly_once.guards.contract import Consumed, Guard, Unfinished, Won
-from exactly_once.guards.locked_out import locked_out
 
-__all__ = ["PROCESSED", "AttemptEnd", "AttemptResult", "Open", "run"]
+__all__ = ["PROCESSED", "AttemptContext", "AttemptEnd", "AttemptResult", "Open", "result_of"]
 
 Open = Callable[[], tuple[Session, Any]]
 """Make a session: the one the core speaks to, and the one the handler is handed (the same, or the AsyncSession around it)."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptContext:
+    """What all attempts of one handler on one database have in common; made once, at start."""
+
+    open_session: Open
+    """Makes the session of the handler."""
+    open_ours: Open
+    """Makes a session for what is written and asked beside the handler."""
+    guard: Guard
+    """Decides whether a message may run."""
+    dialect: Dialect
+    """Says what the database's errors mean."""
+    is_foreign: Callable[[BaseException], bool]
+    """Says whether an error of a database came from another one, of the handler's own."""
+    enforce: bool = True
+    """False runs duplicates all the same, and says that it did."""
 
 
 class AttemptEnd(Enum):
@@ -102,80 +103,21 @@ class AttemptResult:
 PROCESSED = AttemptResult(AttemptEnd.PROCESSED)
 
 
-def run(
-    open_session: Open,
-    session: Session,
-    guard: Guard,
-    dialect: Dialect,
-    rows: Sequence[ClaimRow],
-    won: Won,
-    handle: Callable[[], object],
-    also: Callable[[Session, int], object] | None,
-    told: Callable[[BaseException], BaseException],
-    foreign: Callable[[BaseException], bool],
+def result_of(
+    context: AttemptContext, session: Session, rows: Sequence[ClaimRow], won: Won, error: BaseException
 ) -> AttemptResult:
-    """From the claim to the end of the COMMIT, and what follows it."""
-    process, ended = fork.here, PROCESSED
-    try:
-        if won.late is not None:
-            won.late.begin()
-        # a handler under a lease holds the file from its first write on, which nobody sees
-        with holding(session.info.get(HOME)) if dialect.embedded and won.late is None else nullcontext():
-            handle()
-        if won.late is not None:
-            won.late.check()
-        if also is not None:
-            if won.watch is not None:
-                won.watch.check(session)
-            also(session, 1 if won.held is None else won.held.attempt)
-        flush(session)
-        if (settled := guard.complete(session, won)) is not None:
-            return AttemptResult(AttemptEnd.DUPLICATE, owner=settled.owner)
-        if (watch := won.watch) is not None:
-            watch.check(session)
-            watch.committing()
-            type(session).commit(session)  # a handler may have put its own in the way, for a library that commits
-            watch.confirm()
-    except BaseException as error:
-        if process is not fork.here:
-            raise fork.inside() from error  # a child that the handler forked: all of it is the parent's to end
-        # of a claim's transaction, which holds the file from the claim on; under a lease it begins later, and may only read
-        if dialect.embedded and won.late is None and (watch := won.watch) is not None and not watch.sent:
-            error = locked_out(error, watch.connection) or error
-        # cancelled in here once more, the server would not be told to roll back, and what was committed not be noticed
-        left = partial(_left, open_session, session, guard, dialect, rows, won, told(error), foreign)
-        ended, cancelled = finish(left)
-        ended = ended.stopped_by(cancelled)
-        if ended.how is not AttemptEnd.PROCESSED:
-            return ended
-    try:
-        if ended is PROCESSED:
-            guard.consume(won)
-        else:
-            finish(partial(guard.consume, won))
-    except StoreUnavailable as error:
-        return AttemptResult(AttemptEnd.AWAY, error, kept=True, stop=ended.stop)
-    except LeaseLost as error:
-        return AttemptResult(AttemptEnd.LOST, error, stop=ended.stop)
-    except Exception as error:  # committed, and not known to be marked: the redelivery finds out
-        return AttemptResult(AttemptEnd.UNKNOWN, error, kept=True, stop=ended.stop)
-    return ended
+    """Say how an attempt ended that raised; what was seen of its transaction weighs more than what was raised.
 
-
-def _left(
-    open_session: Open,
-    session: Session,
-    guard: Guard,
-    dialect: Dialect,
-    rows: Sequence[ClaimRow],
-    won: Won,
-    error: BaseException,
-    foreign: Callable[[BaseException], bool],
-) -> AttemptResult:
-    """Say how an attempt ended that raised; what was seen of its transaction weighs more than what was raised."""
+    Args:
+        context: The handler's.
+        session: Its session, whose transaction is ended here.
+        rows: The claims that COMMIT would have made known.
+        won: What was claimed.
+        error: What was raised, as it is told.
+    """
     watch = won.watch
     if watch is None:
-        return _raised(dialect, won, error, foreign)
+        return _raised(context, won, error)
     if watch.committed and watch.left is not TransactionEnd.BROKEN:
         # a hook of the user's, behind the server's answer: it is done
         return AttemptResult(AttemptEnd.STOPPED, error, kept=True) if stops(error) else PROCESSED
@@ -186,38 +128,29 @@ def _left(
     watch.end(session)
     if unsure:
         # where the connection's end decides it, no lease is kept: to let go of one waits for that, and changes no finished claim
-        found = _look_up(open_session, guard, rows, AttemptResult(AttemptEnd.UNKNOWN, error, kept=not dialect.embedded))
+        found = _look_up(context, rows, AttemptResult(AttemptEnd.UNKNOWN, error, kept=not context.dialect.embedded))
         return found.stopped_by(error if stops(error) else None)
-    ended = _said(dialect, won, watch, error, why, foreign)
+    ended = _seen(context, won, watch, error, why)
     if ended.how is not AttemptEnd.BROKEN and watch.rows and not watch.whole:
-        ended = _stands(open_session, guard, watch, ended)
+        ended = _stands(context, watch, ended)
     if watch.doubtful and ended.how is not AttemptEnd.BROKEN:
         # no claim is known to stand, and a procedure may have rolled ours back and committed its own: a copy would repeat it
         return _broken(Misuse(DOUBTFUL), watch.owner, _stop_of(ended), block=True)
     return ended
 
 
-def _said(
-    dialect: Dialect,
-    won: Won,
-    watch: Watch,
-    error: BaseException,
-    why: BaseException,
-    foreign: Callable[[BaseException], bool],
-) -> AttemptResult:
+def _seen(context: AttemptContext, won: Won, watch: Watch, error: BaseException, why: BaseException) -> AttemptResult:
     """From what the watch saw, and then from what was raised."""
     stop = error if stops(error) else None
     if watch.left is TransactionEnd.BROKEN:
         return _broken(watch.error or error, watch.owner, stop, block=watch.replaced or not watch.rows)
     if stop is not None:
         return AttemptResult(AttemptEnd.STOPPED, stop)
-    ended = _raised(dialect, won, why, foreign)
+    ended = _raised(context, won, why)
     return replace(ended, answered=watch.refused) if why is error else ended
 
 
-def _raised(
-    dialect: Dialect, won: Won, error: BaseException, foreign: Callable[[BaseException], bool]
-) -> AttemptResult:
+def _raised(context: AttemptContext, won: Won, error: BaseException) -> AttemptResult:
     """From what was raised alone.
 
     A group ends as its exceptions would if all of them would end so. A broken transaction or a lost lease among them weighs more
@@ -225,7 +158,7 @@ def _raised(
     """
     if stops(error):
         return AttemptResult(AttemptEnd.STOPPED, error)
-    ends = [_raised_alone(dialect, won, each, foreign) for each in leaves(error)]
+    ends = [_raised_alone(context, won, each) for each in leaves(error)]
     if len(ends) == 1 and (ends[0].error is error or isinstance(error, LostTransaction)):
         return ends[0]
     for how in (AttemptEnd.BROKEN, AttemptEnd.LOST):
@@ -236,9 +169,7 @@ def _raised(
     return next((each for each in ends if each.how is AttemptEnd.AWAY), ends[0])
 
 
-def _raised_alone(
-    dialect: Dialect, won: Won, error: BaseException, foreign: Callable[[BaseException], bool]
-) -> AttemptResult:
+def _raised_alone(context: AttemptContext, won: Won, error: BaseException) -> AttemptResult:
     if isinstance(error, BrokenTransaction):  # of a step; the handler may have been told to stop behind it
         stop = error.__cause__
         return _broken(error, None, stop if stop is not None and stops(stop) else None, block=True)
@@ -249,7 +180,7 @@ def _raised_alone(
         )  # of a part that the handler claims, or a lock: not now, no failure
     if lost is not None:
         # a statement that takes longer than the driver waits takes as long the next time; it counts
-        return AttemptResult(AttemptEnd.FAILED if dialect.gave_up(lost) else AttemptEnd.TRANSIENT, lost)
+        return AttemptResult(AttemptEnd.FAILED if context.dialect.gave_up(lost) else AttemptEnd.TRANSIENT, lost)
     if isinstance(error, RefusedResult):
         return AttemptResult(AttemptEnd.REFUSED, error)
     if isinstance(error, LeaseLost):
@@ -259,8 +190,8 @@ def _raised_alone(
     if isinstance(error, (OSError, EOFError)):
         # a network error of the handler's own; the database's is in `lost`, or comes wrapped
         return AttemptResult(AttemptEnd.FAILED, error)
-    match dialect.error_kind(error):
-        case ErrorKind.UNAVAILABLE if foreign(error) and not dialect.locked(error):
+    match context.dialect.error_kind(error):
+        case ErrorKind.UNAVAILABLE if context.is_foreign(error) and not context.dialect.locked(error):
             # it counts; and if the store is away as well, it cannot be written down, and the delivery is held. A lock is tried
             # again at once, as any server's is
             return AttemptResult(AttemptEnd.FAILED, error)
@@ -277,10 +208,10 @@ def _broken(
     return AttemptResult(AttemptEnd.BROKEN, told, owner=owner, block=block, stop=stop)
 
 
-def _stands(open_session: Open, guard: Guard, watch: Watch, ended: AttemptResult) -> AttemptResult:
+def _stands(context: AttemptContext, watch: Watch, ended: AttemptResult) -> AttemptResult:
     """After the rollback: does this attempt's claim stand all the same? Of a group's, all stand or none does."""
     try:
-        found = guard.look(open_session, watch.rows[0])
+        found = context.guard.look(context.open_ours, watch.rows[0])
     except StoreUnavailable as error:
         # not known, and the next claim may find it: whose it is must be remembered until then
         return AttemptResult(AttemptEnd.AWAY, error, owner=watch.owner, stop=_stop_of(ended))
@@ -299,7 +230,7 @@ def _stop_of(ended: AttemptResult) -> BaseException | None:
     return ended.error if ended.how is AttemptEnd.STOPPED else ended.stop
 
 
-def _look_up(open_session: Open, guard: Guard, rows: Sequence[ClaimRow], ended: AttemptResult) -> AttemptResult:
+def _look_up(context: AttemptContext, rows: Sequence[ClaimRow], ended: AttemptResult) -> AttemptResult:
     """After a COMMIT that nobody answered: all our rows there means that all is done. Else nothing is proven, and `ended` stands.
 
     One row of a group says nothing of the others: it may be of a copy that waited for our key and committed it alone. Of
@@ -307,7 +238,7 @@ def _look_up(open_session: Open, guard: Guard, rows: Sequence[ClaimRow], ended: 
     the row.
     """
     try:
-        found = [guard.look(open_session, row) for row in rows]
+        found = [context.guard.look(context.open_ours, row) for row in rows]
     except StoreUnavailable as error:
         return AttemptResult(AttemptEnd.AWAY, error, kept=True)
     except Exception:  # a look-up that fails leaves the outcome what it was: unknown

@@ -1,0 +1,73 @@
+"""The record of one delivery that has its result, and the counts that the progress line and the screen show.
+
+Emitted in one place for each of the two who run deliveries: the worker, and `exactly-once process`. Knows no transport and
+no database.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from threading import Lock
+from typing import NamedTuple
+
+from exactly_once.outcome import Outcome, Result, WaitForKey
+
+__all__ = ["OutcomeCounts", "Settled"]
+
+
+class Settled(NamedTuple):
+    """A delivery has its result."""
+
+    topic: str
+    result: Result
+
+
+class OutcomeCounts:
+    """How many deliveries ended how; read by other threads without a lock, so the numbers may differ by what is under way.
+
+    A delivery that waits for its key has not ended, however often it is looked at.
+
+    Args:
+        handlers: Names of handlers, for the counts of those that have run nothing yet.
+
+    Example:
+        >>> from exactly_once.outcome import Ack
+        >>> counts = OutcomeCounts(["reserve"])
+        >>> counts.add(Settled("orders", Result(Outcome.PROCESSED, Ack(), handlers=[("reserve", Outcome.PROCESSED)])))
+        >>> counts.handlers["reserve"]["processed"]
+        1
+    """
+
+    def __init__(self, handlers: Sequence[str] = ()) -> None:
+        self._counts = _none()
+        self._of_handlers: defaultdict[str, dict[Outcome, int]] = defaultdict(
+            _none, {name: _none() for name in handlers}
+        )
+        self._lock = Lock()
+
+    def add(self, event: Settled) -> None:
+        """Count it; called by whichever thread ended the run."""
+        result = event.result
+        ended = type(result.verdict) is not WaitForKey
+        with self._lock:
+            if ended:
+                self._counts[result.outcome] += 1
+            for handler, outcome in result.handlers:
+                self._of_handlers[handler][outcome] += 1
+
+    @property
+    def outcomes(self) -> Mapping[str, int]:
+        """Deliveries by outcome; of several handlers the outcome that says most."""
+        return _by_name(self._counts)
+
+    @property
+    def handlers(self) -> Mapping[str, Mapping[str, int]]:
+        """The same for each handler by itself: what became of each delivery that it wanted."""
+        return {name: _by_name(counts) for name, counts in self._of_handlers.copy().items()}
+
+
+def _none() -> dict[Outcome, int]:
+    return dict.fromkeys(Outcome, 0)
+
+
+def _by_name(counts: Mapping[Outcome, int]) -> Mapping[str, int]:
+    return {outcome.value: count for outcome, count in counts.items()}
