@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from datetime import timedelta
 from queue import SimpleQueue
+from threading import Lock
+from time import sleep
 from typing import Any
 
 import pytest
@@ -113,3 +115,41 @@ def test_an_outcome_is_neither_true_nor_false() -> None:
         with pytest.raises(TypeError, match=r"neither true nor false.*Write: if outcome\.acknowledge:"):
             bool(outcome)
         assert outcome.acknowledge in (True, False)
+
+
+class Counting(Handler):
+    """Writes down how many of it ran at once."""
+
+    def __init__(self, name: str, *, is_async: bool, concurrency: int | None) -> None:
+        super().__init__([], is_async)
+        self.plan.name, self.plan.concurrency = name, concurrency
+        self.most = self._now = 0
+        self._lock = Lock()
+
+    def run(self, *_: Any, **__: Any) -> Result:
+        with self._lock:
+            self._now += 1
+            self.most = max(self.most, self._now)
+        sleep(0.01)
+        with self._lock:
+            self._now -= 1
+        return PROCESSED
+
+
+def test_a_limit_of_a_sync_handler_holds_over_threads_and_beside_the_loop() -> None:
+    """Of a topic that an async handler takes, too, a sync one runs beside the loop, and of another topic on a thread."""
+    limited: Any = Counting("limited", is_async=False, concurrency=1)
+    other: Any = Counting("other", is_async=True, concurrency=None)
+    executor = Executor(
+        lambda delivery: [limited, other] if delivery.message.topic == "both" else [limited],
+        [limited.plan, other.plan],
+        threads=4,
+    )
+    try:
+        ended: SimpleQueue[RunFuture] = SimpleQueue()
+        for topic in ("both", "one") * 8:
+            executor.submit(Delivery(Message(topic, b""), None), FEATURES).add_done_callback(ended.put)
+        assert [ended.get(timeout=10).result().outcome for _ in range(16)] == [Outcome.PROCESSED] * 16
+    finally:
+        executor.stop()
+    assert limited.most == 1
