@@ -16,7 +16,7 @@ DEMO_OPTIONS ?=
 AT_ONCE ?= 3
 
 .PHONY: help venvs test unit integration acceptance alone rocketmq4 on-url on-container on-mysql long whole nightly tally lint style types contracts format
-.PHONY: demo bench servers clean
+.PHONY: demo bench trace servers clean
 
 help:
 	@echo 'make demo [TRANSPORT=sql|rocketmq|rocketmq4]   see it: duplicates, SIGKILLs, and the ledger is right'
@@ -25,6 +25,7 @@ help:
 	@echo 'make nightly      the long versions of tests, by hand, with their figures (two hours)'
 	@echo 'make lint         ruff, mypy --strict, what users type, import contracts; make format mends what ruff can'
 	@echo 'make bench        the figures, against dedupe written by hand'
+	@echo 'make trace        the files of the package that one delivery goes through, for six trips'
 	@echo 'make servers      fetch the RocketMQ server and its Java client (Maven); make clean removes all that make has made'
 
 $(VENV)/.made: pyproject.toml constraints.txt

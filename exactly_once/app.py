@@ -330,7 +330,7 @@ class ExactlyOnce(Registrations):
         """Return what runs deliveries without a worker around it; for the command line. Stop it after use."""
         router = self._router
         router.require_handlers()
-        return router.executor(concurrency)
+        return Executor(router.find, router.plans, threads=concurrency)
 
     # -- work that must not overlap ------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from exactly_once import fork
 from exactly_once.exceptions.words import trace_of
+from exactly_once.executor.background import Background, Job
 from exactly_once.executor.batching import Batching, Queued
 from exactly_once.executor.fanout import Parts, run_each
 from exactly_once.executor.future import SmallFuture
@@ -73,6 +74,7 @@ class Executor:
         self._limits = {plan.name: _limit(plan, plan.concurrency) for plan in plans if plan.concurrency is not None}
         self._stopping = False
         self._process = fork.here
+        self._background = Background(())
         self._threads = [Thread(target=self._turn, name=f"handler {n}", daemon=True) for n in range(1, threads + 1)]
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_ends = False
@@ -86,6 +88,7 @@ class Executor:
     def forked(self) -> None:
         """In a process just forked, perhaps inside a handler: there are no threads, and the loop's wake-ups are the parent's."""
         self._stopping, self._threads, self._batchings_lock = True, [], Lock()
+        self._background = Background(())
         if self._loop is not None:
             self._end_loop()  # a copy of it, if it is the one that forked, turns no further
 
@@ -121,9 +124,18 @@ class Executor:
             self._begin(delivery, features, each).add_done_callback(parts.ended)
         return future
 
+    def keep(self, jobs: Sequence[Job]) -> None:
+        """Have work done by the clock, beside the deliveries, until `stop`.
+
+        Args:
+            jobs: None of them is a handler's.
+        """
+        self._background = Background(jobs)
+
     def stop(self) -> None:
         """End the threads and the loop; what still runs is cancelled (async) or left to end unheard (threads)."""
         self._stopping = True
+        self._background.stop()
         for _ in self._threads:
             self._work.put(None)
         if self._loop is not None and self._loop_thread is not None and self._loop_thread.is_alive():
@@ -132,8 +144,11 @@ class Executor:
 
     def dead(self) -> Sequence[str]:
         """Name what ended without being told to: what is handed to it would wait for ever."""
+        if self._stopping:
+            return ()
         thread = self._loop_thread
-        return () if self._stopping or thread is None or thread.is_alive() else (thread.name,)
+        ended = () if thread is None or thread.is_alive() else (thread.name,)
+        return [*ended, *self._background.dead()]
 
     def _turn(self) -> None:
         while (work := self._work.get()) is not None:

@@ -5,7 +5,6 @@ Made at first use from the facade's registrations, and fixed from then on. The f
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Final
 
 from sqlalchemy.util import greenlet_spawn
@@ -16,17 +15,14 @@ from exactly_once.database.store import Store
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, Reject
 from exactly_once.exceptions.stops import asked_from_outside
 from exactly_once.exceptions.words import words_of
-from exactly_once.executor.executor import Executor
 from exactly_once.executor.fanout import run_each
-from exactly_once.failures.due import DueFailures
-from exactly_once.failures.pump import Pump
 from exactly_once.guards.lease.stores import LeaseStores
 from exactly_once.handlers.plan import Plan
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome, Result
 from exactly_once.processing.batch import BatchProcessor
 from exactly_once.processing.processor import FOREIGN, Processor
-from exactly_once.transports.contract import Consumer, Delivery, Features, Subscription
+from exactly_once.transports.contract import Delivery, Features, Subscription
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped
 
@@ -124,7 +120,7 @@ class Router:
 
         Elsewhere its claim would not be seen by the message's other copies, and it would be processed twice.
         """
-        kept_in = delivery.receipt[0]
+        kept_in = delivery.database or self._first
         name = kept_in if self._route is None else self._named(delivery.message)
         unknown = name not in self._names
         found = self._names[kept_in if unknown else str(name)].get(handler)
@@ -214,28 +210,6 @@ class Router:
                 max(plan.batch or 1 for plan in plans),
             )
             for topic, plans in sorted(wanted.items())
-        ]
-
-    def executor(self, concurrency: int) -> Executor:
-        """Return threads, and a loop if any handler is async, that run deliveries; to be stopped by the caller."""
-        return Executor(self.find, self.plans, threads=concurrency)
-
-    def pumps(self) -> Sequence[Consumer]:
-        """Return a consumer of due failures for each database."""
-        ordered = [plan for plan in self.plans if plan.ordered]
-        return [
-            Pump(
-                store.engine,
-                DueFailures(partial(getattr, store, "tables")),
-                self.group,
-                handlers=[plan.name for plan in self.plans],
-                ordered=[plan.name for plan in ordered],
-                waits=[plan.name for plan in ordered if plan.after_dead == "wait"],
-                name=name,
-                away=store.away,
-                gone=store.gone,
-            )
-            for name, store in self.stores.items()
         ]
 
     def answers(self, store: str) -> bool:

@@ -6,8 +6,7 @@ hands them out for the one handler that failed. What became of a message is writ
 decides between two runs. The worker is the only caller.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from threading import Condition
 from time import monotonic
@@ -15,8 +14,7 @@ from typing import Final
 
 from sqlalchemy import Connection, Engine
 
-from exactly_once.database.connections.pooler import begin_bounded
-from exactly_once.database.dialects.firsthand import kept_firsthand
+from exactly_once.database.connections.own_transaction import own_transaction
 from exactly_once.exceptions.words import words_of
 from exactly_once.failures.due import DueFailures, Taken, message_of
 from exactly_once.outcome import Redeliver, Settlement
@@ -29,7 +27,6 @@ __all__ = ["Pump"]
 
 _LEASE: Final = timedelta(seconds=60)
 _POLL_S: Final = 0.5  # how long a due row may wait unseen; one indexed query each
-_SWEEP_S: Final = 30.0
 _FEATURES: Final = Features(redelivers=False, counts_attempts=False, ordered=True, tags=False, properties=True)
 
 
@@ -66,12 +63,11 @@ class Pump:
         away: Callable[[BaseException], bool],
         gone: Callable[[BaseException], Exception | None],
     ) -> None:
-        self._engine, self._failures, self._group, self._name, self._away = engine, failures, group, name, away
-        self._gone = gone
+        self._engine, self._failures, self._group, self._name = engine, failures, group, name
+        self._away, self._gone = away, gone
         self._handlers, self._ordered, self._waits = tuple(handlers), tuple(ordered), tuple(waits)
         self._changed = Condition()
         self._stopped = False
-        self._swept = 0.0
 
     @property
     def features(self) -> Features:
@@ -106,10 +102,6 @@ class Pump:
         return []
 
     def _take(self, limit: int) -> list[Delivery]:
-        if monotonic() - self._swept > _SWEEP_S:
-            self._swept = monotonic()
-            if closed := self._failures.sweep(self._begun, self._group):
-                _log.info("failures_resolved count=%d reason=processed_on_another_path", closed)
         try:
             return self._taken(limit, every=True)
         except _NotRead:  # the connection is closed: whoever had it may have left it so that texts come as bytes
@@ -123,7 +115,7 @@ class Pump:
             every: Raise where one cannot be read; nothing is taken then.
         """
         got: list[Delivery] = []
-        with self._begun() as connection:
+        with own_transaction(self._engine) as connection:
             for row in self._failures.take(
                 connection, self._group, self._handlers, self._ordered, self._waits, limit=limit, lease=_LEASE
             ):
@@ -142,20 +134,8 @@ class Pump:
                         row.id,
                     )
                     continue
-                got.append(Delivery(message, (self._name, row.id, Taken.of(row)), row.handler, unread))
+                got.append(Delivery(message, (row.id, Taken.of(row)), row.handler, unread, self._name))
         return got
-
-    @contextmanager
-    def _begun(self) -> Iterator[Connection]:
-        """Begin a transaction; a connection on which something fails is closed, for a handler may have left it changed."""
-        with self._engine.connect() as connection, connection.begin():
-            kept_firsthand(connection)
-            begin_bounded(connection)
-            try:
-                yield connection
-            except Exception:
-                connection.invalidate()  # before it is rolled back: else a pooler keeps the server's as it is
-                raise
 
     def settle(self, verdicts: Sequence[tuple[Delivery, Settlement]]) -> None:
         """Put back what was not decided; a decided row says for itself when it is due.
@@ -168,9 +148,9 @@ class Pump:
         done: list[Taken] = []
         for delivery, verdict in verdicts:
             if isinstance(verdict, Redeliver):
-                back.setdefault(verdict.delay, []).append(delivery.receipt[1])
+                back.setdefault(verdict.delay, []).append(delivery.receipt[0])
             else:
-                done.append(delivery.receipt[2])
+                done.append(delivery.receipt[1])
         if done:
             # a crash before this: the lease runs out, and the next run is a duplicate that ends here again
             self._change(len(done), lambda connection: self._failures.close(connection, done))
@@ -179,14 +159,14 @@ class Pump:
 
     def extend(self, deliveries: Sequence[Delivery]) -> None:
         """Keep the rows of running messages away from other pumps."""
-        self._postpone([delivery.receipt[1] for delivery in deliveries], _LEASE)
+        self._postpone([delivery.receipt[0] for delivery in deliveries], _LEASE)
 
     def _postpone(self, ids: Sequence[int], delay: timedelta) -> None:
         self._change(len(ids), lambda connection: self._failures.postpone(connection, ids, delay))
 
     def _change(self, rows: int, change: Callable[[Connection], None]) -> None:
         try:
-            with self._begun() as connection:
+            with own_transaction(self._engine) as connection:
                 change(connection)
         except Exception as error:  # the lease runs out by itself, and the row is due again
             _log.warning("pump_settle_failed rows=%d error=%s", rows, type(error).__name__)

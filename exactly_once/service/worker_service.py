@@ -16,8 +16,10 @@ from exactly_once.database.renamed import claimed_names, told_of_renamed
 from exactly_once.database.store import Store, lacking_characters
 from exactly_once.errors import ForkedProcess
 from exactly_once.exceptions.words import words_of
+from exactly_once.executor.background import Job
 from exactly_once.executor.executor import Executor
 from exactly_once.executor.routing import Router
+from exactly_once.service.sources import jobs, pumps
 from exactly_once.service.starting import wait_for_servers
 from exactly_once.transports.contract import Subscription, Transport
 from exactly_once.wording.redaction import redacted
@@ -43,7 +45,6 @@ _CONCERNED_S: Final = 3600.0
 _CONCERNED_SOON_S: Final = 35.0
 """Seconds from the start to the second look. The first comes before we join, so programs that start together do not see each
 other. A member reports its subscription every 30 s."""
-_CONCERNED_ENDS_S: Final = 1.0
 
 _log = steady("exactly_once.worker")
 
@@ -84,14 +85,13 @@ class WorkerService:
         self._failed: str | None = None
         self._worker: Worker | None = None
         self._executor: Executor | None = None
-        self._concerned: Thread | None = None
         self._process = fork.here
         fork.tell(self)
 
     def forked(self) -> None:
         """In a process just forked: the worker is the parent's, and stopping it here is nothing."""
         self._asked, self._worker, self._executor = Event(), None, None
-        self._concerned = self._starting = None
+        self._starting = None
 
     # -- starting and stopping ---------------------------------------------------------------------------------------
 
@@ -119,9 +119,9 @@ class WorkerService:
                 _log.warning("%s", lacking_characters(name, store.lacking))
             self._tell_of_renamed(store)
         told = self._concerns(subscriptions)
-        executor = router.executor(self._concurrency)
+        executor = Executor(router.find, router.plans, threads=self._concurrency)
         try:
-            consumers = [*self._transport.subscribe(router.group, subscriptions), *router.pumps()]
+            consumers = [*self._transport.subscribe(router.group, subscriptions), *pumps(router)]
             worker = Worker(
                 consumers,
                 executor.submit,
@@ -134,9 +134,8 @@ class WorkerService:
         except BaseException:
             executor.stop()
             raise
+        executor.keep([*jobs(router, consumers), self._concerns_job(subscriptions, told)])
         self._executor, self._worker = executor, worker
-        self._concerned = Thread(target=self._look_again, args=(subscriptions, told), name="eo-concerns", daemon=True)
-        self._concerned.start()
         _log.info(
             "worker_started group=%s topics=%s handlers=%s concurrency=%d database=%s transport=%s",
             router.group,
@@ -167,13 +166,15 @@ class WorkerService:
                 _log.warning("%s", concern)
         return found
 
-    def _look_again(self, subscriptions: Sequence[Subscription], told: Sequence[str]) -> None:
-        if self._asked.wait(min(_CONCERNED_SOON_S, _CONCERNED_S)):
-            return
-        self._concerns(subscriptions, told)
-        # whoever joins later does not tell us, and a line of a start is forgotten
-        while not self._asked.wait(_CONCERNED_S):
-            self._concerns(subscriptions)
+    def _concerns_job(self, subscriptions: Sequence[Subscription], told: Sequence[str]) -> Job:
+        """Whoever joins later does not tell us, and a line of a start is forgotten: told once more, and then again and again."""
+        said = iter([told])
+
+        def look() -> None:
+            self._concerns(subscriptions, next(said, ()))
+
+        first, every = timedelta(seconds=_CONCERNED_SOON_S), timedelta(seconds=_CONCERNED_S)
+        return Job("look for concerns", every, look, first=min(first, every))
 
     def stop(self) -> int:
         """Stop receiving, finish what runs, give back the rest; returns how many were given back. Twice is once."""
@@ -184,8 +185,6 @@ class WorkerService:
             return 0
         given_back = self._worker.stop()
         self._executor.stop()
-        if self._concerned is not None:
-            self._concerned.join(_CONCERNED_ENDS_S)  # one that is asking a broker is left to end by itself
         return given_back
 
     def _start_aside(self, ended: "Future[None]") -> None:

@@ -7,7 +7,7 @@ this module. All calls are synchronous and block their own thread.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from sqlalchemy import Engine
 
@@ -24,6 +24,7 @@ __all__ = [
     "Receipt",
     "Subscription",
     "Surroundings",
+    "Tidied",
     "Transport",
 ]
 
@@ -33,14 +34,15 @@ class Delivery:
     """A message in our hands, until it is settled once.
 
     `receipt` is the transport's own (a receipt handle, a row id); nobody else looks inside. `handler` is None for a
-    broker's delivery, which every matching handler sees, and a name when the failure store brings a message back for
-    that handler alone. `unread` says why the body could not be read: it stands there as it came, and no handler runs.
+    broker's delivery, which every matching handler sees, and a name when the failure store of `database` brings a message
+    back for that handler alone. `unread` says why the body could not be read: it stands there as it came, and no handler runs.
     """
 
     message: Message
     receipt: Any
     handler: str | None = None
     unread: BadBody | None = None
+    database: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,22 @@ class Features:
     max_body_bytes: int | None = None
     empty_body: bool = False
     """Can carry a body of zero bytes."""
+
+
+@runtime_checkable
+class Tidied(Protocol):
+    """A consumer of a transport that keeps messages until somebody deletes them; others need nothing of it."""
+
+    @property
+    def topic(self) -> str:
+        """Whose messages."""
+
+    @property
+    def tidy_every(self) -> timedelta | None:
+        """The time between two calls of `tidy`; None where nothing can lie there."""
+
+    def tidy(self) -> None:
+        """Delete what no handler of the group will take; called by a thread of its own."""
 
 
 class Consumer(Protocol):

@@ -5,6 +5,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from sqlalchemy.orm import Session
 from exactly_once import ExactlyOnce, Retry
 from exactly_once.clients.packed import MOST_BYTES
 from exactly_once.database.schema import utcnow
-from exactly_once.failures import pump, triage
+from exactly_once.failures import triage
+from exactly_once.maintenance import sweeps
 from exactly_once.message import Message
 from exactly_once.outcome import Ack
 from exactly_once.transports.contract import Subscription
@@ -230,7 +232,7 @@ def test_a_listener_that_asks_the_broker_is_not_brought_what_we_had_failed_on(br
 def test_in_a_group_shared_with_a_listener_each_message_takes_effect_once_where_both_claim(
     broker: Broker, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pump, "_SWEEP_S", 1.0)
+    monkeypatch.setattr(sweeps, "FAILURES_EVERY", timedelta(seconds=1))
     topic, group = broker.names()
     engine = create_engine(postgres_url)
     with engine.begin() as connection:

@@ -21,7 +21,7 @@ from exactly_once.errors import ConfigurationError
 from exactly_once.message import Message
 from exactly_once.outcome import Ack, Redeliver
 from exactly_once.testing.postgres import EmbeddedPostgres
-from exactly_once.transports.contract import Consumer, Delivery, Receipt, Subscription, Surroundings
+from exactly_once.transports.contract import Consumer, Delivery, Receipt, Subscription, Surroundings, Tidied
 from exactly_once.transports.registry import transport_from
 from exactly_once.transports.sql.database import Database
 from exactly_once.transports.sql.statements import NO_GROUP, WINDOW, Look, statements
@@ -417,8 +417,10 @@ def test_what_nobody_of_the_group_wants_is_dropped_after_a_day(
         connection.execute(update(queue).where(queue.c.topic == topic).values(deliver_at=utcnow(-90000)))
     sent(engine, [Message(topic, b"young", tag="paid")])
     consumer = joined(engine, "g", Subscription(topic, ("created",)))
+    assert isinstance(consumer, Tidied)
     with caplog.at_level(logging.INFO, "exactly_once.transports.sql"):
-        assert bodies(consumer.receive(5, SECOND)) == [b"wanted"]
+        consumer.tidy()
+    assert bodies(consumer.receive(5, SECOND)) == [b"wanted"]
     [told] = caplog.messages
     assert told == (
         f"topic {topic}: deleted 1 message(s) that waited for a day with a tag, or without one, that no handler of group g takes"

@@ -77,7 +77,7 @@ _LAST_PAUSE_S: Final = 0.2
 _SETTLE_TRIES: Final = 3  # a deadlock with a taker is over at once
 _SPARE: Final = 64  # what other receivers may take between finding and taking
 _UNWANTED_AGE: Final = timedelta(days=1)  # longer than a rolling deployment in which two versions want different tags
-_TIDY_EVERY_S: Final = 600.0
+_TIDY_EVERY: Final = timedelta(seconds=600.0)
 _TIDY_ROWS: Final = 1000
 _LOOKED_AT: Final = 1000
 """So many of the oldest rows are looked at for what nobody takes."""
@@ -242,7 +242,6 @@ class _SqlConsumer:
         self._bell = database.bell(wanted.topic)
         self._joined = self._stopped = self._away = False
         self._pause_s = _FIRST_PAUSE_S
-        self._tidy_at = 0.0
         self._file = 0
         self._far: str | None = None  # the ordering key at which the last look far behind ended
 
@@ -286,7 +285,6 @@ class _SqlConsumer:
         token = uuid4().hex
         rows: Sequence[Any] = ()
         with self._survive("receive"):
-            self._tidy()
             # a crash after this transaction: the rows are free again when their invisible time is over
             rows = sorted(self._taken(limit, token), key=lambda row: int(row.id))
         if self._stopped and rows:
@@ -375,11 +373,23 @@ class _SqlConsumer:
                 _log.warning("topic %s: could not %s (%s)", self._wanted.topic, what, reason(error))
             return
 
-    def _tidy(self) -> None:
-        """Drop what the group's tags have left lying; else the table would grow for ever."""
-        if not self._wanted.tags or monotonic() < self._tidy_at:
-            return
-        self._tidy_at = monotonic() + _TIDY_EVERY_S
+    @property
+    def topic(self) -> str:
+        return self._wanted.topic
+
+    @property
+    def tidy_every(self) -> timedelta | None:
+        return _TIDY_EVERY if self._wanted.tags else None
+
+    def tidy(self) -> None:
+        """Delete what the group's tags have left lying for a day; else the table would grow for ever."""
+        try:
+            self._deleted()
+        except Exception as error:
+            if not unreached(error, (self._database.engine,)):
+                raise  # an outage is told where messages are received
+
+    def _deleted(self) -> None:
         sql = self._database.sql
         old = sql.unwanted(self._group, self._wanted, _UNWANTED_AGE, _TIDY_ROWS)
 

@@ -1,0 +1,95 @@
+"""Work that is no handler's, done again and again by the clock: sweeps, and later a relay. One thread for each job.
+
+A job that fails is done again later and later; what it raises is logged and ends nothing. All jobs are told to stop in one
+place, and a thread that has ended by itself is named to `/ready` and `/live`. The executor keeps them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from threading import Event, Thread
+from time import monotonic
+from typing import Final
+
+from exactly_once import fork
+from exactly_once.wording.steady_log import steady
+from exactly_once.worker.log_throttle import ThrottledLog
+
+__all__ = ["Background", "Job"]
+
+LONGEST: Final = timedelta(minutes=10)
+"""The longest time between two tries of a job that fails, unless it is done less often than that."""
+_ENDS_S: Final = 1.0
+"""So long `stop` waits for a job that is under way. One that asks a server that does not answer ends by itself."""
+
+_log = steady("exactly_once.worker")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Work by the clock.
+
+    Args:
+        name: For logs and thread names.
+        every: The time between two runs.
+        run: Does it once; may block and raise.
+        first: The time from the start to the first run.
+    """
+
+    name: str
+    every: timedelta
+    run: Callable[[], object]
+    first: timedelta = timedelta(0)
+
+    def pause(self, failed: int) -> timedelta:
+        """Return the time until the next run, after so many failures in a row.
+
+        Example:
+            >>> Job("sweep", timedelta(seconds=30), print).pause(3)
+            datetime.timedelta(seconds=240)
+        """
+        return max(self.every, min(self.every * (1 << min(failed, 10)), LONGEST))
+
+
+class Background:
+    """Runs jobs until it is told to stop.
+
+    Args:
+        jobs: What is to be done.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._stopping = Event()
+        self._throttled = ThrottledLog(_log)
+        self._process = fork.here
+        self._threads = [Thread(target=self._live, args=(job,), name=job.name, daemon=True) for job in jobs]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Begin no run any more, and wait a moment for those under way. A crash in a run leaves its work for the next one."""
+        self._stopping.set()
+        deadline = monotonic() + _ENDS_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - monotonic()))
+
+    def dead(self) -> Sequence[str]:
+        """Name the jobs whose thread has ended without being told to."""
+        return () if self._stopping.is_set() else [thread.name for thread in self._threads if not thread.is_alive()]
+
+    def _live(self, job: Job) -> None:
+        pause, failed = job.first, 0
+        while not self._stopping.wait(pause.total_seconds()):
+            try:
+                job.run()
+            except BaseException as error:  # noqa: BLE001, RUF100  (the next run may succeed)
+                if self._process is not fork.here:
+                    fork.end(fork.inside())
+                failed += 1
+                text = "job_failed name=%s failures_in_a_row=%d; it is done again in %d s"
+                self._throttled.warning(
+                    job.name, text, job.name, failed, job.pause(failed).total_seconds(), error=error
+                )
+            else:
+                failed = 0
+            pause = job.pause(failed)
