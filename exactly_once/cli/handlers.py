@@ -9,10 +9,10 @@ from exactly_once.cli.reference import application, usable
 from exactly_once.configuration.config import Config
 from exactly_once.database.schema import HANDLER_BYTES
 from exactly_once.errors import ConfigurationError
-from exactly_once.failures import triage
 from exactly_once.handlers.plan import Plan
 from exactly_once.handlers.retry import Retry
 from exactly_once.keys import KeyRule, check_name
+from exactly_once.operations.rename import rename_leases, rename_rows
 from exactly_once.wording.text import escaped
 
 __all__ = ["app"]
@@ -127,12 +127,12 @@ def rename(
     some = 0
     for store in eo.stores.values():  # one transaction a database; a second run moves what an error left behind
         with store.engine.begin() as connection:
-            moved = triage.rename(connection, store.tables, group or eo.group, old, new)
+            moved = rename_rows(connection, store.tables, group or eo.group, old, new)
         some += sum(moved.values())
         typer.echo(f"{store.name}: " + ", ".join(f"{count} rows of {table}" for table, count in moved.items()))
     if reference:
         _ = eo.plans  # so that it is known where their leases are
-        for name, moved_there in eo.leases.rename(group or eo.group, old, new):
+        for name, moved_there in rename_leases(eo.leases, group or eo.group, old, new):
             some += moved_there
             typer.echo(f"{name}: {moved_there} leases")
     else:

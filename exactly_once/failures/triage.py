@@ -1,4 +1,4 @@
-"""What a person decides about failed messages: list, look, requeue, discard; and a handler that got another name.
+"""What a person decides about failed messages: list, look, requeue, discard.
 
 Each is a part of the caller's transaction; `decisions` makes several of many rows. `requeue` only sets a time: a running
 worker's pump runs the message then, under its claim like any other. `discard` writes the claim row beside the decision, or the
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, Row, Table, and_, exists, func, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Table, and_, func, select, update
 
 from exactly_once.database import claim_rows
 from exactly_once.database.characters import characters_of
@@ -33,13 +33,11 @@ __all__ = [
     "listed",
     "other_groups",
     "refuse_settled",
-    "rename",
     "requeue",
     "shown",
 ]
 
 _IDENTITY: Final = ("id", "state", "consumer_group", "handler", "business_key", "claim_owner", "last_failed_at")
-_NAMED: Final = 5  # keys in a sentence; the rest is counted
 _LOOKS: Final = 3  # for a claim that comes or goes in between; then the whole is tried again
 _CLAIMED: Final = (*_IDENTITY, "message_id", "fingerprint", "attempts", "born_at")
 
@@ -291,62 +289,6 @@ def _took_effect(row: Row[Any], fingerprint: bytes) -> bool:
     if row.state not in RESOLVABLE:
         return False  # a broken one: the claim stands with half of its effects
     return fingerprint == row.fingerprint or (not fingerprint and row.state in RUNNABLE)
-
-
-def rename(connection: Connection, tables: Tables, group: str, old: str, new: str) -> Mapping[str, int]:
-    """Give all rows of a handler to its new name, in the caller's transaction; returns how many, by table.
-
-    Raises:
-        ConfigurationError: Both names have claims on one key: which of the two was meant cannot be known.
-    """
-    moved: dict[str, int] = {}
-    for table in (tables.idempotent, tables.step, tables.failure):
-        other = table.alias("other")
-        names = [c.name for c in table.primary_key if c.name != "handler"]
-        if table is tables.failure:
-            names = ["consumer_group", "failure_key", "fingerprint"]
-        both = exists().where(*(other.c[name] == table.c[name] for name in names), other.c.handler == new)
-        mine = and_(table.c.consumer_group == group, table.c.handler == old)
-        doubled = select(func.count()).select_from(table).where(mine, both)
-        twice = connection.execute(all_rows(doubled, connection.dialect.name)).scalar_one()
-        if twice:
-            key = table.c.failure_key if table is tables.failure else table.c.business_key
-            some = select(key).where(mine, both).distinct().order_by(key).limit(_NAMED)
-            raise ConfigurationError(
-                _twice(connection, table, group, old, new, twice, connection.execute(some).scalars().all())
-            )
-        moved[table.name] = connection.execute(update(table).where(mine).values(handler=new)).rowcount
-    return moved
-
-
-def _twice(
-    connection: Connection, table: Table, group: str, old: str, new: str, number: int, keys: Sequence[str]
-) -> str:
-    """Say which keys have rows of both names, and which of them to delete."""
-    more = f" and {number - len(keys)} more" if number > len(keys) else ""
-    column = "failure_key" if "failure_key" in table.c else "business_key"
-    named_rows = {"consumer_group": group, "handler": old}
-    deletes = [
-        f"DELETE FROM {table.fullname} WHERE "  # noqa: S608  (for a person to read and type)
-        + " AND ".join(
-            f"{name} = {_quoted(value, connection.dialect.name)}"
-            for name, value in (named_rows | {column: key}).items()
-        )
-        for key in keys
-        if key.isprintable()  # what steers a terminal is not written to one
-    ]
-    return (
-        f"{number} key(s) have rows of both {old!r} and {new!r} in {table.name}: {', '.join(map(escaped, keys))}{more}. Each was"
-        " run twice, once under either name, and nothing was renamed. Undo what one of the two runs did. Then delete the row of"
-        " the old name, and type the command again; the row of the new name keeps the key from running:\n"
-        + "\n".join(deletes)
-    )
-
-
-def _quoted(value: str, server: str) -> str:
-    if server in ("mysql", "mariadb"):
-        value = value.replace("\\", "\\\\")
-    return "'" + value.replace("'", "''") + "'"
 
 
 def _decided(connection: Connection, by: str, why: str | None) -> dict[str, Any]:

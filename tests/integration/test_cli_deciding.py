@@ -11,6 +11,7 @@ from exactly_once import ConfigurationError, ExactlyOnce, Message, Outcome, Reje
 from exactly_once.database.schema import tables
 from exactly_once.failures import triage
 from exactly_once.failures.triage import Chosen
+from exactly_once.operations.rename import rename_rows
 
 GROUP = "deciding"
 ONCE = Retry(immediate=0, delays=[0.1], max_attempts=1)
@@ -217,11 +218,11 @@ def test_a_rename_moves_every_row_or_none(world: World) -> None:
     world.mood = "well"
     world.feed("B")
     with world.engine.begin() as connection:
-        moved = triage.rename(connection, tables(), GROUP, "reserve", "reserve_stock")
+        moved = rename_rows(connection, tables(), GROUP, "reserve", "reserve_stock")
     assert moved == {"message_idempotent": 1, "message_step": 0, "message_failure": 1}
     world.feed("B")  # under the old name once more
     with pytest.raises(ConfigurationError, match="nothing was renamed"), world.engine.begin() as connection:
-        triage.rename(connection, tables(), GROUP, "reserve", "reserve_stock")
+        rename_rows(connection, tables(), GROUP, "reserve", "reserve_stock")
 
 
 def test_a_rename_of_keys_that_ran_under_both_names_names_them_and_the_row_to_delete(world: World) -> None:
@@ -229,11 +230,11 @@ def test_a_rename_of_keys_that_ran_under_both_names_names_them_and_the_row_to_de
     for number in ("R-1", "R-2", "it's"):
         world.feed(number)
     with world.engine.begin() as connection:
-        triage.rename(connection, tables(), GROUP, "reserve", "reserve_stock")
+        rename_rows(connection, tables(), GROUP, "reserve", "reserve_stock")
     for number in ("R-1", "it's", "R-4"):
         world.feed(number)
     with pytest.raises(ConfigurationError) as refused, world.engine.begin() as connection:
-        triage.rename(connection, tables(), GROUP, "reserve", "reserve_stock")
+        rename_rows(connection, tables(), GROUP, "reserve", "reserve_stock")
     said = str(refused.value)
     assert said.startswith(
         "2 key(s) have rows of both 'reserve' and 'reserve_stock' in message_idempotent: R-1, it's. Each was run twice, once"
@@ -245,7 +246,7 @@ def test_a_rename_of_keys_that_ran_under_both_names_names_them_and_the_row_to_de
     with world.engine.begin() as connection:
         for statement in statements:
             assert connection.execute(text(statement)).rowcount == 1
-        moved = triage.rename(connection, tables(), GROUP, "reserve", "reserve_stock")
+        moved = rename_rows(connection, tables(), GROUP, "reserve", "reserve_stock")
     assert moved["message_idempotent"] == 1
     assert sorted(world.claims()) == ["R-1", "R-2", "R-4", "it's"]
 

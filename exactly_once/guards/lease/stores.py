@@ -17,7 +17,6 @@ from exactly_once.alembic import ready
 from exactly_once.alert import Hook
 from exactly_once.database.store import Store
 from exactly_once.errors import ConfigurationError
-from exactly_once.failures import triage
 from exactly_once.guards.lease.contract import LeaseStore
 from exactly_once.guards.lease.guard import LeaseGuard
 from exactly_once.guards.lease.redis import RedisLeases
@@ -181,23 +180,13 @@ class LeaseStores:
         for store in self._databases.values():
             yield store.name, partial(ready.problem, store)
 
-    def rename(self, group: str, old: str, new: str) -> Iterator[tuple[str, int]]:
-        """Give what these stores hold of a handler to its new name; gives how much, by store.
+    def in_redis(self) -> Sequence[RedisLeases]:
+        """Return the leases of each Redis that handlers use."""
+        return [RedisLeases(redis.name, redis.script, timedelta(days=7)) for redis in self._used.values()]
 
-        Raises:
-            ConfigurationError: Both names have claims on one key.
-        """
-        for name, redis in self._used.items():
-            moved, left = RedisLeases(redis.name, redis.script, timedelta(days=7)).rename(group, old, new)
-            if left:
-                raise ConfigurationError(
-                    f"Both {old!r} and {new!r} have {left} key(s) in {name}; those were left as they are, {moved} others"
-                    " were renamed. They were run under both names: look at those keys."
-                )
-            yield name, moved
-        for store in self._databases.values():
-            with store.engine.begin() as connection:
-                yield store.name, sum(triage.rename(connection, store.tables, group, old, new).values())
+    def databases(self) -> Sequence[Store]:
+        """Return the databases of leases that are none of the application's."""
+        return tuple(self._databases.values())
 
     def close(self) -> None:
         """Close what was opened here; the Redis connections are the application's."""
