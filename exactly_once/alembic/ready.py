@@ -3,7 +3,7 @@
 Asked at a start, by the doctor and by commands. What waiting mends is a sentence that is returned; all else is raised.
 """
 
-from exactly_once.alembic import check
+from exactly_once.alembic.migrate import check
 from exactly_once.database.characters import narrow
 from exactly_once.database.dialects.contract import ErrorKind
 from exactly_once.database.dialects.firsthand import is_firsthand, kept_firsthand, moment
