@@ -110,6 +110,31 @@ def test_every_transport_and_its_options_are_documented() -> None:
         assert options == set(str(refused.value).split("It knows: ")[1].rstrip(".").split(", ")), scheme
 
 
+# the contracts: whoever reads the code meets these words first
+WORDS_IN = (
+    "outcome.py",
+    "claim.py",
+    "guards/contract.py",
+    "processing/work.py",
+    "executor/executor.py",
+    "transports/contract.py",
+)
+
+
+@pytest.mark.parametrize("module", WORDS_IN)
+def test_each_public_class_of_a_contract_is_in_the_glossary(module: str) -> None:
+    body = ast.parse((ROOT / "exactly_once" / module).read_text()).body
+    public = {node.name for node in body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")}
+    assert public, f"{module} has no public class"
+    missing = public - set(re.findall(r"`(\w+)`", page("reference/glossary.md")))
+    assert not missing, f"say in docs/reference/glossary.md what these of {module} are: {sorted(missing)}"
+
+
+def test_the_glossary_has_each_term_once_in_the_order_of_the_alphabet() -> None:
+    terms = [row[0].casefold() for row in rows(page("reference/glossary.md")) if row[0] != "term"]
+    assert terms == sorted(set(terms))
+
+
 # -- the command line ----------------------------------------------------------------------------------------------------
 
 
