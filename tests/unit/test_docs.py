@@ -10,15 +10,17 @@ from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from exactly_once import errors
 from exactly_once.configuration.settings import SECRET, SETTINGS
+from exactly_once.database import schema
 from exactly_once.database.schema import tables
 from exactly_once.errors import ConfigurationError
-from exactly_once.outcome import Outcome
+from exactly_once.failures.store import CLOSED, OPEN, RESOLVABLE
+from exactly_once.outcome import Outcome, Verdict
 from exactly_once.transports.contract import Surroundings
 from exactly_once.transports.registry import SCHEMES, transport_from
 
@@ -133,6 +135,60 @@ def test_each_public_class_of_a_contract_is_in_the_glossary(module: str) -> None
 def test_the_glossary_has_each_term_once_in_the_order_of_the_alphabet() -> None:
     terms = [row[0].casefold() for row in rows(page("reference/glossary.md")) if row[0] != "term"]
     assert terms == sorted(set(terms))
+
+
+# -- diagrams ------------------------------------------------------------------------------------------------------------
+
+_ARROW = re.compile(r"^ +(\S+) --> ([^\s:]+)", re.MULTILINE)
+
+
+def arrows(text: str) -> set[tuple[str, str]]:
+    """From where to where, of the one state diagram of a page; `[*]` is no state but the beginning and the end."""
+    [diagram] = blocks(text, "mermaid")
+    assert diagram.startswith("stateDiagram-v2\n")
+    lines = [line for line in diagram.splitlines()[1:] if not line.startswith("    state ")]
+    found = _ARROW.findall(diagram)
+    assert len(found) == len(lines), "a line is neither an arrow nor a state"
+    return set(found)
+
+
+def states(text: str) -> set[str]:
+    return {name for arrow in arrows(text) for name in arrow} - {"[*]"}
+
+
+def test_the_states_of_a_claim_are_the_statuses_of_the_schema() -> None:
+    text = page("explanation/how-a-claim-works.md")
+    statuses = {
+        name.lower(): value
+        for name, value in vars(schema).items()
+        if name in schema.__all__ and isinstance(value, int) and not re.search("^STEP_|_BYTES$", name)
+    }
+    assert states(text) == set(statuses)
+    [diagram] = blocks(text, "mermaid")
+    assert {name: int(value) for name, value in re.findall(r'state "(\w+) \((\d)\)" as \1', diagram)} == statuses
+
+
+def test_the_states_of_a_failure_are_those_of_the_failure_store() -> None:
+    text = page("how-to/dead-letters.md")
+    assert states(text) == {*OPEN, *CLOSED}
+    assert {before for before, after in arrows(text) if after == "[*]"} == set(CLOSED)
+    assert {before for before, after in arrows(text) if after == "resolved"} == set(RESOLVABLE)
+    assert {row[0].strip("`") for row in rows(page("reference/tables.md")) if len(row) == 3} >= states(text)
+
+
+def test_the_states_of_a_lease_are_those_of_its_table() -> None:
+    text = page("explanation/leases.md")
+    of_table = text.split("## The states of a message")[1].split("```")[0]
+    named = {row[0] for row in rows(of_table) if row[0] != "state"}
+    assert {state.replace("_", " ") for state in states(text)} == named - {"absent"}
+
+
+def test_the_diagram_of_a_delivery_has_each_verdict() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert {before for before, after in arrows(text) if after == "[*]"} == {"settled"}
+    [diagram] = blocks(text, "mermaid")
+    said = set(re.findall(r"running --> \w+: (\w+)", diagram))
+    assert said >= {verdict.__name__ for verdict in get_args(Verdict)}
 
 
 # -- the command line ----------------------------------------------------------------------------------------------------
