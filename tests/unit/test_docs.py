@@ -278,6 +278,13 @@ def test_nothing_promises_exactly_once_delivery(path: Path) -> None:
         assert "nobody can promise" in before or "no such thing" in before or '"' in before[-2:], before
 
 
+@pytest.mark.parametrize("path", [path for path in PAGES if path.name != "CONTRIBUTING.md"], ids=ids)
+def test_a_page_has_the_fields_words_and_none_of_our_own(path: Path) -> None:
+    text = _BLOCK.sub("", path.read_text())
+    private = re.findall(r"\b(?:doors?|verbs?|house|corridor)\b", text, re.IGNORECASE)
+    assert not private, "say entry point, command, module"
+
+
 def test_every_page_of_the_documentation_is_reached_by_links() -> None:
     reached, todo = set(), [ROOT / "README.md"]
     while todo:
