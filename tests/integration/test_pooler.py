@@ -34,7 +34,7 @@ from exactly_once.database.store import Store
 from exactly_once.doctor.looking import Finding, Mark, examine
 from exactly_once.errors import ConfigurationError
 from exactly_once.failures.policy import Decision, Park
-from exactly_once.failures.store import Failure
+from exactly_once.failures.store import Failure, FailureStore
 from exactly_once.guards.lease.stores import sql_leases
 from exactly_once.testing.databases import DatabaseServer
 from exactly_once.transports.sql.database import Database as QueueDatabase
@@ -296,7 +296,7 @@ def told_in_transactions(eo: ExactlyOnce, url: str) -> dict[str, tuple[str, str]
             asked(session, "failure")
             return Park("dead", "for a person")
 
-        store.failures.record(
+        FailureStore(lambda: store.tables).record(
             session, Failure("pooled", "alone", "A-1", b"", Message("alone", b""), ValueError()), decide
         )
         session.close()
