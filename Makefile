@@ -90,7 +90,7 @@ on-url: $(VENV)/.made
 
 # MySQL in MariaDB's place, fetched from Debian's unstable: what is worded for the server, and what ends transactions
 ON_MYSQL := test_claims test_claim_door test_claim_in_an_open_transaction test_hidden_commits test_misuse \
-	test_session_still_used test_groups test_failures test_error_words test_storable test_connection_settings \
+	test_session_still_used test_batches test_failures test_error_words test_storable test_connection_settings \
 	test_left_in_the_pool test_leases_sql test_lease_guard test_lease_stores test_lease_traces test_lease_round_trips \
 	test_left_before_us test_commits_of_the_applications test_listeners_that_ping test_time_limits test_used_after_the_end \
 	test_given_back test_hooks_that_prepare test_hooks_of_our_rows test_hooks_of_the_users test_large_bodies \

@@ -1,8 +1,8 @@
-"""Forms groups out of the deliveries that wait for one handler on one database. Opens nothing and runs nothing.
+"""Forms batches out of the deliveries that wait for one handler on one database. Opens nothing and runs nothing.
 
-A group is what is waiting: it is never larger than `batch=`, and its first message waits for others no longer than `linger`.
-One group at a time: two would get into each other's way on the rows they lock, and what waits meanwhile is the next group.
-The `executor` takes the groups.
+A batch is what is waiting: it is never larger than `batch=`, and its first message waits for others no longer than `linger`.
+One batch at a time: two would get into each other's way on the rows they lock, and what waits meanwhile is the next batch.
+The `executor` takes the batches.
 """
 
 from collections import deque
@@ -23,15 +23,15 @@ from exactly_once.transports.contract import Features
 __all__ = ["FIRST", "FIRST_CALM", "LEAST", "LONGEST", "LONGEST_LIST", "MOST_CALM", "BatchSize", "Batching", "Queued"]
 
 LONGEST: Final = timedelta(milliseconds=50)
-"""A group of calls that takes longer is followed by smaller ones. Its rows are locked all that time: where processes share rows,
-smaller groups let each other through, and a commit is already cheap beside so much work."""
+"""A batch of calls that takes longer is followed by smaller ones. Its rows are locked all that time: where processes share rows,
+smaller batches let each other through, and a commit is already cheap beside so much work."""
 LONGEST_LIST: Final = timedelta(seconds=1)
 """The same for a handler of lists: a few statements, which lock the rows for as long as they take."""
 FIRST: Final = 8
-"""Messages in a worker's first group; from there the size doubles until it is too large."""
+"""Messages in a worker's first batch; from there the size doubles until it is too large."""
 LEAST: Final = 1
 FIRST_CALM: Final = 128
-"""How many groups without a deadlock there must be before they grow: behind the first one."""
+"""How many batches without a deadlock there must be before they grow: behind the first one."""
 MOST_CALM: Final = 4096
 _GROWTH: Final = 1.1
 _LOOK_S: Final = 0.0002
@@ -40,7 +40,7 @@ _LOOK_S: Final = 0.0002
 
 @dataclass(slots=True, eq=False)
 class Queued:
-    """A delivery that waits for its group."""
+    """A delivery that waits for its batch."""
 
     message: Message
     features: Features
@@ -50,13 +50,13 @@ class Queued:
 
 
 class BatchSize:
-    """How many messages the next group takes: more and more, fewer behind a deadlock or a slow group.
+    """How many messages the next batch takes: more and more, fewer behind a deadlock or a slow batch.
 
-    A deadlock costs about a second, and growing back at once would find the next one: how many groups must pass without one
+    A deadlock costs about a second, and growing back at once would find the next one: how many batches must pass without one
     before the size grows doubles each time, until it is back at the largest.
 
     Args:
-        most: The largest group.
+        most: The largest batch.
         longest: How long one may take.
 
     Example:
@@ -79,11 +79,11 @@ class BatchSize:
 
     @property
     def now(self) -> int:
-        """How many the next group may have."""
+        """How many the next batch may have."""
         return int(self._size)
 
     def ended(self, messages: int, took: timedelta, *, deadlocked: bool) -> None:
-        """Learn from a group: halved after a deadlock, cut to what fits into the time, else grown."""
+        """Learn from a batch: halved after a deadlock, cut to what fits into the time, else grown."""
         size = self._size
         if deadlocked:
             size = min(size, messages) / 2
@@ -117,48 +117,48 @@ class Batching:
         self._lock = Lock()
 
     def add(self, message: Message, features: Features, future: SmallFuture) -> bool:
-        """Let a delivery wait; True if somebody must begin to take groups, for nobody does."""
+        """Let a delivery wait; True if somebody must begin to take batches, for nobody does."""
         with self._lock:
             self._waiting.append(Queued(message, features, future, monotonic()))
             first, self._taking = not self._taking, True
         return first
 
     def pause_s(self) -> float:
-        """How long to wait before the next group is taken; 0 when there is no more to wait for."""
+        """How long to wait before the next batch is taken; 0 when there is no more to wait for."""
         waiting = self._waiting
         if not waiting or len(waiting) >= self.size.now:
             return 0.0
         return max(0.0, waiting[0].since + self._linger_s - monotonic())
 
     def take(self) -> list[Queued]:
-        """Return the next group, oldest first, without those that were given back meanwhile.
+        """Return the next batch, oldest first, without those that were given back meanwhile.
 
-        Empty: nothing waits, and whoever takes groups ends; the next `add` says that somebody must begin again.
+        Empty: nothing waits, and whoever takes batches ends; the next `add` says that somebody must begin again.
         """
-        group: list[Queued] = []
+        batch: list[Queued] = []
         with self._lock:
             most = self.size.now
-            while self._waiting and len(group) < most:
+            while self._waiting and len(batch) < most:
                 one = self._waiting.popleft()
                 if one.future.set_running_or_notify_cancel():
-                    group.append(one)
-            self._taking = bool(group)
-        return group
+                    batch.append(one)
+            self._taking = bool(batch)
+        return batch
 
-    def members(self, group: Sequence[Queued]) -> list[Member]:
-        """Return a group as its handler takes it, each message read."""
+    def members(self, batch: Sequence[Queued]) -> list[Member]:
+        """Return a batch as its handler takes it, each message read."""
         read = self.handler.member
-        return [one.read or read(one.message, one.features) for one in group]
+        return [one.read or read(one.message, one.features) for one in batch]
 
     def read_ahead(self) -> Iterator[None]:
-        """Read what the next group will be made of; for the time that the server is busy, which is looked at now and then."""
+        """Read what the next batch will be made of; for the time that the server is busy, which is looked at now and then."""
         with self._lock:
             coming = list(islice(self._waiting, self.size.now))
         look_at = monotonic() + _LOOK_S
         for one in coming:
             if one.read is None:
                 made = self.handler.member(one.message, one.features)
-                if made.work.row is not None:  # an error keeps its frames alive, and so this group
+                if made.work.row is not None:  # an error keeps its frames alive, and so this batch
                     one.read = made
             if monotonic() > look_at:
                 yield

@@ -1,6 +1,6 @@
 """What a delivery's run will say: a future that nobody waits for, only calls back. Made for each message, so it is small.
 
-`concurrent.futures.Future` makes a condition and two locks for each, about a tenth of what a message of a set-based group
+`concurrent.futures.Future` makes a condition and two locks for each, about a tenth of what a message of a set-based batch
 costs the interpreter. Here all share one lock, which is held for a few instructions. The names are those of `Future`.
 """
 

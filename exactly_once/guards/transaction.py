@@ -38,12 +38,12 @@ from exactly_once.handlers.fingerprint import Differs, compare
 
 __all__ = ["BatchClaim", "TransactionGuard", "standing"]
 
-_GROUP_WAIT_MS: Final = 50
+_BATCH_WAIT_MS: Final = 50
 
 
 @dataclass(frozen=True, slots=True)
 class BatchClaim:
-    """What a group's claim came back with."""
+    """What a batch's claim came back with."""
 
     won: Won | None
     """The transaction that all the keys that are ours were claimed in; None if none is ours."""
@@ -110,7 +110,7 @@ class TransactionGuard:
         patient: bool = True,
         meanwhile: Iterable[object] = (),
     ) -> "BatchClaim | None":
-        """Take the keys of a whole group before user code runs; what is not ours is told by its key.
+        """Take the keys of a whole batch before user code runs; what is not ours is told by its key.
 
         After a claim with winners the session is in the transaction the handler will use; else in none.
 
@@ -128,14 +128,14 @@ class TransactionGuard:
             StoreUnavailable: The store does not answer; nothing was claimed, as far as is known.
         """
         # a short bound, or one key in progress would hold all the others
-        wait_ms = min(self._wait_ms, _GROUP_WAIT_MS) if patient else 0
+        wait_ms = min(self._wait_ms, _BATCH_WAIT_MS) if patient else 0
         standing_by_key: Mapping[str, ExistingClaim | None] | None = None
         asked: ClaimRow | None = rows[0]
         since = moment()
         while standing_by_key is None:
             connection, dbapi, info, used = self._connected(session, since)
             try:
-                standing_by_key = self._groups.claim(
+                standing_by_key = self._batch_claims.claim(
                     dbapi, info, rows, owner=owner, wait_ms=wait_ms, meanwhile=meanwhile
                 )
             except ClaimBusy as busy:
@@ -155,7 +155,7 @@ class TransactionGuard:
         return BatchClaim(Won(watch), others)
 
     @cached_property
-    def _groups(self) -> BatchClaims:
+    def _batch_claims(self) -> BatchClaims:
         return batch_claims_for(self._dialect)
 
     def _connected(self, session: Session, since: int) -> tuple[Connection, Any, MutableMapping[Any, Any], bool]:

@@ -49,11 +49,11 @@ class Reading(NamedTuple):
     body: Any
     error: ExactlyOnceError | None
     order: str = ""
-    """Its place in a group, by `batch_order=`; "" where it has none."""
+    """Its place in a batch, by `batch_order=`; "" where it has none."""
 
 
 LINGER: Final = timedelta(milliseconds=5)
-"""How long a message waits for others in its group where nobody says."""
+"""How long a message waits for others in its batch where nobody says."""
 _NO_BODY: Final = Decoder(lambda body, parsed: None, False)
 
 
@@ -78,7 +78,7 @@ class Plan:
     """What the messages of one transaction are handled in the order of."""
     linger: timedelta
     in_lists: bool
-    """One call handles the whole group."""
+    """One call handles the whole batch."""
     key: KeyRule
     fingerprint: FingerprintRule
     _parameters: Parameters
@@ -194,10 +194,10 @@ class Plan:
             return self.call_with_lists(session, [(reading, message)])
         return self._filled((session, reading.body, message, steps))
 
-    def call_with_lists(self, session: Any, group: Sequence[tuple[Reading, Message]]) -> object:
+    def call_with_lists(self, session: Any, batch: Sequence[tuple[Reading, Message]]) -> object:
         """Call a batch handler once for several messages; for an async one the result is to be awaited."""
-        messages: Any = [message for _, message in group]
-        return self._filled((session, [reading.body for reading, _ in group], messages, None))
+        messages: Any = [message for _, message in batch]
+        return self._filled((session, [reading.body for reading, _ in batch], messages, None))
 
     def _filled(self, values: Values) -> object:
         parameters = self._parameters
@@ -273,7 +273,7 @@ def plan(
         batch: The most messages in one transaction.
         batch_order: What names the row a message locks.
         linger: How long a message waits for others; None: `LINGER`.
-        in_lists: One call handles a whole group.
+        in_lists: One call handles a whole batch.
         caller_locals: The local names where the decorator stands.
         caller_globals: The global names there.
 

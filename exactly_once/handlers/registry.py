@@ -67,7 +67,7 @@ class Registrations:
             concurrency: At most so many of this handler at once in a process.
             batch: In a worker, up to so many waiting messages share one transaction and one commit; each is still a call
                 of its own, one after the other on one session. One that fails is run alone, and the others without it.
-            batch_order: What names the row a message locks: the calls of a group come in its order, so that two groups
+            batch_order: What names the row a message locks: the calls of a batch come in its order, so that two batches
                 do not deadlock on each other's rows.
             linger: How long a message waits for others to share its transaction with; None: 5 ms.
 
@@ -112,10 +112,10 @@ class Registrations:
         batch_order: "KeySpec | None" = None,
         linger: timedelta | None = None,
     ) -> Callable[[F], F]:
-        """Register a function that handles a whole group of messages in one call: for set-based SQL; returns it unchanged.
+        """Register a function that handles a whole batch of messages in one call: for set-based SQL; returns it unchanged.
 
         It gets lists, of the messages that are new, without duplicates: `list[Order]` is the bodies, `list[Message]` the
-        messages, both in one order. If it raises, everything of the group is rolled back, and smaller groups run, down to
+        messages, both in one order. If it raises, everything of the batch is rolled back, and smaller batches run, down to
         single messages: a list may have one element. Elsewhere than in a worker (`eo.process`) it always has.
 
         Args:

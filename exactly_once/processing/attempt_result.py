@@ -209,7 +209,7 @@ def _broken(
 
 
 def _stands(context: AttemptContext, watch: Watch, ended: AttemptResult) -> AttemptResult:
-    """After the rollback: does this attempt's claim stand all the same? Of a group's, all stand or none does."""
+    """After the rollback: does this attempt's claim stand all the same? Of a batch's, all stand or none does."""
     try:
         found = context.guard.look(context.open_ours, watch.rows[0])
     except StoreUnavailable as error:
@@ -233,7 +233,7 @@ def _stop_of(ended: AttemptResult) -> BaseException | None:
 def _look_up(context: AttemptContext, rows: Sequence[ClaimRow], ended: AttemptResult) -> AttemptResult:
     """After a COMMIT that nobody answered: all our rows there means that all is done. Else nothing is proven, and `ended` stands.
 
-    One row of a group says nothing of the others: it may be of a copy that waited for our key and committed it alone. Of
+    One row of a batch says nothing of the others: it may be of a copy that waited for our key and committed it alone. Of
     one message alone that is as good. A COMMIT still on its way is safe: the redelivery's claim waits for it and then finds
     the row.
     """

@@ -1,10 +1,10 @@
-"""Deliveries of one handler in groups that share a transaction, and what becomes of each message when one of them fails.
+"""Deliveries of one handler in batches that share a transaction, and what becomes of each message when one of them fails.
 
-A group commits as a whole or not at all. When anything in it goes wrong, nothing of it is recorded and nobody is blamed (but
+A batch commits as a whole or not at all. When anything in it goes wrong, nothing of it is recorded and nobody is blamed (but
 where a handler committed behind our back, or nobody knows whether COMMIT happened, which is told of each of its messages): it
 is cut in two and tried again, down to single messages, and those have the whole story of `processor`: tries, failures, dead
-letters. So one bad message costs its group some time, and changes nothing for the rest. A deadlock is no message's fault
-either; then all run alone at once, and the worker makes the next groups smaller. A message that was delivered before runs
+letters. So one bad message costs its batch some time, and changes nothing for the rest. A deadlock is no message's fault
+either; then all run alone at once, and the worker makes the next batches smaller. A message that was delivered before runs
 alone from the start.
 """
 
@@ -40,8 +40,8 @@ __all__ = ["BatchProcessor", "stay"]
 
 _log = steady("exactly_once.delivery")
 _WAITS_S: Final = 2.0
-"""The longest a group waits for keys that other runs hold; those messages that would wait again are asked for later."""
-_CUT: Final = 8  # a group larger than this is cut in two; the messages of a smaller one run alone
+"""The longest a batch waits for keys that other runs hold; those messages that would wait again are asked for later."""
+_CUT: Final = 8  # a batch larger than this is cut in two; the messages of a smaller one run alone
 
 
 def stay(error: BaseException) -> None:
@@ -293,7 +293,7 @@ class BatchProcessor(Processor):
             self._told_unordered = True
             _log.warning(
                 "no_batch_order handler=%s key=%s batch_order= finds nothing in this message, or raises. Such messages run in"
-                " no order, and groups may deadlock on the rows they lock; this is said once.",
+                " no order, and batches may deadlock on the rows they lock; this is said once.",
                 self.plan.name,
                 escaped(ordered[0].work.reading.key or ""),
             )
@@ -326,7 +326,7 @@ class BatchProcessor(Processor):
         check_result(result, in_lists=True, handler=plan.name)
 
     def _settle(self, members: Sequence[Member], tried: BatchAttemptResult, run: _Run) -> None:
-        """Say of each what the group's end means for it."""
+        """Say of each what the batch's end means for it."""
         ended, others = tried.ended, tried.others
         ours = None if ended.how in (AttemptEnd.BROKEN, AttemptEnd.UNKNOWN) else self.recording.processed
         for member in members:
@@ -351,7 +351,7 @@ class BatchProcessor(Processor):
         return self._broken(member.work, error, ended.owner, block=ended.block)
 
     def _in_company(self, member: Member, reached: Sequence[Member]) -> str:
-        """Say what a message of a group that is parked as a whole has had of it: only one of them did it."""
+        """Say what a message of a batch that is parked as a whole has had of it: only one of them did it."""
         if self.plan.in_lists:
             return f"This message was one of {len(reached)} in the list."
         found = (
@@ -364,4 +364,4 @@ class BatchProcessor(Processor):
             if member in reached
             else "was not called: requeue it by its id"
         )
-        return f"It was found {found} of a group in one transaction; this message {had}."
+        return f"It was found {found} of a batch in one transaction; this message {had}."

@@ -35,8 +35,8 @@ IN_HAND: Final = 4
 """Messages in hand for each that runs: one waits its turn, and two are on their way from or to the broker.
 
 With two for each, 16 threads over RocketMQ 5 stood idle for a quarter of the time; what a SIGKILL leaves is more of them."""
-GROUPS_IN_HAND: Final = 3
-"""Groups in hand for each handler that has them: one runs, one forms, and one is being acknowledged."""
+BATCHES_IN_HAND: Final = 3
+"""Batches in hand for each handler that has them: one runs, one forms, and one is being acknowledged."""
 _LAST_LOOK_S: Final = 1.0
 """How long stopping waits for a start that looks at a server just now."""
 
@@ -125,7 +125,7 @@ class WorkerService:
             worker = Worker(
                 consumers,
                 executor.submit,
-                capacity=IN_HAND * self._concurrency + GROUPS_IN_HAND * sum(plan.batch or 0 for plan in router.plans),
+                capacity=IN_HAND * self._concurrency + BATCHES_IN_HAND * sum(plan.batch or 0 for plan in router.plans),
                 drain_timeout=self.drain_timeout,
                 answers=router.answers,
                 handlers=[plan.name for plan in router.plans],

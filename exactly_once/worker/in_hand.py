@@ -24,7 +24,7 @@ __all__ = ["InHand", "Received"]
 
 TURN_S: Final = 1.0
 """A settling thread with nothing to do wakes this often, so that it can be seen to be alive."""
-GROUP: Final = 1024
+SETTLED_AT_ONCE: Final = 1024
 """At most this many verdicts go into one `settle`: between two settles the thread looks after what must be extended."""
 GATHER_S: Final = 0.02
 """While most of what is in hand still runs, a verdict waits so long for others: to a broker ten cost as much as one."""
@@ -48,7 +48,7 @@ class InHand:
     Args:
         consumer: Whose.
         name: For logs and thread names.
-        settled: Called after each group was settled, with its size; the worker's room grows by that much.
+        settled: Called after each batch was settled, with its size; the worker's room grows by that much.
     """
 
     def __init__(self, consumer: Consumer, name: str, settled: Callable[[int], None]) -> None:
@@ -94,15 +94,15 @@ class InHand:
             except Empty:
                 continue
             self._gather()
-            group = [first]
-            while len(group) < GROUP:
+            taken = [first]
+            while len(taken) < SETTLED_AT_ONCE:
                 try:
-                    group.append(self.verdicts.get_nowait())
+                    taken.append(self.verdicts.get_nowait())
                 except Empty:
                     break
-            if None in group:
+            if None in taken:
                 end = monotonic() + _LAST_WAIT_S
-            if batch := [verdict for verdict in group if verdict is not None]:
+            if batch := [verdict for verdict in taken if verdict is not None]:
                 self._settle(batch)
 
     def _gather(self) -> None:

@@ -39,7 +39,7 @@ class Stock(Base):
     left: Mapped[int]
 
 
-BETWEEN = "between two messages of a group"
+BETWEEN = "between two messages of a batch"
 
 eo = ExactlyOnce(group="crash")
 _failed: dict[str, int] = {}
@@ -149,7 +149,7 @@ def install() -> None:
         return str(json.loads(message.body or b"{}").get("order_no"))
 
     def one(numbers: Iterable[str]) -> str:
-        """The number of a group that the points look for, if it is in it."""
+        """The number of a batch that the points look for, if it is in it."""
         every = list(numbers)
         return next((each for each in (VICTIM, FAILING) if each in every), every[0])
 

@@ -20,8 +20,8 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from exactly_once import Message, Outcome
 from exactly_once.guards import transaction
 from tests.integration.shop import DIALECTS, Shop, order, put, shops
-from tests.integration.test_groups import run_together
-from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_LIST, IN_A_STEP, UNDER_A_LEASE, Way
+from tests.integration.test_batches import run_together
+from tests.integration.ways import ALONE, IN_A_BATCH, IN_A_LIST, IN_A_STEP, UNDER_A_LEASE, Way
 
 CUT_OFF_S = 0.2
 """By then the claim waits; it would wait longer than that."""
@@ -73,11 +73,11 @@ def leave(error: BaseException) -> None:
 
 
 @pytest.mark.nightly(meet=1)
-@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST, UNDER_A_LEASE], ids=str)
+@pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, IN_A_LIST, UNDER_A_LEASE], ids=str)
 def test_a_claim_that_is_cut_off_gives_its_place_in_the_pool_back(
     shop: Shop, way: Way, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transaction, "_GROUP_WAIT_MS", 5000)  # as long as one alone waits
+    monkeypatch.setattr(transaction, "_BATCH_WAIT_MS", 5000)  # as long as one alone waits
     way.handles(shop, lambda session, no: put(session, f"{no} did"))
 
     async def begin(messages: list[Message]) -> None:
@@ -118,7 +118,7 @@ MINUTES = (
 
 
 @pytest.mark.parametrize("ground", ["sqlite"], indirect=True)
-@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST, UNDER_A_LEASE, IN_A_STEP], ids=str)
+@pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, IN_A_LIST, UNDER_A_LEASE, IN_A_STEP], ids=str)
 def test_a_statement_that_a_handler_cuts_off_keeps_the_file_from_nobody(shop: Shop, way: Way) -> None:
     """aiosqlite's thread goes on with what nobody waits for any more, in a transaction that excludes all others."""
 

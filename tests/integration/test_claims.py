@@ -339,7 +339,7 @@ def test_a_number_and_its_text_are_one_key(shop: Shop) -> None:
     assert [shop.process(order(no)) for no in (12, "12")] == [Outcome.PROCESSED, Outcome.DUPLICATE]
 
 
-def test_groups_and_handlers_are_kept_apart_byte_by_byte(shop: Shop) -> None:
+def test_batches_and_handlers_are_kept_apart_byte_by_byte(shop: Shop) -> None:
     for group in ("shop", "Shop", "shöp", "sh'op", "sh\\op"):
         for name in ("handler", "Handler", "handler "):
             shop.fresh_eo(group=group)

@@ -17,7 +17,7 @@ from exactly_once import ExactlyOnce, Outcome, Retry
 from tests.integration.shop import COLOURS, DIALECTS, GROUP, Shop, order, put, shops
 from tests.integration.test_connection_settings import run
 from tests.integration.test_ends_badly import each_way, until
-from tests.integration.ways import ALONE, IN_A_GROUP, UNDER_A_LEASE, Way
+from tests.integration.ways import ALONE, IN_A_BATCH, UNDER_A_LEASE, Way
 
 pytestmark = pytest.mark.nightly(meet=2)
 P, F, DEAD, WAITING = Outcome.PROCESSED, Outcome.FAILED, Outcome.DEAD, Outcome.WAITING
@@ -113,7 +113,7 @@ def test_a_table_that_takes_no_claims_blames_no_message(
         assert "db upgrade" not in caplog.text, "the table is there: it is somebody else's that is not"
 
 
-@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, UNDER_A_LEASE], ids=str)
+@pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, UNDER_A_LEASE], ids=str)
 @pytest.mark.parametrize(
     ("dialect", "right"),
     [("postgres", "INSERT"), ("postgres", "SELECT"), ("postgres", "UPDATE"), ("mariadb", "INSERT")],

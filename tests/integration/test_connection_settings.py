@@ -21,14 +21,14 @@ from exactly_once.testing.databases import DatabaseServer
 from exactly_once.testing.postgres import EmbeddedPostgres
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
 from tests.integration.threads import until
-from tests.integration.ways import ALONE, IN_A_GROUP, UNDER_A_LEASE, WAYS, Way, mariadb_procedures
+from tests.integration.ways import ALONE, IN_A_BATCH, UNDER_A_LEASE, WAYS, Way, mariadb_procedures
 from tests.services.mariadb import MYSQLD
 
 pytestmark = pytest.mark.nightly(meet=2)
 
 P, D, F = Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.FAILED
 each_way = pytest.mark.parametrize("way", WAYS, ids=str)
-some_ways = pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, UNDER_A_LEASE], ids=str)
+some_ways = pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, UNDER_A_LEASE], ids=str)
 
 AT_COMMIT = (
     "CREATE TABLE at_commit (id serial PRIMARY KEY, durable text, role text, path text)",
@@ -129,8 +129,8 @@ def test_no_commit_of_a_message_is_asynchronous_whatever_its_handler_or_an_earli
 
 
 def test_one_of_a_group_sets_it_and_the_groups_commit_is_durable(postgres: Shop) -> None:
-    IN_A_GROUP.handles(postgres, first_then(sends(OFF["SET LOCAL"])))
-    assert IN_A_GROUP.deliver(postgres, [order(no) for no in (1, 2, 3)]) == [P] * 3
+    IN_A_BATCH.handles(postgres, first_then(sends(OFF["SET LOCAL"])))
+    assert IN_A_BATCH.deliver(postgres, [order(no) for no in (1, 2, 3)]) == [P] * 3
     assert durable(postgres) == ["on"] * 3
 
 

@@ -27,7 +27,7 @@ from tests.integration.shop import COLOURS, DIALECTS, GROUP, Shop, on, order, pu
 from tests.integration.test_connection_settings import column
 from tests.integration.ways import (
     ALONE,
-    IN_A_GROUP,
+    IN_A_BATCH,
     IN_A_LIST,
     IN_A_STEP,
     UNDER_A_LEASE,
@@ -160,7 +160,7 @@ def test_a_number_that_is_no_drivers_is_a_failure_like_any_other(shop: Shop, num
 @pytest.mark.parametrize(
     ("scheme", "way", "kind"),
     [("memory://panics-{n}", ALONE, kind) for kind in RAISED]
-    + [("memory://panics-{n}", way, "Panic") for way in (IN_A_GROUP, IN_A_LIST, UNDER_A_LEASE)]
+    + [("memory://panics-{n}", way, "Panic") for way in (IN_A_BATCH, IN_A_LIST, UNDER_A_LEASE)]
     + [("sql://", ALONE, "Panic")],
     ids=str,
 )
@@ -304,7 +304,7 @@ def test_a_hook_that_raises_before_commit_is_a_failure_that_counts(shop: Shop, w
     shop.borrow()
 
 
-@pytest.mark.parametrize("way", [IN_A_GROUP, IN_A_LIST], ids=str)
+@pytest.mark.parametrize("way", [IN_A_BATCH, IN_A_LIST], ids=str)
 def test_such_a_hook_of_one_message_costs_its_group_nothing(shop: Shop, way: Way) -> None:
     way.handles(shop, hooked("before_commit", _refuses), retry=THREE)
     assert way.deliver(shop, [order(no) for no in (1, 2, 3)]) == [F, P, P]
@@ -312,7 +312,7 @@ def test_such_a_hook_of_one_message_costs_its_group_nothing(shop: Shop, way: Way
     shop.borrow()
 
 
-@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST, UNDER_A_LEASE], ids=str)
+@pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, IN_A_LIST, UNDER_A_LEASE], ids=str)
 def test_a_hook_that_raises_after_commit_changes_nothing(shop: Shop, way: Way) -> None:
     way.handles(shop, hooked("after_commit", _refuses))
     assert way.deliver(shop, [order(1)]) == [P]
@@ -441,7 +441,7 @@ def _gone(shop: Shop, connection: int) -> bool:
 
 
 # under a lease our own last statement meets the dead connection before COMMIT does: a failure that is counted anyway
-@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST], ids=str)
+@pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, IN_A_LIST], ids=str)
 @pytest.mark.parametrize("colour", COLOURS)
 def test_a_connection_that_the_server_ends_before_each_commit_is_bounded_and_then_waits_for_a_person(
     request: pytest.FixtureRequest, way: Way, colour: str
@@ -479,7 +479,7 @@ def through(shop: Shop, proxy: Proxy) -> tuple[Engine, AsyncEngine]:
     return engine, async_engine
 
 
-@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST], ids=str)
+@pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, IN_A_LIST], ids=str)
 @pytest.mark.parametrize("end", ["raises", "returns"])
 @pytest.mark.parametrize("hidden", ["driver", "CALL truncates()"])
 # SQLite's file is always there, and no procedure of PostgreSQL's commits inside a transaction
@@ -596,7 +596,7 @@ def fails_at(*bad: int) -> tuple[Callable[[Session, Any], None], set[int]]:
     return do, failing
 
 
-@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, UNDER_A_LEASE], ids=str)
+@pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, UNDER_A_LEASE], ids=str)
 @pytest.mark.parametrize("most", [1, 5], ids=["dead", "retrying"])
 def test_what_was_consumed_is_a_duplicate_whoever_of_its_key_failed_since(shop: Shop, way: Way, most: int) -> None:
     do, failing = fails_at(2)
@@ -614,7 +614,7 @@ def test_what_was_consumed_is_a_duplicate_whoever_of_its_key_failed_since(shop: 
 
 
 @pytest.mark.parametrize("scheme", ["memory://again-{n}", "sql://"])
-@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP], ids=str)
+@pytest.mark.parametrize("way", [ALONE, IN_A_BATCH], ids=str)
 def test_a_broker_that_reads_its_queue_from_the_start_is_answered_at_once(shop: Shop, way: Way, scheme: str) -> None:
     do, _ = fails_at(4)
     shop.eo = ExactlyOnce(shop.url, group=GROUP)

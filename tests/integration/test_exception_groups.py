@@ -21,7 +21,7 @@ from sqlalchemy.util import await_only
 from exactly_once import ExactlyOnce, Lease, Outcome, Reject, Retry, RetryLater, StepError, Steps
 from tests.integration.shop import COLOURS, GROUP, ONLY, Shop, on, order, put, shops
 from tests.integration.test_ends_badly import Panic, by_itself, each_way, ground, thrice, until
-from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_LIST, UNDER_A_LEASE, Way
+from tests.integration.ways import ALONE, IN_A_BATCH, IN_A_LIST, UNDER_A_LEASE, Way
 
 __all__ = ["ground"]
 
@@ -221,7 +221,7 @@ def narrow(request: pytest.FixtureRequest) -> Iterator[Shop]:
     yield from shops(request, "postgres", request.param, options={"pool_timeout": 0.1})
 
 
-@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST], ids=str)
+@pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, IN_A_LIST], ids=str)
 def test_a_store_that_is_away_in_a_group_is_waited_for(narrow: Shop, way: Way) -> None:
     async def ask(engine: AsyncEngine) -> None:
         async with engine.connect() as connection:
@@ -258,7 +258,7 @@ def test_a_group_with_what_is_no_exception_is_raised_on_when_it_is_written_down(
     assert "Panic: overflow" in shop.failure().error_text
 
 
-@pytest.mark.parametrize("way", [ALONE, UNDER_A_LEASE, IN_A_GROUP], ids=str)
+@pytest.mark.parametrize("way", [ALONE, UNDER_A_LEASE, IN_A_BATCH], ids=str)
 @on(colour="async")  # a plain handler has no tasks
 def test_a_task_group_in_a_worker_rejects_and_asks_for_later(shop: Shop, way: Way) -> None:
     runs: list[int] = []

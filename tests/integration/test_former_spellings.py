@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from exactly_once import Lease, Message, Outcome, keys
 from exactly_once.doctor.looking import Mark, examine
 from tests.integration.shop import Shop, on, put
-from tests.integration.test_groups import told as told_together
+from tests.integration.test_batches import told as told_together
 
 pytestmark = pytest.mark.nightly(meet=2)
 

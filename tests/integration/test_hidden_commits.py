@@ -27,7 +27,7 @@ from tests.integration.shop import COLOURS, DIALECTS, ONE_TRY, STOCK, Shop, on, 
 from tests.integration.threads import Turn, in_thread, until
 from tests.integration.ways import (
     ALONE,
-    IN_A_GROUP,
+    IN_A_BATCH,
     IN_A_LIST,
     IN_A_STEP,
     UNDER_A_LEASE,
@@ -147,7 +147,7 @@ if not MYSQLD:  # which has no such statement
 # each way once, and each call in the two ways whose code differs most: a TRUNCATE is slow
 each_call = pytest.mark.parametrize(
     ("way", "call"),
-    [(way, call) for way in (ALONE, IN_A_GROUP) for call in CALLS]
+    [(way, call) for way in (ALONE, IN_A_BATCH) for call in CALLS]
     + [
         (way, call)
         for way in (IN_A_LIST, UNDER_A_LEASE, IN_A_STEP)
@@ -296,7 +296,7 @@ def test_a_handler_that_always_raises_behind_such_a_procedure_runs_once(mariadb:
     assert hiding.runs[3] == 2  # and once when a person said so
 
 
-@pytest.mark.parametrize("way", [IN_A_GROUP, IN_A_LIST], ids=str)
+@pytest.mark.parametrize("way", [IN_A_BATCH, IN_A_LIST], ids=str)
 @pytest.mark.parametrize("bad", [1, 11, 20])
 def test_one_of_a_large_group_hides_a_commit_and_raises(mariadb: Shop, way: Way, bad: int) -> None:
     hiding = Hiding(CALLS["START TRANSACTION"], _raise, bad=bad)

@@ -12,11 +12,11 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from exactly_once import Outcome
 from tests.integration.shop import EFFECT, Shop, order, put
-from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_STEP, UNDER_A_LEASE, Way, accounted
+from tests.integration.ways import ALONE, IN_A_BATCH, IN_A_STEP, UNDER_A_LEASE, Way, accounted
 
 pytestmark = pytest.mark.nightly(meet=2)
 
-some_ways = pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, UNDER_A_LEASE, IN_A_STEP], ids=str)
+some_ways = pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, UNDER_A_LEASE, IN_A_STEP], ids=str)
 
 
 def brought(shop: Shop, way: Way, numbers: list[int], *, says: int | None = 3) -> Counter[str]:

@@ -12,7 +12,7 @@ from exactly_once import Message, Outcome, Retry
 from tests.integration.shop import COLOURS, Shop, order, put, shops
 from tests.integration.test_connection_settings import column, run
 from tests.integration.threads import until
-from tests.integration.ways import ALONE, IN_A_GROUP, UNDER_A_LEASE, Way
+from tests.integration.ways import ALONE, IN_A_BATCH, UNDER_A_LEASE, Way
 
 F, DEAD, P = Outcome.FAILED, Outcome.DEAD, Outcome.PROCESSED
 MIB = 1024 * 1024
@@ -94,7 +94,7 @@ def test_properties_that_no_statement_carries_are_told(mariadb: Shop) -> None:
     assert "properties are not in this row" in mariadb.failure().error_text
 
 
-@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, UNDER_A_LEASE], ids=str)
+@pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, UNDER_A_LEASE], ids=str)
 def test_a_large_message_waits_behind_a_failed_one_and_no_server_refuses_the_look(mariadb: Shop, way: Way) -> None:
     errors: list[Any] = []
     for engine in (mariadb.engine, mariadb.async_engine.sync_engine):

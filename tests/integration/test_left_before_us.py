@@ -17,11 +17,11 @@ from tests.integration.shop import COLOURS, Shop, order, shops
 from tests.integration.test_connection_settings import run
 from tests.integration.test_left_in_the_pool import by_other_code, set_autocommit
 from tests.integration.threads import until
-from tests.integration.ways import ALONE, IN_A_GROUP, UNDER_A_LEASE, Way
+from tests.integration.ways import ALONE, IN_A_BATCH, UNDER_A_LEASE, Way
 
 pytestmark = pytest.mark.nightly(meet=2)
 P, D, F, W = Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.FAILED, Outcome.WAITING
-some_ways = pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, UNDER_A_LEASE], ids=str)
+some_ways = pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, UNDER_A_LEASE], ids=str)
 
 LEFT = {
     "postgres role": "SET ROLE nobody_of_the_pool",

@@ -27,14 +27,14 @@ from exactly_once.testing.databases import DatabaseServer
 from tests.integration.shop import COLOURS, DIALECTS, EFFECT, GROUP, STOCK, Shop, order, put, shops
 from tests.integration.test_connection_settings import ground_on, one_by_one, run
 from tests.integration.threads import until
-from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_LIST, LEASE, UNDER_A_LEASE, WAYS, Way
+from tests.integration.ways import ALONE, IN_A_BATCH, IN_A_LIST, LEASE, UNDER_A_LEASE, WAYS, Way
 from tests.services.mariadb import MYSQLD
 
 pytestmark = pytest.mark.nightly(meet=2)
 
 P, D, F = Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.FAILED
 each_way = pytest.mark.parametrize("way", WAYS, ids=str)
-some_ways = pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, UNDER_A_LEASE], ids=str)
+some_ways = pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, UNDER_A_LEASE], ids=str)
 
 
 @pytest.fixture(params=COLOURS)
@@ -142,7 +142,7 @@ def test_what_other_code_of_the_program_left_in_the_pool_fails_no_message(postgr
     assert postgres.failure().error_class == "ZeroDivisionError"
 
 
-@pytest.mark.parametrize("way", [IN_A_GROUP, IN_A_LIST], ids=str)
+@pytest.mark.parametrize("way", [IN_A_BATCH, IN_A_LIST], ids=str)
 @pytest.mark.parametrize("left", [*LEFT, "autocommit of the driver's"])
 def test_what_was_left_in_the_pool_fails_none_of_several(postgres: Shop, way: Way, left: str) -> None:
     way.handles(postgres, effect_of)
@@ -338,7 +338,7 @@ def test_what_other_code_of_the_program_left_in_the_pool_of_mariadb_fails_no_mes
     assert sorted(mariadb.effects()) == ["1", "2", "3", "4", "5"], (first, again)
 
 
-@pytest.mark.parametrize("way", [IN_A_GROUP, IN_A_LIST], ids=str)
+@pytest.mark.parametrize("way", [IN_A_BATCH, IN_A_LIST], ids=str)
 @pytest.mark.parametrize("left", LEFT_ON_MARIADB)
 def test_what_was_left_in_the_pool_of_mariadb_fails_none_of_several(mariadb: Shop, way: Way, left: str) -> None:
     effect = text(f"INSERT INTO `{mariadb.engine.url.database}`.effect (text) VALUES (:no)")
@@ -390,10 +390,10 @@ def test_a_limit_of_rows_hides_nothing_of_a_group_and_of_what_failed(mariadb: Sh
         if no in (2, 3):
             raise ZeroDivisionError
 
-    IN_A_GROUP.handles(mariadb, do)
-    assert IN_A_GROUP.deliver(mariadb, [order(no) for no in (0, 1, 2, 3)]) == [P, P, F, F]
+    IN_A_BATCH.handles(mariadb, do)
+    assert IN_A_BATCH.deliver(mariadb, [order(no) for no in (0, 1, 2, 3)]) == [P, P, F, F]
     by_other_code(mariadb, f"SET sql_select_limit = {limit}")
-    assert IN_A_GROUP.deliver(mariadb, [order(no) for no in (0, 1, 4, 5)]) == [D, D, P, P]
+    assert IN_A_BATCH.deliver(mariadb, [order(no) for no in (0, 1, 4, 5)]) == [D, D, P, P]
     with mariadb.engine.begin() as connection:
         connection.exec_driver_sql(f"SET sql_select_limit = {limit}")
         assert requeue(connection, mariadb.tables, Chosen(group=GROUP), by="me", why=None, per_second=None).count == 2

@@ -12,7 +12,7 @@ from sqlalchemy.util import await_only
 
 from exactly_once import Outcome, Retry
 from tests.integration.shop import COLOURS, Shop, order, put, shops
-from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_LIST, UNDER_A_LEASE, Way
+from tests.integration.ways import ALONE, IN_A_BATCH, IN_A_LIST, UNDER_A_LEASE, Way
 
 SOON = {"connect_args": {"timeout": 0.2}}
 TWICE_AT_ONCE = Retry(immediate=2, delays=[0.01], max_attempts=5)
@@ -45,7 +45,7 @@ def elsewhere(shop: Shop, text: str, *, engine: bool) -> None:
 
 
 @pytest.mark.parametrize("engine", [False, True])
-@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST], ids=str)
+@pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, IN_A_LIST], ids=str)
 def test_a_handler_that_waits_for_itself_is_told_after_one_run(shop: Shop, way: Way, engine: bool) -> None:
     runs: list[Any] = []
 

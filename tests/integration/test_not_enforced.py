@@ -13,7 +13,7 @@ from exactly_once import Message, Outcome, Retry
 from tests.integration.shop import COLOURS, Shop, order, put
 from tests.integration.test_connection_settings import column, ground_on, one_by_one, run
 from tests.integration.test_ends_badly import Panic
-from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_LIST, Way
+from tests.integration.ways import ALONE, IN_A_BATCH, IN_A_LIST, Way
 
 pytestmark = pytest.mark.nightly(meet=2)
 
@@ -25,7 +25,7 @@ RAISED: dict[str, Callable[[], BaseException]] = {
     "a group": lambda: BaseExceptionGroup("g", [Panic("x")]),
     "ValueError": lambda: ValueError("no"),
 }
-each_way = pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST], ids=str)  # a lease refuses enforce=False
+each_way = pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, IN_A_LIST], ids=str)  # a lease refuses enforce=False
 
 
 def ended(shop: Shop, message: Message) -> Outcome:

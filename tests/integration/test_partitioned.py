@@ -6,7 +6,7 @@ from sqlalchemy import text
 from exactly_once import Message, Outcome
 from exactly_once.alembic import check
 from tests.integration.shop import Shop, order, shops
-from tests.integration.test_groups import effect, handles, orders, outcomes
+from tests.integration.test_batches import effect, handles, orders, outcomes
 
 PARTITIONS = 8
 # as docs/explanation/scaling.md has it

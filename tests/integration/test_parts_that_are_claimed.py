@@ -17,9 +17,9 @@ from sqlalchemy.util import greenlet_spawn
 
 from exactly_once import ExactlyOnce, InProgress, Outcome
 from tests.integration.shop import GROUP, ONE_TRY, STOCK, Shop, on, order, put
-from tests.integration.test_groups import run_together
+from tests.integration.test_batches import run_together
 from tests.integration.threads import Turn, in_thread
-from tests.integration.ways import IN_A_GROUP, IN_A_LIST, WAYS, Way
+from tests.integration.ways import IN_A_BATCH, IN_A_LIST, WAYS, Way
 
 pytestmark = pytest.mark.nightly(meet=2)
 
@@ -133,12 +133,12 @@ def test_the_key_of_another_message_of_the_group_is_not(shop: Shop) -> None:
         won.append((no, shop.eo.claim(session, "handler", 3 - no)))
         put(session, str(no))
 
-    IN_A_GROUP.handles(shop, do)
-    assert IN_A_GROUP.deliver(shop, [order(1), order(2)]) == [P, P]
+    IN_A_BATCH.handles(shop, do)
+    assert IN_A_BATCH.deliver(shop, [order(1), order(2)]) == [P, P]
     assert [each for _, each in won] == [False, False]
 
 
-@pytest.mark.parametrize("way", [IN_A_GROUP, IN_A_LIST], ids=str)
+@pytest.mark.parametrize("way", [IN_A_BATCH, IN_A_LIST], ids=str)
 @on("postgres", "mariadb")  # SQLite has one writer
 def test_a_handler_that_waits_for_its_part_keeps_no_other_message_from_its_run(shop: Shop, way: Way) -> None:
     def do(session: Session, no: Any) -> None:

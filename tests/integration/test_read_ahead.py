@@ -17,7 +17,7 @@ from exactly_once.executor.future import SmallFuture
 from exactly_once.processing.batch import BatchProcessor
 from exactly_once.processing.work import BatchResults
 from tests.integration.shop import GROUP, Shop, order, put, shops
-from tests.integration.test_groups import FEATURES, handles
+from tests.integration.test_batches import FEATURES, handles
 
 P = Outcome.PROCESSED
 

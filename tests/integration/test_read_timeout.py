@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from exactly_once import Outcome, Retry
 from tests.integration.shop import COLOURS, Shop, order, put, shops
-from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_LIST, IN_A_STEP, UNDER_A_LEASE, Way
+from tests.integration.ways import ALONE, IN_A_BATCH, IN_A_LIST, IN_A_STEP, UNDER_A_LEASE, Way
 
 pytestmark = pytest.mark.nightly(meet=1)
 P, F, DEAD = Outcome.PROCESSED, Outcome.FAILED, Outcome.DEAD
@@ -53,7 +53,7 @@ def test_it_counts_and_ends_as_a_dead_letter(shop: Shop, way: Way, caplog: pytes
     assert shop.effects() == ["2"]
 
 
-@pytest.mark.parametrize("way", [IN_A_GROUP, IN_A_LIST], ids=str)
+@pytest.mark.parametrize("way", [IN_A_BATCH, IN_A_LIST], ids=str)
 def test_the_others_of_its_group_are_done(shop: Shop, way: Way) -> None:
     way.handles(shop, slow, retry=Retry(immediate=0, delays=[0.0], max_attempts=3))
     broker = f"memory://read-timeout-{shop.colour}-{way.name.replace(' ', '-')}"

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from exactly_once import Lease, Outcome, Retry
 from tests.integration.shop import COLOURS, Shop, order, put
 from tests.integration.test_connection_settings import ground_on, run
-from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_STEP, UNDER_A_LEASE, Way
+from tests.integration.ways import ALONE, IN_A_BATCH, IN_A_STEP, UNDER_A_LEASE, Way
 
 pytestmark = pytest.mark.nightly(meet=2)
 
@@ -41,7 +41,7 @@ def postgres(request: pytest.FixtureRequest) -> Iterator[Shop]:
         yield shop
 
 
-@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, UNDER_A_LEASE, IN_A_STEP], ids=str)
+@pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, UNDER_A_LEASE, IN_A_STEP], ids=str)
 @pytest.mark.parametrize(
     "code", ["53100", "53300", "25006", "3D000", "08006", "57P01", "58030", "40001", "23505", "terminates", "cancels"]
 )

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from exactly_once import Outcome, Retry
 from tests.integration.shop import COLOURS, Shop, order, shops
 from tests.integration.test_connection_settings import one_by_one, run
-from tests.integration.ways import ALONE, IN_A_GROUP, UNDER_A_LEASE, WAYS, Way
+from tests.integration.ways import ALONE, IN_A_BATCH, UNDER_A_LEASE, WAYS, Way
 
 P, D, F = Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.FAILED
 each_way = pytest.mark.parametrize("way", WAYS, ids=str)
@@ -88,7 +88,7 @@ def test_messages_that_meet_under_a_tenants_role_are_each_processed(roles: Shop,
     assert effects(roles) == [str(no) for no in range(5)]
 
 
-@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, UNDER_A_LEASE], ids=str)
+@pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, UNDER_A_LEASE], ids=str)
 def test_a_commit_hidden_behind_a_tenants_role_is_seen(roles: Shop, way: Way) -> None:
     """The claim's transaction is over: what asks for it goes on in another role, and its answer is the same."""
     database = roles.engine.url.database

@@ -21,7 +21,7 @@ from tests.integration.test_claim_door import in_session
 from tests.integration.threads import Turn, in_thread
 from tests.integration.ways import (
     ALONE,
-    IN_A_GROUP,
+    IN_A_BATCH,
     IN_A_LIST,
     IN_A_STEP,
     UNDER_A_LEASE,
@@ -124,7 +124,7 @@ def test_another_call_behind_it_is_not_what_failed(shop: Shop, way: Way, procedu
 
 
 @each_error
-@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, UNDER_A_LEASE, IN_A_STEP], ids=str)
+@pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, UNDER_A_LEASE, IN_A_STEP], ids=str)
 def test_a_hook_before_our_commit_calls_it(shop: Shop, way: Way, procedure: str) -> None:
     def do(session: Session, no: Any) -> None:
         event.listen(session, "before_commit", lambda each: call(each, procedure))
@@ -137,7 +137,7 @@ def test_a_hook_before_our_commit_calls_it(shop: Shop, way: Way, procedure: str)
     assert shop.effects() == []
 
 
-@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST], ids=str)
+@pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, IN_A_LIST], ids=str)
 def test_a_trigger_that_signals_as_our_claim_is_finished_says_nothing_of_the_transaction(shop: Shop, way: Way) -> None:
     """SIGNAL gives it the number that ours would have, too."""
     with shop.outside.begin() as connection:

@@ -14,8 +14,7 @@ from sqlalchemy.orm import Session
 
 from exactly_once import Message
 from exactly_once.claim import ClaimRow, StepRow
-from exactly_once.database.dialects import mysql, sqlite
-from exactly_once.database.dialects import mysql_batch as mysql_group
+from exactly_once.database.dialects import mysql, mysql_batch, sqlite
 from exactly_once.database.dialects.postgresql import PostgreSQL
 from exactly_once.database.schema import tables, utcnow
 from exactly_once.database.store import Store
@@ -44,8 +43,7 @@ def approve(name: str, sections: dict[str, list[str]]) -> None:
 def claim_texts(dialect: str) -> dict[str, list[str]]:
     """The texts that go below SQLAlchemy, as the dialect's module has them."""
     if dialect == "postgres":
-        from exactly_once.database.dialects import postgresql
-        from exactly_once.database.dialects import postgresql_batch as postgresql_group
+        from exactly_once.database.dialects import postgresql, postgresql_batch
 
         return {
             "look": [postgresql.LOOK],
@@ -58,13 +56,13 @@ def claim_texts(dialect: str) -> dict[str, list[str]]:
             "around a statement of ours in a handler's transaction": list(postgresql.IN_OUR_NAME),
             "the same where the handler took another user for its session": list(postgresql.AS_OUR_USER),
             "where the application sets a role anew: asked with BEGIN": [postgresql.OWN_ROLE],
-            "claim of a group": [postgresql_group.CLAIM],
-            "known of a group": [postgresql_group.KNOWN],
+            "claim of a batch": [postgresql_batch.CLAIM],
+            "known of a batch": [postgresql_batch.KNOWN],
         }
     if dialect == "mariadb":
         of_group = {
-            "claim of a group": [mysql_group.CLAIM, mysql_group.ROW],
-            "known of a group": [mysql_group.KNOWN, mysql.KEY],
+            "claim of a batch": [mysql_batch.CLAIM, mysql_batch.ROW],
+            "known of a batch": [mysql_batch.KNOWN, mysql.KEY],
         }
         single = {"prepare": [mysql.PREPARE], "bound": [mysql.BOUND], "claim": [mysql.CLAIM], "known": [mysql.KNOWN]}
         ends = {

@@ -19,7 +19,7 @@ from exactly_once import ExactlyOnce, InProgress, Outcome, Retry
 from exactly_once.failures.store import FailureStore
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
 from tests.integration.threads import until
-from tests.integration.ways import ALONE, IN_A_GROUP, IN_A_LIST, UNDER_A_LEASE, Way
+from tests.integration.ways import ALONE, IN_A_BATCH, IN_A_LIST, UNDER_A_LEASE, Way
 from tests.services.mariadb import MYSQLD
 
 BUSY, P = Outcome.IN_PROGRESS, Outcome.PROCESSED
@@ -60,7 +60,7 @@ def another_runs(shop: Shop) -> Iterator[None]:
     assert ends == [P]
 
 
-@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST], ids=str)
+@pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, IN_A_LIST], ids=str)
 def test_a_copy_that_waits_longer_than_the_limit_is_in_progress(limited: Shop, way: Way) -> None:
     shop = limited
     way.handles(shop, lambda session, no: put(session, str(no)), retry=THREE)
@@ -93,7 +93,7 @@ def row_is_locked(shop: Shop) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST, UNDER_A_LEASE], ids=str)
+@pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, IN_A_LIST, UNDER_A_LEASE], ids=str)
 def test_a_limit_that_every_connection_has_is_met_once(roomy: Shop, way: Way) -> None:
     """It is the role's, and nobody left it there: each connection of the pool in turn was tried and closed."""
     shop = roomy
@@ -118,7 +118,7 @@ def test_a_limit_that_every_connection_has_is_met_once(roomy: Shop, way: Way) ->
     shop.borrow()
 
 
-@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, IN_A_LIST], ids=str)
+@pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, IN_A_LIST], ids=str)
 @pytest.mark.parametrize("colour", COLOURS)
 def test_a_limit_that_a_listener_sets_for_each_transaction_is_met_once(
     request: pytest.FixtureRequest, way: Way, colour: str
@@ -241,7 +241,7 @@ def test_a_claim_of_the_callers_says_in_progress_and_keeps_what_they_did(limited
 
 
 @pytest.mark.parametrize("colour", COLOURS)
-@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, UNDER_A_LEASE], ids=str)
+@pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, UNDER_A_LEASE], ids=str)
 def test_a_handler_whose_transaction_stands_still_too_long_is_counted_once_and_its_neighbours_run(
     request: pytest.FixtureRequest, way: Way, colour: str
 ) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy import event
 from exactly_once import ExactlyOnce
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
 from tests.integration.threads import until
-from tests.integration.ways import ALONE, IN_A_GROUP, UNDER_A_LEASE, Way
+from tests.integration.ways import ALONE, IN_A_BATCH, UNDER_A_LEASE, Way
 
 
 @pytest.fixture(params=COLOURS)
@@ -20,7 +20,7 @@ def shop(request: pytest.FixtureRequest) -> Iterator[Shop]:
     yield from shops(request, "mariadb", request.param, pool_size=3)
 
 
-@pytest.mark.parametrize("way", [ALONE, IN_A_GROUP, UNDER_A_LEASE], ids=str)
+@pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, UNDER_A_LEASE], ids=str)
 def test_messages_are_held_until_the_server_is_right_again(shop: Shop, way: Way) -> None:
     mode = ["STRICT_TRANS_TABLES"]
     engine = shop.async_engine.sync_engine if shop.is_async else shop.engine

@@ -1,7 +1,7 @@
-"""The ways a handler's work can run: alone, in a group, as a list, under a lease, in a step; each told alike by a test.
+"""The ways a handler's work can run: alone, in a batch, as a list, under a lease, in a step; each told alike by a test.
 
 A test says what is done with a session for one message; `Way.handles` registers a handler that does it, `Way.deliver` brings
-messages as that way does (those of a group together), `requeued` is a person's decision, `accounted` what must hold of each
+messages as that way does (those of a batch together), `requeued` is a person's decision, `accounted` what must hold of each
 message in the end, whichever way it went.
 """
 
@@ -19,9 +19,9 @@ from sqlalchemy.util import await_only
 from exactly_once import AsyncSteps, Lease, Message, Outcome, Steps
 from exactly_once.failures.triage import Chosen, requeue
 from tests.integration.shop import GROUP, ONE_TRY, Shop
-from tests.integration.test_groups import told
+from tests.integration.test_batches import told
 
-__all__ = ["ALONE", "IN_A_GROUP", "IN_A_LIST", "IN_A_STEP", "UNDER_A_LEASE", "WAYS", "Way", "accounted", "requeued"]
+__all__ = ["ALONE", "IN_A_BATCH", "IN_A_LIST", "IN_A_STEP", "UNDER_A_LEASE", "WAYS", "Way", "accounted", "requeued"]
 
 LEASE = Lease(timedelta(seconds=30))
 
@@ -44,7 +44,7 @@ class Way:
         """Register the handler."""
         options: dict[str, Any] = {"name": "handler", "key": "no", "retry": ONE_TRY}
         options |= ({"guard": LEASE} if self.lease else {}) | more
-        if self is IN_A_GROUP:
+        if self is IN_A_BATCH:
             options |= {"batch": 100}
         register = _async if shop.is_async else _sync
         register(self, shop, do, options)
@@ -73,11 +73,11 @@ class Way:
 
 
 ALONE = Way("alone")
-IN_A_GROUP = Way("in a group", together=True)
+IN_A_BATCH = Way("in a batch", together=True)
 IN_A_LIST = Way("in a list", together=True)
 UNDER_A_LEASE = Way("under a lease", lease=True)
 IN_A_STEP = Way("in a step", lease=True)
-WAYS = (ALONE, IN_A_GROUP, IN_A_LIST, UNDER_A_LEASE, IN_A_STEP)
+WAYS = (ALONE, IN_A_BATCH, IN_A_LIST, UNDER_A_LEASE, IN_A_STEP)
 
 
 def _sync(way: Way, shop: Shop, do: Do, options: dict[str, Any]) -> None:

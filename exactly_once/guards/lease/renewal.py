@@ -84,9 +84,9 @@ class Renewal:
                     return
                 if not self._due or min(self._due.values()) > monotonic():
                     continue
-                over, groups = self._taken(monotonic())
-            for group in groups:
-                self._renew(group)
+                over, batches = self._taken(monotonic())
+            for batch in batches:
+                self._renew(batch)
             for held in over:
                 # the hook is the application's, and whatever it waits for must not keep the others from being renewed
                 Thread(target=self._overran, args=(held,), name="alert: max_run", daemon=True).start()
@@ -96,25 +96,25 @@ class Renewal:
         over = [held for held in self._due if _end(held) <= now]
         for held in over:
             del self._due[held]
-        groups: dict[timedelta, list[HeldLease]] = {}
+        batches: dict[timedelta, list[HeldLease]] = {}
         for held, due in self._due.items():
             if due <= now + held.lease.total_seconds() / 3 / _TOGETHER:
-                groups.setdefault(held.lease, []).append(held)
-        return over, groups.values()
+                batches.setdefault(held.lease, []).append(held)
+        return over, batches.values()
 
-    def _renew(self, group: list[HeldLease]) -> None:
+    def _renew(self, batch: list[HeldLease]) -> None:
         asked = clock()
-        again = min(_AGAIN_S, group[0].lease.total_seconds() / 3 / _TOGETHER)
+        again = min(_AGAIN_S, batch[0].lease.total_seconds() / 3 / _TOGETHER)
         lost: set[HeldLease] = set()
         try:
-            lost = self._asked(group)
+            lost = self._asked(batch)
         except StoreUnavailable as error:
-            _log.warning("leases_not_renewed store=%s count=%d error=%s", self.store.name, len(group), error)
+            _log.warning("leases_not_renewed store=%s count=%d error=%s", self.store.name, len(batch), error)
         except Exception as error:  # this thread must go on: without it every lease of the process is lost
-            _log.error("leases_not_renewed store=%s count=%d\n%s", self.store.name, len(group), trace_of(error))
+            _log.error("leases_not_renewed store=%s count=%d\n%s", self.store.name, len(batch), trace_of(error))
         now = monotonic()
         with self._changed:
-            for held in group:
+            for held in batch:
                 if held not in self._due:
                     continue
                 if held.ending:  # completed meanwhile, it looks like one that was lost
@@ -133,18 +133,18 @@ class Renewal:
                     # not renewed and not lost: locked by its own step at this moment, or the store is away
                     self._due[held] = self._next(held, now) if held.renewed >= asked else min(now + again, _end(held))
 
-    def _asked(self, group: Sequence[HeldLease]) -> set[HeldLease]:
+    def _asked(self, batch: Sequence[HeldLease]) -> set[HeldLease]:
         """Renew them, in the context of a run: a listener of the engine's may want its tenant, and any of these has the rights.
 
         One that a listener refuses must not cost the others their leases.
         """
-        for held in group[:-1]:
+        for held in batch[:-1]:
             try:
-                return set(held.context.run(self.store.renew, group))
+                return set(held.context.run(self.store.renew, batch))
             except StoreUnavailable as error:
                 if not error.by_application:
                     raise
-        return set(group[-1].context.run(self.store.renew, group))
+        return set(batch[-1].context.run(self.store.renew, batch))
 
     def _overran(self, held: HeldLease) -> None:
         assert held.max_run is not None

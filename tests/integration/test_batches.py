@@ -209,7 +209,7 @@ def test_what_was_committed_behind_our_back_is_for_a_person_all_of_it(shop: Shop
     for row, company in zip(
         shop.failures(), ("was called: look", "was called: look", "was not called: requeue"), strict=True
     ):
-        assert "found at '2', call 2 of a group" in row.error_text
+        assert "found at '2', call 2 of a batch" in row.error_text
         assert f"this message {company}" in row.error_text
     # what a copy finds: a duplicate, and never a second effect
     assert outcomes(shop, orders(1, 2)) == [D, D]

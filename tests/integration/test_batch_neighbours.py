@@ -17,7 +17,7 @@ from exactly_once import Outcome, Retry
 from exactly_once.testing.child import wait_until
 from exactly_once.transports.contract import Features
 from tests.integration.shop import GROUP, ONE_TRY, Shop, order, put, shops
-from tests.integration.test_groups import effect, handles, orders, own_engines, told
+from tests.integration.test_batches import effect, handles, orders, own_engines, told
 
 DIALECTS = ("postgres", "mariadb", "sqlite")
 SERVERS = DIALECTS[:2]

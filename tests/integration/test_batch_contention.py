@@ -18,7 +18,7 @@ from exactly_once import ExactlyOnce, Outcome
 from exactly_once.processing.batch import BatchProcessor
 from tests import length
 from tests.integration.shop import GROUP, STOCK, Shop, order, put, shops
-from tests.integration.test_groups import FEATURES
+from tests.integration.test_batches import FEATURES
 
 SECONDS = 60 if length.WHOLE else 8
 MEMBERS = 4
@@ -27,7 +27,7 @@ ROWS = 7
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("dialect", ["postgres", "mariadb", "sqlite"])
-def test_groups_over_the_same_keys_and_rows_in_different_orders(
+def test_batches_over_the_same_keys_and_rows_in_different_orders(
     request: pytest.FixtureRequest, dialect: str, figure: Callable[[str], None]
 ) -> None:
     for shop in shops(request, dialect, "sync"):
