@@ -1,7 +1,8 @@
-"""Which characters a connection can carry into its database: what the driver and the server said of it, without a question.
+"""Which characters a connection can carry into its database, as the driver and the server reported. Sends no query.
 
-A text of ours must never keep a message from being written down, so it is escaped to what this says. Where it says too
-much (a multi-byte set that server and Python read differently), the server refuses and the caller writes ASCII.
+A text of ours must never keep a message from being written down, so it is escaped to this character set. Where the server still
+refuses the text (the server and Python read a multi-byte character set differently), the caller writes ASCII. Called by `store`,
+`failures`, `alembic` and `transports.sql`.
 """
 
 from typing import Any, Final
@@ -16,7 +17,7 @@ _ASCII: Final = "ascii"  # every character set of every server has it
 _MYSQL: Final = {"utf8mb4": EVERY, "utf8": THREE_BYTES, "utf8mb3": THREE_BYTES, "latin1": "cp1252"}
 _POSTGRESQL: Final = {
     "UTF8": EVERY,
-    "SQL_ASCII": EVERY,  # bytes as they come: no character set at all
+    "SQL_ASCII": EVERY,  # bytes are stored as they come: no character set at all
     **{f"LATIN{n}": f"iso8859-{part}" for n, part in enumerate((1, 2, 3, 4, 9, 10, 13, 14, 15, 16), 1)},
     **{f"ISO_8859_{part}": f"iso8859-{part}" for part in (5, 6, 7, 8)},
     **{f"WIN{page}": f"cp{page}" for page in (866, 874, *range(1250, 1259))},
@@ -29,7 +30,7 @@ _POSTGRESQL: Final = {
 
 
 def characters_of(connection: Connection) -> str:
-    """Return the character set that texts to this database must fit, as `storable` takes it; no round trip."""
+    """Return the character set that texts to this database must fit, in the form that `storable` takes. No round trip."""
     driver = _driver(connection)
     match connection.dialect.name:
         case "postgresql":
@@ -44,7 +45,8 @@ def characters_of(connection: Connection) -> str:
 
 
 def narrow(connection: Connection) -> str | None:
-    """Name the character set that lacks characters, if there is one: of a PostgreSQL database, or of a MySQL connection."""
+    """Return the character set that lacks characters: of a PostgreSQL database, or of a MySQL connection. None if it lacks
+    none."""
     match connection.dialect.name:
         case "postgresql":
             database, _ = _encodings(_driver(connection))
@@ -59,10 +61,11 @@ def narrow(connection: Connection) -> str | None:
 
 
 def utf8_args(url: URL) -> dict[str, str]:
-    """Return what to connect with so that texts travel as UTF-8, also to a PostgreSQL database that keeps them otherwise.
+    """Return connection arguments that make texts travel as UTF-8, whatever encoding a PostgreSQL database stores.
 
-    libpq would speak the database's own character set: then the driver refuses what that one lacks, and of SQL_ASCII it
-    returns bytes, on which SQLAlchemy fails at the first connection.
+    Without them libpq uses the database's own character set. Then the driver refuses characters that this set lacks. For
+    SQL_ASCII
+    the driver returns bytes, on which SQLAlchemy fails at the first connection.
     """
     if url.get_backend_name() != "postgresql" or "client_encoding" in url.query:
         return {}

@@ -1,7 +1,7 @@
-"""Claims written, finished and taken back by somebody else than their attempt, as statements in the caller's transaction.
+"""Writes, finishes and takes back claims outside of an attempt, as statements in the caller's transaction.
 
-A person discards a message; a broken one is written down; a lease that is kept elsewhere leaves its mark in the handler's own
-transaction. Called by `failures`, by `failures.triage` and by `leases.sql`.
+Three cases: an operator discards a message; a broken message is recorded; a lease that is stored elsewhere leaves its mark in the
+handler's own transaction. Called by `failures.store`, `failures.triage` and `guards.lease.sql`.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,29 +24,29 @@ def of(table: Table, group: str, handler: str, key: str) -> Any:
 
 
 def writing(server: str, claims: Table, values: Mapping[str, Any]) -> Insert:
-    """Return what inserts a consumed claim unless the key has one.
+    """Return the statement that inserts a consumed claim unless the key has a claim.
 
     Args:
-        server: SQLAlchemy's name of its dialect.
-        claims: Our table.
-        values: Of its columns.
+        server: SQLAlchemy's name of the dialect.
+        claims: Our table of claims.
+        values: Values of its columns.
     """
     row = {"status": CONSUMED, "created_at": utcnow(), "consumed_at": utcnow(), **values}
     match server:
         case "postgresql":
             return postgresql.insert(claims).values(row).on_conflict_do_nothing()
         case "sqlite":
-            # not in a savepoint: its driver begins no transaction for one, so its release would commit the claim alone
+            # No savepoint: the driver begins no transaction for a savepoint, so its release would commit the claim alone.
             return sqlite.insert(claims).values(row).on_conflict_do_nothing()
         case _:
             return insert(claims).values(row)
 
 
 def written(insertion: Callable[[], int]) -> bool:
-    """Carry such a statement out, and say whether it made a row; MySQL and MariaDB raise where the key has one."""
+    """Execute such a statement, and say whether it inserted a row. MySQL and MariaDB raise an error if the key has a claim."""
     try:
         return insertion() == 1
-    except Exception as error:  # it undoes that statement alone
+    except Exception as error:  # the error undoes that statement alone
         if not is_taken(error) or original(error).args[:1] != (_DUPLICATE_ENTRY,):
             raise
         return False
@@ -55,18 +55,19 @@ def written(insertion: Callable[[], int]) -> bool:
 def write(connection: Connection, claims: Table, values: Mapping[str, Any]) -> bool:
     """Insert a consumed claim unless the key has one; say whether it was inserted."""
     statement = writing(connection.dialect.name, claims, values)
-    # asked to keep it: of an INSERT the driver forgets how many rows it made
+    # preserve_rowcount: without it the driver forgets the row count of an INSERT.
     return written(lambda: connection.execute(statement, execution_options={"preserve_rowcount": True}).rowcount)
 
 
 def take_back(
     connection: Connection, tables: Tables, group: str, handler: str, key: str, owner: str | None, *, until: Any
 ) -> None:
-    """Take back the claim of a broken attempt; one of any other owner is another copy's, and that was processed whole.
+    """Take back the claim of a broken attempt. A claim of any other owner stays: another copy of the message was processed.
 
-    Where nobody wrote down the owner, in a row of an earlier release, a claim that was made before the failure is meant
-    (`until`). A lease is let go of and keeps the number of its attempt, which services compare; another claim is deleted.
-    What says that a transaction under a lease was committed behind our back is deleted with it.
+    A failure row of an earlier release has no owner. Then a claim that was made before the failure (`until`) is taken back.
+    A claim with a lease is freed and keeps its attempt number, which services compare. A claim without a lease is deleted. The
+    trace
+    row, which says that somebody else committed a transaction under a lease, is deleted too.
     """
     claims, steps = tables.idempotent, tables.step
     meant = claims.c.owner == owner if owner is not None else claims.c.consumed_at <= until

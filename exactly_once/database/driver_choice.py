@@ -1,6 +1,6 @@
-"""Which driver a database's URL asks for, and what to write where that one is not there.
+"""Which driver the URL of a database asks for, and what to write if that driver is not installed.
 
-Opens nothing. Called by whatever makes an engine of a URL: `store`, `alembic`, the command line.
+Opens nothing. Called by `store`, `alembic` and the command line before they make an engine from a URL.
 """
 
 from typing import Final
@@ -12,7 +12,7 @@ from exactly_once.errors import ConfigurationError, MissingExtra
 
 __all__ = ["EXTRAS", "check_driver", "missing_driver", "with_driver"]
 
-# what a bare name means; SQLAlchemy's own default for MySQL is a driver that we cannot claim through
+# The driver of a URL that names none. SQLAlchemy's own default for MySQL is a driver that cannot claim.
 _BARE: Final = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql", "mariadb": "mariadb+pymysql"}
 _WRITE: Final = {
     "postgresql": "postgresql+psycopg://user:password@host/name, which serves sync and async handlers",
@@ -21,11 +21,11 @@ _WRITE: Final = {
     "sqlite": "sqlite:///orders.db, which serves sync and async handlers",
 }
 EXTRAS: Final = {"pymysql": "mysql", "asyncmy": "mysql", "aiosqlite": "sqlite"}
-"""The optional package that brings a driver."""
+"""The optional dependency that installs a driver."""
 
 
 def with_driver(url: URL) -> URL:
-    """Return the URL with the driver that is meant where it names none."""
+    """Return the URL with our default driver if it names none."""
     return url.set(drivername=_BARE.get(url.drivername, url.drivername))
 
 
@@ -46,11 +46,11 @@ def check_driver(url: URL) -> None:
 
 
 def missing_driver(url: URL, error: Exception | None = None) -> ConfigurationError:
-    """Return what is told of a URL whose database or driver is not there.
+    """Return the error for a URL whose database or driver is not available.
 
     Args:
-        url: The URL; no more of it than its scheme is repeated.
-        error: What SQLAlchemy raised, where it did.
+        url: The URL. The text repeats its scheme alone.
+        error: What SQLAlchemy raised, if it did.
     """
     backend, _, driver = url.drivername.partition("+")
     unknown = isinstance(error, NoSuchModuleError)

@@ -1,7 +1,7 @@
-"""SQLite in memory: the connection is the database. Thrown away, it takes claims and effects with it, so it is never thrown away.
+"""Tells whether an engine is SQLite in memory. There the connection is the database, so we never throw the connection away.
 
-As in an application's own tests: `create_engine("sqlite://", poolclass=StaticPool)`. What a handler leaves in such a connection
-(a PRAGMA, a temporary table) stays there. Asked by the guards and the store, where they would throw a connection away.
+Applications' tests use it: `create_engine("sqlite://", poolclass=StaticPool)`. What a handler leaves in such a connection
+(a PRAGMA, a temporary table) stays there. The guards and the store ask before they throw a connection away.
 """
 
 from sqlalchemy import Engine

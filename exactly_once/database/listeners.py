@@ -1,8 +1,9 @@
-"""Adds a listener to an engine or a pool that is in use: whoever is in the midst of its listeners goes on with those there were.
+"""Adds a listener to an engine or a pool that is in use. A thread that is running its listeners keeps the list it began with.
 
-SQLAlchemy keeps the listeners of an event in a deque, and walks it without a lock. A listener that is added meanwhile, as this
-package does when it first sees an engine, ends that walk with `deque mutated during iteration`: in another thread of the program,
-which is connecting, or is giving a connection back, and then the pool has lost it.
+SQLAlchemy keeps the listeners of an event in a deque and iterates over it without a lock. This package adds listeners when it
+first
+sees an engine. Without this module, another thread that is connecting or returning a connection would then raise
+`deque mutated during iteration`, and the pool would lose that connection.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ _lock = Lock()
 
 
 class _Kept:
-    """What SQLAlchemy asks of that deque; a walk goes over what there was when it began."""
+    """The methods of a deque that SQLAlchemy uses. An iteration goes over the listeners that were there when it began."""
 
     __slots__ = ("_listeners",)
 
@@ -50,13 +51,13 @@ class _Kept:
 
 
 def listen(engine: Engine, name: str, do: Callable[..., Any], *, insert: bool = False) -> None:
-    """Listen to an event of an engine, its pool or its dialect; otherwise as `sqlalchemy.event.listen`.
+    """Listen to an event of an engine, its pool or its dialect. Otherwise the same as `sqlalchemy.event.listen`.
 
     Args:
-        engine: Which may be in use by other threads.
-        name: Of the event.
+        engine: The engine. Other threads may be using it.
+        name: The event.
         do: The listener.
-        insert: Before those that are there.
+        insert: Put the listener before the existing ones.
     """
     from sqlalchemy.event.api import _event_key
 

@@ -1,9 +1,9 @@
-"""How the values of our columns travel to MySQL and MariaDB, and back: as hexadecimal digits there, as bytes back.
+"""How the values of our columns travel to MySQL and MariaDB: hexadecimal digits to the server, bytes back from it.
 
-Whoever had a connection before may have left another character set in it (`SET NAMES gbk`), or a mode in which a backslash
-escapes nothing, and the driver knows of neither. In gbk the second byte of a character may be a backslash, and a driver's
-escaping of what comes next is then the end of a character: the server stores another key, or reads the rest of a value as SQL.
-Digits mean the same in every character set and every mode, and bytes are translated into none. `schema` asks for these types.
+An earlier user of the connection may have left another character set in it (`SET NAMES gbk`), or a mode in which a backslash
+escapes nothing. The driver knows of neither. In gbk the second byte of a character may be a backslash. Then the driver's escape
+character becomes the end of a character: the server stores another key, or reads the rest of a value as SQL.
+Digits mean the same in every character set and every mode, and the server translates no bytes. `schema` uses these types.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,8 @@ __all__ = ["AsciiVarchar", "DigitsLongBlob", "DigitsMediumText", "DigitsVarbinar
 
 
 class _text_of(FunctionElement[str]):  # noqa: N801  (reads as a SQL function does)
-    """The text whose UTF-8 these digits are. With a collation, or a column of an older table might not be compared with it."""
+    """The text whose UTF-8 these digits are. It names a collation: else it might not be comparable with a column of an older
+    table."""
 
     inherit_cache = True
     name = "text_of"
@@ -38,7 +39,7 @@ class _utf8_of(FunctionElement[bytes]):  # noqa: N801
 
     def __init__(self, column: Any, type_: TypeEngine[Any]) -> None:
         super().__init__(column)
-        self.type = type_  # which makes text of it again
+        self.type = type_  # converts the bytes to text
 
 
 @compiles(_utf8_of, "mysql", "mariadb")
@@ -79,7 +80,7 @@ class DigitsLongBlob(LONGBLOB):
 
 
 class AsciiVarchar(VARCHAR):
-    """Words of our own making: sent as they are, for all character sets that a client may send in agree on ASCII."""
+    """Words that we make ourselves. They are sent as they are: all character sets that a client may use agree on ASCII."""
 
     def column_expression(self, colexpr: Any) -> ColumnElement[Any]:
         return _utf8_of(colexpr, self)

@@ -1,6 +1,6 @@
-"""Before a look on MySQL and MariaDB: only what is committed is to be seen, whatever the session or the engine was left in.
+"""Makes a read on MySQL and MariaDB see committed rows alone, whatever isolation level the session or the engine has.
 
-Called by whatever looks, `mysql`, `leases.sql` and `failures.due`, and by the broker in a table.
+Called before each such read by `dialects.mysql`, `guards.lease.sql`, `failures.due` and `transports.sql`.
 """
 
 from typing import Any, Final
@@ -8,9 +8,9 @@ from typing import Any, Final
 __all__ = ["COMMITTED_ALONE", "see_committed", "see_uncommitted"]
 
 COMMITTED_ALONE: Final = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED"
-"""Before a look on MySQL and MariaDB: it shows what is committed alone. A session that was left, or an engine that was made,
-READ UNCOMMITTED would show a claim that is then rolled back, and the message would be acknowledged as a duplicate.
-Nothing is written in that transaction: where the server writes its binary log in statements it refuses that (errno 1665)."""
+"""Sent before a read on MySQL and MariaDB, so that it sees committed rows alone. A session or an engine may be READ UNCOMMITTED.
+It would show a claim that is rolled back later, and the message would be acknowledged as a duplicate.
+Nothing is written in that transaction: a server that writes its binary log in statements refuses that (errno 1665)."""
 
 _UNCOMMITTED_TOO: Final = "SET TRANSACTION ISOLATION LEVEL READ UNCOMMITTED"
 _IN_A_TRANSACTION: Final = 1568
@@ -18,7 +18,7 @@ _ROLLBACK: Final = "ROLLBACK AND NO CHAIN NO RELEASE"
 
 
 def see_committed(dbapi: Any) -> None:
-    """Have the next transaction see what is committed alone.
+    """Let the next transaction see committed rows alone.
 
     Args:
         dbapi: The driver's connection.
@@ -27,7 +27,7 @@ def see_committed(dbapi: Any) -> None:
 
 
 def see_uncommitted(dbapi: Any) -> None:
-    """Have the next transaction see what may be committed, too.
+    """Let the next transaction see uncommitted rows, too.
 
     Args:
         dbapi: The driver's connection.
@@ -36,11 +36,13 @@ def see_uncommitted(dbapi: Any) -> None:
 
 
 def _say(dbapi: Any, level: str) -> None:
-    """Say it to the server, outside any transaction, for it is refused inside one.
+    """Set the isolation level of the next transaction. The server refuses that inside a transaction.
 
-    A listener of the user's, such as one that pings as a connection is taken, may have begun one. The server alone knows: of
-    rows that PyMySQL reads it is told no status. That transaction is rolled back, as it would be after a look; a SET is no
-    part of it. Or the session's `completion_type` has begun it, which is to begin no other one now.
+    A listener of the application, such as one that pings at checkout, may have begun a transaction. Only the server knows: for
+    rows
+    that PyMySQL reads, the driver gets no status. So that transaction is rolled back, as it would be after the read; a SET does
+    not
+    belong to it. Or the session's `completion_type` has begun one, and must not begin another now.
     """
     cursor = dbapi.cursor()
     try:

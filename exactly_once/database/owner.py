@@ -1,9 +1,10 @@
-"""Who a claim belongs to: one attempt of one process, and no other one ever.
+"""Who owns a claim: one attempt of one process, and never another attempt.
 
-An owner made for a whole process would let an attempt take another's row for its own: that of a copy which ran a moment
-before in the same process. So each attempt has a name of its own. It stands in the claim's row, and in the name of the
-savepoint by which MySQL and MariaDB tell whether the claim's transaction is still there. Called by
-`attempt`, `guards` and `store`.
+With one owner for a whole process, an attempt would take another attempt's row for its own: that of a copy of the message which
+ran
+a moment before in the same process. So each attempt has its own name. The name is in the claim's row, and in the name of the
+savepoint by which MySQL and MariaDB tell whether the claim's transaction still exists. Called by
+`processing.attempt`, `guards.claiming` and `store`.
 """
 
 import os
@@ -21,14 +22,14 @@ _NUMBER: Final = count(1)
 
 
 class _Process:
-    """What the owners of one process begin with."""
+    """The prefix of all owners in one process."""
 
     def __init__(self) -> None:
         self.forked()
         fork.tell(self)
 
     def forked(self) -> None:
-        """A child is another process: with its parent's name the two would share owners."""
+        """Make a new prefix in a forked child: with the parent's prefix, the two processes would make the same owners."""
         self.name = f"{_HOST}:{os.getpid()}:{secrets.token_hex(4)}:"
 
 

@@ -1,6 +1,6 @@
-"""Claims of handlers that are not registered: of one that got another name, all that it did would be done again.
+"""Finds claims of handlers that are not registered. If a handler was renamed, its messages would take effect again.
 
-Asked by `doctor`, and by a worker before it receives. A step of the primary key's tree for each name, however many rows it has.
+Asked by `doctor`, and by a worker before it receives. Costs one index lookup for each name, however many rows it has.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ __all__ = ["claimed_names", "told_of_renamed"]
 
 
 def claimed_names(connection: Connection, claims: Table, group: str) -> Iterator[str]:
-    """The handlers of which this group has claims, each once, in the order of the index."""
+    """Yield the handlers of which this group has claims, each once, in the order of the index."""
     last: str | None = ""
     while last is not None:
         last = connection.execute(
@@ -25,10 +25,11 @@ def claimed_names(connection: Connection, claims: Table, group: str) -> Iterator
 
 
 def told_of_renamed(claimed: Sequence[str], registered: Sequence[str]) -> str | None:
-    """Say at a start that a handler seems to have another name now, None where nothing looks like it.
+    """Say, at a start, that a handler seems to have a new name. None where nothing looks like that.
 
-    A handler that is registered and has no claim, and claims of one that is not registered: once the new name has claims of its
-    own, what could be done twice has been, and `doctor` alone says it. Names that `eo.claim` alone uses look the same.
+    It looks like that if one registered handler has no claim, and there are claims of a handler that is not registered. Once the
+    new
+    name has claims, duplicates have already run, and `doctor` alone reports it. Names that `eo.claim` alone uses look the same.
     """
     gone = [name for name in claimed if name not in registered]
     new = [name for name in registered if name not in claimed]

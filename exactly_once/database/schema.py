@@ -1,7 +1,7 @@
 """The tables, as SQLAlchemy metadata: column types, limits, and the server's own clock. Data only; nothing connects.
 
-Alembic's migrations create these tables and a test holds the two against each other. `tables(schema)` is built on first
-use, once a schema name. Keys are compared byte by byte on every server: case, accents and trailing spaces count.
+Alembic's migrations create these tables; a test compares the two. `tables(schema)` is built on first
+use, once for each schema name. Keys are compared byte by byte on every server: case, accents and trailing spaces count.
 """
 
 from datetime import UTC, datetime
@@ -49,17 +49,17 @@ __all__ = [
 ]
 
 CONSUMING: Final = 0
-"""Under a lease, or free again after one."""
+"""Under a lease, or free after one."""
 CONSUMED: Final = 1
 DISCARDED: Final = "discarded"
-"""The owner of a claim that a person wrote."""
+"""The owner of a claim that an operator wrote."""
 UNFINISHED: Final = 2
-"""Written first in a transaction on MySQL and MariaDB, and made CONSUMED by the statement that travels with COMMIT. Others
-see it only where something committed the transaction in between."""
+"""First status in a transaction on MySQL and MariaDB. The statement that travels with COMMIT changes it to CONSUMED. Other
+sessions see it only if something committed the transaction in between."""
 STEP_BEGUN: Final = 0
 STEP_FINISHED: Final = 1
 STEP_TRACE: Final = 2
-"""Of no step: a transaction under a lease that is not committed; seen from outside only where something else committed it."""
+"""Of no step: marks a transaction under a lease that is not committed. Others see it only if something else committed it."""
 
 # Limits in bytes of UTF-8: the widest index (group, handler, key, step) stays far below PostgreSQL's 2,704 bytes a row
 # and InnoDB's 3,072.
@@ -73,7 +73,7 @@ _FARTHEST_S: Final = 36_500 * 86_400.0
 _ALL_ROWS: Final = 2**63 - 1
 _Selects = TypeVar("_Selects", bound=Select[Any])
 
-# Named, or the tables take the database's defaults: where that is latin1, an error text with an emoji is refused
+# Explicit: the database's default may be latin1, which refuses an error text with an emoji.
 MYSQL_OPTIONS: Final[dict[str, Any]] = {
     f"{server}_{option}": value
     for server in ("mysql", "mariadb")
@@ -82,14 +82,14 @@ MYSQL_OPTIONS: Final[dict[str, Any]] = {
 
 
 def _text(value: Any) -> str | None:
-    """Return a text that may come as bytes: of VARBINARY, and on PostgreSQL where somebody left the connection in SQL_ASCII."""
+    """Decode a text that may come as bytes: from VARBINARY, or from PostgreSQL on a connection that was left in SQL_ASCII."""
     return value.decode() if isinstance(value, (bytes, bytearray)) else value
 
 
 class KeyText(TypeDecorator[str]):
     """Text that is compared byte by byte: `text COLLATE "C"` on PostgreSQL, VARBINARY on MySQL and MariaDB.
 
-    VARBINARY because no collation is known to both servers that neither folds case nor pads with spaces.
+    VARBINARY, because the two servers share no collation that neither folds case nor pads with spaces.
     """
 
     impl = Text
@@ -101,7 +101,7 @@ class KeyText(TypeDecorator[str]):
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         if dialect.name == "postgresql":
-            # as it is: type_descriptor() would make the VARCHAR of it that the driver binds strings with
+            # Not type_descriptor(): it would return VARCHAR, the type with which the driver binds strings.
             from sqlalchemy.dialects.postgresql import TEXT
 
             return TEXT(collation="C")
@@ -121,7 +121,7 @@ class KeyText(TypeDecorator[str]):
 
 
 class Bytes(TypeDecorator[bytes]):
-    """Short bytes that may stand in an index; MySQL and MariaDB want a length for that."""
+    """Short bytes that may be in an index. MySQL and MariaDB need a length for that."""
 
     impl = LargeBinary
     cache_ok = True
@@ -139,7 +139,7 @@ class Bytes(TypeDecorator[bytes]):
 
 
 class Body(TypeDecorator[bytes]):
-    """A message body: up to 4 GiB where the server draws a line at 64 KiB otherwise."""
+    """A message body, up to 4 GiB. The default type of MySQL and MariaDB ends at 64 KiB."""
 
     impl = LargeBinary
     cache_ok = True
@@ -157,7 +157,7 @@ class Words(TypeDecorator[str]):
 
     Args:
         length: In characters.
-        ascii: It is of our own making, in ASCII; not for what comes with a message.
+        ascii: We write the text ourselves, in ASCII. Not for values that come with a message.
     """
 
     impl = String
@@ -179,7 +179,7 @@ class Words(TypeDecorator[str]):
 
 
 class LongText(TypeDecorator[str]):
-    """Text of any length: MySQL and MariaDB draw a line at 64 KiB otherwise."""
+    """Text of any length. The default type of MySQL and MariaDB ends at 64 KiB."""
 
     impl = Text
     cache_ok = True
@@ -224,10 +224,11 @@ class Moment(TypeDecorator[datetime]):
 
 
 class utcnow(FunctionElement[datetime]):  # noqa: N801  (reads as a SQL function does)
-    """The server's clock at this instant, never the worker's, and not the start of the transaction.
+    """The server's clock at this instant: never the worker's clock, and not the start of the transaction.
 
-    With `seconds`, that many later: `utcnow(30)`; a hundred years at most. What no calendar has, PostgreSQL refuses and SQLite
-    writes as NULL: a row to be tried again that has no time is never looked at.
+    With `seconds`, that many seconds later: `utcnow(30)`. At most a hundred years: PostgreSQL refuses a date beyond its calendar,
+    and
+    SQLite writes it as NULL. A retry without a time would never be due.
     """
 
     type = Moment()
@@ -254,7 +255,7 @@ def _mysql_now(element: utcnow, compiler: Any, **kw: Any) -> str:
 
 @compiles(utcnow, "sqlite")
 def _sqlite_now(element: utcnow, compiler: Any, **kw: Any) -> str:
-    # three digits of milliseconds, then three zeros: the format SQLAlchemy writes, so that texts compare as times do
+    # Three digits of milliseconds, then three zeros: SQLAlchemy's own format, so that comparing the texts compares the times.
     if not len(element.clauses):
         return "(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')"
     seconds = compiler.process(element.clauses, **kw)
@@ -262,11 +263,11 @@ def _sqlite_now(element: utcnow, compiler: Any, **kw: Any) -> str:
 
 
 def all_rows(statement: _Selects, server: str) -> _Selects:
-    """Say to MySQL and MariaDB that all rows are wanted: else `sql_select_limit` holds, which somebody may have left there.
+    """Ask MySQL and MariaDB for all rows. Without a LIMIT `sql_select_limit` applies, which an earlier user may have left there.
 
     Args:
-        statement: Without a limit.
-        server: SQLAlchemy's name of its dialect.
+        statement: A statement without a limit.
+        server: SQLAlchemy's name of the dialect.
     """
     return statement.limit(_ALL_ROWS) if server in ("mysql", "mariadb") else statement
 
@@ -285,7 +286,7 @@ class Tables:
         self.queue_group = self._queue_group()
         self.cutover = self._cutover()
         for table in self.metadata.tables.values():
-            # a user's schema_translate_map is about their tables, and would send our statements to another schema's
+            # A user's schema_translate_map is for their tables. It would send our statements to another schema.
             table._use_schema_map = False  # noqa: SLF001  (there is no public word for it)
 
     def _idempotent(self) -> Table:
@@ -306,7 +307,7 @@ class Tables:
             Column("born_at", Moment),
             Column("created_at", Moment, nullable=False),
             Column("consumed_at", Moment),
-            # BRIN where it exists: pruning walks by time, and a claim must not pay for a second tree
+            # BRIN on PostgreSQL: pruning reads by time, and a claim must not pay for a second B-tree.
             Index("ix_message_idempotent_created_at", "created_at", postgresql_using="brin"),
             **MYSQL_OPTIONS,
         )
@@ -319,7 +320,7 @@ class Tables:
             Column("handler", KeyText(HANDLER_BYTES), primary_key=True),
             Column("business_key", KeyText(KEY_BYTES), primary_key=True),
             Column("step", KeyText(STEP_BYTES), primary_key=True),
-            # 0, 1, 2 in the order they ran: a clock can stand still between two steps, or go back
+            # 0, 1, 2 in the order in which steps ran: a clock can stand still between two steps, or go back.
             Column("ordinal", Integer, nullable=False),
             Column("status", SmallInteger, nullable=False),
             Column("result", Body),
@@ -337,8 +338,7 @@ class Tables:
             _id(),
             Column("consumer_group", KeyText(GROUP_BYTES), nullable=False),
             Column("handler", KeyText(HANDLER_BYTES), nullable=False),
-            # "k:" and the business key, or "m:" and the message id where there is no key: two ways to be the same
-            # failure, which must never be taken for each other
+            # "k:" and the business key, or "m:" and the message id if there is no key. The prefix keeps the two apart.
             Column("failure_key", KeyText(KEY_BYTES + 2), nullable=False),
             Column("fingerprint", Bytes(FINGERPRINT_BYTES), nullable=False),
             Column("business_key", KeyText(KEY_BYTES)),
@@ -356,14 +356,14 @@ class Tables:
             Column("decided_at", Moment),
             Column("decided_why", LongText()),
             Column("side", Words(64)),
-            # of a broken one: the owner of the claim that stands for it, which a requeue takes back
+            # Of a broken message: the owner of its claim, which a requeue takes back.
             Column("claim_owner", Words(64, ascii=True)),
             UniqueConstraint(
                 "consumer_group", "handler", "failure_key", "fingerprint", name="uq_message_failure_identity"
             ),
             Index("ix_message_failure_due", "consumer_group", "state", "next_attempt_at"),
             Index("ix_message_failure_order", "consumer_group", "handler", "ordering_key", "id"),
-            # people type these ids: one that was deleted must not come back as another message
+            # Operators type these ids: the id of a deleted row must never name another message.
             sqlite_autoincrement=True,
             **MYSQL_OPTIONS,
         )
@@ -390,14 +390,15 @@ class Tables:
             "message_queue",
             self.metadata,
             _id(),
-            # one row for each group that had joined the topic; empty while none had: the first to join adopts it
+            # One row for each group that had joined the topic. Empty if no group had joined: the first group that joins takes the
+            # row.
             Column("consumer_group", KeyText(GROUP_BYTES), nullable=False),
             *_message_columns(),
             Column("message_id", Words(64), nullable=False),
             Column("born_at", Moment),
             Column("deliver_at", Moment, nullable=False),
             Column("attempts", Integer, nullable=False, server_default=text("0")),
-            # who holds it: settling with another holder's token changes nothing
+            # Who holds the row. Settling with another holder's token changes nothing.
             Column("holder", Words(64, ascii=True)),
             Index("ix_message_queue_due", "consumer_group", "topic", "deliver_at", "id"),
             Index("ix_message_queue_order", "consumer_group", "topic", "ordering_key", "id"),
@@ -430,7 +431,7 @@ class Tables:
 
 
 def _id() -> Column[int]:
-    # SQLite counts up by itself only for a column whose type is exactly INTEGER
+    # SQLite counts up by itself only if the column's type is exactly INTEGER.
     return Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True)
 
 

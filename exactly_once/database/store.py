@@ -1,7 +1,7 @@
 """One database, as the application uses it: engines for threads and for asyncio, sessions, and whether it answers.
 
-Made from a URL (then the engines are ours and sized for us), an Engine, an AsyncEngine or a sessionmaker. Connects to
-nothing until first used. The facade makes stores; deliveries, the pump and the worker's outage probe use them.
+Made from a URL (then we make the engines and choose their size), an Engine, an AsyncEngine or a sessionmaker. Connects to
+nothing until first used. The facade makes stores; attempts, the pump and the worker's outage probe use them.
 """
 
 from collections.abc import Callable, Iterator
@@ -54,7 +54,7 @@ __all__ = ["WHERE_GIVEN", "Store", "claims_twice", "lacking_characters", "try_to
 
 _log = steady("exactly_once.store")
 
-# the drivers that exist for both worlds, so that one URL serves handlers of both kinds
+# Drivers that have a sync and an async side, so that one URL serves handlers of both kinds.
 _ASYNC: Final = {
     "postgresql": "postgresql+psycopg",
     "postgresql+psycopg": "postgresql+psycopg",
@@ -76,16 +76,16 @@ _SYNC: Final = {
 }
 
 _FLASK: Final = "With Flask-SQLAlchemy: with app.app_context(): eo.bind(db.engine)"
-_CONNECT_S: Final = 5  # a server that does not accept within this is away
-# 6 MiB in InnoDB's pages: more than the 4 by which it lets a table grow, so that writing it takes room from the disk. In
-# rows that fit into a page: it ends the server where a larger value found no room and is to be rolled back
+_CONNECT_S: Final = 5  # seconds; a server that does not accept a connection within this time counts as unavailable
+# 6 MiB in InnoDB's pages: InnoDB grows a table by up to 4 MiB, so writing 6 MiB takes space from the disk. Each row fits into a
+# page: where the disk was full, rolling back a larger value crashed the server.
 _ROOM_ROWS: Final = 800
 _ROOM_BYTES: Final = 7000
 _SQLITE_BUSY_S: Final = 30  # handlers run one at a time there, and wait for their turn
 
 
 class _Nothing(tuple[()]):
-    """No listeners, whoever asks how."""
+    """No listeners, for any event."""
 
     __slots__ = ()
 
@@ -93,11 +93,11 @@ class _Nothing(tuple[()]):
 
 
 class _OneHook:
-    """In place of a session's events.
+    """Replaces the events of a session.
 
     Args:
-        after_begin: The application's listeners of that event. What they set (a role, a tenant) may be what gives the right to
-            write our rows; where they raise, it is tried without.
+        after_begin: The application's listeners of that event. What they set (a role, a tenant) may give the right to
+            write our rows. If they raise, we try without them.
     """
 
     def __init__(self, after_begin: Callable[..., None] | None = None) -> None:
@@ -116,9 +116,10 @@ class _OneHook:
 
 
 class _OurSession(Session):
-    """A session for rows of ours alone, in which no hook of the application's runs but `after_begin`.
+    """A session for our own rows, in which no hook of the application runs except `after_begin`.
 
-    A hook listens to sessionmakers, or to the class `Session` and with it to every subclass. It is written for what handlers do:
+    A hook listens to sessionmakers, or to the class `Session` and so to every subclass. It is written for the sessions of
+    handlers:
     one that refuses a commit without a user in `session.info` would keep each failure from being recorded.
     """
 
@@ -131,15 +132,15 @@ WHERE_GIVEN: Final = (
 
 
 class Store:
-    """One database and the ways into it.
+    """One database: its engines and sessions, sync and async.
 
     Args:
         name: Its name among several.
-        database: URL, engine or sessionmaker for threads; or an async one, from which the other is derived.
-        async_database: The same for asyncio, where it is not to be derived.
-        schema: The database schema our tables live in.
-        pool_size: Connections for each kind of engine that we make.
-        pooler: A pooler stands before PostgreSQL, also where none is seen.
+        database: URL, engine or sessionmaker for threads; or an async one, from which the sync engine is derived.
+        async_database: The same for asyncio, if it is not to be derived.
+        schema: The database schema of our tables.
+        pool_size: Connections in each engine that we make.
+        pooler: There is a pooler before PostgreSQL, even if we detect none.
         durable: Commits of handlers wait for the disk, whatever the session says.
     """
 
@@ -165,7 +166,7 @@ class Store:
         self._wants_room = False
         self._refused: ClaimRow | None = None
         self.lacking: str | None = None
-        """The database's own character set, where `problem` saw that it lacks characters."""
+        """The database's own character set, if `problem` saw that it lacks characters."""
 
     # -- threads -----------------------------------------------------------------------------------------------------
 
@@ -176,7 +177,7 @@ class Store:
 
     @cached_property
     def engine_apart(self) -> Engine:
-        """The same database through a pool of its own: handlers that hold all connections keep nothing of it from going on."""
+        """The same database with a separate pool: it goes on when handlers hold all connections of the other."""
         engine = self.engine
         apart = Engine(engine.pool.recreate(), engine.dialect, engine.url)
         forked_engines.seen(apart)
@@ -194,7 +195,7 @@ class Store:
         return made
 
     def makes(self, is_async: bool) -> type[Any]:
-        """The class of the sessions that handlers are handed."""
+        """The class of the sessions that handlers get."""
         from sqlalchemy.ext.asyncio import AsyncSession
 
         given = self._given_async if is_async else self._given
@@ -202,13 +203,13 @@ class Store:
         return made
 
     def open(self) -> tuple[Session, Session]:
-        """Make a session for a thread: for us, and for the handler."""
+        """Make a session for a thread. Returns it twice: for us, and for the handler."""
         session = self._maker()
         session.info[HOME] = self.engine
         return session, session
 
     def open_ours(self) -> tuple[Session, Session]:
-        """The same for what is ours alone."""
+        """The same for our own rows."""
         session = _OurSession(self.engine)
         session.dispatch = _OneHook(self._maker().dispatch.after_begin)
         return session, session
@@ -217,7 +218,7 @@ class Store:
 
     @cached_property
     def async_engine(self) -> "AsyncEngine":
-        """The engine for asyncio; belongs to the loop that first uses it."""
+        """The engine for asyncio. It belongs to the loop that first uses it."""
         from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
         given = self._given_async
@@ -240,7 +241,7 @@ class Store:
 
         engine = self.async_engine
         given = self._given_async
-        # a sessionmaker inside: listeners are for sync classes, and a subclass of our own keeps them off the user's
+        # A sessionmaker inside: listeners need sync classes. A subclass of our own keeps them off the user's class.
         base: type[Session] = Session
         if isinstance(given, async_sessionmaker):
             base = given.class_.sync_session_class
@@ -255,7 +256,7 @@ class Store:
         return async_sessionmaker(engine, expire_on_commit=False, sync_session_class=watched)
 
     def open_async(self) -> tuple[Session, Any]:
-        """Make a session for asyncio: the sync one inside, for us, and the AsyncSession, for the handler."""
+        """Make a session for asyncio. Returns the inner sync session, for us, and the AsyncSession, for the handler."""
         from asyncio import get_running_loop
 
         if self._loop is not (loop := get_running_loop()):
@@ -265,7 +266,7 @@ class Store:
         return session.sync_session, session
 
     def open_ours_async(self) -> tuple[Session, Session]:
-        """The same for what is ours alone, in a greenlet of the loop."""
+        """The same for our own rows, in a greenlet of the loop."""
         from asyncio import get_running_loop
 
         if self._loop is not (loop := get_running_loop()):
@@ -278,7 +279,7 @@ class Store:
         before, self._loop = self._loop, loop
         if before is None:
             return
-        if not before.is_running():  # closed, or at rest: whoever waits in it for a connection cannot be told of one
+        if not before.is_running():  # closed or at rest: tasks that wait there for a connection cannot be woken
             loops.leave(self.async_engine.sync_engine)
         elif not self._told_of_loops:
             self._told_of_loops = True
@@ -286,7 +287,7 @@ class Store:
                 _log.warning("%s", why)
 
     def remedy(self, error: BaseException | None) -> str:
-        """What to do about an error of asyncio's pool, where that says so little; empty for all others."""
+        """Return what to do about an error of asyncio's pool whose text does not say it. Empty for all other errors."""
         if error is None or not loops.is_of_several(error):
             return ""
         return loops.why_not_several(self.async_engine.sync_engine) or ""
@@ -295,13 +296,13 @@ class Store:
 
     @cached_property
     def dialect(self) -> Dialect:
-        """How this database is spoken to."""
+        """The statements and error codes of this database's server."""
         kept_as = f"{self.schema} {self.pooler}"
         return dialect_for(self.engine, lambda: self.place, durable=self._durable, kept_as=kept_as)
 
     @cached_property
     def place(self) -> str | None:
-        """The database schema that our tables are in; looked up at first use, which connects.
+        """The database schema of our tables. Looked up at first use, which connects.
 
         Raises:
             SchemaError: There are no tables.
@@ -311,11 +312,11 @@ class Store:
 
     @cached_property
     def tables(self) -> Tables:
-        """Our tables there; looked up like `place`."""
+        """Our tables in that schema. Looked up like `place`."""
         return tables(self.place)
 
     def seen(self, error: BaseException) -> None:
-        """Remember of an error what the next look must find out: whether there is room again."""
+        """Remember what the next look must check after this error: for example, whether the disk has room again."""
         cause = error.__cause__ if isinstance(error, StoreUnavailable) else error
         if isinstance(error, StoreUnavailable) and error.claim is not None and error.store in (None, self.name):
             self._refused = error.claim
@@ -323,22 +324,25 @@ class Store:
             self._wants_room = True
 
     def answers(self) -> bool:
-        """Say whether the database can be reached and written to now; for threads."""
+        """Say whether the database can be reached and written to now. For threads."""
         return self.look(insists=True)
 
     def look(self, *, is_async: bool = False, insists: bool = False) -> bool:
-        """Say whether a row can be written, which is rolled back: through a new connection.
+        """Say whether a row can be written. Writes through a new connection, and rolls back.
 
-        New, because a session keeps what the server's defaults were as it began: a pool filled while the database was
-        read only would say so for ever. For the same reason, once it can, older connections are not used again; but those of a
-        database that had no room are as good as new ones.
+        New, because a session keeps the server's defaults of the time when it began: a pool that was filled while the database
+        was
+        read-only would stay read-only. For the same reason older connections are not used again after a successful look. The
+        exception
+        is a database whose disk was full: its connections are still good.
 
-        Where the server gives no new one, one of the pool's has to do: it may hold the last that are given to us.
+        If the server gives no new connection, one of the pool must do: the pool may hold all connections that the server allows
+        us.
 
         Args:
             is_async: Called in a greenlet of the loop; else in a thread.
-            insists: The pool is asked, whatever kept a new connection from being made. A server that vanished is waited for as
-                long as the connection's own limits say, so messages do not ask so.
+            insists: Ask the pool after any failure of a new connection. If the server vanished, that waits as
+                long as the connection's own limits say, so the look for a message does not insist.
         """
         engine = self.async_engine.sync_engine if is_async else self.engine
         if in_memory(engine):
@@ -360,7 +364,7 @@ class Store:
         try:
             with engine.connect() as connection:
                 return self._writes(connection)
-        except Exception:  # whatever it says: it does not answer
+        except Exception:  # any error: it does not answer
             return False
 
     def _writes(self, connection: Connection) -> bool:
@@ -375,9 +379,10 @@ class Store:
                 try_to_write(connection, self.tables.idempotent, rows=_ROOM_ROWS if wants_room else 1)
         except Exception as error:
             if not in_memory(connection.engine):
-                connection.invalidate()  # before it is rolled back: else a pooler keeps the server's as a stranger has left it
-            # this row is not of the application's group, and a table that is partitioned may refuse it alone: whoever claims
-            # next is told, and what a claim was refused is waited for
+                connection.invalidate()  # before the rollback: else a pooler keeps the server's connection as a stranger left it
+            # This row is not of the application's group, and a partitioned table may refuse this row alone. So the next claim
+            # gets the
+            # error; only after a refused claim do we wait.
             if (
                 refused is not None
                 or self.dialect.error_kind(error) is not ErrorKind.REFUSED
@@ -392,23 +397,23 @@ class Store:
         return self.dialect.no_table(original(error))
 
     def _forget_connections(self) -> None:
-        """Have each connection that is older than now closed when it is next asked for, where it belongs: thread or loop."""
+        """Let each connection that is older than now be closed at its next checkout, in the thread or loop it belongs to."""
         for engine in self._engines():
             if in_memory(engine):
                 continue
-            # what SQLAlchemy itself does after a lost connection; it has no public verb for it
+            # What SQLAlchemy itself does after a lost connection; it has no public method for that.
             engine.pool._invalidate_time = time()  # noqa: SLF001
 
     def _engines(self) -> list[Engine]:
-        """Those that were used."""
+        """The engines that were used."""
         made = (self.__dict__.get(name) for name in ("engine", "engine_apart", "async_engine"))
         return [getattr(engine, "sync_engine", engine) for engine in made if engine is not None]
 
     def check_threads(self) -> None:
-        """Refuse what the threads of a worker cannot share.
+        """Refuse an engine that the threads of a worker cannot share.
 
         Raises:
-            ConfigurationError: All of them would use one connection at once; a driver ends the process for less.
+            ConfigurationError: All threads would use one connection at once, which can crash the driver and the process.
         """
         for engine in (self.engine, *self._engines()):
             if in_memory(engine) or isinstance(engine.pool, StaticPool):
@@ -423,7 +428,7 @@ class Store:
         return self.unreached(error) or self.dialect.error_kind(error) is ErrorKind.UNAVAILABLE
 
     def gone(self, error: BaseException) -> SchemaError | None:
-        """Return what is told of an error that means that our tables were taken away; None of any other."""
+        """Return the error to report if an error means that our tables were dropped; None for any other error."""
         if not self._lacks_table(error):
             return None
         told = SchemaError(not_made(self.engine, schema=self.place))
@@ -431,15 +436,15 @@ class Store:
         return told
 
     def unreached(self, error: BaseException) -> bool:
-        """Say whether an error was raised where a connection to this database was to be had, whoever wanted it."""
+        """Say whether an error was raised while anybody was getting a connection to this database."""
         return unreached(error, self._engines())
 
     def is_foreign(self, error: BaseException) -> bool:
-        """Say whether an error of a database came from another one, of the handler's own; that says nothing of this one."""
+        """Say whether a database error came from another database, used by the handler. It says nothing about this database."""
         return not came_through(error, self._engines())
 
     def close(self) -> None:
-        """Close the engines we made; those we were given are their owner's."""
+        """Close the engines that we made. Engines that we were given belong to the application."""
         for engine in self.made:
             engine.dispose(close=engine.dialect.is_async is False)
 
@@ -487,7 +492,7 @@ class Store:
         return engine
 
     def _import(self, make: Callable[..., Any], url: URL, options: dict[str, Any]) -> Any:
-        self.check_options(url)  # also of the driver for the other side, threads or asyncio
+        self.check_options(url)  # of the other driver, too, sync or async
         try:
             return make(url, **options)
         except (ModuleNotFoundError, NoSuchModuleError) as error:
@@ -503,11 +508,11 @@ class Store:
                 raise ConfigurationError(
                     "A SQLite database in memory is another one in each thread. Give it a file: sqlite:///orders.db"
                 )
-            # a handler that waits for its turn to write has its connection already
+            # A handler that waits for its turn to write already holds its connection.
             return {"connect_args": {"timeout": _SQLITE_BUSY_S}, "pool_size": self.pool_size, "max_overflow": 4}
         options: dict[str, Any] = {"pool_size": self.pool_size, "max_overflow": 4, "pool_timeout": 30}
         if backend == "postgresql":
-            # a dead peer is noticed in about a minute, not after the kernel's two hours with the key still locked
+            # Notices a dead peer in about a minute, not after the kernel's two hours with the key still locked.
             options["connect_args"] = (
                 utf8_args(url)
                 | {
@@ -538,7 +543,7 @@ def _where_given() -> Iterator[None]:
 
 
 def _sides(database: Any, async_database: Any) -> tuple[Any, Any]:
-    """Sort what was given into the threads' side and asyncio's, refusing what cannot keep the promise."""
+    """Sort what was given into the sync and the async side. Refuses what cannot keep the promise."""
     database, async_database = _made_by(database), _made_by(async_database)
     if async_database is None and (
         hasattr(database, "sync_engine") or hasattr(getattr(database, "class_", None), "run_sync")
@@ -572,13 +577,13 @@ def _sides(database: Any, async_database: Any) -> tuple[Any, Any]:
 
 
 def _made_by(given: Any) -> Any:
-    """Return what makes the sessions of a scoped_session, async or not; anything else as it is."""
+    """Return the sessionmaker of a scoped_session, sync or async; return anything else as it is."""
     scoped = isinstance(given, scoped_session) or type(given).__name__ == "async_scoped_session"
     return given.session_factory if scoped else given
 
 
 def _resets_nothing(bind: Any) -> bool:
-    """Say whether this is an engine whose pool neither rolls back what comes back to it, nor closes it, nor asks a listener."""
+    """Say whether this is an engine whose pool neither rolls back nor closes a returned connection, nor asks a listener."""
     pool = getattr(getattr(bind, "sync_engine", bind), "pool", None)
     if pool is None or isinstance(pool, NullPool) or pool.dispatch.reset:
         return False
@@ -586,9 +591,9 @@ def _resets_nothing(bind: Any) -> bool:
 
 
 def try_to_write(connection: Connection, claims: Table, *, rows: int = 1) -> None:
-    """Insert claims of nobody, and roll them back."""
+    """Insert claims of a random group, and roll them back."""
     now = datetime.now(UTC)
-    content = urandom(_ROOM_BYTES) if rows > 1 else None  # of no pattern: a server that compresses would write nothing
+    content = urandom(_ROOM_BYTES) if rows > 1 else None  # random: a server may compress a pattern to nothing
     values = [
         {
             "consumer_group": "exactly_once",
@@ -611,9 +616,9 @@ def _engine_of(given: Any) -> Engine | None:
 
 
 def claims_twice(dialect: Dialect, open_session: Callable[[], tuple[Any, Any]], group: str) -> tuple[bool, bool]:
-    """Claim one key twice in a transaction that is rolled back; (True, False) where the driver's answer is understood.
+    """Claim one key twice, and roll back. Returns (True, False) where we understand the driver's answer.
 
-    A driver whose duplicate is not recognised would run every duplicate, and nobody would notice.
+    If we did not recognise a driver's duplicate-key error, every duplicate would run, and nobody would notice.
     """
     session, _ = open_session()
     row = ClaimRow(group, "exactly-once doctor", uuid4().hex, b"", owner=new_owner())
@@ -631,7 +636,7 @@ def claims_twice(dialect: Dialect, open_session: Callable[[], tuple[Any, Any]], 
 
 
 def lacking_characters(name: str, characters: str) -> str:
-    """Say what it means that a database's own character set is none that has every character."""
+    """Say what it means that the database's own character set lacks characters."""
     if characters == "SQL_ASCII":
         return (
             f"The database {name!r} is in SQL_ASCII: it takes bytes for text and checks nothing. We write UTF-8; other programs"

@@ -1,7 +1,6 @@
-"""Reads a database's URL, and refuses one of which a password was cut in two: its rest would be taken for a host or an option,
-and printed. Refuses one with an option that its driver does not know, too.
-
-Opens nothing. Called by whatever takes a URL from a person: `store`, `alembic`, the command line.
+"""Reads the URL of a database. Refuses a URL whose password was cut in two: the rest would be used as a host or an option,
+and printed. Refuses options that the driver does not know, too.
+Opens nothing. Called by `store`, `redis.connection`, `alembic` and the command line with a URL that a person typed.
 """
 
 from typing import Final
@@ -16,7 +15,7 @@ from exactly_once.wording.redaction import behind_secret, remember
 
 __all__ = ["check_options", "database_url", "remember_parts"]
 
-# nothing of the URL is repeated: what cannot be read may hold a password anywhere
+# The text repeats nothing of the URL: an unreadable URL may hold a password anywhere.
 _UNREADABLE: Final = (
     "The database URL cannot be read{why}. It looks like postgresql+psycopg://user:password@host:5432/database. In a user, a"
     " password or a name write @ as %40, : as %3A, / as %2F, ? as %3F, # as %23, & as %26 and % as %25."
@@ -24,13 +23,13 @@ _UNREADABLE: Final = (
 
 
 def database_url(url: str | URL) -> URL:
-    """Return a URL taken apart.
+    """Parse a URL.
 
     Args:
-        url: As a person wrote it.
+        url: The URL as a person wrote it.
 
     Raises:
-        ConfigurationError: It is none, or not the one that was meant; the text repeats nothing of it.
+        ConfigurationError: It is no URL, or not the intended one. The text repeats nothing of it.
 
     Example:
         >>> database_url("postgresql+psycopg://me:secret@db/shop").host
@@ -45,7 +44,7 @@ def database_url(url: str | URL) -> URL:
         )
     try:
         read = make_url(url)
-    except (ArgumentError, ValueError):  # a port that is no number: its text would repeat it
+    except (ArgumentError, ValueError):  # a port that is no number, for example: its text would repeat it
         raise ConfigurationError(_UNREADABLE.format(why="")) from None
     remember(url, read.password)
     if read.get_backend_name() != "sqlite":
@@ -54,7 +53,7 @@ def database_url(url: str | URL) -> URL:
             raise ConfigurationError(_UNREADABLE.format(why=": it has an @ too many"))
         if any(pair and "=" not in pair for pair in url.partition("?")[2].split("&")):
             raise ConfigurationError(_UNREADABLE.format(why=": behind its ? stands something that is not NAME=VALUE"))
-    if _lacks_value(url.partition("?")[2]):  # SQLAlchemy leaves such a name out, and the password would be short of it
+    if _lacks_value(url.partition("?")[2]):  # SQLAlchemy drops such a name, and the password would be incomplete
         raise ConfigurationError(_UNREADABLE.format(why=": behind a password in it stands a name without a value"))
     check_options(read)
     return read
@@ -70,7 +69,7 @@ def check_options(url: URL) -> None:
     """Refuse a URL with options that its driver does not know.
 
     Raises:
-        ConfigurationError: It has some. Those behind a secret may be the rest of it, and are not repeated.
+        ConfigurationError: It has some. Those after a secret may be the rest of that secret, and are not repeated.
     """
     refused = refused_options(url)
     if not refused:
@@ -79,12 +78,12 @@ def check_options(url: URL) -> None:
         raise ConfigurationError(
             _UNREADABLE.format(why=": behind a password in it stands an option that its driver does not know")
         )
-    if url.get_backend_name() != "sqlite":  # there SQLAlchemy leaves them out, with a warning
+    if url.get_backend_name() != "sqlite":  # for sqlite SQLAlchemy drops them, with a warning
         raise ConfigurationError(advice_on(url, refused))
 
 
 def remember_parts(url: URL) -> None:
-    """Keep what of a URL that was read elsewhere may be the rest of a password, to be struck out of what its driver says."""
+    """Remember the parts of a parsed URL that may be the rest of a password. They are redacted in the driver's error texts."""
     refused, behind = refused_options(url), behind_secret(url.query)
     names = [name for name in behind if refused is None or name in refused]
     told = [url.query[name] for name in names]

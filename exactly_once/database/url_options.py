@@ -1,7 +1,7 @@
-"""Which options of a database's URL its driver refuses. Opens nothing; the driver itself is asked, which it imports.
+"""Which options in the URL of a database its driver refuses. Opens nothing. Imports the driver to ask it.
 
-A driver raises for such a name when it connects, each in words of its own: PyMySQL as a call with a wrong argument. And where
-the option stands behind a password, it may be the rest of that. Called by `database_url` and `store`.
+A driver raises for such an option when it connects, each driver with its own text: PyMySQL as a call with a wrong argument. An
+option that follows a password may be the rest of that password. Called by `database.url`.
 """
 
 from importlib import import_module
@@ -31,7 +31,7 @@ _OF_SQLITE: Final = frozenset(
 
 
 def refused_options(url: URL) -> tuple[str, ...] | None:
-    """Return the names in a URL's query that its driver does not take; None where it cannot be asked.
+    """Return the names in a URL's query that its driver does not take. None where the driver cannot be asked.
 
     Example:
         >>> from sqlalchemy import make_url
@@ -43,20 +43,20 @@ def refused_options(url: URL) -> tuple[str, ...] | None:
     backend = url.get_backend_name()
     if backend == "sqlite":
         return None if "uri" in url.query else tuple(name for name in url.query if name not in _OF_SQLITE)
-    if "plugin" in url.query:  # which takes options of its own
+    if "plugin" in url.query:  # a plugin takes options of its own
         return None
     try:
         dialect = url.get_dialect()
         known = _known_to(dialect.driver.removesuffix("_async"))
-        # what SQLAlchemy makes of the URL: some names are its own, such as ssl_ca
+        # The arguments that SQLAlchemy makes of the URL: some names, such as ssl_ca, are SQLAlchemy's own.
         _, given = dialect().create_connect_args(url)
-    except Exception:  # no such driver, or a value that is none: whoever connects says so
+    except Exception:  # no such driver, or an invalid value: connecting reports that
         return None
     return None if known is None else tuple(name for name in url.query if name in given and name not in known)
 
 
 def advice_on(url: URL, refused: tuple[str, ...]) -> str:
-    """Say which options are refused, and what to write instead; the text repeats their names."""
+    """Say which options are refused, and what to write instead. The text repeats their names."""
     named = ", ".join(repr(name) for name in refused)
     tls = f" {_TLS}" if any("ssl" in name or "tls" in name for name in refused) and _is_mysql(url) else ""
     several = "options" if len(refused) > 1 else "option"

@@ -1,1 +1,1 @@
-"""What is known of a connection of a pool, and what others may have done with it."""
+"""What is known of a pool's connection, and what other code may have done with it."""

@@ -1,13 +1,13 @@
-"""Pools of SQLAlchemy in a process that was forked: new and empty, whoever made the engine. Sends nothing.
+"""Gives a forked process new, empty SQLAlchemy pools, for every engine, ours or not. Sends nothing.
 
-What was open at the fork is parted with for good. Its socket is replaced in the child by one that is closed at the other
-end, so that no driver, cursor or collector can send anything to the parent's server; the object is never freed; and
-whoever still uses it, as a session in a child forked inside a handler does, is told so in a sentence. A rollback or a close
+The child never uses a connection that was open at the fork. Its socket is replaced in the child by one whose other end is
+closed. So no driver, cursor or garbage collector can send anything to the parent's server. The object is never freed. Code that
+still uses it, such as a session in a child that was forked inside a handler, gets an error that says so. A rollback or a close
 of it does nothing.
 
-SQLite is another matter: its locks belong to the process, and the library remembers them itself. Idle connections are
-closed before the fork, in the parent, and opened again when needed. Where a transaction is open at the fork, the child would
-believe that it has that transaction's locks, so it is refused the database.
+SQLite differs: its locks belong to the process, and the library itself remembers them. Idle connections are
+closed in the parent before the fork, and opened again when needed. If a transaction is open at the fork, the child would
+believe that it holds that transaction's locks. So the child is refused the database.
 """
 
 import os
@@ -27,7 +27,7 @@ from exactly_once.errors import ForkedProcess
 
 __all__ = ["given", "made", "seen", "used"]
 
-_STOP_S: Final = 1.0  # an idle connection's thread has nothing to do but to close it
+_STOP_S: Final = 1.0  # seconds; an idle connection's thread only has to close it
 
 _SEEN: "WeakKeyDictionary[Engine, _Seen]" = WeakKeyDictionary()
 _HELD: Final[set[str]] = set()
@@ -35,24 +35,25 @@ _HELD: Final[set[str]] = set()
 
 
 def made(engine: Engine) -> Engine:
-    """Return the engine that create_engine made: one with options of its own shares its pool, and lives for a request maybe."""
+    """Return the engine that create_engine made. An engine with execution options shares its pool, and may live for one
+    request."""
     while isinstance(engine, OptionEngine):
         engine = engine._proxied  # noqa: SLF001
     return engine
 
 
 def seen(engine: Engine) -> None:
-    """Have children begin with a new pool; once an engine. Connections it opened before are known when they are `used`."""
+    """Give children a new pool of this engine. Does nothing the second time. Its older connections are learnt by `used`."""
     engine = made(engine)
     if engine not in _SEEN and not _in_memory(engine):
         _SEEN[engine] = _Seen(engine)
 
 
 def given(database: Any) -> None:
-    """Know of the engines that an application names, before it is first used: the program may fork until then.
+    """Register the engines that an application names, before their first use: the program may fork before that.
 
     Args:
-        database: An engine of either kind, a sessionmaker of one, a mapping of these, or anything else.
+        database: A sync or async engine, a sessionmaker of one, a mapping of these, or anything else.
     """
     for each in database.values() if isinstance(database, Mapping) else (database,):
         bind = getattr(each, "kw", {}).get("bind", each)
@@ -62,7 +63,7 @@ def given(database: Any) -> None:
 
 
 def used(engine: Engine, connection: PoolProxiedConnection) -> None:
-    """Know of a connection that may have been opened before its engine was seen."""
+    """Register a connection that may have been opened before its engine was registered."""
     engine = made(engine)
     seen(engine)
     record = getattr(connection, "_connection_record", None)
@@ -88,20 +89,21 @@ class _Seen:
         self._records.add(ref(record, self._records.discard))
 
     def forking(self) -> None:
-        """In the parent, before it forks."""
+        """Runs in the parent, before it forks."""
         engine = self._engine()
         if self._file is None or engine is None:
             return
         pool, is_async = engine.pool, engine.dialect.is_async
-        engine.dispose(close=not is_async)  # closing takes a loop, which may not run
-        # in a pool of before an earlier fork lies what was in use then; in this one, what is just being taken from it
+        engine.dispose(close=not is_async)  # closing needs a loop, which may not run
+        # After an earlier fork the old pool holds connections that were in use then; the new pool, one that is just being checked
+        # out.
         in_use = (engine.pool,) if is_async else (engine.pool, pool)
         for record in self._open():
             if record.fairy_ref is None and _pool_of(record) not in in_use:
                 (_stop if is_async else type(record).close)(record)
 
     def forked(self) -> None:
-        """In the child."""
+        """Runs in the child."""
         engine = self._engine()
         for record in self._open():
             _part(record)
@@ -111,7 +113,7 @@ class _Seen:
         if engine is not None:
             pool = engine.pool
             engine.dispose(close=False)
-            # what is given back to the old one meets no lock that a thread of the parent's held
+            # A connection that returns to the old pool object must meet no lock that a thread of the parent held.
             vars(pool).update(vars(pool.recreate()))
 
     def _open(self) -> list[Any]:
@@ -120,7 +122,7 @@ class _Seen:
 
 
 class _Parents:
-    """Stands where a connection of the parent's stood: letting go of it is nothing, and all else is refused."""
+    """Replaces a connection of the parent: releasing it does nothing, and everything else is refused."""
 
     def rollback(self) -> None: ...
 
@@ -158,7 +160,7 @@ def _descriptor(driver: Any) -> int:
 
 
 def _cut(descriptor: int) -> None:
-    """Put a dead socket under this number; the one that was there lives on in the parent."""
+    """Put a dead socket under this descriptor. The original socket stays open in the parent."""
     ours, other = socket.socketpair()
     other.close()
     os.dup2(ours.fileno(), descriptor, inheritable=False)
@@ -172,7 +174,7 @@ def _pool_of(record: Any) -> Any:
 def _stop(record: Any) -> None:
     """Close an idle connection of aiosqlite without its loop, which may not run."""
     idle, record.dbapi_connection = record.driver_connection, None
-    with suppress(Exception):  # an older one cannot be stopped from here; the child is refused then
+    with suppress(Exception):  # older versions have no stop(); then the child is refused the database
         idle.stop()
         idle._thread.join(_STOP_S)  # noqa: SLF001
 

@@ -1,10 +1,12 @@
-"""Whether a connection of a pool was had by anybody but us: only from one that was not is anything learnt, or believed.
+"""Tells whether anybody but us has used a pool's connection. We learn from, and trust, only a connection that nobody else used.
 
-Whoever had it before, a handler or other code of the program on the same engine, may have left a role, a mode, a time limit or a
-character set in it. Learnt from there, it would be taken for what this server is, and messages be blamed for it. Found out by
-two events of the pool, at no round trip. Who looks for another connection believes one that was made since the look began,
-whoever had it meanwhile: a hook of the application's that writes in a session of its own as ours is rolled back has each before
-us, and the look would not end. Called by `dialects.firsthand`, which offers it to whoever claims, and by the broker in a table.
+An earlier user, a handler or other code on the same engine, may have left a role, a mode, a time limit or a
+character set in it. We would take that for the server's own setting, and blame messages for it. Two events of the pool tell, at
+no
+round trip. While we look for another connection, we trust one that was made after the look began, whoever used it meanwhile: a
+hook
+of the application that uses a session of its own whenever ours is rolled back uses each connection before
+us, and the look would not end. Called by `dialects.firsthand`, which passes it on to the guards, and by `transports.sql`.
 """
 
 from itertools import count
@@ -21,19 +23,17 @@ from exactly_once.database.listeners import listen
 __all__ = ["is_firsthand", "is_lent", "is_made", "is_new", "kept_firsthand", "moment", "watch_pool"]
 
 _FIRSTHAND: Final = "exactly_once.firsthand"
-"""In the `info` of a connection that nobody has given back yet, but we."""
+"""In the `info` of a connection that nobody but us has returned yet."""
 _BY_US: Final = "exactly_once.by_us"
 _MADE: Final = "exactly_once.made"
-"""In the `info` of a connection: the moment it was made."""
-_LENT: Final = (
-    16  # more connections than poolers mostly have to a server for one program: then the next one is believed
-)
+"""In the `info` of a connection: when it was made, as a number of `moment`."""
+_LENT: Final = 16  # more connections than a pooler usually gives to one program; then we trust the next one
 _moments = count(1)
 
 
 def watch_pool(engine: Engine) -> None:
-    """Know from here on who has had this engine's connections; once a pool. Those it has already are not known."""
-    if _made not in tuple(engine.pool.dispatch.connect):  # a pool made anew has the listeners of the one before
+    """Record from here on who uses this engine's connections. Does nothing the second time. Existing connections stay unknown."""
+    if _made not in tuple(engine.pool.dispatch.connect):  # a recreated pool has the listeners of the old one
         listen(engine, "connect", _made)
         listen(engine, "checkin", _given_back)
         end_what_is_thrown_away(engine)
@@ -53,40 +53,40 @@ def _given_back(dbapi: Any, record: ConnectionPoolEntry) -> None:
 
 
 def moment() -> int:
-    """Return what tells which connections were made later; before a look for another connection begins."""
+    """Return a number that tells which connections were made later. Called before a look for another connection begins."""
     return next(_moments)
 
 
 def is_firsthand(connection: Connection, since: int | None = None) -> bool:
-    """Say whether nobody had this connection before, but we; or whether it was made since that moment.
+    """Say whether nobody but us has used this connection, or whether it was made since that moment.
 
-    Behind a pooler that says nothing of the server's; there one is believed that was made some moments later.
+    Behind a pooler that says nothing of the server's connection. There we trust a connection that was made some moments later.
     """
     return is_new(connection, since) and not is_lent(connection, since)
 
 
 def is_new(connection: Connection, since: int | None) -> bool:
-    """Say the same of the connection to whatever is at its other end."""
+    """Say the same, whether a server or a pooler is at the other end."""
     if _FIRSTHAND in connection.info or (since is not None and is_made(connection, since)):
         return True
     if in_memory(connection.engine):
         return True
-    watch_pool(connection.engine)  # the next one of a pool that nobody has told us of is known
+    watch_pool(connection.engine)  # for the next connection of a pool that was not registered
     return False
 
 
 def is_lent(connection: Connection, since: int | None) -> bool:
-    """Behind a pooler a new connection has one of the server's that strangers had; but a look for another one must end."""
+    """A new connection may get a used server connection behind a pooler; but a look for another one must end."""
     return is_pooled(connection) and (since is None or not is_made(connection, since + _LENT))
 
 
 def kept_firsthand(connection: Connection) -> None:
-    """Say that it is used for something of ours alone, which leaves nothing in it."""
+    """Record that we use it for our own work, which leaves nothing in it."""
     if _FIRSTHAND in connection.info:
         connection.info[_BY_US] = True
 
 
 def is_made(connection: Connection, since: int) -> bool:
-    """Say whether this connection was made since that moment; or that there is no other one to look for, in memory."""
+    """Say whether this connection was made since that moment. True in memory, where there is no other connection to look for."""
     made: int = connection.info.get(_MADE, 0)
     return made > since or in_memory(connection.engine)

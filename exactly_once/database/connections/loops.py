@@ -1,11 +1,13 @@
-"""Connections of asyncio that outlive their event loop, as under `asyncio.run` for each message: thrown away before use.
+"""Throws away asyncio connections that outlive their event loop, before they are used: with `asyncio.run` for each message, say.
 
-A loop that rests, neither closed nor running, is as good as ended: nobody may ever run it again. If it does, it gets others.
+A loop at rest, neither closed nor running, counts as ended: nobody may ever run it again. If it runs again, it gets new
+connections.
 
-asyncmy's streams belong to the loop they were opened in, and psycopg's and aiosqlite's connections do not; but the queue of
-any pool that had somebody wait in it belongs to that loop, too. So a pool is for one loop at a time, as SQLAlchemy says
-(https://docs.sqlalchemy.org/en/20/orm/extensions/asyncio.html): several at once are told what to do. Called by the store, for its
-engine and each new loop.
+The streams of asyncmy belong to the loop they were opened in. Connections of psycopg and aiosqlite do not; but the queue of
+any pool in which a task waited belongs to that task's loop, too. So a pool is for one loop at a time, as SQLAlchemy says
+(https://docs.sqlalchemy.org/en/20/orm/extensions/asyncio.html). A program with several loops at once gets an error that says what
+to
+do. Called by the store, for its engine and each new loop.
 """
 
 import asyncio
@@ -29,7 +31,7 @@ _KEPT: "WeakSet[Engine]" = WeakSet()
 
 
 def keep_apart(engine: Engine) -> None:
-    """Let nobody get a connection of another loop from this engine's pool."""
+    """Keep connections of another loop out of this engine's checkouts."""
     if engine.dialect.driver in _BOUND and engine not in _KEPT:
         _KEPT.add(engine)
         listen(engine, "checkout", _of_this_loop)
@@ -37,19 +39,20 @@ def keep_apart(engine: Engine) -> None:
 
 
 def leave(engine: Engine) -> None:
-    """Begin with a new pool after a loop has ended, or rests, where somebody may have waited in the old one."""
+    """Begin with a new pool after a loop has ended, or is at rest, if a task may have waited in the old pool."""
     pool = engine.pool
-    # only where it was full: a new pool opens its first connection behind a lock of one loop, and two may need it at once
+    # Only if it was full: the first connection of a new pool is opened behind a lock of one loop, and two loops may need it at
+    # once.
     if isinstance(pool, QueuePool) and pool.overflow() >= 0:  # it was full
-        engine.dispose(close=False)  # at once: closing takes its time, and others come meanwhile
+        engine.dispose(close=False)  # without closing: closing takes time, and others use the engine meanwhile
         pool.dispose()
     elif engine.dialect.driver in _BOUND:
-        # each that is older is closed when it is next asked for, before pool_pre_ping speaks on it; no public verb says so
+        # Older connections are closed at their next checkout, before pool_pre_ping uses them. There is no public method for it.
         pool._invalidate_time = time()  # noqa: SLF001
 
 
 def why_not_several(engine: Engine) -> str | None:
-    """Say what to do about several loops at once; None where nobody waits for a connection, and none is kept."""
+    """Say what to do about several loops at once. None for NullPool, in which nobody waits and no connection is kept."""
     if isinstance(engine.pool, NullPool):
         return None
     return (
@@ -60,7 +63,7 @@ def why_not_several(engine: Engine) -> str | None:
 
 
 def is_of_several(error: BaseException) -> bool:
-    """Say whether it is what Python raises where two loops wait in one pool. By its text: only a hint hangs on it."""
+    """Say whether Python raised this because two loops wait in one pool. Read from its text: it decides only about a hint."""
     met: BaseException | None = error
     while met is not None:
         if isinstance(met, RuntimeError) and "different event loop" in str(met):
@@ -76,14 +79,14 @@ def _of_this_loop(dbapi: Any, record: Any, fairy: Any) -> None:
 
 
 def _closes(dbapi: Any, record: Any) -> None:
-    """Before the pool closes it: of another loop it cannot be awaited."""
+    """Runs before the pool closes it: a connection of another loop cannot be awaited."""
     if _foreign(dbapi):
         _end(dbapi)
 
 
 def _foreign(dbapi: Any) -> bool:
     driver = dbapi.driver_connection
-    # the name without underscore raises outside of a loop
+    # The public name, without underscore, raises outside of a loop.
     return not isinstance(driver, _Forgotten) and driver.loop is not asyncio._get_running_loop()  # noqa: SLF001
 
 
@@ -91,19 +94,19 @@ def _end(dbapi: Any) -> None:
     """End another loop's connection."""
     driver, dbapi._connection = dbapi._connection, _Forgotten()  # noqa: SLF001  (or the pool would close it from here)
     if not driver.loop.is_running():
-        # by us: the server would else have the connection until the loop runs again, or the garbage collector comes by
-        with suppress(Exception):  # closed already; or a loop of another kind, which closes what is its own as it ends
+        # Close the socket here: else the server keeps the connection until the loop runs again, or until garbage collection.
+        with suppress(Exception):  # closed already; or another kind of loop, which closes its sockets itself
             driver._transport.get_extra_info("socket").shutdown(SHUT_RDWR)  # noqa: SLF001  (no public name)
     try:
-        driver.loop.call_soon_threadsafe(driver.close)  # it alone may touch it
-    except RuntimeError:  # it has ended
-        with suppress(RuntimeError):  # its loop cannot be told, but it is marked as closing by this
+        driver.loop.call_soon_threadsafe(driver.close)  # only its own loop may touch it
+    except RuntimeError:  # the loop has ended
+        with suppress(RuntimeError):  # the first close() raises on an ended loop, but marks it as closing
             driver.close()
         driver.close()
 
 
 class _Forgotten:
-    """Stands where a connection of another loop stood, while the pool throws that away."""
+    """Replaces a connection of another loop while the pool throws it away."""
 
     async def ensure_closed(self) -> None: ...
 

@@ -1,9 +1,10 @@
-"""Which SQLite file the handler that runs in this thread or task holds: a message run inside it would wait for its own caller.
+"""Which SQLite file the running handler of this thread or task holds. A message that runs inside it would wait for its own
+caller.
 
-SQLite has one writer for a whole file, and a run is that writer from its claim to its commit. A handler that calls `eo.process`
-would have to end for the call to go on. SQLite itself does not see that: it waits for half a minute, and then says that the file
-is locked. Known is what this thread or task began; another one that waits gets its turn. `attempt` says who holds it; `routing`
-and `transports.sql` ask.
+SQLite has one writer for a whole file, and a run is that writer from its claim to its commit. If its handler calls `eo.process`,
+the call waits for the handler, and the handler for the call. SQLite does not detect that: it waits for half a minute, then says
+that the file is locked. We know only what this thread or task began; other threads and tasks get their turn. `processing.attempt`
+records who holds the file; `executor.routing` and `transports.sql` ask.
 """
 
 import asyncio
@@ -30,15 +31,16 @@ def _place(engine: Engine) -> _Place | None:
         task = asyncio.current_task()
     except RuntimeError:  # no loop runs in this thread
         task = None
-    # a forked child has its parent's threads by name; what it is refused is told by `fork`
+    # A forked child has its parent's thread ids; `fork` reports what the child is refused.
     return fork.here, get_ident(), 0 if task is None else id(task), file
 
 
 class holding:  # noqa: N801  (a block, written as contextlib's are)
-    """Know that a handler of this thread or task, while it runs, is the writer of this database.
+    """Record that a handler of this thread or task is the writer of this database while it runs.
 
-    No generator under @contextmanager: contextlib sets the traceback of what is raised in its block, and an exception that is a
-    frozen dataclass refuses that with an error of its own, which would be taken for the handler's.
+    Not a generator under @contextmanager: contextlib sets the traceback of an exception that is raised in its block. An exception
+    that is
+    a frozen dataclass refuses that with an error of its own, which would look like the handler's.
     """
 
     __slots__ = ("_place",)
@@ -57,19 +59,19 @@ class holding:  # noqa: N801  (a block, written as contextlib's are)
 
 
 def anyone_holds() -> bool:
-    """Say whether any handler of this process holds a file: else there is nothing to ask, and no engine to make for it."""
+    """Say whether any handler of this process holds a file. If not, no engine has to be made in order to ask."""
     return bool(_held)
 
 
 def refuse_inside(engine: Engine, name: str) -> None:
-    """Refuse to run or send a message where a handler further up holds the file.
+    """Refuse to run or send a message inside a handler that holds the file.
 
     Args:
-        engine: Of the database that would be written to.
-        name: What was called.
+        engine: The database that would be written to.
+        name: The function that was called.
 
     Raises:
-        Misuse: It would wait for its own caller.
+        Misuse: The call would wait for its own caller.
     """
     if _held and _place(engine) in _held:
         raise Misuse(

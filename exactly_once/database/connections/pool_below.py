@@ -1,9 +1,8 @@
-"""A pool of psycopg's below SQLAlchemy's: there `close()` gives the session back, and what is thrown away comes again.
+"""A psycopg pool below SQLAlchemy: there `close()` returns the session to the pool, so a session thrown away would come back.
 
-It is made so: `create_engine("postgresql+psycopg://", creator=pool.getconn, poolclass=NullPool)`, of a pool with
-`close_returns=True`, as psycopg's documentation says. A session that a handler has changed would go on to the next one, with
-its role and its path. It is ended here, and then given back: the pool sees that, and makes another one.
-
+An application makes it so: `create_engine("postgresql+psycopg://", creator=pool.getconn, poolclass=NullPool)`, with a pool of
+`close_returns=True`, as psycopg's documentation says. A session that a handler changed would go on to the next handler, with
+its role and its search path. This module ends the session, and then returns it: the pool notices, and makes another one.
 Source: https://www.psycopg.org/psycopg3/docs/advanced/pool.html, "Integration with other connection pools".
 Called by `had_before`, which watches the pools of an engine.
 """
@@ -22,11 +21,11 @@ __all__ = ["end_what_is_thrown_away", "is_known"]
 
 _THROWN_AWAY: Final = "exactly_once.thrown_away"
 _had: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
-"""What was known of each driver's connection when it was given back: SQLAlchemy makes a record anew each time."""
+"""What was known of each driver connection when it was returned: SQLAlchemy makes a new record each time."""
 
 
 def end_what_is_thrown_away(engine: Engine) -> None:
-    """Have sessions end that SQLAlchemy invalidates; those that it only gives back go on."""
+    """End sessions that SQLAlchemy invalidates. Sessions that it only returns stay open."""
     if engine.dialect.driver.startswith("psycopg"):
         listen(engine, "invalidate", _end)
         listen(engine, "soft_invalidate", _mark)
@@ -34,7 +33,7 @@ def end_what_is_thrown_away(engine: Engine) -> None:
 
 
 def is_known(dbapi: Any, record: ConnectionPoolEntry) -> bool:
-    """Say of a connection that SQLAlchemy has just got whether it had it before, and put back what was known of it then."""
+    """Say whether SQLAlchemy had this connection before, and restore what was known of it then."""
     known = _had.get(_driver(dbapi)) if _pool_of(dbapi) is not None else None
     if known is None:
         return False
@@ -59,7 +58,7 @@ def _end(dbapi: Any, *_: object) -> None:
     if pool is None:
         return
     driver.pgconn.finish()
-    # here: of one that is finished close() does nothing, and the pool would miss it
+    # Here: close() does nothing on a finished connection, and the pool would wait for it.
     given_back = pool.putconn(driver)
     if isawaitable(given_back):
         await_only(given_back)

@@ -1,12 +1,13 @@
-"""What stands between a connection and its PostgreSQL: nothing, or a pooler, which lends few of the server's to many.
+"""What is between a connection and its PostgreSQL server: nothing, or a pooler, which shares few server connections among many.
 
-Behind a pooler of transactions nothing belongs to a session: the next transaction may be on another of the server's
-connections, and a stranger gets ours. A name that was prepared there is missing, or is a stranger's statement; a setting
-that was made there bounds the stranger. So nothing is prepared by name, and what is set is set with BEGIN, for one
-transaction. What a stranger has left (a mode, a role, a time limit) goes away with the server's connection only, and a pooler
-throws that one away whose client is gone in the middle of a transaction: so where something of ours fails, its connection is
-closed before it is rolled back. The words for it, and that BEGIN; it asks nothing. `dialects.postgresql_pooler` finds out, once
-a connection; the rooms that begin transactions of their own on PostgreSQL call `begin_bounded`.
+Behind a transaction pooler nothing belongs to a session: the next transaction may use another server
+connection, and a stranger gets ours. A statement that was prepared by name is missing there, or is a stranger's. A setting
+would bind the stranger. So we prepare nothing by name, and send settings with BEGIN, for one
+transaction. What a stranger left (a mode, a role, a time limit) ends only with the server connection. A pooler
+throws a server connection away if its client disappears in a transaction: so after a failure of ours we close the connection
+before it is rolled back. This module has the data for that, and the BEGIN. It asks the server nothing:
+`dialects.postgresql_pooler`
+does, once for each connection. Modules that begin transactions of their own on PostgreSQL call `begin_bounded`.
 """
 
 from collections.abc import Callable
@@ -23,11 +24,11 @@ from exactly_once.wording.text import escaped
 __all__ = ["IDLE_MS", "LINK", "SAID", "Link", "begin_bounded", "is_pooled", "prepare_threshold"]
 
 IDLE_MS: Final = 600_000
-"""The server ends a transaction in which nothing was said for so long: a program that vanished holds its locks no longer."""
+"""Milliseconds after which the server ends an idle transaction: a program that vanished keeps its locks no longer."""
 LINK: Final = "exactly_once.link"
-"""A connection's `info` keeps its `Link` under this key, once it is known."""
+"""The key in a connection's `info` of its `Link`, once that is known."""
 SAID: Final = "exactly_once.database.connections.pooler"
-"""And under this one True, where the program's setting says that there is a pooler."""
+"""The key that is True if the program's setting says that there is a pooler."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +36,11 @@ class Link:
     """How a connection reaches its server."""
 
     pooled: bool
-    """Through a pooler: what a session would keep is not ours."""
+    """Through a pooler: session state does not stay ours."""
     settings: bytes
-    """The SET LOCAL that go with BEGIN of each transaction of ours, since the session cannot hold them; else empty."""
+    """The SET LOCAL that go with BEGIN of each transaction of ours, if the session cannot keep them; else empty."""
     begin: Callable[[Any], None]
-    """Sends BEGIN through the driver's connection, with these settings and for a durable commit, in one round trip."""
+    """Sends BEGIN on the driver's connection, with these settings and a durable commit, in one round trip."""
 
 
 def is_pooled(connection: Connection) -> bool:
@@ -49,11 +50,11 @@ def is_pooled(connection: Connection) -> bool:
 
 
 def begin_bounded(connection: Connection) -> None:
-    """Begin the transaction of a connection that has sent nothing yet: durable, with the settings its session cannot hold.
+    """Begin the transaction of a connection that has sent nothing yet: durable, with the settings that its session cannot keep.
 
-    It takes the place of the driver's own BEGIN: no round trip more. Where the connection was never looked at, and on other
-    servers than PostgreSQL, the driver begins by itself; on MySQL and MariaDB the session is looked at, for what is begun
-    here writes times down.
+    It replaces the driver's own BEGIN: no extra round trip. On a connection that was never examined, and on
+    servers other than PostgreSQL, the driver begins by itself. On MySQL and MariaDB the session's clock is checked, because
+    such a transaction writes times.
 
     Raises:
         OperationalError: The connection is dead; it is thrown away.
@@ -67,17 +68,17 @@ def begin_bounded(connection: Connection) -> None:
     try:
         link.begin(connection.connection.dbapi_connection)
     except connection.dialect.loaded_dbapi.Error as error:
-        connection.invalidate(error)  # its raw error passed SQLAlchemy by, which would hand it out again
+        connection.invalidate(error)  # the raw error did not pass SQLAlchemy, which would reuse the connection
         raise OperationalError("BEGIN", None, error, connection_invalidated=True) from error
 
 
 def prepare_threshold(url: URL) -> dict[str, int | None]:
-    """Read `?prepare_threshold=` of a URL: after how many times psycopg prepares a statement, or `none`; empty if not there.
+    """Read `?prepare_threshold=` of a URL: after how many uses psycopg prepares a statement, or `none`. Empty if not there.
 
-    SQLAlchemy would hand it on as a text, with which psycopg cannot count.
+    SQLAlchemy would pass it on as text, with which psycopg cannot count.
 
     Raises:
-        ConfigurationError: It is neither.
+        ConfigurationError: It is neither a number nor `none`.
     """
     given = url.query.get("prepare_threshold")
     if given is None:

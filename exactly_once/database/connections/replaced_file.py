@@ -1,9 +1,9 @@
-"""A SQLite file that was deleted, moved or replaced while an engine has it open: its connections are not used again.
+"""Detects that a SQLite file was deleted, moved or replaced while an engine has it open. Its connections are not used again.
 
-A process keeps the file that it opened, by whatever name. What is written there after an `rm shop.db` is nobody's (in WAL mode;
-else SQLite calls it read only), and a worker waits for messages in it that nobody sends. So each connection remembers which file
-it opened, and is compared with the name as it is taken from the pool: one `stat`, no round trip. The new file is opened in its
-place. Where none stands, none is made: whoever makes the tables makes it, or it was moved by mistake and comes back.
+A process keeps the file that it opened, whatever its name is now. After `rm shop.db` nobody reads what is written there (in WAL
+mode; else SQLite reports it as read-only), and a worker waits for messages in a file to which nobody sends. So each connection
+remembers which file it opened, and is compared with the name at checkout: one `stat`, no round trip. The new file is opened
+instead. If there is no file, we make none: the command that makes the tables makes it, or it was moved by mistake and comes back.
 
 Never looks at a database in memory, nor at one that is named by a `file:` URI. Called by `store`; `transports.sql` asks.
 """
@@ -29,23 +29,23 @@ _File = tuple[str, int, int]
 
 
 class _Seen:
-    """Of one engine: which file was opened last, and how often it was another one."""
+    """For one engine: which file was opened last, and how often it was a different one."""
 
     def __init__(self) -> None:
         self.opened: _File | None = None
         self.times = 0
 
 
-# all copies of an engine share its dialect
+# All copies of an engine share its dialect.
 _seen: WeakKeyDictionary[Dialect, _Seen] = WeakKeyDictionary()
 
 
 def watch_file(engine: Engine, *, ours: bool) -> None:
-    """Compare each connection of an engine with the file that has its name now.
+    """Compare each connection of an engine, at checkout, with the file that has its name now.
 
     Args:
-        engine: Of any database.
-        ours: We made it, and make tables through none of ours: a file that is not there is not made by connecting to it.
+        engine: An engine of any database.
+        ours: We made the engine, and make no tables through it: connecting must not create a missing file.
     """
     if file_of(engine.url) is None or engine.dialect in _seen:
         return
@@ -56,19 +56,19 @@ def watch_file(engine: Engine, *, ours: bool) -> None:
 
 
 def replaced(engine: Engine) -> int:
-    """Return how often another file had taken the place of this engine's."""
+    """Return how often another file had replaced this engine's file."""
     seen = _seen.get(engine.dialect)
     return 0 if seen is None else seen.times
 
 
 def _opened(engine: Engine, seen: _Seen, record: Any) -> None:
-    path = os.path.abspath(file_of(engine.url) or "")  # the program may go to another folder, the connection stays
-    if (found := _found(path)) is not None:  # else its own way to connect leads elsewhere
+    path = os.path.abspath(file_of(engine.url) or "")  # absolute: the program may change its folder
+    if (found := _found(path)) is not None:  # else a connect function of the application's leads elsewhere
         record.info[_FILE] = seen.opened = found
 
 
 def _still_there(engine: Engine, seen: _Seen, *, ours: bool) -> None:
-    """Before connecting, which would make an empty file."""
+    """Runs before connecting, which would make an empty file."""
     if seen.opened is not None:
         if not os.path.exists(seen.opened[0]):
             raise _gone(seen.opened[0])
@@ -86,7 +86,7 @@ def _compared(seen: _Seen, record: Any) -> None:
         seen.opened = now
         seen.times += 1
         _log.warning("%s was deleted or replaced while it was open; the new file is used from here on.", opened[0])
-    raise DisconnectionError("another file has its name")  # the pool opens that one
+    raise DisconnectionError("another file has its name")  # the pool opens the new file
 
 
 def _found(path: str) -> _File | None:

@@ -1,1 +1,1 @@
-"""What an error of a database means: whose fault it is, whether it passes, and what to do."""
+"""What a database error means: which database raised it, whether it passes, and what to do."""

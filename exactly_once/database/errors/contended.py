@@ -1,6 +1,6 @@
-"""Whether a server says that another transaction was in the way: a deadlock, or a wait for a lock that took too long.
+"""Says whether another transaction was in the way: a deadlock, or a lock wait that took too long.
 
-That is no matter of the connection. Called by the broker in a table; the numbers are those of the dialects, too.
+Such an error says nothing about the connection. Called by `transports.sql`; the dialects use the numbers, too.
 """
 
 from typing import Final
@@ -13,13 +13,13 @@ __all__ = ["MYSQL", "POSTGRESQL", "SQLITE", "is_contended"]
 POSTGRESQL: Final = frozenset({"40001", "40P01", "55P03"})
 """serialization_failure; deadlock_detected; lock_not_available."""
 MYSQL: Final = frozenset({1205, 1213, 1020})
-"""A lock waited for too long; a deadlock; MariaDB's innodb_snapshot_isolation: the row changed since the snapshot."""
+"""A lock wait that timed out; a deadlock; MariaDB's innodb_snapshot_isolation: the row changed since the snapshot."""
 SQLITE: Final = frozenset({5, 6})  # SQLITE_BUSY, SQLITE_LOCKED
 _PRIMARY: Final = 0xFF  # extended result codes carry the primary one in their low byte
 
 
 def is_contended(error: BaseException) -> bool:
-    """Say whether the driver's error behind this one tells of that."""
+    """Say whether the driver's error behind this error means contention."""
     own = original(error)
     if not is_drivers(own):
         return False

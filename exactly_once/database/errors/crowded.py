@@ -1,8 +1,8 @@
-"""Whether a pool has no connection left, and what to do about it. Asks nothing of a server, and waits for nothing.
+"""Says whether a pool has no connection left, and what to do about it. Asks no server, and waits for nothing.
 
-A handler under a lease holds one connection with its session and takes a second one for a step. Where all connections are held
-by such handlers, each waits for another one to end, for as long as the pool lets it: 64 threads over 20 connections go on in
-waves of 30 s. The server is well then, so nobody should look there. Called by whatever takes a connection for us.
+A handler under a lease holds one connection with its session and takes a second one for a step. If such handlers hold all
+connections, each waits for another to end, as long as the pool allows: 64 threads over 20 connections proceed in
+waves of 30 s. The server is healthy then, so nobody should look there. Called wherever we take a connection for ourselves.
 """
 
 from time import monotonic
@@ -16,14 +16,14 @@ _said: dict[tuple[int, int], object] = {}
 
 
 def all_taken(engine: Engine) -> int | None:
-    """Return how many connections a pool may have, where all of them are in use; else None, also where there is no bound."""
+    """Return the size limit of a pool whose connections are all in use; else None. Also None if the pool has no limit."""
     pool: Any = engine.pool
     most = _most(pool)
     return most if most is not None and pool.checkedout() >= most else None
 
 
 def is_news(engine: Engine) -> bool:
-    """Say once a minute that it is worth a line, to one of all threads."""
+    """Return True to one of all threads, once a minute: it then logs a line."""
     minute, mine = (id(engine.pool), int(monotonic() // 60)), object()
     if _said.setdefault(minute, mine) is not mine:  # one step for all threads, without a lock
         return False
@@ -33,7 +33,7 @@ def is_news(engine: Engine) -> bool:
 
 
 def none_free(engine: Engine) -> str:
-    """Say that a pool gave no connection in its time."""
+    """Return the text for a pool that gave no connection in time."""
     pool: Any = engine.pool
     most = _most(pool)
     taken = "" if most is None else f": all {most} of the pool were in use"

@@ -1,10 +1,10 @@
-"""The driver's own error behind what came out of SQLAlchemy, whatever an application's listener made of it.
+"""Finds the driver's own error behind an error of SQLAlchemy, whatever a listener of the application made of it.
 
-A listener of `handle_error` may put an error of the application's class in the place of each `DBAPIError`, as oslo.db does: a
-deadlock stays one, and so does a key that is taken. SQLAlchemy raises that error itself, from the driver's. Told by where it was
-raised: what a handler raises from a driver's error is the handler's own word, and stays that.
+A listener of `handle_error` may replace each `DBAPIError` by an error class of the application, as oslo.db does. A
+deadlock is still a deadlock then, and a duplicate key still a duplicate key. SQLAlchemy itself raises the new error, from the
+driver's. We recognise it by the place where it was raised: an error that a handler raises from a driver's error is the handler's.
 
-Called by whatever decides by an error of a database.
+Called wherever a decision depends on a database error.
 """
 
 from typing import Any, Final
@@ -23,7 +23,7 @@ _RAISE: Final = frozenset(
 
 
 def original(error: BaseException) -> Any:
-    """Return the driver's own error that this one was made of; of any other error, itself."""
+    """Return the driver's own error behind this error; return any other error as it is."""
     if isinstance(error, DBAPIError):
         return error if error.orig is None else error.orig
     cause = cause_of(error)
@@ -31,12 +31,12 @@ def original(error: BaseException) -> Any:
 
 
 def is_of_a_database(error: BaseException) -> bool:
-    """Say whether SQLAlchemy raised it for an error of the driver's."""
+    """Say whether SQLAlchemy raised it because of a driver's error."""
     return isinstance(error, DBAPIError) or original(error) is not error
 
 
 def is_taken(error: BaseException) -> bool:
-    """Say whether a statement was refused for a row that is there: all drivers have one class of this name for it."""
+    """Say whether a statement failed because the row exists: all drivers name that class IntegrityError."""
     return any(cls.__name__ == "IntegrityError" for cls in type(original(error)).__mro__)
 
 

@@ -1,9 +1,8 @@
-"""Whether code of somebody else's raised in the middle of our work with a database: told by where it was raised.
+"""Says whether foreign code raised in the middle of our database work, by the place where it was raised.
 
-A signal's handler may, such as that of Celery's soft time limit, wherever the main thread is. What it raises says nothing of the
-connection that was waited for. Were the work done again on another one, the limit would be spent, and the run have none.
-
-Called where what failed on a connection that others had before is asked for again. Read after a failure only.
+A signal handler can raise wherever the main thread is; Celery's soft time limit does. Such an exception says nothing of the
+connection we waited for. If we repeated the work on another connection, the limit would be used up, and the run would have none.
+Called where work that failed on a connection with earlier users may be repeated on another. Read only after a failure.
 """
 
 import sys
@@ -13,17 +12,17 @@ from exactly_once.exceptions.drivers import DRIVERS, is_drivers
 
 __all__ = ["interrupted"]
 
-# whose frames stand between us and the server
+# Packages whose frames lie between us and the server.
 _ON_THE_WAY: Final = DRIVERS | {
     "exactly_once", "sqlalchemy", "greenlet", "psycopg_c", "psycopg_binary", "gevent", "eventlet"
 }  # fmt: skip
-_ENTRY: Final = "__main__"  # of the standard library's names one is the program's own
+_ENTRY: Final = "__main__"  # in the list of the standard library's names, but it is the program's own
 
 
 def interrupted(error: BaseException) -> bool:
     """Say whether an error was raised by code that is neither ours, nor SQLAlchemy's, a driver's or the standard library's.
 
-    What a listener of the program's made of a driver's error (`handle_error`) is that error still.
+    An error that a listener of the program (`handle_error`) made from a driver's error counts as the driver's.
     """
     trace, around = error.__traceback__, error
     if trace is None:

@@ -1,8 +1,9 @@
-"""Our tables are not where somebody looked for them: which database that is, who else has them, and what to type for that one.
+"""Our tables are missing in a database: says which database, which schemas have them, and which command makes them there.
 
-A command without `--database` goes to the database of the settings. Of an engine that the program made, or of a URL that was
-typed, it would find another one in order, and say so for ever. Called by whoever misses a table: `alembic`, `dialects`, `store`,
-`transports.sql`, the command line.
+A command without `--database` uses the database of the settings. If the program made its own engine, or a person typed a URL,
+that
+command would check another database, find it in order, and say so each time. Called by `alembic`, `dialects`, `store`,
+`transports.sql` and the command line when a table is missing.
 """
 
 import os
@@ -25,17 +26,17 @@ _OTHERS: Final = text(
     " ON place.oid = found.relnamespace"
     " WHERE found.relname = 'message_idempotent' AND found.relkind IN ('r', 'p') ORDER BY 1"
 )
-# of an engine all copies share it: with another pool, with other options
+# By dialect, which all copies of an engine share: those with another pool, or with other options.
 _of_the_settings: WeakSet[Dialect] = WeakSet()
 
 
 def of_the_settings(engine: Engine) -> None:
-    """Remember of an engine that its URL is that of the settings, which each command reads for itself."""
+    """Remember that an engine's URL comes from the settings. Each command reads the settings for itself."""
     _of_the_settings.add(engine.dialect)
 
 
 def upgrade_command(engine: Engine, schema: str | None = None) -> str:
-    """Return what makes the tables in an engine's database: to be typed, or of one in memory to be written in the program."""
+    """Return what makes the tables in an engine's database: a command to type, or for one in memory the code to write."""
     if in_memory(engine):
         return "exactly_once.alembic.upgrade(engine)"
     command = "exactly-once db upgrade"
@@ -52,13 +53,13 @@ def upgrade_command(engine: Engine, schema: str | None = None) -> str:
 def not_made(
     engine: Engine, *, schema: str | None = None, looked_for: str = "", others: Sequence[str] = (), ran: str = ""
 ) -> str:
-    """Say that the tables are not there, and end in what makes them.
+    """Say that the tables are not there, and end with what makes them.
 
     Args:
-        engine: Of the database.
-        schema: The named schema that was looked in.
-        looked_for: The table that was looked for.
-        others: Schemas of that database that have them.
+        engine: Its database.
+        schema: The named schema that we looked in.
+        looked_for: The table that we looked for.
+        others: Schemas of that database that have the tables.
         ran: What became of the work, such as "nothing ran".
     """
     if engine.dialect.name == "sqlite" or schema == engine.dialect.default_schema_name:
@@ -80,7 +81,7 @@ def not_made(
 
 
 def file_of(url: URL) -> str | None:
-    """Return the path of a URL's SQLite file, as it has it; None where it has none, or names it in another way."""
+    """Return the path of a URL's SQLite file as the URL has it; None if it has no file, or names it as a `file:` URI."""
     named = url.database
     if url.get_backend_name() != "sqlite" or not named or ":memory:" in named or named.startswith("file:"):
         return None
@@ -88,11 +89,11 @@ def file_of(url: URL) -> str | None:
 
 
 def no_file(url: URL, command: str | None) -> ConfigurationError | None:
-    """Return what is told where a SQLite file is not there, before connecting makes an empty one; None where it is.
+    """Return the error for a SQLite file that does not exist, before connecting makes an empty one. None if it exists.
 
     Args:
         url: Of the database.
-        command: What makes it with our tables. None: it is to be made now, and only its folder must be there.
+        command: The command that makes the file with our tables. None: the caller makes it now, and only its folder must exist.
     """
     named = file_of(url)
     if named is None or os.path.exists(named):
@@ -111,7 +112,7 @@ def no_file(url: URL, command: str | None) -> ConfigurationError | None:
 def other_schemas(connection: Connection) -> Sequence[str]:
     """Return the schemas of this database that have a table of claims.
 
-    None on MySQL and MariaDB: a schema there is a database, and those of a server may be strangers'.
+    Empty on MySQL and MariaDB: a schema there is a database, and other databases of a server may be strangers'.
     """
     if connection.dialect.name != "postgresql":
         return ()
@@ -119,9 +120,9 @@ def other_schemas(connection: Connection) -> Sequence[str]:
 
 
 def perhaps_dropped(connection: Connection) -> str:
-    """Return what to add of a database that has a history of the program's own: a migration may have dropped our tables.
+    """Return a hint for a database with an Alembic history of the program's own: a migration may have dropped our tables.
 
-    `alembic revision --autogenerate` writes one that does, where env.py does not leave them out.
+    `alembic revision --autogenerate` writes such a migration unless env.py leaves our tables out.
     """
     if not inspect(connection).has_table("alembic_version"):
         return ""

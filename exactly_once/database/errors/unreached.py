@@ -1,10 +1,11 @@
-"""Whether an error was raised where a connection was to be had: told by where it was raised, and never by what it is.
+"""Says whether an error was raised while a connection was being made, by the place where it was raised, never by its type.
 
-To connect runs code of the application's, too: `creator=`, and listeners of `do_connect`, `connect` and `checkout`. It may ask
-a service for a token, and what that raises when it is away (OSError, ValueError, an error of its client's own) is no error of a
-driver's. No message is to be blamed for it: the database could not be reached.
+Connecting runs code of the application, too: `creator=`, and listeners of `do_connect`, `connect` and `checkout`. Such code may
+ask
+a service for a token. What it raises when that service is away (OSError, ValueError, an error of the service's client) is not a
+driver's error. No message is to be blamed for it: the database could not be reached.
 
-Called by whatever meets an error of a store.
+Called wherever an error of a store is handled.
 """
 
 from collections.abc import Sequence
@@ -17,28 +18,28 @@ from exactly_once.exceptions.leaves import leaves
 
 __all__ = ["unreached"]
 
-# both, for a pool can be asked directly, and an engine be given a pool that does not know its dialect. What shares the dialect
-# is one database: the pool of before an engine's `dispose`, and an engine with options of its own
+# Both, because a pool can be asked directly, and an engine can have a pool that does not know its dialect. All that share the
+# dialect are one database: the pool before an engine's `dispose`, and an engine with execution options.
 _DIALECT_IN: Final = {Engine.raw_connection.__code__: "dialect", Pool.connect.__code__: "_dialect"}
 
 
 def unreached(error: BaseException, engines: Sequence[Engine]) -> bool:
-    """Say whether an error was raised while somebody waited for a connection of one of these engines, or made one.
+    """Say whether an error was raised while somebody waited for, or made, a connection of one of these engines.
 
-    Of a group, such as a TaskGroup raises, all members must have been.
+    For an exception group, such as a TaskGroup raises, all members must have been raised there.
 
     Args:
         error: What was raised.
-        engines: Those of one database.
+        engines: The engines of one database.
     """
     return all(_unreached(each, engines) for each in leaves(error))
 
 
 def _unreached(error: BaseException, engines: Sequence[Engine]) -> bool:
     if isinstance(error, StoreUnavailable) and error.__cause__ is not None:
-        error = error.__cause__  # what it was made of was raised there
+        error = error.__cause__  # the cause was raised there
     if isinstance(error, ConfigurationError):
-        return False  # waiting mends neither a setting nor a process that was forked
+        return False  # waiting repairs neither a setting nor a forked process
     trace = error.__traceback__
     while trace is not None:
         name = _DIALECT_IN.get(trace.tb_frame.f_code)

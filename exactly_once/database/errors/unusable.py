@@ -1,7 +1,7 @@
-"""Why a database cannot be used, as a sentence that ends in what to do: no rights, read only, another service at its port.
+"""Why a database cannot be used, as a sentence that ends with what to do: no rights, read-only, another service at its port.
 
-Known by SQLSTATE, errno and by what a server answers, never by a driver's sentence, which comes in many languages. Called by
-whatever tells a person of it: `store`, `starting`, `alembic`, `transports.sql`, `doctor`, the command line.
+Decided by SQLSTATE, errno and a server's answer, never by a driver's text, which comes in many languages. Called by
+`store`, `service.starting`, `alembic`, `transports.sql`, `doctor` and the command line to tell a person.
 """
 
 import re
@@ -24,15 +24,15 @@ __all__ = ["denied", "is_denied", "is_read_only", "nameless", "no_schemas", "rea
 
 _DENIED_STATE: Final = "42501"  # insufficient_privilege
 _DENIED_CODES: Final = frozenset({1044, 1142, 1143})  # access to the database, to a table, to a column
-_DENIED_DATABASE: Final = 1044  # the others name the client's host, and no account may have that one
+_DENIED_DATABASE: Final = 1044  # the other errors name the client's host, for which there may be no account
 _READ_ONLY_STATE: Final = "25006"  # read_only_sql_transaction
-_READ_ONLY_CODES: Final = frozenset({1290, 1792, 1836, 1874})  # read_only; a transaction that is; the server; InnoDB
+_READ_ONLY_CODES: Final = frozenset({1290, 1792, 1836, 1874})  # read_only; transaction; server; InnoDB
 _PRIMARY: Final = 0xFF
-_ACCOUNT: Final = re.compile(r"'([^']+)'@'([^']+)'")  # quoted so in every language
+_ACCOUNT: Final = re.compile(r"'([^']+)'@'([^']+)'")  # quoted like this in every language
 _SILENT_S: Final = 5.0
-"""Seconds for the server's first bytes, and for accepting."""
+"""Seconds for accepting, and for the server's first bytes."""
 _ASKED_S: Final = 2.0
-"""The same, after the driver has waited already."""
+"""The same, if the driver has already waited."""
 _SSL_REQUEST: Final = struct.pack("!ii", 8, 80877103)
 _PORTS: Final = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306}
 _SPEAKS: Final = {"postgresql": "PostgreSQL", "mysql": "MySQL", "mariadb": "MariaDB"}
@@ -50,12 +50,12 @@ def _errno(error: BaseException) -> int | None:
 
 
 def is_denied(error: BaseException) -> bool:
-    """Say whether the server let us in, and the user lacks a right."""
+    """Say whether we could log in, but the user lacks a right."""
     return _state(error) == _DENIED_STATE or _errno(error) in _DENIED_CODES
 
 
 def is_read_only(error: BaseException) -> bool:
-    """Say whether the server answers, and takes no writes."""
+    """Say whether the server answers, but takes no writes."""
     own = original(error)
     if isinstance(own, sqlite3.Error):
         return (getattr(own, "sqlite_errorcode", 0) & _PRIMARY) == sqlite3.SQLITE_READONLY
@@ -63,7 +63,7 @@ def is_read_only(error: BaseException) -> bool:
 
 
 def words(error: BaseException) -> str:
-    """Return the server's own sentence, in one line; for errors of connecting and of statements without values."""
+    """Return the server's own sentence in one line. For errors of connecting, and of statements without values."""
     own = original(error)
     code = _errno(error)
     said = str(own.args[1]) if code is not None else str(own)
@@ -74,13 +74,13 @@ def words(error: BaseException) -> str:
 
 
 def denied(error: BaseException, url: URL, *, schema: str | None = None, changing: bool = False) -> str:
-    """Say that a right is lacking, and what gives it.
+    """Say that a right is missing, and which statement grants it.
 
     Args:
-        error: What the server said.
+        error: The server's error.
         url: Of the database.
         schema: The named schema of our tables.
-        changing: It was to make or change the tables, which a worker's rights do not cover.
+        changing: The tables were to be made or changed, for which a worker needs no rights.
     """
     account = _ACCOUNT.search(words(error))
     role, host = (f"{account[1]}@{account[2]}" if account else url.username), ""
@@ -114,34 +114,34 @@ def read_only(url: URL) -> str:
 
 
 def nameless(url: URL) -> ConfigurationError:
-    """Return what is told of a URL without the name of a database, where the server has no default."""
+    """Return the error for a URL without a database name, on a server without a default."""
     return ConfigurationError(f"The URL names no database. Write {redacted(url.set(database='NAME'))}")
 
 
 def no_schemas(schema: str) -> ConfigurationError:
-    """Return what is told of a named schema in SQLite."""
+    """Return the error for a named schema in SQLite."""
     return ConfigurationError(
         f"SQLite has no schemas. Leave {escaped(schema)!r} out: --schema, EXACTLY_ONCE_SCHEMA, or schema= in the program."
     )
 
 
 def unusable(error: BaseException, url: URL) -> str:
-    """Say why connecting failed: the driver's own words, or that it is another service's port."""
+    """Say why connecting failed: the driver's own words, or that another service uses this port."""
     if _state(error) is None and url.get_backend_name() == "postgresql" and (told := silent(url, _ASKED_S)):
         return told
     return words(error)
 
 
 def silent(url: URL, patience_s: float = _SILENT_S) -> str | None:
-    """Ask whoever listens at a URL's port whether it speaks this database's protocol; None where it does.
+    """Ask the service at a URL's port whether it speaks this database's protocol. None if it does.
 
-    None, too, where nobody accepts, which the driver tells, and where the URL names no one host. MySQL's drivers bound the
-    accepting alone: at the port of a server that waits for our first word, they wait for its first word for ever. MySQL itself
-    counts each connection that is broken off and at last refuses the host (`max_connect_errors`), so it is logged in to first.
+    None, too, if nobody accepts, which the driver reports, and if the URL names no single host. MySQL's drivers limit only the
+    time to connect: at the port of a server that waits for the client's first bytes, they wait for ever. MySQL itself
+    counts each connection that is broken off, and at last refuses the host (`max_connect_errors`), so we first log in.
 
     Args:
-        url: The database's.
-        patience_s: How long to wait for it to accept, and for its first word.
+        url: The database's URL.
+        patience_s: How long to wait for it to accept, and for its first bytes.
     """
     backend = url.get_backend_name()
     if backend not in _PORTS or not url.host or url.host.startswith("/") or "," in url.host:
@@ -168,11 +168,11 @@ def silent(url: URL, patience_s: float = _SILENT_S) -> str | None:
 
 
 def _is_mysql(url: URL, port: int, patience_s: float) -> bool:
-    """Log in as the driver will: a MySQL server lets us in, or refuses in words of its own."""
+    """Log in as the driver will: a MySQL server accepts, or refuses with an error of its own."""
     try:
         pymysql = import_module("pymysql")
     except ImportError:
-        return True  # nobody can tell
+        return True  # without PyMySQL we cannot tell
     try:
         pymysql.connect(
             host=url.host,
@@ -184,14 +184,14 @@ def _is_mysql(url: URL, port: int, patience_s: float) -> bool:
         ).close()
     except Exception as error:
         code = _errno(error)
-        return code is not None and not 2000 <= code < 3000  # those are the client's own
+        return code is not None and not 2000 <= code < 3000  # 2000 to 2999 are the client's own errors
     return True
 
 
 def _first(connection: socket.socket, wanted: int) -> bytes:
-    """Return so many bytes of the server's first word, or fewer where it says no more."""
+    """Return so many bytes of the server's first answer, or fewer if it sends no more."""
     said = b""
-    with suppress(OSError):  # a time that is up, or a reset
+    with suppress(OSError):  # a timeout, or a reset
         while len(said) < wanted and (more := connection.recv(wanted - len(said))):
             said += more
     return said

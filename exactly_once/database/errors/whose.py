@@ -1,14 +1,16 @@
-"""Whose connection an error of a database came through: one that an engine of the store's made, or another.
+"""Which database an error came from: one whose connection an engine of the store made, or another database.
 
-A handler may have databases of its own. What one of them says when it is away, full or read only is what the store would say, by
-class and by code. So it is told by where it was raised: SQLAlchemy's connection stands there, or the driver's. Of the driver's
-it is remembered which engine made them. What shows neither came from elsewhere: `psycopg.connect()` of the handler's own, say.
+A handler may use other databases. When one of those is away, full or read-only, its error has the same class and code as an error
+of the store. So we look where it was raised: that frame holds SQLAlchemy's connection, or the driver's. For a driver's connection
+we remember which engine made it. If there is neither, the error came from elsewhere: from the handler's own `psycopg.connect()`,
+say.
 
-A wrong answer: "elsewhere" costs a message one failure, and not even that while the store is away, for then none can be
-written. "Ours" holds the message, uncounted and for ever. So where nothing is to be seen it came from elsewhere. That is so of
-raw use of our own connection through `sqlite3` and below SQLAlchemy's layer of asyncmy, which are compiled and show nothing.
+What a wrong answer costs: a wrong "elsewhere" costs a message one failure, and nothing while the store is away, when no failure
+can be written. A wrong "ours" holds the message for ever, without counting. So "elsewhere" is the answer if we see nothing. That
+is so for raw use of our own connection through `sqlite3`, and below SQLAlchemy's layer of asyncmy: both are compiled, without
+frames.
 
-Asked on the way of errors alone. `guards.listening` names the engines, and `store` asks.
+Used after errors alone. `watched.listening` registers the engines, and `store` asks.
 """
 
 from collections.abc import Sequence
@@ -28,10 +30,10 @@ from exactly_once.exceptions.drivers import DRIVERS
 __all__ = ["came_through", "is_of", "watch_made"]
 
 _OF: Final = "exactly_once_dialect"
-"""Where an error keeps the dialect of the engine that raised it: SQLAlchemy's own say nothing of it."""
+"""The attribute of an error that keeps the dialect of its engine: SQLAlchemy's own errors do not have it."""
 _MADE: Final[WeakKeyDictionary[Any, Dialect]] = WeakKeyDictionary()
-"""The drivers' connections, and whose engine made them: all that share a dialect are one database."""
-# where a cursor of a driver's keeps its connection; and what SQLAlchemy puts around those of an async driver
+"""For each driver connection, the dialect of the engine that made it. All that share a dialect are one database."""
+# The attributes in which a driver's cursor keeps its connection, and in which SQLAlchemy wraps those of an async driver.
 _CONNECTION_IN: Final = {"sqlalchemy": ("_connection",)}
 _CONNECTION: Final = ("_conn", "connection")
 
@@ -41,31 +43,31 @@ def watch_made(engine: Engine) -> None:
     dialect = engine.dialect
 
     def made(dbapi: Any, record: ConnectionPoolEntry) -> None:
-        with suppress(TypeError):  # a driver whose connections cannot be referred to weakly
+        with suppress(TypeError):  # a driver whose connections allow no weak references
             _MADE[record.driver_connection] = dialect
 
     listen(engine, "connect", made)
 
 
 def is_of(error: BaseException, dialect: Dialect) -> None:
-    """Say of an error that is about to be raised that it is of this engine's connection."""
+    """Mark an error that is about to be raised as this engine's."""
     vars(error)[_OF] = dialect
 
 
 def came_through(error: BaseException, engines: Sequence[Engine]) -> bool:
-    """Say whether an error came out of one of these engines, or out of a connection that one of them made.
+    """Say whether an error came from one of these engines, or from a connection that one of them made.
 
     Args:
-        error: What was raised; of a group, each by itself.
-        engines: Those of one database; they are listened to.
+        error: What was raised. Members of an exception group are asked one by one.
+        engines: The engines of one database; we listen to them.
     """
     dialect = vars(error).get(_OF) or _last_in(error)
-    # of a pool that had no connection free no event tells
+    # No event reports a pool without a free connection.
     return any(dialect is engine.dialect for engine in engines) or unreached(error, engines)
 
 
 def _last_in(error: BaseException) -> Dialect | None:
-    """Whose connection was used last on the way to where it was raised: a hook of ours may have asked elsewhere."""
+    """Return whose connection was used last before the error: a hook of ours may have asked another database."""
     found, trace = None, error.__traceback__
     while trace is not None:
         found = _dialect_in(trace.tb_frame) or found
@@ -87,8 +89,6 @@ def _dialect_in(frame: FrameType) -> Dialect | None:
 
 
 def _engine_of(user: object, name: str | None = None) -> Dialect | None:
-    with suppress(
-        Exception
-    ):  # nothing of that name, or nothing that is a connection; and a property may raise anything
+    with suppress(Exception):  # no such attribute, or no connection; and a property may raise anything
         return _MADE.get(user if name is None else getattr(user, name))
     return None
