@@ -45,8 +45,10 @@ def characters_of(connection: Connection) -> str:
 
 
 def narrow(connection: Connection) -> str | None:
-    """Return the character set that lacks characters: of a PostgreSQL database, or of a MySQL connection. None if it lacks
-    none."""
+    """Return the character set that lacks characters: of a PostgreSQL database, or of a MySQL connection.
+
+    None if it lacks none.
+    """
     match connection.dialect.name:
         case "postgresql":
             database, _ = _encodings(_driver(connection))
@@ -63,8 +65,8 @@ def narrow(connection: Connection) -> str | None:
 def utf8_args(url: URL) -> dict[str, str]:
     """Return connection arguments that make texts travel as UTF-8, whatever encoding a PostgreSQL database stores.
 
-    Without them libpq uses the database's own character set. Then the driver refuses characters that this set lacks. For
-    SQL_ASCII
+    Without them libpq uses the database's own character set. Then the driver refuses characters that this
+    set lacks. For SQL_ASCII
     the driver returns bytes, on which SQLAlchemy fails at the first connection.
     """
     if url.get_backend_name() != "postgresql" or "client_encoding" in url.query:

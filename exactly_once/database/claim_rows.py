@@ -65,8 +65,8 @@ def take_back(
     """Take back the claim of a broken attempt. A claim of any other owner stays: another copy of the message was processed.
 
     A failure row of an earlier release has no owner. Then a claim that was made before the failure (`until`) is taken back.
-    A claim with a lease is freed and keeps its attempt number, which services compare. A claim without a lease is deleted. The
-    trace
+    A claim with a lease is freed and keeps its attempt number, which services compare. A claim without a lease
+    is deleted. The trace
     row, which says that somebody else committed a transaction under a lease, is deleted too.
     """
     claims, steps = tables.idempotent, tables.step

@@ -19,8 +19,8 @@ __all__ = ["AsciiVarchar", "DigitsLongBlob", "DigitsMediumText", "DigitsVarbinar
 
 
 class _text_of(FunctionElement[str]):  # noqa: N801  (reads as a SQL function does)
-    """The text whose UTF-8 these digits are. It names a collation: else it might not be comparable with a column of an older
-    table."""
+    """The text whose UTF-8 these digits are. It names a collation: else it might not be comparable with a column
+    of an older table."""
 
     inherit_cache = True
     name = "text_of"

@@ -1,5 +1,5 @@
-"""Repairs two settings of a MySQL or MariaDB session that no statement of ours can work around: its clock and its completion
-type.
+"""Repairs two settings of a MySQL or MariaDB session that no statement of ours can work around: its clock
+and its completion type.
 
 `SET timestamp`, which tests and imports use, changes all time functions but SYSDATE. With a wrong clock a running lease looks
 expired, and its message runs a second time in parallel; or a retry is due in years. If the server runs with --sysdate-is-now,

@@ -390,8 +390,8 @@ class Tables:
             "message_queue",
             self.metadata,
             _id(),
-            # One row for each group that had joined the topic. Empty if no group had joined: the first group that joins takes the
-            # row.
+            # One row for each group that had joined the topic. Empty if no group had joined: the first group that
+            # joins takes the row.
             Column("consumer_group", KeyText(GROUP_BYTES), nullable=False),
             *_message_columns(),
             Column("message_id", Words(64), nullable=False),

@@ -118,8 +118,8 @@ class _OneHook:
 class _OurSession(Session):
     """A session for our own rows, in which no hook of the application runs except `after_begin`.
 
-    A hook listens to sessionmakers, or to the class `Session` and so to every subclass. It is written for the sessions of
-    handlers:
+    A hook listens to sessionmakers, or to the class `Session` and so to every subclass. It is written for
+    the sessions of handlers:
     one that refuses a commit without a user in `session.info` would keep each failure from being recorded.
     """
 
@@ -330,14 +330,14 @@ class Store:
     def look(self, *, is_async: bool = False, insists: bool = False) -> bool:
         """Say whether a row can be written. Writes through a new connection, and rolls back.
 
-        New, because a session keeps the server's defaults of the time when it began: a pool that was filled while the database
-        was
-        read-only would stay read-only. For the same reason older connections are not used again after a successful look. The
-        exception
+        New, because a session keeps the server's defaults of the time when it began: a pool that was filled
+        while the database was
+        read-only would stay read-only. For the same reason older connections are not used again after a
+        successful look. The exception
         is a database whose disk was full: its connections are still good.
 
-        If the server gives no new connection, one of the pool must do: the pool may hold all connections that the server allows
-        us.
+        If the server gives no new connection, one of the pool must do: the pool may hold all connections that
+        the server allows us.
 
         Args:
             is_async: Called in a greenlet of the loop; else in a thread.
@@ -380,8 +380,8 @@ class Store:
         except Exception as error:
             if not in_memory(connection.engine):
                 connection.invalidate()  # before the rollback: else a pooler keeps the server's connection as a stranger left it
-            # This row is not of the application's group, and a partitioned table may refuse this row alone. So the next claim
-            # gets the
+            # This row is not of the application's group, and a partitioned table may refuse this row alone. So
+            # the next claim gets the
             # error; only after a refused claim do we wait.
             if (
                 refused is not None

@@ -35,8 +35,10 @@ _HELD: Final[set[str]] = set()
 
 
 def made(engine: Engine) -> Engine:
-    """Return the engine that create_engine made. An engine with execution options shares its pool, and may live for one
-    request."""
+    """Return the engine that create_engine made.
+
+    An engine with execution options shares its pool, and may live for one request.
+    """
     while isinstance(engine, OptionEngine):
         engine = engine._proxied  # noqa: SLF001
     return engine
@@ -95,8 +97,8 @@ class _Seen:
             return
         pool, is_async = engine.pool, engine.dialect.is_async
         engine.dispose(close=not is_async)  # closing needs a loop, which may not run
-        # After an earlier fork the old pool holds connections that were in use then; the new pool, one that is just being checked
-        # out.
+        # After an earlier fork the old pool holds connections that were in use then; the new pool, one that is
+        # just being checked out.
         in_use = (engine.pool,) if is_async else (engine.pool, pool)
         for record in self._open():
             if record.fairy_ref is None and _pool_of(record) not in in_use:

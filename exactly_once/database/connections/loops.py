@@ -1,12 +1,12 @@
 """Throws away asyncio connections that outlive their event loop, before they are used: with `asyncio.run` for each message, say.
 
-A loop at rest, neither closed nor running, counts as ended: nobody may ever run it again. If it runs again, it gets new
-connections.
+A loop at rest, neither closed nor running, counts as ended: nobody may ever run it again. If it runs again,
+it gets new connections.
 
 The streams of asyncmy belong to the loop they were opened in. Connections of psycopg and aiosqlite do not; but the queue of
 any pool in which a task waited belongs to that task's loop, too. So a pool is for one loop at a time, as SQLAlchemy says
-(https://docs.sqlalchemy.org/en/20/orm/extensions/asyncio.html). A program with several loops at once gets an error that says what
-to
+(https://docs.sqlalchemy.org/en/20/orm/extensions/asyncio.html). A program with several loops at once gets an error
+that says what to
 do. Called by the store, for its engine and each new loop.
 """
 
@@ -41,8 +41,8 @@ def keep_apart(engine: Engine) -> None:
 def leave(engine: Engine) -> None:
     """Begin with a new pool after a loop has ended, or is at rest, if a task may have waited in the old pool."""
     pool = engine.pool
-    # Only if it was full: the first connection of a new pool is opened behind a lock of one loop, and two loops may need it at
-    # once.
+    # Only if it was full: the first connection of a new pool is opened behind a lock of one loop, and two loops may
+    # need it at once.
     if isinstance(pool, QueuePool) and pool.overflow() >= 0:  # it was full
         engine.dispose(close=False)  # without closing: closing takes time, and others use the engine meanwhile
         pool.dispose()

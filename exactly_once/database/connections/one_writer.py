@@ -1,5 +1,5 @@
-"""Which SQLite file the running handler of this thread or task holds. A message that runs inside it would wait for its own
-caller.
+"""Which SQLite file the running handler of this thread or task holds. A message that runs inside it would wait
+for its own caller.
 
 SQLite has one writer for a whole file, and a run is that writer from its claim to its commit. If its handler calls `eo.process`,
 the call waits for the handler, and the handler for the call. SQLite does not detect that: it waits for half a minute, then says
@@ -38,8 +38,8 @@ def _place(engine: Engine) -> _Place | None:
 class holding:  # noqa: N801  (a block, written as contextlib's are)
     """Record that a handler of this thread or task is the writer of this database while it runs.
 
-    Not a generator under @contextmanager: contextlib sets the traceback of an exception that is raised in its block. An exception
-    that is
+    Not a generator under @contextmanager: contextlib sets the traceback of an exception that is raised in its
+    block. An exception that is
     a frozen dataclass refuses that with an error of its own, which would look like the handler's.
     """
 

@@ -1,1 +1,2 @@
-"""How each database server is spoken to. `contract` says what a dialect is; the others are one server's each."""
+"""The statements and error codes of each database server. `contract` says what a dialect is; each other
+dialect is one server's."""

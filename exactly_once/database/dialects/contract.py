@@ -1,10 +1,10 @@
-"""How each database is spoken to: the text of our statements, and what its errors mean. Guards hold no SQL of their own.
+"""What a dialect is: the texts of our statements for one database server, and what its errors mean. Guards hold no SQL.
 
-A claim goes below SQLAlchemy, as fixed text on the driver's connection, because a round trip is the unit of cost and a
+A claim goes below SQLAlchemy, as fixed text on the driver's connection, because round trips decide the cost and a
 driver's own error is exact. Everything here is synchronous: on an async engine it runs in SQLAlchemy's greenlet, where
 the adapted driver connection awaits by itself.
 
-Errors are told apart by SQLSTATE or errno, never by their text: servers speak other languages.
+Errors are told apart by SQLSTATE or errno, never by their text: servers speak many languages.
 """
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
@@ -41,24 +41,24 @@ __all__ = [
 ]
 
 LEARNT: Final = "exactly_once.learnt"
-"""In the `info` of a connection: what `Dialect.learn` was told, before anybody else had it."""
+"""The key in a connection's `info` of what `Dialect.learn` returned, before anybody else used the connection."""
 
 
 class Trace(NamedTuple):
-    """A row written first in a transaction under a lease, and deleted with our COMMIT.
+    """A row that is written first in a transaction under a lease, and deleted with our COMMIT.
 
-    Where it stands afterwards, something else has committed that transaction, and the message must not run again.
+    If the row is there afterwards, something else has committed that transaction, and the message must not run again.
     """
 
     row: ClaimRow
     name: str
-    """In place of a step's; no other transaction's."""
+    """In the column of a step's name; unique to this transaction."""
     attempt: int
     token: str
 
 
 class Trail(Enum):
-    """What earlier runs under a lease left of their transactions."""
+    """What the transactions of earlier runs under a lease left behind."""
 
     NONE = "nothing that is, or can be, committed behind their backs"
     COMMITTED = "something else than a run's own COMMIT has committed it"
@@ -66,7 +66,7 @@ class Trail(Enum):
 
 
 class State(Enum):
-    """The driver's own word on the transaction; what SQLAlchemy believes proves nothing."""
+    """The driver's own report of the transaction. SQLAlchemy's view of it proves nothing."""
 
     IDLE = "no transaction"
     OPEN = "in a transaction"
@@ -76,7 +76,7 @@ class State(Enum):
 
 
 class ErrorKind(Enum):
-    """What a database error means for the attempt it struck."""
+    """What a database error means for the attempt in which it was raised."""
 
     TRANSIENT = "deadlock, serialization or lock timeout: a fresh transaction may succeed at once"
     UNAVAILABLE = "the server does not answer, or cannot write now"
@@ -88,9 +88,9 @@ class ClaimBusy(Exception):
     """Another transaction holds the key, and `claim_wait` is over.
 
     Args:
-        again: Worth one more try at once.
-        lost: The server threw the whole transaction away, what was done in it before included.
-        cut: A time limit of the session ended the wait, and not ours. Whoever had the connection before may have left it there:
+        again: One more try at once may succeed.
+        lost: The server rolled the whole transaction back, with everything done in it before.
+        cut: A time limit of the session ended the wait, not ours. An earlier user of the connection may have left that limit:
             `Dialect.limit_was_left` tells.
     """
 
@@ -100,78 +100,81 @@ class ClaimBusy(Exception):
 
 
 class Gone(Exception):
-    """The transaction that the claim was written in is not there any more; this attempt's COMMIT was not sent."""
+    """The transaction in which the claim was written no longer exists. This attempt's COMMIT was not sent."""
 
 
 class Dialect(Protocol):
-    """One database server through one driver. `dbapi` is SQLAlchemy's `dbapi_connection`, adapted where it is async."""
+    """One database server through one driver. `dbapi` is SQLAlchemy's `dbapi_connection`, which adapts an async driver."""
 
     name: str
     kept_as: str
-    """Under which name `prepare` remembers in a connection's `info` what it saw.
+    """The key under which `prepare` keeps in a connection's `info` what it saw.
 
-    It tells the settings that decide on that, and no more: what is remembered refers to no application, and however many there
-    are on one engine, one after the other, they find it there.
+    It is made of the settings that decide what to look for, and of nothing else. What is kept refers to no application, so all
+    applications on one engine, one after the other, find it there.
     """
     asks_around_calls: bool
-    """A statement whose text is not there to read can end the transaction unseen."""
+    """A statement whose text we cannot read can end the transaction without notice."""
     embedded: bool
-    """The database is a library in this process: nothing that was sent goes on once its connection is closed."""
+    """The database is a library in this process: no statement continues after its connection is closed."""
     learns: bool
-    """`prepare` learns what others may have changed in the connection: it is asked of one that nobody had."""
+    """`prepare` learns settings that others may have changed in the connection. It needs a connection that nobody else used."""
 
     @property
     def table(self) -> str:
-        """Where claims are kept, as it stands in statements: with its schema, so that no search path moves it.
+        """The table of claims as statements name it: with its schema, so that no search path redirects it.
 
         Looked up at first use, which may connect.
         """
 
     def learn(self, dbapi: Any) -> Any:
-        """Ask a connection for what others may change in it; where `learns`, the answer is kept in its `info` under `LEARNT`."""
+        """Ask a connection for settings that others may change.
+
+        If `learns`, the caller keeps the answer in `info` under `LEARNT`.
+        """
 
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int, varies: bool = False) -> None:
-        """Look once at a connection we have not seen: refuse what cannot be claimed on, remember what later statements need.
+        """Examine a new connection once: refuse one on which we cannot claim, and remember what later statements need.
 
-        Once for each `kept_as`. What is learnt already is not asked again.
+        Once for each `kept_as`. What is already learnt is not asked again.
 
         Args:
             dbapi: The driver's connection.
-            info: The connection's.
+            info: The connection's `info`.
             wait_ms: The longest that a claim waits.
-            varies: The application sets its connections anew as they are taken: what is learnt now need not hold later.
+            varies: The application changes its connections' settings at each checkout: what is learnt now may not hold later.
         """
 
     def strange(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
-        """Say whether a connection is not what it was when it was prepared: free, no round trip. It is to be thrown away."""
+        """Say whether a connection differs from what it was when prepared. Then it must be thrown away. Free, no round trip."""
 
     def claim(
         self, dbapi: Any, info: MutableMapping[Any, Any], row: ClaimRow, *, wait_ms: int, savepoint: bool
     ) -> bool:
-        """Insert `row`, first thing in its transaction, and say whether it is ours (False: it stands there already).
+        """Insert `row`, as the first statement of its transaction, and say whether it is ours (False: the key has a row already).
 
         Args:
             dbapi: The driver's connection.
             info: What `prepare` remembered of it.
             row: Who claims what; its owner is this attempt's alone.
             wait_ms: The longest to wait for another transaction that holds the key.
-            savepoint: The transaction is the caller's, who commits it: its earlier work survives a refusal. Else it is ours,
-                and ends by `commit`.
+            savepoint: The transaction is the caller's, and the caller commits it: its earlier work survives a refusal. Else it is
+                ours, and ends by `commit`.
 
         Raises:
-            ClaimBusy: Another transaction holds the key. Else the driver's error.
+            ClaimBusy: Another transaction holds the key. Any other refusal is the driver's error.
         """
 
     def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
-        """Begin a transaction without a claim, so that the driver says that it is open; it ends by `commit`.
+        """Begin a transaction without a claim, so that the driver reports it as open. It ends by `commit`.
 
-        Where a hook has written something on this connection before, it goes on in the transaction that this has begun.
+        If a hook has already written something on this connection, this continues the hook's transaction.
 
         Args:
             dbapi: The driver's connection.
             info: What `prepare` remembered of it.
-            owner: Whose transaction it is.
-            trace: To be written where something else than the attempt can commit it unseen.
+            owner: The attempt that owns the transaction.
+            trace: Written on servers where something other than the attempt can commit it without notice.
         """
 
     def commit(
@@ -183,69 +186,71 @@ class Dialect(Protocol):
         trace: Trace | None,
         send_commit: Callable[[], None],
     ) -> None:
-        """Commit durably the transaction in which `owner` claimed `rows`, by `claim`, a group's claim or `begin`.
+        """Commit durably the transaction in which `owner` claimed `rows`: by `claim`, by a batch claim, or by `begin`.
 
         Args:
             dbapi: The driver's connection.
             info: What `prepare` remembered of it.
-            owner: Whose transaction it is to be.
-            rows: What was claimed in it; none by `begin`.
+            owner: The attempt that should own the transaction.
+            rows: What was claimed in it; none after `begin`.
             trace: What `begin` was given.
             send_commit: Sends the driver's own COMMIT.
 
         Raises:
-            Gone: It is another transaction by now; nothing was sent. Else the driver's error.
+            Gone: It is another transaction by now; nothing was sent. Any other refusal is the driver's error.
         """
 
     def cut(self, dbapi: Any) -> None:
-        """End the connection of somebody who is in the middle of a statement: they get an error, instead of waiting for ever.
+        """End a connection whose user is in the middle of a statement: that user gets an error, and does not wait for ever.
 
-        It is to be thrown away after that. Never raises.
+        The caller must throw the connection away after that. Never raises.
         """
 
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
-        """Say whether this is still the transaction that `owner` began; None where nobody can tell. It is to end after that."""
+        """Say whether this is still the transaction that `owner` began; None if we cannot tell. The caller ends it after that."""
 
     def read_out(self, dbapi: Any) -> bool:
-        """Read what is left of the answer to the last statement; nothing, and free, where it was read to its end.
+        """Read the rest of the answer to the last statement. Free where it was read to its end.
 
-        A procedure can fail behind its first rows. Drivers that read the rest with the next statement would raise that error
-        there, and a statement of ours would take it for its own.
+        A procedure can fail after its first rows. Some drivers read the rest only with the next statement and raise that error
+        there: a statement of ours would take the error for its own.
 
         Returns:
-            Whether somebody reads its rows one by one (`stream_results`): these are left alone, and the next statement ends that.
+            Whether somebody reads its rows one by one (`stream_results`). Those are left alone; the next
+            statement ends that reading.
 
         Raises:
-            Exception: The driver's error, of that last statement.
+            Exception: The driver's error of that last statement.
         """
 
     def rows_as(self, dbapi: Any) -> tuple[Any, ...]:
-        """Return what makes the rows that are read on this connection, of all who have it after this one. Free."""
+        """Return the row factory of this connection, which also applies to its later users. Free."""
 
     def make_rows(self, dbapi: Any, rows_as: tuple[Any, ...]) -> None:
-        """Have them made by this again."""
+        """Set this row factory again."""
 
     def before_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> Any:
-        """Make ready for a statement that can end the transaction unseen; what is returned is for `after_call`.
+        """Prepare for a statement that can end the transaction without notice. The result is for `after_call`.
 
-        Called where `Read.unseen` says so, and only where `asks_around_calls`.
+        Called if `Read.unseen` says so, and only on servers that set `asks_around_calls`.
         """
 
     def after_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, *, drop: bool) -> bool | None:
-        """Say whether the transaction survived that statement; None: not now, its rows are not read yet.
+        """Say whether the transaction survived that statement; None: not known yet, its rows are not read.
 
         Args:
             dbapi: The driver's connection.
             info: What `prepare` remembered of it.
-            owner: Whose transaction it is to be.
-            drop: Rows that are not read yet are lost in any case: the next statement is about to be sent.
+            owner: The attempt that should own the transaction.
+            drop: Discard unread rows, because the next statement is about to be sent and would lose them anyway.
         """
 
     def committed_since(self, dbapi: Any, info: MutableMapping[Any, Any], before: Any) -> bool | None:
-        """Say whether this connection committed anything since `before_call` gave `before`; None where nobody can tell."""
+        """Say whether this connection committed anything since `before_call` returned `before`; None if we cannot tell."""
 
     def logged_since(self, dbapi: Any, info: MutableMapping[Any, Any], trace: Trace | None) -> bool | None:
-        """Say the same of the time since the claim, or `begin`, by the server's own log of commits; None where it does not tell.
+        """Say the same for the time since the claim, or since `begin`, from the server's own log of commits; None if
+        it does not tell.
 
         Args:
             dbapi: The driver's connection.
@@ -254,34 +259,35 @@ class Dialect(Protocol):
         """
 
     def server_session(self, dbapi: Any) -> object:
-        """Return what stands for the session that the driver has with its server; another object once it connected anew. Free."""
+        """Return an object that stands for the driver's session with its server. After a reconnect it is another object. Free."""
 
     def mark(self, dbapi: Any) -> Any:
-        """Make ready to see what is sent on the driver itself; what is returned is for `sent_since`, and never None.
+        """Prepare to see what is sent on the driver directly. The result is for `sent_since`, and never None.
 
-        Asked where the transaction is over and nothing is open. Free, no round trip.
+        Called when the transaction is over and nothing is open. Free, no round trip.
         """
 
     def sent_since(self, dbapi: Any, mark: Any) -> bool:
-        """Say whether anything that may have been committed was sent on it since `mark` gave `mark`: free, no round trip."""
+        """Say whether anything that may have been committed was sent since `mark` returned `mark`. Free, no round trip."""
 
     def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> ExistingClaim | None:
-        """Read what stands under the key.
+        """Read the row under the key.
 
         Args:
             dbapi: The driver's connection.
-            row: Whose key.
-            end: Roll the transaction back in the same breath.
-            wait: In a transaction that may be older than what is asked for: wait for who is just writing it, where the
-                server needs that to show it. Else this begins a transaction, and what is committed is enough.
+            row: The claim whose key to read.
+            end: Roll the transaction back in the same round trip.
+            wait: The transaction may be older than the row: wait for another transaction that is writing the row, if the
+                server needs that to show it. Else this begins a transaction, and committed rows are enough.
         """
 
     def trail(self, dbapi: Any, row: ClaimRow) -> Trail:
-        """Say what earlier runs of this message left behind. Free, no round trip, where nothing can commit behind our backs.
+        """Say what earlier runs of this message left behind. Free, no round trip, on servers where nothing else
+        can commit for us.
 
         Args:
-            dbapi: The driver's connection, in no transaction or in one that is to be rolled back, as it is afterwards.
-            row: Which message.
+            dbapi: The driver's connection, in no transaction or in one that the caller will roll back; it stays so.
+            row: The claim of the message.
         """
 
     def state(self, dbapi: Any) -> State:
@@ -294,52 +300,53 @@ class Dialect(Protocol):
         """Did the claim find no table to stand in?"""
 
     def refused(self, dbapi: Any, error: BaseException) -> bool:
-        """Did the server refuse this COMMIT for certain? The same connection still answers then, in no transaction of ours."""
+        """Did the server refuse this COMMIT for certain? Then the same connection still answers, in no transaction of ours."""
 
     def in_our_name(self, connection: Connection, statement: Insert | Update, values: Mapping[str, Any]) -> int:
         """Execute a statement of ours in the handler's transaction; return how many rows it changed.
 
-        The handler may have taken another role for its own statements (`SET LOCAL ROLE`), which must not be ours, and which
-        it, and what runs with COMMIT, must find again.
+        The handler may have changed the role for its own statements (`SET LOCAL ROLE`). Our statement must not use that role. The
+        handler, and everything that runs with COMMIT, must find it again afterwards.
         """
 
     def no_room(self, error: BaseException) -> bool:
         """Does the server say that it has no room left: a full disk, or a table of the handler's own that is full?"""
 
     def locked(self, error: BaseException) -> bool:
-        """Is another transaction in the way, where `trouble` says that the database cannot work? SQLite locks the whole of it."""
+        """Is another transaction in the way, although `trouble` says that the database cannot work? SQLite locks the whole file."""
 
     def gave_up(self, error: BaseException) -> bool:
-        """Did the driver itself end the connection, for an answer that took longer than it was told to wait (`read_timeout`)?"""
+        """Did the driver itself end the connection, because an answer took longer than its limit (`read_timeout`)?"""
 
     def timed_out(self, error: BaseException) -> bool:
-        """Did a statement run into a limit of time, which the session may have from whoever had it before?"""
+        """Did a statement exceed a time limit, which an earlier user of the connection may have left in the session?"""
 
     def limit_was_left(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
-        """After a claim that a time limit ended: is it another one than the connection had when it was prepared?
+        """After a claim that a time limit ended: does the limit differ from the one the connection had when it was prepared?
 
-        That of a role, a database, an engine or a listener is on every connection, and no other one waits longer. Ends the
-        transaction, and with it what was set for it alone.
+        A limit of a role, a database, an engine or a listener applies to every connection, so another connection
+        would wait no longer.
+        Ends the transaction, and with it what was set for it alone.
         """
 
     def unstorable(self, error: BaseException) -> bool:
-        """Does it say that a text has characters which this database, or the connection to it, lacks?"""
+        """Does it mean that a text has characters which this database, or the connection to it, lacks?"""
 
     def gives_no_more(self, error: BaseException) -> bool:
-        """Did connecting fail for a reason that says nothing of the connections there are: too many of them, say?"""
+        """Did connecting fail for a reason that does not concern the existing connections: too many of them, for example?"""
 
     def hopeless(self, error: BaseException) -> bool:
-        """Did connecting fail for a reason that waiting does not mend: no such user, password or database?"""
+        """Did connecting fail for a reason that waiting does not repair: no such user, password or database?"""
 
     def lost(self, dbapi: Any, info: MutableMapping[Any, Any], error: BaseException) -> bool:
-        """Did this error throw the whole transaction away, so that later statements would commit without the claim?"""
+        """Did this error roll the whole transaction back, so that later statements would commit without the claim?"""
 
     def read(self, dbapi: Any, info: MutableMapping[Any, Any], statement: str) -> Read:
-        """Say what a handler's statement would do to its transaction and its connection, by its first words."""
+        """Say, from its first words, what a handler's statement would do to its transaction and its connection."""
 
 
 class BatchClaims(Protocol):
-    """Claims of a whole group of messages on one database server."""
+    """Claims of a batch of messages on one database server."""
 
     def claim(
         self,
@@ -351,33 +358,34 @@ class BatchClaims(Protocol):
         wait_ms: int,
         meanwhile: Iterable[object] = (),
     ) -> Mapping[str, ExistingClaim | None]:
-        """Insert `rows`, first thing in a transaction that this begins; what stood there already is left as it is.
+        """Insert `rows`, as the first statement of a transaction that this begins. Existing rows are left as they are.
 
         Args:
             dbapi: The driver's connection, in no transaction.
             info: What `Dialect.prepare` remembered of it.
             rows: Of one consumer group and handler, each key once, sorted by key; at least one.
-            owner: Whose they are to be: this attempt's.
+            owner: This attempt, which is to own them.
             wait_ms: The longest to wait for another run of any of these keys; 0: not at all. MySQL
                 waits as long as its session says.
-            meanwhile: Work to do while the server answers, a step for each element; what is left when it has answered, or
-                where the driver does not let go of the thread, is not done.
+            meanwhile: Work to do while the server answers, a step for each element. What is left when it has answered is not
+                done, and nothing is done if the driver keeps the thread.
 
         Returns:
-            The keys that are not ours, with what stands there (None: it is gone again). Empty: all are ours. If none is,
+            The keys that are not ours, each with its existing claim (None: it is gone again). Empty: all are ours. If none is,
             the transaction may have been ended.
 
         Raises:
-            ClaimBusy: Another run holds one of the keys, nobody says which; none is ours. Else the driver's error.
+            ClaimBusy: Another run holds one of the keys, we do not know which; none is ours. Any other refusal
+            is the driver's error.
         """
 
 
 WAIT_MS: Final = 2000
-"""How long to wait for a row under a lease that somebody is changing: a complete or a record takes a round trip."""
+"""How long to wait for a row under a lease that another transaction is changing: a complete or a record takes a round trip."""
 
 
 class LeaseClaims(Protocol):
-    """Claims with a lease on one database server. One verb: the other changes of a lease need nothing of a driver."""
+    """Claims with a lease on one database server. It has one method: the other changes of a lease need nothing of a driver."""
 
     def claim(
         self,
@@ -391,38 +399,38 @@ class LeaseClaims(Protocol):
         wait_ms: int,
         steps: bool,
     ) -> LeaseAnswer:
-        """Take the key if it is new, or free and of this payload; say what stands there. Begins and ends its transaction.
+        """Take the key if it is new, or free and of this payload; return what is there. Begins and ends its transaction.
 
         Args:
             dbapi: The driver's connection, in no transaction.
             info: What `Dialect.prepare` remembered of it.
             row: Who claims what.
-            token: The new claim's.
-            lease: How long it holds, by the server's clock.
+            token: The fencing token of the new claim.
+            lease: How long the claim holds, by the server's clock.
             also: Another stored fingerprint that counts as this payload's.
-            wait_ms: The longest to wait for somebody who changes this row at the moment.
+            wait_ms: The longest to wait for another transaction that is changing this row.
             steps: Read the recorded steps, too.
 
         Raises:
-            ClaimBusy: Somebody holds the row itself; nothing was changed. Else the driver's error.
+            ClaimBusy: Another transaction holds the row itself; nothing was changed. Any other refusal is the driver's error.
         """
 
 
 def raise_for_the_store(dialect: Dialect, error: BaseException, engine: Engine, store: str | None = None) -> None:
-    """Raise what an error of a claim or a look-up says about the store; return if it says nothing: the error stands.
+    """Raise what an error of a claim or a look-up says about the store. Return if it says nothing: then the error itself counts.
 
     Args:
-        dialect: How that database is spoken to.
+        dialect: The dialect of that database.
         error: What was raised.
-        engine: Whose connection it was, or was to be.
-        store: The database's name, where it is not the handler's own.
+        engine: The engine of the connection, or of the connection that could not be made.
+        store: The database's name, if it is not the handler's own.
 
     Raises:
-        StoreUnavailable: The server does not answer, or no connection to it was to be had.
-        SchemaError: There is no table to claim in: no message is to blame, and none is to be counted.
-        BadKey: The key has characters that the database lacks; no retry mends that.
+        StoreUnavailable: The server does not answer, or no connection to it could be made.
+        SchemaError: There is no table of claims: no message is to blame, and none is to be counted.
+        BadKey: The key has characters that the database lacks; no retry repairs that.
     """
-    if isinstance(error, StoreUnavailable):  # said as the connection was taken
+    if isinstance(error, StoreUnavailable):  # raised while the connection was being made
         raise StoreUnavailable(f"{error}; nothing ran.", store=store) from error
     if isinstance(error, PoolTimeout):
         raise StoreUnavailable(none_free(engine), store=store) from error
@@ -449,13 +457,13 @@ def raise_for_the_store(dialect: Dialect, error: BaseException, engine: Engine, 
 
 
 def first_words(error: BaseException) -> str:
-    """Return the first line of what a server or its driver said."""
+    """Return the first line of a server's or driver's error text."""
     words = words_of(original(error)).strip()
     return words.splitlines()[0] if words else "no text"
 
 
 def steps_of(table: str) -> str:
-    """Return where steps are recorded, beside these claims.
+    """Return the name of the table of steps that belongs to this table of claims.
 
     Example:
         >>> steps_of("`shop`.message_idempotent")

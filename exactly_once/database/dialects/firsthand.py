@@ -1,7 +1,7 @@
-"""Makes a connection of a pool ready for a claim, or says that it is to be thrown away: others may have changed it.
+"""Prepares a connection of a pool for a claim, or says that it must be thrown away, because others may have changed it.
 
-Who had it is told by `had_before`, which is offered here beside it. Called by the guards, and by whatever speaks to a database
-in a session of our own.
+`connections.had_before`, whose functions are re-exported here, tells who used the connection. Called by the guards, and by every
+module that uses a session of our own.
 """
 
 from collections.abc import MutableMapping
@@ -26,10 +26,11 @@ __all__ = ["is_changed", "is_firsthand", "kept_firsthand", "moment", "ready", "v
 
 
 def varies(connection: Connection) -> bool:
-    """Say whether listeners of the application's can set this connection anew for each transaction, by what the next one is for.
+    """Say whether listeners of the application can change this connection's settings for each transaction.
 
-    A role of each tenant, a time limit of each kind of work: what is learnt of such a connection holds for one transaction. Asked
-    once a connection, so a listener that is added later counts for those that are made after it.
+    Examples: a role for each tenant, a time limit for each kind of work. What is learnt of such a connection
+    holds for one transaction.
+    Asked once for each connection, so a listener that is added later counts only for connections that are made after it.
     """
     pool, engine = connection.engine.pool.dispatch, connection.engine.dispatch
     listened = (pool.checkout, pool.checkin, pool.reset, engine.engine_connect, engine.begin)
@@ -41,7 +42,7 @@ def _is_ours(listener: object) -> bool:
 
 
 def is_changed(dialect: Dialect, connection: Connection, since: int) -> bool:
-    """Say whether a connection is to be thrown away before it is used: it is not what it was, or nobody knows what it was."""
+    """Say whether a connection must be thrown away before use: it has changed, or we do not know what it was before."""
     info = connection.info
     if dialect.kept_as in info:
         return dialect.strange(connection.connection.dbapi_connection, info)
@@ -49,14 +50,15 @@ def is_changed(dialect: Dialect, connection: Connection, since: int) -> bool:
 
 
 def ready(dialect: Dialect, connection: Connection, *, wait_ms: int, since: int) -> bool | None:
-    """Make a connection ready for a claim; say whether it was used before, and None where it is to be thrown away.
+    """Prepare a connection for a claim. Return whether others used it before; None if it must be thrown away.
 
-    What a connection that was used before does not take is asked for again on another one. What one that nobody had does not
-    take is believed.
+    If a claim fails on a connection that others used, it is repeated on another connection. If it fails on
+    a connection that nobody
+    used, the error counts.
 
     Args:
-        dialect: How its database is spoken to.
-        connection: Of the pool.
+        dialect: The dialect of its database.
+        connection: A connection of the pool.
         wait_ms: The longest that its claims wait.
         since: When the look for a connection began, see `moment`.
 
@@ -80,7 +82,7 @@ def ready(dialect: Dialect, connection: Connection, *, wait_ms: int, since: int)
                 return None
             raise
         return is_lent(connection, since)
-    try:  # others have had it, since another application of this process learnt from it or where there is nothing to learn
+    try:  # others used it, but another application of this process learnt its settings, or there are none to learn
         dialect.prepare(dbapi, info, wait_ms=wait_ms, varies=varies(connection))
     except Exception as error:
         if dialect.error_kind(error) is ErrorKind.UNAVAILABLE or interrupted(error):

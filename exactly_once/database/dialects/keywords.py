@@ -1,11 +1,12 @@
-"""Reads what a handler sends, by the first words of each statement in a text: may it be sent, and what does it change.
+"""Reads, by the first words of each statement in a text, whether a handler may send it, and what it changes.
 
-Two answers come from one reading, once for each text. *Refused*: it would end the handler's transaction. *Session*: the
-connection is not what it was for whoever has it next.
+One reading of each text gives two answers. *Refused*: it would end the handler's transaction. *Session*: it changes the
+connection for later users.
 
-It reads first words and no SQL, but for the names of the functions that take a lock of the session, and what `leftovers` looks
-for. So it cannot see what other functions and procedures do: a SET or a COMMIT in a procedure, a trigger or a prepared text.
-`unseen` says that a statement runs a text which is not there to read; the transaction's own witnesses tell what became of it.
+It reads first words, not SQL; the exceptions are the names of functions that take a lock of the session, and what `leftovers`
+looks for. So it cannot see what other functions and procedures do: a SET or a COMMIT in a procedure, a trigger
+or a prepared text.
+`unseen` says that a statement runs a text that we cannot read. Then the dialect's witnesses tell what became of the transaction.
 """
 
 import re
@@ -21,7 +22,7 @@ from exactly_once.database.dialects.verbs import JUDGES, Read, opens_body
 __all__ = ["LOCK", "Read", "read", "reader"]
 
 
-# nearly all that is ever sent, told without reading it: one statement, known by its first word
+# Nearly every statement that is ever sent is one of these: a single statement, known by its first word.
 _FIRST: Final = re.compile(r"\s*([A-Za-z]+)")
 _PLAIN: Final = {
     spelling: Read(spelling.upper())
@@ -29,7 +30,7 @@ _PLAIN: Final = {
     for spelling in (word, word.lower())
 }
 
-# of the session, so they outlive the transaction in an idle connection of the pool; whoever waits for one waits for ever
+# These locks belong to the session, so they outlive the transaction in an idle connection of the pool; others wait for ever.
 _LOCKS: Final = {
     "postgresql": re.compile(r"\bpg_(?:try_)?advisory_(?:un)?lock", re.IGNORECASE),
     "mysql": re.compile(r"\b(?:GET_LOCK|RELEASE_(?:ALL_)?LOCKS?)\b", re.IGNORECASE),
@@ -37,16 +38,12 @@ _LOCKS: Final = {
 LOCK: Final = "a lock of the session"
 
 _REMEMBERED: Final = 32_768
-"""Characters. A longer text is read each time: its values stand in it, it does not come again, and many fill the memory."""
+"""Characters. A longer text is read each time: it contains its values, so it does not come again, and would fill the memory."""
 
 
 @cache
 def reader(grammar: Grammar) -> Callable[[str], Read]:
-    """Return what reads texts of one grammar, and remembers what it read: ask for it once, not for each text.
-
-    Example:
-        `reader(POSTGRESQL)("SELECT 1; SET ROLE clerk").session` is `"SET"`.
-    """
+    """Return a reader for texts of one grammar, which remembers what it read. Ask for it once, not for each text."""
 
     @lru_cache(maxsize=1024)
     def remembered(statement: str) -> Read:
@@ -74,7 +71,7 @@ def _read(statement: str, grammar: Grammar) -> Read:
         return said
     locks = _LOCKS.get(grammar.dialect)
     if locks is not None and "lock" in (lowered := statement.lower()) and locks.search(lowered):
-        return said._replace(session=LOCK)  # whatever else it changes: with a lock the connection is closed at once
+        return said._replace(session=LOCK)  # a lock counts more than any other change: the connection is closed at once
     if said.session is None:
 
         def judge(tokens: list[str]) -> str | None:
@@ -99,13 +96,13 @@ def _told(statement: str, grammar: Grammar) -> Read:
 
 
 def _possible(statement: str, grammar: Grammar) -> Iterator[Grammar]:
-    """Yield the other ways in which a server may read a text: it is refused if it is by any of them."""
+    """Yield the other ways in which a server may read a text. The text is refused if any of them refuses it."""
     if grammar.dialect != "mysql":
         return
     if not grammar.version and "!" in statement:
-        yield grammar._replace(version=1)  # no comment that has a version is executed
+        yield grammar._replace(version=1)  # no comment with a version is executed
     if ";" in statement and "sql_mode" in statement.lower():
-        # its first statement may change how the server reads the others
+        # Its first statement may change how the server reads the others.
         for backslash, ansi_quotes in product((True, False), repeat=2):
             yield grammar._replace(backslash=backslash, ansi_quotes=ansi_quotes)
 
@@ -116,7 +113,7 @@ def _judged(statement: str, grammar: Grammar) -> Read:
     for tokens in statements(statement, grammar):
         first = first or (tokens[0] if tokens[0].isalpha() else "")
         if body and tokens[0] == "END":
-            body = False  # of a function or a trigger that is made, and does not run now
+            body = False  # the END of a function or trigger that is created, and does not run now
             continue
         said = judge(tokens)
         if said.refused is not None:

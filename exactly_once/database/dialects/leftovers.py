@@ -1,10 +1,10 @@
-"""What a statement leaves in its session, though its first word does not say so: found once for each text that may.
+"""Finds what a statement leaves in its session although its first word does not say so. Reads each suspicious text once.
 
-`SELECT ... INTO TEMP`, `set_config(..., false)`, `UPDATE pg_settings`, a variable of MySQL's that a SELECT fills, and what the
-body of a DO block sets.
-A search for fixed words comes first, so nearly every text costs no more than that; only a text that has them is read word by
-word, outside its strings and comments. What a function or a procedure does is not there to be read: of those only the
-server's own are known, by their names. Called by `keywords`.
+Examples: `SELECT ... INTO TEMP`, `set_config(..., false)`, `UPDATE pg_settings`, a MySQL variable that a SELECT fills, and the
+settings in the body of a DO block.
+It first searches for fixed words, so nearly every text costs no more than that. Only a text that has them is read word by
+word, outside its strings and comments. The body of a function or a procedure is not in the text: of those we know only the
+server's own functions, by name. Called by `keywords`.
 """
 
 import re
@@ -21,8 +21,8 @@ class Left(NamedTuple):
     """What stays in the session.
 
     Args:
-        session: A keyword as people write it.
-        unless: The parameters that say whether it does: it does not where each of them is true. In capitals.
+        session: A keyword, spelled as people write it.
+        unless: Names of parameters, in capitals. If each of them is true, nothing stays in the session.
     """
 
     session: str
@@ -30,36 +30,36 @@ class Left(NamedTuple):
 
 
 Judge = Callable[[list[str]], str | None]
-"""Says of one statement's tokens what it changes in the session."""
+"""Says what one statement, given as tokens, changes in the session."""
 
-# of PostgreSQL's own functions, by name: what they change ends with the session
+# Functions of PostgreSQL itself, by name: what they change lasts until the session ends.
 _FUNCTIONS: Final = frozenset({"SETSEED", "DBLINK_CONNECT", "DBLINK_CONNECT_U"})
 _SET_CONFIG: Final = "SET_CONFIG"
 _SETTINGS: Final = "PG_SETTINGS"  # a view: an UPDATE of it is a SET
 _TEMPORARY: Final = ("TEMP", "TEMPORARY")
 _WORDS: Final = tuple(sorted(name.lower() for name in _FUNCTIONS | {_SET_CONFIG, _SETTINGS}))
-# a comment may stand between: then it is read word by word
+# A comment may be in between: then the text is read word by word.
 _INTO_VARIABLE: Final = re.compile(r"into\s*(?:@|/\*|--|#)")
 _INTO_TEMPORARY: Final = re.compile(r"into\s*(?:(?:global|local|table|temp|temporary|unlogged)\b|\"?pg_temp|/\*|--)")
-# what stands between INTO and what is made
+# What may be between INTO and the new table.
 _ASIDE: Final = frozenset({"GLOBAL", "LOCAL", "TABLE", "UNLOGGED"})
-# the INTO of what fills a table that is there
+# The INTO of a statement that fills an existing table.
 _FILLS: Final = re.compile(r"(?>\s+|--[^\n\r]*|/\*(?:[^*/]|\*(?!/)|/(?!\*))*+\*/)*+(?:insert|merge)\s+into\b")
 _BOOLEAN: Final = ("BOOL", "BOOLEAN")
 _TRUE: Final = frozenset({"1", "on", "t", "true", "y", "yes"})
-_LONGEST: Final = 16  # tokens: no last argument that says "true" has more
-# behind these a statement begins in a block of PL/pgSQL
+_LONGEST: Final = 16  # tokens; a last argument that means "true" has no more
+# In a block of PL/pgSQL a statement begins after these.
 _BEGINS: Final = frozenset({"BEGIN", "THEN", "ELSE", "LOOP"})
 
 
 def left(statement: str, grammar: Grammar, judge: Judge, *, block: bool) -> Left | None:
-    """Say what a text leaves in its session, beside what the first words of its statements say.
+    """Say what a text leaves in its session, beyond what the first words of its statements say.
 
     Args:
-        statement: The text, before its values are put in.
+        statement: The text, before its values are inserted.
         grammar: How its server reads it.
-        judge: What the first words of a statement say, for those in the body of a DO block.
-        block: There may be such a block in it.
+        judge: What the first words of a statement say; for statements in the body of a DO block.
+        block: The text may contain such a block.
     """
     if not _may_leave(statement, grammar) and not block:
         return None
@@ -72,7 +72,7 @@ def left(statement: str, grammar: Grammar, judge: Judge, *, block: bool) -> Left
 
 
 def _may_leave(statement: str, grammar: Grammar) -> bool:
-    """Look for fixed words, wherever they stand: in a long text of values this is all that is affordable."""
+    """Search for fixed words anywhere in the text: for a long text of values we can afford no more."""
     if grammar.dialect == "mysql":
         return ":=" in statement or ("@" in statement and _INTO_VARIABLE.search(statement.lower()) is not None)
     if grammar.dialect == "postgresql":
@@ -85,12 +85,12 @@ def _may_make(lowered: str) -> bool:
     fills = _FILLS.match(lowered)
     if fills is None:
         return _INTO_TEMPORARY.search(lowered) is not None
-    # a table of that name is filled, and only another statement could make one
+    # It fills a table of that name; only another statement could make a table.
     return ";" in lowered and _INTO_TEMPORARY.search(lowered, fills.end()) is not None
 
 
 def _together(found: Iterable[Left | None]) -> Left | None:
-    """Of several the one that no parameter takes back; else the last, with all their parameters."""
+    """Return the first finding without conditions. If all have some, return the last one with the parameters of all."""
     unless: list[str] = []
     session = None
     for each in found:
@@ -123,18 +123,18 @@ def _postgresql(tokens: list[str], grammar: Grammar, judge: Judge) -> Left | Non
 
 
 def _into_temporary(tokens: list[str]) -> bool:
-    selects = [False]  # for each bracket that is open
+    selects = [False]  # one entry for each open bracket
     for index, word in enumerate(tokens):
         if word == "(":
             selects.append(False)
         elif word == ")":
-            if selects[1:2]:  # leading brackets are no tokens
+            if selects[1:2]:  # a leading bracket is no token
                 selects.pop()
         elif word == "SELECT":
             selects[-1] = True
         elif word == "INTO":
             if tokens[index - 1] in ("INSERT", "MERGE") and not selects[-1]:
-                continue  # into a table of that name
+                continue  # INTO a table of that name
             target = [each for each in tokens[index + 1 : index + 4] if each not in _ASIDE][:1]
             if target and (target[0] in _TEMPORARY or target[0].removeprefix('"').upper() == "PG_TEMP"):
                 return True
@@ -142,8 +142,10 @@ def _into_temporary(tokens: list[str]) -> bool:
 
 
 def _changes(tokens: list[str]) -> Iterator[Left | None]:
-    """Find the calls and the updates that change the session: each token once, however deep they stand in each other."""
-    opened: list[tuple[bool, int]] = []  # for each bracket: of set_config, and where its last argument begins
+    """Find the calls and updates that change the session. Looks at each token once, however deep the calls are nested."""
+    opened: list[
+        tuple[bool, int]
+    ] = []  # for each bracket: whether it belongs to set_config, and where its last argument begins
     for index, word in enumerate(tokens):
         match word:
             case "(" | "[":
@@ -169,8 +171,8 @@ def _updates_settings(tokens: list[str]) -> bool:
 
 
 def _set(local: list[str]) -> Left | None:
-    """Say what `set_config` leaves, by its last argument: whether it is for the transaction alone."""
-    if local[:1] == ["IS_LOCAL"] and local[1:3] in (["=", ">"], [":", "="]):  # named
+    """Say what `set_config` leaves, by its last argument, which limits the change to the transaction."""
+    if local[:1] == ["IS_LOCAL"] and local[1:3] in (["=", ">"], [":", "="]):  # a named argument
         local = local[3:]
     if local[:2] == ["CAST", "("] and local[-3:-2] == ["AS"] and local[-2] in _BOOLEAN:
         local = local[2:-3]
@@ -184,7 +186,7 @@ def _set(local: list[str]) -> Left | None:
 
 
 def _block(tokens: list[str], grammar: Grammar, judge: Judge) -> Left | None:
-    """A DO block: its body is there to be read, in PL/pgSQL and between dollars; a text that it runs is not."""
+    """A DO block: we can read its body, in PL/pgSQL and between dollars, but not a text that it executes."""
     bodies = [word[1:] for word in tokens if word[0] == "$" and word != "$"]
     if not bodies or ("LANGUAGE" in tokens and "PLPGSQL" not in tokens):
         return Left("DO")

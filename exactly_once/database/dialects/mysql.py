@@ -1,34 +1,38 @@
 """MySQL and MariaDB through PyMySQL and asyncmy.
 
-Locking: InnoDB lets a second INSERT of a key wait on the first one's row lock; the loser gets errno 1062 and *keeps a
-shared lock* on the row, so it rolls back at once. A deadlock (1213) throws the whole transaction away, claim included,
-and the next statement silently begins another: `lost` tells the watch, for COMMIT alone would keep effects without a
-claim. Most DDL commits the open transaction on its way. A lock wait that timed out (1205) undoes its statement only,
+Locking: InnoDB lets a second INSERT of a key wait on the first one's row lock. The loser gets errno 1062 and *keeps a
+shared lock* on the row, so it rolls back at once. A deadlock (1213) rolls the whole transaction back, claim included,
+and the next statement silently begins another: `lost` tells the watch, because a plain COMMIT would keep effects without a
+claim. Most DDL commits the open transaction implicitly. A lock wait that timed out (1205) undoes only its statement,
 unless innodb_rollback_on_timeout is on.
 
-The wait is in whole seconds on these servers. MariaDB bounds the one statement; MySQL knows only the session's setting,
-so there the bound holds for the handler's own lock waits too.
+The wait is in whole seconds on these servers. MariaDB limits the one statement. MySQL knows only the session's setting,
+so there the limit applies to the handler's own lock waits too.
 
 The driver's flag says that a transaction is open, not that it is ours: a stored procedure can commit, begin another, or
-swallow the deadlock that threw ours away. Two witnesses tell. A savepoint set with the claim is gone exactly when the claim's
-transaction is gone; it is released with COMMIT, for releasing it earlier would take the handler's own savepoints along. And
-the claim is written *unfinished* and made *consumed* by its own attempt with COMMIT, so that a process killed behind a hidden
-commit leaves a row that says so; under a lease, whose claim was committed before, a row beside it does (`Trace`). Around a
-CALL stands a savepoint more, so that the error can name that CALL. On MariaDB each of these travels with a statement that is
-sent anyway, in one compound statement; MySQL has none, and pays a round trip each. What the driver's own cursor committed in
-place of a transaction that was lost has neither witness; where MariaDB keeps a binary log, that tells (`LOGGED`).
+swallow the deadlock that rolled ours back. Two witnesses tell. First, a savepoint that is set with the claim disappears exactly
+when the claim's transaction does. It is released with COMMIT: an earlier release would also release the handler's own savepoints.
+Second, the claim is written *unfinished*, and its own attempt changes it to *consumed* with COMMIT. If a process
+is killed after a
+hidden commit, the row says so. Under a lease the claim was committed before, and another row is the witness
+(`Trace`). There is one
+more savepoint around a CALL, so that the error can name that CALL. On MariaDB each of these travels in a
+compound statement with one
+that is sent anyway. MySQL has no such statement, and each costs a round trip. If a transaction was lost, and
+the driver's own cursor
+committed another in its place, neither witness shows it. If MariaDB keeps a binary log, that log does (`LOGGED`).
 
-A handler may have taken another role (SET ROLE), without the rights to our tables. That is found out by a denial, which does
-nothing to a transaction: our role is set, and the statement sent again. So it costs nobody else anything.
+A handler may have changed to another role (SET ROLE) without rights to our tables. We learn that from a denied statement, which
+does nothing to a transaction: we set our own role, and send the statement again. So other handlers pay nothing for it.
 
-Both drivers read what is left of an answer with the next statement. A procedure can fail behind its first rows, so its answer is
-read to its end before a statement of ours, or its error would be taken for ours (`read_out`).
+Both drivers read the rest of an answer only with the next statement. A procedure can fail after its first rows, so its answer is
+read to its end before a statement of ours. Else its error would be taken for ours (`read_out`).
 
-asyncmy sends several statements in one text. A procedure that commits, called behind the first of them, is seen only once
-that first one's result was closed.
+asyncmy sends several statements in one text. If a later one of them calls a procedure that commits, we see that only after
+the first result is closed.
 
 Keys are VARBINARY: compared byte by byte, neither case nor trailing spaces are folded. They are sent as hexadecimal digits: a
-session that was left in another character set, or in NO_BACKSLASH_ESCAPES, would read what a driver escapes as another key.
+session that was left in another character set, or in NO_BACKSLASH_ESCAPES, would read a driver's escaped text as another key.
 """
 
 import re
@@ -100,14 +104,14 @@ FINISH: Final = (
     "UPDATE {table} SET status = 1"
     " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) AND owner = %s AND status = 2"
 )
-# each key looked up on the whole primary key: with IN the server may read, and wait for, all rows of the handler
+# Looks up each key on the whole primary key: with IN the server may read, and wait for, all rows of the handler.
 FINISH_MANY: Final = (
     "UPDATE ({keys}) AS wanted STRAIGHT_JOIN {table} AS ours FORCE INDEX (PRIMARY)"
     " ON ours.consumer_group = UNHEX(%s) AND ours.handler = UNHEX(%s) AND ours.business_key = wanted.business_key"
     " SET ours.status = 1 WHERE ours.owner = %s AND ours.status = 2"
 )
 KEY: Final = "SELECT UNHEX(%s) AS business_key"
-# under a lease no claim stands in the handler's transaction: this row does
+# Under a lease the handler's transaction contains no claim, but this row.
 TRACE: Final = (
     "INSERT INTO {steps} (consumer_group, handler, business_key, step, ordinal, status, result, attempt, token, created_at)"
     " VALUES (UNHEX(%s), UNHEX(%s), UNHEX(%s), UNHEX(%s), -1, 2, CONNECTION_ID(), %s, %s, UTC_TIMESTAMP(6))"
@@ -120,37 +124,37 @@ TRACE_STANDS: Final = (
     "SELECT 1 FROM {steps}"
     " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) AND step = UNHEX(%s) LIMIT 1"
 )
-# a number of our own: any trigger may signal 1644, which is what SIGNAL gives by itself
+# Our own number: SIGNAL's default is 1644, which any trigger may raise.
 _MISSED: Final = 21644
 _FINISHED: Final = f"IF ROW_COUNT() <> {{count}} THEN SIGNAL SQLSTATE '45000' SET MYSQL_ERRNO = {_MISSED}; END IF"
 BOUND: Final = "SET STATEMENT innodb_lock_wait_timeout = {seconds} FOR "
-# travels with what begins a transaction of ours; `begin_bounded` and the claim of a lease look for themselves
+# Travels with the statement that begins a transaction of ours. `begin_bounded` and the claim with a lease check for themselves.
 RIGHT: Final = f"IF NOT ({SESSION_IS_RIGHT}) THEN {RIGHT_SESSION}; END IF"
-# MariaDB's, for `logged_since`: the last commit of this session that the binary log has, and whether it has any of them
+# For `logged_since`, on MariaDB: the last commit of this session in the binary log, and whether the log has any of its commits.
 LOGGED: Final = (
     "SET @exactly_once_logs = IF(@@last_gtid <> @exactly_once_last, 1, @exactly_once_logs),"
     " @exactly_once_last = @@last_gtid"
 )
-# as bytes: see `mysql_session.put_right`; NULL where the log has shown no commit of this session, or is turned off for it
+# As bytes: see `mysql_session.put_right`. NULL if the log has shown no commit of this session, or is off for it.
 LOGS: Final = (
     "SELECT CAST(IF(@exactly_once_logs AND @@sql_log_bin, @@last_gtid <> @exactly_once_last, NULL) AS BINARY) LIMIT 1"
 )
-# so that it sees what is committed now and not an older snapshot of the caller's transaction
+# So that it sees what is committed now, not an older snapshot of the caller's transaction.
 _LOCKING: Final = " LOCK IN SHARE MODE"
 KNOWN: Final = (
     "SELECT status, fingerprint, CAST(owner AS BINARY) FROM {table}"  # noqa: S608  (constants alone)
     " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) LIMIT 1" + _LOCKING
 )
 BEGIN: Final = "START TRANSACTION"
-# of each SELECT a limit, or sql_select_limit holds, which somebody may have left in the session
+# Each SELECT has a LIMIT: else sql_select_limit applies, which an earlier user may have left in the session.
 PREPARE: Final = (
     "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode, @@completion_type, @@log_bin"
     "/*!80000 , CURRENT_ROLE()*//*M!100005 , CURRENT_ROLE()*//*M!100100 , @@max_statement_time*/ LIMIT 1"
 )
 ROLE: Final = ("SELECT CURRENT_ROLE() LIMIT 1", "SET ROLE {role}")
 LIMIT: Final = "SELECT @@max_statement_time LIMIT 1"
-# what changes with each commit of this session: how often it sent what is not known to commit nothing. The binary log would
-# tell for less, but not of what is kept out of it. MySQL has these counters in no table, and SHOW cannot add them up
+# Counters that change with each commit of this session: they count statements that may commit. The binary log would
+# be cheaper, but lacks commits that are kept out of it. MySQL has these counters in no table, and SHOW cannot add them up.
 COMMITS: Final = (
     "{read} WHERE VARIABLE_NAME LIKE 'Com\\_%' AND VARIABLE_NAME NOT LIKE 'Com\\_show\\_%'"
     " AND VARIABLE_NAME NOT LIKE 'Com\\_stmt\\_%' AND VARIABLE_NAME NOT IN ('Com_select', 'Com_insert', 'Com_insert_select',"
@@ -164,13 +168,13 @@ READ: Final = {
     "MySQL": "SHOW SESSION STATUS",
 }
 
-# as it is meant, whatever completion_type says
+# A plain COMMIT, whatever completion_type says.
 _COMMIT: Final = "COMMIT AND NO CHAIN NO RELEASE"
-# of the protocol's OK packet
+# Flags of the protocol's OK packet.
 _IN_TRANSACTION: Final = 1  # SERVER_STATUS_IN_TRANS
 _AUTOCOMMIT: Final = 2  # SERVER_STATUS_AUTOCOMMIT
 _NO_BACKSLASH_ESCAPES: Final = 512  # SERVER_STATUS_NO_BACKSLASH_ESCAPES
-# none of the protocol's, which has 16 bits: the server's next answer takes it away, and an error leaves it
+# A bit that the protocol does not use, which has 16: the server's next answer clears it, and an error leaves it.
 _MARKED: Final = 1 << 24
 _NO_SAVEPOINT: Final = 1305
 DUPLICATE: Final = 1062
@@ -179,19 +183,19 @@ _LOCK_WAIT: Final = 1205
 _CUT: Final = 1969  # MariaDB's max_statement_time; MySQL's limit is for SELECT alone
 _DEADLOCK: Final = 1213
 _CHANGED: Final = 1020  # MariaDB's innodb_snapshot_isolation: the row changed since this transaction's snapshot
-# what says that the server cannot work now, whichever message asks; some of it may be of one statement alone, so a failure
-# is taken for an outage only after a look
+# Errors that say that the server cannot work now, for any message. Some may concern one statement alone, so a failure
+# counts as an outage only after a look.
 _UNAVAILABLE: Final = frozenset(
     {
         3,  # EE_WRITE: error writing a file
         20,  # EE_DISK_FULL
         1021,  # ER_DISK_FULL
         1026,  # ER_ERROR_ON_WRITE
-        1030,  # ER_GET_ERRNO: the storage engine's own number (28: no space) stands in the text alone
+        1030,  # the storage engine's number (28: no space) is in the text alone
         1037,  # ER_OUTOFMEMORY
         1040,  # ER_CON_COUNT_ERROR: too many connections
         1041,  # ER_OUT_OF_RESOURCES
-        1047,  # ER_UNKNOWN_COM_ERROR: a Galera node that is cut off answers so to everything
+        1047,  # a cut-off Galera node answers everything like this
         1049,  # ER_BAD_DB_ERROR: being restored, or a wrong name (see `hopeless`)
         1053,  # ER_SERVER_SHUTDOWN
         1077,  # ER_NORMAL_SHUTDOWN
@@ -228,24 +232,24 @@ _UNAVAILABLE: Final = frozenset(
         4031,  # ER_CLIENT_INTERACTION_TIMEOUT
     }
 )
-# on a database, a table, a column
+# On a database, a table, a column.
 _DENIED: Final = frozenset({1044, 1142, 1143})
-# MariaDB's max_statement_time, MySQL's max_execution_time
+# MariaDB's max_statement_time, MySQL's max_execution_time.
 _TIMED_OUT: Final = frozenset({_CUT, 3024})
 _NO_ROOM: Final = frozenset({3, 20, 1021, 1026, 1030, 1114})
-# ER_CANNOT_CONVERT_CHARACTER, ER_TRUNCATED_WRONG_VALUE_FOR_FIELD (of a text: characters the column lacks), and MySQL's
-# ER_CANNOT_CONVERT_STRING
+# ER_CANNOT_CONVERT_CHARACTER, ER_TRUNCATED_WRONG_VALUE_FOR_FIELD (for a text: characters that the column lacks), and MySQL's
+# ER_CANNOT_CONVERT_STRING.
 _UNSTORABLE: Final = frozenset({1366, 1977, 3854})
-# after these nobody knows whether COMMIT happened: shutting down, interrupted, killed, the connection ended
+# After these we do not know whether COMMIT happened: shutting down, interrupted, killed, the connection ended.
 _UNSURE: Final = frozenset({1053, 1077, 1079, 1152, 1158, 1159, 1160, 1161, 1184, 1317, 1927, 4031})
 _GONE: Final = (ConnectionError, TimeoutError, EOFError)
-# not ER_QUERY_INTERRUPTED: KILL QUERY undoes its statement alone
+# Without ER_QUERY_INTERRUPTED: KILL QUERY undoes its statement alone.
 _ENDLESS_S: Final = 31_536_000  # the driver waits without a limit
 _LOST: Final = frozenset({_DEADLOCK, _CHANGED, 1927, 2006, 2013, 2055})
 
 
 def busy_of(error: BaseException, *, lost: bool = False) -> ClaimBusy | None:
-    """Return what an error of a claim is if another run holds the key; a claim waits for nothing else."""
+    """Return ClaimBusy if an error of a claim means that another run holds the key; a claim waits for nothing else."""
     code = errno(error)
     if code == _CUT:
         return ClaimBusy(again=False, lost=lost, cut=True)
@@ -254,29 +258,29 @@ def busy_of(error: BaseException, *, lost: bool = False) -> ClaimBusy | None:
 
 @dataclass(slots=True)
 class Seen:
-    """What a connection told when we first saw it."""
+    """What a connection reported when we first saw it."""
 
     bound: str
-    """Bounds the wait for locks of a statement beside the claim; empty where only the session can be bound."""
+    """Prefix that limits the lock wait of one statement beside the claim; empty if only the session can be limited."""
     patience_s: int
-    """The longest that a statement may wait, whole seconds, before the driver ends the connection for it (`read_timeout`)."""
+    """The longest that a statement may wait, in whole seconds, before the driver ends the connection (`read_timeout`)."""
     rollback_on_timeout: bool
     compound: bool
     """Several statements can be sent as one."""
     right: tuple[str, ...]
-    """Puts the session right, where that costs no round trip; and looks at its log, where there is one."""
+    """Statements that repair the session, if that costs no round trip, and read its log, if there is one."""
     commits: str
-    """Reads what changes with each commit of this session."""
+    """The statement that reads what changes with each commit of this session."""
     limit: list[Any]
-    """The longest that a statement may take; empty on MySQL, whose limit is for SELECT alone."""
+    """The longest that a statement may take; empty on MySQL, whose limit applies to SELECT alone."""
     role: str
-    """The role of what is written in our name, as SET ROLE takes it; empty where the server has none."""
+    """The role for what we write in our name, as SET ROLE takes it; empty if the server has no roles."""
     readers: tuple[Callable[[str], Read], Callable[[str], Read]]
-    """What reads a handler's statements: where a backslash in a string is a character, and where it escapes."""
+    """Readers of a handler's statements: for sessions where a backslash in a string is a character, and where it escapes."""
 
 
 class _Mark(NamedTuple):
-    """The driver's last result when nothing was open."""
+    """The driver's last result at a time when nothing was open."""
 
     result: Any
 
@@ -315,7 +319,7 @@ class MySQL:
         return TRACE_STANDS.replace("{steps}", steps_of(self.table))
 
     def _finishing(self, owner: str, rows: Sequence[ClaimRow], trace: Trace | None) -> tuple[str, list[Any]]:
-        """Return what makes this attempt's claims consumed, or takes its trace away, and its values; empty for neither."""
+        """Return the statement that completes this attempt's claims or deletes its trace, and its values. Empty for neither."""
         if trace is not None:
             return self._tracing[1], [*identity(trace.row), digits(trace.name)]
         if not rows:
@@ -357,13 +361,13 @@ class MySQL:
             if not is_mariadb:
                 cursor.execute(f"SET SESSION innodb_lock_wait_timeout = {max(1, seconds):d}")
             if completion != ENDS_PLAINLY:
-                cursor.execute(END_PLAINLY)  # as the server, or init_connect, makes each session
+                cursor.execute(END_PLAINLY)  # the value with which the server, or init_connect, begins each session
         finally:
             cursor.close()
         grammar = (MARIADB if is_mariadb else MYSQL)._replace(
             ansi_quotes="ANSI" in str(modes), version=_version(str(version))
         )
-        compound = is_mariadb and "ORACLE" not in str(modes)  # which has another grammar
+        compound = is_mariadb and "ORACLE" not in str(modes)  # Oracle mode has another grammar
         info[self.kept_as] = Seen(
             bound=_bound(seconds) if is_mariadb else "",
             patience_s=patience_s,
@@ -379,14 +383,14 @@ class MySQL:
         )
 
     def strange(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
-        return False  # what we send and read is digits and bytes, whatever character set and mode the session is in
+        return False  # we send and read digits and bytes, which no character set or mode changes
 
     def claim(
         self, dbapi: Any, info: MutableMapping[Any, Any], row: ClaimRow, *, wait_ms: int, savepoint: bool
     ) -> bool:
         refuse_autocommit(dbapi)
         seen: Seen = info[self.kept_as]
-        # the caller commits by themselves, and could finish nothing
+        # With a savepoint the caller commits, and cannot set the claim to consumed later.
         insert = bound(seen, wait_ms) + self._claim.replace("{status}", "1" if savepoint else "2")
         values = (
             *identity(row), digits(row.message_id), digits(row.content), row.fingerprint.hex(), row.attempt - 1, row.owner,
@@ -414,11 +418,11 @@ class MySQL:
 
     def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
         seen: Seen = info[self.kept_as]
-        # START TRANSACTION would commit what a hook of the user's has written in this transaction already
+        # START TRANSACTION would commit what a hook of the application has already written in this transaction.
         first = [BEGIN] if self.state(dbapi) is State.IDLE else []
         values: list[Any] = []
         if trace is not None:
-            first.append(seen.bound + self._tracing[0])  # a DELETE of old steps may stand in its way
+            first.append(seen.bound + self._tracing[0])  # a DELETE of old steps may hold a lock that this waits for
             values = [*identity(trace.row), digits(trace.name), trace.attempt, trace.token]
         cursor = dbapi.cursor()
         try:
@@ -442,14 +446,14 @@ class MySQL:
         cursor = dbapi.cursor()
         try:
             if seen.compound:
-                # a crash before the server has read it: all is rolled back; after it: all is done
+                # A crash before the server has read this: all is rolled back. A crash after: all is done.
                 finished = (finish, _FINISHED.replace("{count}", str(count))) if finish else ()
                 try:
                     together(cursor, seen, release, *finished, _COMMIT, values=values)
                 except Exception as error:
                     if not _took_another_role(cursor, seen, error):
                         raise
-                    # the savepoint was there, and is released; nothing came behind it
+                    # The savepoint existed, and is released. The statements after it were not executed.
                     together(cursor, seen, *finished, _COMMIT, values=values)
                 return
             cursor.execute(release)
@@ -472,7 +476,7 @@ class MySQL:
         send_commit()
 
     def cut(self, dbapi: Any) -> None:
-        sock = getattr(dbapi, "_sock", None)  # the other driver wakes who waits when it is closed
+        sock = getattr(dbapi, "_sock", None)  # the other driver wakes its waiters when it is closed
         if sock is not None:
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
@@ -493,7 +497,7 @@ class MySQL:
         return _read_out(_driver(dbapi), streams=False)
 
     def _pass_over(self, dbapi: Any) -> None:
-        """Read what is left of a statement whose error is nobody's any more: it is not to be taken for our question's."""
+        """Read the rest of a statement whose error does not matter any more: it must not be taken for our statement's."""
         with suppress(Exception):
             _read_out(_driver(dbapi), streams=True)
 
@@ -542,14 +546,14 @@ class MySQL:
             told = cursor.fetchone()[0]
             if told is None or trace is None:
                 return None if told is None else told == b"1"
-            # of this very session, so no older snapshot hides it
+            # Of this session itself, so no older snapshot hides it.
             cursor.execute(self._trace_stands, [*identity(trace.row), digits(trace.name)])
             return told == b"1" or cursor.fetchone() is not None
         finally:
             cursor.close()
 
     def server_session(self, dbapi: Any) -> object:
-        # a tuple that is made with each connection; its number may come again on another server
+        # The driver makes a new tuple at each connect. Its number alone could come again on another server.
         thread_id: object = _driver(dbapi).server_thread_id
         return thread_id
 
@@ -562,7 +566,7 @@ class MySQL:
         driver = _driver(dbapi)
         if not driver.server_status & _MARKED:
             return True
-        # asyncmy takes no status of 0 over: there the result tells; of an error there is none
+        # asyncmy does not take over a status of 0: then the result tells. After an error there is no result.
         return driver._result is not None and driver._result is not mark.result  # noqa: SLF001
 
     def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> ExistingClaim | None:
@@ -576,7 +580,7 @@ class MySQL:
         finally:
             cursor.close()
             if end:
-                dbapi.rollback()  # the refused INSERT left a shared lock on the row; pruning would wait for it
+                dbapi.rollback()  # the refused INSERT left a shared lock on the row, for which pruning would wait
         if found is None:
             return None
         status, fingerprint, owner = found
@@ -589,11 +593,11 @@ class MySQL:
         driver = _driver(dbapi)
         if not driver.server_status & _IN_TRANSACTION:
             return State.IDLE
-        waits = getattr(getattr(driver, "_proto", None), "_read_waiter", None)  # of asyncmy: somebody awaits an answer
+        waits = getattr(getattr(driver, "_proto", None), "_read_waiter", None)  # of asyncmy: a task awaits an answer
         if waits is not None or (driver._result is not None and driver._result.unbuffered_active):  # noqa: SLF001
             return State.BUSY
-        # asyncmy takes over a new status only where it is not 0, and 0 is what COMMIT and ROLLBACK sent as text answer;
-        # the last result has it. Without the newer end of a result, rows come without a status, and 0 says nothing
+        # asyncmy takes over a new status only if it is not 0, and a COMMIT or ROLLBACK that is sent as text answers 0. The
+        # last result has it. With the protocol's older end of a result, rows come without a status, and 0 says nothing.
         result = driver._result if getattr(driver, "_deprecate_eof", False) else None  # noqa: SLF001
         ended = result is not None and not result.server_status & _IN_TRANSACTION
         return State.IDLE if ended else State.OPEN
@@ -619,11 +623,11 @@ class MySQL:
         code = errno(error)
         if code is None or (code >= 2000 and code < 3000) or code in _UNSURE:
             return False
-        # the server still answers; `end` rolls back what is open
+        # The server still answers; `end` rolls back what is open.
         cursor = dbapi.cursor()
         try:
             cursor.execute("DO 0")
-        except Exception:  # whatever it says: nobody knows
+        except Exception:  # any error: we do not know
             return False
         finally:
             cursor.close()
@@ -633,7 +637,7 @@ class MySQL:
         seen: Seen | None = connection.info.get(self.kept_as)
 
         def executed() -> int:
-            # asked to keep it: of an INSERT the driver forgets how many rows it made, and says -1
+            # preserve_rowcount: without it the driver forgets the row count of an INSERT, and says -1.
             return connection.execute(statement, values, execution_options={"preserve_rowcount": True}).rowcount
 
         try:
@@ -661,7 +665,7 @@ class MySQL:
         return False
 
     def gave_up(self, error: BaseException) -> bool:
-        # the driver raises its own error in the place of that of the socket, or of the loop
+        # The driver's error replaces that of the socket or of the loop, which is its context.
         return errno(error) == 2013 and isinstance(original(error).__context__, TimeoutError)
 
     def timed_out(self, error: BaseException) -> bool:
@@ -672,7 +676,7 @@ class MySQL:
         try:
             cursor.execute(LIMIT)
             return cursor.fetchone()[0] not in (0, *info[self.kept_as].limit)
-        except ValueError:  # in a character set of results that was left there a number cannot be read
+        except ValueError:  # the session may have a result character set in which a number cannot be read
             return True
         finally:
             cursor.close()
@@ -681,7 +685,7 @@ class MySQL:
         return errno(error) in _UNSTORABLE
 
     def gives_no_more(self, error: BaseException) -> bool:
-        return errno(error) in (1040, 1203, 1226)  # too many connections: of all, of this user; a limit of this user's
+        return errno(error) in (1040, 1203, 1226)  # too many connections in all, or of this user; a limit of this user
 
     def hopeless(self, error: BaseException) -> bool:
         return errno(error) in (1044, 1045, 1049, 1698)  # access denied, unknown database
@@ -689,7 +693,7 @@ class MySQL:
     def lost(self, dbapi: Any, info: MutableMapping[Any, Any], error: BaseException) -> bool:
         code = errno(error)
         if code is None:
-            return isinstance(error, _GONE)  # a broken connection as asyncmy's streams raise it
+            return isinstance(error, _GONE)  # a broken connection, as asyncmy's streams raise it
         return code in _LOST or (code == _LOCK_WAIT and info[self.kept_as].rollback_on_timeout)
 
     def read(self, dbapi: Any, info: MutableMapping[Any, Any], statement: str) -> Read:
@@ -699,7 +703,7 @@ class MySQL:
 
 
 def bound(seen: Seen, wait_ms: int) -> str:
-    """Bound one statement's wait for locks, in whole seconds; nothing where only the session can be bound."""
+    """Return the prefix that limits one statement's lock wait, in whole seconds; empty if only the session can be limited."""
     return _bound(min(-(-wait_ms // 1000), seen.patience_s)) if seen.bound else ""
 
 
@@ -709,9 +713,9 @@ def _bound(seconds: int) -> str:
 
 
 def together(cursor: Any, seen: Seen, *statements: str, values: Sequence[Any] = ()) -> None:
-    """Execute several statements; in one round trip where the server can. `values` are for the one that has places.
+    """Execute several statements, in one round trip if the server can. `values` are for the one that has placeholders.
 
-    The rows of the last are the cursor's.
+    Afterwards the cursor has the rows of the last statement.
     """
     if seen.compound:
         cursor.execute(f"BEGIN NOT ATOMIC {'; '.join(statements)}; /* exactly_once */ END", values or None)
@@ -725,15 +729,15 @@ def identity(row: ClaimRow) -> tuple[str, str, str]:
 
 
 def digits(value: str | bytes | None) -> str | None:
-    """Return a value for UNHEX: in digits no character set and no mode of the session's makes another one of it."""
+    """Return a value for UNHEX: no character set and no mode of the session changes digits."""
     return None if value is None else (value.encode() if isinstance(value, str) else value).hex()
 
 
 def _took_another_role(cursor: Any, seen: Seen, error: BaseException) -> str:
-    """After a denial, put our own role in the place of one that the handler took; return what gives it theirs again.
+    """After a denial, set our own role if the handler has changed it. Return the statement that restores the handler's role.
 
-    Empty where there is no other role to take. It is asked after a denial alone, for it costs round trips; and a statement
-    that is denied has done nothing.
+    Empty if there is no other role to set. Called after a denial alone, because it costs round trips; a denied statement
+    has done nothing.
     """
     if errno(error) not in _DENIED or not seen.role:
         return ""
@@ -746,7 +750,7 @@ def _took_another_role(cursor: Any, seen: Seen, error: BaseException) -> str:
 
 
 def _role(told: Any, *, is_mariadb: bool) -> str:
-    """Return what CURRENT_ROLE() said as SET ROLE takes it. MySQL says it so already, of several too."""
+    """Return the value of CURRENT_ROLE() in the form that SET ROLE takes. MySQL returns that form, also for several roles."""
     role = told.decode() if isinstance(told, bytes) else told
     if not is_mariadb or not role:
         return role or "NONE"
@@ -754,7 +758,7 @@ def _role(told: Any, *, is_mariadb: bool) -> str:
 
 
 def _version(text: str) -> int:
-    """Return a server's version as executable comments count it: 101106 for 10.11.6; 0 where it cannot be read."""
+    """Return a server's version in the form of executable comments: 101106 for 10.11.6; 0 if it cannot be read."""
     found = re.match(r"(?:5\.5\.5-)?(\d+)\.(\d+)\.(\d+)", text)
     return int(found[1]) * 10_000 + int(found[2]) * 100 + int(found[3]) if found else 0
 
@@ -765,13 +769,16 @@ def _inner(owner: str) -> str:
 
 
 def _counted(cursor: Any) -> tuple[Any, ...] | None:
-    """Return the counters to compare; None where there are none, which says nothing of commits."""
+    """Return the counters to compare; None if there are none, which says nothing about commits."""
     rows = tuple(cursor.fetchall())
     return rows if rows and all(None not in row for row in rows) else None
 
 
 def _read_out(driver: Any, *, streams: bool) -> bool:
-    """Read the rest of the last answer, as the drivers do themselves before they send; True: rows were left to their reader."""
+    """Read the rest of the last answer, as the drivers do before they send.
+
+    True: its rows are being streamed, and are left alone.
+    """
     while (result := driver._result) is not None:  # noqa: SLF001
         if result.unbuffered_active:
             if not streams:
@@ -801,7 +808,7 @@ def _released(dbapi: Any, name: str) -> bool:
 
 
 def _undone(cursor: Any, name: str) -> bool:
-    """Undo what came after a savepoint; False where the server has thrown it away with the whole transaction."""
+    """Undo the work after a savepoint; False if the server has dropped the savepoint with the whole transaction."""
     try:
         cursor.execute(f"ROLLBACK TO SAVEPOINT {name}")
     except Exception as error:
@@ -812,17 +819,17 @@ def _undone(cursor: Any, name: str) -> bool:
 
 
 def _driver(dbapi: Any) -> Any:
-    """The driver's own connection: itself when sync, inside the adapter when async."""
+    """The driver's own connection: `dbapi` itself if sync, inside the adapter if async."""
     return getattr(dbapi, "driver_connection", None) or dbapi
 
 
 def refuse_autocommit(dbapi: Any) -> None:
-    """Claim nothing on a connection that commits each statement by itself.
+    """Refuse a connection that commits each statement by itself.
 
     Raises:
-        ConfigurationError: It does.
+        ConfigurationError: It is in autocommit.
     """
-    # the server says it with each answer, so it is asked at each claim: a session may have changed it since
+    # The server reports it with each answer. Checked at each claim: code may have changed it in the session.
     if _driver(dbapi).server_status & _AUTOCOMMIT:
         raise ConfigurationError(
             "The connection is in AUTOCOMMIT: a claim would be kept although its handler failed, and the message lost."
@@ -831,13 +838,13 @@ def refuse_autocommit(dbapi: Any) -> None:
 
 
 def _is_closed(error: BaseException) -> bool:
-    """Both drivers say 0, and no more, of a connection they closed when it was lost; so a rollback hides what was lost."""
+    """A driver reports 0, and no more, for a connection that it closed when it was lost; so a rollback hides the loss."""
     origin = original(error)
     return type(origin).__name__ == "InterfaceError" and getattr(origin, "args", ())[:1] == (0,)
 
 
 def errno(error: BaseException) -> int | None:
-    """Return the number of an error of the driver's; a KeyError(1213) of the application's has none."""
+    """Return the number of a driver's error. An application's exception with a number, such as KeyError(1213), has none."""
     origin = original(error)
     if not is_drivers(origin):
         return None

@@ -1,9 +1,9 @@
-"""The claim of a whole group on MySQL and MariaDB: one INSERT that leaves known rows as they are, then one look at who owns what.
+"""The claim of a batch on MySQL and MariaDB: one INSERT that leaves existing rows as they are, then one look at the owners.
 
-A plain INSERT of several rows inserts none when one is known, and does not say which; INSERT IGNORE deadlocks with another
-even where both are sorted. ON DUPLICATE KEY UPDATE of nothing does neither. Its row count says nothing where the driver
-counts found rows, so its rows are told apart by their owner, this attempt's alone. Rows that were known already
-stay locked until the group's transaction ends. Called by the transaction guard.
+A plain INSERT of several rows inserts none if one key exists, and does not say which. INSERT IGNORE deadlocks with another
+one even if both are sorted. ON DUPLICATE KEY UPDATE that changes nothing does neither. Its row count means nothing if the driver
+counts found rows, so the rows are told apart by their owner, which is this attempt's alone. Rows that existed before
+stay locked until the batch's transaction ends. Called by the transaction guard.
 """
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
@@ -34,7 +34,7 @@ ROW: Final = (
     "(UNHEX(%s), UNHEX(%s), UNHEX(%s), 2, CONVERT(UNHEX(%s) USING utf8mb4), UNHEX(%s), %s, %s, %s,"
     " UTC_TIMESTAMP(6), UTC_TIMESTAMP(6))"
 )
-# each key looked up on the whole primary key: with IN the server may read, and wait for, all rows of the handler
+# Looks up each key on the whole primary key: with IN the server may read, and wait for, all rows of the handler.
 KNOWN: Final = (
     "SELECT known.business_key, known.status, known.fingerprint, CAST(known.owner AS BINARY) FROM ({keys}) AS wanted"
     " STRAIGHT_JOIN {table} AS known FORCE INDEX (PRIMARY) ON known.consumer_group = UNHEX(%s) AND known.handler = UNHEX(%s)"
@@ -61,7 +61,7 @@ class Claims:
     ) -> Mapping[str, ExistingClaim | None]:
         """See `BatchClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
         refuse_autocommit(dbapi)
-        # in whole seconds; where the session alone can be bound, its bound holds here too
+        # In whole seconds. If only the session can be limited, its limit applies here too.
         seen: Seen = info[self._dialect.kept_as]
         bounded = bound(seen, wait_ms)
         group, handler, _ = identity(rows[0])

@@ -1,8 +1,8 @@
-"""Claims with a lease on MySQL and MariaDB: an INSERT, and where the key is known already an UPDATE that takes what is free.
+"""Claims with a lease on MySQL and MariaDB: an INSERT, and if the key exists an UPDATE that takes a free claim.
 
-An upsert would not do: its row count cannot tell a taken row from one left alone where the driver counts found rows. The
-loser of an INSERT keeps a shared lock on the row, so it rolls back, and looks without a lock before the UPDATE: one that
-locked the row of a lease that runs would keep it from being renewed. Called by `leases.sql`.
+An upsert would not do: if the driver counts found rows, its row count cannot tell a taken row from an untouched one. The
+loser of an INSERT keeps a shared lock on the row, so it rolls back, and looks without a lock before the UPDATE: a lock on
+the row of a running lease would keep that lease from being renewed. Called by `guards.lease.sql`.
 """
 
 from collections.abc import MutableMapping
@@ -47,7 +47,7 @@ UNTAKE: Final = (
 STEPS: Final = (
     "SELECT step, ordinal, status, result, attempt FROM {steps}"
     " WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) AND status < 2 ORDER BY ordinal"
-    " LIMIT 18446744073709551615"  # else sql_select_limit, which somebody may have left in the session
+    " LIMIT 18446744073709551615"  # else sql_select_limit applies, which may have been left in the session
 )
 
 
@@ -74,7 +74,10 @@ class Claims:
         wait_ms: int,
         steps: bool,
     ) -> LeaseAnswer:
-        """See `LeaseClaims.claim`. A crash before COMMIT leaves nothing; one after it the claim, until its lease ends."""
+        """See `LeaseClaims.claim`.
+
+        A crash before COMMIT leaves nothing. A crash after it leaves the claim, until its lease ends.
+        """
         bounded = bound(info[self._dialect.kept_as], wait_ms)
         named = identity(row)
         microseconds = lease // timedelta(microseconds=1)
@@ -85,10 +88,10 @@ class Claims:
         try:
             try:
                 cursor.execute(bounded + self._claim, claimed)
-                if not cursor.rowcount:  # in a session as somebody left it; what comes next goes by it, too
+                if not cursor.rowcount:  # the session's settings were wrong, and apply to later statements, too
                     cursor.execute(RIGHT_SESSION)
                     cursor.execute(bounded + self._claim, claimed)
-                recorded = self._recorded(cursor, named) if steps else ()  # of a claim that was taken away by hand
+                recorded = self._recorded(cursor, named) if steps else ()  # steps of a claim that an operator deleted
                 dbapi.commit()
                 return LeaseAnswer(True, False, row.fingerprint, 1, lease, recorded)
             except Exception as error:
@@ -101,7 +104,7 @@ class Claims:
                 taken = (digits(row.message_id), fingerprint, row.owner, token, microseconds)
                 cursor.execute(bounded + self._take, (*taken, *named, fingerprint, also.hex()))
                 dbapi.commit()
-                # a crash before the trail is looked at: the lease runs out, and the next claim asks
+                # A crash before the trail is looked at: the lease runs out, and the next claim looks at it.
                 found = self._looked(cursor, named)
             recorded = self._recorded(cursor, named) if steps else ()
             dbapi.rollback()
@@ -114,7 +117,7 @@ class Claims:
                     dbapi.commit()
                     raise ClaimBusy(again=False)  # noqa: TRY301
                 if trail is Trail.COMMITTED:
-                    # something has committed what an earlier run did, and that run never ended; requeue takes this back
+                    # Something else has committed an earlier run's work, and that run never ended. A requeue takes this back.
                     cursor.execute(self._break, (*named, token))
                     dbapi.commit()
                     found = (UNFINISHED, *found[1:])
@@ -130,7 +133,7 @@ class Claims:
         finally:
             cursor.close()
         if found is None:
-            raise ClaimBusy(again=True)  # taken away between the two: the next try may insert it
+            raise ClaimBusy(again=True)  # deleted between the two statements: the next try may insert it
         status, standing, known, retry_times, remaining, owner = found
         return LeaseAnswer(
             won=standing == token and not status,
@@ -143,14 +146,14 @@ class Claims:
         )
 
     def _looked(self, cursor: Any, named: tuple[str, ...]) -> Any:
-        """Begin a transaction in which only what is committed is seen: a run that completes may still roll back."""
+        """Begin a transaction that sees committed rows alone: a run that completes may still roll back."""
         cursor.execute(COMMITTED_ALONE)
         cursor.execute(self._look, named)
         found = cursor.fetchone()
         if found is None:
             return None
         status, token, fingerprint, retry_times, remaining, owner = found
-        # a number may come as text, where the application has given its driver converters of its own: "0" is true
+        # A number may come as text, if the application has set converters on the driver; and "0" is true.
         return int(status), _decoded(token), bytes(fingerprint), int(retry_times), remaining, _decoded(owner)
 
     def _recorded(self, cursor: Any, named: tuple[str, ...]) -> tuple[StepRow, ...]:

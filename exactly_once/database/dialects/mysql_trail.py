@@ -1,8 +1,9 @@
-"""What earlier runs of a message under a lease left behind, on MySQL and MariaDB: the rows that stand there in a claim's place.
+"""What earlier runs of a message under a lease left behind on MySQL and MariaDB, found in their trace rows.
 
-One that is committed was committed by something else than its run's own COMMIT, which takes the row away. One that is not may
-still be: a CALL goes on after its caller is gone, for the server learns of that when it answers. So the row names the server's
-session, and the server is asked whether that one is at work; a session that only stands open can commit nothing by itself.
+A run's own COMMIT deletes its trace row. So a committed trace row was committed by something else. An uncommitted one may
+still be committed: a CALL goes on after its client is gone, because the server notices that only when it answers.
+So the row names
+the server's session, and we ask the server whether that session is at work. An idle session can commit nothing by itself.
 Called by `mysql`.
 """
 
@@ -17,7 +18,7 @@ __all__ = ["trail_of"]
 _OF: Final = (
     "WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) AND status = 2 LIMIT "
 )
-# sessions of the same user's are seen without any right; a row of an earlier release names none
+# Sessions of the same user are visible without any right. A row of an earlier release names no session.
 AT_WORK: Final = (
     "SELECT EXISTS (SELECT 1 FROM information_schema.PROCESSLIST AS theirs WHERE theirs.COMMAND <> 'Sleep'"  # noqa: S608  (constants alone)
     " AND theirs.ID = CAST(CONVERT(trace.result USING ascii) AS UNSIGNED) AND theirs.ID <> CONNECTION_ID())"
@@ -30,7 +31,7 @@ def trail_of(dbapi: Any, steps: str, named: tuple[str, ...]) -> Trail:
     """Say what was left under a key.
 
     Args:
-        dbapi: The driver's connection, in no transaction or in one that is to be rolled back, as it is afterwards.
+        dbapi: The driver's connection, in no transaction or in one that the caller will roll back; it stays so.
         steps: Our table of steps.
         named: The key, as digits.
     """
@@ -42,7 +43,7 @@ def trail_of(dbapi: Any, steps: str, named: tuple[str, ...]) -> Trail:
         if not at_work:
             return Trail.NONE
         dbapi.rollback()
-        # asked last: what was at work then, and is not now, has committed or never will
+        # Asked last: a session that was at work before, and is not now, has committed or never will.
         see_committed(dbapi)
         cursor.execute(_in(COMMITTED, steps), named)
         committed = cursor.fetchone() is not None
@@ -55,5 +56,5 @@ def trail_of(dbapi: Any, steps: str, named: tuple[str, ...]) -> Trail:
 
 @lru_cache(maxsize=32)
 def _in(statement: str, steps: str) -> str:
-    """Made once a database: with leases in Redis each message asks."""
+    """Computed once for each database: with leases in Redis each message asks."""
     return statement.replace("{steps}", steps)

@@ -1,13 +1,15 @@
-"""Finds the database schema that our tables are in, where nobody has named it; once for a database.
+"""Finds the database schema of our tables if nobody has named it; once for each database.
 
-Statements name it from then on. Without a name the server would look for the table along the search path of the connection
-(PostgreSQL) or in its current database (MySQL and MariaDB), and a handler that had the connection before may have changed
-either: claims would be written into another schema's table. For the same reason it is asked on a connection that no handler
-and no caller has had, and that no `checkout` listener has set up: where it names the tenant, it would be the one who came
-first, another in each process. Called by `store`, and by the first door for engines that are the caller's.
+Later statements name the schema. Without a name the server would look for the table along the connection's search path
+(PostgreSQL) or in its current database (MySQL and MariaDB). An earlier handler may have changed
+either: claims would be written into another schema's table. For the same reason we ask on a connection that no handler
+and no caller has used, and that no `checkout` listener has set up: a listener that sets the tenant would give us
+the schema of the
+first tenant, another one in each process. Called by `store`, and by `guards.claiming` for engines of the caller.
 
-Behind a pooler a new connection is no new session: strangers have had it. There the search path counts that this login's
-sessions begin with. What they left in the session counts only where the program itself may have set it, as it connects.
+Behind a pooler a new connection is not a new session: strangers have used it. There we take the search path
+with which sessions of
+this login begin. What is set in the session itself counts only if the program may have set it while connecting.
 """
 
 from collections.abc import Sequence
@@ -29,7 +31,7 @@ _PATH: Final = text(
     " JOIN pg_catalog.pg_class AS found ON found.relnamespace = known.oid AND found.relname = 'message_idempotent'"
     " ORDER BY place.number"
 )
-# both as ALTER ROLE, ALTER DATABASE, the server's configuration or the options of the connection say; "$user" is the role
+# With the values of ALTER ROLE, ALTER DATABASE, the server's configuration or the connection's options; "$user" is the role.
 _AS_SESSIONS_BEGIN: Final = ("SET LOCAL role = DEFAULT", "SET LOCAL search_path = DEFAULT")
 _DATABASE: Final = text("SELECT DATABASE()")
 _NOT_THE_PROGRAMS: Final = ("exactly_once", "sqlalchemy")
@@ -43,16 +45,16 @@ def schema_in(engine: Engine) -> str | None:
     """Return the schema (on MySQL and MariaDB the database) in which a new connection of this engine finds our tables.
 
     Args:
-        engine: Its pool is not used; a connection is made as the pool would make it (`connect` listeners are called,
+        engine: Its pool is not used. A connection is made as the pool would make it (`connect` listeners are called,
             `checkout` listeners are not), and closed.
 
     Raises:
-        SchemaError: There are no tables of ours.
+        SchemaError: Our tables do not exist.
         ConfigurationError: The URL names no database (MySQL and MariaDB). Or several schemas of the search path have them, and
-            nobody has said which is meant.
+            no setting says which is meant.
     """
     if engine.dialect.name == "sqlite":
-        return "main"  # else a temporary table, or one of an attached file, of the same name would be taken
+        return "main"  # without a name, a temporary table, or one of an attached file, would be used
     listeners = engine.pool.dispatch
     pool = NullPool(engine.pool._creator, events=list(_as_made(engine).items()))  # noqa: SLF001
     apart = Engine(pool, engine.dialect, engine.url)
@@ -85,7 +87,7 @@ def schema_in(engine: Engine) -> str | None:
 def as_sessions_begin(connection: Connection) -> None:
     """In a transaction of ours behind a pooler, take back the role and the search path that strangers left in the session.
 
-    Where the program may have set them as it connected, they stay: a pooler of sessions keeps them for it.
+    If the program may have set them while connecting, they stay: a pooler in session mode keeps them for it.
     """
     if _link(connection).pooled and not _sets_itself(connection.engine):
         _take_back(connection)
@@ -95,8 +97,8 @@ def _along_the_path(connection: Connection, engine: Engine) -> list[str]:
     """Return the schemas of the search path that have our tables, in its order.
 
     Args:
-        connection: A new one.
-        engine: Whose pool would have made it.
+        connection: A new connection.
+        engine: The engine whose pool would have made it.
     """
     pooled = _link(connection).pooled
     found: list[str] = []
@@ -116,7 +118,7 @@ def _link(connection: Connection) -> Link:
 
 
 def _take_back(connection: Connection) -> None:
-    # on the driver: also where SQLAlchemy is just about to begin
+    # On the driver: SQLAlchemy may be just about to begin.
     cursor: Any = connection.connection.cursor()
     try:
         for statement in _AS_SESSIONS_BEGIN:
@@ -126,13 +128,13 @@ def _take_back(connection: Connection) -> None:
 
 
 def _sets_itself(engine: Engine) -> bool:
-    """Say whether the program has a part in how a connection is made: a listener of its own, or a function that connects."""
+    """Say whether the program takes part in making a connection, by a listener of its own or a function that connects."""
     pool: Any = engine.pool
     makes = [pool._creator, *_as_made(engine), *engine.dialect.dispatch.do_connect]  # noqa: SLF001
     return any(str(getattr(each, "__module__", "")).partition(".")[0] not in _NOT_THE_PROGRAMS for each in makes)
 
 
 def _as_made(engine: Engine) -> dict[Any, str]:
-    """The listeners that are called as a connection is made."""
+    """The listeners that run while a connection is made."""
     pool = engine.pool.dispatch
     return {each: name for name in ("first_connect", "connect") for each in getattr(pool, name)}

@@ -1,18 +1,19 @@
 """PostgreSQL through psycopg 3, sync and async.
 
-Locking: a second INSERT of a key waits on the first one's row until that transaction ends, so a duplicate is decided by
-the winner's commit and never by a guess. `ON CONFLICT (the three columns) DO NOTHING` tells our primary key from every
-other unique index. The wait is bounded by lock_timeout, saved and restored around the claim, so the handler finds the
+Locking: a second INSERT of a key waits on the first one's row until that transaction ends, so the winner's commit decides
+about a duplicate, never a guess. `ON CONFLICT (the three columns) DO NOTHING` tells our primary key from every
+other unique index. The wait is limited by lock_timeout, which is saved and restored around the claim, so the handler finds the
 session's own setting again. Under REPEATABLE READ and SERIALIZABLE a concurrent duplicate is 40001, once.
 
-BEGIN, bound and claim travel as one simple-query string with values quoted by libpq: one round trip where a pipeline
-measured nearly three times as long. A simple string leaves no prepared statement behind, so it passes pgbouncer too.
+BEGIN, limit and claim travel as one simple-query string, with values quoted by libpq: one round trip. A pipeline took
+nearly three times as long. A simple string leaves no prepared statement behind, so it works behind pgbouncer too.
 
-An aborted transaction answers ROLLBACK to COMMIT without an error: only the driver's transaction status tells.
+An aborted transaction answers COMMIT with ROLLBACK and no error: only the driver's transaction status shows it.
 
-Durability is decided when COMMIT is executed, by `synchronous_commit` as it is then: a handler, an administrator or another
-program behind a pooler may have turned it off since anybody looked. So a statement that turns it on, where it is off, travels
-with our COMMIT; with a claim in a transaction of the caller's it travels with the claim, for that COMMIT is theirs.
+Durability is decided when COMMIT is executed, by the value of `synchronous_commit` at that moment. A handler, an administrator or
+another program behind a pooler may have turned it off since we last looked. So a statement that turns it on, if it is off,
+travels
+with our COMMIT. With a claim in a transaction of the caller, it travels with the claim, because the caller sends that COMMIT.
 """
 
 import asyncio
@@ -83,7 +84,7 @@ EXECUTE: Final = (
     " {retry_times}, {owner}, {born_at})"
 )
 TYPES: Final = "text, text, text, text, bytea, bytea, integer, text, timestamptz"
-# in a transaction of our own the session's setting is known; in one that is open already it may hold another
+# In a transaction of our own we know the session's setting; in one that is already open, the setting may be another.
 BOUND: Final = ("SET LOCAL lock_timeout = {wait_ms};", ";SET LOCAL lock_timeout = {own_wait}")
 BOUND_IN_OPEN: Final = (
     (
@@ -95,7 +96,7 @@ BOUND_IN_OPEN: Final = (
 LOOK: Final = (
     "SELECT setting, reset_val, current_setting('role'), current_setting('synchronous_commit'),"
     " current_setting('statement_timeout'),"
-    # of this user in this database, of this user, of the database, of all; pg_settings does not show it
+    # Of this user in this database, of this user, of the database, of all; pg_settings does not show it.
     " (SELECT substr(given, 6) FROM pg_db_role_setting, unnest(setconfig) AS given WHERE given LIKE 'role=%'"
     " AND (setrole = 0 OR setrole = (SELECT oid FROM pg_roles WHERE rolname = session_user))"
     " AND (setdatabase = 0 OR setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database()))"
@@ -104,7 +105,7 @@ LOOK: Final = (
 )
 LIMIT: Final = "SELECT pg_catalog.current_setting('statement_timeout')"
 _LENT_LIMIT: Final = b"ROLLBACK;BEGIN;SELECT setting <> reset_val FROM pg_settings WHERE name = 'statement_timeout'"
-# a role that the handler took for itself (SET LOCAL ROLE, or a function that sets it) is not ours
+# A role that the handler has set (by SET LOCAL ROLE, or by a function) is not ours.
 IN_OUR_NAME: Final = (
     (
         "SELECT pg_catalog.set_config('exactly_once.role', pg_catalog.current_setting('role'), true),"
@@ -112,7 +113,7 @@ IN_OUR_NAME: Final = (
     ),
     ";SELECT pg_catalog.set_config('role', pg_catalog.current_setting('exactly_once.role'), true)",
 )
-# the same where the handler took another user for its session, too: with that the role is none, so the user comes first
+# The same if the handler has also set another user for its session. Setting the user resets the role, so the user comes first.
 AS_OUR_USER: Final = (
     (
         "SELECT pg_catalog.set_config('exactly_once.role', pg_catalog.current_setting('role'), true),"
@@ -123,15 +124,16 @@ AS_OUR_USER: Final = (
         " pg_catalog.set_config('role', pg_catalog.current_setting('exactly_once.role'), true)"
     ),
 )
-# where the application sets a role anew for each transaction, what is ours is what this one began with. It is told with BEGIN
-# and kept on this side: what is kept in a setting goes with the handler's RESET ALL
+# If the application sets a role for each transaction, our role is the one with which this transaction began. It
+# is read with BEGIN
+# and kept in this process: a value kept in a setting would be lost by the handler's RESET ALL.
 OWN_ROLE: Final = "SELECT pg_catalog.current_setting('role');"
-# for a statement with keys: the handler may have set what its own statements speak
+# For a statement with keys: the handler may have set another client encoding for its own statements.
 IN_UTF8: Final = (
     b"SELECT pg_catalog.set_config('client_encoding', 'UTF8', true)",
     b";SELECT pg_catalog.set_config('client_encoding', '%s', true)",
 )
-# stronger values stay, and so do `local` and `remote_write`: they keep what was acknowledged when this server stops
+# Stronger values stay, and so do `local` and `remote_write`: they keep acknowledged commits when this server stops.
 DURABLE: Final = (
     "SELECT pg_catalog.set_config('synchronous_commit', 'on', true)"
     " WHERE pg_catalog.current_setting('synchronous_commit') = 'off';"
@@ -145,9 +147,9 @@ _VALUES: Final = (
     "group", "handler", "key", "message_id", "content", "fingerprint", "retry_times", "owner", "born_at"
 )  # fmt: skip
 _UTF8: Final = frozenset({b"UTF8", b"UNICODE"})
-# after these nobody knows whether COMMIT happened: the connection ended, or whoever answers is not the server
+# After these we do not know whether COMMIT happened: the connection ended, or the error is not the server's.
 _UNSURE: Final = ("08", "40003", "57P", "58")
-_NOTICED_S: Final = 1.0  # who waits for a connection that is cut sees it at once
+_NOTICED_S: Final = 1.0  # seconds; who waits for a connection that is cut sees it at once
 _LOOKS: Final = 50
 _READ: Final = reader(POSTGRESQL)
 _READ_ESCAPED: Final = reader(POSTGRESQL._replace(backslash=True))
@@ -160,7 +162,7 @@ _STATES: Final = {
 }
 _BUSY: Final = frozenset({"55P03", "40001", "40P01"})
 _CUT: Final = "57014"  # query_canceled: statement_timeout, or somebody's pg_cancel_backend
-# the classes of an ERROR after which the transaction is certainly gone; 40003 says of itself that it does not know
+# Classes of an ERROR after which the transaction is certainly gone. 40003 says itself that it does not know.
 _REFUSING_CLASSES: Final = frozenset({"21", "22", "23", "25", "2B", "40", "42", "44", "54", "55", "P0", "HV"})
 _READ_ONLY: Final = "25006"
 _NO_DATABASE: Final = "3D000"
@@ -169,7 +171,7 @@ _MADE_READ_ONLY: Final = (
     " what we write with its COMMIT was refused: that an earlier failure is settled, or that its lease or step is done. Nothing"
     " was committed. Take that statement out of the handler; what may only read belongs in a session of its own."
 )
-# what says that the server cannot work now, whichever message asks
+# Errors that say that the server cannot work now, for any message.
 _UNAVAILABLE: Final = frozenset(
     {
         _READ_ONLY,  # read_only_sql_transaction: a standby, or default_transaction_read_only
@@ -181,76 +183,79 @@ _UNAVAILABLE: Final = frozenset(
         "57P05",  # idle_session_timeout
     }
 )
-# connection_exception; insufficient_resources: disk, memory, connections, a configured limit; system_error: reading, writing
+# connection_exception; insufficient_resources: disk, memory, connections, a configured limit; system_error: reading, writing.
 _UNAVAILABLE_CLASSES: Final = frozenset({"08", "53", "58"})
 _DISK_FULL: Final = "53100"
 _CANCELED: Final = "57014"  # by statement_timeout, or by somebody
-# untranslatable_character; character_not_in_repertoire
+# untranslatable_character; character_not_in_repertoire.
 _UNSTORABLE: Final = frozenset({"22P05", "22021"})
 
 
 def busy_of(error: errors.Error) -> ClaimBusy | None:
-    """Return what an error of a claim is if another run holds the key; a claim waits for nothing else."""
+    """Return ClaimBusy if an error of a claim means that another run holds the key; a claim waits for nothing else."""
     if error.sqlstate == _CUT:
         return ClaimBusy(again=False, cut=True)
     return ClaimBusy(again=error.sqlstate != "55P03") if error.sqlstate in _BUSY else None
 
 
 class _Learnt(NamedTuple):
-    """What a connection told; a text of None is not there."""
+    """What a connection reported; None if the server has no such value."""
 
     waits: bytes | None
     waits_by_default: bytes | None
     role: bytes | None
     role_by_default: bytes | None
-    """With which a session of this user begins (ALTER ROLE ... SET role); behind a pooler any session may be the next."""
+    """The role with which a session of this user begins (ALTER ROLE ... SET role); behind a pooler any session
+    may be the next."""
     durable: bytes | None
     limit: bytes | None
     encoding: bytes | None
     open: bool
-    """In a transaction that others had begun: it may have been told what they had set for it alone."""
+    """It was in a transaction that others had begun, so it may have reported what they set for that transaction alone."""
 
 
 @dataclass(slots=True)
 class Seen:
-    """What a connection told when we first saw it."""
+    """What a connection reported when we first saw it."""
 
     own_wait: bytes
     role: bytes
-    """The role of what is written in our name, as the server reads it."""
+    """The role for what we write in our name, as the server reads it."""
     user: bytes | None
-    """Whose session it is, as the server reports it; None where it does not."""
+    """The session's user as the server reports it; None if it does not."""
     prepared: bool
     encoding: bytes | None
-    """What the connection spoke then."""
+    """The client encoding at that time."""
     limit: bytes | None
     """The longest that a statement may take."""
     settings: bytes
-    """What goes with BEGIN: see `Link.settings`, and `vary`."""
+    """Sent with BEGIN: see `Link.settings`, and `vary`."""
     varies: bool = False
-    """Role and bound are another transaction's in the next one: each keeps what it began with, and finds it again there."""
+    """Role and lock limit differ between transactions: each transaction keeps those it began with, and finds them again."""
 
     def vary(self) -> None:
-        """Believe no more what was learnt of role and bound: the application sets them anew for a transaction."""
+        """Do not use the learnt role and lock limit any more: the application sets them for each transaction."""
         if not self.varies:
             self.varies, self.role, self.settings = True, _ROLE_NOW, self.settings + _OWN_ROLE
 
     def begins(self, driver: Any, first: bytes, results: Sequence[Any]) -> None:
-        """Take from the answers with which role the transaction began, which is what is ours in it.
+        """Learn from the answers the role with which the transaction began, which is our role in it.
 
         Args:
-            driver: Whose.
-            first: What was sent first, as `opening` or `opened` gave it.
+            driver: The driver's connection.
+            first: What was sent first, as returned by `opening` or `opened`.
             results: The answers.
         """
         if self.varies:
-            answer = results[first.count(b";") - 1]  # what goes with BEGIN has no ; in a string, and this is its last
+            answer = results[
+                first.count(b";") - 1
+            ]  # no string sent with BEGIN contains ";"; this is its last statement
             self.role = Escaping(driver.pgconn).escape_literal(answer.get_value(0, 0) or b"none")
             self.user = _user(driver)
 
     def as_ours(self, driver: Any) -> tuple[bytes, bytes]:
-        """Return what stands before and behind a statement that is written in our name in the handler's transaction."""
-        if self.varies and _replaced(driver):  # it did not begin with a claim: as it is, it is ours
+        """Return what goes before and after a statement that we write in our name in the handler's transaction."""
+        if self.varies and _replaced(driver):  # it did not begin with a claim: its present role is ours
             return _IN_OUR_NAME[0] % _ROLE_NOW, _IN_OUR_NAME[1]
         theirs = _user(driver)
         if theirs == self.user or theirs is None or self.user is None:
@@ -286,11 +291,11 @@ class PostgreSQL:
 
     @cached_property
     def _prepared(self) -> tuple[bytes, bytes]:
-        """How the claim is prepared, and executed then."""
+        """Return the statements that prepare the claim and that execute it."""
         text = CLAIM.replace("{table}", self.table)
         for number, value in enumerate(_VALUES, 1):
             text = text.replace("{" + value + "}", f"${number}")
-        # the name tells the text: behind a pooler another program's statement of this name is this very statement
+        # The name is a hash of the text: behind a pooler another program's statement of this name is the same statement.
         name = "exactly_once_" + sha256(text.encode()).hexdigest()[:16]
         return f"PREPARE {name}({TYPES}) AS {text}".encode(), template(EXECUTE.replace("{name}", name), _VALUES)
 
@@ -307,7 +312,7 @@ class PostgreSQL:
 
         driver = driver_of(dbapi)
         _refuse_autocommit(driver)
-        # a connection that was made before we saw its engine; psycopg prepares nothing on it from here on, nor do we
+        # For a connection that was made before we saw its engine. From here on neither psycopg nor we prepare statements on it.
         link = info.get(LINK) or look(dbapi, info)
         told: _Learnt | None = info.get(LEARNT)
         encoding = _encoding(driver)
@@ -321,7 +326,7 @@ class PostgreSQL:
         varies = varies or learnt.open
         durable = self.durable if varies else b"SET LOCAL synchronous_commit = on;"
         seen = info[self.kept_as] = Seen(
-            # by default, so that it follows the server's configuration
+            # DEFAULT, so that it follows the server's configuration.
             own_wait=b"DEFAULT" if link.pooled or learnt.waits == learnt.waits_by_default else b"%s" % learnt.waits,
             role=Escaping(driver.pgconn).escape_literal(
                 (learnt.role_by_default if link.pooled else learnt.role) or b"none"
@@ -343,11 +348,11 @@ class PostgreSQL:
         try:
             send(driver, self._prepared[0])
         except errors.DuplicatePreparedStatement:
-            return True  # a pooler's connection, and another client of it was first
+            return True  # a pooler's server connection, on which another client prepared it first
         except errors.Error as error:
             if error.sqlstate is None:
                 raise
-            return False  # no table, or no right to it: the claim itself says so, in its place
+            return False  # no table, or no right to it: the claim itself reports that
         return True
 
     def claim(
@@ -371,7 +376,7 @@ class PostgreSQL:
             b"NULL" if row.born_at is None else quote(row.born_at.isoformat().encode()),
         )
         save, release = (b"", b"")
-        if savepoint:  # of this attempt's name: the caller, or another claim of theirs, may have one of any other
+        if savepoint:  # with this attempt's name: the caller, or another of its claims, may use any other name
             name = savepoint_of(row.owner).encode()
             save, release = b"SAVEPOINT %s;" % name, b";RELEASE SAVEPOINT %s" % name
         durable = self.durable if savepoint else b""
@@ -382,14 +387,14 @@ class PostgreSQL:
         else:
             first += durable + save + _BOUND_IN_OPEN % wait_ms
             last = _UNBOUND_IN_OPEN + release
-        # a prepared statement is the connection's: in a transaction that is open already, a lost one would abort it
+        # A prepared statement belongs to the connection. In a transaction that is already open, a missing one would abort it.
         prepared = begin and seen.prepared
         text = first + (self._prepared[1] if prepared else self._claim) % values + last
         try:
             try:
                 results = send(driver, text)
             except errors.InvalidSqlStatementName:
-                # DEALLOCATE ALL, DISCARD ALL, or a pooler that gave us another server connection: the text does it, too
+                # DEALLOCATE ALL, DISCARD ALL, or a pooler that gave us another server connection: the plain text works, too.
                 seen.prepared = False
                 send(driver, b"ROLLBACK")
                 results = send(driver, first + self._claim % values + last)
@@ -410,7 +415,7 @@ class PostgreSQL:
     def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
         driver = driver_of(dbapi)
         seen: Seen = info[self.kept_as]
-        if driver.pgconn.transaction_status != TransactionStatus.IDLE:  # a hook of the user's has sent something
+        if driver.pgconn.transaction_status != TransactionStatus.IDLE:  # a hook of the application has sent something
             seen.vary()
         begins = opening(driver, seen)
         results = send(driver, begins)
@@ -429,12 +434,13 @@ class PostgreSQL:
         driver = driver_of(dbapi)
         if _replaced(driver):
             raise Gone
-        # not the driver's own COMMIT: what makes it durable travels with it. A crash before the answer: the look-up tells
+        # Not the driver's own COMMIT: the statement that makes it durable travels with it. After a crash before
+        # the answer, a look-up tells.
         send(driver, self.durable + b"COMMIT")
 
     def cut(self, dbapi: Any) -> None:
         driver = driver_of(dbapi)
-        # not closed: a descriptor that is closed wakes nobody who waits for it
+        # Not closed: closing a descriptor wakes none of its waiters.
         with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(driver.pgconn.socket)) as cut:
             cut.shutdown(socket.SHUT_RDWR)
         if isinstance(driver, AsyncConnection):
@@ -443,7 +449,7 @@ class PostgreSQL:
             driver.lock.release()
 
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
-        # no procedure and no function can end the transaction block it is called in (2D000); a call on the driver can
+        # No procedure or function can end the transaction block in which it is called (2D000); a call on the driver can.
         return False if _replaced(driver_of(dbapi)) else None
 
     def rows_as(self, dbapi: Any) -> tuple[Any, ...]:
@@ -473,7 +479,7 @@ class PostgreSQL:
         return Trail.NONE  # no procedure commits a transaction that it did not begin
 
     def server_session(self, dbapi: Any) -> object:
-        return None  # the driver does not connect anew
+        return None  # the driver does not reconnect
 
     def mark(self, dbapi: Any) -> Any:
         return True
@@ -506,7 +512,7 @@ class PostgreSQL:
             return ErrorKind.UNKNOWN
         code = origin.sqlstate
         if code is None:
-            # no SQLSTATE means no server spoke: psycopg lost the connection, or never had one
+            # Without SQLSTATE no server answered: psycopg lost the connection, or never had one.
             return ErrorKind.UNAVAILABLE if isinstance(origin, psycopg.OperationalError) else ErrorKind.UNKNOWN
         if code in contended.POSTGRESQL:
             return ErrorKind.TRANSIENT
@@ -522,7 +528,7 @@ class PostgreSQL:
     def refused(self, dbapi: Any, error: BaseException) -> bool:
         origin = original(error)
         if not isinstance(origin, psycopg.Error) or origin.sqlstate is None or origin.sqlstate.startswith(_UNSURE):
-            return False  # a pooler answers 08P01 while its server may have committed
+            return False  # a pooler answers 08P01 although its server may have committed
         idle = driver_of(dbapi).pgconn.transaction_status == TransactionStatus.IDLE
         return idle and origin.diag.severity_nonlocalized == "ERROR"
 
@@ -533,8 +539,8 @@ class PostgreSQL:
             compiled = self._compiled[statement] = statement.compile(dialect=connection.dialect)
         text, given = str(compiled), compiled.construct_params(values)
         first, last = b"", list[bytes]()
-        if not driver.autocommit:  # else it is a statement by itself, in no handler's transaction
-            if self.kept_as not in connection.info:  # of a duplicate: nothing was claimed on it
+        if not driver.autocommit:  # in autocommit it is a statement by itself, in no handler's transaction
+            if self.kept_as not in connection.info:  # after a duplicate: nothing was claimed on this connection
                 used = connection.connection.dbapi_connection
                 self.prepare(used, connection.info, wait_ms=0, varies=varies(connection))
             seen: Seen = connection.info[self.kept_as]
@@ -543,10 +549,11 @@ class PostgreSQL:
         cursor = (AsyncClientCursor if isinstance(driver, AsyncConnection) else ClientCursor)(driver)
         try:
             if not _speaks_utf8(spoken := _encoding(driver)):
-                # what the handler has set; a trip of its own, for the server reads a whole text in one encoding
+                # The handler has set another encoding. Needs a round trip of its own: the server reads a whole
+                # text in one encoding.
                 send(driver, IN_UTF8[0] if last else IN_UTF8[0].replace(b"true", b"false"))
                 last += [IN_UTF8[1] % (spoken or b"")] if last else []
-            # one round trip: values as literals, for several statements in one text have no parameters
+            # One round trip, with values as literals: several statements in one text have no parameters.
             written = cursor.mogrify(text, given).encode()
             results = send(driver, self.durable + first + written + b"".join(last))
         except errors.Error as error:
@@ -554,7 +561,7 @@ class PostgreSQL:
             if error.sqlstate == _READ_ONLY and _may_write(driver, pooled=link is not None and link.pooled):
                 raise Misuse(_MADE_READ_ONLY) from error
             told = DBAPIError.instance(text, None, error, psycopg.Error, dialect=connection.dialect)
-            is_of(told, connection.dialect)  # SQLAlchemy has not seen it
+            is_of(told, connection.dialect)  # SQLAlchemy has not seen this error
             raise told from error
         return int(results[-1 - len(last)].command_tuples or 0)
 
@@ -565,24 +572,25 @@ class PostgreSQL:
         return False
 
     def gave_up(self, error: BaseException) -> bool:
-        return False  # it has no such limit
+        return False  # the driver has no such limit
 
     def timed_out(self, error: BaseException) -> bool:
         return _sqlstate(error) == _CANCELED
 
     def limit_was_left(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
         if info[LINK].pooled:
-            # a stranger's is any that a session does not begin with; left open, so that the pooler throws its connection away
+            # A stranger's limit is any that a session does not begin with. Left open, so that the pooler
+            # throws the connection away.
             return bool(send(driver_of(dbapi), _LENT_LIMIT)[-1].get_value(0, 0) == b"t")
         results = send(driver_of(dbapi), b"ROLLBACK;" + LIMIT.encode())
-        # 0: none of the session's, so it was a hook's, by SET LOCAL
+        # 0: the session has no limit, so it was a hook's, by SET LOCAL.
         return results[-1].get_value(0, 0) not in (b"0", info[self.kept_as].limit)
 
     def unstorable(self, error: BaseException) -> bool:
         return _sqlstate(error) in _UNSTORABLE
 
     def gives_no_more(self, error: BaseException) -> bool:
-        # libpq does not say why; but where somebody answered, or nobody listens, an older connection tells at once, too
+        # libpq does not say why. But if a server answered, or nobody listens, an older connection reports that at once, too.
         origin = original(error)
         return isinstance(origin, psycopg.OperationalError) and not isinstance(origin, errors.ConnectionTimeout)
 
@@ -599,33 +607,34 @@ class PostgreSQL:
         return False  # an error aborts the transaction, and the status says so until it is rolled back
 
     def read(self, dbapi: Any, info: MutableMapping[Any, Any], statement: str) -> Read:
-        # reported by the server whenever it changes: a string that ends elsewhere could hide a COMMIT
+        # The server reports each change of it. A string that ends elsewhere than we believe could hide a COMMIT.
         conforming = driver_of(dbapi).pgconn.parameter_status(b"standard_conforming_strings")
         return (_READ if conforming == b"on" else _READ_ESCAPED)(statement)
 
 
 def _may_write(driver: Any, *, pooled: bool) -> bool:
-    """Say whether the server and the session may write, as the server reports it by itself since PostgreSQL 14.
+    """Say whether the server and the session may write. Since PostgreSQL 14 the server reports it without being asked.
 
-    A pooler does not report it of the connection that it lends, which a stranger may have left otherwise: there another
-    transaction is asked that begins on the same one. It is left open, for the pooler throws away what is given up in the middle.
+    A pooler does not report it for the server connection that it lends, which a stranger may have changed. There we ask
+    in another transaction on the same connection. It is left open, because the pooler throws away a connection that
+    is given up so.
     """
     if pooled:
         if driver.autocommit:
-            return False  # a statement alone: no handler has set anything in it
+            return False  # autocommit: a statement by itself, in which no handler has set anything
         return bool(send(driver, b"ROLLBACK;BEGIN;SHOW transaction_read_only")[-1].get_value(0, 0) == b"off")
     names = (b"in_hot_standby", b"default_transaction_read_only")
     return all(driver.pgconn.parameter_status(name) == b"off" for name in names)
 
 
 def _encoding(driver: Any) -> bytes | None:
-    """Return what this connection speaks: the server reports it by itself whenever it changes, so this is no question to it."""
+    """Return this connection's client encoding. The server reports each change of it, so this asks nothing."""
     told: bytes | None = driver.pgconn.parameter_status(b"client_encoding")
     return told
 
 
 def _user(driver: Any) -> bytes | None:
-    """Return whose session this is, which the server reports as it does the encoding; a pooler need not hand it on."""
+    """Return the session's user. The server reports it like the encoding; a pooler need not forward it."""
     told: bytes | None = driver.pgconn.parameter_status(b"session_authorization")
     return told
 
@@ -637,22 +646,23 @@ def _speaks_utf8(encoding: bytes | None) -> bool:
 
 
 def _sqlstate(error: BaseException) -> str | None:
-    own = original(error)  # an attribute of an exception that is not the driver's may be whatever its class makes of it
+    own = original(error)  # an attribute of another exception may be anything
     return own.sqlstate if isinstance(own, errors.Error) else None
 
 
 def listen(driver: Any) -> None:
-    """From here on, let it be seen whether the driver begins a transaction: those of ours are begun by us.
+    """From here on, show whether the driver begins a transaction: our transactions are begun by us.
 
-    After a COMMIT or ROLLBACK that it was told itself, the driver sends BEGIN before its next statement, and the transaction
-    looks open and is not ours. It keeps the text of its BEGIN once it has made one. This costs nothing; to ask the server would
-    cost each message what a statement more costs.
+    After a COMMIT or ROLLBACK on the driver itself, the driver sends BEGIN before its next statement. The transaction
+    looks open, and is not ours. But the driver keeps the text of its BEGIN once it has made one. Looking there
+    costs nothing; to ask
+    the server would cost each message one more statement.
     """
     driver._begin_statement = b""  # noqa: SLF001
 
 
 def unlisten(driver: Any) -> None:
-    """Say that a transaction which is begun now is none that a handler is given: nothing is to be taken for its own."""
+    """Mark that a transaction begun now is not one that a handler is given, so that it is not taken for a handler's."""
     driver._begin_statement = _begin(driver).rstrip(b";")  # noqa: SLF001  # what the driver itself would send
 
 
@@ -661,25 +671,25 @@ def _replaced(driver: Any) -> bool:
 
 
 def opening(driver: Any, seen: Seen) -> bytes:
-    """Return how a transaction of ours begins on this connection."""
+    """Return the text that begins a transaction of ours on this connection."""
     _refuse_autocommit(driver)
     return _begin(driver) + seen.settings
 
 
 def opened(seen: Seen) -> bytes:
-    """The same where a listener or a hook of the application's has begun it: what they set for it is what it began with."""
+    """The same if a listener or a hook of the application has begun it: what they set for it counts as its beginning."""
     seen.vary()
     return _OWN_ROLE
 
 
 def bounded(text: bytes, seen: Seen, wait_ms: int, *, begins: bool = True) -> bytes:
-    """Bound the lock waits of a statement; the handler finds the session's own bound again.
+    """Limit the lock waits of a statement, and restore the session's own limit for the handler.
 
     Args:
         text: The statement.
         seen: What is known of the connection.
-        wait_ms: The bound.
-        begins: It is the first in a transaction of ours; else somebody may have set a bound in it before.
+        wait_ms: The limit.
+        begins: It is the first in a transaction of ours; else a limit may have been set in it before.
     """
     if seen.varies or not begins:
         return _BOUND_IN_OPEN % wait_ms + text + _UNBOUND_IN_OPEN
@@ -687,7 +697,7 @@ def bounded(text: bytes, seen: Seen, wait_ms: int, *, begins: bool = True) -> by
 
 
 def _begin(driver: Any) -> bytes:
-    """BEGIN as psycopg itself would send it for this connection."""
+    """BEGIN as psycopg itself would send it on this connection."""
     level, read_only, deferrable = driver.isolation_level, driver.read_only, driver.deferrable
     if level is None and read_only is None and deferrable is None:
         return b"BEGIN;"
@@ -702,7 +712,7 @@ def _begin(driver: Any) -> bytes:
 
 
 def template(text: str, order: tuple[str, ...]) -> bytes:
-    """Turn named places into %s, checked to stand in `order`: bytes formatting is what costs least per message."""
+    """Turn named places into %s, after a check that they are in this `order`. Bytes formatting costs least for each message."""
     places = sorted(order, key=lambda name: text.index("{" + name + "}"))
     assert places == list(order)
     text = text.replace("%", "%%")
@@ -722,7 +732,7 @@ _ROLE_NOW: Final = b"pg_catalog.current_setting('role')"
 
 
 def driver_of(dbapi: Any) -> Any:
-    """The psycopg connection below SQLAlchemy: itself when sync, inside the adapter when async."""
+    """The psycopg connection below SQLAlchemy: `dbapi` itself if sync, inside the adapter if async."""
     return getattr(dbapi, "driver_connection", None) or getattr(dbapi, "_connection", dbapi)
 
 
@@ -735,12 +745,12 @@ def _refuse_autocommit(driver: Any) -> None:
 
 
 def send(driver: Any, text: bytes, meanwhile: Iterable[object] = ()) -> list[Any]:
-    """Send one simple-query string and return a result for each of its statements; one round trip.
+    """Send one simple-query string and return a result for each of its statements. One round trip.
 
     Args:
         driver: psycopg's connection.
         text: The statements.
-        meanwhile: Work that fits into the server's time: a step for each element, until the answer begins to come.
+        meanwhile: Work to do while the server works: a step for each element, until the answer begins to arrive.
     """
 
     results: list[Any]
@@ -756,7 +766,7 @@ def send(driver: Any, text: bytes, meanwhile: Iterable[object] = ()) -> list[Any
 
 
 async def _until_noticed(driver: Any) -> None:
-    """Let whoever waits for this connection see that it is cut."""
+    """Let the task that waits for this connection notice that it is cut."""
     for _ in range(_LOOKS):
         if driver.pgconn.transaction_status != TransactionStatus.ACTIVE:
             return
@@ -764,10 +774,10 @@ async def _until_noticed(driver: Any) -> None:
 
 
 def _sent(pgconn: Any, text: bytes, meanwhile: Iterable[object]) -> Generator[Any, Any, list[Any]]:
-    """Put a text on its way; what is returned waits for its answers."""
+    """Send a text. The result waits for its answers."""
     pgconn.send_query(text)
-    if meanwhile and not pgconn.flush():  # all of it is on its way
-        # no descriptor left to look with: the answer is waited for all the same
+    if meanwhile and not pgconn.flush():  # the whole text is sent
+        # If no descriptor is free for the selector, the answer is waited for all the same.
         with suppress(OSError), DefaultSelector() as look:
             look.register(pgconn.socket, EVENT_READ)
             for _ in meanwhile:

@@ -1,8 +1,8 @@
-"""The claim of a whole group on PostgreSQL: one INSERT of arrays, one round trip with BEGIN and the bound, for any size.
+"""The claim of a batch on PostgreSQL: one INSERT of arrays, in one round trip with BEGIN and the limit, for any size.
 
-The arrays are sorted by key, so two groups that share keys wait for each other in one order and cannot deadlock on them.
-What INSERT does not return is somebody else's and was committed by then; it is read in a second round trip, where there is
-any. Called by the transaction guard.
+The arrays are sorted by key, so two batches that share keys wait for each other in one order and cannot deadlock on them.
+A row that INSERT does not return belongs to another attempt, and is committed by then. Such rows are read in a second round trip.
+Called by the transaction guard.
 """
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
@@ -42,7 +42,7 @@ KNOWN: Final = (
     " WHERE consumer_group = {group} AND handler = {handler} AND business_key = ANY ({keys}::text[])"
 )
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND: Final = timedelta(microseconds=1)  # what a text of the moment costs both sides is four times as much
+_MICROSECOND: Final = timedelta(microseconds=1)  # a time as text costs both sides four times as much
 _VALUES: Final = ("group", "handler", "owner", "keys", "message_ids", "fingerprints", "retry_times", "born_at")
 
 
@@ -50,7 +50,7 @@ class Claims:
     """See `BatchClaims`."""
 
     def __init__(self, dialect: Dialect) -> None:
-        # made at the first claim, when it is known where the table is
+        # Made at the first claim, when the table's schema is known.
         self._dialect = dialect
         self._claim = template(CLAIM.replace("{table}", dialect.table), _VALUES)
         self._known = template(KNOWN.replace("{table}", dialect.table), ("group", "handler", "keys"))
@@ -68,7 +68,7 @@ class Claims:
         """See `BatchClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
         driver = driver_of(dbapi)
         seen: Seen = info[self._dialect.kept_as]
-        # else a hook of the user's has sent something, and the driver has begun
+        # Else a hook of the application has sent something, and the driver has begun a transaction.
         begins = driver.pgconn.transaction_status == TransactionStatus.IDLE
         quote = Escaping(driver.pgconn).escape_literal
         groups, handlers, keys, fingerprints, message_ids, attempts, _, born, _ = zip(*rows, strict=True)
@@ -84,7 +84,7 @@ class Claims:
             quote(_numbers([None if at is None else (at - _EPOCH) // _MICROSECOND for at in born])),
         )
         try:
-            bound_ms = max(1, wait_ms)  # 0 would be for ever
+            bound_ms = max(1, wait_ms)  # 0 would mean for ever
             first = opening(driver, seen) if begins else opened(seen)
             text = bounded(self._claim % values, seen, bound_ms, begins=begins)
             results = send(driver, first + text, meanwhile)
@@ -112,7 +112,7 @@ class Claims:
 
 
 def _array(values: Sequence[str | None]) -> bytes:
-    """Write an array as PostgreSQL reads it: each element quoted, with backslashes before quotes and backslashes."""
+    """Write an array as PostgreSQL reads it: each element in quotes, with a backslash before each quote and backslash."""
     texts = [each for each in values if each is not None]
     together = '","'.join(texts)
     if len(texts) == len(values) and "\\" not in together and together.count('"') == 2 * (len(texts) - 1):
@@ -122,7 +122,7 @@ def _array(values: Sequence[str | None]) -> bytes:
 
 
 def _numbers(values: list[int | None] | list[int]) -> bytes:
-    """Write an array of numbers: a list's own text, between other brackets."""
+    """Write an array of numbers: a list's own text with other brackets."""
     return b"{%s}" % repr(values)[1:-1].replace("None", "NULL").encode()
 
 

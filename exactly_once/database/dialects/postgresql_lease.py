@@ -1,9 +1,10 @@
-"""Claims with a lease on PostgreSQL: an INSERT, then an UPDATE that takes what is free; one round trip carries both.
+"""Claims with a lease on PostgreSQL: an INSERT, then an UPDATE that takes a free claim, both in one round trip.
 
-`ON CONFLICT DO UPDATE ... WHERE` would lock the row of a lease that runs, at each delivery of a copy, and a locked row is not
-renewed: enough copies would let the lease run out. This UPDATE locks what it takes only. Where somebody is changing that row
-it waits and looks anew; the wait is bounded, and a row that stays locked is in progress. Read committed on purpose, whatever
-the engine's isolation is: under a stricter one that second look would be an error. Called by `leases.sql`.
+`ON CONFLICT DO UPDATE ... WHERE` would lock the row of a running lease at each delivery of a copy, and a locked row cannot be
+renewed: many copies would let the lease run out. This UPDATE locks only the row that it takes. If another transaction is changing
+that row, it waits and looks again. The wait is limited, and a row that stays locked counts as in progress. READ COMMITTED on
+purpose, whatever the engine's isolation level: under a stricter one that second look would be an error. Called by
+`guards.lease.sql`.
 """
 
 from collections.abc import MutableMapping
@@ -74,7 +75,10 @@ class Claims:
         wait_ms: int,
         steps: bool,
     ) -> LeaseAnswer:
-        """See `LeaseClaims.claim`. A crash here leaves the claim or none; a lost answer leaves one, until its lease ends."""
+        """See `LeaseClaims.claim`.
+
+        A crash here leaves the claim or none. If the answer is lost, the claim stays until its lease ends.
+        """
         driver = driver_of(dbapi)
         quote = Escaping(driver.pgconn).escape_literal
         identity = (quote(row.group.encode()), quote(row.handler.encode()), quote(row.key.encode()))
@@ -95,18 +99,18 @@ class Claims:
             try:
                 results = send(driver, text)
             except errors.ActiveSqlTransaction:
-                # a listener of the user's has begun one as the connection was taken, and its isolation is another one
+                # A listener of the application has begun a transaction at checkout, and its isolation level is another one.
                 send(driver, b"ROLLBACK")
                 results = send(driver, text)
         except errors.Error as error:
             busy = busy_of(error)
             if busy is None:
-                raise  # in the open transaction: the connection is thrown away, and a pooler throws its own away then, too
+                raise  # in the open transaction: then the connection is thrown away, and a pooler throws its own away, too
             send(driver, b"ROLLBACK")
             raise busy from error
         found, recorded = (results[-3], results[-2]) if steps else (results[-2], None)
         if not found.ntuples:
-            raise ClaimBusy(again=True)  # taken away between the two: the next try may insert it
+            raise ClaimBusy(again=True)  # deleted between the two statements: the next try may insert it
         status, standing, fingerprint, retry_times, remaining, owner = (found.get_value(0, n) for n in range(6))
         return LeaseAnswer(
             won=standing == token.encode() and status == b"0",

@@ -1,8 +1,8 @@
-"""Finds out, once a connection, whether a pooler stands before the server, and lets psycopg prepare nothing there.
+"""Finds out, once for each connection, whether there is a pooler before the server, and stops psycopg from preparing there.
 
-A pooler answers the start of a connection with a process id of its own making, so `pg_backend_pid()` says another one:
-PgBouncer does so in every mode. Equal ids prove nothing of other poolers; then the program's setting `pooler` says it. The
-bound on transactions that a vanished program left open is a session's setting on a connection of ours; behind a pooler it
+A pooler answers the start of a connection with a process id of its own, so `pg_backend_pid()` returns another one:
+PgBouncer does so in every mode. With other poolers equal ids prove nothing; for those there is the setting `pooler`. The
+limit on transactions that a vanished program left open is a session setting on our direct connections. Behind a pooler it
 goes with each BEGIN. It is never looser than the server's own. Called by the store for its engines, and by the dialect for a
 connection that was made before we saw its engine.
 """
@@ -21,22 +21,22 @@ from exactly_once.database.listeners import listen
 
 __all__ = ["look", "look_at_each", "may_be_left"]
 
-# what the session would have if nobody had set anything in it: behind a pooler strangers did
+# The value with which a session begins: behind a pooler strangers may have changed the present value.
 _OWN: Final = b"SELECT reset_val FROM pg_settings WHERE name = 'idle_in_transaction_session_timeout'"
-# a mode, a role, a time limit
+# Errors that a mode, a role or a time limit causes.
 _BY_WHAT_WAS_LEFT: Final = (errors.ReadOnlySqlTransaction, errors.InsufficientPrivilege, errors.QueryCanceled)
-# set for the database, or left by a handler: psycopg reads times in this style alone
+# Another style may be set for the database, or left by a handler: psycopg reads times in this style alone.
 _ISO: Final = b"SET LOCAL datestyle = ISO;"
-_seen: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()  # by the engine's dialect: whether a pooler was said
+_seen: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()  # by dialect: `said` of `look_at_each`
 
 
 def look_at_each(engine: Engine, *, ours: bool, said: bool) -> None:
-    """Have each connection of an engine looked at when it is made; those it has already, when they are next used.
+    """Examine each connection of an engine when it is made. Existing connections are examined at their next use.
 
     Args:
-        engine: Of psycopg; for asyncio the sync one inside.
-        ours: We made it, so its transactions are bounded.
-        said: There is a pooler, whatever is seen of it.
+        engine: An engine of psycopg; for asyncio the inner sync engine.
+        ours: We made it, so its transactions are limited in time.
+        said: The setting says that there is a pooler, even if we detect none.
     """
     known = _seen.get(engine.dialect)
     if known is not None and known >= said:
@@ -48,7 +48,7 @@ def look_at_each(engine: Engine, *, ours: bool, said: bool) -> None:
         if link is None or (said and not link.pooled):
             look(dbapi, record.info, ours=ours, said=said)
 
-    # first: what SQLAlchemy itself asks a new connection is not to be prepared either
+    # First: the queries that SQLAlchemy itself sends on a new connection must not be prepared either.
     listen(engine, "connect", seen, insert=True)
     pool: Any = engine.pool
     if not ours and hasattr(pool, "checkedin") and pool.checkedin() + pool.checkedout():
@@ -56,13 +56,13 @@ def look_at_each(engine: Engine, *, ours: bool, said: bool) -> None:
 
 
 def look(dbapi: Any, info: MutableMapping[Any, Any], *, ours: bool = False, said: bool = False) -> Link:
-    """Look at one connection and remember in its `info` what was found; in a transaction or in none.
+    """Examine one connection, inside or outside a transaction, and keep the result in its `info`.
 
     Args:
         dbapi: SQLAlchemy's `dbapi_connection`.
-        info: The connection's.
+        info: The connection's `info`.
         ours: As for `look_at_each`.
-        said: As there.
+        said: As for `look_at_each`.
     """
     driver = driver_of(dbapi)
     (answer,) = send(driver, b"SELECT pg_backend_pid()")
@@ -74,7 +74,7 @@ def look(dbapi: Any, info: MutableMapping[Any, Any], *, ours: bool = False, said
         (own,) = send(driver, _OWN)
         idle = b"idle_in_transaction_session_timeout = %d;" % _stricter(int(own.get_value(0, 0)))
         if pooled:
-            # a stranger may have switched durable commits off on the connection that a transaction of ours gets
+            # A stranger may have switched durable commits off on the server connection that our transaction gets.
             settings = DURABLE.encode() + (b"SET LOCAL " + idle if ours else b"")
         else:
             send(driver, b"SET " + idle)
@@ -83,13 +83,13 @@ def look(dbapi: Any, info: MutableMapping[Any, Any], *, ours: bool = False, said
 
 
 def may_be_left(error: BaseException) -> bool:
-    """Say whether a stranger may be to blame for a server's refusal, by what was left on the connection that we got of it."""
+    """Say whether a server's refusal may be due to what a stranger left on the server connection that we got."""
     own = original(error)
     return isinstance(own, _BY_WHAT_WAS_LEFT)
 
 
 def _stricter(own_ms: int) -> int:
-    """The stricter of our bound and the server's, where 0 is none."""
+    """The stricter of our limit and the server's; 0 means no limit."""
     return min(own_ms, IDLE_MS) if own_ms else IDLE_MS
 
 

@@ -1,10 +1,10 @@
-"""Why PostgreSQL refused a connection, as its SQLSTATE: too many of them, which end, or a wrong password, which does not.
+"""Why PostgreSQL refused a connection, as its SQLSTATE: too many connections, which passes, or a wrong password, which does not.
 
-The server says its SQLSTATE with every refusal. libpq tells only the text, in the server's language. But its trace of the
-protocol's messages shows what was said, so we connect once more with the trace on. psycopg has it on Linux. libpq 15 shows what
-the server says once it knows who connects (the limits of a role or a database, the reserved slots), libpq 18 shows all.
+The server sends an SQLSTATE with every refusal. libpq reports only the text, in the server's language. But its trace of the
+protocol's messages shows the SQLSTATE, so we connect once more with the trace on. psycopg has the trace on Linux. libpq 15 shows
+only refusals after the login (the limits of a role or a database, the reserved slots); libpq 18 shows all.
 
-Called by `postgresql`, in a thread, where a worker or `doctor` could not connect.
+Called by `postgresql`, in a thread, when a worker or `doctor` could not connect.
 """
 
 import os
@@ -28,16 +28,16 @@ _LET_IN: Final = b"\tReadyForQuery\t"
 _TOO_MANY: Final = "53300"
 _WRONG: Final = "28000"
 _OF_POOLERS: Final = "08P01"
-# PgBouncer has one SQLSTATE for all that it refuses, up to 1.18 at least, and speaks no language but English
+# PgBouncer, up to 1.18 at least, has one SQLSTATE for all refusals, and its texts are always English.
 _WRONG_BY_POOLERS: Final = ("authentication failed", "no such ", "unsupported startup parameter", "config error")
 _TOO_MANY_IN_ENGLISH: Final = ("too many ", "connection slots", "no more connections")
 
 
 def why(error: Any) -> str:
-    """Return the SQLSTATE of a refusal, asked for again; "" where the server is away, busy, or lets us in by now.
+    """Return the SQLSTATE of a refusal, learnt by connecting again; "" if the server is away, busy, or accepts us by now.
 
     Args:
-        error: What connecting ended with, of psycopg's.
+        error: psycopg's error of the failed connect.
     """
     refused = getattr(error, "pgconn", None)
     if refused is None or isinstance(error, errors.ConnectionTimeout):
@@ -45,7 +45,7 @@ def why(error: Any) -> str:
     text = str(error)
     seen, state = _asked_again(refused)
     if state is None:
-        # all is seen that is said behind a password, and the server counts all its connections before: it was the password
+        # The trace shows every refusal after the password, and a full server refuses before it: so the password is wrong.
         return _guessed(refused, "" if seen and refused.used_password else text)
     if state == _OF_POOLERS and any(words in text for words in _WRONG_BY_POOLERS):
         return _WRONG
@@ -53,24 +53,24 @@ def why(error: Any) -> str:
 
 
 def _asked_again(refused: Any) -> tuple[bool, str | None]:
-    """Connect once more; return whether there is a trace here, and what the server says in it, where libpq shows it."""
+    """Connect once more. Return whether a trace is available, and the server's SQLSTATE if libpq shows it."""
     given = {option.keyword.decode(): option.val.decode() for option in refused.info if option.val}
     try:
         seen = _traced(make_conninfo(**given).encode())
-    except (psycopg.Error, AttributeError, OSError):  # no trace here; or what was given is not to be given again
+    except (psycopg.Error, AttributeError, OSError):  # no trace here, or the arguments cannot be used again
         return False, None
     if seen is None or _LET_IN in seen:
         return True, ""
     found = _STATE.findall(seen)
-    return True, found[-1].decode() if found else None  # the last: a first try may have been with encryption
+    return True, found[-1].decode() if found else None  # the last: the first try may have been with encryption
 
 
 def _traced(given: bytes) -> bytes | None:
-    """Return the messages of a connection as it is made; None where that takes too long."""
+    """Return the protocol messages of a connection as it is made; None if that takes too long."""
     file = os.memfd_create("libpq-trace")  # never on a disk: a password may be in it
     pgconn = PGconn.connect_start(given)
     try:
-        pgconn.trace(file)  # what libpq allocates for it is small, and kept: it has no way to close a trace
+        pgconn.trace(file)  # libpq never frees what it allocates for this, which is small: it cannot close a trace
         until = monotonic() + _ANSWER_S
         with DefaultSelector() as selector:
             while (asks := pgconn.connect_poll()) in (PollingStatus.READING, PollingStatus.WRITING):
@@ -89,10 +89,10 @@ def _traced(given: bytes) -> bytes | None:
 
 
 def _guessed(refused: Any, text: str) -> str:
-    """Where nothing but the text is told: too many connections in English; else a server that accepts others refused *us*.
+    """Decide by the text alone: too many connections, in English; else a server that accepts other clients refused *us*.
 
-    In another language too many connections pass for a wrong setting there. The process ends, and whoever started it starts it
-    again, until there is room. Waited for, a wrong password would look like an outage.
+    In another language, too many connections look like a wrong setting. Then the process ends, and its supervisor restarts it
+    until there is room. The other mistake is worse: if we waited after a wrong password, it would look like an outage.
     """
     if any(words in text for words in _TOO_MANY_IN_ENGLISH):
         return _TOO_MANY

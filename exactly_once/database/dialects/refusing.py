@@ -1,9 +1,9 @@
-"""Whose fault it is that a claim was refused, its message's or the table's: a claim of nobody's is tried, and rolled back.
+"""Whose fault it is that a claim was refused, the message's or the table's. A test claim is tried, and rolled back.
 
-A right that was taken away, a column of somebody's that takes no NULL, a CHECK, a trigger that raises: they refuse every claim.
-No handler ever runs; counted, each message would be kept as dead for it. The server's word is the same for one message's value,
-and such a message must be counted. So the same claim is tried with a made-up key and no value of a message's. Asked after a
-refusal only, on a connection that is believed. Called by the guards, by `leases.sql` and by `store`.
+A revoked right, an added column that takes no NULL, a CHECK, a trigger that raises: each refuses every claim.
+Then no handler ever runs. If we counted that, each message would become a dead letter. The server's error is the same for one bad
+value of a message, and such a message must be counted. So we try the same claim with a random key and no value of the message.
+Called after a refusal only, on a trusted connection, by the guards, by `guards.lease.sql` and by `store`.
 """
 
 from collections.abc import Callable, MutableMapping
@@ -24,26 +24,26 @@ __all__ = ["is_refusal", "of_nobody", "raise_for_the_table", "tried"]
 
 
 def is_refusal(dialect: Dialect, error: BaseException) -> bool:
-    """Say whether a statement of a claim was refused for a reason that may be the message's or the table's."""
+    """Say whether a claim was refused for a reason that may lie in the message or in the table."""
     refused = is_drivers(original(error)) and dialect.error_kind(error) in (ErrorKind.REFUSED, ErrorKind.UNKNOWN)
     return refused and not interrupted(error) and not dialect.unstorable(error)
 
 
 def of_nobody(row: ClaimRow) -> ClaimRow:
-    """Return a claim like this one, by the same handler, with no value of a message's."""
+    """Return a test claim: like this one, by the same handler, without any value of the message."""
     key = uuid4().hex
     return ClaimRow(row.group, row.handler, key, bytes(len(row.fingerprint)), message_id=key, owner=new_owner())
 
 
 def tried(dialect: Dialect, dbapi: Any, info: MutableMapping[Any, Any], row: ClaimRow, *, wait_ms: int) -> None:
-    """Make a claim of nobody's, read it, and roll both back; raise what the server says.
+    """Make a test claim, read it, and roll both back. Raises the server's error.
 
     Args:
-        dialect: How that database is spoken to.
+        dialect: The dialect of that database.
         dbapi: The driver's connection, in no transaction.
         info: What `prepare` remembered of it.
         row: See `of_nobody`.
-        wait_ms: The longest to wait for whoever has locked the table.
+        wait_ms: The longest to wait for a transaction that has locked the table.
     """
     try:
         dialect.claim(dbapi, info, row, wait_ms=wait_ms, savepoint=False)
@@ -61,19 +61,19 @@ def raise_for_the_table(
     *,
     store: str | None = None,
 ) -> None:
-    """Raise that the table takes no claims, whatever the message; return where there is no such table.
+    """Raise an error that says that the table takes no claims of any message. Return if there is no such table.
 
     Args:
-        dialect: How that database is spoken to.
-        refusal: What the claim of nobody's was answered with.
-        row: That claim.
-        engine: Whose connection it was.
-        look: Carries out a statement in no transaction; raises what the server says.
-        store: The database's name, where it is not the handler's own.
+        dialect: The dialect of that database.
+        refusal: The error of the test claim.
+        row: The test claim.
+        engine: The engine of the connection.
+        look: Executes a statement outside a transaction; raises the server's error.
+        store: The database's name, if it is not the handler's own.
 
     Raises:
-        StoreUnavailable: It is there, and takes none; or the server does not answer now.
-        Exception: What is none of the server's.
+        StoreUnavailable: The table exists, and takes no claim; or the server does not answer now.
+        Exception: An error that is not the server's.
     """
     if not is_refusal(dialect, refusal) and not isinstance(refusal, ClaimBusy):
         raise_for_the_store(dialect, refusal, engine, store)
@@ -85,8 +85,8 @@ def raise_for_the_table(
         except Exception as error:
             if dialect.no_table(original(error)):
                 return
-        # else it is a table of somebody's, which a trigger on ours wants
-    said = refusal.__cause__ or refusal if isinstance(refusal, ClaimBusy) else refusal  # somebody has locked it
+        # Else a table of the application is missing, which a trigger on our table uses.
+    said = refusal.__cause__ or refusal if isinstance(refusal, ClaimBusy) else refusal  # the table is locked
     told = StoreUnavailable(
         f"The table {dialect.table} takes no claims ({first_words(said)}): one of no message's was"
         " refused, too. Nothing ran, and nothing is counted. Look at the rights, columns, constraints and triggers of this table;"

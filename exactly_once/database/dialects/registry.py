@@ -1,4 +1,4 @@
-"""Finds how a database server is spoken to. Imports a server's module only when its driver is asked for; opens nothing."""
+"""Chooses the dialect for an engine. Imports a server's module only when its driver is asked for. Opens nothing."""
 
 from collections.abc import Callable
 from sys import intern
@@ -26,22 +26,22 @@ _KNOWN: Final = frozenset(
         ("sqlite", "aiosqlite"),
     }
 )
-"""Servers and drivers with which a duplicate is known to be recognised."""
+"""Servers and drivers whose duplicate-key errors are known to be recognised."""
 
 
 def dialect_for(
     engine: Engine, schema: Callable[[], str | None], *, durable: bool = True, kept_as: str = ""
 ) -> Dialect:
-    """Return the dialect that speaks to `engine`'s server through its driver.
+    """Return the dialect for `engine`'s server and driver.
 
     Args:
-        engine: Of the application, or ours.
-        schema: Names the database schema of our tables; asked at the first claim, and may connect for it.
+        engine: An engine of the application, or ours.
+        schema: Returns the database schema of our tables. Asked at the first claim, and may connect.
         durable: Commits wait for the disk, whatever the session says.
-        kept_as: Tells the settings under which connections are looked at; see `Dialect.kept_as`.
+        kept_as: The key under which a connection's details are kept; see `Dialect.kept_as`.
 
     Raises:
-        ConfigurationError: The driver was never tried; a claim through it might not be recognised as a duplicate.
+        ConfigurationError: The driver was never tested: its duplicate-key error might not be recognised.
     """
     name, driver = engine.dialect.name, engine.dialect.driver.removesuffix("_async")
     if (name, driver) not in _KNOWN:
@@ -75,7 +75,7 @@ def _class_of(name: str) -> Callable[..., Dialect]:
 
 
 def lease_claims_for(dialect: Dialect) -> LeaseClaims:
-    """Return how leases are claimed on the server that `dialect` speaks to."""
+    """Return the claims with a lease for the server of `dialect`."""
     match dialect.name:
         case "postgresql":
             from exactly_once.database.dialects import postgresql_lease
@@ -92,7 +92,7 @@ def lease_claims_for(dialect: Dialect) -> LeaseClaims:
 
 
 def batch_claims_for(dialect: Dialect) -> BatchClaims:
-    """Return how batches are claimed on the server that `dialect` speaks to."""
+    """Return the batch claims for the server of `dialect`."""
     match dialect.name:
         case "postgresql":
             from exactly_once.database.dialects import postgresql_batch

@@ -1,14 +1,15 @@
 """SQLite through the standard library's sqlite3 and through aiosqlite.
 
-Locking: one writer for the whole database. BEGIN IMMEDIATE takes that place before the claim, so handlers run one at a
-time; BUSY says nothing about our key (another key waits just the same) and is waited for, never called "in progress".
-The BEGIN is sent by us on the driver: in Python's default (legacy) mode the driver begins by itself too late, at the
+Locking: one writer for the whole database. BEGIN IMMEDIATE takes the writer's place before the claim, so handlers run one at a
+time. BUSY says nothing about our key, because another key waits in the same way; so it is waited for, and
+never means "in progress".
+We send the BEGIN on the driver: in Python's default (legacy) mode the driver begins by itself too late, at the
 first INSERT, and then as a reader that must upgrade.
 
 `ON CONFLICT ROLLBACK`, a full disk and a few other errors roll the whole transaction back inside a statement, so the
-driver's flag is read after each one. What is done on the driver itself is not seen, and after a rollback there the driver begins
-another transaction by itself. A savepoint set behind our BEGIN is gone exactly when that transaction is gone; it is released with
-COMMIT.
+driver's flag is read after each statement. Calls on the driver itself are not seen, and after a rollback there the driver begins
+another transaction by itself. A savepoint that is set after our BEGIN disappears exactly when that transaction does. It is
+released with COMMIT.
 """
 
 import sqlite3
@@ -33,7 +34,7 @@ from exactly_once.errors import ConfigurationError
 __all__ = ["BEGIN", "CLAIM", "KNOWN", "RELEASE", "SAVEPOINT", "SQLite"]
 
 BEGIN: Final = "BEGIN IMMEDIATE"
-# one name for all, which the driver need not read anew each time: a connection is in one transaction of ours at a time
+# One name for all, so that the driver can reuse the prepared statement: a connection is in one transaction of ours at a time.
 SAVEPOINT: Final = "SAVEPOINT exactly_once_transaction"
 RELEASE: Final = "RELEASE SAVEPOINT exactly_once_transaction"
 CLAIM: Final = (
@@ -49,8 +50,8 @@ KNOWN: Final = (
 
 _READ: Final = reader(SQLITE)
 _UNDER_WAY: Final = "_exactly_once_under_way"
-_PRIMARY: Final = 0xFF  # extended result codes carry the primary one in their low byte
-# what says that the database cannot be worked with now, whichever message asks
+_PRIMARY: Final = 0xFF  # extended result codes carry the primary code in their low byte
+# Errors that say that the database cannot be used now, for any message.
 _UNAVAILABLE: Final = frozenset(
     {
         sqlite3.SQLITE_BUSY,
@@ -101,12 +102,12 @@ class SQLite:
         return KNOWN.replace("{table}", self.table)
 
     def learn(self, dbapi: Any) -> None:
-        """There is nothing to be learnt."""
+        """There is nothing to learn."""
 
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int, varies: bool = False) -> None:
         _refuse_autocommit(dbapi)
         driver = _driver(dbapi)
-        # aiosqlite: a thread of its own, which says nothing of what it does; once, whoever else claims on it
+        # aiosqlite uses a thread of its own, which does not show whether it is at work. Installed once for each connection.
         if hasattr(driver, "_tx") and not hasattr(driver, _UNDER_WAY):
             setattr(driver, _UNDER_WAY, 0)
             driver._execute = _counting(driver, driver._execute)  # noqa: SLF001
@@ -121,12 +122,12 @@ class SQLite:
         _refuse_autocommit(dbapi)
         if not _driver(dbapi).in_transaction:
             self._begin(dbapi)
-        if not savepoint:  # the caller's own commit asks for none
+        if not savepoint:  # the caller's own commit would not check it
             _run(dbapi, SAVEPOINT)
         return self.insert(dbapi, row)
 
     def insert(self, dbapi: Any, row: ClaimRow) -> bool:
-        """Insert a claim in the transaction that is open; say whether it is ours."""
+        """Insert a claim in the open transaction; say whether it is ours."""
         cursor = dbapi.cursor()
         try:
             born = None if row.born_at is None else row.born_at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
@@ -144,14 +145,14 @@ class SQLite:
                     born,
                 ),
             )
-            # an old setting of SQLite's (PRAGMA count_changes) gives the number as a row
+            # With an old setting of SQLite (PRAGMA count_changes) the count comes as a row.
             counted = cursor.fetchone()
             return bool(cursor.rowcount if counted is None else counted[0])
         finally:
             cursor.close()
 
     def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
-        if not _driver(dbapi).in_transaction:  # a hook of the user's has written: the driver has begun by itself
+        if not _driver(dbapi).in_transaction:  # a hook of the application has written: the driver has begun by itself
             self._begin(dbapi)
         _run(dbapi, SAVEPOINT)
 
@@ -163,12 +164,12 @@ class SQLite:
             cursor.close()
 
     def begin_writing(self, cursor: Any) -> None:
-        """Begin as the writer."""
+        """Begin a transaction as the writer."""
         self._keep(cursor)
         cursor.execute(BEGIN)
 
     def _keep(self, cursor: Any) -> None:
-        """Have what is committed next wait for the disk: it cannot be changed inside a transaction."""
+        """Make the next commit wait for the disk. This cannot be changed inside a transaction."""
         if self._durable:
             cursor.execute("PRAGMA synchronous")
             (level,) = cursor.fetchone()
@@ -193,7 +194,7 @@ class SQLite:
         with suppress(ValueError, sqlite3.Error):  # it is closed already
             getattr(driver, "_conn", driver).interrupt()
             if hasattr(driver, "_tx"):
-                # closing is not enough: as long as anybody refers to a cursor, SQLite keeps the transaction and its lock
+                # Closing is not enough: as long as anything refers to a cursor, SQLite keeps the transaction and its lock.
                 await_only(driver.rollback())
 
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
@@ -208,7 +209,7 @@ class SQLite:
         driver.row_factory, driver.text_factory = rows_as
 
     def read_out(self, dbapi: Any) -> bool:
-        return False  # no statement has more than one answer
+        return False  # no statement has more than one result
 
     def before_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> Any:
         raise NotImplementedError
@@ -223,10 +224,10 @@ class SQLite:
         return None
 
     def trail(self, dbapi: Any, row: ClaimRow) -> Trail:
-        return Trail.NONE  # nothing runs when its caller is gone
+        return Trail.NONE  # nothing runs after its caller is gone
 
     def server_session(self, dbapi: Any) -> object:
-        return None  # the driver does not connect anew
+        return None  # the driver does not reconnect
 
     def mark(self, dbapi: Any) -> Any:
         return _driver(dbapi).total_changes
@@ -264,23 +265,23 @@ class SQLite:
         return ErrorKind.UNAVAILABLE if code & _PRIMARY in _UNAVAILABLE else ErrorKind.REFUSED
 
     def no_table(self, error: BaseException) -> bool:
-        # its code is that of any wrong statement, and its text is always English
+        # Its code is that of any wrong statement, and its text is always English.
         return isinstance(error, sqlite3.OperationalError) and "no such table" in str(error)
 
     def refused(self, dbapi: Any, error: BaseException) -> bool:
-        # an error of COMMIT leaves the transaction open, or rolled it back; what may be half on the disk is neither
+        # An error of COMMIT leaves the transaction open, or has rolled it back. After an I/O error part of it may be on the disk.
         code = _code(error)
         return code is not None and code & _PRIMARY != sqlite3.SQLITE_IOERR
 
     def in_our_name(self, connection: Connection, statement: Insert | Update, values: Mapping[str, Any]) -> int:
         dbapi = connection.connection.dbapi_connection
-        if not _driver(dbapi).in_transaction:  # a statement by itself, of a lease or a step
+        if not _driver(dbapi).in_transaction:  # a statement by itself, for a lease or a step
             cursor = dbapi.cursor()  # type: ignore[union-attr]
             try:
                 self._keep(cursor)
             finally:
                 cursor.close()
-        # asked to keep it: of an INSERT the driver forgets how many rows it made, and says -1
+        # preserve_rowcount: without it the driver forgets the row count of an INSERT, and says -1.
         return connection.execute(statement, values, execution_options={"preserve_rowcount": True}).rowcount
 
     def no_room(self, error: BaseException) -> bool:
@@ -304,10 +305,10 @@ class SQLite:
         return False  # it takes any text that Python can encode
 
     def gives_no_more(self, error: BaseException) -> bool:
-        return False  # there is no limit but the process's own
+        return False  # only the process's own limit exists
 
     def hopeless(self, error: BaseException) -> bool:
-        # a folder that is not there does not come by waiting
+        # Waiting does not make a missing folder.
         return _code(error) == sqlite3.SQLITE_CANTOPEN
 
     def lost(self, dbapi: Any, info: MutableMapping[Any, Any], error: BaseException) -> bool:
@@ -318,13 +319,13 @@ class SQLite:
 
 
 def _code(error: BaseException) -> int | None:
-    """Of an error of the driver's; an attribute of any other exception may be whatever its class makes of it."""
+    """Return the code of a driver's error. An attribute of any other exception may be anything."""
     own = original(error)
     return getattr(own, "sqlite_errorcode", None) if isinstance(own, sqlite3.Error) else None
 
 
 def _released(dbapi: Any) -> bool:
-    """Release the attempt's savepoint; False: its transaction is gone."""
+    """Release the attempt's savepoint. False: its transaction is gone."""
     try:
         _run(dbapi, RELEASE)
     except sqlite3.OperationalError as error:
@@ -337,7 +338,7 @@ def _released(dbapi: Any) -> bool:
 
 
 def _run(dbapi: Any, statement: str) -> None:
-    """Execute a statement without rows; on aiosqlite in one visit to its thread, where a cursor's would be three."""
+    """Execute a statement without rows. On aiosqlite this visits the thread once, where a cursor would visit it three times."""
     driver = _driver(dbapi)
     if hasattr(driver, "execute_fetchall"):
         await_only(driver.execute_fetchall(statement))
@@ -346,7 +347,7 @@ def _run(dbapi: Any, statement: str) -> None:
 
 
 def _counting(driver: Any, execute: Callable[..., Any]) -> Callable[..., Any]:
-    """Count what is under way on one connection of aiosqlite, whoever asked for it."""
+    """Count the statements that run on one connection of aiosqlite, whoever sent them."""
 
     async def counted(*args: Any, **kwargs: Any) -> Any:
         setattr(driver, _UNDER_WAY, getattr(driver, _UNDER_WAY) + 1)
@@ -361,7 +362,7 @@ def _counting(driver: Any, execute: Callable[..., Any]) -> Callable[..., Any]:
 def _refuse_autocommit(dbapi: Any) -> None:
     driver = _driver(dbapi)
     if getattr(driver, "autocommit", None) in (True, False) or driver.isolation_level is None:
-        # autocommit=False begins by itself before us; True and isolation_level None keep a claim without its effects
+        # autocommit=False begins before we do. True, and isolation_level None, would commit a claim without its effects.
         raise ConfigurationError(
             "The SQLite connection does not use the driver's default transaction mode. Take autocommit= and"
             " isolation_level= out of the engine's arguments."

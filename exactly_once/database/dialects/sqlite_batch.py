@@ -1,4 +1,4 @@
-"""The claim of a whole group on SQLite: one INSERT a key behind one BEGIN IMMEDIATE; a round trip is a function call here.
+"""The claim of a batch on SQLite: one INSERT for each key after one BEGIN IMMEDIATE; a round trip is a function call here.
 
 Called by the transaction guard.
 """

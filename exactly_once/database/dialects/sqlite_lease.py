@@ -1,6 +1,6 @@
-"""Claims with a lease on SQLite. BEGIN IMMEDIATE is the one place for writers, so nothing happens between the statements.
+"""Claims with a lease on SQLite. BEGIN IMMEDIATE admits one writer, so nothing happens between the statements.
 
-BUSY is waited for by the driver, as everywhere on SQLite. Called by `leases.sql`.
+The driver waits while the file is BUSY, as everywhere on SQLite. Called by `guards.lease.sql`.
 """
 
 from collections.abc import MutableMapping
@@ -79,7 +79,7 @@ class Claims:
             cursor.execute(self._claim, values)
             cursor.execute(self._look, identity)
             status, standing, fingerprint, retry_times, remaining, owner = cursor.fetchone()
-            if isinstance(standing, bytes):  # whoever had the connection set text_factory
+            if isinstance(standing, bytes):  # an earlier user of the connection set text_factory
                 standing, owner = standing.decode(), owner.decode() if owner else owner
             recorded: tuple[Any, ...] = ()
             if steps:

@@ -1,9 +1,8 @@
-"""Splits a text into its statements, as the server that gets it does; `verbs` tells what each of them is.
+"""Splits a text into its statements as its server does. `verbs` tells what each statement is.
 
-It knows what may hold a semicolon or a word that is none: quotes, comments and nothing else. Where a server would find an
-error (a quote that nobody closes) it reads to the end: of such a text nothing from there on runs.
-
-It never knows grammar: a body between BEGIN ATOMIC and END comes as several pieces.
+It knows what may hide a semicolon or a word: quotes and comments, nothing else. If a server would find an
+error (an unclosed quote), this reads to the end: the server runs nothing from there on.
+It knows no grammar: a body between BEGIN ATOMIC and END comes as several pieces.
 """
 
 import re
@@ -17,13 +16,13 @@ class Grammar(NamedTuple):
     """How one connection's server reads a text.
 
     Args:
-        dialect: Whose server it is.
+        dialect: The name of its server.
         backslash: A backslash escapes in '...': `standard_conforming_strings` is off (PostgreSQL, which reports it by
             itself), `NO_BACKSLASH_ESCAPES` is not set (MySQL and MariaDB, whose status flags tell it).
         ansi_quotes: "..." is a name on MySQL and MariaDB, not a string.
         mariadb: It is MariaDB, and not MySQL.
-        version: As MySQL and MariaDB count in executable comments: 80036 is 8.0.36, 101106 is 10.11.6.
-            0 is unknown: then a text is read twice, with all of them executed and with none that has a version.
+        version: As in executable comments of MySQL and MariaDB: 80036 is 8.0.36, 101106 is 10.11.6.
+            0 is unknown: then a text is read twice, with all such comments executed, and with none that has a version.
     """
 
     dialect: Literal["postgresql", "mysql", "sqlite"]
@@ -38,7 +37,7 @@ MYSQL: Final = Grammar("mysql", backslash=True)
 MARIADB: Final = Grammar("mysql", backslash=True, mariadb=True)
 SQLITE: Final = Grammar("sqlite")
 
-# how many tokens of a statement are kept, but for those whose first word needs the whole
+# How many tokens of a statement are kept, unless its first word needs all of them.
 _HEAD: Final = 8
 _WHOLE: Final = frozenset({"CALL", "CREATE", "DECLARE", "EXECUTE", "EXPLAIN", "GET", "LOAD", "SET"})
 
@@ -46,7 +45,7 @@ _LETTER: Final = r"A-Za-z_\x80-\U0010ffff"
 _TOKENS: Final = {
     "postgresql": re.compile(
         r"(?P<blank>[ \t\n\r\f\v]+|--[^\n\r]*)|(?P<string>[eEbBxX]?')"
-        # a dollar within a word quotes nothing; a number is no word, but a string behind one is an error in any case
+        # A dollar within a word is no quote. A number is no word, but a string directly after one is an error in any case.
         rf"|(?P<word>[{_LETTER}0-9][{_LETTER}0-9$]*)|(?P<dollar>\$(?:[{_LETTER}][{_LETTER}0-9]*)?\$)"
         r"|(?P<end>;)|(?P<name>\")|(?P<comment>/\*)|(?P<other>.)",
         re.DOTALL,
@@ -62,8 +61,8 @@ _TOKENS: Final = {
         re.DOTALL,
     ),
 }  # fmt: skip
-# what holds nothing of interest once the first words are known; to the last word, for what stands before a quote may say
-# how to read it
+# Text to skip once the first words are known. It ends at a whole word, because a word before a quote may change
+# how the quote is read.
 _DULL: Final = {
     "postgresql": re.compile(rf"[^;'\"$/\-]+(?<![{_LETTER}0-9])"),
     "mysql": re.compile(r"[^;'\"`/*#\-]+"),
@@ -76,20 +75,20 @@ _BLANK: Final = re.compile(r"[ \t\n\r\f\v]+|--[^\n\r]*")
 
 
 def statements(text: str, grammar: Grammar, *, whole: bool = False) -> Iterator[list[str]]:
-    """Yield the tokens each statement begins with; of SET, CREATE, CALL and some others all of them.
+    """Yield the first tokens of each statement; all tokens of SET, CREATE, CALL and some others.
 
-    A word comes in capitals, a name in quotes as `"` and the name, a string as `'` alone, all else character by
-    character; comments and leading brackets not at all. Time is linear in the length of the text.
+    A word comes in capitals; a quoted name as `"` and the name; a string as `'` alone; everything else character by
+    character. Comments and leading brackets are left out. Time is linear in the length of the text.
 
     Args:
         text: What is sent.
         grammar: How its server reads it.
-        whole: Yield all tokens of every statement, and of PostgreSQL's strings what is in them: behind `'` as it is written,
-            between dollars behind `$`.
+        whole: Yield all tokens of every statement, and the contents of PostgreSQL's strings: after `'` as they are written,
+            between dollars after `$`.
     """
     dialect = grammar.dialect
     if dialect == "postgresql":
-        text = text.partition("\0")[0]  # libpq sends no further
+        text = text.partition("\0")[0]  # libpq sends nothing after it
     match, dull = _TOKENS[dialect].match, _DULL[dialect].match
     tokens: list[str] = []
     head = len(text) if whole else _HEAD
@@ -137,7 +136,7 @@ def statements(text: str, grammar: Grammar, *, whole: bool = False) -> Iterator[
 
 
 def _quoted(text: str, start: int, position: int, opening: str, grammar: Grammar, *, whole: bool) -> tuple[int, str]:
-    """Return where a quote that opens ends, and its token."""
+    """Return where a quote that has opened ends, and its token."""
     if grammar.dialect == "postgresql":
         if opening[0] == "$":
             end = text.find(opening, position)
@@ -150,12 +149,12 @@ def _quoted(text: str, start: int, position: int, opening: str, grammar: Grammar
             return end, text[start : end - 1] if whole and opening == "'" else "'"
     is_name = opening in "`[" or (opening == '"' and (grammar.dialect != "mysql" or grammar.ansi_quotes))
     end = _closed(text, position, _CLOSING.get(opening, opening), grammar.backslash and not is_name)
-    # a doubled quote comes as two tokens, and ends nothing
+    # A doubled quote comes as two tokens, and does no harm.
     return end, '"' + text[start + 1 : end - 1] if is_name else "'"
 
 
 def _closed(text: str, position: int, quote: str, escapes: bool) -> int:
-    """Return where a quote ends: behind its closing one, or with the text."""
+    """Return where a quote ends: after its closing quote, or at the end of the text."""
     while (end := text.find(quote, position)) >= 0:
         inside = text[position:end]
         if not escapes or (len(inside) - len(inside.rstrip("\\"))) % 2 == 0:
@@ -165,7 +164,10 @@ def _closed(text: str, position: int, quote: str, escapes: bool) -> int:
 
 
 def _continued(text: str, position: int, escapes: bool) -> int:
-    """Return where a string of PostgreSQL ends: it goes on behind a doubled quote, and on another line, as what it began."""
+    """Return where a PostgreSQL string ends.
+
+    It goes on after a doubled quote, and on the next line, with the same escape rule.
+    """
     while True:
         end = position = _closed(text, position, "'", escapes)
         while found := _BLANK.match(text, position):
@@ -177,7 +179,7 @@ def _continued(text: str, position: int, escapes: bool) -> int:
 
 
 def _commented(text: str, position: int, *, depth: int) -> int:
-    """Return where a comment ends that has begun; as deep as comments nest, 0 being no limit."""
+    """Return where a comment ends that has begun. `depth` limits how deep comments nest; 0 is no limit."""
     inside = 1
     while found := _NESTED.search(text, position):
         if found[0] == "*/":
@@ -196,11 +198,11 @@ def _commented(text: str, position: int, *, depth: int) -> int:
 def _executes(comment: re.Match[str], grammar: Grammar) -> bool:
     """Return whether the server runs what an executable comment holds."""
     if comment[1] and not grammar.mariadb:
-        return False  # an ordinary comment to MySQL
+        return False  # MySQL reads it as an ordinary comment
     if comment[2] is None or not grammar.version:
         return True
     version = int(comment[2])
-    # what MySQL 5.7 and later understand MariaDB does not claim to
+    # MariaDB does not execute comments for MySQL 5.7 and later.
     if grammar.mariadb and not comment[1] and 50700 <= version <= 99999:
         return False
     return version <= grammar.version

@@ -1,6 +1,6 @@
-"""What one statement is, by its first words: what ends a transaction, and what is changed by it; a judge for each dialect.
+"""Tells from a statement's first words whether it ends a transaction, and what it changes in the session. One judge per dialect.
 
-It reads first words and no SQL: what a function or a procedure does it does not know. `keywords` asks it.
+It reads first words, not SQL: it does not know what a function or a procedure does. Called by `keywords`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,14 +13,14 @@ __all__ = ["JUDGES", "Read", "opens_body"]
 
 
 class Read(NamedTuple):
-    """What a text is to the handler's transaction; each a keyword as people write it, None for no.
+    """What a text does to the handler's transaction. Each field is a keyword as people write it; None for no.
 
     Args:
-        first: The first word of its first statement, in capitals; empty where there is none.
-        refused: What would end the transaction; then nothing behind it was read.
+        first: The first word of its first statement, in capitals; empty if there is none.
+        refused: What would end the transaction. Nothing after it was read.
         session: What changes the connection for longer than the transaction.
         unseen: What runs a text that cannot be read here: CALL, EXECUTE, DO.
-        unless: The names of parameters, in capitals: the session is not changed where each of them is true.
+        unless: Names of parameters, in capitals. If each of them is true, the session is not changed.
     """
 
     first: str
@@ -30,7 +30,7 @@ class Read(NamedTuple):
     unless: tuple[str, ...] = ()
 
     def changes(self, values: object) -> str | None:
-        """Say what changes the session when the text is sent with these values."""
+        """Say what changes the session if the text is sent with these values."""
         if not self.unless or not isinstance(values, Mapping):
             return self.session
         asked = frozenset(self.unless)
@@ -40,7 +40,7 @@ class Read(NamedTuple):
 
 _ENDS: Final = frozenset({"COMMIT", "BEGIN", "START", "END", "ABORT"})
 
-# MySQL and MariaDB commit the open transaction before any of these, without a word; some of them only at times
+# MySQL and MariaDB silently commit the open transaction before any of these; before some of them only sometimes.
 _IMPLICIT_COMMITS: Final = frozenset(
     {
         "ALTER", "ANALYZE", "BACKUP", "CACHE", "CHANGE", "CHECK", "CLONE", "CREATE", "DROP", "FLUSH", "GRANT", "IMPORT",
@@ -48,20 +48,20 @@ _IMPLICIT_COMMITS: Final = frozenset(
         "UNLOCK",
     }
 )  # fmt: skip
-# a statement of MariaDB that holds others, each of which may end the transaction
+# Statements of MariaDB that contain others, each of which may end the transaction.
 _COMPOUND: Final = frozenset({"CASE", "DECLARE", "FOR", "IF", "LOOP", "REPEAT", "WHILE"})
-# questions about the database that have an argument; asked where SQLAlchemy reflects a table
+# PRAGMAs with an argument that only ask; SQLAlchemy sends them to reflect a table.
 _PRAGMA_QUESTIONS: Final = frozenset(
     {
         "FOREIGN_KEY_CHECK", "FOREIGN_KEY_LIST", "INDEX_INFO", "INDEX_LIST", "INDEX_XINFO", "INTEGRITY_CHECK",
         "QUICK_CHECK", "TABLE_INFO", "TABLE_LIST", "TABLE_XINFO",
     }
 )  # fmt: skip
-_PRAGMA_OF_THE_TRANSACTION: Final = "DEFER_FOREIGN_KEYS"  # SQLite takes it back itself, with each COMMIT and ROLLBACK
+_PRAGMA_OF_THE_TRANSACTION: Final = "DEFER_FOREIGN_KEYS"  # SQLite resets it with each COMMIT and ROLLBACK
 
 
 def opens_body(tokens: list[str], grammar: Grammar) -> bool:
-    """Return whether statements follow that belong to this one, up to an END where a statement begins."""
+    """Return whether the following statements belong to this one, up to a statement that begins with END."""
     if grammar.dialect == "sqlite":
         made = [word for word in _explained(tokens)[:3] if word not in ("TEMP", "TEMPORARY")]
         return made[:2] == ["CREATE", "TRIGGER"]
@@ -77,10 +77,10 @@ def opens_body(tokens: list[str], grammar: Grammar) -> bool:
 def _ends(tokens: list[str]) -> str | None:
     first = tokens[0]
     if first == "ROLLBACK":
-        # ROLLBACK TO [SAVEPOINT] x is how savepoints end, and those are fine; SQLite lets the transaction have a name
+        # ROLLBACK TO [SAVEPOINT] x rolls back to a savepoint, which is allowed. On SQLite the transaction may have a name.
         return None if "TO" in tokens[1 : 4 if tokens[1:2] == ["TRANSACTION"] else 3] else first
     if tokens[:2] == ["PREPARE", "TRANSACTION"] and tokens[2:3] not in (["AS"], ["("], ["FROM"]):
-        return "PREPARE TRANSACTION"  # and no statement of that name
+        return "PREPARE TRANSACTION"  # not a statement of that name
     return first if first in _ENDS else None
 
 
@@ -131,22 +131,22 @@ def _mysql(tokens: list[str]) -> Read:
     if first == "DROP" and second == "PREPARE":
         return Read(first, session="DROP PREPARE")
     if _makes_temporary(tokens, "TEMPORARY") and "TABLE" in tokens[2:5]:
-        return Read(first, session="CREATE TEMPORARY")  # the one CREATE that does not commit
+        return Read(first, session="CREATE TEMPORARY")  # the only CREATE that does not commit
     if first in _IMPLICIT_COMMITS and not _commits_nothing(first, second):
         return Read(first, first)
     if first == "USE":
         return Read(first, session="USE")
     if first in ("PREPARE", "DEALLOCATE") or (first == "HANDLER" and "OPEN" in tokens):
         return Read(first, session=first)
-    # an argument that is given back, a column that is read into it, a diagnostic: the next handler would find it
+    # An output argument, a column that is read into a variable, a diagnostic: the next handler would find the variable.
     variable = "@variable" if first in ("CALL", "EXECUTE", "GET", "LOAD") and _names_variable(tokens) else None
     if first == "EXECUTE" and second == "IMMEDIATE":
-        return Read(first, session="EXECUTE IMMEDIATE", unseen=first)  # of a text that may set anything
+        return Read(first, session="EXECUTE IMMEDIATE", unseen=first)  # its text may set anything
     return Read(first, session=variable, unseen=first if first in ("CALL", "EXECUTE") else None)
 
 
 def _commits_nothing(first: str, second: str) -> bool:
-    """Return whether a statement is not what commits although it begins like it."""
+    """Return whether a statement commits nothing although its first word is that of one that does."""
     match first:
         case "ANALYZE":  # of a statement, not of tables
             return second not in ("TABLE", "TABLES", "LOCAL", "NO_WRITE_TO_BINLOG")
@@ -165,7 +165,7 @@ def _set_mysql(tokens: list[str]) -> Read:
     session = None
     for target in _assigned(tokens[1:]):
         if target[0] == "@" and target[1:2] != ["@"]:
-            session = "SET"  # a variable of the user's: the next handler would find it
+            session = "SET"  # a user variable: the next handler would find it
             continue
         words = [word.removeprefix('"').upper() for word in target if word not in ("@", ".")]
         if not words or words[0] in ("GLOBAL", "PERSIST", "PERSIST_ONLY"):
@@ -179,7 +179,7 @@ def _set_mysql(tokens: list[str]) -> Read:
 
 
 def _assigned(tokens: list[str]) -> list[list[str]]:
-    """Return what stands left of each = in a list of assignments; of a word list, all of it."""
+    """Return what is to the left of each = in a list of assignments; for a list of words, all of it."""
     targets: list[list[str]] = [[]]
     named = False
     for _, word in _outside_brackets(tokens):
@@ -194,7 +194,7 @@ def _assigned(tokens: list[str]) -> list[list[str]]:
 
 
 def _behind_for(tokens: list[str]) -> Read:
-    """SET STATEMENT x = y FOR z: z is what runs, with settings that end with it."""
+    """SET STATEMENT x = y FOR z: z runs, and the settings end with it."""
     for index, word in _outside_brackets(tokens):
         if word == "FOR" and tokens[index + 1 : index + 3] != ["SET", "STATEMENT"]:
             return _mysql(tokens[index + 1 :])._replace(first="SET") if tokens[index + 1 :] else Read("SET")
@@ -208,7 +208,7 @@ def _sqlite(tokens: list[str]) -> Read:
     first = tokens[0]
     if (ends := _ends(tokens)) is not None:
         return Read(first, ends)
-    tokens = _explained(tokens)  # some settings are made while a statement is only prepared
+    tokens = _explained(tokens)  # some settings take effect while a statement is only prepared
     if tokens[0] in ("ATTACH", "DETACH"):
         return Read(first, session=tokens[0])
     if _makes_temporary(tokens, "TEMP", "TEMPORARY") or _makes_in(tokens, "TEMP", "TEMPORARY"):
@@ -240,11 +240,11 @@ def _makes_temporary(tokens: list[str], *words: str) -> bool:
 
 
 def _makes_in(tokens: list[str], *schemas: str) -> bool:
-    """Say whether something is made in a schema of the session's own, by that schema's name."""
+    """Say whether something is created in a schema of the session's own, named explicitly."""
     if tokens[0] != "CREATE":
         return False
     for word, following in pairwise(tokens):
-        if word in ("(", "AS"):  # what it is called is read
+        if word in ("(", "AS"):  # the name of the new object is read
             return False
         if following == "." and word.removeprefix('"').upper() in schemas:
             return True
@@ -252,7 +252,7 @@ def _makes_in(tokens: list[str], *schemas: str) -> bool:
 
 
 def _names_variable(tokens: list[str]) -> bool:
-    """Say whether a variable of the user's stands there: @name, and no @@name, which is the server's."""
+    """Say whether there is a user variable: @name, not @@name, which is the server's."""
     return any(
         word == "@" and tokens[index - 1] != "@" and tokens[index + 1 : index + 2] != ["@"]
         for index, word in enumerate(tokens)

@@ -7,8 +7,8 @@ say.
 
 What a wrong answer costs: a wrong "elsewhere" costs a message one failure, and nothing while the store is away, when no failure
 can be written. A wrong "ours" holds the message for ever, without counting. So "elsewhere" is the answer if we see nothing. That
-is so for raw use of our own connection through `sqlite3`, and below SQLAlchemy's layer of asyncmy: both are compiled, without
-frames.
+is so for raw use of our own connection through `sqlite3`, and below SQLAlchemy's layer of asyncmy: both
+are compiled, without frames.
 
 Used after errors alone. `watched.listening` registers the engines, and `store` asks.
 """
