@@ -1,1 +1,1 @@
-"""A transaction that a handler works in, watched from its claim to our COMMIT: whether it is still the one it was."""
+"""Watches a handler's transaction from its claim to our COMMIT: whether it is still the same transaction."""

@@ -1,7 +1,7 @@
 """A session whose transaction begins with its first statement: for handlers that may do their work without a database.
 
-Before it no transaction is open, and no connection is in use. Then the transaction is begun by us, so that the driver says
-from the first moment on whether it is still open. Made by the guards of leases and locks, and for the transaction of a step.
+Before that no transaction is open, and no connection is in use. Then we begin the transaction, so that from the start the driver
+reports whether it is still open. Made by the guards of leases and locks, and for the transaction of a step.
 """
 
 from typing import Final
@@ -31,23 +31,23 @@ class DeferredWatch:
         self.watch: Watch | None = None
         self.shut: Shut | None = None
         self.failed: BaseException | None = None
-        """Why its transaction could not begin: what is written on it after that is never committed."""
+        """Why its transaction could not begin. Anything written on it after that is never committed."""
         self._unwritten: set[int] = set()
         session.info[WATCHED] = self
 
     def begin(self) -> None:
-        """Have the session say that a transaction is begun, as under a claim: code that asks nests by savepoints.
+        """Make the session report an open transaction, as under a claim: code that asks then nests by savepoints.
 
-        SQLAlchemy takes the connection at the first statement. Hooks of the application's may raise here.
+        SQLAlchemy takes the connection at the first statement. Hooks of the application may raise here.
         """
         if not self._session.in_transaction():
             self._session.begin()
 
     def close_for(self, why: str) -> None:
-        """Let the session not be used until `reopen`.
+        """Refuse every use of the session until `reopen`.
 
         Args:
-            why: What whoever uses it is told.
+            why: The text of the refusal.
         """
         self.shut = Shut(why)
         if self.watch is not None:
@@ -55,7 +55,10 @@ class DeferredWatch:
         self._unwritten = self._pending()
 
     def reopen(self) -> bool:
-        """Let it be used again; say whether somebody tried meanwhile, also by objects added or changed and not written yet."""
+        """Allow use of the session again.
+
+        Say whether anybody tried meanwhile, also by adding or changing objects without a flush.
+        """
         shut, self.shut = self.shut, None
         if self.watch is not None:
             self.watch.shut = None
@@ -73,10 +76,10 @@ class DeferredWatch:
             self.held.check()
         dialect, held, trace = self._dialect, self.held, None
         if held is not None:
-            # of each transaction its own: a step's may be open beside the handler's
+            # One trace for each transaction: a step's transaction may be open beside the handler's.
             trace = Trace(held.row, new_owner(), held.attempt, held.token)
         owner = (held.row.owner if held is not None else "") or new_owner()
-        # where a hook may have set something on it, or the connection has an option of its own, it is the one there is
+        # If a hook may have set something on the connection, or it has an option of its own, it is not exchanged for another.
         idle = dialect.state(connection.connection.dbapi_connection) is State.IDLE
         hooked = len(session.dispatch.after_begin) > 1 or bool(connection.dispatch.begin)  # one of them is ours
         exchange = idle and not hooked and "isolation_level" not in connection.get_execution_options()
@@ -85,8 +88,8 @@ class DeferredWatch:
             while not self._begun_on(connection, owner, trace, exchange=exchange, since=since):
                 pass
         except Exception:
-            # SQLAlchemy has the connection in the session's transaction by now, and asks nobody again: a handler that goes on
-            # would send on it
+            # SQLAlchemy already has the connection in the session's transaction, and calls no hook again: a handler that goes on
+            # would use it.
             over(session, _NOT_BEGUN)
             raise
         dbapi = connection.connection.dbapi_connection
@@ -94,10 +97,11 @@ class DeferredWatch:
         begin(session, self.watch)
 
     def _begun_on(self, connection: Connection, owner: str, trace: Trace | None, *, exchange: bool, since: int) -> bool:
-        """Begin the transaction; False: there is another connection now, for whoever had this one left it changed.
+        """Begin the transaction. False: an earlier user had changed the connection, and it was exchanged for another.
 
-        A role, a time limit or AUTOCOMMIT that was left there is no fault of this message's. A connection that nobody used
-        before is believed.
+        A role, a time limit or AUTOCOMMIT that was left there is not this message's fault. An error on a
+        connection that nobody used
+        before counts.
         """
         dialect, dbapi, info = self._dialect, connection.connection.dbapi_connection, connection.info
         try:
@@ -126,28 +130,28 @@ class DeferredWatch:
                 connection.invalidate(error)
             raise_for_the_store(dialect, error, connection.engine)
             raise
-        except BaseException as error:  # a timeout of the handler's own, or the end of all
+        except BaseException as error:  # a timeout of the handler's own, or the end of the process
             self.failed = error
-            # in the middle of a statement that SQLAlchemy knows nothing of: a rollback behind it may raise, and be cancelled too
+            # It interrupted a statement that SQLAlchemy does not know of: a rollback after it may raise, and be cancelled too.
             connection.invalidate(error)
             raise
         return True
 
     def check(self) -> None:
-        """Raise what kept its transaction from beginning, also where the handler has swallowed it.
+        """Raise the error that kept the transaction from beginning, even if the handler swallowed it.
 
         Raises:
-            Misuse: It was no error of the database's, and the handler went on; or we were not asked.
+            Misuse: It was not a database error, and the handler went on; or our hook was not called.
         """
         if self.failed is None:
             if self.watch is not None:
                 return
             transaction = self._session.get_transaction()
-            # private to SQLAlchemy, which tells nobody what a hook before ours has ended
+            # A private attribute: SQLAlchemy does not report that a hook before ours has ended the transaction.
             if transaction is not None and transaction._connections:  # noqa: SLF001
                 raise Misuse(_KEPT_OUT)
             if not self._pending():
-                self._session.close()  # nothing was done in it: its hooks are not told of a rollback
+                self._session.close()  # nothing was done in it: its hooks hear of no rollback
             return
         if isinstance(self.failed, Exception):
             raise self.failed
@@ -157,7 +161,7 @@ class DeferredWatch:
         ) from self.failed
 
     def end(self, session: Session) -> None:
-        """Give back what was begun, if anything was."""
+        """End the transaction and release its connection, if it has begun."""
         if self.watch is not None:
             self.watch.end(session)
         else:
@@ -176,9 +180,9 @@ _KEPT_OUT: Final = (
 
 
 def _exchange(connection: Connection) -> None:
-    """Put another of the pool's in the place of a connection on which nothing of this transaction was done.
+    """Replace a connection on which nothing of this transaction was done by another one of the pool.
 
-    SQLAlchemy does so by itself for a lost connection, but not within a transaction, and the session has begun one by now.
+    SQLAlchemy does that by itself for a lost connection, but not within a transaction, and the session has already begun one.
     """
     connection.connection.invalidate()
     connection._dbapi_connection = connection.engine.raw_connection()  # noqa: SLF001

@@ -1,11 +1,11 @@
 """Listens to engines and sessions, so that a watched handler stays inside its transaction.
 
-What ends a transaction is refused before it is sent: commit() in any spelling, and statements, by their first words. A
-rollback is only marked, for a failed flush rolls back too, and raising there leaks the connection.
+What ends a transaction is refused before it is sent: every way to call commit(), and statements, judged by their first words. A
+rollback is only marked: a failed flush rolls back too, and an error raised there leaks the connection.
 
-One set of listeners an engine, installed once; for connections nobody watches they return at the first line. They hang on
-the engine's dialect: a single listener on the engine itself makes SQLAlchemy build its dispatch anew for each connection
-that is checked out, which cost more than all of the watching. Called by `store`.
+There is one set of listeners for each engine, installed once. For connections without a watch they return at the first line. They
+are attached to the engine's dialect: one listener on the engine itself makes SQLAlchemy rebuild its dispatch for each connection
+that is checked out, which cost more than all of the watching. Called by `store` and `guards.behind`.
 """
 
 import re
@@ -35,24 +35,25 @@ _Execute = Callable[..., None]
 
 
 def install(engine: Engine) -> None:
-    """Listen to one engine, once; what shares its dialect (execution options, asyncio) is listened to with it."""
+    """Listen to one engine, once. Engines that share its dialect (execution options, asyncio) are listened to with it."""
     dialect = engine.dialect
     if dialect in _INSTALLED:
         return
     _INSTALLED.add(dialect)
-    # first, for a listener of the user's may say that it has run the statement, and then no other is asked
+    # First: a listener of the application may say that it has run the statement, and then SQLAlchemy calls no other.
     for name in ("do_execute", "do_executemany"):
         listen(engine, name, _refusing(getattr(dialect, name)), insert=True)
     listen(engine, "do_execute_no_params", _refusing_bare(dialect.do_execute_no_params), insert=True)
-    # first, for SQLAlchemy asks no other listener where one raises, as one does that translates errors; and those of all
-    # engines come before ours in any case, so errors of the driver's are seen where SQLAlchemy itself looks at them
+    # First: SQLAlchemy calls no other listener after one that raises, as one that translates errors does. Listeners on the class
+    # Engine come before ours in any case, so we also see the driver's errors where SQLAlchemy itself examines them
+    # (`is_disconnect`).
     listen(engine, "handle_error", _failed, insert=True)
     watch_made(engine)
     dialect.is_disconnect = seeing(dialect.is_disconnect, _met)  # type: ignore[method-assign]
-    # no event tells of COMMIT and ROLLBACK but the engine's own, so the dialect's two methods are replaced on this instance
+    # There is no event for COMMIT and ROLLBACK beside the engine's own, so we replace the dialect's two methods on this instance.
     dialect.do_commit = _refusing_commit(dialect.do_commit)  # type: ignore[method-assign, assignment]
     dialect.do_rollback = _marking_rollback(dialect.do_rollback)  # type: ignore[method-assign, assignment]
-    if dialect.name != "postgresql":  # whose driver says by itself that it is in the middle of a statement
+    if dialect.name != "postgresql":  # its driver itself reports a statement under way
         for name in ("do_execute", "do_executemany"):
             setattr(dialect, name, _counting(getattr(dialect, name)))
 
@@ -68,18 +69,19 @@ def _refusing_bare(send: _Execute) -> Callable[..., bool | None]:
 
 
 def _sending(statement: str, values: object, context: ExecutionContext, send: Callable[[], None]) -> bool | None:
-    """Before a statement is sent; True says that it was sent here."""
+    """Runs before a statement is sent. True says that it was sent here."""
     watch = _watch_of(context.root_connection.connection)
     if watch is None and statement[:3] in ("SET", "set") and _sets_the_clock(statement, context):
-        # other code sets the clock of a session of MySQL: whoever gets it next gets another one
+        # Other code sets the clock of a MySQL session: its next user gets another connection.
         context.root_connection.connection.invalidate(soft=True)
     if watch is None or watch.connection is not context.root_connection:
         return None
     watch.admit()
     dialect, dbapi = watch.dialect, watch.dbapi
     if (state := dialect.state(dbapi)) is State.IDLE:
-        # ended since the last statement, or by it; this one would begin another transaction, which looks open at the
-        # end: after a rollback its effects would be kept without the claim
+        # The transaction ended since the last statement, or by it. This statement would begin another one, which
+        # looks open at the
+        # end. After a rollback, that one's effects would be kept without the claim.
         raise watch.ended()
     if state is State.CLOSED:
         raise watch.closed()
@@ -112,7 +114,7 @@ def _sets_the_clock(statement: str, context: ExecutionContext) -> bool:
 
 
 def _counting(send: _Execute) -> _Execute:
-    """Count the statements under way: what runs when the handler has returned is to be seen."""
+    """Count the statements that are running, to see those that still run after the handler has returned."""
 
     def counted(cursor: Any, statement: str, values: Any, context: ExecutionContext | None = None) -> None:
         watch = None if context is None else _watch_of(context.root_connection.connection)
@@ -133,17 +135,20 @@ def _failed(context: ExceptionContext) -> None:
         is_of(context.sqlalchemy_exception, context.dialect)
     connection = context.connection
     if connection is None or connection.invalidated:
-        return  # it has no `info` to ask, and asking raises, in the middle of the user's own rollback
+        return  # it has no `info`, and asking for it raises in the middle of the user's own rollback
     _met(connection.connection, context.original_exception)
 
 
 def seeing(
     is_disconnect: Callable[..., bool], met: Callable[[PoolProxiedConnection, BaseException], None]
 ) -> Callable[..., bool]:
-    """Return what SQLAlchemy asks of each error of the driver's, first told to `met` with its connection."""
+    """Return a replacement for SQLAlchemy's check of each driver error.
+
+    It first reports the error and its connection to `met`.
+    """
 
     def seen(error: Any, connection: Any, cursor: Any) -> bool:
-        if isinstance(connection, PoolProxiedConnection):  # a ping has the driver's own
+        if isinstance(connection, PoolProxiedConnection):  # a ping has the driver's own connection
             met(connection, error)
         return is_disconnect(error, connection, cursor)
 
@@ -151,20 +156,20 @@ def seeing(
 
 
 def _met(pooled: PoolProxiedConnection, error: BaseException) -> None:
-    """Remember what an error of a statement did to the watched transaction."""
+    """Record what the error of a statement did to the watched transaction."""
     watch = _watch_of(pooled)
     if watch is None or watch.lost is not None:
         return
     if watch.dialect.state(watch.dbapi) is State.CLOSED:
-        watch.closed()  # asked now, for SQLAlchemy closes it next
+        watch.closed()  # now, because SQLAlchemy closes the connection next
         return
     if watch.dialect.lost(watch.dbapi, watch.info, error):
         watch.lose(error)
     if watch.dialect.name == "sqlite" and not isinstance(error, Exception):
-        # cut off: the thread of the connection would go on with the statement, and keep the whole file from all others
+        # Interrupted: the connection's thread would go on with the statement, and lock the whole file for all others.
         watch.dialect.cut(watch.dbapi)
     if watch.dialect.timed_out(error):
-        # the limit may be from whoever had the connection before: this message's next try shall not meet it again
+        # An earlier user of the connection may have left the limit: this message's next try must not meet it again.
         watch.changed = watch.changed or "a limit of time"
 
 
@@ -172,23 +177,23 @@ def _watch_of(pooled: PoolProxiedConnection) -> Watch | None:
     try:
         watch: Watch | None = pooled.info.get(WATCHED)
     except NotImplementedError:
-        return None  # the engine's first look at its server, before the pool gives anything out
+        return None  # the engine's first query to its server, before the pool gives out any connection
     if watch is not None and watch.pooled is not pooled:
-        return None  # of somebody who gave this connection back in the midst of their transaction; who has it now is another
+        return None  # of a user who returned this connection inside a transaction; its present user is another
     return watch
 
 
 def _refusing_commit(send: _Send) -> _Send:
     def do_commit(dbapi_connection: PoolProxiedConnection) -> None:
         watch = _watch_of(dbapi_connection)
-        if watch is None or watch.committed:  # whoever has the connection now is not ours to watch
+        if watch is None or watch.committed:  # the present user of the connection is not watched
             send(dbapi_connection)
             return
         if not watch.ours:
             raise watch.leave(TransactionEnd.REFUSED, _COMMITTED)
         if watch.error is not None:
-            raise watch.error  # of a hook that swallowed it
-        # the last look, after every hook of the user's has run: COMMIT of an aborted transaction succeeds and keeps nothing
+            raise watch.error  # the error of a hook that swallowed it
+        # The last look, after every hook of the application: COMMIT of an aborted transaction succeeds, and keeps nothing.
         state = watch.dialect.state(watch.dbapi)
         if state is State.IDLE:
             raise watch.ended()
@@ -205,18 +210,18 @@ def _refusing_commit(send: _Send) -> _Send:
 def _marking_rollback(send: _Send) -> _Send:
     def do_rollback(dbapi_connection: PoolProxiedConnection) -> None:
         if dbapi_connection.dbapi_connection is None:
-            return  # given back already; the pool has rolled it back
+            return  # returned already; the pool has rolled it back
         watch = _watch_of(dbapi_connection)
         if watch is None or watch.committed:
             send(dbapi_connection)
             return
         if not watch.sent:
-            watch.ask()  # what was committed in place of ours, by a procedure or on the driver, no witness tells behind this
+            watch.ask()  # after this, no witness shows what a procedure, or the driver itself, committed in place of ours
         watch.rolled_back = True
         if not watch.ours:
             first = watch.error is None
             misuse = watch.leave(TransactionEnd.ROLLED_BACK, LEFT)
-            if first:  # where it is raised, if it is, is another line
+            if first:  # it may be raised on another line
                 misuse.place = place_here()
         send(dbapi_connection)
         watch.is_over()
@@ -225,11 +230,11 @@ def _marking_rollback(send: _Send) -> _Send:
 
 
 def install_session(session_class: Any) -> None:
-    """Listen to a sessionmaker (or Session class): a watched session may begin on its claim's connection only."""
+    """Listen to a sessionmaker (or Session class): a watched session may begin a transaction only on its claim's connection."""
     if session_class in _INSTALLED:
         return
     _INSTALLED.add(session_class)
-    # first: SQLAlchemy asks no other hook where one raises, and never again for this transaction
+    # First: SQLAlchemy calls no other hook after one that raises, and never again for this transaction.
     event.listen(session_class, "after_begin", _begun, insert=True)
 
 

@@ -1,12 +1,12 @@
-"""One attempt's transaction: whether the handler is still in the one it was given, from the claim to our own COMMIT.
+"""Watches one attempt's transaction: whether the handler is still in it, from the claim to our own COMMIT.
 
 A handler that ends the transaction would keep effects without their claim, or the claim without its effects. What can be
-refused is refused before it is sent (`listening` does). What can only be noticed afterwards (a call on the driver, a
-procedure, an implicit commit) shows in the driver's transaction state, and where that does not tell, in the dialect's
-witness: then the attempt is *broken*, unless it is shown that nothing of it was committed. It is asked on every way out of a
-handler, also when the handler raises. Limit: a handler that calls the raw driver object is seen only by what it leaves behind.
+refused is refused before it is sent (by `listening`). What can only be noticed afterwards (a call on the driver, a
+procedure, an implicit commit) shows in the driver's transaction state; if not there, in the dialect's
+witness. Then the attempt is *broken*, unless we can show that nothing of it was committed. We look whenever a
+handler ends, also when it raises. Limit: of calls on the raw driver object we see only the results.
 
-Made by the guards, by `deferred_watch` and by steps; asked by `attempt`.
+Made by the guards, by `deferred_watch` and by steps; asked by `processing.attempt`.
 """
 
 from collections.abc import Callable, MutableMapping, Sequence
@@ -53,15 +53,15 @@ __all__ = [
 ]
 
 WATCHED: Final = "exactly_once.watch"
-"""Where a watch stands in the `info` of its connection and of its session."""
+"""The key of a watch in the `info` of its connection and of its session."""
 HOME: Final = "exactly_once.home"
-"""Where a session keeps the engine of the store that made it."""
+"""The key, in a session's `info`, of the engine of the store that made the session."""
 _LAST: Final = " The last statement through SQLAlchemy: "
 _SHOWN: Final = 120  # characters of a statement in an error
 
 
 class TransactionEnd(Enum):
-    """How the transaction was left, if it was; from harmless to worst."""
+    """How the handler left the transaction, from harmless to worst."""
 
     NOT = "still in it"
     REFUSED = "tried to, and was stopped: nothing was committed"
@@ -74,33 +74,36 @@ _WORSE: Final = tuple(TransactionEnd)
 
 
 class UnderLease(Protocol):
-    """The claim of a transaction that holds none itself: `guards.lease.contract.HeldLease`."""
+    """The lease of a transaction that contains no claim: `guards.lease.contract.HeldLease`."""
 
     @property
     def row(self) -> ClaimRow:
-        """Whose it is."""
+        """The claim's row."""
 
     @property
     def token(self) -> str:
-        """That of this attempt."""
+        """The fencing token of this attempt."""
 
     @property
     def attempt(self) -> int:
-        """Which one it is, from 1."""
+        """The number of the attempt, from 1."""
 
     def check(self) -> None:
-        """Raise where another run has the message."""
+        """Raise if another run has the message."""
 
 
 class BrokenTransaction(Misuse):
-    """Of a step: its transaction ended behind our back, and what came before may be committed; the message is for a person."""
+    """The transaction of a step was ended by something else, and earlier work may be committed.
+
+    A person must look at the message.
+    """
 
 
 class LostTransaction(Exception):
-    """It was thrown away, with nothing of it committed: worth trying at once, whatever the handler made of the error.
+    """The transaction was rolled back, and nothing of it committed. Worth an immediate retry, whatever the handler raised.
 
     Args:
-        error: What did it.
+        error: The error that rolled it back.
     """
 
     def __init__(self, error: BaseException) -> None:
@@ -114,25 +117,25 @@ class Shut:
 
     why: str
     tried: bool = False
-    """Somebody tried."""
+    """Whether anybody tried to use it."""
 
     def refusal(self) -> Misuse:
-        """Note the try, and return what it is told."""
+        """Note the try, and return the error to raise."""
         self.tried = True
         return Misuse(self.why)
 
 
 class Watch:
-    """One attempt's transaction: which connection, which root transaction, and what the handler did to it.
+    """One attempt's transaction: its connection, its root transaction, and what the handler did to it.
 
     Args:
-        connection: Whose transaction it is.
-        dialect: How that database is spoken to.
+        connection: The connection of the transaction.
+        dialect: The dialect of that database.
         dbapi: The driver's connection.
         owner: This attempt.
-        rows: What it claimed in this transaction.
-        held: The lease it runs under, if it does.
-        trace: What it wrote in this transaction in place of a claim.
+        rows: The claims in this transaction.
+        held: The lease under which it runs, if there is one.
+        trace: The row that it wrote in place of a claim.
     """
 
     __slots__ = (
@@ -160,60 +163,61 @@ class Watch:
         self.trace = trace
         self.root = connection.get_transaction()
         self.current: ClaimRow | None = None
-        """Of a group: the message that is being handled; None where all are at once."""
+        """In a batch: the message that is being handled; None while all are handled at once."""
         self.begun: SessionTransaction | None = None
         self.left = TransactionEnd.NOT
         self.error: Misuse | None = None
         self.stopped = False
-        """`error` is of a try to leave, the first that was noticed, and what is raised after that is made of it."""
+        """`error` is about a try to leave, the first that was noticed. Later errors are consequences of it."""
         self.lost: BaseException | None = None
-        """The error with which the server threw the transaction away."""
+        """The error with which the server rolled the transaction back."""
         self.mark: Any = None
-        """What `Dialect.mark` gave when it was known to be over, with nothing committed until then."""
+        """What `Dialect.mark` returned when the transaction was over, with nothing committed until then."""
         self.last = ""
         self.busy = 0
-        """Statements under way, on this connection."""
+        """The number of running statements on this connection."""
         self.shut: Shut | None = None
         self.changed: str | None = None
-        """The statement that changed the session for whoever has the connection next."""
+        """The statement that changed the session for later users of the connection."""
         self.locked = False
-        """The session has a lock of its own, or had one: it outlives the transaction, and ends with the connection.
+        """The session has, or had, a lock of its own, which outlives the transaction and ends with the connection.
 
-        To let go of all of a session's locks instead would take those, too, that the application took as the connection was made.
+        We do not release all of a session's locks instead: that would release those, too, that the application took on
+        connecting.
         """
         self.met: Exception | None = None
-        """What our COMMIT met with."""
+        """The error of our COMMIT."""
         self.call: Any = None
-        """What `Dialect.before_call` gave, while it is not known whether the transaction survived that statement."""
+        """What `Dialect.before_call` returned, as long as we do not know whether the transaction survived that statement."""
         self.ours = False
         self.sent = False
-        """COMMIT was sent: an error that comes now may come from its answer."""
+        """COMMIT was sent: an error from now on may be its answer."""
         self.refused = False
         """COMMIT was answered with an error that says for certain that nothing was committed."""
         self.committed = False
         """COMMIT was answered."""
         self.meanwhile = False
-        """Somebody used the session while COMMIT was under way: it was refused, and is missing."""
+        """The session was used while COMMIT was running. That use was refused, and its work is missing."""
         self.replaced = False
-        """It was lost, and something else may have been committed in its place."""
+        """The transaction was lost, and something else may have been committed in its place."""
         self.streams: WeakSet[ExecutionContext] | None = None
         """Statements whose rows are read one by one; None before the first."""
         self.rolled_back = False
-        """ROLLBACK was sent by SQLAlchemy, for the handler or for an error."""
+        """SQLAlchemy sent ROLLBACK, for the handler or for an error."""
         self.whole = False
-        """It was shown that nothing of it was committed."""
+        """We have shown that nothing of it was committed."""
         self.server_session = dialect.server_session(dbapi)
-        """That of the transaction."""
+        """The session in which the transaction began."""
         self.rows_as = dialect.rows_as(dbapi)
         self.pooled = connection.connection
-        """The pool's loan of it: whoever has the driver's connection through another loan is a neighbour."""
+        """The pool's proxy of this checkout. A user of the same driver connection with another proxy is somebody else."""
         self.info: MutableMapping[Any, Any] = connection.info
         self.info[WATCHED] = self
 
     # -- what is noticed ---------------------------------------------------------------------------------------------
 
     def leave(self, how: TransactionEnd, text: str) -> Misuse:
-        """Remember the worst that happened; the first error is the one that names the line."""
+        """Record the worst that happened. The first error is kept, because it names the line."""
         if self.error is None:
             self.error = Misuse(text)
             self.stopped = how is TransactionEnd.REFUSED
@@ -222,27 +226,27 @@ class Watch:
         return self.error
 
     def ended(self) -> Misuse:
-        """The driver says that no transaction is open: something committed or rolled back where nobody could refuse it.
+        """The driver reports no open transaction: something committed or rolled back where we could not refuse it.
 
-        Also after a deadlock that the driver's own cursor met: the driver shows it only with the server's next answer.
+        Also after a deadlock on the driver's own cursor: the driver shows it only with the server's next answer.
         """
         since = None
         if self.call is None and not self.connected_anew:
-            with suppress(Exception):  # the connection is lost: nobody can say
+            with suppress(Exception):  # the connection is lost: we cannot tell
                 since = self._logged_since()
         self.replaced = since is not False  # more may have been committed since, without a claim
         return self._over(since, _ENDED)
 
     @property
     def connected_anew(self) -> bool:
-        """The driver did, past SQLAlchemy: what the session before had committed, this one cannot tell."""
+        """The driver reconnected without SQLAlchemy. The new session cannot tell what the old one had committed."""
         return self.dialect.server_session(self.dbapi) is not self.server_session
 
     def _logged_since(self) -> bool | None:
         return self.dialect.logged_since(self.dbapi, self.info, self.trace)
 
     def closed(self) -> Misuse:
-        """The handler closed the driver's connection. What it committed before, the claim's row tells, where there is one."""
+        """The handler closed the driver's connection. If there is a claim's row, it tells what was committed before."""
         misuse = self.leave(TransactionEnd.ROLLED_BACK if self.rows else TransactionEnd.BROKEN, _CLOSED)
         self.stopped = (
             True  # what is raised after that says that the connection is closed, as if the server had ended it
@@ -250,7 +254,7 @@ class Watch:
         return misuse
 
     def gone(self) -> Misuse:
-        """A witness says that the claim's transaction is not there any more, though one is open."""
+        """A witness says that the claim's transaction no longer exists, although a transaction is open."""
         since = self._committed_since()
         self.replaced = since is not False
         return self._over(since, _GONE)
@@ -260,8 +264,8 @@ class Watch:
             return None
         if self.call is not None:
             return self.dialect.committed_since(self.dbapi, self.info, self.call)
-        # no statement that can commit was seen to end it: a deadlock that a function swallowed, or that was met on the
-        # driver's own cursor. The server's log tells what else was committed, where it has one
+        # We saw no statement that can commit: a function swallowed a deadlock, or the driver's own cursor met one.
+        # The server's log, if there is one, tells what else was committed.
         since = self._logged_since()
         if since is None and self.rows and self.dialect.asks_around_calls:
             since = False  # the claim's row tells
@@ -275,22 +279,25 @@ class Watch:
         return self.leave(TransactionEnd.GONE, text)
 
     def lose(self, error: BaseException) -> None:
-        """The server threw it away with this error."""
+        """The server rolled the transaction back with this error."""
         self.lost = error
         self.is_over()
 
     def is_over(self) -> None:
-        """Nothing of it was committed until now: what the driver is sent from here on is no part of it. Never raises."""
-        with suppress(Exception):  # the connection is lost, or the parent's: nothing is sent on it from here on
+        """Nothing of it was committed until now. What is sent on the driver from here on does not belong to it. Never raises."""
+        with suppress(Exception):  # the connection is lost, or the parent's: nothing more is sent on it
             self.mark = self.dialect.mark(self.dbapi)
 
     def swallowed(self) -> Misuse:
-        """It is lost, and the handler went on: say so, unless that has committed something of its own."""
+        """The transaction is lost, and the handler went on.
+
+        Return that error, or a worse one if something was committed since.
+        """
         self.ask()
         return self.error or self.leave(TransactionEnd.ROLLED_BACK, SWALLOWED)
 
     def reads(self, context: ExecutionContext) -> None:
-        """A statement begins whose rows are read one by one."""
+        """Note a statement whose rows are read one by one."""
         if self.streams is None:
             self.streams = WeakSet()
         self.streams.add(context)
@@ -299,13 +306,13 @@ class Watch:
         return f"{words}{escaped(self.last, _SHOWN)}" if self.last else ""
 
     def called(self, *, sends: bool) -> None:
-        """After a statement that can end the transaction unseen: ask now, so that the error can name it.
+        """After a statement that can end the transaction without notice: ask now, so that the error can name the statement.
 
         Args:
-            sends: Another statement is about to be sent, which may take the witness away: a rollback to a savepoint.
+            sends: Another statement, which may remove the witness, is about to be sent: a rollback to a savepoint.
 
         Raises:
-            Misuse: It did.
+            Misuse: The statement ended the transaction.
         """
         survived = self.dialect.after_call(self.dbapi, self.info, self.owner, drop=sends)
         if survived is False:
@@ -314,12 +321,12 @@ class Watch:
             self.call = None
 
     def settle(self) -> None:
-        """Before a statement of ours: have the handler's last one told to its end, or its error would be taken for ours.
+        """Before a statement of ours, read the rest of the handler's last answer. Else its error would be taken for ours.
 
-        A round trip behind a CALL whose rows were not read to their end; else nothing.
+        A round trip after a CALL whose rows were not read to their end; else nothing.
 
         Raises:
-            DBAPIError: That statement failed behind its first rows.
+            DBAPIError: That statement failed after its first rows.
             Misuse: It ended the transaction.
         """
         self._have_rows_as_before()
@@ -334,17 +341,17 @@ class Watch:
             raise_as_sqlalchemy_does(self.connection, error, self.last if named else None)
 
     def _have_rows_as_before(self) -> None:
-        """Who made dicts of them on the driver's connection did so for itself: ours, and the next one's, are read by place."""
+        """Restore the row factory: a handler may have set one on the driver, but we, and later users, read rows by position."""
         if self.dialect.rows_as(self.dbapi) != self.rows_as:
             self.dialect.make_rows(self.dbapi, self.rows_as)
 
     # -- what is asked -----------------------------------------------------------------------------------------------
 
     def verify(self, session: Session) -> Misuse | None:
-        """After the handler and the flush, before COMMIT: same connection, same root transaction, and the driver says open."""
+        """After the handler and the flush, before COMMIT: check the connection, the root transaction, and the driver's state."""
         if self.error is not None:
             return self.error
-        if self.lost is not None:  # before the look at the driver, which would take it for a commit behind our back
+        if self.lost is not None:  # before the look at the driver, which would take it for somebody else's commit
             return self.swallowed()
         if self.cut_off:
             return self.leave(TransactionEnd.ROLLED_BACK, CUT_OFF)
@@ -362,16 +369,16 @@ class Watch:
             return self.ended()
         if state is State.CLOSED:
             return self.closed()
-        if session.get_transaction() is not self.begun:  # another one, on whatever connection; or none at all
+        if session.get_transaction() is not self.begun:  # another transaction, on whatever connection; or none
             return self.leave(TransactionEnd.ROLLED_BACK, LEFT)
         return None
 
     def still_used(self) -> Misuse:
-        """Somebody else is in the middle of something on it."""
+        """The session is in use by another task or thread."""
         return self.leave(TransactionEnd.REFUSED, _STILL_USED + self._shown(" The last statement: "))
 
     def _reads(self) -> bool:
-        """Somebody holds rows that are not read to their end; of an async driver, whose cursor forgets its inner one then."""
+        """Rows are being read one by one. For an async driver, whose cursor forgets its inner cursor meanwhile."""
         return self.streams is not None and any(
             getattr(each.cursor, "_cursor", None) is not None for each in self.streams
         )
@@ -380,8 +387,8 @@ class Watch:
         """Raise what `verify` finds, so that the error names this call and not a later one.
 
         Raises:
-            Misuse: The handler has left its transaction, or it is lost.
-            DBAPIError: Its last statement failed behind its first rows.
+            Misuse: The handler has left its transaction, or the transaction is lost.
+            DBAPIError: The handler's last statement failed after its first rows.
         """
         misuse = self.verify(session)
         if misuse is not None:
@@ -390,17 +397,17 @@ class Watch:
 
     @property
     def given_back(self) -> bool:
-        """The pool has the driver's connection again, while SQLAlchemy believes it is ours: a neighbour may be using it."""
+        """The driver's connection is back in the pool, but SQLAlchemy believes it is ours. Somebody else may be using it."""
         return self.pooled.dbapi_connection is None
 
     def parted(self, instead: Any) -> None:
-        """In a process just forked: the connection is the parent's, and what stands in its place refuses all use of it."""
+        """Runs in a forked child: the connection is the parent's, and `instead` refuses all use of it."""
         self.dbapi = instead
 
     def ask(self) -> None:
-        """On a way out that is not our COMMIT: learn how the transaction was left, before it is rolled back.
+        """If the end is not our COMMIT, learn how the handler left the transaction, before it is rolled back.
 
-        Never raises: what cannot be asked now is looked up by the claim's row afterwards.
+        Never raises: what we cannot learn now is looked up in the claim's row afterwards.
         """
         if self.left is TransactionEnd.BROKEN or self.committed or self.connection.closed:
             return
@@ -424,7 +431,7 @@ class Watch:
             return
 
     def _ask_again(self) -> None:
-        """It was over, with nothing committed: learn whether something was sent since on the driver itself, and committed."""
+        """The transaction was over with nothing committed. Learn whether anything was sent and committed on the driver since."""
         if self.mark is None or not self.dialect.sent_since(self.dbapi, self.mark):
             return
         if self._committed_since() is False:
@@ -433,25 +440,25 @@ class Watch:
         self._over(None, _GONE)
 
     def why(self, error: BaseException) -> BaseException:
-        """Return what ended the work, for which `error` was raised: what was seen of its transaction weighs more.
+        """Return the cause of the end of the work that raised `error`. What we saw of its transaction counts more.
 
-        Of an attempt and of a step alike. Asked after `ask`, of what is not broken, and of nobody's stop.
+        For attempts and steps. Called after `ask`, neither for a broken transaction nor for a stop from outside.
         """
         if self.left is TransactionEnd.GONE:
             assert self.error is not None
-            return LostTransaction(self.error)  # it was shown that nothing was committed since
+            return LostTransaction(self.error)  # we have shown that nothing was committed since
         if self.lost is not None:
             return LostTransaction(self.lost)
         if self.stopped:
             assert self.error is not None
-            return self.error  # also when the handler swallowed it, or rolled back for it and wrapped it in its own
+            return self.error  # also if the handler swallowed it, or rolled back and wrapped it in its own error
         if self.cut_off and all(isinstance(each, PendingRollbackError) for each in leaves(error)):
-            # SQLAlchemy says to roll back, which is not the handler's to do
+            # SQLAlchemy advises a rollback, which the handler must not do.
             return Misuse(CUT_OFF).with_traceback(error.__traceback__)
         return error
 
     def admit(self) -> None:
-        """Raise what speaks against another statement in this transaction.
+        """Raise what forbids another statement in this transaction.
 
         Raises:
             Misuse: The handler left it, swallowed its end, or is in a step.
@@ -466,11 +473,11 @@ class Watch:
         if self.held is not None:
             self.held.check()
         if self.lost is not None:
-            # the server threw the transaction away, and this statement would begin another, without the claim
+            # The server rolled the transaction back, and this statement would begin another, without the claim.
             raise self.swallowed()
 
     def is_of(self, row: ClaimRow) -> bool:
-        """Say whether this is the claim, or the lease, that the handler runs under."""
+        """Say whether this is the claim or the lease of the running handler."""
         ours = self.rows if self.current is None else (self.current,)
         if self.held is not None:
             ours = (self.held.row,)
@@ -478,12 +485,12 @@ class Watch:
 
     @property
     def cut_off(self) -> bool:
-        """SQLAlchemy closed the connection, with a statement whose answer did not come; nothing says more of the transaction."""
+        """SQLAlchemy closed the connection during a statement, and no answer came. Nothing more is known of the transaction."""
         return self.lost is None and not self.connection.closed and self.connection.invalidated
 
     @property
     def doubtful(self) -> bool:
-        """A statement that can commit unseen was sent, and nothing has shown what became of the transaction."""
+        """A statement that can commit without notice was sent, and nothing has shown what became of the transaction."""
         return (
             self.call is not None and not self.whole and self.left not in (TransactionEnd.GONE, TransactionEnd.BROKEN)
         )
@@ -491,10 +498,10 @@ class Watch:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def committing(self) -> None:
-        """From here on COMMIT is ours; hooks may still write, and what SQLAlchemy refuses behind them is noted."""
+        """From here on COMMIT is ours. Hooks may still write; a later use that SQLAlchemy refuses is noted."""
         self.ours = True
         if self.begun is not None:
-            # private to SQLAlchemy, which names no event for it: under another name it refuses in words of its own
+            # A private method of SQLAlchemy, which has no event for it. If it is renamed, SQLAlchemy refuses with its own text.
             self.begun._raise_for_prerequisite_state = self._not_now  # type: ignore[assignment, method-assign]  # noqa: SLF001
 
     def _not_now(self, operation: str, state: Any) -> NoReturn:
@@ -510,10 +517,10 @@ class Watch:
         raise Misuse(_TOO_LATE)
 
     def commit(self, send: Callable[[], None]) -> None:
-        """Send our COMMIT, unless the transaction is another one by now.
+        """Send our COMMIT, unless it is another transaction by now.
 
         Raises:
-            Misuse: It is.
+            Misuse: It is another transaction.
         """
         self.sent = True
         try:
@@ -523,22 +530,22 @@ class Watch:
             raise self.gone() from error
         except Exception as error:
             self.met = error
-            # asked here: the session gives the connection back in a moment, and then it may be another's
+            # Asked here: the session returns the connection next, and then it may be another user's.
             self.refused = self.dialect.refused(self.dbapi, error)
             raise
         finally:
             if (self.changed is not None or self.locked) and not in_memory(self.connection.engine):
-                # closed when somebody would get it; at once where it holds a lock that somebody may wait for
+                # Closed at its next checkout. At once if it holds a lock that others may wait for.
                 self.connection.connection.invalidate(soft=not self.locked)
         self.committed = True
         if self.meanwhile:
             self.leave(TransactionEnd.BROKEN, _MEANWHILE)
 
     def confirm(self) -> None:
-        """After `session.commit()` came back: raise what speaks against it being done.
+        """After `session.commit()` has returned: raise if the commit was not complete.
 
         Raises:
-            Exception: What our COMMIT met with, and a class of the application's has swallowed.
+            Exception: The error of our COMMIT, which a class of the application has swallowed.
             Misuse: Nothing was committed; or a part of what the handler wanted to write is missing.
         """
         if not self.committed:
@@ -548,14 +555,14 @@ class Watch:
             raise self.error
 
     def uncommitted(self) -> Exception:
-        """Return what to raise where `session.commit()` came back, and our COMMIT was not answered.
+        """Return the error for a `session.commit()` that returned although our COMMIT was not answered.
 
-        A class of the application's may override it: roll back and log, or do nothing while somebody is inside.
+        A class of the application may override commit(): roll back and log, or do nothing while it is in use.
         """
         return self.met or Misuse(UNCOMMITTED)
 
     def _forget(self) -> None:
-        if self.begun is not None:  # it holds us, and we hold it: not left to the collector
+        if self.begun is not None:  # it refers to us, and we to it: not left to garbage collection
             self.begun.__dict__.pop("_raise_for_prerequisite_state", None)
         for info in (
             self.info,
@@ -565,22 +572,24 @@ class Watch:
                 del info[WATCHED]
 
     def end(self, session: Session) -> None:
-        """Give the connection back clean, whatever happened on it; never raises for what is already over.
+        """Return the connection clean, whatever happened on it. Never raises for a transaction that is already over.
 
-        The driver's own rollback, not only the Session's: after a refused commit SQLAlchemy believes the transaction is
-        over and sends nothing, the connection goes back to the pool with it open, and a stranger commits it.
+        This uses the driver's own rollback, not only the Session's. After a refused commit SQLAlchemy believes that the
+        transaction is
+        over, and sends nothing: the connection would return to the pool with it open, and a stranger would commit it.
         """
         try:
             self._give_back(session)
         finally:
-            over(session)  # last: a hook of the application's may note the rollback
+            over(session)  # last: a hook of the application may note the rollback
 
     def _give_back(self, session: Session) -> None:
         self._forget()
         connection = self.connection
         if not connection.closed and not connection.invalidated and not self.given_back:
-            # whatever ended the transaction may have left its mark: autocommit, a procedure's locks, temporary tables; so did a
-            # statement that changed the session; and what is in the middle of a statement cannot be asked
+            # Whatever ended the transaction may have left something behind: autocommit, a procedure's locks,
+            # temporary tables. So may
+            # a statement that changed the session. A connection in the middle of a statement cannot be asked.
             marked = (
                 self.left in (TransactionEnd.GONE, TransactionEnd.BROKEN) or self.changed is not None or self.locked
             )
@@ -592,16 +601,16 @@ class Watch:
                 let_go(session)
                 return
             try:
-                # also of one that is closed next: SQLite keeps its locks until the last cursor of the handler's is collected
+                # Also if it is closed next: SQLite keeps its locks until the handler's last cursor is collected.
                 if self.dialect.state(self.dbapi) is not State.IDLE:
                     self.dbapi.rollback()
                 if not stays and (marked or self.dialect.state(self.dbapi) is not State.IDLE):
                     connection.invalidate()
                 else:
                     self._have_rows_as_before()
-            except Exception as error:  # a dead connection: whatever it says, it must not be used again
+            except Exception as error:  # a dead connection: after any error it must not be used again
                 connection.invalidate(error)
-            except BaseException:  # cancelled in the rollback: nobody knows what the connection is in
+            except BaseException:  # cancelled in the rollback: the state of the connection is unknown
                 connection.invalidate()
                 session.invalidate()
                 raise
@@ -612,7 +621,7 @@ def flush(session: Session) -> None:
     """Write what a handler left in its session.
 
     Raises:
-        Misuse: Beside somebody who still uses it: of what the driver or SQLAlchemy makes of two at once nothing tells that.
+        Misuse: The session is in use elsewhere at the same time. The errors of the driver and of SQLAlchemy do not say that.
     """
     try:
         session.flush()
@@ -624,11 +633,11 @@ def flush(session: Session) -> None:
 
 
 def over(session: Session, why: str | None = None) -> None:
-    """Refuse what uses a session from here on, before it takes a connection that nobody would give back.
+    """Refuse later uses of a session, before they take a connection that nobody would return.
 
     Args:
-        session: A handler's.
-        why: What whoever uses it is told, where it is not that its message has ended.
+        session: A handler's session.
+        why: The text of the refusal, if it is not that the message has ended.
     """
 
     def refused(*_: object, **__: object) -> Any:
@@ -638,33 +647,33 @@ def over(session: Session, why: str | None = None) -> None:
 
 
 def let_go(session: Session) -> None:
-    """Close a session, also one whose connection is dead or cut off in a statement of ours: rolling that back may raise.
+    """Close a session, also if its connection is dead or was cut during a statement of ours: rolling that back may raise.
 
-    The rollback comes first and not with the close, which an error of it would end before the connection is given back: the
-    pool would miss it until it is collected.
+    The rollback comes first, separate from close(): an error in close() would skip the return of the connection, and the
+    pool would miss it until garbage collection.
     """
     try:
         try:
             session.rollback()
         except BaseException as error:
-            # the connection is lost: the pool, which rolls back once more, throws it away; or a hook raised
+            # The connection is lost: the pool, which rolls back once more, throws it away. Or a hook raised.
             if asked_from_outside(error):
                 raise
         session.close()
     except BaseException as error:
-        # a task or a thread may be inside a call of the session's, which refuses to be closed then: its connection, which was cut
-        # and invalidated, is the pool's again by now
+        # A task or a thread may be inside a call of the session, which then refuses to be closed. Its connection, which was cut
+        # and invalidated, is already back in the pool.
         with suppress(IllegalStateChangeError):
             session.invalidate()
-        if asked_from_outside(error):  # cancelled while it rolled back
+        if asked_from_outside(error):  # cancelled during the rollback
             raise
 
 
 def elsewhere(session: Session, connection: Connection) -> str | None:
-    """Say what is wrong with a connection that is of no engine of the store's: get_bind() chose it.
+    """Say what is wrong with a connection that get_bind() took from an engine that is not the store's.
 
-    Failures, the pump and what is looked up are the store's; a claim in another database would be seen by none of them. Asked of
-    each message's: that the connection was claimed on before may have been for an application whose engine this is.
+    Failures, the pump and look-ups use the store's database; none of them would see a claim in another one. Asked for each
+    message: an earlier claim on the connection may have been for an application that owns its engine.
     """
     home: Engine = session.info.get(HOME, connection.engine)
     if home.dialect is connection.engine.dialect:
@@ -673,7 +682,7 @@ def elsewhere(session: Session, connection: Connection) -> str | None:
 
 
 def begin(session: Session, watch: Watch) -> None:
-    """Tie a session to its watch; the claim has begun its transaction."""
+    """Connect a session with its watch; the claim has begun its transaction."""
     watch.begun = session.get_transaction()
     session.info[WATCHED] = watch
 
