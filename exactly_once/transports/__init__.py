@@ -1,1 +1,1 @@
-"""Brokers. `contract` says what a transport can do; `registry` finds one by the scheme of a URL."""
+"""Brokers. `contract` says what a transport is; `registry` finds a transport by the scheme of its URL."""

@@ -1,7 +1,7 @@
-"""The contract with a broker, as words: a delivery, a subscription, what a broker can do, and four small protocols.
+"""The contract with a broker: a delivery, a subscription, what a broker can do, and four small protocols.
 
-Nothing here opens, waits or decides. Implementations live in `transports/`, one file a broker; the worker knows only
-this module. All calls are synchronous and block their own thread.
+Nothing here opens, waits or decides. The implementations are the other modules of `transports`; the worker knows this module
+alone. All calls are synchronous and block their own thread.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Delivery:
-    """A message in our hands, until it is settled once.
+    """A message that we hold until it is settled, once.
 
     `receipt` is the transport's own (a receipt handle, a row id); nobody else looks inside. `handler` is None for a
     broker's delivery, which every matching handler sees, and a name when the failure store of `database` brings a message
@@ -47,10 +47,10 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Subscription:
-    """What one group wants of one topic: the union over its handlers, since a group must subscribe alike everywhere.
+    """What one group subscribes to in one topic: the union over its handlers, because all members must subscribe alike.
 
-    `tags` is sorted; empty means every tag, and messages without one. `largest_batch` is how many messages its
-    largest group takes: a client that waits in a thread for each message in hand needs as many threads.
+    `tags` is sorted; empty means every tag, and messages without a tag. `largest_batch` is the size of the largest batch of
+    a handler: a client that keeps a thread waiting for each message in hand needs as many threads.
     """
 
     topic: str
@@ -69,26 +69,26 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
-    """What a broker, through this client, can be trusted with. The worker, the policy and the conformance suite read it."""
+    """What a broker can do through this client. Read by the worker, the retry policy and the conformance suite."""
 
     redelivers: bool
-    """False: `Redeliver` is unsafe or missing; failures go through the failure store's pump."""
+    """False: `Redeliver` is unsafe or missing; the failure store's pump redelivers failed messages instead."""
     counts_attempts: bool
     """`Message.attempt` is the broker's own count of deliveries."""
     max_attempts: int | None = None
-    """After this many deliveries the broker takes the message away: park before. None: it never does."""
+    """After so many deliveries the broker drops the message, so it must be parked before. None: the broker never does."""
     max_redelivery_delay: timedelta | None = None
-    """The longest delay `Redeliver` can ask for. None: any."""
+    """The longest delay that `Redeliver` can ask for. None: any."""
     redelivery_span: timedelta | None = None
-    """The longest time until a copy may still arrive; retention must be longer. None: not bounded."""
+    """The longest time until a copy may still arrive; retention must be longer. None: no limit."""
     ordered: bool = False
-    """Can keep the messages of one ordering key in order, one at a time."""
+    """Can deliver the messages of one ordering key in order, one at a time."""
     tags: bool = False
     """Filters by tag on the broker's side."""
     properties: bool = False
     """Carries string properties."""
     delayed: bool = False
-    """Can deliver not before a given time."""
+    """Can hold a message back until a given time."""
     max_send_delay: timedelta | None = None
     max_body_bytes: int | None = None
     empty_body: bool = False
@@ -112,7 +112,7 @@ class Tidied(Protocol):
 
 
 class Consumer(Protocol):
-    """One receiving end. `receive` is called by one thread; `settle`, `extend` and `stop` by others at the same time."""
+    """The receiving side. One thread calls `receive`; others call `settle`, `extend` and `stop` at the same time."""
 
     @property
     def features(self) -> Features:
@@ -120,77 +120,77 @@ class Consumer(Protocol):
 
     @property
     def invisible(self) -> timedelta | None:
-        """A delivery comes back after this unless extended; None where the broker waits as long as we are connected."""
+        """A delivery comes back after this time unless extended. None: the broker waits as long as we are connected."""
 
     def receive(self, limit: int, wait: timedelta) -> Sequence[Delivery]:
         """Hand out up to `limit` deliveries, waiting at most `wait` for the first.
 
-        `limit` 0 only keeps the session alive. Where ordered, never one behind another of its key that is unsettled or
-        due later. A broker that is away is not an error: wait, reconnect, return nothing.
+        `limit` 0 only keeps the session alive. If ordered, never a delivery while an earlier one of its key is unsettled or
+        due later. An unavailable broker is not an error: wait, reconnect, return nothing.
         """
 
     def settle(self, verdicts: Sequence[tuple[Delivery, Settlement]]) -> None:
-        """Carry out each verdict, in the order given.
+        """Carry out each settlement, in the order given.
 
-        One that cannot be carried out is logged, for its message comes back by itself. Where ordered, `Redeliver` holds
+        A settlement that fails is logged: its message comes back by itself. If ordered, `Redeliver` holds
         the key back from this call on.
         """
 
     def extend(self, deliveries: Sequence[Delivery]) -> None:
-        """Keep these invisible for another `invisible`; called each third of it, never where that is None."""
+        """Keep these invisible for another `invisible`. Called after each third of that time; never if it is None."""
 
     def stop(self) -> None:
-        """Hand out nothing more: end a waiting `receive`, give back what was fetched and not handed out. Twice is once."""
+        """Hand out nothing more: end a waiting `receive`, and give back what was fetched but not handed out. Idempotent."""
 
     def close(self) -> None:
-        """Leave the broker, after the last `settle`; what is unsettled comes back by itself. Twice is once."""
+        """Leave the broker, after the last `settle`. Unsettled messages come back by themselves. Idempotent."""
 
 
 class BrokerProducer(Protocol):
-    """Sends; safe to use from several threads."""
+    """Sends messages. Thread-safe."""
 
     def send(self, messages: Sequence[Message], *, delay: timedelta | None = None) -> Sequence[Receipt | Exception]:
-        """Return, per message and in order, a receipt once the broker has stored it, else why not.
+        """Return, for each message in order, a receipt once the broker has stored it, else the reason.
 
-        One try, no more: the caller decides on another. Of one ordering key none is sent after a failed one. A
-        `ValueError` says that this message is refused as it is and another try cannot help, a `ConfigurationError` that no
-        message can be sent before a person mends something; anything else may be tried again.
+        One try only: the caller decides on another. After a failed message, no other of its ordering key is sent. A
+        `ValueError` means that this message is refused, and another try cannot help. A `ConfigurationError` means that no
+        message can be sent until a person repairs something. After any other error another try may help.
         """
 
     def close(self) -> None:
-        """Flush and leave. Twice is once."""
+        """Flush and leave. Idempotent."""
 
 
 class Transport(Protocol):
-    """What a URL names. Making one opens nothing."""
+    """The broker that a URL names. Making a transport opens nothing."""
 
     @property
     def features(self) -> Features:
         """What this broker can do, known before connecting."""
 
     def check(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
-        """Say what is wrong (server away, unknown topic, group missing or badly set), each with what to type.
+        """Return each problem (server away, unknown topic, group missing or with wrong settings) with the command to type.
 
-        Empty means ready. A server that does not answer is an `Away`, and worth waiting for. A client that starts
-        without a server is not believed: this asks the server.
+        Empty means ready. A server that does not answer is an `Away`, and worth waiting for. This asks the server itself:
+        a client may start without a server.
         """
 
     def concerns(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
-        """Return what stops nobody from receiving and can lose messages later: members of the group that subscribe differently.
+        """Return what does not stop anybody from receiving but can lose messages: members of the group with other subscriptions.
 
-        Asked at a start, half a minute later, every hour while a worker runs, and by `doctor`. Empty where no server tells.
+        Asked at a start, half a minute later, every hour while a worker runs, and by `doctor`. Empty if no server tells.
         Raises nothing.
         """
 
     def subscribe(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[Consumer]:
-        """Join the group; as many consumers as want a receiving thread of their own (one, or one per topic)."""
+        """Join the group. Returns as many consumers as need a receiving thread of their own (one, or one for each topic)."""
 
     def producer(self) -> BrokerProducer:
         """A producer."""
 
 
 class Away(str):
-    """A problem that waiting may mend: a server does not answer. Anything else `check` says must be mended by hand."""
+    """A problem that may pass by waiting: a server does not answer. A person must repair any other problem of `check`."""
 
     __slots__ = ()
 
@@ -205,11 +205,11 @@ def _no_schema() -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What a transport may use of the application it serves; most use nothing."""
+    """What a transport may use of its application. Most transports use nothing of it."""
 
     engine: Callable[[], Engine] = field(default=_no_engine)
     """The application's first database, for the embedded transport."""
     schema: Callable[[], str | None] = field(default=_no_schema)
-    """Names the database schema our tables live in; asked on first use, and may connect for it."""
+    """Returns the database schema of our tables. Asked on first use, and may connect."""
     one_of_several: bool = False
-    """This process is one of several of a supervisor's."""
+    """This process is one of several under a supervisor."""

@@ -1,14 +1,14 @@
-"""Callbacks in, `receive` out: what makes a client that pushes messages into a `Consumer`.
+"""Turns a client's callbacks into `receive`: makes a `Consumer` of a client that pushes messages.
 
-A client's own thread calls `offer` with its message and waits there until somebody settles it. It never acknowledges by
-itself, decides nothing about a message's content, and knows no broker. Called by the rocketmq4 transport.
+A thread of the client calls `offer` with its message and waits there until the message is settled. This module never acknowledges
+by itself, decides nothing about a message's content, and knows no broker. Called by the rocketmq4 transport.
 
-Bounded by the client's own callback threads: each carries one message and waits with it, also while that message is
-due later (`Redeliver` with a delay), so as many messages as there are threads can wait, and no more are fetched.
-Where the client calls one message of a queue at a time, waiting in place is also what keeps a key's order.
+The client's callback threads are the limit: each carries one message and waits with it, also while that message is
+due later (`Redeliver` with a delay). So as many messages can wait as there are threads, and no more are fetched.
+If the client calls back for one message of a queue at a time, waiting in place also keeps the order of a key.
 
-A message that was in hand when a process died (see `inflight`) is handed out alone: nothing else is in hand then, so
-that another death says which one it was.
+A message that was in hand when a process died (see `inflight`) is handed out alone. Nothing else is in hand then, so
+another death shows that this message causes it.
 """
 
 from _thread import allocate_lock
@@ -31,7 +31,7 @@ from exactly_once.transports.inflight import InFlight
 
 __all__ = ["Handoff"]
 
-ALONE_WITHIN_S: Final = 10.0  # so long the others' work is waited for; afterwards a suspect goes in their company
+ALONE_WITHIN_S: Final = 10.0  # how long a suspect waits for other messages to end; then it runs beside them
 
 
 class _Held:
@@ -42,7 +42,7 @@ class _Held:
     def __init__(self, message: Message, unread: BadBody | None = None) -> None:
         self.message, self.unread = message, unread
         self.name = message.message_id or ""
-        self.place: int | None = None  # in the journal, while in hand
+        self.place: int | None = None  # its place in the journal, while in hand
         self.accepted = False
         self.gate = allocate_lock()
         self.gate.acquire()
@@ -52,14 +52,14 @@ class Handoff:
     """Between the client's threads and the worker's.
 
     Args:
-        in_flight: The journal of what is in hand.
+        in_flight: The journal of the messages in hand.
     """
 
     def __init__(self, in_flight: InFlight) -> None:
         self._in_flight = in_flight
         self._lock = Lock()
         self._offered: SimpleQueue[_Held | None] = SimpleQueue()  # None wakes the receiver
-        self._ready: deque[_Held] = deque()  # the receiver's own: taken from `_offered`, not handed out yet
+        self._ready: deque[_Held] = deque()  # used by the receiver alone: taken from `_offered`, not handed out yet
         self._suspects: deque[_Held] = deque()
         self._suspect_since = 0.0
         self._later: list[tuple[float, int, _Held]] = []
@@ -72,16 +72,16 @@ class Handoff:
     # the client's side
 
     def offer(self, message: Message, unread: BadBody | None = None) -> bool:
-        """Wait until the message is settled; True: acknowledge it, False: give it back. Never raises.
+        """Wait until the message is settled. True: acknowledge it. False: give it back. Never raises.
 
         Args:
-            message: What came.
+            message: The received message.
             unread: Why its body could not be read.
         """
         return self._wait(_Held(message, unread), handed_out=True)
 
     def keep(self) -> bool:
-        """Wait with a message that nobody can be given, until `release`; always False."""
+        """Wait with a message that cannot be handed out, until `release`. Always returns False."""
         return self._wait(_Held(Message("", None)), handed_out=False)
 
     def _wait(self, held: _Held, *, handed_out: bool) -> bool:
@@ -100,7 +100,7 @@ class Handoff:
         return len(self._held)
 
     def release(self) -> None:
-        """Give back whatever still waits, and from now on whatever comes; only once that loses nothing."""
+        """Give back everything that waits, and everything that comes from now on. Called only when that loses nothing."""
         with self._lock:
             self._released = True
             back = list(self._held)
@@ -145,13 +145,13 @@ class Handoff:
             self._offered.put(None)
 
     def stop(self) -> None:
-        """Hand out nothing more; what is not handed out waits for `release`."""
+        """Hand out nothing more. Messages that were not handed out wait for `release`."""
         self._stopped = True
         self._offered.put(None)
 
     def _answer(self, those: Sequence[_Held], *, accepted: bool) -> None:
         with self._lock:
-            # what was given back already comes again, and its claim says that it is done
+            # A message that was already given back comes again, and its claim says that it is done.
             waiting = [held for held in those if held in self._held]
             self._held.difference_update(waiting)
         for held in waiting:
@@ -159,10 +159,10 @@ class Handoff:
             held.gate.release()
 
     def _fetch(self, limit: int, until: float) -> None:
-        """Bring what is offered or due into `_ready`; wait for the first."""
+        """Move what is offered or due into `_ready`. Wait for the first."""
         self._bring_due()
         with self._lock:
-            blocked = self._alone or bool(self._suspects)  # then only a settlement, which wakes us, changes anything
+            blocked = self._alone or bool(self._suspects)  # then only a settlement changes anything, and it wakes us
             patience = 0.0 if self._ready and not blocked else max(0.0, until - monotonic())
             if self._later:
                 patience = min(patience, max(0.0, self._later[0][0] - monotonic()))

@@ -1,15 +1,16 @@
 """Remembers which messages were in hand when a process died, for brokers that do not count such deliveries.
 
-A message whose handler kills the process every time (SIGKILL, a crash in C code, memory) comes again for ever where the
-broker's count moves only when a client says "failed". Here every process writes what it has in hand into a file of its
-own, through shared memory: about a microsecond a message, nothing is flushed, and what was written survives the
-process because it is the kernel's. Whoever finds the journal of a dead process adds one to each message in it.
+A message whose handler kills the process every time (SIGKILL, a crash in C code, out of memory) comes again for ever if the
+broker counts only deliveries that a client reports as failed. So every process writes what it has in hand into a file of its
+own, through shared memory. That costs about a microsecond for each message. Nothing is flushed, but the data survives the
+process, because it belongs to the kernel. A process that finds the journal of a dead process adds one to each message in it.
 
-Innocent neighbours are counted too. They are forgotten as soon as they are acknowledged, and a suspect is to be handed
-out alone (see `handoff`), so that a second death tells the guilty from its neighbours.
+Innocent messages that were in hand at the same time are counted too. Each is forgotten as soon as it is
+acknowledged. A suspect is
+handed out alone (see `handoff`), so a second death tells the guilty message from the innocent.
 
 It never opens a connection and never decides what happens to a suspect. Called by `handoff`. It knows one machine: a
-poisonous message kills up to `max_attempts` processes on each machine whose workers share no directory.
+poison message kills up to `max_attempts` processes on each machine, unless their workers share the directory.
 """
 
 import fcntl
@@ -33,25 +34,25 @@ __all__ = ["InFlight", "default_directory", "journal_directory", "private_direct
 
 PLACE_BYTES: Final = 128  # one message in hand: the length of its name in one byte, then the name
 NAME_BYTES: Final = PLACE_BYTES - 1
-# before messages are handed out, peers' journals are looked at unless that was just done: about 10 microseconds for each
-# peer. A broker brings a dead process' message to the next one within some 10 ms, and a death must be known by then.
+# Before messages are handed out, we read the peers' journals, unless we just did: about 10 microseconds for each
+# peer. A broker redelivers a dead process' message within some 10 ms, and we must know of the death by then.
 LOOK_EVERY_S: Final = 0.01
-# what container engines leave in a container; Kubernetes sets the variable
+# Files that container engines create in a container; Kubernetes sets the variable.
 CONTAINER: Final = (Path("/.dockerenv"), Path("/run/.containerenv"))
 IN_CLUSTER: Final = "KUBERNETES_SERVICE_HOST"
 LATELY_S: Final = 3600.0
-FORGET_AFTER_S: Final = 7 * 86400.0  # a suspect nobody has seen for a week is gone from the broker
+FORGET_AFTER_S: Final = 7 * 86400.0  # after a week without deaths a suspect is gone from the broker
 
 
 class InFlight:
     """The messages in hand of this process, and how often each message was in hand when a process died.
 
     Args:
-        directory: Shared by all processes of one group on this machine; made if missing, private to this user.
+        directory: Shared by all processes of one group on this machine. Made if missing, private to this user.
         places: How many messages can be in hand at once.
 
     Raises:
-        ConfigurationError: The directory belongs to somebody else, or cannot be written.
+        ConfigurationError: The directory belongs to another user, or cannot be written.
     """
 
     def __init__(self, directory: Path, places: int) -> None:
@@ -62,13 +63,13 @@ class InFlight:
         self._free = list(range(places))
         self._path = directory / f"{os.getpid()}-{os.urandom(4).hex()}.journal"
         try:
-            # under the directory's lock: a peer that met the file before we hold it would take us for dead
+            # Under the directory's lock: a peer that found the file before we lock it would count us as dead.
             with self._locked():
                 self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                # the lock, not the process number, says that we live: the kernel drops it however we end, numbers are
-                # used again, and containers that share a directory do not see each other's numbers
+                # The lock, not the process id, says that we live. The kernel releases it however we end. Process ids are
+                # reused, and containers that share a directory do not see each other's ids.
                 fcntl.flock(self._file, fcntl.LOCK_EX)
-                # reserved now: writing through memory into a full disk would be a SIGBUS, not an error
+                # Allocated now: writing through memory to a full disk would be a SIGBUS, not an error.
                 os.posix_fallocate(self._file, 0, places * PLACE_BYTES)
             self._memory = mmap.mmap(self._file, places * PLACE_BYTES)
         except OSError as error:
@@ -77,27 +78,27 @@ class InFlight:
         self.look()
 
     def forked(self) -> None:
-        """In a process just forked: let go of the journal, or we would hold its lock after the death of whom it is about."""
+        """Close the journal in a forked child. Else the child would hold the journal's lock after the parent's death."""
         self._memory.close()
         os.close(self._file)
 
     def take(self, name: str) -> int:
-        """Note that a message is in hand, and return its place; a process that dies from now on accuses it."""
+        """Record that a message is in hand, and return its place. If the process dies from now on, the message is a suspect."""
         data = _as_bytes(name)
         place = self._free.pop()
         start = place * PLACE_BYTES
-        # the name first, its length last: a crash between the two leaves the place empty, never half a name
+        # The name first, its length last: a crash between the two leaves the place empty, never half a name.
         self._memory[start + 1 : start + 1 + len(data)] = data
         self._memory[start] = len(data)
         return place
 
     def give(self, place: int) -> None:
-        """Note that the message at a place is no longer in hand."""
+        """Record that the message at a place is no longer in hand."""
         self._memory[place * PLACE_BYTES] = 0
         self._free.append(place)
 
     def deaths(self, name: str) -> int:
-        """Return how many processes died with this message in hand, as far as `look` has seen."""
+        """Return how many processes died with this message in hand, as of the last `look`."""
         return self._suspects.get(_as_text(name), 0) if self._suspects else 0
 
     def forget(self, name: str) -> None:
@@ -111,7 +112,7 @@ class InFlight:
         self._refresh()
 
     def look(self) -> None:
-        """Count what dead processes had in hand, and learn what peers have counted; at most every `LOOK_EVERY_S`."""
+        """Count what dead processes had in hand, and read what peers have counted. At most once in `LOOK_EVERY_S`."""
         now = monotonic()
         if now - self._looked < LOOK_EVERY_S:
             return
@@ -123,15 +124,15 @@ class InFlight:
 
     @property
     def died_lately(self) -> bool:
-        """A process of this group died here within `LATELY_S`, in whatever way."""
+        """Whether a process of this group died on this machine within `LATELY_S`, in any way."""
         try:
             return (self._directory / "died").stat().st_mtime > time() - LATELY_S
         except FileNotFoundError:
             return False
 
     def close(self) -> None:
-        """Leave. What is still in hand is not accused: this process ends in good order."""
-        fork.forget(self)  # a child would close whatever has the number of our file by then
+        """Close the journal. Messages still in hand are not suspects: this process ends in good order."""
+        fork.forget(self)  # else a child would later close whatever file has our descriptor by then
         with suppress(OSError, ValueError), self._locked():
             self._path.unlink(missing_ok=True)
             self._memory.close()
@@ -141,12 +142,12 @@ class InFlight:
         table = self._read()
         for path in self._directory.glob("*.journal"):
             if path == self._path or not _is_dead(path):
-                continue  # a peer may have been quicker than we were
+                continue  # a peer may have been faster
             for name in _names(path.read_bytes()):
                 table[name] = (table.get(name, (0, 0.0))[0] + 1, time())
             (self._directory / "died").touch()
-            # counted before it is removed: dying between the two counts it twice, which is found out by an
-            # acknowledgement, where the other order would never count it
+            # Counted before it is removed. If we die between the two, the message is counted twice, which an acknowledgement
+            # corrects; in the other order it would never be counted.
             self._write(table)
             path.unlink(missing_ok=True)
 
@@ -184,10 +185,10 @@ class InFlight:
 
 
 def private_directory(path: Path) -> Path:
-    """Make a directory that only this user can enter, and refuse one that others could have prepared.
+    """Make a directory that only this user can enter. Refuse one that others could have prepared.
 
     Raises:
-        ConfigurationError: It is not a directory, not ours, or open to others.
+        ConfigurationError: It is not a directory, not this user's, or open to others.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -203,32 +204,32 @@ def private_directory(path: Path) -> Path:
 
 
 def journal_directory(*names: str) -> Path:
-    """Return where the journals of one group belong, when nobody says: where they are found again after a restart.
+    """Return the default place for the journals of one group, which must survive a restart.
 
-    That is what systemd gives a service with StateDirectory=, else the user's folder for the state of programs. The temporary
-    folder is the last resort: a service with PrivateTmp= has another one after each restart.
+    That is the directory of systemd's StateDirectory=, else the user's directory for program state. The temporary
+    directory is the last resort: a service with PrivateTmp= gets another one at each restart.
     """
     for root in _lasting():
         try:
             found = private_directory(root / "exactly-once")
         except ConfigurationError:
-            continue  # no home, or not ours to write to
+            continue  # no home directory, or not writable for us
         if os.access(found, os.W_OK | os.X_OK):
             return found / _digest(names)
     return default_directory(*names)
 
 
 def default_directory(*names: str) -> Path:
-    """Return a place under the user's temporary directory."""
+    """Return a directory under the user's temporary directory."""
     return private_directory(_temporary()) / _digest(names)
 
 
 def why_it_goes(directory: Path, *, markers: tuple[Path, ...] = CONTAINER, system: Path = Path("/")) -> str | None:
-    """Say why a directory, and the journals in it, may not be there after a restart; None where nothing speaks for that.
+    """Say why a directory, and the journals in it, may be gone after a restart. None if there is no sign of that.
 
     Args:
-        directory: Of the journals.
-        markers: One of these is there in a container.
+        directory: The directory of the journals.
+        markers: One of these files exists in a container.
         system: Where the container's own file system is.
     """
     if _temporary() in (directory, *directory.parents):
@@ -250,7 +251,7 @@ def _lasting() -> Iterator[Path]:
     if named := os.environ.get("XDG_STATE_HOME"):
         yield Path(named)
     else:
-        with suppress(RuntimeError):  # a user without a home
+        with suppress(RuntimeError):  # a user without a home directory
             yield Path.home() / ".local" / "state"
 
 

@@ -1,11 +1,11 @@
-"""Whether other members of a RocketMQ group subscribe otherwise than this program: the broker then loses messages.
+"""Says whether other members of a RocketMQ group have another subscription than this program: then the broker loses messages.
 
-A group has one place in a queue, and a queue is read by one member at a time. What that member's tags leave out is
-skipped for all of the group; and a topic that the last subscription does not name is read by nobody in part. Brokers do
-not refuse such a group, so they are asked. Asks and returns sentences; called by the RocketMQ transports.
+A group has one offset in a queue, and one member at a time reads a queue. What that member's tags leave out is
+skipped for the whole group. If the last subscription lacks a topic, nobody reads a part of that topic. Brokers do
+not refuse such a group, so we ask them. Returns sentences; called by the RocketMQ transports.
 
-A member of the remoting protocol tells its subscription itself, through the broker. One that came through a gRPC proxy
-does not; the broker keeps the last subscription that it heard of the whole group, and that is looked at, too.
+A member of the remoting protocol reports its own subscription, through the broker. A member behind a gRPC proxy
+does not. But the broker keeps the last subscription that it received for the whole group, and we check that, too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,17 +20,17 @@ __all__ = ["subscribed_otherwise"]
 
 _log = steady("exactly_once.transports.members")
 
-ASK_FOR_S: Final = 10.0  # then those that were not asked yet are left out: a start waits for this
+ASK_FOR_S: Final = 10.0  # members that were not asked by then are left out, because a start waits for this
 _NAMED: Final = 3
 
 
 def subscribed_otherwise(admin: Admin, group: str, wanted: Sequence[Subscription]) -> Sequence[str]:
-    """Return a sentence if other members want other topics or tags; nothing where no server tells. Raises nothing.
+    """Return a sentence if other members want other topics or tags; nothing if no server tells. Raises nothing.
 
     Args:
-        admin: Their cluster.
+        admin: Requests to their cluster.
         group: Its name on the broker.
-        wanted: What this program subscribes to, with the names that topics have on the broker.
+        wanted: What this program subscribes to, with the topics' names on the broker.
     """
     mine: Wanted = {each.topic: " || ".join(sorted(each.tags)) or "*" for each in wanted}
     others: dict[str, Wanted] = {}
@@ -38,7 +38,7 @@ def subscribed_otherwise(admin: Admin, group: str, wanted: Sequence[Subscription
         addresses = {queue.address for topic in mine for queue in admin.queues(topic)}
         for address in sorted(addresses):
             others |= _others(admin, address, group, mine)
-    except Exception as error:  # also an answer in a form that another release gives: a start does not rest on this
+    except Exception as error:  # also an answer in the form of another release: a start must not depend on this
         _log.debug("Nobody told whether others of group %s subscribe otherwise: %s", group, error)
     if not others:
         return ()
@@ -58,7 +58,7 @@ def _others(admin: Admin, address: str, group: str, mine: Wanted) -> Mapping[str
     found: dict[str, Wanted] = {}
     deadline = monotonic() + ASK_FOR_S
     for member in members:
-        # the name of a gRPC member has four parts; the proxy does not pass the question on
+        # The name of a gRPC member has four parts; the proxy does not forward the question.
         if member.count("@") >= 3 or monotonic() > deadline:
             continue
         told = admin.subscription(address, group, member)

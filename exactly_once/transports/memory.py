@@ -1,11 +1,11 @@
 """A broker inside the process, for tests: `memory://NAME`. Keeps nothing on disk; serves no other process.
 
 All transports of one name in a process share one broker, so that a test's producer and its worker meet. It keeps the
-whole contract, so that what passes here behaves alike on a real broker: several groups each see every message, a
+whole contract, so tests that pass here also hold for a real broker: several groups each get every message, a
 delivery comes back unless settled in time, attempts are counted, the messages of an ordering key come one at a time.
-What is sent before any group has joined a topic goes to the first that joins.
+Messages that are sent before any group has joined a topic go to the first group that joins.
 
-`forget(name)` drops a broker with all it holds. Nothing here sleeps: every wait is on the broker's one Condition.
+`forget(name)` drops a broker with all its messages. Nothing here sleeps: every wait is on the broker's one Condition.
 """
 
 from __future__ import annotations
@@ -54,22 +54,22 @@ _INVISIBLE: Final = timedelta(seconds=60)
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """One message as one group has it, from sending to acknowledgement."""
+    """One message for one group, from sending to acknowledgement."""
 
     message: Message
     due: float
-    """Not handed out before this (monotonic seconds): a delay, or the end of the invisible time."""
+    """Not handed out before this time (monotonic seconds): the end of a delay, or of the invisible time."""
     attempts: int = 0
     holder: object | None = None
-    """The delivery under way; settling with another changes nothing."""
+    """The present delivery. Settling another delivery changes nothing."""
 
 
-# in the order sent; linked, so that taking entries out of its front does not slow down the next walk as a dict would
+# In the order of sending. A linked structure: taking entries from the front of a dict would slow down each later iteration.
 _Queue = OrderedDict[_Entry, None]
 
 
 class _Broker:
-    """Topics, and what each group has still to finish; `changed` guards all of it."""
+    """Topics, and what each group has yet to process; `changed` guards all of it."""
 
     def __init__(self, name: str) -> None:
         self.changed = Condition()
@@ -79,11 +79,11 @@ class _Broker:
         fork.tell(self)
 
     def forked(self) -> None:
-        """In a process just forked: this is a copy, and a thread of the parent's may have held the lock."""
+        """Runs in a forked child: this is a copy, and a thread of the parent may have held the lock."""
         self.changed = Condition()
 
     def foreign(self) -> ForkedProcess | None:
-        """Say that the broker is another process', if it is: what is put into a copy reaches nobody there."""
+        """Return an error if the broker belongs to another process: a message that is put into a copy reaches nobody there."""
         if self._process is fork.here:
             return None
         return ForkedProcess(
@@ -95,7 +95,7 @@ class _Broker:
         with self.changed:
             queues = self._queues.setdefault(topic, {})
             if group not in queues:
-                # the first group adopts what was sent before there was any
+                # The first group takes what was sent before there was any group.
                 queues[group] = self._unclaimed.pop(topic, _Queue())
 
     def put(self, message: Message, due: float) -> None:
@@ -111,11 +111,11 @@ _brokers: dict[str, _Broker] = {}
 
 
 def _broker(name: str) -> _Broker:
-    return _brokers.get(name) or _brokers.setdefault(name, _Broker(name))  # one step for all threads, without a lock
+    return _brokers.get(name) or _brokers.setdefault(name, _Broker(name))  # atomic for all threads, without a lock
 
 
 def forget(name: str) -> None:
-    """Drop the broker of that name with all it holds; transports made before keep the old one.
+    """Drop the broker of that name with all its messages. Transports that exist keep the old broker.
 
     Example:
         >>> forget("doc")
@@ -127,9 +127,8 @@ class MemoryTransport:
     """The broker of one name in this process.
 
     Args:
-        name: Which broker; two transports of one name share it.
-        invisible: A delivery that is neither settled nor extended comes back after this.
-
+        name: The broker; two transports of one name share it.
+        invisible: A delivery that is neither settled nor extended comes back after this time.
     Example:
         >>> transport = MemoryTransport("doc")
         >>> [consumer] = transport.subscribe("inventory", [Subscription("orders")])
@@ -146,7 +145,10 @@ class MemoryTransport:
 
     @classmethod
     def from_url(cls, url: str, surroundings: Surroundings) -> MemoryTransport:
-        """Make one from `memory://NAME?invisible_s=60`; of the surroundings it asks whether other processes stand beside it."""
+        """Make a transport from `memory://NAME?invisible_s=60`.
+
+        From the surroundings it needs whether there are other processes.
+        """
         parsed = parse(url, options=["invisible_s"])
         if len(parsed.hosts) > 1:
             raise ConfigurationError(f"{parsed} names several brokers; a memory URL has one name, as in memory://test.")
@@ -160,16 +162,16 @@ class MemoryTransport:
         return _FEATURES
 
     def check(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
-        """Return nothing, but of a parent's broker: a topic and a group come into being when they are named."""
+        """Return nothing, except for a parent's broker: topics and groups are created when they are named."""
         foreign = self._broker.foreign()
         return () if foreign is None else (str(foreign),)
 
     def concerns(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
-        """Return that nobody can reach it, in one of several processes; else a message waits until a member takes it."""
+        """In one of several processes, say that other processes cannot reach it. Else a message waits until a member takes it."""
         return (_ALONE,) if self._one_of_several else ()
 
     def subscribe(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[Consumer]:
-        """Join the group; one consumer for all topics."""
+        """Join the group. One consumer for all topics."""
         if (foreign := self._broker.foreign()) is not None:
             raise foreign
         for subscription in subscriptions:
@@ -209,7 +211,7 @@ class _MemoryConsumer:
         return []
 
     def _take(self, limit: int) -> tuple[list[Delivery], float]:
-        """Return what is due, up to `limit`, and when the next will be."""
+        """Return what is due, up to `limit`, and when the next message will be due."""
         now, next_due = monotonic(), float("inf")
         found: list[Delivery] = []
         for subscription, queue in self._queues:
@@ -244,7 +246,7 @@ class _MemoryConsumer:
             for delivery, verdict in verdicts:
                 queue, entry, holder = delivery.receipt
                 if entry.holder is not holder:
-                    continue  # its time was over and another delivery of it is under way, or it is settled
+                    continue  # it is settled, or its time was over and there is another delivery of it
                 entry.holder = None
                 if isinstance(verdict, Ack):
                     del queue[entry]

@@ -1,4 +1,4 @@
-"""Messages whose body is packed, or damaged: marked as such, kept as they came, and read where that can be. Pure."""
+"""Marks messages with a packed or damaged body, keeps the body as it came, and reads it if that is possible. Pure."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ __all__ = ["opened", "unread"]
 
 
 def unread(message: Message, name: str) -> Message:
-    """Return a message marked as one whose body is not read.
+    """Return the message, marked as one whose body is not read.
 
     Args:
         message: With its body as it came.
@@ -20,7 +20,7 @@ def unread(message: Message, name: str) -> Message:
 
 
 def opened(message: Message) -> tuple[Message, BadBody | None]:
-    """Return a kept message with its body read; or as it is, and why it cannot be.
+    """Return a kept message with its body read; or unchanged, with the reason why it cannot be read.
 
     Args:
         message: As the failure store keeps it.

@@ -1,7 +1,7 @@
-"""Sends messages and says what became of each: a receipt once the broker has stored it, or an error that carries it.
+"""Sends messages and reports the result of each: a receipt once the broker has stored it, or an error that carries the message.
 
-It tries three times and knows no broker: a transport's own producer does the sending. What a try left unknown is sent
-again, so a message may be stored twice; the consumer's guard sees one business key and acknowledges the second.
+It tries three times and knows no broker: a transport's own producer does the sending. If the result of a try is unknown, it sends
+again, so a message may be stored twice. The consumer's guard finds one business key and acknowledges the second.
 
 Made by the facade, `eo.producer(url)`.
 """
@@ -23,8 +23,8 @@ from exactly_once.transports.contract import BrokerProducer, Receipt
 __all__ = ["Producer"]
 
 TRIES: Final = 3
-# Before the second and the third try: a restarted broker or a route not known yet needs a moment, and whoever waits for
-# the receipt (a web request, as a rule) can spare about half a second.
+# Before the second and the third try: a restarted broker or an unknown route needs a moment, and the caller (a web
+# request, as a rule) can spare about half a second.
 _PAUSES_S: Final = (0.1, 0.4)
 
 
@@ -33,7 +33,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _of_one(send: F) -> F:
-    """Have `send("orders", body)` told what to write, in place of Python's own words about arguments."""
+    """Report a call such as `send("orders", body)` with what to write instead of Python's own text about arguments."""
 
     @wraps(send)
     def call(self: Producer, *given: Any, **named: Any) -> Any:
@@ -45,12 +45,11 @@ def _of_one(send: F) -> F:
 
 
 class Producer:
-    """A producer to one broker, used with `with`; safe to use from several threads.
+    """A producer to one broker, used with `with`. Thread-safe.
 
     Args:
-        broker_producer: The transport's own.
+        broker_producer: The transport's own producer.
         describe: The broker's URL without its secrets, for errors.
-
     Example:
         with eo.producer("rocketmq://127.0.0.1:8081") as producer:
             receipt = producer.send(Message("orders", b'{"order_no": "A-1"}', tag="created", key="A-1"))
@@ -62,7 +61,7 @@ class Producer:
         fork.tell(self)
 
     def forked(self) -> None:
-        """In a process just forked: a thread of the parent's may have held the event's lock."""
+        """Runs in a forked child: a thread of the parent may have held the event's lock."""
         closed, self._closed = self._closed.is_set(), Event()
         if closed:
             self._closed.set()
@@ -75,7 +74,7 @@ class Producer:
     ) -> None:
         self.close()
 
-    if not TYPE_CHECKING:  # a type checker says by itself that it is none for `async with`
+    if not TYPE_CHECKING:  # a type checker itself reports that `async with` does not work
 
         async def __aenter__(self) -> NoReturn:
             self.close()
@@ -85,7 +84,7 @@ class Producer:
             )
 
         async def __aexit__(self, *_: object) -> None:
-            """Not reached; without it Python speaks of this method, and not of the other."""
+            """Never reached. Without it Python's error would name this method, and not the other."""
 
     @_of_one
     def send(self, message: Message, *, delay: timedelta | None = None) -> Receipt:
@@ -93,7 +92,7 @@ class Producer:
 
         Args:
             message: What to send.
-            delay: Deliver it not before this has passed. None: at once.
+            delay: Deliver it not before this time has passed. None: at once.
 
         Returns:
             The broker's receipt: it has stored the message.
@@ -106,11 +105,11 @@ class Producer:
         return receipt
 
     def send_all(self, messages: Sequence[Message], *, delay: timedelta | None = None) -> list[Receipt]:
-        """Send several messages, those of one ordering key in the order given.
+        """Send several messages; those of one ordering key in the order given.
 
         Args:
             messages: What to send.
-            delay: Deliver them not before this has passed. None: at once.
+            delay: Deliver them not before this time has passed. None: at once.
 
         Returns:
             A receipt for each, in the order given.
@@ -125,7 +124,8 @@ class Producer:
         answers: list[Receipt | Exception] = list(self._broker.send(messages, delay=delay)) if messages else []
         for pause_s in _PAUSES_S:
             failed = [n for n, answer in enumerate(answers) if not isinstance(answer, Receipt)]
-            # refused as it is: its followers of the same key would wait for it in vain; or no try helps before a person has
+            # A refused message: later ones of its key would wait in vain. A configuration error: no try helps
+            # until a person acts.
             if not failed or any(isinstance(answer, (ValueError, ConfigurationError)) for answer in answers):
                 break
             if self._closed.wait(pause_s):
@@ -139,14 +139,14 @@ class Producer:
         return receipts
 
     def close(self) -> None:
-        """Flush and leave; twice is once."""
+        """Flush and leave. Idempotent."""
         if not self._closed.is_set():
             self._closed.set()
             self._broker.close()
 
     def _failure(self, messages: Sequence[Message], answers: Sequence[Receipt | Exception]) -> SendFailed:
         failed = [(m, a) for m, a in zip(messages, answers, strict=True) if not isinstance(a, Receipt)]
-        # a refused message explains why others of its key were not sent, so it comes first
+        # The refused message first: it explains why others of its key were not sent.
         message, reason = next(((m, a) for m, a in failed if isinstance(a, ValueError)), failed[0])
         named = f" with key {message.key!r}" if message.key is not None else " without a key"
         refused = isinstance(reason, (ValueError, ConfigurationError))

@@ -22,7 +22,7 @@ SCHEMES: Final[Mapping[str, str]] = MappingProxyType(
         "sql": "exactly_once.transports.sql.transport:SqlTransport",
     }
 )
-"""Which class serves which scheme, as "module:Class", so that knowing of a broker does not import its client."""
+"""Which class serves which scheme, as "module:Class": naming a broker does not import its client."""
 
 
 class _TransportClass(Protocol):
@@ -30,11 +30,11 @@ class _TransportClass(Protocol):
 
 
 def transport_from(url: str, surroundings: Surroundings) -> Transport:
-    """Return the transport a URL names; nothing is opened yet.
+    """Return the transport that a URL names. Opens nothing.
 
     Args:
         url: Such as `rocketmq://127.0.0.1:8081`, `rocketmq4://ns1:9876,ns2:9876?namespace=x`, `sql://`, `memory://test`.
-        surroundings: What the transport may use of the application it serves.
+        surroundings: What the transport may use of its application.
 
     Returns:
         A transport that keeps the contract of `exactly_once.transports.contract`.
@@ -50,7 +50,7 @@ def transport_from(url: str, surroundings: Surroundings) -> Transport:
     scheme, colon, _ = url.partition("://")
     where = SCHEMES.get(scheme.lower())
     if not colon or where is None:
-        # a URL without a scheme may begin with anything, also with a secret: only a plausible scheme is repeated
+        # A URL without a scheme may begin with anything, also with a secret: only a plausible scheme is repeated.
         given = f"the scheme {scheme!r}" if colon and scheme.isalnum() else "a URL without a known scheme"
         known = ", ".join(f"{name}://" for name in sorted(SCHEMES))
         raise ConfigurationError(f"No transport serves {given}. Known are: {known}.")

@@ -1,10 +1,10 @@
-"""Asks RocketMQ's name server and brokers over their remoting protocol: routes, groups, places in queues.
+"""Asks RocketMQ's name servers and brokers over their remoting protocol: routes, groups, offsets in queues.
 
-It sends no messages, and receives some only to look at them (`rocketmq4.ahead`). Called by the rocketmq4 transport, because
+It sends no messages. It receives some only to look at them (`rocketmq4.ahead`). Called by the rocketmq4 transport, because
 librocketmq "starts" without a server, without the topic and without the group, and then does nothing; and by the rocketmq5
-transport where its URL names name servers, for what gRPC does not tell. Each request has a connection of its own and a timeout.
+transport if its URL names name servers, for what gRPC does not tell. Each request has a connection of its own and a timeout.
 
-A frame is: total length, header length (its top byte 0 says JSON), header, body; lengths are big-endian 32 bits. The
+A frame is: total length, header length (its top byte 0 means JSON), header, body. Lengths are big-endian 32 bits. The
 request codes are those of `RequestCode` in Apache RocketMQ, the same in 4.x and 5.x.
 """
 
@@ -31,7 +31,7 @@ GET_CONSUMERS_OF_GROUP: Final = 38
 UNLOCK_QUEUES: Final = 42
 GET_ROUTE_BY_TOPIC: Final = 105
 GET_BROKERS: Final = 106
-# not 352, which asks for one group: a broker that makes groups by itself makes it then, with its own defaults
+# Not 352, which asks for one group: a broker that creates groups automatically would create it, with its own defaults.
 GET_ALL_GROUPS: Final = 201
 GET_CONNECTIONS_OF_GROUP: Final = 203
 GET_RUNNING_INFO_OF_CONSUMER: Final = 307
@@ -42,11 +42,11 @@ TOPIC_UNKNOWN: Final = 17
 OFFSET_UNKNOWN: Final = 22
 RETRIES: Final = "%RETRY%"
 READABLE: Final = 4  # a bit of a topic's permissions
-NOTHING_FOUND: Final = (19, 20, 21)  # at the end; none that the filter lets through; the place is no more
+NOTHING_FOUND: Final = (19, 20, 21)  # at the end; no message passes the filter; the offset is gone
 SUBSCRIPTION_GIVEN: Final = 4
-MOST_PER_PULL: Final = 32  # a broker gives no more, unless it is told to
+MOST_PER_PULL: Final = 32  # a broker gives no more unless configured to
 TIMEOUT_S: Final = 3.0
-VERSION: Final = 500  # any that knows JSON headers; the server adapts to nothing else here
+VERSION: Final = 500  # any version that knows JSON headers; the server uses it for nothing else here
 
 
 Wanted = Mapping[str, str]
@@ -63,7 +63,7 @@ class Refused(TransportError):
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """One queue of a topic, and the address of the broker that is its master."""
+    """One queue of a topic, and the address of its master broker."""
 
     topic: str
     broker: str
@@ -82,7 +82,7 @@ class Admin:
 
     Args:
         name_servers: Their addresses; each is asked in turn until one answers.
-        keys: Access key and secret key, where brokers check signatures.
+        keys: Access key and secret key, if brokers check signatures.
     """
 
     def __init__(self, name_servers: Sequence[str], keys: tuple[str, str] | None = None) -> None:
@@ -90,7 +90,7 @@ class Admin:
         self._keys = keys
 
     def queues(self, topic: str) -> Sequence[Queue]:
-        """Return the topic's queues that can be read; none if no name server that answers knows the topic.
+        """Return the topic's readable queues; none if no name server that answers knows the topic.
 
         Raises:
             TransportError: No name server answers.
@@ -100,9 +100,9 @@ class Admin:
         return next((found for route in routes if (found := list(_queues(topic, route)))), [])
 
     def brokers(self) -> Mapping[str, str | None]:
-        """Return the address of each broker's master, or None where the name servers know only its slaves.
+        """Return the address of each broker's master, or None if the name servers know only its slaves.
 
-        A broker that is away is not named: name servers forget it as its connection ends.
+        An unavailable broker is missing: name servers forget it when its connection ends.
 
         Raises:
             TransportError: No name server answers.
@@ -114,7 +114,7 @@ class Admin:
         return found
 
     def has_readable(self, address: str, topic: str) -> bool:
-        """Return whether a broker has the topic, readable; one that does not tell has not."""
+        """Return whether a broker has the topic, readable. False if it does not answer."""
         try:
             return bool(
                 int(_json(self._ask(address, GET_TOPIC_CONFIG, {"topic": topic}).body).get("perm", 0)) & READABLE
@@ -123,7 +123,7 @@ class Admin:
             return False
 
     def _named(self, code: int, fields: Mapping[str, str]) -> Iterator[_Reply]:
-        """Yield what each name server answers that is up; those that do not know the topic yield nothing."""
+        """Yield the answer of each name server that is up. Servers that do not know the topic yield nothing."""
         failed: Exception | None = None
         answered = False
         for address in self._name_servers:
@@ -143,7 +143,7 @@ class Admin:
             ) from failed
 
     def group(self, address: str, group: str) -> Mapping[str, Any] | None:
-        """Return a group's settings on one broker, or None where it has none."""
+        """Return a group's settings on one broker, or None if the broker has no such group."""
         seen = 0
         while True:
             reply = self._ask(address, GET_ALL_GROUPS, {"groupSeq": str(seen), "maxGroupNum": "2000"})
@@ -152,12 +152,12 @@ class Admin:
                 settings: Mapping[str, Any] = table[group]
                 return settings
             seen += len(table)
-            # brokers before 5.3 know no pages and answer with everything
+            # Brokers before 5.3 have no pages and answer with everything.
             if not table or seen >= int(reply.fields.get("totalGroupNum", 0)):
                 return None
 
     def place(self, group: str, queue: Queue) -> int | None:
-        """Return where a group stands in a queue, or None where it has never stood."""
+        """Return a group's offset in a queue, or None if it never had one."""
         fields = {"consumerGroup": group, "topic": queue.topic, "queueId": str(queue.number)}
         try:
             return int(self._ask(queue.address, QUERY_CONSUMER_OFFSET, fields).fields["offset"])
@@ -172,11 +172,11 @@ class Admin:
         return int(self._ask(queue.address, GET_MAX_OFFSET, fields).fields["offset"])
 
     def put_at_end(self, group: str, queue: Queue) -> None:
-        """Make a group stand behind a queue's last message."""
+        """Set a group's offset to after a queue's last message."""
         self._put(group, queue, self.end(queue))
 
     def move(self, group: str, queue: Queue, offset: int) -> None:
-        """Make a group stand at an offset, unless it stands farther already."""
+        """Set a group's offset, unless it is farther already."""
         place = self.place(group, queue)
         if place is None or place < offset:
             self._put(group, queue, offset)
@@ -186,13 +186,14 @@ class Admin:
         self._ask(queue.address, UPDATE_CONSUMER_OFFSET, {**fields, "commitOffset": str(offset)})
 
     def pull(self, group: str, queue: Queue, offset: int, expression: str) -> tuple[bytes, int]:
-        """Return some messages from an offset on, as they stand in the broker's log, and where to go on; moves nobody.
+        """Return some messages from an offset on, as the broker's log has them, and the next offset. Changes no group's offset.
 
         Args:
             group: Who may read them; it need not be a member.
-            queue: Of which queue.
-            offset: From where on.
-            expression: Tags, "a || b", or "*" for every message. The broker compares hashes: look at the tag, too.
+            queue: The queue.
+            offset: The first offset.
+            expression: Tags, "a || b", or "*" for every message. The broker compares hashes, so the caller must check the tag,
+            too.
         """
         fields = {
             "consumerGroup": group,
@@ -206,7 +207,7 @@ class Admin:
         return reply.body, int(reply.fields["nextBeginOffset"])
 
     def consumers(self, address: str, group: str) -> Sequence[str]:
-        """Return the identities of a group's members, as one broker knows them; none if it knows no such group."""
+        """Return the client ids of a group's members as one broker knows them; none if it knows no such group."""
         try:
             return list(
                 _json(self._ask(address, GET_CONSUMERS_OF_GROUP, {"consumerGroup": group}).body)["consumerIdList"]
@@ -215,22 +216,22 @@ class Admin:
             return []
 
     def members(self, address: str, group: str) -> tuple[Sequence[str], Wanted]:
-        """Return the identities of a group's members, and the last subscription of the group, as one broker knows them."""
+        """Return the client ids of a group's members, and the group's last subscription, as one broker knows them."""
         try:
             told = _json(self._ask(address, GET_CONNECTIONS_OF_GROUP, {"consumerGroup": group}).body)
-        except Refused:  # nobody is there
+        except Refused:  # the group has no member
             return (), {}
         table = told.get("subscriptionTable") or {}
         return [each["clientId"] for each in told.get("connectionSet") or []], _wanted(table.values())
 
     def subscription(self, address: str, group: str, member: str) -> Wanted | None:
-        """Ask one member, through its broker, what it subscribes to; None if it does not tell."""
+        """Ask one member, through its broker, for its subscription; None if it does not tell."""
         fields = {"consumerGroup": group, "clientId": member, "jstackEnable": "false"}
         try:
             told = self._ask(address, GET_RUNNING_INFO_OF_CONSUMER, fields).body.decode("utf-8", "replace")
         except (OSError, TransportError):
             return None
-        # the whole is no JSON (tables have objects for names), but this list is
+        # The whole is no valid JSON (tables have objects as keys), but this list is.
         begin = told.find("[", told.find('"subscriptionSet"'))
         try:
             return _wanted(json.JSONDecoder().raw_decode(told, begin)[0]) if '"subscriptionSet"' in told else None
@@ -264,7 +265,7 @@ class Admin:
                     length &= 0xFFFFFF
                     rest = _exactly(answers, total - 4)
                     answer = json.loads(rest[:length])
-                    # a server sends requests of its own on any connection; the lowest bit marks an answer
+                    # A server also sends requests on any connection; the lowest bit marks an answer.
                     if answer.get("opaque") == 1 and answer.get("flag", 0) & 1:
                         break
         if answer["code"] != SUCCESS and answer["code"] not in fine:
@@ -291,7 +292,7 @@ def _json(body: bytes) -> Mapping[str, Any]:
     try:
         found = json.loads(body)
     except ValueError:
-        # older servers write maps with bare numbers as names: {"brokerAddrs":{0:"10.0.0.1:10911"}}
+        # Older servers write maps with bare numbers as keys: {"brokerAddrs":{0:"10.0.0.1:10911"}}
         found = json.loads(re.sub(rb"([{,])\s*(\d+)\s*:", rb'\1"\2":', body))
     return found if isinstance(found, dict) else {}
 
@@ -299,7 +300,7 @@ def _json(body: bytes) -> Mapping[str, Any]:
 def _wanted(subscriptions: Iterable[Mapping[str, Any]]) -> Wanted:
     found = {}
     for each in subscriptions:
-        if not each["topic"].startswith(RETRIES):  # every member has that one, and gets all of it
+        if not each["topic"].startswith(RETRIES):  # every member has that topic, and gets all of it
             tags = sorted({tag.strip() for tag in (each.get("subString") or "*").split("||")} - {""})
             found[each["topic"]] = " || ".join(tags) or "*"
     return found

@@ -1,6 +1,6 @@
-"""Takes a transport's URL apart, and prints it without its secrets. Connects to nothing; each `from_url` calls it.
+"""Parses a transport's URL, and prints it without its secrets. Connects to nothing; each `from_url` calls it.
 
-The standard library's parser takes one host only, so `rocketmq4://ns1:9876,ns2:9876?namespace=x` is taken apart here.
+The standard library's parser takes one host only, so `rocketmq4://ns1:9876,ns2:9876?namespace=x` is parsed here.
 A secret never appears in an error, in `str()` or in `repr()` of the result.
 """
 
@@ -19,13 +19,13 @@ _MASK = "***"
 
 @dataclass(frozen=True, slots=True, repr=False)
 class ParsedURL:
-    """A transport's URL, taken apart.
+    """A parsed transport URL.
 
     Args:
         scheme: In lower case, such as `rocketmq`.
-        hosts: Every (host, port) in the order written; port 0 where none was written and there is no default.
-        options: What stood behind the question mark, decoded; a `NAME_file` is replaced by `NAME` and the file's text.
-        secrets: The names in `options` that are never printed.
+        hosts: Every (host, port) in the order written; port 0 if none was written and there is no default.
+        options: What follows the question mark, decoded; a `NAME_file` is replaced by `NAME` and the file's text.
+        secrets: The names in `options` whose values are never printed.
     """
 
     scheme: str
@@ -34,7 +34,7 @@ class ParsedURL:
     secrets: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
-        """Return the URL as it may be printed: secrets as ***."""
+        """Return the URL in a printable form: secrets as ***."""
         hosts = ",".join(_host_text(host, port) for host, port in self.hosts)
         options = "&".join(f"{name}={_MASK if name in self.secrets else text}" for name, text in self.options.items())
         return f"{self.scheme}://{hosts}{'?' if options else ''}{options}"
@@ -68,7 +68,7 @@ class ParsedURL:
         """Return an option that is a whole number above zero.
 
         Raises:
-            ConfigurationError: It is none.
+            ConfigurationError: It is no such number.
         """
         text = self.options.get(name)
         if text is None:
@@ -98,13 +98,13 @@ class ParsedURL:
 
 
 def parse(url: str, *, options: Iterable[str] = (), secrets: Iterable[str] = (), default_port: int = 0) -> ParsedURL:
-    """Take a URL apart and refuse what its transport does not know.
+    """Parse a URL, and refuse what its transport does not know.
 
     Args:
-        url: `scheme://host:port,host:port?name=value&name=value`. Values are percent-decoded; a plus sign stays one.
+        url: `scheme://host:port,host:port?name=value&name=value`. Values are percent-decoded; a plus sign stays a plus sign.
         options: Names that may follow the question mark.
-        secrets: Names that may too, are never printed, and may also be given as `NAME_file`, a path to read.
-        default_port: For a host written without one.
+        secrets: More such names, whose values are never printed. Each may also be given as `NAME_file`, a path to read.
+        default_port: For a host written without a port.
 
     Returns:
         The parts; `str()` of it is safe to print.
@@ -124,7 +124,7 @@ def parse(url: str, *, options: Iterable[str] = (), secrets: Iterable[str] = (),
     place = place.rstrip("/")
     secret_names = frozenset(secrets)
     if "@" in place:
-        # what stands before the @ may be a password: nothing of this part is repeated
+        # The text before the @ may be a password: nothing of this part is repeated.
         names = f" ({', '.join(sorted(secret_names))})" if secret_names else ""
         raise ConfigurationError(
             f"A {scheme} URL has no user or password before the host: they are options{names} behind a question mark."
@@ -173,7 +173,7 @@ def _read(name: str, path: str) -> str:
 
 
 def _host(scheme: str, part: str, default_port: int) -> tuple[str, int]:
-    if part.startswith("["):  # an IPv6 address has colons of its own
+    if part.startswith("["):  # an IPv6 address contains colons
         host, _, tail = part[1:].partition("]")
         port_text = tail.removeprefix(":")
     else:

@@ -1,13 +1,14 @@
-"""What librocketmq must never meet: found before it joins, and read without it, up to there.
+"""Finds messages that would crash librocketmq before the client joins, and reads the queue up to them without it.
 
-librocketmq takes every packed body for one of zlib. Java's client packs by LZ4 or ZSTD where it is told to, and such a message
-ends the process (signal 6) before any callback, and again after each restart. So before it joins, the messages in front of the
-group are looked at. Where there is such a one, this reads the queue itself, up to and with it, and hands each message to the
-worker as the client would; then the group's place is moved behind it, and the client joins. What Python can unpack is handled,
-the rest is a dead letter with its bytes.
+librocketmq unpacks every packed body as zlib. Java's client packs with LZ4 or ZSTD if configured to. Such a message
+ends the process (signal 6) before any callback, and again after each restart. So before the client joins, we look at the messages
+that the group has yet to read. If there is such a message, this reads the queue itself, up to and including
+that message, and hands
+each message to the worker as the client would. Then the group's offset is moved behind it, and the client joins. What Python can
+unpack is handled; the rest becomes a dead letter with its bytes.
 
-One that comes while a process runs ends that process; the next start finds it. The look costs a few milliseconds for each queue
-that has something in front of the group, and has a limit of time, a longer one where a process died lately.
+Such a message that arrives while a process runs ends that process; the next start finds it. The look costs a few milliseconds for
+each queue with unread messages, and has a time limit, a longer one if a process died lately.
 """
 
 from collections import deque
@@ -29,7 +30,7 @@ from exactly_once.wording.steady_log import steady
 __all__ = ["Ahead", "Stretch", "look_ahead"]
 
 LOOKS_S: Final = 3.0
-# what ends a process stands at most some seconds of work, and what the client fetches ahead, behind the stored place
+# A message that ended a process is near the stored offset: after it come some seconds of work, and what the client prefetched.
 LOOKS_AFTER_A_DEATH_S: Final = 15.0
 _AGAIN_S: Final = 1.0
 
@@ -37,14 +38,15 @@ _log = steady("exactly_once.transports.rocketmq4")
 
 Wanted = Callable[[Stored], bool]
 Offer = Callable[[Message, BadBody | None], bool]
-"""Hand a message to the worker and wait; False: it is not settled, and we are leaving."""
+"""Hands a message to the worker and waits. False: it is not settled, and we are leaving."""
 
 
 @dataclass(slots=True)
 class Stretch:
-    """A queue from where the group stands; `last` is the last message there that the client would die of.
+    """A queue from the group's offset on; `last` is the last message there that would crash the client.
 
-    What a broker answers with for `expression` is what it hands the client; `wanted` says which of that are for handlers.
+    With `expression` the broker returns the messages that the client would get; `wanted` are the tags of
+    those that handlers want.
     """
 
     queue: Queue
@@ -57,13 +59,13 @@ class Stretch:
 def look_ahead(
     admin: Admin, names: Names, group: str, subscriptions: Sequence[Subscription], *, died: bool
 ) -> Sequence[Stretch]:
-    """Return the queues in which there is such a message; mostly none. Changes nothing, and never raises.
+    """Return the queues that contain such a message; usually none. Changes nothing, and never raises.
 
     Args:
-        admin: Asks the servers.
+        admin: Requests to the servers.
         names: The namespace.
-        group: Whose messages.
-        subscriptions: What it wants.
+        group: The group that reads them.
+        subscriptions: What it subscribes to.
         died: A process of the group died lately: look farther.
     """
     found: list[Stretch] = []
@@ -90,7 +92,7 @@ def _look(
     deadline: float,
 ) -> None:
     theirs = names.outside(group)
-    # what a client of another language sent back comes from a topic of the group's own
+    # What a client of another language sent back comes from the group's retry topic.
     topics = [(names.outside(each.topic), each.tags) for each in subscriptions] + [(f"%RETRY%{theirs}", ())]
     reading: deque[tuple[Stretch, int, int]] = deque()
     for topic, tags in topics:
@@ -107,7 +109,7 @@ def _look(
             continue
         data, following = admin.pull(theirs, stretch.queue, offset, stretch.expression)
         for stored in stored_in(data):
-            # also of a tag that is not wanted: the broker compares hashes, and the client unpacks before it looks at tags
+            # Also with an unwanted tag: the broker compares hashes, and the client unpacks before it compares tags.
             if stored.deadly:
                 stretch.last = stored.offset
         if following > offset:
@@ -122,12 +124,12 @@ class Ahead:
     """Reads these stretches, each in a thread of its own, one message of a queue at a time.
 
     Args:
-        admin: Asks the servers.
+        admin: Requests to the servers.
         names: The namespace.
         group: The broker's name of the group.
         stretches: What `look_ahead` found.
         properties: Property names to read from messages of producers other than ours.
-        at_once: At most so many messages in hand.
+        at_once: The most messages in hand.
     """
 
     def __init__(
@@ -147,7 +149,7 @@ class Ahead:
         self._threads: list[Thread] = []
 
     def start(self, offer: Offer) -> None:
-        """Begin to hand them out."""
+        """Begin to hand out the messages."""
         self._threads = [
             Thread(target=self._read, args=(stretch, offer), name=f"rocketmq4-ahead {n}", daemon=True)
             for n, stretch in enumerate(self._stretches)
@@ -157,11 +159,11 @@ class Ahead:
 
     @property
     def done(self) -> bool:
-        """All is read and settled, and the group stands behind it."""
+        """Whether all is read and settled, and the group's offset is behind it."""
         return not any(thread.is_alive() for thread in self._threads)
 
     def leave(self) -> None:
-        """Read no further; what is not settled comes again."""
+        """Read no further. Unsettled messages come again."""
         self._leaving.set()
 
     def _read(self, stretch: Stretch, offer: Offer) -> None:
@@ -171,7 +173,7 @@ class Ahead:
             try:
                 data, following = self._admin.pull(self._group, stretch.queue, offset, stretch.expression)
                 settled = self._handed(stretch, data, last, offer)
-                # a crash before this line brings them again, and their claims say that they are done
+                # A crash before this line brings these messages again, and their claims say that they are done.
                 offset = max(offset, settled if settled is not None else min(max(following, offset + 1), last + 1))
                 self._admin.move(self._group, stretch.queue, offset)
             except Exception as error:
@@ -179,7 +181,7 @@ class Ahead:
                 self._leaving.wait(_AGAIN_S)
 
     def _handed(self, stretch: Stretch, data: bytes, last: int, offer: Offer) -> int | None:
-        """Hand these out one by one; return where to go on if not behind all of them."""
+        """Hand these out one by one. Return where to go on, or None if all of them are done."""
         for stored in stored_in(data):
             if stored.offset > last:
                 return last + 1

@@ -1,7 +1,8 @@
-"""What is wrong before a start, and what to type; and what to put right before joining. Called by the transport.
+"""Finds what is wrong before a start, and the command that repairs it; and repairs one thing before joining.
+Called by the transport.
 
-It asks the servers and never believes the client, which starts without any of this. It changes one thing only: the
-starting point of a group that has none.
+It asks the servers and never trusts the client, which starts without any of this. It changes only one thing: the
+starting offset of a group that has none.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,8 +19,8 @@ from exactly_once.wording.text import stopped
 __all__ = ["fix_starting_points", "locks_of", "problems"]
 
 ENDLESS: Final = 2147483647
-"""The retryMaxTimes that never runs out: past any other the broker throws the message away, for want of a field that this
-client does not send. We never use that retry, but another member of the group may."""
+"""A retryMaxTimes that is never reached: after any other the broker drops the message, because this client does not send
+a field that the broker needs. We never use that retry, but another member of the group may."""
 
 _log = steady("exactly_once.transports.rocketmq4")
 
@@ -27,7 +28,7 @@ _log = steady("exactly_once.transports.rocketmq4")
 def problems(
     admin: Admin, names: Names, name_servers: Sequence[str], group: str, subscriptions: Sequence[Subscription]
 ) -> Iterator[str]:
-    """Yield each thing that would keep the group from receiving, with the command that mends it."""
+    """Yield each problem that would keep the group from receiving, with the command that repairs it."""
     servers = ";".join(name_servers)
     brokers: dict[str, str] = {}
     for subscription in subscriptions:
@@ -40,7 +41,7 @@ def problems(
         if not queues:
             yield _no_route(admin, servers, topic)
         brokers.update({queue.broker: queue.address for queue in queues})
-    if not brokers:  # no topic is there: the group is looked for where it will be, so that both are made in one go
+    if not brokers:  # no topic exists: the group is looked for on the brokers, so that both can be created in one go
         with suppress(TransportError):
             brokers = {name: address for name, address in admin.brokers().items() if address is not None}
     wanted = names.outside(group)
@@ -57,10 +58,10 @@ def problems(
 
 
 def _no_route(admin: Admin, servers: str, topic: str) -> str:
-    """Say what it means that no name server knows where to read the topic.
+    """Say what it means that no name server has a route to read the topic.
 
-    A name server knows a topic only from the brokers that are up: it forgets those of one that restarts, and a new name
-    server hears from each within 30 s. So it is a missing topic when the brokers say so, and an outage until then.
+    A name server knows a topic only from brokers that are up. It forgets the topics of a broker that restarts, and a new name
+    server hears from each broker within 30 s. So the topic is missing only if the brokers say so; until then it is an outage.
     """
     try:
         brokers = admin.brokers()
@@ -107,12 +108,14 @@ def _group_problems(
 
 
 def fix_starting_points(admin: Admin, names: Names, group: str, subscriptions: Sequence[Subscription]) -> None:
-    """Give a new group its place in each queue where the broker says that it has none: behind the last message.
+    """Give a new group its offset in each queue for which the broker reports none: behind the last message.
 
-    The broker says so of a queue whose first message has left its memory or its disk; of a young one it says 0, and the
-    group begins at the first message. Left to itself the client starts at these places too, but notes them only with its
-    first stored offset, seconds later. A process killed before that comes back behind the *new* last message, and what it
-    had received is never seen again.
+    The broker reports none for a queue whose first message has left its memory or its disk. For a young queue it
+    reports 0, and the
+    group begins at the first message. The client itself starts at the same offsets, but records them only with its
+    first stored offset, seconds later. A process that is killed before that starts again behind the *new* last
+    message, and what it
+    had received is lost.
     """
     for subscription in subscriptions:
         try:
@@ -126,18 +129,18 @@ def fix_starting_points(admin: Admin, names: Names, group: str, subscriptions: S
 
 
 def locks_of(admin: Admin, names: Names, group: str, topics: Sequence[str], instance: str) -> Callable[[], None]:
-    """Return what releases the queue locks that a member of an ordered group leaves behind; call it once it has left.
+    """Return a function that releases the queue locks of a member of an ordered group; call it after the member has left.
 
-    The client forgets one queue of each broker when it leaves, and nobody else could read that one for a minute.
+    The client forgets the lock of one queue of each broker when it leaves, and nobody else could read that queue for a minute.
 
     Args:
-        instance: The member's instance name; its identity is an address, "@" and this.
+        instance: The member's instance name; its client id is an address, "@" and this.
     """
     by_address: dict[str, list[Queue]] = {}
     for topic in topics:
         for queue in admin.queues(names.outside(topic)):
             by_address.setdefault(queue.address, []).append(queue)
-    # the brokers know its identity only while it is a member
+    # The brokers know the client id only while it is a member.
     mine = [
         (address, member)
         for address in by_address

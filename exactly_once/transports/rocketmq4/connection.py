@@ -1,4 +1,4 @@
-"""What every native client of one transport is told: servers, keys, log files. Opens nothing; called by both clients."""
+"""The settings of every native client of one transport: servers, keys, log files. Opens nothing; called by both clients."""
 
 from exactly_once.transports.rocketmq4.library import LOG_ERROR, Library
 from exactly_once.transports.rocketmq4.messages import Names
@@ -7,7 +7,7 @@ __all__ = ["Connection"]
 
 
 class Connection:
-    """What every native client of one transport is told."""
+    """The settings of every native client of one transport."""
 
     def __init__(self, *, library: Library, name_servers: str, names: Names, keys: tuple[str, str] | None) -> None:
         self.library = library
@@ -23,7 +23,7 @@ class Connection:
         if self._keys:
             setter = f"Set{kind}SessionCredentials"
             check(setter, getattr(call, setter)(handle, self._keys[0].encode(), self._keys[1].encode(), b""))
-        # newer libraries listen to this; for older ones the library was told where home is
+        # Newer libraries use this path; for older ones HOME was set while the library was loaded.
         setter = f"Set{kind}LogPath"
         check(setter, getattr(call, setter)(handle, self.library.logs.encode()))
         setter = f"Set{kind}LogLevel"

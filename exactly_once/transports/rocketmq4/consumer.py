@@ -1,23 +1,23 @@
-"""The wall around librocketmq's push consumer: one for a whole group, whatever its topics.
+"""The wall around librocketmq's push consumer: one consumer for a whole group, whatever its topics.
 
 It never raises into librocketmq, never answers it by accident, and never uses its retry. Called by the rocketmq4
 transport. What is walled off, and why:
 
 * **RECONSUME_LATER is never answered while the client belongs to its group.** In concurrent mode it sends back the whole
-  list that was pulled together (up to 32 messages, the finished and the not yet called too), drops whichever message
-  cannot be sent, and past retryMaxTimes the broker loses them. A message that is to come again waits here instead.
-* **Leaving with unfinished messages.** The client joins its callback threads, and whatever they answer counts: success
+  list that was pulled together (up to 32 messages, also those that are finished or not yet called). It drops each message that
+  cannot be sent, and after retryMaxTimes the broker loses them. A message that is to come again waits here instead.
+* **Leaving with unfinished messages.** The client joins its callback threads, and their answers count: success
   would lose the message, and "later" is the retry above. But a client in broadcasting mode sends nothing back and, with
-  its offsets on the broker, stores no offset. So we switch the mode first, then answer, then it leaves: offsets stay
+  its offsets on the broker, stores no offset. So we first switch the mode, then answer, then the client leaves. Offsets stay
   where they were last stored (every 5 s), and from there the messages come again. Orderly mode has no such fault.
 * **One client for all topics.** Two clients of one group with different topics overwrite each other's subscription on the
-  broker, and half of each topic's queues is read by nobody. A client has one callback, so the topic is read from the
-  message. A group with one ordered topic is ordered in all.
-* **References are kept for ever.** A collected consumer is a segmentation fault, since native threads hold its address.
-* **Only outside a callback, and once, is the client shut down.** Inside one it aborts the process.
-* **A body that is packed, and not by zlib, ends the process** before any callback. `ahead` reads such messages in the client's
-  place, and the client joins when they are settled.
-* A pulled list is worked off by one thread, one message at a time: parallelism is at most the number of lists at hand.
+  broker, and nobody reads half of each topic's queues. A client has one callback, so the topic is read from the
+  message. A group with one ordered topic is ordered for all its topics.
+* **References are kept for ever.** A collected consumer is a segmentation fault, because native threads hold its address.
+* **The client is shut down once, and never inside a callback.** Inside a callback that aborts the process.
+* **A body that is packed, but not by zlib, ends the process** before any callback. `ahead` reads such messages instead of the
+  client, and the client joins when they are settled.
+* One thread works off a pulled list, one message at a time: parallelism is at most the number of lists in hand.
 """
 
 import atexit
@@ -54,8 +54,8 @@ CONSUME_SUCCESS: Final = 0
 RECONSUME_LATER: Final = 1
 BROADCASTING: Final = 0
 CLUSTERING: Final = 1
-# the client's timer may be storing offsets in the moment the mode is switched, with the old mode in its hands: it takes
-# about 0.1 ms a queue, and until it is done no answer may move an offset
+# While we switch the mode, the client's timer may be storing offsets in the old mode. That takes about 0.1 ms for each
+# queue, and until it is done no answer may move an offset.
 MODE_SETTLES_S: Final = 0.5
 LEAVE_WITHIN_S: Final = 20.0  # then the native client is left running, and the process ends without its exit code
 
@@ -65,14 +65,14 @@ _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
 
 class RocketMQ4Consumer:
-    """A `Consumer` over librocketmq: the client's threads wait in the hand-off until their messages are settled.
+    """A `Consumer` over librocketmq: the client's threads wait in the handoff until their messages are settled.
 
     Raises:
-        TransportError: librocketmq refused to start; nothing is left behind. From `receive`, where it starts only then.
+        TransportError: librocketmq refused to start; nothing is left behind. Raised by `receive` if it starts only then.
         ForkedProcess: No client can work in this process.
     """
 
-    invisible: timedelta | None = None  # the broker waits for as long as we are connected
+    invisible: timedelta | None = None  # the broker waits as long as we are connected
 
     def __init__(
         self,
@@ -97,8 +97,8 @@ class RocketMQ4Consumer:
         self._closing = Lock()
         self._closed = False
         self._read: Callable[[int], Message] = message_reader(library, connection.names, properties)
-        # a client's identity is its address and this name, and a second client of a group with the same identity is
-        # refused in one process and, from another container behind the same address, confused with the first
+        # A client's id is its address and this name. In one process a second client of a group with the same id is
+        # refused; behind the same address, from another container, it is confused with the first.
         self.instance = f"{os.getpid()}-{next(_numbers)}-{os.urandom(4).hex()}"
         self._callback = _Callback(self._on_message)
         self._handle: int = library.call.CreatePushConsumer(connection.names.outside(group).encode())
@@ -113,20 +113,21 @@ class RocketMQ4Consumer:
                 raise
         else:
             ahead.start(self._handoff.offer)
-        # leaving waits for every callback, and those wait for us: a thread of its own; started now, because at the
-        # interpreter's exit, which is when a forgotten consumer leaves, no thread can be started any more
+        # Leaving waits for every callback, and the callbacks wait for us, so it needs a thread of its own. It
+        # is started now because a
+        # forgotten consumer leaves at the interpreter's exit, when no thread can be started any more.
         self._go, self._left = Event(), Event()
         Thread(target=self._leave, name="rocketmq4-leave", daemon=True).start()
         atexit.register(self.close)
         fork.tell(self)
 
     def forked(self) -> None:
-        """In a process just forked: the member is the parent, and leaving is its business."""
+        """Runs in a forked child: the member is the parent, and only the parent leaves the group."""
         atexit.unregister(self.close)
         self._closing, self._closed = Lock(), True
 
     def _join_group(self) -> None:
-        """Let the client join, once nothing is in front of the group that it would die of."""
+        """Let the client join, once the group has no unread message that would crash it."""
         if self._ahead is not None and not self._ahead.done:
             return
         with self._closing:
@@ -154,13 +155,13 @@ class RocketMQ4Consumer:
             topic = connection.names.outside(subscription.topic)
             expression = " || ".join(sorted(subscription.tags)) or "*"
             check("Subscribe", call.Subscribe(handle, topic.encode(), expression.encode()))
-        # registered once: each registration replaces the one before
+        # Registered once: each registration replaces the one before.
         register = "RegisterMessageCallbackOrderly" if self._ordered else "RegisterMessageCallback"
         check(register, getattr(call, register)(handle, self._callback))
         check("StartPushConsumer", call.StartPushConsumer(handle))
 
     def _on_message(self, _consumer: int, handle: int) -> int:
-        """Called by native threads. ctypes answers 0, success, for whatever it cannot convert: so nothing may escape."""
+        """Called by native threads. ctypes answers 0, success, for anything that it cannot convert: so nothing may escape."""
         try:
             return CONSUME_SUCCESS if self._handoff.offer(self._read(handle)) else RECONSUME_LATER
         except BaseException as error:
@@ -169,11 +170,11 @@ class RocketMQ4Consumer:
                     "A message could not be read from librocketmq; it is held until this process ends\n%s",
                     trace_of(error),
                 )
-            # answered like any other when we leave, and then it comes again
+            # Answered like any other when we leave, and then it comes again.
             return CONSUME_SUCCESS if self._handoff.keep() else RECONSUME_LATER
 
     def receive(self, limit: int, wait: timedelta) -> Sequence[Delivery]:
-        """Hand out up to `limit` messages whose native threads wait for their verdict."""
+        """Hand out up to `limit` messages whose native threads wait for their settlement."""
         if self._join is not None:
             self._join_group()
         return self._handoff.receive(limit, wait)
@@ -190,7 +191,7 @@ class RocketMQ4Consumer:
         self._handoff.stop()
 
     def close(self) -> None:
-        """Leave the group. What is unsettled, and what was acknowledged in the last seconds before, comes again."""
+        """Leave the group. Unsettled messages come again, and so do those that were acknowledged in the last seconds."""
         with self._closing:
             if self._closed:
                 return
@@ -199,7 +200,7 @@ class RocketMQ4Consumer:
         self._handoff.stop()
         left = self._left
         if self._join is not None:
-            # no client has joined, and what reads in its place moves the group behind nothing that is not settled
+            # No client has joined; and `ahead` moves the group's offset behind no unsettled message.
             assert self._ahead is not None
             self._ahead.leave()
             self._handoff.release()

@@ -5,15 +5,16 @@ transport, and by user code that wants the client's own classes over an old libr
 
 What is walled off here:
 
-* `rocketmq-client-python` 2.0.0 binds four functions at import that librocketmq 1.0.1 lacks, and fails. That version is
-  the only one a package index has (inside the wheel `rocketmq` 0.4.4), so it is let in: see `_Complete`.
-* The wheels `rocketmq-client-python`, `rocketmq` and `rocketmq-python-client` (RocketMQ 5 over gRPC, another client
-  altogether) all install a package called `rocketmq`.
+* `rocketmq-client-python` 2.0.0 binds at import four functions that librocketmq 1.0.1 lacks, and fails. The
+  package index has only
+  that version of librocketmq (inside the wheel `rocketmq` 0.4.4), so `_Complete` makes it usable.
+* The wheels `rocketmq-client-python`, `rocketmq` and `rocketmq-python-client` (RocketMQ 5 over gRPC, a different
+  client) all install a package called `rocketmq`.
 * A body's length: see `exactly_once.clients.rocketmq4`.
-* Its log files go to `$HOME/logs/rocketmq-cpp`, where a home may not exist or not be writable, and librocketmq 1.0.1
-  ignores the path it is told: `_send_logs_to` sends them to a directory of ours.
-* A process that was forked off one that had loaded the library waits at its exit for threads that are not there: it ends
-  without that exit code. Where the library was also used before the fork, every use in the child is refused: `enter`.
+* It writes log files to `$HOME/logs/rocketmq-cpp`. A home directory may not exist or not be writable, and librocketmq 1.0.1
+  ignores the configured path: `_send_logs_to` sends them to a directory of ours.
+* A process that was forked from one that had loaded the library waits at its exit for threads that do not exist. So it ends
+  without that exit code. If the library was also used before the fork, every use in the child is refused: `enter`.
 * At interpreter exit librocketmq's static objects are torn down while its threads still use them: `leave_without_it`.
 """
 
@@ -47,11 +48,11 @@ _INSTALL: Final = (
     "pip install --no-deps --force-reinstall rocketmq-client-python==2.0.0; "
     f"or name the library's file in {LIBRARY_VARIABLE}."
 )
-LOG_ERROR: Final = 2  # `E_LOG_LEVEL_ERROR`; at the default level a busy client writes a line a message
+LOG_ERROR: Final = 2  # `E_LOG_LEVEL_ERROR`; at the default level a busy client writes a line for each message
 
 _handle, _text, _number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
 
-# read inside callbacks, or set on a message of our own: none of them waits for anything
+# Called inside callbacks, or on a message of our own: none of them waits for anything.
 _QUICK: Final[dict[str, tuple[list[Any], Any]]] = {
     "CreateMessage": ([_text], _handle),
     "DestroyMessage": ([_handle], _number),
@@ -72,7 +73,7 @@ _QUICK: Final[dict[str, tuple[list[Any], Any]]] = {
     "DestroyProducer": ([_handle], _number),
     "SetProducerLogLevel": ([_handle, _number], _number),
 }
-# these wait for the network or for other threads, which may be waiting for the interpreter's lock
+# These wait for the network or for other threads, which may be waiting for the interpreter's lock.
 _SLOW: Final[dict[str, tuple[list[Any], Any]]] = {
     "SetProducerNameServerAddress": ([_handle, _text], _number),
     "SetProducerSessionCredentials": ([_handle, _text, _text, _text], _number),
@@ -110,14 +111,14 @@ class CallFailed(Exception):
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Library:
-    """librocketmq, loaded and tried.
+    """librocketmq, loaded and tested.
 
     Args:
-        path: The file it was loaded from.
+        path: The file from which it was loaded.
         client: The module `rocketmq.client`, imported and usable.
         call: Every function we use, with its types, by name.
         body: Reads a received message's whole body.
-        logs: The directory its log files go to.
+        logs: The directory of its log files.
     """
 
     path: str
@@ -127,11 +128,11 @@ class Library:
     logs: str
 
     def forked(self) -> None:
-        """In a process just forked: see this module's first lines."""
+        """Runs in a forked child: see this module's first lines."""
         leave_without_it()
 
     def check(self, function: str, status: int) -> None:
-        """Raise `CallFailed` unless the status says that all went well."""
+        """Raise `CallFailed` unless the status means success."""
         if status != 0:
             said = self.call.GetLatestErrorMessage() or b""
             raise CallFailed(function, status, " ".join(said.decode("utf-8", "replace").split()))
@@ -149,21 +150,21 @@ class _Functions:
 
 
 class _Missing:
-    """Stands for a function the library lacks: "not supported", or NULL where a pointer was wanted."""
+    """Replaces a function that the library lacks: "not supported", or NULL if a pointer is wanted."""
 
     argtypes: Any = None
     restype: Any = None
 
     def __call__(self, *_: object) -> int | None:
-        # -1 would be taken for an address, and used
+        # -1 would be used as an address.
         return None if self.restype is ctypes.c_void_p else -1
 
 
 class _Complete:
-    """A library with every function a caller may ask for: what the real one lacks answers "not supported" (-1).
+    """A library with every function that a caller may ask for. A function that the real one lacks answers "not supported" (-1).
 
-    The client binds functions for transactions and for ordered producers at import, of which librocketmq 1.0.1 knows
-    nothing. We use none of them; a user who calls one gets the client's own error for status -1.
+    At import the client binds functions for transactions and for ordered producers, which librocketmq 1.0.1 does not
+    have. We use none of them; a user who calls one gets the client's own error for status -1.
     """
 
     def __init__(self, real: ctypes.CDLL) -> None:
@@ -180,7 +181,7 @@ class _Complete:
 
 
 def _send_logs_to(directory: Path, call: Any) -> None:
-    """Make the logger, which looks at HOME once in the life of a process, with HOME naming our directory."""
+    """Make the logger while HOME names our directory: it reads HOME once in the life of a process."""
     directory.mkdir(mode=0o700, exist_ok=True)
     home = os.environ.get("HOME")
     os.environ["HOME"] = str(directory)
@@ -203,12 +204,12 @@ def load() -> Library:
     """Load librocketmq and `rocketmq.client`, once.
 
     Returns:
-        The library, after its functions were found and a body with NUL bytes came back whole from it.
+        The library, after a check of its functions, and of a body with NUL bytes.
 
     Raises:
         MissingExtra: `rocketmq-client-python` is not installed.
-        ConfigurationError: The other client is installed in its place, or librocketmq is missing, of another machine, or
-            too old to be used.
+        ConfigurationError: The other client is installed instead, or librocketmq is missing, for
+            another architecture, or too old.
     """
     with _importing:
         client = _imported()
@@ -233,7 +234,7 @@ def _imported() -> ModuleType:
     try:
         if path and "rocketmq.ffi" not in sys.modules:
             complete: Any = _Complete(ctypes.CDLL(path))
-            # for the length of this import only, and for this library only: everybody else gets what they ask for
+            # During this import only, and for this library only: all others get what they ask for.
             ctypes.util.find_library = lambda name: path if name == "rocketmq" else found(name)
             loader: Any = ctypes.cdll
             loader.LoadLibrary = lambda name: complete if "librocketmq" in str(name) or name == path else loads(name)
@@ -281,10 +282,10 @@ _users: list[
 
 
 def enter() -> None:
-    """Start native clients in this process, from now on.
+    """Start native clients in this process from now on.
 
     Raises:
-        ForkedProcess: It was forked off one that did: the client's threads are not here, and a call may never return.
+        ForkedProcess: It was forked from a process that did. The client's threads do not exist here, and a call may never return.
     """
     if _users and _users[0] is not fork.here:
         raise ForkedProcess(
@@ -298,11 +299,11 @@ def enter() -> None:
 
 @lru_cache(maxsize=1)
 def leave_without_it() -> None:
-    """Make this process end without running librocketmq's exit code; its exit status stays what it is.
+    """Make this process end without running librocketmq's exit code. Its exit status does not change.
 
-    Wanted once a native client is left running: its threads would otherwise use objects that the exit is tearing
-    down, and a clean exit would end as a segmentation fault. glibc runs exit functions last first, so Python has
-    finished and flushed by then, and what is skipped was registered before this call. Without glibc nothing is done.
+    Needed once a native client is left running: its threads would otherwise use objects that the exit is tearing
+    down, and a clean exit would end as a segmentation fault. glibc runs exit functions last first. So Python has
+    finished and flushed by then, and only functions registered before this call are skipped. Without glibc this does nothing.
     """
     libc = ctypes.CDLL(None)
     on_exit = getattr(libc, "on_exit", None)

@@ -1,8 +1,9 @@
-"""Between librocketmq's messages and ours. Opens and sends nothing; called by the rocketmq4 consumer and producer.
+"""Converts between librocketmq's messages and ours. Opens and sends nothing; called by the rocketmq4 consumer and producer.
 
-librocketmq's C interface reads a property by name and cannot list them. So the names of a message's properties travel
-beside them, see `clients.rocketmq_properties`: a Java consumer finds the properties as usual. Of a foreign producer's messages
-only those asked for by name (`properties=` in the URL) are seen, and those that this package itself writes.
+librocketmq's C interface reads a property by name and cannot list properties. So the names of a message's properties travel
+in another property, see `clients.rocketmq_properties`: a Java consumer finds the properties as usual.
+Of another producer's messages
+we see only the properties that are named in `properties=` of the URL, and those that this package itself writes.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 MAX_BODY_BYTES: Final = 4 * 1024 * 1024  # the broker's default maxMessageSize
-MAX_PROPERTIES_BYTES: Final = 32767  # a signed 16-bit length on the wire
+MAX_PROPERTIES_BYTES: Final = 32767  # a signed 16-bit length in the protocol
 
 _S, _M, _H = timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1)
 DELAY_LEVELS: Final[tuple[timedelta, ...]] = (
@@ -37,30 +38,30 @@ DELAY_LEVELS: Final[tuple[timedelta, ...]] = (
     *(n * _M for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 20, 30)),
     *(n * _H for n in (1, 2)),
 )
-"""The broker's `messageDelayLevel` as it comes; level 1 is the first. No other delay exists in this protocol."""
+"""The default of the broker's `messageDelayLevel`; the first is level 1. This protocol has no other delays."""
 _UNITS: Final = {"s": _S, "m": _M, "h": _H, "d": 24 * _H}
 
-# they end a name, a value or a property on the wire, or a string in C
+# They end a name, a value or a property in the protocol, or a string in C.
 _SEPARATORS: Final = ("\0", "\1", "\2")
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """How topics and groups are called on the broker: a namespace is a prefix, put on and taken off by the client."""
+    """The names of topics and groups on the broker: the client adds and removes a prefix, the namespace."""
 
     namespace: str | None = None
 
     def outside(self, name: str) -> str:
-        """Return the broker's name of ours."""
+        """Return the broker's name for ours."""
         return f"{self.namespace}%{name}" if self.namespace else name
 
     def inside(self, name: str) -> str:
-        """Return our name of the broker's."""
+        """Return our name for the broker's."""
         return name.removeprefix(f"{self.namespace}%") if self.namespace else name
 
 
 def message_reader(library: Library, names: Names, properties: Sequence[str]) -> Callable[[int], Message]:
-    """Return what turns a C message, inside its callback, into ours.
+    """Return a function that converts a C message, inside its callback, to ours.
 
     Args:
         library: The loaded library.
@@ -85,7 +86,7 @@ def message_reader(library: Library, names: Names, properties: Sequence[str]) ->
         message = Message(
             topic_name(topic_of(handle)),
             body(handle),
-            tag=text_of(tags_of(handle)) or None,  # empty: the library does not tell it from none
+            tag=text_of(tags_of(handle)) or None,  # the library returns an empty tag for no tag
             key=keys_of(keys) or None,
             ordering_key=text_of(value(ORDERING_PROPERTY)) or None,
             properties=named_properties(value, always),
@@ -98,7 +99,7 @@ def message_reader(library: Library, names: Names, properties: Sequence[str]) ->
 
 
 def native_message(library: Library, names: Names, message: Message, level: int) -> int:
-    """Return a new C message that says what ours says; whoever gets it must destroy it.
+    """Return a new C message with the content of ours; the caller must destroy it.
 
     Raises:
         ValueError: Something in it cannot be carried by this broker.
@@ -125,17 +126,17 @@ def native_message(library: Library, names: Names, message: Message, level: int)
         if level:
             library.check("SetDelayTimeLevel", call.SetDelayTimeLevel(handle, level))
     except BaseException:
-        # without this librocketmq never frees it: 98 MB for a thousand messages of 100 kB
+        # Else librocketmq never frees it: 98 MB for a thousand messages of 100 kB.
         call.DestroyMessage(handle)
         raise
     return handle
 
 
 def levels(text: str) -> tuple[timedelta, ...]:
-    """Return a table of delay levels written like the broker's `messageDelayLevel`, also with commas.
+    """Return the delay levels of a text like the broker's `messageDelayLevel`; commas are allowed, too.
 
     Raises:
-        ConfigurationError: It is not a list of whole numbers followed by s, m, h or d.
+        ConfigurationError: It is not a list of whole numbers, each with s, m, h or d.
 
     Example:
         >>> levels("1s,2m")
@@ -150,7 +151,7 @@ def levels(text: str) -> tuple[timedelta, ...]:
 
 
 def delay_level(delay: timedelta | None, table: Sequence[timedelta] = DELAY_LEVELS) -> int:
-    """Return the smallest level that waits at least so long; 0 for no delay.
+    """Return the smallest level that waits at least that long; 0 for no delay.
 
     Raises:
         ValueError: It is longer than the longest level.
@@ -169,7 +170,7 @@ def delay_level(delay: timedelta | None, table: Sequence[timedelta] = DELAY_LEVE
 
 @lru_cache(maxsize=65536)
 def queue_of(ordering_key: str, queues: int) -> int:
-    """Return the queue of an ordering key: the one the Java client's `SelectMessageQueueByHash` picks for that string.
+    """Return the queue of an ordering key: the one that the Java client's `SelectMessageQueueByHash` chooses for that string.
 
     Example:
         >>> queue_of("order-1", 4)
@@ -180,7 +181,7 @@ def queue_of(ordering_key: str, queues: int) -> int:
     for high, low in zip(units[::2], units[1::2], strict=True):
         hashed = (31 * hashed + (high << 8 | low)) & 0xFFFFFFFF
     signed = hashed - (1 << 32) if hashed & 0x80000000 else hashed
-    # Java's remainder has the sign of the dividend, and that client then takes its absolute value
+    # Java's remainder has the sign of the dividend; that client then takes its absolute value.
     return abs(signed) % queues
 
 

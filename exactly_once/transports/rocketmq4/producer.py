@@ -2,16 +2,16 @@
 
 What is walled off, and why:
 
-* A send may fail at once with "No route info" though the topic exists: the client asks the name server anew a moment later.
-  Errors have one status for everything, and texts are not read, so whatever fails *quickly* is tried again for
+* A send may fail at once with "No route info" although the topic exists: the client asks the name server again a moment later.
+  Errors have one status for everything, and we do not read texts. So what fails *quickly* is tried again for
   `TRY_FOR_S`; a timeout takes longer than that and is reported. The client itself tries other brokers within one call.
-* Bodies go in by length (`SetByteMessageBody`): the client's own `set_body` ends at a NUL byte.
-* Each message is destroyed after its send: the client never does, and 1,000 messages of 100 kB leave 98 MB.
-* The ordering key chooses its queue by the Java client's hash. The selector gets an argument that is never NULL, because
-  librocketmq refuses NULL, and no exception leaves it.
-* A producer that was not shut down makes the process hang at its end, so an exit shuts down a forgotten one.
-* Only the status "stored" is a receipt: the others say that the broker has it in memory and did not flush or replicate
-  it in time. Sending again is safe, for consumers recognise the business key.
+* Bodies are set by length (`SetByteMessageBody`): the client's own `set_body` ends at a NUL byte.
+* Each message is destroyed after its send: the client never does that, and 1,000 messages of 100 kB leave 98 MB.
+* The Java client's hash of the ordering key chooses the queue. The selector gets an argument that is never NULL, because
+  librocketmq refuses NULL, and no exception leaves the selector.
+* A producer that was not shut down makes the process hang at its end, so an exit handler shuts down a forgotten producer.
+* Only the status "stored" is a receipt: the others say that the broker has the message in memory and did not flush or replicate
+  it in time. Sending again is safe, because consumers recognise the business key.
 """
 
 import atexit
@@ -47,7 +47,7 @@ TRY_FOR_S: Final = 1.0
 AGAIN_AFTER_S: Final = 0.05
 SEND_TIMEOUT_MS: Final = 3000
 STORED: Final = 0
-ROOM_FOR_PROPERTIES: Final = 64 * 1024  # the client's limit is on the body alone, and must not be the tighter one
+ROOM_FOR_PROPERTIES: Final = 64 * 1024  # the client's limit is on the body alone, and must not be the stricter one
 
 _numbers = count(1)
 _kept: Final[list[Any]] = []
@@ -55,7 +55,7 @@ _Selector = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes
 
 
 class _Result(ctypes.Structure):
-    """What librocketmq's `CSendResult` looks like."""
+    """The layout of librocketmq's `CSendResult`."""
 
     _fields_ = (("status", ctypes.c_int), ("message_id", ctypes.c_char * 256), ("offset", ctypes.c_longlong))
 
@@ -71,11 +71,11 @@ class _Choice:
         try:
             return queue_of(self._key, queues)
         except BaseException:
-            return 0  # the same for all messages of the key that fail here, so still in order
+            return 0  # the same for all messages of the key that fail here, so the order is kept
 
 
 class RocketMQ4Producer:
-    """A `BrokerProducer` over librocketmq; it connects at its first `send`."""
+    """A `BrokerProducer` over librocketmq. It connects at its first `send`."""
 
     def __init__(self, connection: Connection, delay_levels: Sequence[timedelta] = DELAY_LEVELS) -> None:
         self._connection = connection
@@ -88,14 +88,14 @@ class RocketMQ4Producer:
         fork.tell(self)
 
     def forked(self) -> None:
-        """In a process just forked: the client is the parent's, and shutting it down would be heard by the broker."""
+        """Runs in a forked child: the client is the parent's, and the broker would notice its shutdown."""
         self._lock, self._started = Lock(), None
         atexit.unregister(self.close)
 
     def send(self, messages: Sequence[Message], *, delay: timedelta | None = None) -> Sequence[Receipt | Exception]:
-        """Return a receipt for each message once the broker has stored it, else why not.
+        """Return a receipt for each message once the broker has stored it, else the reason.
 
-        A delay is one of the broker's levels (1 s to 2 h): the smallest that waits at least so long.
+        A delay is one of the broker's levels (1 s to 2 h): the smallest that waits at least that long.
         """
         answers: list[Receipt | Exception] = []
         failed_keys: set[tuple[str, str]] = set()
@@ -123,7 +123,7 @@ class RocketMQ4Producer:
 
     def _send(self, message: Message, delay: timedelta | None) -> Receipt | Exception:
         try:
-            enter()  # before any call: one may never return in a child
+            enter()  # before any call: in a child a call may never return
             native = native_message(
                 self._library, self._connection.names, message, delay_level(delay, self._delay_levels)
             )
@@ -175,12 +175,12 @@ class RocketMQ4Producer:
 
     def _start(self) -> int:
         call, check = self._library.call, self._library.check
-        # one name each: a second producer of one name is refused within a process
+        # A unique name: a second producer of the same name is refused within a process.
         name = f"exactly-once-{os.getpid()}-{next(_numbers)}-{os.urandom(4).hex()}"
         handle: int = call.CreateProducer(name.encode())
         _kept.append(handle)
         self._connection.tell("Producer", handle)
-        # the client's own limit is 128 KiB
+        # The client's own limit is 128 KiB.
         check("SetProducerMaxMessageSize", call.SetProducerMaxMessageSize(handle, MAX_BODY_BYTES + ROOM_FOR_PROPERTIES))
         check("SetProducerSendMsgTimeout", call.SetProducerSendMsgTimeout(handle, SEND_TIMEOUT_MS))
         check("StartProducer", call.StartProducer(handle))

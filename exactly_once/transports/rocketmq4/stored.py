@@ -1,7 +1,8 @@
-"""Messages as they stand in a broker's log, taken apart without librocketmq. Opens nothing; called by `ahead`.
+"""Parses messages in the format of a broker's log, without librocketmq. Opens nothing; called by `ahead`.
 
-The format is that of `MessageDecoder` in Apache RocketMQ, the same in 4.x and 5.x: numbers are big-endian; the second of the two
-magic numbers has two bytes for the length of the topic.
+The format is that of `MessageDecoder` in Apache RocketMQ, the same in 4.x and 5.x. Numbers are big-endian. With the
+second of the two
+magic numbers, the length of the topic has two bytes.
 """
 
 import struct
@@ -18,9 +19,9 @@ from exactly_once.transports import packed_messages
 __all__ = ["Stored", "opened", "stored_in"]
 
 _MAGIC_2: Final = 0xDAA320AB
-_PACKED: Final = 0x1  # in the flags: the body is compressed
-_BORN_V6, _STORED_V6 = 0x10, 0x20  # an address has 16 bytes
-_HEAD: Final = struct.Struct(">IIIIIQQI")  # size, magic, checksum, queue, flag, offset, place in the log, flags
+_PACKED: Final = 0x1  # a flag: the body is compressed
+_BORN_V6, _STORED_V6 = 0x10, 0x20  # flags: an address has 16 bytes
+_HEAD: Final = struct.Struct(">IIIIIQQI")  # size, magic, checksum, queue, flag, offset, position in the log, flags
 _V4, _V6 = 8, 20  # bytes of an address with its port
 
 
@@ -34,11 +35,11 @@ class Stored(NamedTuple):
     properties: Mapping[bytes, bytes]
     born_ms: int
     place: str
-    """Names it where its producer gave it no id."""
+    """Its name if its producer gave it no id."""
 
     @property
     def deadly(self) -> bool:
-        """librocketmq takes every packed body for one of zlib, and ends the process where it is none."""
+        """Whether it would crash librocketmq, which unpacks every packed body as zlib."""
         if not self.is_packed:
             return False
         try:
@@ -54,7 +55,7 @@ class Stored(NamedTuple):
 
 
 def stored_in(data: bytes) -> Iterator[Stored]:
-    """Yield the messages that a broker answered with."""
+    """Yield the messages of a broker's answer."""
     start = 0
     while start < len(data):
         size, magic, _, _, _, offset, physical, flags = _HEAD.unpack_from(data, start)
@@ -79,11 +80,11 @@ def stored_in(data: bytes) -> Iterator[Stored]:
 
 
 def opened(stored: Stored, inside: Callable[[str], str], also: tuple[str, ...]) -> tuple[Message, BadBody | None]:
-    """Return the message as librocketmq would have given it to us; or with its body as it came, and why.
+    """Return the message as librocketmq would have given it to us; or with its body as it came, and the reason.
 
     Args:
-        stored: As it stands in the log.
-        inside: From the broker's name of a topic to ours.
+        stored: As the log has it.
+        inside: Converts the broker's name of a topic to ours.
         also: Property names to read from messages of producers other than ours.
     """
 

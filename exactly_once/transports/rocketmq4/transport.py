@@ -4,28 +4,28 @@
                                   &threads=20&properties=name,name&delay_levels=1s,5s,..
                                   &state_dir=..&max_attempts=5
 
-| room | what it is for |
+| module | what it is for |
 |---|---|
 | `library` | finding and loading librocketmq, whatever its age |
-| `connection`, `messages` | what each client is told; messages in and out |
-| `consumer` | receiving, and leaving without losing what is unfinished |
+| `connection`, `messages` | the settings of each client; conversion of messages |
+| `consumer` | receiving, and leaving without losing unfinished messages |
 | `producer` | sending once |
-| `ahead`, `stored` | what the client would die of, read in its place; messages as they stand in the broker's log |
-| `checks` | what is wrong before a start, and the command that mends it: the servers themselves are asked |
+| `ahead`, `stored` | reading messages that would crash the client; parsing the broker's log format |
+| `checks` | what is wrong before a start, and the command that repairs it: the servers themselves are asked |
 
 Making a transport opens nothing and does not load librocketmq.
 
 How it differs from other transports:
 
 * **`Redeliver` keeps the message here**, in the client's thread that brought it, and hands it out again when it is due.
-  The client's own retry loses messages, so it is never used (see `consumer`). At most `threads` messages are held this
-  way; what is unsettled when the process ends comes again from the broker. Failures belong in the failure store.
-* **`Message.attempt` counts processes that died with the message in hand** (plus one), not deliveries: nothing else is
-  counted by anybody, and a message that kills its process would come again for ever. See `inflight`.
+  The client's own retry loses messages, so it is never used (see `consumer`). At most `threads` messages wait like
+  this; what is unsettled when the process ends comes again from the broker. Failures belong in the failure store.
+* **`Message.attempt` counts processes that died with the message in hand** (plus one), not deliveries. Nothing else is
+  counted anywhere, and a message that kills its process would come again for ever. See `inflight`.
 * **Delays are levels**: 1 s, 5 s, 10 s, 30 s, 1 to 10 min, 20 min, 30 min, 1 h, 2 h, unless
-  `delay_levels=` repeats the broker's own `messageDelayLevel`; a delay is rounded up to one.
-* **Properties** of producers other than ours are seen if named in `properties=`.
-* An ordered group handles one message of a queue at a time, so as many at once as its topics have queues.
+  `delay_levels=` repeats the broker's own `messageDelayLevel`. A delay is rounded up to a level.
+* **Properties** of producers other than ours are visible only if named in `properties=`.
+* An ordered group handles one message of a queue at a time, so at most as many at once as its topics have queues.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,32 +46,32 @@ __all__ = ["RocketMQ4Transport", "threads_for"]
 
 DEFAULT_PORT: Final = 9876
 DEFAULT_THREADS: Final = 20
-MOST_THREADS: Final = 512  # unless the URL says more: what waits in a thread costs memory, and time at each wake-up
+MOST_THREADS: Final = 512  # unless the URL says more: a thread that waits costs memory, and time at each wake-up
 DEFAULT_MAX_ATTEMPTS: Final = 5  # a message that was in hand at four deaths is not run a fifth time
 
 
 def threads_for(subscriptions: Sequence[Subscription]) -> int:
-    """Return how many callback threads a client gets whose URL does not say: each holds one message while it is in hand.
+    """Return how many callback threads a client gets if its URL does not say: each holds one message while it is in hand.
 
     Example:
-        >>> threads_for([Subscription("orders", largest_group=100)])
+        >>> threads_for([Subscription("orders", largest_batch=100)])
         200
     """
-    # one group runs, the next one forms
+    # One batch runs while the next one forms.
     in_groups = sum(2 * each.largest_batch for each in subscriptions if each.largest_batch > 1)
     return min(MOST_THREADS, max(DEFAULT_THREADS, in_groups))
 
 
 class RocketMQ4Transport:
-    """What a `rocketmq4://` URL names.
+    """The transport of a `rocketmq4://` URL.
 
     Args:
-        url: Taken apart; its secrets are never printed.
+        url: Parsed; its secrets are never printed.
     """
 
     def __init__(self, url: ParsedURL) -> None:
         self._url = url
-        self._threads = url.whole("threads", 0)  # 0: as the groups of the handlers need
+        self._threads = url.whole("threads", 0)  # 0: as the batches of the handlers need
         self._names = Names(url.options.get("namespace"))
         self._properties = tuple(filter(None, url.options.get("properties", "").split(",")))
         access, secret = url.options.get("access_key"), url.options.get("secret_key")
@@ -94,7 +94,7 @@ class RocketMQ4Transport:
 
     @classmethod
     def from_url(cls, url: str, surroundings: Surroundings) -> "RocketMQ4Transport":
-        """Return the transport a URL names; nothing is opened.
+        """Return the transport that a URL names. Opens nothing.
 
         Args:
             url: As in this module's first lines; the hosts are name servers.
@@ -115,11 +115,11 @@ class RocketMQ4Transport:
 
     @property
     def features(self) -> Features:
-        """What RocketMQ can be trusted with through this client, known before connecting."""
+        """What RocketMQ can do through this client, known before connecting."""
         return self._features
 
     def check(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
-        """Ask the servers whether they, the topics and the group are as needed; see `transport.Transport`.
+        """Ask the servers whether they, the topics and the group are as needed; see `contract.Transport`.
 
         Raises:
             ConfigurationError: librocketmq is missing, or cannot be used.
@@ -130,7 +130,7 @@ class RocketMQ4Transport:
         return list(problems(self._admin, self._names, self._url.endpoints, group, subscriptions))
 
     def concerns(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
-        """Ask whether other members of the group subscribe otherwise, and look whether its journals stay."""
+        """Ask whether other members of the group have another subscription, and whether the journals survive a restart."""
         wanted = [replace(each, topic=self._names.outside(each.topic)) for each in subscriptions]
         return (
             *subscribed_otherwise(self._admin, self._names.outside(group), wanted),
@@ -138,7 +138,7 @@ class RocketMQ4Transport:
         )
 
     def subscribe(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[Consumer]:
-        """Join the group with one consumer for all topics: clients of one group must subscribe alike.
+        """Join the group with one consumer for all topics: the clients of a group must subscribe alike.
 
         Raises:
             ConfigurationError: librocketmq is missing or cannot be used, or the state directory cannot.

@@ -1,7 +1,7 @@
-"""The sentences about topics and groups, each with the command to type. Asks nothing: the caller knows what is wrong.
+"""Sentences about topics and groups, each with the command to type. Asks nothing: the caller knows what is wrong.
 
-The commands are those of RocketMQ's own `mqadmin`; NAMESERVER and CLUSTER are left to the reader, for a proxy does not
-tell them.
+The commands are those of RocketMQ's own `mqadmin`. The reader fills in NAMESERVER and CLUSTER, which a
+proxy does not report.
 """
 
 from typing import Any, Final
@@ -35,18 +35,18 @@ _WHERE: Final = "-n NAMESERVER:9876 -c CLUSTER"
 
 
 def about_topic(proxies: Endpoints, topic: str, kind: str = "NORMAL") -> str:
-    """Return the command that makes a topic, or changes its message type."""
+    """Return the command that creates a topic, or changes its message type."""
     return f"mqadmin updateTopic {_WHERE} -t {proxies.named(topic)} -a +message.type={kind}"
 
 
 def about_group(proxies: Endpoints, group: str, *, ordered: bool = False, retries: int | None = None) -> str:
-    """Return the command that makes a group, or changes it."""
+    """Return the command that creates a group, or changes it."""
     more = (" -o true" if ordered else "") + (f" -r {retries}" if retries is not None else "")
     return f"mqadmin updateSubGroup {_WHERE} -g {proxies.named(group)}{more}"
 
 
 def about_send(proxies: Endpoints, topic: str, status: Any) -> Exception:
-    """Return what a refused send means: a ValueError where another try cannot help."""
+    """Return the error for a refused send: a ValueError if another try cannot help."""
     told = describe(status)
     if status.code == Code.TOPIC_NOT_FOUND:
         return TransportError(f"Topic {topic} does not exist at {proxies}. Type: {about_topic(proxies, topic)}")

@@ -1,7 +1,7 @@
-"""What the broker answered to acknowledgements and to requests for more time. Never raises, never tries again.
+"""The broker's answers to acknowledgements and to requests for more time. Never raises, never tries again.
 
-Called by the consumer. Whatever fails here, the broker's own timer is the net: the message comes again by itself, so a
-line in the log is all that is owed.
+Called by the consumer. If anything fails here, the broker's timer redelivers the message, so a line in
+the log is enough.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ __all__ = ["FINE", "begun", "refused_acknowledgements", "refused_renewals", "tel
 log = steady("exactly_once.transports.rocketmq5")
 
 FINE: Final = frozenset({Code.OK, Code.MULTIPLE_RESULTS, Code.MESSAGE_NOT_FOUND})
-PATIENCE_S: Final = 8.0  # calls carry their own deadline of 5 s; this bounds a loop that is stuck
+PATIENCE_S: Final = 8.0  # seconds; calls carry their own deadline of 5 s, this bounds a loop that is stuck
 
 Answer = Future[Any]
 Refused = dict[str, list[str]]
@@ -27,7 +27,7 @@ Refused = dict[str, list[str]]
 
 
 def begun(call: Callable[..., Answer], *arguments: object) -> Answer:
-    """Begin a call; one that cannot even begin, because its session is being closed, has failed like any other."""
+    """Begin a call. A call that cannot begin, because its session is being closed, counts as failed like any other."""
     try:
         return call(*arguments)
     except Exception as error:
@@ -47,7 +47,7 @@ def refused_acknowledgements(asked: Sequence[tuple[Sequence[Grip], Answer]]) -> 
             continue
         if result.status.code == Code.OK:
             continue
-        # the status of the whole may say no more than that results differ: each entry has its own
+        # The status of the whole may only say that results differ: each entry has its own status.
         for entry in result.entries:
             if entry.status.code not in FINE:
                 refused.setdefault(describe(entry.status), []).append(entry.message_id)
@@ -57,7 +57,7 @@ def refused_acknowledgements(asked: Sequence[tuple[Sequence[Grip], Answer]]) -> 
 
 
 def refused_renewals(asked: Sequence[tuple[Grip, Answer]]) -> Refused:
-    """Wait for each request, renew the handles of those that were granted, and return the others."""
+    """Wait for each request, replace the handles of those that were granted, and return the others."""
     refused: Refused = {}
     for grip, answer in asked:
         try:
@@ -66,8 +66,9 @@ def refused_renewals(asked: Sequence[tuple[Grip, Answer]]) -> Refused:
             refused.setdefault(describe(error), []).append(grip.message_id)
             continue
         if result.status.code == Code.OK:
-            # only a good answer carries a handle; the client's own call puts the empty one of a bad answer here, and
-            # nothing can be done with the message afterwards
+            # Only a successful answer carries a handle. The client's own call would store the empty handle of a failed answer,
+            # and
+            # nothing could be done with the message afterwards.
             grip.handle = result.receipt_handle or grip.handle
             grip.received_at = monotonic()
         else:
@@ -76,7 +77,7 @@ def refused_renewals(asked: Sequence[tuple[Grip, Answer]]) -> Refused:
 
 
 def tell(topic: str, refused: Refused, what: str) -> None:
-    """Log what was refused, one line per reason."""
+    """Log what was refused, one line for each reason."""
     for reason, ids in refused.items():
         some = ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
         log.warning(

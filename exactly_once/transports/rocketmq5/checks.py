@@ -1,6 +1,6 @@
 """Asks a RocketMQ 5 server whether it is as a group needs it. Changes nothing, receives nothing, and leaves again.
 
-A client that starts is no proof: it starts without a server, without the topic and without the group. Proof is a TCP
+A client that starts proves nothing: it starts without a server, without the topic and without the group. Proof is a TCP
 connection, a route for each topic, and the settings that the proxy sends to a group it knows.
 """
 
@@ -19,17 +19,17 @@ from exactly_once.transports.rocketmq5.session import Session, describe
 __all__ = ["problems"]
 
 DEFAULT_RETRIES: Final = 16
-"""The retryMaxTimes of a group that is made without one; it gives one delivery more."""
+"""The retryMaxTimes of a group that is created without one. It allows one delivery more than that."""
 
 
 class _Absent(str):
-    """A topic that is not there."""
+    """A topic that does not exist."""
 
     __slots__ = ()
 
 
 def problems(proxies: Endpoints, group: str, subscriptions: Sequence[Subscription], *, max_attempts: int) -> list[str]:
-    """Return a sentence for each thing that is wrong, with what to type; see `transport.Transport.check`."""
+    """Return a sentence for each problem, with the command to type; see `contract.Transport.check`."""
     reason = reachable(proxies)
     if reason is not None:
         return [Away(f"RocketMQ's proxy at {proxies} does not answer ({reason}). Start it, or correct the URL.")]
@@ -49,16 +49,16 @@ def _ask(
         return [not_grpc(proxies) or f"RocketMQ at {proxies} cannot be used: {describe(error)}."]
     found = list(dict.fromkeys(problem for s in subscriptions if (problem := _topic_problem(session, proxies, s))))
     for subscription in subscriptions:
-        # the client's own question at its start may have come a moment before the topic was known
+        # The client's own request at its start may have come a moment before the topic was known.
         with suppress(Exception):
             session.queues(subscription.topic)
     if not session.routed:
         if not all(isinstance(problem, _Absent) for problem in found):
-            return found  # who is not let in, or gets no answer, learns nothing of the group either
+            return found  # without access, or without an answer, we learn nothing of the group either
         try:
             session.introduce()
         except TransportError:
-            return found  # what is known; of the group nothing is
+            return found  # nothing is known of the group
     if not session.joined():
         retries = max_attempts if max_attempts > DEFAULT_RETRIES else None
         found.append(

@@ -1,16 +1,16 @@
-"""Receives one topic for one group over RocketMQ 5's pop protocol, settles, and outlives its proxy.
+"""Receives one topic for one group over RocketMQ 5's pop protocol, settles, and survives a restart of its proxy.
 
-It knows no handler and decides nothing. The worker calls it: `receive` from one thread, the other verbs from others.
+It knows no handler and decides nothing. The worker calls it: `receive` from one thread, the other methods from others.
 
-A poll outlives the `receive` that began it: proxies with default settings keep a poll for 5 s at least, and a worker
-wants to look around sooner, so a quiet `receive` returns and the next one finds the same poll. What a poll brings while
-nobody receives waits here, is kept invisible, and is dropped when that fails: the broker brings it again.
+A poll lasts longer than the `receive` that began it. Proxies with default settings keep a poll for at least 5 s, and a worker
+needs control sooner. So a `receive` without messages returns, and the next one waits for the same poll. What a poll brings while
+nobody receives waits here and is kept invisible. If that fails, it is dropped: the broker brings it again.
 
-Order. In a FIFO group the broker gives nothing more of a *queue* until all it gave is settled, and after a failure
-starts again at the first unsettled message, with all that came behind it, the acknowledged too. So of an ordered topic
-each poll asks for one message, and several polls run at a time, which the broker serves from different queues. A
-follower thereby cannot be here while its predecessor is unsettled or due later, and is not counted as delivered when
-its predecessor failed. Its price: a failed message holds back its queue, not only its own key.
+Order. In a FIFO group the broker gives no more messages of a *queue* until all that it gave are settled. After a failure it
+starts again at the first unsettled message, with all later ones, also the acknowledged ones. So for an ordered topic
+each poll asks for one message, and several polls run at a time, which the broker serves from different queues. Thus a
+message cannot be here while its predecessor is unsettled or due later, and is not counted as delivered when
+its predecessor failed. The price: a failed message holds back its queue, not only its own key.
 """
 
 from collections import deque
@@ -46,26 +46,26 @@ __all__ = ["RocketMQ5Consumer"]
 
 log = steady("exactly_once.transports.rocketmq5")
 
-MOST_POLLS: Final = 4  # a broker, without order: as many as the one event loop of the client can decode
+MOST_POLLS: Final = 4  # for each broker, without order: as many as the client's one event loop can decode
 MOST_ORDERED_POLLS: Final = 16
 MOST_ENTRIES: Final = 128  # acknowledgements in one request
 LONGEST_HIDING_S: Final = 12 * 3600  # the proxy refuses more
 _WAKE: Final = Poll(0, None, None)
 
 Held = tuple[Any, Grip]
-"""A message as it came off the wire, and what holds it."""
+"""A received message in the protocol's form, and its grip."""
 
 
 class RocketMQ5Consumer:
-    """One receiving end, of one topic.
+    """The consumer of one topic.
 
     Args:
-        proxies: Where the proxies are.
+        proxies: The addresses of the proxies.
         group: The consumer group.
-        subscriptions: All of the group's.
+        subscriptions: All subscriptions of the group.
         mine: The one received here.
         features: What the transport can do.
-        invisible: How long a delivery stays away unless extended; whole seconds.
+        invisible: How long a delivery stays invisible unless extended; whole seconds.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class RocketMQ5Consumer:
         self._proxies, self._group, self._mine = proxies, group, mine
         self._features, self._invisible = features, invisible
         self._member = Membership(proxies, group, tuple(subscriptions), mine.topic)
-        self._lock = Lock()  # guards the three below, and is never held during a call
+        self._lock = Lock()  # guards the next three, and is never held during a call
         self._polls: set[Poll] = set()
         self._ready: deque[Held] = deque()  # received, not handed out
         self._stopped = False
-        self._ended: SimpleQueue[Poll] = SimpleQueue()  # polls, as they end
+        self._ended: SimpleQueue[Poll] = SimpleQueue()  # polls that have ended
 
     @property
     def features(self) -> Features:
@@ -94,11 +94,11 @@ class RocketMQ5Consumer:
 
     @property
     def invisible(self) -> timedelta | None:
-        """How long a delivery stays away unless extended."""
+        """How long a delivery stays invisible unless extended."""
         return self._invisible
 
     def receive(self, limit: int, wait: timedelta) -> Sequence[Delivery]:
-        """Hand out up to `limit` deliveries, waiting at most `wait` for the first; see `transport.Consumer`."""
+        """Hand out up to `limit` deliveries, waiting at most `wait` for the first; see `contract.Consumer`."""
         deadline = monotonic() + wait.total_seconds()
         if limit < 1:
             self._keep()
@@ -115,7 +115,7 @@ class RocketMQ5Consumer:
         return ()
 
     def settle(self, verdicts: Sequence[tuple[Delivery, Settlement]]) -> None:
-        """Carry out each verdict; acknowledgements share requests. See `transport.Consumer`."""
+        """Carry out each settlement; acknowledgements share requests. See `contract.Consumer`."""
         session, topic = self._member.session, self._mine.topic
         if session is None:
             if verdicts:
@@ -131,18 +131,18 @@ class RocketMQ5Consumer:
             else:
                 later.append((grip, _whole_seconds(verdict.delay)))
         parts = [all_[i : i + MOST_ENTRIES] for all_ in acks.values() for i in range(0, len(all_), MOST_ENTRIES)]
-        # all are begun before any is waited for: one trip to the broker, not one for each
+        # All are begun before any is awaited: one round trip to the broker, not one for each.
         acknowledged = [(part, begun(session.acknowledge, topic, part)) for part in parts]
         given_back = [(grip, begun(session.hide, topic, grip, seconds)) for grip, seconds in later]
         tell(topic, refused_acknowledgements(acknowledged), "acknowledged")
         tell(topic, refused_renewals(given_back), "given back")
 
     def extend(self, deliveries: Sequence[Delivery]) -> None:
-        """Keep these invisible for another `invisible`; see `transport.Consumer`."""
+        """Keep these invisible for another `invisible`; see `contract.Consumer`."""
         self._hide([delivery.receipt for delivery in deliveries], _whole_seconds(self._invisible), "kept invisible")
 
     def stop(self) -> None:
-        """Hand out nothing more, and give back what was fetched; see `transport.Consumer`."""
+        """Hand out nothing more, and give back what was fetched; see `contract.Consumer`."""
         with self._lock:
             if self._stopped:
                 return
@@ -159,12 +159,12 @@ class RocketMQ5Consumer:
         self._give_back()
 
     def close(self) -> None:
-        """Leave the group; see `transport.Consumer`."""
+        """Leave the group; see `contract.Consumer`."""
         self.stop()
         self._member.close()
 
     def _begin(self, session: Session, limit: int) -> None:
-        """Have enough polls under way for `limit` messages, and never more than that."""
+        """Keep enough polls running for `limit` messages, and never more than that."""
         if self._member.resting:
             return
         try:
@@ -176,7 +176,8 @@ class RocketMQ5Consumer:
         if ordered:
             targets, most = queues[:MOST_ORDERED_POLLS], 1
         else:
-            # a broker answers from all of its queues; one poll for each broker, or an idle one keeps a busy one waiting
+            # A broker answers from all of its queues. One poll for each broker: else an idle broker would keep
+            # a busy one waiting.
             targets = [*{queue.message_queue0().broker.name: queue for queue in queues}.values()] * MOST_POLLS
             most = MOST_PER_POLL
         with self._lock:
@@ -195,7 +196,7 @@ class RocketMQ5Consumer:
         self._ended.put(poll)  # called in the client's loop thread
 
     def _gather(self, deadline: float) -> None:
-        """Wait for a first poll to end, unless something is here already; then take in all that have."""
+        """Wait for a first poll to end, unless a message is already here; then process all polls that have ended."""
         while not self._stopped:
             left = 0.0 if self._ready else deadline - monotonic()
             try:
@@ -219,7 +220,7 @@ class RocketMQ5Consumer:
         elif poll.status.code in FINE:
             self._member.well()
         elif poll.status.code == Code.TOO_MANY_REQUESTS:
-            self._member.rest(describe(poll.status))  # the session is sound
+            self._member.rest(describe(poll.status))  # the session itself is fine
         else:
             self._lose(poll.owner, describe(poll.status))
 
@@ -228,10 +229,10 @@ class RocketMQ5Consumer:
             with self._lock:
                 polls, self._polls = self._polls, set()
             for poll in polls:
-                session.abandon(poll)  # ends it; what it had received already can still be handed out
+                session.abandon(poll)  # ends it; what it has already received can still be handed out
 
     def _keep_from(self, poll: Poll) -> None:
-        """Move what the poll brought to what waits to be handed out."""
+        """Move the poll's messages to those that wait to be handed out."""
         now = monotonic()
         with self._lock:
             raws, poll.messages = poll.messages, []
@@ -241,7 +242,7 @@ class RocketMQ5Consumer:
                 self._ready.append((raw, Grip(place.message_id, place.receipt_handle, poll.endpoints, now)))
 
     def _take(self, limit: int) -> list[Delivery]:
-        """Make deliveries of what is here."""
+        """Make deliveries of the messages here."""
         with self._lock:
             if self._stopped:
                 return []
@@ -251,7 +252,7 @@ class RocketMQ5Consumer:
         return [reading.delivery(raw, self._mine.topic, grip) for raw, grip in found]
 
     def _keep(self) -> None:
-        """Take in what ended, and keep it invisible, for the worker is full."""
+        """Process polls that ended, and keep their messages invisible, because the worker is full."""
         with suppress(Empty):
             while not self._stopped:
                 poll = self._ended.get_nowait()
@@ -268,7 +269,7 @@ class RocketMQ5Consumer:
         return one[1].received_at + self._invisible.total_seconds() / 3 < monotonic()
 
     def _still_ours(self, held: Sequence[Held]) -> list[Held]:
-        """Renew these; those that cannot be are left to come again, for another consumer may have them by now."""
+        """Extend these. Drop those that cannot be extended: another consumer may already have them, or will get them."""
         self._hide([grip for _, grip in held], _whole_seconds(self._invisible), "kept invisible")
         return [one for one in held if not self._aged(one)]
 
@@ -287,5 +288,5 @@ class RocketMQ5Consumer:
 
 
 def _whole_seconds(delay: timedelta) -> int:
-    # the proxy takes whole seconds; never earlier than asked
+    # The proxy takes whole seconds; never less than asked.
     return min(max(1, ceil(delay.total_seconds())), LONGEST_HIDING_S)

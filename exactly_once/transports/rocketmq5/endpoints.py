@@ -1,4 +1,4 @@
-"""Where the proxies are, and whether one of them can be reached. Imports nothing of the client."""
+"""The addresses of the proxies, and whether one of them can be reached. Imports nothing of the client."""
 
 import socket
 from contextlib import suppress
@@ -9,7 +9,7 @@ __all__ = ["Endpoints", "not_grpc", "reachable"]
 
 CONNECT_TIMEOUT_S: Final = 1.0
 ANSWER_TIMEOUT_S: Final = 2.0
-# how every connection of HTTP/2 begins, on which gRPC stands (RFC 9113, 3.4); the server answers with settings of its own
+# The first bytes of every HTTP/2 connection, on which gRPC is built (RFC 9113, 3.4); the server answers with its settings.
 _PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0"
 _SETTINGS: Final = 4
 _FRAME_HEAD_BYTES: Final = 9
@@ -17,7 +17,7 @@ _FRAME_HEAD_BYTES: Final = 9
 
 @dataclass(frozen=True, slots=True)
 class Endpoints:
-    """Where the proxies are, as `host:port`, and as whom we come. Printed without the secret."""
+    """The addresses of the proxies, as `host:port`, and our credentials. Printed without the secret."""
 
     addresses: tuple[str, ...]
     namespace: str = ""
@@ -28,14 +28,14 @@ class Endpoints:
         return ",".join(self.addresses)
 
     def named(self, resource: str) -> str:
-        """Return the name of this topic or group on the wire and in the broker's own tools."""
+        """Return the name of this topic or group in the protocol and in the broker's own tools."""
         return f"{self.namespace}%{resource}" if self.namespace else resource
 
 
 def reachable(proxies: Endpoints) -> str | None:
-    """Try to connect to one of the endpoints; None when one accepts, else why the last did not.
+    """Try to connect to one of the endpoints. None if one accepts, else why the last did not.
 
-    A fresh TCP connection asks the network now. The client's channel would not: after failures it waits up to two
+    A new TCP connection tests the network now. The client's channel would not: after failures it waits up to two
     minutes before it tries again, and it "starts" with no server at all.
     """
     reason = "no endpoint was given"
@@ -50,18 +50,18 @@ def reachable(proxies: Endpoints) -> str | None:
 
 
 def not_grpc(proxies: Endpoints) -> str | None:
-    """Say that one of the endpoints accepts and does not speak gRPC, and whose port it may be; None where each speaks it.
+    """Say that one of the endpoints accepts but does not speak gRPC, and whose port it may be. None if each speaks it.
 
-    Asked once a call has failed: of a proxy that is well it would be one more connection for nothing.
+    Asked only after a call has failed: for a healthy proxy it would be a needless connection.
     """
     for endpoint in proxies.addresses:
         host, _, port = endpoint.rpartition(":")
         try:
             connection = socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S)
         except OSError:
-            continue  # nobody is there, which is told elsewhere
+            continue  # nobody listens, which is reported elsewhere
         said = b""
-        with connection, suppress(OSError):  # a time that is up, or a reset
+        with connection, suppress(OSError):  # a timeout, or a reset
             connection.settimeout(ANSWER_TIMEOUT_S)
             connection.sendall(_PREFACE)
             while len(said) < _FRAME_HEAD_BYTES and (more := connection.recv(_FRAME_HEAD_BYTES)):

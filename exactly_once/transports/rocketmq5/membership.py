@@ -1,10 +1,10 @@
-"""Keeps a consumer in its group over restarts of the proxy. Never raises: a broker that is away is no error.
+"""Keeps a consumer in its group over restarts of the proxy. Never raises: an unavailable broker is not an error.
 
-Called by the consumer: `rejoin` by its receiving thread, `lose` by whoever saw a call fail, `stop` and `close` by any.
+Called by the consumer: `rejoin` by its receiving thread, `lose` by the thread whose call failed, `stop` and `close` by any.
 
 When its proxy restarts, a SimpleConsumer never recovers: its telemetry stream, by which the proxy knows the group,
-stays dead and every receive fails with 50001. So the first failure throws the session away, and a new one is opened as
-soon as a fresh connection is accepted.
+stays dead and every receive fails with 50001. So the first failure discards the session, and a new session is opened as
+soon as a proxy accepts a new connection.
 """
 
 from collections.abc import Sequence
@@ -23,17 +23,17 @@ __all__ = ["Membership"]
 log = steady("exactly_once.transports.rocketmq5")
 
 FIRST_PAUSE_S: Final = 0.25
-LONGEST_PAUSE_S: Final = 1.0  # between two tries to reach a proxy that is away
+LONGEST_PAUSE_S: Final = 1.0  # between two tries to reach an unavailable proxy
 
 
 class Membership:
-    """A session while there is one, and the tries to have one again.
+    """The present session, if there is one, and the tries to open another.
 
     Args:
-        proxies: Where the proxies are.
+        proxies: The addresses of the proxies.
         group: The consumer group.
-        subscriptions: All of the group's.
-        topic: The one that must have a route.
+        subscriptions: All subscriptions of the group.
+        topic: The topic that must have a route.
     """
 
     def __init__(self, proxies: Endpoints, group: str, subscriptions: Sequence[Subscription], topic: str) -> None:
@@ -44,17 +44,17 @@ class Membership:
         self._closed = False
         self._pause_s, self._not_before, self._complained = 0.0, 0.0, ""
         fork.tell(self)
-        self._try()  # join now if the proxy is there; if not, `rejoin` goes on trying
+        self._try()  # join now if the proxy is available; if not, `rejoin` goes on trying
 
     def forked(self) -> None:
-        """In a process just forked: the member is the parent, and leaving is its business."""
+        """Runs in a forked child: the member is the parent, and only the parent leaves the group."""
         fork.pin(self._session)
         self._lock, self._session, self._stopping, self._closed = Lock(), None, Event(), True
         self._stopping.set()
 
     @property
     def session(self) -> Session | None:
-        """The session, None while the proxy is away."""
+        """The session; None while the proxy is away."""
         return self._session
 
     @property
@@ -66,7 +66,7 @@ class Membership:
         """Try to join until it works, the deadline passes or we are stopped."""
         while not self._stopping.is_set():
             now = monotonic()
-            # the pause is kept over calls: a caller with short waits must not hammer a proxy that is starting
+            # The pause is kept over calls: a caller with short waits must not flood a starting proxy.
             if now < self._not_before:
                 self._stopping.wait(max(0.0, min(self._not_before, deadline) - now))
                 if self.resting:
@@ -77,7 +77,7 @@ class Membership:
         return None
 
     def lose(self, session: Session, reason: str) -> bool:
-        """Throw this session away; False when it was lost already, which other calls of its time also tell."""
+        """Discard this session. False: it was already discarded, because another call failed at the same time."""
         with self._lock:
             if self._session is not session:
                 return False
@@ -87,7 +87,7 @@ class Membership:
         return True
 
     def rest(self, reason: str) -> None:
-        """Ask nothing for a moment, a longer one each time, and say why once."""
+        """Ask nothing for a moment, a longer moment each time, and log the reason once."""
         self._pause_s = min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, self._pause_s * 2))
         self._not_before = monotonic() + self._pause_s
         if reason != self._complained:  # a proxy may be away for hours
@@ -104,11 +104,11 @@ class Membership:
         self._pause_s, self._not_before, self._complained = 0.0, 0.0, ""
 
     def stop(self) -> None:
-        """Try no more; the session stays, for what is still to be settled."""
+        """Try no more. The session stays, for messages that are still to be settled."""
         self._stopping.set()
 
     def close(self) -> None:
-        """Leave the group. Twice is once."""
+        """Leave the group. Idempotent."""
         self.stop()
         with self._lock:
             self._closed = True
@@ -125,7 +125,7 @@ class Membership:
         try:
             session.open()
             session.queues(self._topic)
-        except Exception as error:  # whatever it was, we have not joined; the next try will see
+        except Exception as error:  # after any error we have not joined; the next try will see
             session.close(farewell=False)
             self.rest(str(error) or describe(error))
             return None

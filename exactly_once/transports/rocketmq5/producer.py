@@ -1,13 +1,13 @@
-"""Sends over RocketMQ 5, one try a message, many in a request and many requests at a time.
+"""Sends over RocketMQ 5: one try for each message, many messages in a request and many requests at a time.
 
-It never sends anything twice: the client's own `send` tries three times inside one call, and a try that timed out may
-have been stored, so its retries are ours to decide on and not its. Called by the facade's producer and by whoever keeps
-the contract of `transport.BrokerProducer`.
+It never sends anything twice. The client's own `send` tries three times inside one call, and a try that timed out may
+have been stored; so we decide on retries, not the client. Called by `transports.producer` and by all code that uses
+`contract.BrokerProducer`.
 
-One call of `send` is one coroutine on the client's event loop, with a bounded number of requests under way. Messages of
-one topic and ordering key are sent one after the other, each after the broker has stored the one before. Others of one
-topic share requests: the broker stores such a request as a whole or refuses it as a whole, and after a refusal each of
-its messages is sent alone, so that one that cannot be sent costs no other.
+One call of `send` is one coroutine on the client's event loop, with a limited number of running requests. Messages of
+one topic and ordering key are sent one after the other, each after the broker has stored the one before. Other messages of one
+topic share requests: the broker stores such a request as a whole or refuses it as a whole. After a refusal each of
+its messages is sent alone, so that a bad message does not affect the others.
 """
 
 import asyncio
@@ -33,25 +33,25 @@ from exactly_once.transports.rocketmq5.session import REQUEST_TIMEOUT_S, configu
 
 __all__ = ["RocketMQ5Producer"]
 
-MOST_UNDER_WAY: Final = 64  # requests of one call of `send`; more only wait in the client's one event loop
+MOST_UNDER_WAY: Final = 64  # requests of one call of `send`; more would only wait in the client's one event loop
 
-# the broker answered, and may have stored them all the same: sent again they would be there twice
+# The broker answered, but may have stored the messages all the same: sent again they would be there twice.
 _PERHAPS_STORED: Final = frozenset(
     {Code.MASTER_PERSISTENCE_TIMEOUT, Code.SLAVE_PERSISTENCE_TIMEOUT, Code.HA_NOT_AVAILABLE, Code.PROXY_TIMEOUT}
     | {Code.REQUEST_TIMEOUT}
 )
-# the reason is no message's own: each alone would be told the same
+# The reason does not concern one message: each alone would get the same answer.
 _OF_NO_MESSAGE: Final = frozenset({Code.TOPIC_NOT_FOUND, Code.UNAUTHORIZED, Code.FORBIDDEN, Code.TOO_MANY_REQUESTS})
 
 Chain = list[list[Job]]
-"""What is sent one after the other, each item in one request."""
+"""What is sent one after the other; each item is one request."""
 
 
 class RocketMQ5Producer:
-    """A producer; its client is made at the first `send`, and again after the proxy went away.
+    """A producer. Its client is made at the first `send`, and again after the proxy was away.
 
     Args:
-        proxies: Where the proxies are.
+        proxies: The addresses of the proxies.
         features: What the transport can do: the limits that are checked before sending.
     """
 
@@ -63,12 +63,12 @@ class RocketMQ5Producer:
         fork.tell(self)
 
     def forked(self) -> None:
-        """In a process just forked: the client is the parent's, and so are its threads."""
+        """Runs in a forked child: the client is the parent's, and so are its threads."""
         fork.pin(self._client)
         self._lock, self._client = Lock(), None
 
     def send(self, messages: Sequence[Message], *, delay: timedelta | None = None) -> Sequence[Receipt | Exception]:
-        """Return, per message and in order, a receipt once the broker has stored it, else why not."""
+        """Return, for each message in order, a receipt once the broker has stored it, else the reason."""
         answers: list[Receipt | Exception] = [TransportError("not sent")] * len(messages)
         client = self._ready()
         if isinstance(client, Exception):
@@ -83,7 +83,7 @@ class RocketMQ5Producer:
             if wrong is not None:
                 answers[index] = wrong
                 if key is not None:
-                    cut.add(key)  # its followers must not overtake it
+                    cut.add(key)  # later messages of the key must not overtake it
             elif key is None:
                 others.setdefault(message.topic, []).append((index, message))
             elif key in cut:
@@ -92,7 +92,7 @@ class RocketMQ5Producer:
                 ordered.setdefault(key, []).append([(index, message)])
         chains = [*ordered.values()]
         for jobs in others.values():
-            # the broker delays no message that shares a request
+            # The broker delays no message that shares a request.
             chains += [[part] for part in (together(jobs) if deliver_at is None else ([job] for job in jobs))]
         if not chains:
             return answers
@@ -100,7 +100,7 @@ class RocketMQ5Producer:
         try:
             self._on_loop(client, self._send_all(client, chains, routes, deliver_at, answers))
         except (CancelledError, RuntimeError):
-            # another thread's send had no answer, and shut this client down with all that was under way, ours too
+            # Another thread's send got no answer, and shut this client down with all running requests, also ours.
             lost = _NoAnswerError(
                 f"The connection to RocketMQ at {self._proxies} was given up meanwhile. Whether the message was stored is not"
                 " known."
@@ -109,24 +109,24 @@ class RocketMQ5Producer:
                 if not isinstance(answers[index], Receipt):
                     answers[index] = lost
         if any(isinstance(answer, _NoAnswerError) for answer in answers):
-            # the client's channel would wait up to two minutes before it tries to connect again
+            # The client's channel would wait up to two minutes before it tries to connect again.
             self._forget(client)
         return answers
 
     def close(self) -> None:
-        """Leave; every `send` has returned only after the broker's answer, so there is nothing to flush."""
+        """Leave. Every `send` returns only after the broker's answer, so there is nothing to flush."""
         with self._lock:
             self._closed = True
             client, self._client = self._client, None
         if client is not None:
-            client.shutdown()  # a second one would raise: it is called once per client
+            client.shutdown()  # called once for each client: a second call would raise
 
     def _ready(self) -> Any:
         with self._lock:
             if self._closed:
                 return TransportError("The producer is closed; make a new one with `eo.producer(url)`.")
             if self._client is None:
-                # a client "starts" without a server, too
+                # A client "starts" without a server, too.
                 reason = reachable(self._proxies)
                 if reason is not None:
                     return TransportError(
@@ -138,7 +138,7 @@ class RocketMQ5Producer:
                     return error
                 try:
                     client.startup()
-                except Exception as error:  # returned per message, as the contract says
+                except Exception as error:  # returned for each message, as the contract says
                     told = not_grpc(self._proxies) or f"RocketMQ at {self._proxies} cannot be used: {describe(error)}."
                     return TransportError(told)
                 self._client = client
@@ -149,19 +149,19 @@ class RocketMQ5Producer:
             if self._client is not client:
                 return
             self._client = None
-        client.route_manager.clear()  # no good-bye to a proxy that is gone
+        client.route_manager.clear()  # no goodbye to a proxy that is gone
         client.shutdown()
 
     def _endpoints(self, client: Any, topic: str) -> Any:
-        """Return where to send, or the exception to answer with."""
+        """Return where to send, or the exception to return."""
         try:
             route = client.route_manager.retrieve_topic_route_data(self._proxies.named(topic))
-        except Exception:  # it has lost the reason; asked again below
+        except Exception:  # the client has dropped the reason, so `_no_route` asks again
             return self._no_route(client, topic)
         queues = [queue for queue in route.message_queues if queue.is_writable() and queue.is_master_broker()]
         if not queues:
             return TransportError(f"Topic {topic} cannot be written. Type: {about_topic(self._proxies, topic)}")
-        # the proxy chooses the queue: by the ordering key's hash where there is one, else in turn
+        # The proxy chooses the queue: by the hash of the ordering key if there is one, else in turn.
         return list({queue.endpoints.facade: queue.endpoints for queue in queues}.values())
 
     def _no_route(self, client: Any, topic: str) -> Exception:
@@ -176,12 +176,12 @@ class RocketMQ5Producer:
         except Exception as error:
             told = not_grpc(self._proxies) or f"RocketMQ at {self._proxies} does not answer: {describe(error)}."
             return _NoAnswerError(f"{told} Nothing was sent.")
-        if status.status.code == Code.OK:  # it came back between the two questions
+        if status.status.code == Code.OK:  # it came back between the two requests
             return _NoAnswerError(f"RocketMQ at {self._proxies} did not answer a moment ago. Nothing was sent.")
         return about_send(self._proxies, topic, status.status)
 
     def _on_loop(self, client: Any, sending: Coroutine[Any, Any, None]) -> None:
-        """Have the client's loop do it, and wait."""
+        """Run it on the client's loop, and wait."""
         try:
             future = asyncio.run_coroutine_threadsafe(sending, client.rpc_client.get_channel_io_loop())
         except BaseException:
@@ -217,11 +217,11 @@ class RocketMQ5Producer:
     async def _send_together(
         self, client: Any, jobs: list[Job], route: Any, number: int, deliver_at: datetime | None
     ) -> Sequence[Receipt | Exception]:
-        """Send these in one request, and each alone where that is refused for what may be one message's fault."""
+        """Send these in one request. If it is refused for what may be one message's fault, send each alone."""
         if isinstance(route, Exception):
             return [route] * len(jobs)
         topic, ordering_key = jobs[0][1].topic, jobs[0][1].ordering_key
-        # alike in every process, so that one key is never at two proxies at a time
+        # The same in every process, so that one key is never sent through two proxies.
         spread = crc32(ordering_key.encode()) if ordering_key else number
         endpoints = route[spread % len(route)]
         request = request_of(self._proxies, jobs, deliver_at)
@@ -238,7 +238,7 @@ class RocketMQ5Producer:
             None,
         )
         if status is None:
-            # the id that a consumer sees is the one we gave; of several the broker names only the first's
+            # A consumer sees the id that we gave; of several messages the broker returns only the first one's id.
             return [Receipt(topic, one.system_properties.message_id) for one in request.messages]
         if len(jobs) == 1 or status.code in _PERHAPS_STORED | _OF_NO_MESSAGE:
             return [about_send(self._proxies, topic, status) for _ in jobs]
@@ -247,7 +247,7 @@ class RocketMQ5Producer:
         ]
 
     def _wrong(self, message: Message, delay: timedelta | None) -> ValueError | None:
-        """Say why the broker would refuse this; asked here because its own answers name neither limit nor way out."""
+        """Say why the broker would refuse this. Checked here because its own answers name neither the limit nor a remedy."""
         limit, longest = self._features.max_body_bytes, self._features.max_send_delay
         name = f"A message for {message.topic}" + (f" with key {message.key!r}" if message.key else "")
         if not message.body:
@@ -271,4 +271,4 @@ def _behind_another(message: Message) -> TransportError:
 
 
 class _NoAnswerError(TransportError):
-    """No answer came: the connection is to be made anew."""
+    """No answer came: the connection must be made again."""

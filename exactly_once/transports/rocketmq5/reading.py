@@ -1,7 +1,7 @@
-"""Makes deliveries of what came off the wire. Never raises: a message that cannot be read is handed out as it came, and says so.
+"""Makes deliveries of received messages. Never raises: an unreadable message is handed out as it came, marked as unread.
 
-The client's own conversion checks sums. It would unpack what zlib has packed, to any length; it knows neither LZ4 nor ZSTD,
-which Java's client writes; and it raises for the whole batch where one body is bad. So bodies are unpacked here. Called by
+The client's own conversion verifies checksums. But it would unpack zlib bodies to any length; it knows neither LZ4 nor ZSTD,
+which Java's client writes; and it raises for the whole batch if one body is bad. So bodies are unpacked here. Called by
 the consumer.
 """
 
@@ -39,14 +39,14 @@ def delivery(raw: Any, topic: str, grip: Grip) -> Delivery:
     """Return a delivery of one message.
 
     Args:
-        raw: As it came off the wire.
-        topic: As handlers know it, without its namespace, which the proxy may or may not have taken off.
-        grip: What holds it.
+        raw: The message in the protocol's form.
+        topic: Its name for handlers, without its namespace, which the proxy may or may not have removed.
+        grip: The receipt handle and its endpoint.
     """
-    # the proxy says GZIP of whatever is packed
+    # The proxy reports GZIP for every packed body.
     is_packed = raw.system_properties.body_encoding == Encoding.GZIP
     try:
-        # the client would unpack to any length; and its sum is that of the packed body
+        # The client would unpack to any length; and the checksum is that of the packed body.
         message = _message(raw, ReceivedMessage().fromProtobuf(_as_it_came(raw) if is_packed else raw), topic)
     except Exception as error:
         return _damaged(raw, topic, grip, error)
@@ -61,7 +61,7 @@ def _damaged(raw: Any, topic: str, grip: Grip, error: Exception) -> Delivery:
     try:
         received = ReceivedMessage().fromProtobuf(_as_it_came(raw))
         message = _message(raw, _Unchecked(received), topic)
-    except Exception:  # not even its properties: what names it is kept, and its bytes
+    except Exception:  # not even its properties can be read: its id and its bytes are kept
         message = Message(topic, raw.body, message_id=grip.message_id)
     return Delivery(packed_messages.unread(message, _DAMAGED), grip, unread=told)
 
@@ -78,5 +78,5 @@ def _message(raw: Any, received: Any, topic: str) -> Message:
     if message.topic != topic:
         message = replace(message, topic=topic)
     keys = raw.system_properties.keys
-    # several were spelled in the sender's order, which the client's set forgets
+    # Several keys were written in the sender's order, which the client's set loses.
     return with_former(message, " ".join(keys)) if len(keys) > 1 else message

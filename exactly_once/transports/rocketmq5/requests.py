@@ -1,4 +1,4 @@
-"""What is sent, as RocketMQ's requests: which messages share one, and what stands in it. Pure; called by the producer.
+"""Builds RocketMQ's send requests: which messages share a request, and its content. Pure; called by the producer.
 
 The broker stores the messages of one request together, in one queue, or none of them. Only messages of one topic without
 an ordering key and without a delay may share a request.
@@ -17,16 +17,16 @@ from exactly_once.transports.rocketmq5.endpoints import Endpoints
 
 __all__ = ["Job", "request_of", "together"]
 
-MOST_TOGETHER: Final = 32  # the broker's own default for what is fetched at once; more were no faster
+MOST_TOGETHER: Final = 32  # the broker's default for one fetch; more were no faster
 MOST_BYTES_TOGETHER: Final = 1024 * 1024  # the broker's limit of 4 MiB is on all bodies and properties of a request
-_AROUND_A_BODY: Final = 512  # what the broker puts around one: ids, addresses, times
+_AROUND_A_BODY: Final = 512  # what the broker adds to a body: ids, addresses, times
 
 Job = tuple[int, Message]
-"""Its place in the answer, and the message."""
+"""The message's index in the answer, and the message."""
 
 
 def together(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """Cut the messages of one topic, none with an ordering key, into those that share a request."""
+    """Split the messages of one topic, none with an ordering key, into parts that each share a request."""
     part: list[Job] = []
     filled = 0
     for job in jobs:
@@ -41,7 +41,7 @@ def together(jobs: Sequence[Job]) -> Iterator[list[Job]]:
 
 
 def request_of(proxies: Endpoints, jobs: Sequence[Job], deliver_at: datetime | None) -> Any:
-    """Return the request that sends these."""
+    """Return the request that sends these messages."""
     request = SendMessageRequest()
     for _, message in jobs:
         _fill(request.messages.add(), proxies, message, deliver_at)
@@ -52,7 +52,7 @@ def _fill(one: Any, proxies: Endpoints, message: Message, deliver_at: datetime |
     one.topic.name = proxies.named(message.topic)
     one.body = message.body
     if message.properties:
-        # an empty value is dropped on the way, and its name with it
+        # An empty value is dropped on the way, and its name with it.
         plain = all(message.properties.values())
         one.user_properties.update(message.properties if plain else with_names(message.properties))
     system = one.system_properties
@@ -76,5 +76,5 @@ def _fill(one: Any, proxies: Endpoints, message: Message, deliver_at: datetime |
 
 def _size(message: Message) -> int:
     texts = (message.topic, message.tag or "", message.key or "", *message.properties, *message.properties.values())
-    # a character is at most 4 bytes: the limit is ours, and need not be met exactly
+    # A character has at most 4 bytes. The limit is ours, and need not be exact.
     return _AROUND_A_BODY + len(message.body or b"") + 4 * sum(map(len, texts))

@@ -1,13 +1,13 @@
 """One membership of a consumer group: a client of `rocketmq-python-client` and the few calls we make through it.
 
-Opened and thrown away by the consumer; `check` opens one to ask questions. It never retries and never waits longer than
+Opened and discarded by the consumer; `checks` opens one to ask questions. It never retries and never waits longer than
 a request may take. Every request is built here, because the client's own calls are unsafe or slow:
 
-* `ack` sends one message a request; one request with many entries is eight times faster.
-* `change_invisible_duration` overwrites the receipt handle with what a *failed* call returned, which is nothing: here a
-  handle is replaced only by a good answer.
-* `receive` asks for whole seconds, forgets what came before an error, blocks its caller past any deadline of his, and
-  sets a deadline that proxies with default settings refuse (40018): `poll` is a future.
+* `ack` sends one message in a request; one request with many entries is eight times faster.
+* `change_invisible_duration` overwrites the receipt handle with the result of a *failed* call, which is nothing. Here only a
+  successful answer replaces a handle.
+* `receive` asks for whole seconds, loses messages that came before an error, blocks its caller past the caller's deadline, and
+  sets a deadline that proxies with default settings refuse (40018). `poll` is a future instead.
 * `ack_async` and `change_invisible_duration_async` fail in a plain thread (they make an asyncio future).
 """
 
@@ -37,24 +37,24 @@ from exactly_once.transports.rocketmq5.endpoints import Endpoints
 __all__ = ["Grip", "Poll", "Session", "configuration", "describe"]
 
 REQUEST_TIMEOUT_S: Final = 5  # a broker that has just started takes seconds for its first answers
-# Short, for the broker can miss a message that arrives in the moment a poll begins (1 in 400 on an idle topic), which
-# then waits for the next poll. A proxy with default settings makes it 5 s, and refuses a poll whose deadline is shorter.
+# Short, because the broker can miss a message that arrives while a poll begins (1 in 400 on an idle topic). It
+# then waits for the next poll. A proxy with default settings makes it 5 s, and refuses a poll with a shorter deadline.
 POLL_S: Final = 2
 POLL_DEADLINE_S: Final = 10
-# the proxy answers with settings within 0.1 s if the group exists, and never if it does not
+# The proxy answers with settings within 0.1 s if the group exists, and never if it does not.
 SETTINGS_TIMEOUT_S: Final = 3.0
 MOST_PER_POLL: Final = 32  # the broker's own limit
 
 
 def configuration(proxies: Endpoints) -> Any:
-    """Return the client's own description of where it goes; every client begins with this.
+    """Return the client's configuration object, with which every client begins.
 
     Raises:
         ForkedProcess: No client can work in this process.
     """
     wall.enter()
     return ClientConfiguration(
-        ";".join(proxies.addresses),  # what the client splits at
+        ";".join(proxies.addresses),  # the client splits at semicolons
         Credentials(proxies.access_key, proxies.secret_key),
         request_timeout=REQUEST_TIMEOUT_S,
     )
@@ -62,7 +62,7 @@ def configuration(proxies: Endpoints) -> Any:
 
 @dataclass(slots=True, eq=False)
 class Grip:
-    """What holds one received message: its receipt handle, renewed in place, and where to send it."""
+    """The receipt handle of one received message, replaced at each extension, and the endpoint to which it belongs."""
 
     message_id: str
     handle: str
@@ -72,7 +72,7 @@ class Grip:
 
 @dataclass(slots=True, eq=False)
 class Poll:
-    """One receive under way: what came so far, and how it ended."""
+    """One running receive: what has come so far, and how it ended."""
 
     asked: int
     owner: Any  # its Session
@@ -85,13 +85,13 @@ class Poll:
 
 
 class _Client(SimpleConsumer):  # type: ignore[misc]  # the client carries no types
-    """Keeps the settings the proxy sends, the only proof that it knows the group."""
+    """Keeps the settings that the proxy sends, the only proof that it knows the group."""
 
     settings: Any = None
     settled: Event | None = None
 
     def reset_setting(self, settings: Any) -> None:
-        # the loop thread may still deliver settings after shutdown, when the client's own event is gone
+        # The loop thread may still deliver settings after shutdown, when the client's own event is gone.
         with suppress(AttributeError):
             super().reset_setting(settings)
         self.settings = settings
@@ -100,21 +100,21 @@ class _Client(SimpleConsumer):  # type: ignore[misc]  # the client carries no ty
 
 
 class Session:
-    """A client that has joined the group, as long as its proxy lives.
+    """A client that has joined the group. It lives as long as its proxy.
 
     When the proxy restarts, a SimpleConsumer never recovers: its telemetry stream, by which the proxy knows the group,
-    stays dead. A session is therefore thrown away at the first error and a new one opened.
+    stays dead. So a session is discarded at the first error, and a new one is opened.
 
     Args:
-        proxies: Where the proxies are.
+        proxies: The addresses of the proxies.
         group: The consumer group.
-        subscriptions: All of the group's, also those this session will not receive: a group subscribes alike everywhere.
+        subscriptions: All of the group's, also those that this session does not receive: all members must subscribe alike.
     """
 
     def __init__(self, proxies: Endpoints, group: str, subscriptions: Sequence[Subscription]) -> None:
         self._proxies, self._group = proxies, proxies.named(group)
-        # keyed by the names on the wire: stock proxies ignore the namespace the client would send, silently, so that two
-        # namespaces would share their topics; wrapped into the name, as the remoting clients do, it holds everywhere
+        # By the names in the protocol: stock proxies silently ignore the namespace that the client would send, so two
+        # namespaces would share their topics. As a part of the name, as the remoting clients have it, it works everywhere.
         self._filters = {
             proxies.named(s.topic): FilterExpression(" || ".join(sorted(s.tags)) or "*") for s in subscriptions
         }
@@ -123,7 +123,7 @@ class Session:
         self._routes: dict[str, tuple[Any, list[Any]]] = {}
 
     def open(self) -> None:
-        """Join the group, and wait until the proxy has said that it knows it.
+        """Join the group, and wait until the proxy has confirmed that it knows the group.
 
         Raises:
             TransportError: The proxy did not answer, or does not know the group.
@@ -135,7 +135,7 @@ class Session:
             raise TransportError(f"the proxy sent no settings for group {self._group}, so it does not know the group")
 
     def start(self) -> None:
-        """Start the client, which succeeds also where there is no server, no topic or no group."""
+        """Start the client. This succeeds also without a server, a topic or a group."""
         try:
             self._client.startup()
         except Exception as error:
@@ -143,13 +143,13 @@ class Session:
 
     @property
     def routed(self) -> bool:
-        """Any of the topics has a route, so that there is a proxy to tell about the group."""
+        """Whether any of the topics has a route, so that there is a proxy to tell about the group."""
         return bool(self._client.route_manager.get_all_endpoints())
 
     def introduce(self) -> None:
-        """Tell the proxies of the URL about the group: the client tells those of a topic's route, and there may be no topic.
+        """Tell the proxies of the URL about the group. The client tells those of a topic's route, and there may be no topic.
 
-        On the client's own loop: elsewhere than in the main thread gRPC finds none, which the client logs, and goes on without
+        On the client's own loop: outside the main thread gRPC finds no loop elsewhere. The client logs that, and goes on without
         a stream.
 
         Raises:
@@ -167,24 +167,24 @@ class Session:
             raise TransportError(describe(error)) from error
 
     def joined(self) -> bool:
-        """Wait for the proxy's settings; False when it does not know the group."""
+        """Wait for the proxy's settings. False: it does not know the group."""
         assert self._client.settled is not None
         return self._client.settled.wait(SETTINGS_TIMEOUT_S)
 
     @property
     def fifo(self) -> bool:
-        """The broker keeps order for this group: one unsettled message blocks its queue."""
+        """Whether the broker keeps order for this group: one unsettled message blocks its queue."""
         return bool(self._client.settings.subscription.fifo)
 
     @property
     def deliveries(self) -> int:
         """How often the broker delivers a message before it moves it to the dead-letter queue (retryMaxTimes + 1)."""
         deliveries = int(self._client.settings.backoff_policy.max_attempts)
-        # retryMaxTimes 2147483647 (what the remoting client's groups need) plus one wraps around in the proxy
+        # retryMaxTimes 2147483647 (which the remoting client's groups need) plus one overflows in the proxy.
         return deliveries if deliveries >= 0 else 2**31
 
     def queues(self, topic: str) -> list[Any]:
-        """Return the topic's readable queues, from the route the client refreshes every 30 s.
+        """Return the topic's readable queues, from the route that the client refreshes every 30 s.
 
         Raises:
             TransportError: The topic has no route.
@@ -201,7 +201,7 @@ class Session:
         return queues
 
     def route(self, topic: str) -> Any:
-        """Ask the proxy for the topic's route, past the client's cache, which keeps no reason when there is none."""
+        """Ask the proxy for the topic's route, without the client's cache, which keeps no reason if there is none."""
         request = QueryRouteRequest()
         request.topic.name = self._proxies.named(topic)
         endpoints = self._client.client_configuration.rpc_endpoints
@@ -212,7 +212,7 @@ class Session:
         return future.result()
 
     def poll(self, topic: str, queue: Any, count: int, invisible: timedelta) -> Poll:
-        """Begin to receive up to `count` messages from the queue's broker; `Poll.future` ends when it has."""
+        """Begin to receive up to `count` messages from the queue's broker. `Poll.future` ends when it is done."""
         request = ReceiveMessageRequest(batch_size=count, auto_renew=False)
         request.group.name = self._group
         request.message_queue.CopyFrom(queue.message_queue0())
@@ -230,22 +230,22 @@ class Session:
         poll.call = await self._client.rpc_client.receive_message(
             poll.endpoints, request, metadata=self._client.sign(), timeout=POLL_DEADLINE_S
         )
-        if poll.abandoned:  # before there was a call to cancel
+        if poll.abandoned:  # abandoned before there was a call to cancel
             poll.call.cancel()
         try:
             async for response in poll.call:
-                # kept one by one: what came before an error or a cancellation is ours, and must be given back
+                # Kept one by one: messages that came before an error or a cancellation are ours, and must be given back.
                 if response.HasField("message"):
                     poll.messages.append(response.message)
                 elif response.HasField("status"):
                     poll.status = response.status
         except asyncio.CancelledError:
-            # the client lets this one out of `receive`, where it ends a program: it is no Exception
+            # The client lets this exception out of `receive`, where it ends a program: it is no Exception.
             if not poll.abandoned:
                 raise
 
     def abandon(self, poll: Poll) -> None:
-        """End a poll now; its future then ends normally. The proxy gives back what it cannot write any more."""
+        """End a poll now; its future then ends normally. The proxy gives back messages that it cannot send any more."""
         poll.abandoned = True
         if poll.call is not None:
             self._client.rpc_client.get_channel_io_loop().call_soon_threadsafe(poll.call.cancel)
@@ -263,7 +263,7 @@ class Session:
         return answer
 
     def hide(self, topic: str, grip: Grip, seconds: int) -> "Future[Any]":
-        """Begin to make this one invisible for `seconds` from now; the answer carries its next handle."""
+        """Begin to make this message invisible for `seconds` from now. The answer carries its next handle."""
         request = ChangeInvisibleDurationRequest(receipt_handle=grip.handle, message_id=grip.message_id)
         request.group.name = self._group
         request.topic.name = self._proxies.named(topic)
@@ -274,17 +274,17 @@ class Session:
         return answer
 
     def close(self, *, farewell: bool = True) -> None:
-        """Leave. `farewell=False` when the proxy is gone: telling it would only wait for a timeout."""
+        """Leave. `farewell=False` if the proxy is gone: telling it would only wait for a timeout."""
         if not farewell:
-            self._client.route_manager.clear()  # the client says good-bye to the endpoints of its routes
-        with suppress(Exception):  # a client that did not start or is half gone; its threads have been stopped first
+            self._client.route_manager.clear()  # the client says goodbye to the endpoints of its routes
+        with suppress(Exception):  # a client that did not start or is half gone; its threads are already stopped
             self._client.shutdown()
 
 
 def describe(error: object) -> str:
-    """Say in one line what a call's exception or a response's status was, without its server-side stack."""
+    """Describe a call's exception or a response's status in one line, without the server's stack trace."""
     code = getattr(error, "code", None)
-    if callable(code):  # an error of gRPC: its status and detail
+    if callable(code):  # a gRPC error: its status and detail
         details = getattr(error, "details", None)
         text = details() if callable(details) else ""
         return f"{code().name}: {_first_line(text)}"

@@ -3,16 +3,16 @@
     rocketmq://HOST:8081[;HOST:8081...]?namespace=..&access_key=..&secret_key=..|secret_key_file=..
                                         &invisible_s=30&max_attempts=16&name_servers=NS1:9876,NS2:9876
 
-| room | what it is for |
+| module | what it is for |
 |---|---|
 | `wall` | importing the client without what its import does to a program |
-| `endpoints` | where the proxies are, and whether one answers |
+| `endpoints` | the addresses of the proxies, and whether one answers |
 | `session` | one client in one group, and the few calls we make through it |
-| `membership` | a session while there is one, and a new one after its proxy restarted |
+| `membership` | the present session, and a new one after its proxy restarted |
 | `consumer`, `answers` | receiving, settling, order, outages |
-| `reading` | what came off the wire, as a message; or as bytes that cannot be read |
-| `producer` | sending once, many at a time |
-| `advice`, `checks` | what is wrong before a start, and the command that mends it |
+| `reading` | a received message as ours; or as bytes that cannot be read |
+| `producer`, `requests` | sending once, many at a time |
+| `advice`, `checks` | what is wrong before a start, and the command that repairs it |
 
 Making a transport opens nothing and does not import the client.
 
@@ -38,26 +38,26 @@ __all__ = ["RocketMQ5Transport"]
 
 DEFAULT_PORT: Final = 8081
 NAME_SERVER_PORT: Final = 9876
-# long enough that a worker which renews each third survives a slow database; a killed worker's messages wait for it.
-# Proxies refuse less than 10 s unless minInvisibleTimeMillsForRecv says otherwise.
+# Long enough for a worker, which extends after each third, to survive a slow database; a killed worker's messages wait as long.
+# Proxies refuse less than 10 s unless minInvisibleTimeMillsForRecv allows it.
 DEFAULT_INVISIBLE: Final = timedelta(seconds=30)
 LONGEST_INVISIBLE: Final = timedelta(hours=12)
-# a group's default retryMaxTimes of 16 gives 17 deliveries; the last one is kept for parking
+# A group's default retryMaxTimes of 16 allows 17 deliveries; the last one is kept for parking.
 DEFAULT_MAX_ATTEMPTS: Final = 16
 MAX_BODY_BYTES: Final = 4 * 1024 * 1024
 LONGEST_SEND_DELAY: Final = timedelta(hours=24)
-# brokers delete messages after fileReservedTime, by default 72 hours: no copy arrives later
+# Brokers delete messages after fileReservedTime, by default 72 hours: no copy arrives later.
 REDELIVERY_SPAN: Final = timedelta(hours=72)
 
 
 class RocketMQ5Transport:
-    """What a `rocketmq://` URL names.
+    """The transport of a `rocketmq://` URL.
 
     Args:
-        proxies: Where the proxies are, and as whom we come.
-        invisible: How long a delivery stays away unless extended; whole seconds.
+        proxies: The addresses of the proxies, and our credentials.
+        invisible: How long a delivery stays invisible unless extended; whole seconds.
         max_attempts: How many deliveries may run; the group must allow one more.
-        admin: Asks name servers and brokers what a proxy does not tell; None where the URL names none.
+        admin: Asks name servers and brokers what a proxy does not report; None if the URL names no name servers.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class RocketMQ5Transport:
 
     @classmethod
     def from_url(cls, url: str, surroundings: Surroundings) -> "RocketMQ5Transport":
-        """Return the transport a URL names; nothing is opened.
+        """Return the transport that a URL names. Opens nothing.
 
         Args:
             url: As in this module's first lines; several endpoints are separated by semicolons or commas.
@@ -104,7 +104,7 @@ class RocketMQ5Transport:
         if not given.hosts:
             raise ConfigurationError(f"A rocketmq URL names the proxy: rocketmq://HOST:{DEFAULT_PORT}.")
         for host, _ in given.hosts:
-            # the client cuts at the first colon, and takes several endpoints only by IPv4 address
+            # The client cuts at the first colon, and takes several endpoints only as IPv4 addresses.
             if ":" in host:
                 raise ConfigurationError(
                     f"The RocketMQ client cannot be given the IPv6 address {host}; use a host name or an IPv4 address."
@@ -142,20 +142,20 @@ class RocketMQ5Transport:
         return self._features
 
     def check(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
-        """Ask the server whether it, the topics and the group are as needed; see `transport.Transport`."""
+        """Ask the server whether it, the topics and the group are as needed; see `contract.Transport`."""
         from exactly_once.transports.rocketmq5.checks import problems
 
         return problems(self._proxies, group, subscriptions, max_attempts=self._features.max_attempts or 0)
 
     def concerns(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
-        """Ask whether other members of the group subscribe otherwise, where the URL names name servers."""
+        """Ask whether other members of the group have another subscription, if the URL names name servers."""
         if self._admin is None:
             return ()
         wanted = [replace(each, topic=self._proxies.named(each.topic)) for each in subscriptions]
         return subscribed_otherwise(self._admin, self._proxies.named(group), wanted)
 
     def subscribe(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[Consumer]:
-        """Join the group, with one consumer for each topic: one for several would wait for the idle ones in turn."""
+        """Join the group, with one consumer for each topic: one for several topics would wait for the idle ones in turn."""
         from exactly_once.transports.rocketmq5.consumer import RocketMQ5Consumer
 
         return [

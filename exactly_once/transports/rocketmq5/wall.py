@@ -1,19 +1,19 @@
-"""The wall around importing `rocketmq-python-client`: what its import and its threads would do to the program, kept off.
+"""The wall around importing `rocketmq-python-client`: protects the program from its import and its threads.
 
-It imports nothing of the client by itself and opens nothing. Called by the transport before the modules beside it,
-which import the client at their top, are imported for the first time.
+It does not import the client and opens nothing. Called by the transport before the first import of the other modules of this
+package, which import the client at their top.
 
-The client (5.1.2) does two things to a program that merely imports it, and one for as long as a server is away:
+The client (5.1.2) does two things to a program that merely imports it, and one as long as a server is away:
 
 * `rocketmq.v5.log` makes the folder `~/logs/rocketmq_python` and runs `logging.config.dictConfig`, which closes every
-  log handler of the program: a stand-in module takes its place.
+  log handler of the program: a stand-in module replaces it.
 * Its heartbeat raises inside a future's callback, so `concurrent.futures` prints a traceback every 10 s while the
   proxy is away: a filter drops exactly the records whose traceback ends inside the client.
-* gRPC cannot be used in a process that was forked off one that used it: its threads are not there, and a call never
-  returns. Such a child is told so in a sentence: `enter`. gRPC's own handlers of a fork, which crashed half of such children
-  before they ran a line (1.85), are off, unless the environment says otherwise.
-* `rocketmq-client-python`, the older client, has the same top-level package: which one is here is read from the disk,
-  for importing the wrong one loads a C++ library.
+* gRPC cannot be used in a process that was forked from one that used it: its threads do not exist there, and a call never
+  returns. Such a child gets an error that says so: `enter`. gRPC's own fork handlers crashed half of such children
+  before they ran a line (1.85); they are switched off, unless the environment says otherwise.
+* `rocketmq-client-python`, the older client, has the same top-level package. Which one is installed is read from the disk,
+  because importing the wrong one loads a C++ library.
 """
 
 import logging
@@ -32,24 +32,24 @@ from exactly_once.wording.steady_log import steady
 __all__ = ["CLIENT_LOGGER", "build", "enter", "forked", "missing", "require"]
 
 CLIENT_LOGGER = "rocketmq-python-client"
-"""The client's own logger keeps its name, and is silent until somebody sets its level: we say once what it repeats."""
+"""The client's own logger keeps its name, and is silent until its level is set: we log once what it repeats."""
 
 _LOG_MODULE = "rocketmq.v5.log"
 _LOCK = Lock()
 
 
 def require() -> None:
-    """See that the right client is installed, without importing it.
+    """Check, without importing it, that the right client is installed.
 
     Raises:
         MissingExtra: No client is installed.
-        ConfigurationError: The installed one is `rocketmq-client-python`, which serves `rocketmq4://`.
+        ConfigurationError: The installed client is `rocketmq-client-python`, which serves `rocketmq4://`.
     """
     if "rocketmq.v5" in sys.modules:
         return
     try:
         spec = find_spec("rocketmq")
-    except ValueError:  # somebody put a module without a spec there
+    except ValueError:  # a module without a spec is registered under that name
         spec = None
     if spec is None:
         raise MissingExtra("The transport rocketmq://", "rocketmq")
@@ -73,16 +73,16 @@ def missing() -> str | None:
 
 
 def build() -> None:
-    """Put the wall up; must come before the first import of the client, and does nothing the second time."""
+    """Install the stand-in and the filter. Must run before the first import of the client; does nothing the second time."""
     with _LOCK:
-        if "grpc" not in sys.modules:  # it is read once
+        if "grpc" not in sys.modules:  # gRPC reads it once
             os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-        # somebody who imported the client before us has its log folder already; replacing its logger helps nobody
+        # If the program imported the client before us, the log folder exists; replacing the logger then helps nobody.
         if _LOG_MODULE not in sys.modules and "rocketmq" not in sys.modules:
             logger = logging.getLogger(CLIENT_LOGGER)
             if logger.level == logging.NOTSET:
                 logger.setLevel(logging.CRITICAL + 1)
-            # what a filter raises would end the client's thread; so would the deprecated `warn`, where warnings are errors
+            # An exception in a filter would end the client's thread. So would the deprecated `warn`, if warnings are errors.
             log = steady(CLIENT_LOGGER)
             log.warn = log.warning  # type: ignore[method-assign]
             stand_in = ModuleType(_LOG_MODULE, "Stands in for the client's module, which reconfigures all logging.")
@@ -97,10 +97,10 @@ _users: list[object] = []  # the process that used gRPC first, of those this one
 
 
 def enter() -> None:
-    """Use gRPC in this process, from now on.
+    """Use gRPC in this process from now on.
 
     Raises:
-        ForkedProcess: It was forked off one that did.
+        ForkedProcess: It was forked from a process that used gRPC.
     """
     if _users and _users[0] is not fork.here:
         raise forked()
@@ -109,7 +109,7 @@ def enter() -> None:
 
 
 def forked() -> ForkedProcess:
-    """Return the error of a child whose parent used gRPC."""
+    """Return the error for a child whose parent used gRPC."""
     return ForkedProcess(
         "This process was forked off one that had used rocketmq:// before, and its client (gRPC) does not work on this side"
         " of a fork: nothing was sent or received. Let the parent use it only after it has forked, or never, or start"
@@ -118,12 +118,12 @@ def forked() -> ForkedProcess:
 
 
 class _NotFromTheClient(logging.Filter):
-    """Drops what `concurrent.futures` logs about callbacks of the client; everything else passes."""
+    """Drops what `concurrent.futures` logs about callbacks of the client; passes everything else."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         trace = record.exc_info[2] if record.exc_info else None
         while trace is not None:
-            # by the module whose frame raised, not by the text
+            # By the module whose frame raised, not by the text.
             if str(trace.tb_frame.f_globals.get("__name__", "")).startswith("rocketmq."):
                 return False
             trace = trace.tb_next

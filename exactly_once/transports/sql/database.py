@@ -1,11 +1,11 @@
-"""The application's database as the broker in a table uses it: short transactions, joins and sends, and wake-ups.
+"""The application's database as the `sql://` broker uses it: short transactions, joins and sends, and wake-ups.
 
-READ COMMITTED on servers, one writer from the start on SQLite; never part of a handler's transaction. All of it passes by
-`Database.seen` and `Database.done`, which do not believe a connection that others had.
+READ COMMITTED on servers; one writer from the start on SQLite; never part of a handler's transaction. Everything goes through
+`Database.seen` and `Database.done`, which do not trust a connection that others used.
 
-A send and a join are put in order by the topic's *gate row*, shared by sends and locked alone by a join: either the send
-commits before the join and its message is found by it, or it sees the new group. Without that a send that saw no group
-could commit after the join, and its message would lie there for nobody.
+The topic's *gate row* puts a send and a join in order: sends share its lock, and a join locks it alone. So either the send
+commits before the join, which finds its message, or the send sees the new group. Without that, a send that saw no group
+could commit after the join, and nobody would get its message.
 
 Called by `exactly_once.transports.sql` alone.
 """
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class Bell:
-    """Wakes the waiting consumers of one topic in this process; `count` shows whether it rang since one looked."""
+    """Wakes the waiting consumers of one topic in this process. `count` shows whether it rang since it was last read."""
 
     def __init__(self) -> None:
         self._changed = Condition()
@@ -48,17 +48,17 @@ class Bell:
         fork.tell(self)
 
     def forked(self) -> None:
-        """In a process just forked: a thread of the parent's may have held the lock."""
+        """Runs in a forked child: a thread of the parent may have held the lock."""
         self._changed = Condition()
 
     def ring(self) -> None:
-        """Wake all who wait."""
+        """Wake all waiters."""
         with self._changed:
             self.count += 1
             self._changed.notify_all()
 
     def wait(self, since: int, seconds: float) -> bool:
-        """Wait until it rings, unless it rang after `since` was read; False when the time was up first."""
+        """Wait until it rings, unless it rang after `since` was read. False: the time was up first."""
         with self._changed:
             return self._changed.wait_for(lambda: self.count != since, seconds)
 
@@ -70,8 +70,8 @@ class Database:
     """The application's database, for one transport.
 
     Args:
-        engine: Gives the engine; asked on first use.
-        schema: Names the database schema of our tables; asked on first use. None: where the connection looks first.
+        engine: Returns the engine; asked on first use.
+        schema: Returns the database schema of our tables; asked on first use. None: the connection's default.
     """
 
     def __init__(self, engine: Callable[[], Engine], schema: Callable[[], str | None] | None) -> None:
@@ -81,7 +81,7 @@ class Database:
 
     @property
     def engine(self) -> Engine:
-        """The application's."""
+        """The application's engine."""
         if self._engine is None:
             self._engine = self._engine_of()
         return self._engine
@@ -101,22 +101,23 @@ class Database:
         return statements(self.schema, self.dialect)
 
     def seen(self, do: Callable[[Connection], T]) -> T:
-        """Look at something; see `done`."""
+        """Read something; see `done`."""
         return self._asked(do, writes=False)
 
     def done(self, do: Callable[[Connection], T]) -> T:
-        """Do something in a transaction of its own, which is committed then.
+        """Do something in a transaction of its own, and commit it.
 
-        Whoever had the connection before may have left a role, a time limit, READ ONLY or locked tables in it. So what fails
-        there is done again on another connection, until one that nobody had refuses it, too. One that refused is closed.
+        An earlier user of the connection may have left a role, a time limit, READ ONLY or locked tables in it. So work that fails
+        there is repeated on another connection, until it fails on one that nobody else used. A connection on which
+        it failed is closed.
 
         Args:
-            do: Given the connection; done again from the start.
+            do: Called with the connection; repeated from the start.
 
         Raises:
-            Exception: What `do` raised on a connection that is believed. At once: that a row is there, that another
-                transaction was in the way, that the connection was lost, what a signal's handler raised, and any error of
-                the COMMIT, behind which the work may be done already.
+            Exception: What `do` raised on a trusted connection. At once: that a row exists, that another
+                transaction was in the way, that the connection was lost, what a signal handler raised, and any error of
+                the COMMIT, after which the work may be done already.
         """
         return self._asked(do, writes=True)
 
@@ -148,7 +149,7 @@ class Database:
                     return found
 
     def lacks(self, text: str) -> bool:
-        """Say whether the database's character set lacks a character of this text; asked once, of texts not in ASCII."""
+        """Say whether the database's character set lacks a character of this text. Asked once, for texts that are not ASCII."""
         if text.isascii():
             return False
         if self._characters is None:
@@ -156,20 +157,20 @@ class Database:
         return storable(text, characters=self._characters) != text
 
     def bell(self, topic: str) -> Bell:
-        """Return the bell of a topic in this database, the same for all of this process."""
+        """Return the bell of a topic in this database, the same for the whole process."""
         where = (redacted(self.engine.url), self.schema, topic)
-        return _bells.get(where) or _bells.setdefault(where, Bell())  # one step for all threads, without a lock
+        return _bells.get(where) or _bells.setdefault(where, Bell())  # atomic for all threads, without a lock
 
     @contextmanager
     def begun(self, connection: Connection) -> Iterator[None]:
-        """A transaction on a connection that has sent nothing yet, committed in the end."""
+        """Begin a transaction on a connection that has sent nothing yet, and commit it at the end."""
         if self.dialect == "postgresql":
             _read_committed(connection)
         elif self.dialect in ("mysql", "mariadb"):
             _next_read_committed(connection)
         with _one_transaction(connection), connection.begin():
             if self.dialect == "sqlite" and not _in_transaction(connection):
-                # as a writer from the start: a reader that becomes one fails where it should wait
+                # As a writer from the start: a reader that becomes a writer fails where it should wait.
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
             elif self.dialect == "postgresql":
                 begin_bounded(connection)
@@ -177,12 +178,12 @@ class Database:
                 yield
             except DBAPIError:
                 if not connection.invalidated and is_pooled(connection):
-                    # before it is rolled back: else the pooler keeps the server's as a stranger has left it
+                    # Before the rollback: else the pooler keeps the server connection as a stranger left it.
                     connection.invalidate()
                 raise
 
     def join(self, topic: str, group: str) -> None:
-        """Write that the group wants the topic from now on; the first also gets what was sent before."""
+        """Record that the group wants the topic from now on. The first group also gets what was sent before."""
 
         def joined(connection: Connection) -> None:
             groups = self._groups(connection, [topic])[topic]
@@ -206,7 +207,7 @@ class Database:
         self._behind_gates(topics, stored, alone=False)
 
     def _behind_gates(self, topics: Sequence[str], do: Callable[[Connection], None], *, alone: bool) -> None:
-        """Do it in a transaction that holds the topics' gate rows; they are made first where they are missing."""
+        """Do it in a transaction that holds the topics' gate rows. Missing gate rows are made first."""
 
         def held(connection: Connection) -> set[str]:
             missing = set(topics) - set(connection.execute(self.sql.gate(topics, alone=alone)).scalars())
@@ -215,13 +216,13 @@ class Database:
             return missing
 
         while missing := self.done(held):
-            # in transactions of their own: on MySQL two who insert the same row inside theirs end in a deadlock
+            # Each in its own transaction: on MySQL two transactions that insert the same row deadlock.
             for topic in sorted(missing):
                 made = self.sql.add_group(topic, NO_GROUP)
                 try:
                     self.done(lambda connection, made=made: connection.execute(made))  # type: ignore[misc]
                 except Exception as error:
-                    if not is_taken(error):  # another may have made it meanwhile
+                    if not is_taken(error):  # another process may have made it meanwhile
                         raise
 
     def _groups(self, connection: Connection, topics: Sequence[str]) -> dict[str, list[str]]:
@@ -232,19 +233,19 @@ class Database:
 
 
 def missing_tables(sql: Statements, connection: Connection) -> Sequence[str]:
-    """Return the names of our tables that are not there."""
+    """Return the names of our tables that do not exist."""
     look = inspect(connection)
     return [table.fullname for table in (sql.queue, sql.group) if not look.has_table(table.name, schema=table.schema)]
 
 
 def _read_committed(connection: Connection) -> None:
-    """Set the level in the driver, without a round trip; a connection found dead by this is thrown away."""
+    """Set the isolation level in the driver, without a round trip. A connection that turns out dead is thrown away."""
     driver = connection.dialect.loaded_dbapi
     try:
         try:
             connection.execution_options(isolation_level="READ COMMITTED")
         except driver.ProgrammingError:
-            # a listener of the application's has asked the server as the connection was taken, and so begun a transaction
+            # A listener of the application has sent a query at checkout, and so begun a transaction.
             connection.connection.commit()
             connection.execution_options(isolation_level="READ COMMITTED")
     except driver.Error as error:
@@ -254,9 +255,9 @@ def _read_committed(connection: Connection) -> None:
 
 @contextmanager
 def _one_transaction(connection: Connection) -> Iterator[None]:
-    """Let no statement commit by itself, whoever left the session so: the locks of a receiver and a sender would hold nothing."""
+    """Switch autocommit off if an earlier user left it on: with it, the locks of a receiver and a sender would hold nothing."""
     dbapi: Any = connection.connection.dbapi_connection
-    # as MySQL's server has told the driver, at no round trip; elsewhere it is the level, or BEGIN is sent
+    # As MySQL's server reported to the driver: no round trip. On other servers it is the isolation level, or BEGIN is sent.
     if connection.dialect.name not in ("mysql", "mariadb") or not dbapi.get_autocommit():
         yield
         return
@@ -269,9 +270,9 @@ def _one_transaction(connection: Connection) -> Iterator[None]:
 
 
 def _next_read_committed(connection: Connection) -> None:
-    """Of the next transaction only; the engine's own option would cost two statements more.
+    """Set READ COMMITTED for the next transaction only; the engine's own option would cost two more statements.
 
-    Sent before SQLAlchemy begins that one, for a listener of the application's may send statements then.
+    Sent before SQLAlchemy begins that transaction, because a listener of the application may send statements then.
     """
     dbapi: Any = connection.connection.dbapi_connection
     try:

@@ -1,6 +1,6 @@
-"""Sends into the broker in a table, in transactions of its own. What no column can hold is refused before.
+"""Sends to the `sql://` broker, in transactions of its own. Refuses before that what no column can hold.
 
-Called by `exactly_once.transports.sql` alone. It tries once; the producer's facade decides on another try.
+Called by `exactly_once.transports.sql` alone. It tries once; `transports.producer` decides on another try.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from exactly_once.transports.sql.database import Database, missing_tables
 
 __all__ = ["SqlProducer", "gone", "reason", "refused", "refused_group"]
 
-# bytes of UTF-8, as the columns have them
+# Bytes of UTF-8; the limits of the columns.
 _LIMITS: Final = {"topic": 255, "tag": 255, "key": 1024, "ordering_key": 255}
 
 
 class SqlProducer:
-    """Safe to use from several threads: it keeps no state but whether it is closed."""
+    """Thread-safe: its only state is whether it is closed."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._closed = False
 
     def send(self, messages: Sequence[Message], *, delay: timedelta | None = None) -> Sequence[Receipt | Exception]:
-        """Store all in one transaction; what cannot be stored is told apart before."""
+        """Store all messages in one transaction. Messages that cannot be stored are separated before."""
         answers: list[Receipt | Exception] = []
         rows: list[dict[str, Any]] = []
         broken: set[tuple[str, str]] = set()
@@ -60,14 +60,14 @@ class SqlProducer:
         return [failure if failure and isinstance(answer, Receipt) else answer for answer in answers]
 
     def _lacked(self, message: Message) -> ValueError | None:
-        """Refuse a text that would be another one when it comes back; the rows beside it would not be stored either."""
+        """Refuse a text that would come back changed: in the same transaction, the other rows would not be stored either."""
         texts = {"topic": message.topic, "tag": message.tag, "key": message.key, "ordering key": message.ordering_key}
         try:
             lacked = [name for name, text in texts.items() if text is not None and self._database.lacks(text)]
         except Exception as error:
             if not _is_of_the_database(error):
                 raise
-            return None  # it is away: storing says so
+            return None  # the database is away: storing reports that
         return ValueError(f"the database's character set lacks a character of the {lacked[0]}") if lacked else None
 
     def _stored(
@@ -77,8 +77,8 @@ class SqlProducer:
             return TransportError("this producer is closed; make another one")
         refuse_inside(self._database.engine, "send() to sql://")
         try:
-            # an error of the COMMIT leaves unknown whether the rows are there: a second try may double them, and the
-            # consumer's guard deals with that, as with any broker
+            # After an error of COMMIT we do not know whether the rows are stored. A second try may double them; the
+            # consumer's guard handles that, as with any broker.
             self._database.put(rows, delay)
         except SchemaError as error:
             return error
@@ -93,7 +93,7 @@ class SqlProducer:
         return None
 
     def _lacking(self, error: Exception) -> TransportError | ConfigurationError | None:
-        """Say what to do where the tables are not made, no right to them is given, or nothing can be written."""
+        """Say what to do if the tables do not exist, a right is missing, or nothing can be written."""
         url = self._database.engine.url
         if is_denied(error):
             return ConfigurationError(denied(error, url, schema=self._database.schema))
@@ -102,7 +102,7 @@ class SqlProducer:
         return gone(self._database)
 
     def close(self) -> None:
-        """Send nothing more; twice is once."""
+        """Send nothing more. Idempotent."""
         self._closed = True
 
 
@@ -117,7 +117,7 @@ def _row(message: Message) -> dict[str, Any]:
         "message_key": message.key,
         "ordering_key": message.ordering_key,
         "body": message.body,
-        "properties": json.dumps(dict(message.properties)),  # ASCII: no character set on the way can spoil it
+        "properties": json.dumps(dict(message.properties)),  # ASCII: no character set on the way can damage it
         "message_id": uuid4().hex,
         "born_at": message.born_at or datetime.now(UTC),
     }
@@ -163,7 +163,7 @@ def _unfit(what: str, text: str, limit: int) -> ValueError | None:
 
 
 def gone(database: Database) -> SchemaError | None:
-    """Ask whether our tables are there; None, too, where the database does not answer."""
+    """Ask whether our tables exist. None if they do, and also if the database does not answer."""
     with suppress(Exception):
         if database.seen(partial(missing_tables, database.sql)):
             return SchemaError(not_made(database.engine, schema=database.schema))
@@ -171,7 +171,7 @@ def gone(database: Database) -> SchemaError | None:
 
 
 def reason(error: BaseException) -> str:
-    """The driver's own words in one line, without the statement's parameters (they are message bodies)."""
+    """Return the driver's own words in one line, without the statement's parameters (which are message bodies)."""
     origin = original(error)
     words = words_of(origin).strip()
     return f"{type(origin).__name__}: {words.splitlines()[0] if words else 'no text'}"

@@ -1,24 +1,24 @@
-"""The statements of the broker in a table, one object a database schema and dialect. Opens nothing and decides nothing.
+"""The statements of the `sql://` broker, one object for each database schema and dialect. Opens nothing and decides nothing.
 
 Called by `exactly_once.transports.sql` alone. A group's row of a message is free when its `deliver_at` is past by the
-server's clock; taking it moves `deliver_at` to the end of the invisible time and writes the holder's token, so a row
-whose holder died becomes free by itself. Settling deletes or changes only what still carries the token.
+server's clock. Taking it moves `deliver_at` to the end of the invisible time and writes the holder's token, so a row
+whose holder died becomes free by itself. Settling deletes or changes only rows that still have the token.
 
-Locking. A row is taken under FOR UPDATE SKIP LOCKED. For ordered groups that alone would hand row 2 of a key to the
-second receiver while the first has row 1 in its hands, so a row is free only if it is the first of its ordering key that
-exists at all, held or not: row 1 exists until it is acknowledged. "It is the first", not "no earlier one exists": a
-locking read of MySQL and MariaDB sees rows newer than the snapshot of its own subquery, and of rows 1 and 2 that came
-after that snapshot, row 2 has no earlier one in it; but neither is the first of anything in it.
+Locking. A row is taken under FOR UPDATE SKIP LOCKED. For ordered groups that alone would give row 2 of a key to the
+second receiver while the first receiver holds row 1. So a row is free only if it is the first existing row of its ordering key,
+held or not: row 1 exists until it is acknowledged. The condition is "it is the first", not "no earlier row exists": a
+locking read of MySQL and MariaDB sees rows that are newer than the snapshot of its own subquery. If rows 1 and 2 came
+after that snapshot, row 2 has no earlier row in it; but neither is the first of any key in it.
 
-All transactions are READ COMMITTED: under the REPEATABLE READ that MySQL and MariaDB begin with, the range scan would
+All transactions are READ COMMITTED: under REPEATABLE READ, the default of MySQL and MariaDB, the range scan would
 take gap locks against every producer. PostgreSQL takes rows by one UPDATE .. RETURNING, and looks again at a row that
-was changed meanwhile; MySQL and MariaDB lock, then update. SQLite has one writer, under BEGIN IMMEDIATE.
+was changed meanwhile. MySQL and MariaDB lock, then update. SQLite has one writer, under BEGIN IMMEDIATE.
 
-Cost. Free rows are found in the order of an index, the first `limit` of them. Behind a few busy keys with a long backlog
-each row would have to be asked whether an earlier one of its key exists: 700 ms for 100,000 rows. So in an ordered group
-only the `WINDOW` rows that are due the longest are asked, up to the row that `edge` tells; when they are all held back,
-`heads` and `keyless` name rows further on, and these are asked. `heads` goes from key to key in the index of the order, a step
-a key however many rows it has, and `WINDOW` keys at a time: a million rows behind a thousand stuck keys cost a thousand steps.
+Cost. The first `limit` free rows are found in the order of an index. Behind a few busy keys with a long backlog we would have
+to ask for each row whether an earlier row of its key exists: 700 ms for 100,000 rows. So in an ordered group we ask
+only for the `WINDOW` rows that have been due the longest, up to the row that `edge` returns. If all of these are held back,
+`heads` and `keyless` name rows farther on, and we ask for those. `heads` goes from key to key in the index of the order: one step
+for each key however many rows it has, `WINDOW` keys at a time. A million rows behind a thousand stuck keys cost a thousand steps.
 """
 
 from __future__ import annotations
@@ -58,19 +58,19 @@ from exactly_once.transports.contract import Subscription
 __all__ = ["NO_GROUP", "Look", "Statements", "statements"]
 
 NO_GROUP: Final = ""
-"""The group of rows sent before any group had joined, and of the row that joins and sends of a topic lock."""
+"""The group of rows that were sent before any group had joined, and of the gate row, which joins and sends of a topic lock."""
 
 
 WINDOW: Final = 1000
-"""How many rows a NEAR look asks at most: a few milliseconds."""
+"""How many rows a NEAR look examines at most: a few milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
     """Which of a group's rows a receiver may take, and how many.
 
-    `until` asks only what is due as long as that row, by its time and id, `among` only these rows; for ordered groups, see the
-    module.
+    For ordered groups, see the module: `until` restricts it to rows that are due no later than that row, by time and id;
+    `among` restricts it to these rows.
     """
 
     group: str
@@ -103,17 +103,17 @@ class Statements:
         )
 
     def any_due(self, group: str, wanted: Subscription) -> Select[Any]:
-        """Look without a lock whether a row may be free: SQLite's only writer is not troubled for nothing."""
+        """Look without a lock whether a row may be free, so as not to take SQLite's only writer lock for nothing."""
         return select(self.queue.c.id).where(*self._due(group, wanted)).limit(1)
 
     def edge(self, group: str, wanted: Subscription) -> Select[Any]:
-        """The first row behind the window: since when it is due, and its id. No row when fewer are due than that."""
+        """The first row after the window: its due time and id. No row if fewer rows are due."""
         q = self.queue
         due = select(q.c.deliver_at, q.c.id).where(*self._due(group, wanted))
         return due.order_by(q.c.deliver_at, q.c.id).offset(WINDOW).limit(1)
 
     def heads(self, group: str, wanted: Subscription, after: str | None) -> Select[Any]:
-        """The next `WINDOW` ordering keys behind `after`, in their order, each with its first row if that is due."""
+        """The next `WINDOW` ordering keys after `after`, in their order, each with its first row if that is due."""
         q, keys = self.queue, self._keys(group, wanted.topic, after)
         mine, first = self._of_topic(group, wanted.topic)
         mine.append(first.c.ordering_key == keys.c.ordering_key)
@@ -125,11 +125,11 @@ class Statements:
         return select(heads.c.ordering_key, q.c.id).outerjoin_from(heads, q, is_due).order_by(heads.c.ordering_key)
 
     def _keys(self, group: str, topic: str, after: str | None) -> CTE | Subquery:
-        """So many ordering keys, one step in the index of the order for each, and none for its other rows."""
+        """The next ordering keys: one step in the index of the order for each key, none for its other rows."""
         mine, other = self._of_topic(group, topic)
         behind = other.c.ordering_key.is_not(None) if after is None else other.c.ordering_key > after
         if self._dialect in ("mysql", "mariadb"):
-            # grouped by all columns that the index begins with, or each of its rows is read
+            # Grouped by all leading columns of the index: else each of its rows is read.
             of_index = (other.c.consumer_group, other.c.topic, other.c.ordering_key)
             keys = select(other.c.ordering_key).where(*mine, behind).group_by(*of_index)
             return keys.order_by(other.c.ordering_key).limit(WINDOW).subquery("key_of_topic")
@@ -148,9 +148,9 @@ class Statements:
         return [other.c.consumer_group == group, other.c.topic == topic], other
 
     def keyless(self, group: str, wanted: Subscription, limit: int) -> Select[Any]:
-        """Which rows have no ordering key, and are due."""
+        """The rows that have no ordering key, and are due."""
         q = self.queue
-        # in the order of the index that has them together: by that of the times all that is due is walked over to find none
+        # In the order of the index that has them together: in the order of times, finding none would read everything that is due.
         found = select(q.c.id).where(*self._due(group, wanted), q.c.ordering_key.is_(None))
         return found.order_by(q.c.ordering_key, q.c.id).limit(limit)
 
@@ -159,9 +159,9 @@ class Statements:
         return update(self.queue).where(self.queue.c.id.in_(ids)).values(self._held(token, invisible))
 
     def take(self, look: Look, token: str, invisible: timedelta) -> Any:
-        """Lock, take and return free rows at once; PostgreSQL.
+        """Lock, take and return free rows in one statement; PostgreSQL.
 
-        The locking half is a common table expression because a joined subquery may be run more than once, and would
+        The locking part is a common table expression because a joined subquery may run more than once, and would
         then lock more than the limit.
         """
         q = self.queue
@@ -191,7 +191,7 @@ class Statements:
 
     def _now(self, seconds: float | None = None) -> ColumnElement[Any]:
         # On PostgreSQL the bare function may change from row to row, so the index would not be used for it, and every
-        # held and every delayed row would be walked over; in a subquery it is read once. MariaDB is the other way round.
+        # held and every delayed row would be read; in a subquery it is evaluated once. On MariaDB it is the opposite.
         return select(utcnow(seconds)).scalar_subquery() if self._dialect == "postgresql" else utcnow(seconds)
 
     def _free(self, look: Look) -> list[ColumnElement[bool]]:
@@ -205,10 +205,10 @@ class Statements:
         return conditions
 
     def _not_after(self, deliver_at: datetime, id_: int) -> list[ColumnElement[bool]]:
-        """As long due as that row. By its id, too: all that one statement wrote may have one time."""
+        """Due no later than that row. By id, too: all rows of one statement may have the same time."""
         q = self.queue
         moment = literal(deliver_at, q.c.deliver_at.type)
-        if self._dialect in ("mysql", "mariadb"):  # they look up no pairs in an index
+        if self._dialect in ("mysql", "mariadb"):  # they cannot look up pairs in an index
             return [q.c.deliver_at <= moment, or_(q.c.deliver_at < moment, q.c.id <= id_)]
         return [tuple_(q.c.deliver_at, q.c.id) <= tuple_(moment, literal(id_))]
 
@@ -219,17 +219,17 @@ class Statements:
             first.c.topic == wanted.topic,
             first.c.ordering_key == q.c.ordering_key,
         ]
-        if wanted.tags:  # a row nobody of this group wants must not hold its key back for ever
+        if wanted.tags:  # a row that nobody of this group wants must not hold its key back for ever
             mine.append(first.c.tag.in_(wanted.tags))
-        # With an order: where PostgreSQL has no statistics of a young backlog, the two indexes look alike to it, and it
-        # walked the wrong one for each row, 2,500 ms instead of 4. This order exists in the right one only.
+        # With an order: if PostgreSQL has no statistics of a young backlog, the two indexes look alike to it. It
+        # read the wrong one for each row, 2,500 ms instead of 4. Only the right index has this order.
         head = select(first.c.id).where(*mine).order_by(first.c.id).limit(1).correlate(q).scalar_subquery()
         return or_(q.c.ordering_key.is_(None), q.c.id == head)
 
     # -- settling -----------------------------------------------------------------------------------------------------
 
     def finish(self, held: Sequence[tuple[int, str]]) -> Delete:
-        """Delete what is acknowledged and still held by its token."""
+        """Delete what is acknowledged and still held with its token."""
         return delete(self.queue).where(self._ours(held))
 
     def bring_again(self, held: Sequence[tuple[int, str]], delay: timedelta) -> Update:
@@ -238,7 +238,7 @@ class Statements:
         return update(self.queue).where(self._ours(held)).values(values)
 
     def untake(self, held: Sequence[tuple[int, str]]) -> Update:
-        """Free rows that were taken and not handed out: no attempt is counted."""
+        """Free rows that were taken but not handed out: no attempt is counted."""
         values = {"deliver_at": utcnow(), "holder": None, "attempts": self.queue.c.attempts - 1}
         return update(self.queue).where(self._ours(held)).values(values)
 
@@ -247,7 +247,7 @@ class Statements:
         return update(self.queue).where(self._ours(held)).values(deliver_at=utcnow(invisible.total_seconds()))
 
     def _ours(self, held: Sequence[tuple[int, str]]) -> ColumnElement[bool]:
-        # ids alone once more, for the primary key's index; sorted, so that two statements lock in one order
+        # The ids alone once more, for the primary key's index. Sorted, so that two statements lock in the same order.
         pairs = sorted(held)
         ids = self.queue.c.id.in_([id_ for id_, _ in pairs])
         return and_(ids, tuple_(self.queue.c.id, self.queue.c.holder).in_(pairs))
@@ -255,9 +255,9 @@ class Statements:
     # -- sending and joining ------------------------------------------------------------------------------------------
 
     def gate(self, topics: Sequence[str], *, alone: bool) -> Select[Any]:
-        """Lock the gate row of each topic, shared by sends, alone by a join: a send precedes a join or sees its group.
+        """Lock the gate row of each topic: shared for sends, alone for a join. A send precedes a join or sees its group.
 
-        The groups must be read by a later statement: this one's snapshot is older than the lock it waited for.
+        The groups must be read by a later statement: this statement's snapshot is older than the lock it waited for.
         """
         g = self.group
         gates = (
@@ -269,29 +269,29 @@ class Statements:
         return all_rows(gates, self._dialect)
 
     def groups(self, topics: Sequence[str]) -> Select[Any]:
-        """Which groups have joined which of these topics."""
+        """The groups that have joined each of these topics."""
         g = self.group
         joined = select(g.c.topic, g.c.consumer_group).where(g.c.topic.in_(topics), g.c.consumer_group != NO_GROUP)
         return all_rows(joined, self._dialect)
 
     def add_group(self, topic: str, group: str) -> Insert:
-        """Write that a group has joined, or, for NO_GROUP, the topic's gate row."""
+        """Record that a group has joined; for NO_GROUP, make the topic's gate row."""
         return insert(self.group).values(topic=topic, consumer_group=group, joined_at=utcnow())
 
     def adopt(self, topic: str, group: str) -> Update:
-        """Give the first group what was sent before any had joined."""
+        """Give the first group what was sent before any group had joined."""
         q = self.queue
         return update(q).where(q.c.consumer_group == NO_GROUP, q.c.topic == topic).values(consumer_group=group)
 
     def put(self, delay: timedelta) -> Insert:
-        """Insert rows; executed with one dict a row."""
+        """Insert rows; executed with one dict for each row."""
         due = utcnow(delay.total_seconds()) if delay else utcnow()
         return insert(self.queue).values(deliver_at=due)
 
     # -- housekeeping -------------------------------------------------------------------------------------------------
 
     def unwanted(self, group: str, wanted: Subscription, age: timedelta, limit: int) -> Select[Any]:
-        """Rows of tags that nobody of the group has asked for in all that time."""
+        """Rows with tags that no member of the group has asked for in all that time."""
         q = self.queue
         return (
             select(q.c.id)
@@ -306,25 +306,25 @@ class Statements:
         )
 
     def tags(self, group: str, topic: str, limit: int) -> Select[Any]:
-        """Count the rows of each tag, and those without one, among the rows that have been due the longest."""
+        """Count the rows of each tag, and those without a tag, among the rows that have been due the longest."""
         q = self.queue
         oldest = select(q.c.tag).where(q.c.consumer_group == group, q.c.topic == topic).order_by(q.c.deliver_at, q.c.id)
         looked = oldest.limit(limit).subquery()
         return all_rows(select(looked.c.tag, func.count()).group_by(looked.c.tag), self._dialect)
 
     def needed(self) -> Sequence[Any]:
-        """What every receiver needs the right to, of no row. Who may only receive need not be able to send."""
+        """Statements on no row, for the rights that every receiver needs. A receiver need not have the right to send."""
         q, g = self.queue, self.group
         return (
             select(q.c.id).where(false()).with_for_update(),
-            # by its key: under sql_safe_updates MySQL and MariaDB refuse a change that names none
+            # By its key: under sql_safe_updates MySQL and MariaDB refuse a change that names no key.
             update(q).where(q.c.id == -1).values(holder=None),
             delete(q).where(q.c.id == -1),
             select(g.c.topic).where(false()).with_for_update(),
         )
 
     def groupless(self, limit: int) -> Select[Any]:
-        """Count the rows of each topic that no group has joined, among so many of them."""
+        """Count the rows of each topic that no group has joined, among so many rows."""
         q = self.queue
         looked = select(q.c.topic).where(q.c.consumer_group == NO_GROUP).limit(limit).subquery()
         counted = select(looked.c.topic, func.count()).group_by(looked.c.topic).order_by(looked.c.topic)
@@ -337,5 +337,5 @@ class Statements:
 
 @lru_cache(maxsize=16)
 def statements(schema: str | None, dialect: str) -> Statements:
-    """Return the statements for one database schema on one kind of server; the same object for the same names."""
+    """Return the statements for one database schema on one kind of server; the same object for the same arguments."""
     return Statements(schema, dialect)

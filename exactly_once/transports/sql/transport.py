@@ -1,14 +1,14 @@
-"""A broker in a table of the application's database: `sql://`, so that the main job runs where there is no broker.
+"""A broker in a table of the application's database, `sql://`: for applications without a broker.
 
-For development, tests and small shops. It keeps the whole contract: several groups each see every message, a delivery
+For development, tests and small shops. It keeps the whole contract: several groups each get every message, a delivery
 comes back unless settled in time, attempts are counted, an ordering key's messages come one at a time across all
-processes. Time is the server's. A group's rows stay until a member of the group acknowledges them, also while none runs.
+processes. The clock is the server's. A group's rows stay until a member of the group acknowledges them, also while none runs.
 
-What is sent before any group has joined a topic is kept and goes to the first that joins; a send and a join at the same
-moment are put in order by a lock, so that no message is kept for nobody. Idle consumers poll, five times a second at
-most, and are woken at once by sends of their own process. It never uses NOTIFY, which would serialise commits.
+What is sent before any group has joined a topic is kept for the first group that joins. A lock puts a send and a join at the
+same moment in order, so that no message is kept for nobody. Idle consumers poll, at most five times a second,
+and are woken at once by sends of their own process. It never uses NOTIFY, which would serialise commits.
 
-Called by the registry; the statements and their locking are in `statements`. Transactions are short and its own: it
+Called by the registry; the statements and their locking are in `statements`. Its transactions are short and its own: it
 never joins a handler's.
 """
 
@@ -67,30 +67,30 @@ _FEATURES: Final = Features(
     delayed=True,
     empty_body=True,
 )
-# the table would bring a message for ever; the count is there so that one which kills its process each time ends parked
+# The table would redeliver a message for ever. With this limit a message that kills its process each time is parked.
 _MAX_ATTEMPTS: Final = 16
 _INVISIBLE: Final = timedelta(seconds=60)
-# an idle consumer looks again after the first pause, doubled up to the last: five looks a second cost next to nothing,
-# and a message of another process waits a fifth of a second at most
+# An idle consumer looks again after the first pause, which doubles up to the last one: five looks a second cost next to
+# nothing, and a message of another process waits at most a fifth of a second.
 _FIRST_PAUSE_S: Final = 0.01
 _LAST_PAUSE_S: Final = 0.2
-_SETTLE_TRIES: Final = 3  # a deadlock with a taker is over at once
-_SPARE: Final = 64  # what other receivers may take between finding and taking
+_SETTLE_TRIES: Final = 3  # a deadlock with another receiver is over at once
+_SPARE: Final = 64  # how many rows other receivers may take between finding and taking
 _UNWANTED_AGE: Final = timedelta(days=1)  # longer than a rolling deployment in which two versions want different tags
 _TIDY_EVERY: Final = timedelta(seconds=600.0)
 _TIDY_ROWS: Final = 1000
 _LOOKED_AT: Final = 1000
-"""So many of the oldest rows are looked at for what nobody takes."""
+"""How many of the oldest rows are examined for messages that nobody takes."""
 
 
 class SqlTransport:
     """The broker in `message_queue`.
 
     Args:
-        engine: Gives the application's database; asked on first use.
-        schema: Names the database schema of our tables; asked on first use.
-        invisible: A delivery that is neither settled nor extended comes back after this.
-        max_attempts: A message delivered so often without an end is parked, not run.
+        engine: Returns the engine of the application's database; asked on first use.
+        schema: Returns the database schema of our tables; asked on first use.
+        invisible: A delivery that is neither settled nor extended comes back after this time.
+        max_attempts: After so many deliveries without an end a message is parked, not run.
 
     Example:
         >>> from sqlalchemy import create_engine
@@ -112,7 +112,7 @@ class SqlTransport:
 
     @classmethod
     def from_url(cls, url: str, surroundings: Surroundings) -> SqlTransport:
-        """Make one from `sql://?invisible_s=60`, in the application's first database."""
+        """Make a transport from `sql://?invisible_s=60`, in the application's first database."""
         parsed = parse(url, options=["invisible_s", "max_attempts"])
         if parsed.hosts:
             raise ConfigurationError(
@@ -132,7 +132,7 @@ class SqlTransport:
         return self._features
 
     def check(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
-        """Ask the server for the tables; topics and groups come into being when they are named."""
+        """Ask the server for the tables. Topics and groups are created when they are named."""
         problems = [str(error) for s in subscriptions if (error := refused(topic=s.topic))]
         if error := refused_group(group):
             problems.append(str(error))
@@ -146,7 +146,7 @@ class SqlTransport:
                 f"The table {name} is missing in {url}. Type: {upgrade_command(engine, self._database.schema)}"
                 for name in missing
             ]
-            # SQLite has no roles, and a writer there waits for another one
+            # SQLite has no roles, and a writer there waits for other writers.
             if not missing and engine.dialect.name != "sqlite":
                 self._database.seen(partial(_tried, self._database.sql.needed()))
         except ConfigurationError as error:
@@ -179,15 +179,16 @@ class SqlTransport:
         return problems
 
     def concerns(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
-        """Count what waits and looks like a slip of whoever sent it: without a tag, or of a tag or a topic named almost as ours.
+        """Count waiting messages that look like a sender's mistake: without a tag, or with a tag or topic that
+        resembles one of ours.
 
-        Only the oldest rows are looked at, so that a long backlog costs nothing.
+        Only the oldest rows are examined, so that a long backlog costs nothing.
         """
         try:
             return [*self._not_taken(group, subscriptions), *self._misspelled(subscriptions)]
         except Exception as error:
             if isinstance(error, ConfigurationError) or _is_away(error):
-                return ()  # `check` says so
+                return ()  # `check` reports it
             raise
 
     def _not_taken(self, group: str, subscriptions: Sequence[Subscription]) -> Iterator[str]:
@@ -203,7 +204,7 @@ class SqlTransport:
                     f" and they are deleted after a day. Send them with --tag {escaped(each.tags[0])}"
                 )
             for tag in sorted(tag for tag in found if tag and tag not in each.tags):
-                if meant := probably(tag, each.tags):  # any other is another program's
+                if meant := probably(tag, each.tags):  # any other tag is another program's
                     yield (
                         f"sql://: {found[tag]} {of} have the tag {escaped(tag)!r}, which no handler of group {escaped(group)}"
                         f" takes (they take {take}); deleted after a day.{meant}"
@@ -218,7 +219,7 @@ class SqlTransport:
                 )
 
     def subscribe(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[Consumer]:
-        """Join the group; one consumer a topic. Where the database is away, the first `receive` that reaches it joins."""
+        """Join the group; one consumer for each topic. If the database is away, the first `receive` that reaches it joins."""
         for error in (refused_group(group), *(refused(topic=s.topic) for s in subscriptions)):
             if error:
                 raise ConfigurationError(str(error)) from error
@@ -232,7 +233,7 @@ class SqlTransport:
 
 
 class _SqlConsumer:
-    """One group's receiving end for one topic."""
+    """The consumer of one group for one topic."""
 
     def __init__(
         self, database: Database, group: str, wanted: Subscription, invisible: timedelta, features: Features
@@ -243,7 +244,7 @@ class _SqlConsumer:
         self._joined = self._stopped = self._away = False
         self._pause_s = _FIRST_PAUSE_S
         self._file = 0
-        self._far: str | None = None  # the ordering key at which the last look far behind ended
+        self._far: str | None = None  # the ordering key at which the last look beyond the window ended
 
     @property
     def features(self) -> Features:
@@ -280,8 +281,8 @@ class _SqlConsumer:
             self.join()
         if not self._joined:
             return []
-        # one token for each taking: a delivery whose time was over must not settle the next one of the same row, also
-        # when both are ours
+        # One token for each taking: a delivery whose time was over must not settle the next delivery of the same row, even
+        # if both are ours.
         token = uuid4().hex
         rows: Sequence[Any] = ()
         with self._survive("receive"):
@@ -307,7 +308,7 @@ class _SqlConsumer:
             rows = self._looked(connection, Look(group, wanted, limit, until=until), token)
             if rows or edge is None:
                 return rows
-            # what has been due the longest is all held back by its keys: look further, each time where the last look ended
+            # All rows in the window are held back by their keys: look farther on, each time from where the last look ended.
             heads = connection.execute(sql.heads(group, wanted, self._far)).all()
             self._far = heads[-1].ordering_key if len(heads) == WINDOW else None
             found = [row.id for row in heads if row.id is not None][: limit + _SPARE]
@@ -334,10 +335,10 @@ class _SqlConsumer:
                 again.setdefault(verdict.delay, []).append(delivery.receipt)
         changes: list[Any] = [sql.finish(finished)] if finished else []
         changes += [sql.bring_again(held, delay) for delay, held in again.items()]
-        # a crash before this transaction commits: every one of them comes again when its invisible time is over
+        # A crash before this transaction commits: all these messages come again when their invisible time is over.
         self._change(changes, f"settle {len(verdicts)} messages; they come again by themselves")
         if self._wanted.ordered or any(not delay for delay in again):
-            self._bell.ring()  # a follower is free now, or the same message
+            self._bell.ring()  # the next message of the key is free now, or the same message
 
     def extend(self, deliveries: Sequence[Delivery]) -> None:
         if deliveries:
@@ -410,7 +411,7 @@ class _SqlConsumer:
 
     @contextmanager
     def _survive(self, what: str) -> Iterator[None]:
-        """A database that is away, or at odds with us for a moment, is logged once and found again by a later look."""
+        """Log an unavailable database, or another passing error, once. A later look finds the database again."""
         try:
             yield
         except Exception as error:
@@ -418,7 +419,7 @@ class _SqlConsumer:
                 raise
             if not self._away:
                 if lacking := gone(self._database):
-                    self._joined = False  # who is in the group stood in them, too
+                    self._joined = False  # the table of group members was lost, too
                 why = lacking or f"({reason(error)})"
                 _log.warning("topic %s: cannot %s; trying until it can. %s", self._wanted.topic, what, why)
             self._away = True
