@@ -1,4 +1,4 @@
-"""The command `exactly-once`. `command` finds the verb; each verb is a module of this folder."""
+"""The command `exactly-once`. `command` finds the subcommand; each subcommand is a module of this package."""
 
 from exactly_once.cli.command import main
 

@@ -1,7 +1,7 @@
-"""The command `exactly-once`: finds the verb, imports that verb alone, and turns errors into a paragraph and an exit code.
+"""The command `exactly-once`: imports the chosen subcommand alone, and turns errors into a paragraph and an exit code.
 
 Exit codes: 0 done, 1 the work failed, 2 wrong usage or settings, 143 ended by a second signal. Help must be quick, so
-nothing that a verb needs is imported for it; each verb is a module of this folder, with `command` or, for several, `app`.
+it imports nothing that a subcommand needs. Each subcommand is a module of this package, with `command` or, for several, `app`.
 """
 
 import os
@@ -83,9 +83,10 @@ def _application(verb: str | None) -> Any:
 
 
 def _other_form(given: Sequence[str]) -> Sequence[str] | None:
-    """Return the line that was meant, where the application is typed as another command takes it; None of any other line.
+    """Return the line that was meant if the application was typed in another subcommand's form; None for any other line.
 
-    `run` has it bare, the others behind --app. Only lines that would be refused: no key and no handler's name is taken for one.
+    `run` takes it bare, the others after --app. Only lines that would be refused: no key and no handler's name
+    is mistaken for it.
     """
     verb, *rest = given or [""]
     if verb == "run":
@@ -118,7 +119,7 @@ def _not_now() -> None:
 
 
 def _clash(error: Exception) -> tuple[str, int] | None:
-    """Of a name or a module that is not there: whether another project's files lie over ours."""
+    """For an error about a missing name or module: say whether another project's files have overwritten ours."""
     from exactly_once.wording.installation import clash
 
     told = clash() if isinstance(error, ImportError) else None
@@ -137,10 +138,10 @@ def _told(error: Exception) -> tuple[str, int]:
     if isinstance(error, ExactlyOnceError):
         return str(error), 1
     if isinstance(error, DBAPIError):
-        # the driver's own words only: SQLAlchemy's text repeats the statement and its values
+        # The driver's own words only: SQLAlchemy's text repeats the statement and its values.
         return f"The database refused: {words_of(error)}", 1
     if isinstance(error, (SQLAlchemyError, OSError)):
         return f"{type(error).__name__}: {words_of(error)}", 1
-    # an error may have no words, as `assert` has none
+    # An error may have no text, such as that of a bare `assert`.
     said = f"{type(error).__name__}: {words}" if (words := words_of(error)) else type(error).__name__
     return f"{said}{place_of(error)}. Type the command again with --traceback to see where.", 1

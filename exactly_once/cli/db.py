@@ -1,4 +1,4 @@
-"""`exactly-once db`: make or mend the tables, check them, or write down for others what would make them.
+"""`exactly-once db`: makes or upgrades the tables, checks them, or writes down what would make them.
 
 It decides nothing about the schema: `exactly_once.alembic` does the work. Errors are one paragraph on standard error.
 Exit codes: 0 done, 1 the work failed (`check`: the tables are not ready), 2 wrong usage.
@@ -57,7 +57,7 @@ SchemaOption = Annotated[
 
 @app.command()
 def upgrade(database: DatabaseOption = None, schema: SchemaOption = None) -> None:
-    """Make the tables, or bring them to this version. Several at once are safe."""
+    """Make the tables, or upgrade them to this version. Safe to run several times at once."""
     with _beside_a_history(), _one_paragraph():
         urls, source, schema = _told(database, schema)
         for url in urls:
@@ -117,7 +117,7 @@ def sql(
         bool, typer.Option("--only-grants", help="Only these rights: the tables are there already.")
     ] = False,
 ) -> None:
-    """Print the SQL that makes the tables, for somebody else to run. No database is opened."""
+    """Print the SQL that makes the tables, for another person to run. Opens no database."""
     with _one_paragraph(wrong_usage=(ConfigurationError,)):
         if dialect is None:
             urls, _, schema = _told(database, schema)
@@ -163,7 +163,7 @@ def _would_drop(env: Path) -> None:
 
 @contextmanager
 def _beside_a_history() -> Iterator[None]:
-    """Tell at the end of a history in this folder that would drop the tables, whatever became of the work."""
+    """At the end, warn of an Alembic history in this folder that would drop the tables, whatever the result of the work."""
     try:
         yield
     finally:
@@ -183,7 +183,7 @@ def _after(connection: Connection, schema: str | None, source: str) -> tuple[str
 
 
 def _in_a_schema(schema: str | None) -> str:
-    """Where the tables are, and who must know it: a program that is not told would find none, or make others."""
+    """Say in which schema the tables are: a program without that setting finds no tables, or makes others."""
     if schema is None:
         return "."
     told = (
@@ -207,12 +207,12 @@ def _checked(connection: Connection, schema: str | None, source: str) -> str | N
         connection.rollback()
         if is_denied(error) or is_read_only(error):
             raise
-        # anything else says nothing of the tables: a worker may hold the lock of the file just now
+        # Any other error says nothing about the tables: a worker may hold the lock of the file just now.
     return None
 
 
 def _told(database: str | None, schema: str | None) -> tuple[list[URL], str, str | None]:
-    """The databases, where they were given, and the schema: what the command line says, else the settings."""
+    """Return the databases, where they were named, and the schema: from the command line, else from the settings."""
     try:
         settings = load()
         urls = [_kept(database_url(url)) for url in ([database] if database else _urls(settings))]
@@ -263,7 +263,7 @@ def _one_paragraph(*, wrong_usage: tuple[type[Exception], ...] = ()) -> Iterator
 
 @contextmanager
 def _at(url: URL, source: str, schema: str | None, *, changing: bool = False) -> Iterator[None]:
-    """Tell of an error of a database which database it was, and where that was named."""
+    """Add to a database error which database it was, and where that was named."""
     try:
         yield
     except DBAPIError as error:
@@ -272,7 +272,7 @@ def _at(url: URL, source: str, schema: str | None, *, changing: bool = False) ->
         if is_read_only(error):
             raise StoreUnavailable(f"{read_only(url)} ({source})") from error
         raise StoreUnavailable(_refused(url, source, unusable(error, url))) from error
-    except OSError as error:  # what some async drivers raise where no server listens
+    except OSError as error:  # some async drivers raise this if no server listens
         raise StoreUnavailable(_refused(url, source, error.strerror or str(error) or type(error).__name__)) from error
 
 

@@ -1,4 +1,4 @@
-"""`exactly-once doctor`: what is right, what is not, and what to type."""
+"""`exactly-once doctor`: what is right, what is wrong, and what to type."""
 
 import sys
 from typing import Annotated
@@ -17,7 +17,7 @@ def command(
     app: Annotated[str, typer.Option("--app", "-a", metavar="MODULE:NAME", help="The application: shop.consumers:eo")],
     transport: TransportOption = None,
 ) -> None:
-    """Look at database, driver, durability, broker and handlers, and say what to do; exits 1 if anything must be mended."""
+    """Check database, driver, durability, broker and handlers, and say what to do. Exits 1 if anything must be repaired."""
     eo = application(app)
     broker = eo.transport(transport) if transport or eo.config.transport.value else None
     worst = 0

@@ -1,4 +1,4 @@
-"""`exactly-once failures`: what failed and why, and what a person decides about it."""
+"""`exactly-once failures`: what failed and why, and an operator's decision about it."""
 
 import getpass
 import sys
@@ -188,12 +188,13 @@ def requeue(
     group: GroupOption = None,
     database: DatabaseOption = None,
 ) -> None:
-    """Let a running worker try them again, under the same claim: what was processed meanwhile is a duplicate.
+    """Let a running worker try them again, under the same claims: a message that was processed meanwhile is a duplicate.
 
-    A broken one (its handler committed behind our back) is requeued by id or --state broken only, and then runs as a new
-    message would: undo first what its handler has committed.
+    A broken message (its handler committed outside of our transaction) is requeued only by id or --state broken.
+    It then runs like a
+    new message: first undo what its handler has committed.
     """
-    if rate is not None and not rate > 0:  # nor nan
+    if rate is not None and not rate > 0:  # also not NaN
         raise ConfigurationError("--rate is a number above zero, of messages a second.")
     again = repeated(app, group, database)
     numbers = _numbers(ids or (), "requeue", again)
@@ -269,7 +270,7 @@ def _chosen(
 def _carried_out(
     store: Store, chosen: Chosen, decide: Callable[[Database, Chosen, Sequence[int]], Iterator[Part]], what: str
 ) -> Part:
-    """Decide part by part, showing how far it is; where it is cut off, say what was done."""
+    """Decide part by part, and show the progress. If it is interrupted, say what was done."""
     database = Database(
         store.engine.begin, store.tables, lambda error: store.dialect.error_kind(error) is ErrorKind.TRANSIENT
     )
@@ -302,7 +303,7 @@ def _numbers(ids: Sequence[str], verb: str, again: str) -> Sequence[int]:
 
     Args:
         ids: Each a number.
-        verb: What to type for a business key.
+        verb: The command to type for a business key.
         again: The options that were typed.
     """
     apart = [part for each in ids for part in each.replace(",", " ").split()]
@@ -319,7 +320,7 @@ def _numbers(ids: Sequence[str], verb: str, again: str) -> Sequence[int]:
 
 
 def _left(number: int, row: Row[Any] | None, group: str) -> str:
-    """Why an id that was typed is not among what is decided about."""
+    """Say why an id that was typed is not among the messages to decide about."""
     if row is None:
         return f"Group {group} has no failure {number}."
     if row.state in OPEN:

@@ -1,4 +1,4 @@
-"""`exactly-once handlers`: what holds for each handler and where that comes from; and a handler's new name."""
+"""`exactly-once handlers`: the options of each handler and where they come from; and renaming a handler."""
 
 from typing import Annotated
 
@@ -24,7 +24,7 @@ AppOption = Annotated[str | None, typer.Option("--app", "-a", metavar="MODULE:NA
 
 @app.callback(invoke_without_command=True)
 def show(context: typer.Context, reference: AppOption = None) -> None:
-    """Show the handlers and settings that hold, each with where it comes from; `rename OLD NEW` moves a handler's rows."""
+    """Show the handlers and settings that apply, each with its source; `rename OLD NEW` moves a handler's rows."""
     if context.invoked_subcommand is not None:
         return
     if reference is None:
@@ -85,7 +85,7 @@ def _parts(rule: KeyRule) -> str:
 
 
 def _shared(plan: Plan) -> str:
-    """How many messages share one."""
+    """How many messages share one transaction."""
     if plan.batch is None:
         return "one message"
     what = "in one call" if plan.in_lists else "each a call"
@@ -114,9 +114,9 @@ def rename(
     reference: AppOption = None,
     group: Annotated[str | None, typer.Option("--group", "-g", help="Else as the settings say.")] = None,
 ) -> None:
-    """Give a handler's claims, steps and failures to its new name, in one transaction: stop its workers first.
+    """Give a handler's claims, steps and failures to its new name, in one transaction. Stop its workers first.
 
-    A renamed handler without this would take every message it has processed for new.
+    Without this, a renamed handler would process again every message that it has processed.
     """
     check_name(new, HANDLER_BYTES, "handler")
     eo = application(reference) if reference else ExactlyOnce()
@@ -125,7 +125,7 @@ def rename(
     for store in eo.stores.values():
         usable(store)
     some = 0
-    for store in eo.stores.values():  # one transaction a database; a second run moves what an error left behind
+    for store in eo.stores.values():  # one transaction for each database; after an error, a second run moves the rest
         with store.engine.begin() as connection:
             moved = rename_rows(connection, store.tables, group or eo.group, old, new)
         some += sum(moved.values())

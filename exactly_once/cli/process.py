@@ -1,7 +1,7 @@
-"""`exactly-once process`: recorded messages through the handlers, each claimed as if a broker had brought it.
+"""`exactly-once process`: runs recorded messages through the handlers, each claimed as if a broker had delivered it.
 
-Bounded: at most twice as many messages are in hand as run at once. Of an ordered handler's topic, the messages of one
-ordering key run one after the other, as they stand in the file. It stops at a database that does not answer.
+Bounded: at most twice as many messages are in hand as run at once. For the topic of an ordered handler, the messages of one
+ordering key run one after the other, in the order of the file. It stops if a database does not answer.
 """
 
 from collections import deque
@@ -24,15 +24,15 @@ from exactly_once.wording.text import escaped, probably, taken
 __all__ = ["command"]
 
 FILE: Final = Features(redelivers=False, counts_attempts=False, ordered=True)
-"""A file brings nothing again: a failure is kept with its time, and a running worker's pump tries it then."""
+"""A file redelivers nothing: a failure is recorded with its next attempt, and a running worker's pump tries it then."""
 SHOWN: Final = 20
-"""So many lines that were left are named; the rest is counted, for a file may have millions."""
+"""At most so many failed lines are named; the rest is counted, because a file may have millions."""
 
 _Lane = tuple[str, str]
 
 
 class _Feeding:
-    """One file on its way through the handlers."""
+    """The messages of one file on their way through the handlers."""
 
     def __init__(self, eo: ExactlyOnce, concurrency: int) -> None:
         self.ended = self.left = 0
@@ -49,11 +49,11 @@ class _Feeding:
 
     @property
     def counts(self) -> dict[Outcome, int]:
-        """How many ended how."""
+        """The number of messages for each outcome."""
         return {Outcome(name): count for name, count in self._outcomes.outcomes.items() if count}
 
     def feed(self, line: int, message: Message) -> None:
-        """Run a message as soon as there is a place for it."""
+        """Run a message as soon as there is capacity."""
         self._places.acquire()
         if (what := self._not_taken(message)) is not None:
             take = ", ".join(taken(topic, tags) for topic, tags in sorted(self._wanted.items()))
@@ -69,7 +69,7 @@ class _Feeding:
         self._run(line, message, lane)
 
     def _not_taken(self, message: Message) -> str | None:
-        """Say what of a message looks like a slip; None of another group's tag, of which a recorded topic may be full."""
+        """Say what in a message looks like a mistake. None for another group's tag, which a recorded topic may often have."""
         topic = f"topic {escaped(message.topic, 200)}"
         if message.topic not in self._wanted:
             return f"{topic}.{probably(message.topic, self._wanted)}"
@@ -82,14 +82,14 @@ class _Feeding:
         return f"{topic} with the tag {escaped(message.tag, 200)}.{meant}" if meant else None
 
     def leave(self, line: int, why: str) -> None:
-        """Note a line that was not taken care of."""
+        """Note a line that was not processed."""
         with self._lock:
             self.left += 1
             if len(self.named) < SHOWN:
                 self.named.append(f"line {line}: {why}")
 
     def wait(self) -> None:
-        """Wait until the last one has ended."""
+        """Wait until the last message has ended."""
         for _ in range(self._most):
             self._places.acquire()
 

@@ -1,4 +1,4 @@
-"""Messages as lines of JSON, one object a line: what `process` and `send` read. Streams; never holds a whole file."""
+"""Messages as lines of JSON, one object in each line, which `process` and `send` read. Streams; never holds a whole file."""
 
 import base64
 import binascii
@@ -25,7 +25,7 @@ NAMES: Final = (
 
 
 class BadLine(Exception):
-    """A line that is no message."""
+    """A line that is not a message."""
 
 
 @contextmanager
@@ -43,21 +43,21 @@ def opened(file: str) -> Iterator[IO[bytes]]:
 
 
 def size_of(file: str) -> int | None:
-    """Return how many bytes there are to read; None of standard input."""
+    """Return how many bytes there are to read; None for standard input."""
     return None if file == "-" else Path(file).stat().st_size
 
 
 def messages(
     stream: IO[bytes], topic: str | None, *, file: str, verb: str, done: str
 ) -> Iterator[tuple[int, int, Message | BadLine]]:
-    """Yield line number, bytes read so far, and the message or what is wrong with the line; empty lines are left out.
+    """Yield line number, bytes read so far, and the message or what is wrong with the line. Empty lines are left out.
 
     Args:
         stream: What is read.
-        topic: For lines that name none.
+        topic: For lines that name no topic.
         file: As it was typed.
         verb: The command.
-        done: What it does to a message, as "sent".
+        done: What the command does to a message, such as "sent".
 
     Raises:
         ConfigurationError: It is one array, or one object over several lines: some of their lines may look like a message.
@@ -128,7 +128,7 @@ def _body(found: dict[str, Any]) -> bytes | None:
     body = found.get("body")
     if body is None:
         return None
-    # a text is the body itself; anything else is a body of JSON
+    # A text is the body itself; any other value is a JSON body.
     return (
         body.encode("utf-8", "surrogatepass")
         if isinstance(body, str)
@@ -152,7 +152,7 @@ class Progressing:
     """A progress bar, on a terminal; silent elsewhere.
 
     Args:
-        total: All there is to go through; None where nobody knows.
+        total: The size of the whole; None if it is unknown.
         about: What is done.
         of: What is counted beside it.
     """
@@ -181,5 +181,5 @@ class Progressing:
         self._bar.stop()
 
     def show(self, read: int, done: int) -> None:
-        """Move on to `read` of the total, and `done` of what is counted."""
+        """Advance to `read` of the total, and to `done` of what is counted."""
         self._bar.update(self._task, completed=read, done=done)

@@ -1,4 +1,4 @@
-"""Finds the application a command is about: `shop.consumers:eo`, a module and the name of its `ExactlyOnce` object."""
+"""Finds the application of a command: `shop.consumers:eo`, a module and the name of its `ExactlyOnce` object."""
 
 import os
 import sys
@@ -28,10 +28,10 @@ TransportOption = Annotated[
 
 
 def application(reference: str) -> ExactlyOnce:
-    """Import a module and return the `ExactlyOnce` object it names.
+    """Import a module and return the `ExactlyOnce` object that the reference names.
 
     Raises:
-        ConfigurationError: There is no such module or object; the text says which, and what there is.
+        ConfigurationError: There is no such module or object; the text says which is missing, and what there is.
     """
     module_name, colon, attribute = reference.partition(":")
     if meant := _module_meant(module_name):
@@ -43,7 +43,7 @@ def application(reference: str) -> ExactlyOnce:
         raise ConfigurationError(f"{escaped(reference)!r} names no application. It looks like shop.consumers:eo")
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.insert(0, here)  # as `python -m` does, so that the command works in the folder of the program
+        sys.path.insert(0, here)  # as `python -m` does, so that the command works in the program's folder
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
@@ -55,12 +55,12 @@ def application(reference: str) -> ExactlyOnce:
         raise ConfigurationError(f"Importing {module_name} failed: {error}{_where(error)}.") from error
     except ExactlyOnceError:
         raise
-    except Exception as error:  # the user's module: whatever it raises, nothing of ours can start
+    except Exception as error:  # the user's module: whatever it raises, we cannot start
         raise ConfigurationError(
             f"Importing {module_name} failed: {type(error).__name__}: {escaped(str(error), 300)}{_where(error)}."
         ) from error
     found = module
-    attribute = attribute.removesuffix("()")  # it names the same function, and is told the same of it
+    attribute = attribute.removesuffix("()")  # it names the same function, and gets the same answer
     for name in attribute.split("."):
         found = getattr(found, name, None)  # type: ignore[assignment]
     if isinstance(found, ExactlyOnce):
@@ -69,14 +69,14 @@ def application(reference: str) -> ExactlyOnce:
 
 
 def _module_meant(name: str) -> str | None:
-    """The module of what is typed as a file; None of what may be a module's name."""
+    """Return the module if a file was typed instead; None for a text that may be a module's name."""
     if not name.endswith(".py") and "/" not in name and os.sep not in name:
         return None
     path = PurePath(name)
     if path.is_absolute() and Path(path).is_relative_to(Path.cwd()):
         path = path.relative_to(Path.cwd())
     if path.is_absolute() or ".." in path.parts:
-        path = PurePath(path.name)  # in the folder of the file
+        path = PurePath(path.name)  # relative to the folder of the file
     inner = path.with_suffix("") if path.suffix == ".py" else path
     return ".".join(inner.parent.parts if inner.name == "__init__" else inner.parts)
 
@@ -114,7 +114,7 @@ def _where(error: BaseException) -> str:
 
 
 def repeated(app: str | None = None, group: str | None = None, database: str | None = None) -> str:
-    """Return these options as they were typed, for a line to type next.
+    """Return these options as they were typed, for a command to type next.
 
     Example:
         >>> repeated("shop.consumers:eo")
@@ -125,7 +125,7 @@ def repeated(app: str | None = None, group: str | None = None, database: str | N
 
 
 def one_store(eo: ExactlyOnce, database: str | None) -> Store:
-    """Return the application's database, or of several the one that is named; it can be used.
+    """Return the application's database, or the named one of several, after a check that it can be used.
 
     Raises:
         StoreUnavailable: It does not answer.
@@ -135,7 +135,7 @@ def one_store(eo: ExactlyOnce, database: str | None) -> Store:
     if database is not None and database not in stores:
         raise ConfigurationError(f"There is no database named {database!r}; there are: {', '.join(stores)}.")
     if database is None and len(stores) > 1:
-        # ids repeat in each, and one that is not looked at would seem to have no dead letters
+        # Ids repeat in each database, and a database that we did not look at would seem to have no dead letters.
         raise ConfigurationError(
             f"There are several databases, each with failures of its own: {', '.join(stores)}. Say which:"
             f" --database {next(iter(stores))}"
@@ -146,11 +146,11 @@ def one_store(eo: ExactlyOnce, database: str | None) -> Store:
 
 
 def usable(store: Store) -> None:
-    """Look whether a database can be used, before anything is begun in it.
+    """Check that a database can be used, before anything is begun in it.
 
     Raises:
         StoreUnavailable: It does not answer.
-        ConfigurationError: It has not our tables, or lets us not in; the text is the command that mends it.
+        ConfigurationError: Our tables are missing, or it refuses us; the text has the command that repairs it.
     """
     if (problem := ready.problem(store)) is not None:
         raise StoreUnavailable(f"{stopped(problem)} Start it, or mend EXACTLY_ONCE_DATABASE.")

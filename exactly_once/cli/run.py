@@ -1,4 +1,4 @@
-"""`exactly-once run`: a worker, or several processes of it, until a signal says stop."""
+"""`exactly-once run`: a worker, or several processes of it, until a stop signal."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ __all__ = ["command"]
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
-    """Writes to what `sys.stderr` is now: the live line replaces it, and draws itself below what is written there."""
+    """Writes to the present `sys.stderr`: the progress line replaces it, and redraws itself below each log line."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -27,11 +27,11 @@ class _Stderr(logging.StreamHandler[TextIO]):
 
     @stream.setter
     def stream(self, _: TextIO) -> None:
-        """Nobody sets it."""
+        """Never set."""
 
 
 def log_to_stderr() -> None:
-    """Send log lines to standard error, where the application has not said where they go; called once it is imported."""
+    """Send log lines to standard error if the application has configured no logging. Called after the application is imported."""
     if logging.getLogger().handlers:
         return
     handler = _Stderr()
@@ -54,7 +54,7 @@ def command(
 ) -> None:
     """Run a worker until SIGTERM or Ctrl-C: receive, handle, acknowledge.
 
-    Log lines go where the application's own logging sends them; where it configures none, to standard error.
+    Log lines go where the application's own logging sends them; if it configures none, to standard error.
     Exits 0 when stopped, 1 when messages were given back unfinished, 143 on a second signal.
     """
     with said_afterwards():
@@ -92,5 +92,5 @@ def command(
             beside.callback(progress.stop)
 
         code = run_until_signal(serving, start=start)
-    # at once: a native client library's threads must not keep the interpreter from ending
+    # At once: a native client library's threads must not keep the interpreter from ending.
     leave(code)

@@ -1,4 +1,4 @@
-"""`exactly-once send`: one message from the command line, or those of a file, with a receipt for each."""
+"""`exactly-once send`: sends one message from the command line, or those of a file, and prints a receipt for each."""
 
 import os
 from datetime import timedelta
@@ -37,7 +37,7 @@ def command(
         float | None, typer.Option("--delay", min=0, metavar="SECONDS", help="Deliver not before.")
     ] = None,
 ) -> None:
-    """Send one message (--topic, --body), or those of a file; prints a receipt for each that the broker has stored.
+    """Send one message (--topic, --body), or those of a file; print a receipt for each that the broker has stored.
 
     Exits 1 if one could not be sent; standard error says which.
     """
@@ -57,7 +57,7 @@ def command(
         if body is not None:
             one = Message(
                 topic or "",
-                os.fsencode(body),  # the bytes as they were typed, also what is no UTF-8
+                os.fsencode(body),  # the bytes as they were typed, also if they are not UTF-8
                 tag=tag,
                 key=key,
                 ordering_key=ordering_key,

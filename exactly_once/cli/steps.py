@@ -1,7 +1,7 @@
-"""`exactly-once steps`: what is recorded of a message under a lease, and the word of a person about a step nobody knows of.
+"""`exactly-once steps`: what is recorded of a message under a lease, and an operator's answer for a step of unknown result.
 
-Leases in Redis are found through the application (`--app`), which knows where its handlers keep them; those in the database
-also without it.
+Leases in Redis are found through the application (`--app`), which knows where its handlers keep them. Leases in the database
+are found also without it.
 """
 
 import json
@@ -71,7 +71,7 @@ def resolve(
     group: GroupOption = None,
     database: DatabaseOption = None,
 ) -> None:
-    """Record a step's result for it, having looked at the other side; then requeue the message's failure.
+    """Record the result of a step that you have checked on the other side; then requeue the message's failure.
 
     The next attempt reads this result and does not run the step.
     """
