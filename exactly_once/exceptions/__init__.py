@@ -1,1 +1,1 @@
-"""What an exception asks for, and what it says: stops, parts of a group, and its words without a value of a statement."""
+"""What an exception asks for, and its text: stops, members of exception groups, and error texts without a statement's values."""

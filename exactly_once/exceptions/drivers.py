@@ -1,6 +1,6 @@
-"""What an error of a database says: of its driver's fields, and of its sentence what no value can be. Pure.
+"""The text of a database error: fields of the driver's error, and those parts of its sentence that cannot be a value. Pure.
 
-Known by SQLSTATE, errno and names, never by a sentence, which comes in many languages.
+Decided by SQLSTATE, errno and names, never by a whole sentence, which comes in many languages.
 """
 
 import re
@@ -17,9 +17,9 @@ DRIVERS: Final = frozenset(
 
 _DUPLICATE_ENTRY: Final = 1062
 _VALUE_OF_A_COLUMN: Final = (1265, 1292, 1366)  # the sentence ends with the column and the row, in every language
-_CLIENTS: Final = range(2000, 3000)  # the client library's own, of connections
+_CLIENTS: Final = range(2000, 3000)  # errors of the client library itself, about connections
 _NAMES_ONLY: Final = frozenset(
-    # locks, rights, names, columns, constraints: only names stand in quotes there
+    # Locks, rights, names, columns, constraints: these errors quote names only.
     (
         *(
             1020,
@@ -82,25 +82,25 @@ _args_of = BaseException.__dict__["args"].__get__
 
 
 def is_drivers(error: BaseException) -> bool:
-    """Say whether it is an error of a database's driver."""
+    """Say whether it is an error of a database driver."""
     return any(str(cls.__module__).partition(".")[0] in DRIVERS for cls in type(error).__mro__)
 
 
 def in_statement(error: BaseException | None, statement: str) -> str:
     """Return the beginning of the statement that failed."""
-    # of a value that could not be made ready nobody knows for which server it was
+    # If a value could not be prepared, we do not know for which server it was.
     own = None if error is None else _drivers_own(error)
     doubled = own is None or _mysqls(own) is not None or not _is_postgresqls(own)
     return f" [in: {shown(statement, doubled=doubled)}]"
 
 
 def of_driver(error: BaseException, statement: str | None = None, parameters: Any = None) -> str:
-    """Return what an error of a driver says, without values.
+    """Return the text of a driver's error, without values.
 
     Args:
-        error: It, or SQLAlchemy's own around that of an async driver.
-        statement: The statement's text, where it is known.
-        parameters: What was bound to it.
+        error: The error, or SQLAlchemy's wrapper for an async driver's.
+        statement: The statement's text, if it is known.
+        parameters: The values bound to it.
     """
     return struck(_told(_drivers_own(error), statement, parameters))
 
@@ -136,14 +136,14 @@ def _of_postgresql(
     error: BaseException, fields: Any, state: str | None, statement: str | None, values: frozenset[str] | None
 ) -> str:
     if state is None and getattr(fields, "message_primary", None) is None:
-        # the driver's own: of a connection, or of a value it could not make ready
+        # The driver's own error: about a connection, or about a value that it could not prepare.
         is_of_data = any(cls.__name__ == "DataError" for cls in type(error).__mro__)
         return type(error).__name__ if is_of_data else str(error).strip()
     found = {field: name for field in _NAMES if isinstance(name := getattr(fields, field, None), str) and name}
     if values is None or (state is not None and state.startswith("22") and state != "22001"):
-        words = type(error).__name__  # "invalid input syntax for type integer: "4111..."": the class says as much
+        words = type(error).__name__  # for "invalid input syntax for type integer: "4111..."" the class says as much
     else:
-        # a statement inside a function: its text is the function's
+        # For a statement inside a function: the text of that statement.
         code = code_of(statement) | code_of(getattr(fields, "internal_query", None))
         said = getattr(fields, "message_primary", None) or str(error).strip().partition("\n")[0]
         words = _sentence(said, code | code_of(" ".join(found.values())), values, own_words=state == _RAISED)
@@ -157,7 +157,7 @@ def _of_postgresql(
 
 def _of_mysql(errno: int, text: str, code: frozenset[str], values: frozenset[str] | None) -> str:
     if errno == _DUPLICATE_ENTRY:
-        key = _KEY_AT_THE_END.search(text)  # the value stands before it in every language, and the name last
+        key = _KEY_AT_THE_END.search(text)  # in every language the value comes before it, and the name last
         return f"duplicate entry for key {key[1]} (errno {errno})" if key else f"duplicate entry (errno {errno})"
     if errno in _CLIENTS or errno == 0:
         return f"{text.strip()} (errno {errno})"
@@ -180,11 +180,11 @@ def _of_sqlite(error: BaseException, code: frozenset[str], values: frozenset[str
     names = "constraint failed: " in text
     if name.startswith(_HELD):
         return f"{text} ({_HOLDER})"
-    if name.startswith(_OF_A_CONSTRAINT) or names:  # tables and columns, or what stands in CHECK; or RAISE
+    if name.startswith(_OF_A_CONSTRAINT) or names:  # tables and columns, or the text of the CHECK; or of RAISE
         return without_numbers(text if names else without_bound(text, values, code, own_words=True))
     sentence = _sentence(text, code, values)
     what, colon, rest = sentence.rpartition(": ")
-    if colon and what.startswith("no such ") and not code_of(rest) <= code:  # of a full-text query, the name is a value
+    if colon and what.startswith("no such ") and not code_of(rest) <= code:  # in a full-text query, the name is a value
         return f"{what}: ..."
     return sentence
 

@@ -1,8 +1,8 @@
-"""What must come to its end although its task is cancelled: a claim let go of, a connection given back, a failure written down.
+"""Finishes work that must not be cut short by cancellation: freeing a claim, returning a connection, recording a failure.
 
 A task may be cancelled again and again: a scope of anyio (`move_on_after`, `fail_after`, a task group) cancels each await until
-the task has left it. So such work is done in a task of its own, which no scope knows, and the cancellation is raised when it
-is done. A process that dies meanwhile leaves what it held to run out. Called for what follows a run; it sends nothing itself.
+the task has left the scope. So such work runs in a task of its own, which no scope knows, and the cancellation is raised after
+it. If the process dies meanwhile, its claims run out. Called for the work after a run; it sends nothing itself.
 """
 
 from collections.abc import Callable
@@ -22,18 +22,18 @@ __all__ = ["finish", "finished"]
 T = TypeVar("T")
 
 LONGEST_S: Final = 5.0
-"""So long a task that is cancelled again waits for it, where a store does not answer; then it is cut off, too."""
+"""How long a task that is cancelled again waits for the work, if a store does not answer. Then the work is cut off, too."""
 
 
 def finish(do: Callable[[], T], *, within_s: float | None = None) -> "tuple[T, asyncio.CancelledError | None]":
     """Do something to its end, in a thread or in SQLAlchemy's greenlet.
 
     Args:
-        do: What.
-        within_s: The longest it may take in a greenlet, also where nothing cancels it again.
+        do: The work.
+        within_s: The longest it may take in a greenlet, also if nothing cancels it again.
 
     Returns:
-        What it returned, and the cancellation that came meanwhile: the caller is to raise it.
+        Its result, and the cancellation that came meanwhile, which the caller must raise.
 
     Raises:
         CancelledError: It took too long; or it raised, and the task was cancelled meanwhile.
@@ -42,12 +42,12 @@ def finish(do: Callable[[], T], *, within_s: float | None = None) -> "tuple[T, a
         return do(), None
     from greenlet import getcurrent  # type: ignore[import-untyped]
 
-    # the caller's context and no copy: a hook of the application's may set back what it set as the run began
+    # The caller's context, not a copy: a hook of the application may reset a context variable that it set when the run began.
     return await_only(_in_its_own_task(do, within_s, getcurrent().gr_context))
 
 
 def finished(do: Callable[[], T], *, within_s: float | None = None) -> T:
-    """The same; a cancellation that came meanwhile is raised here."""
+    """The same; raises a cancellation that came meanwhile."""
     value, cancellation = finish(do, within_s=within_s)
     if cancellation is not None:
         raise cancellation
@@ -71,7 +71,7 @@ async def _in_its_own_task(
         except asyncio.CancelledError:
             raise
         except BaseException as error:
-            # out of a task, an exit or an interrupt would end the loop, past whoever waits here
+            # Raised in a task, an exit or an interrupt would end the loop, and not reach the waiting caller.
             return partial(_raise, error)
         return lambda: value
 
@@ -100,7 +100,7 @@ async def _in_its_own_task(
 
 
 def _in_context(context: Any, do: Callable[[], T]) -> T:
-    """Not the task's own context, which not every factory of tasks takes; one that starts at once could not enter it."""
+    """Set the context here, because not every task factory takes one; a task that starts eagerly could not enter it."""
     from greenlet import getcurrent
 
     getcurrent().gr_context = context
@@ -112,7 +112,7 @@ def _raise(error: BaseException) -> NoReturn:
 
 
 def _in_a_task() -> bool:
-    """Not where a coroutine is collected that nobody awaits any more."""
+    """False also while a coroutine that nobody awaits any more is garbage collected."""
     import asyncio
 
     try:

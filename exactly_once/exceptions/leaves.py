@@ -1,7 +1,7 @@
-"""The exceptions that a group of them is made of, however deep; of one that is no group, itself. Pure.
+"""The single exceptions in an exception group, at any depth; any other exception is its own single member. Pure.
 
-Code with tasks (`asyncio.TaskGroup`, anyio) raises what failed in them as one group. What is decided by the class of an exception
-is decided of these.
+Code with tasks (`asyncio.TaskGroup`, anyio) raises the errors of its tasks as one group. Decisions by the class of an exception
+are made for these single exceptions.
 """
 
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from typing import Final
 
 __all__ = ["leaves"]
 
-# asked of the base class, for a class of the application may have a property of that name, which raises
+# Taken from the base class: a class of the application may have a property of that name, which raises.
 _members_of: Final = BaseExceptionGroup.__dict__["exceptions"].__get__
 
 
 def leaves(error: BaseException) -> Sequence[BaseException]:
-    """Return the exceptions of a group in their order, those of groups inside it in their place.
+    """Return the single exceptions of a group in their order; a nested group is replaced by its members.
 
     Example:
         >>> leaves(ExceptionGroup("tasks", [ValueError(1), ExceptionGroup("inside", [KeyError(2)])]))
@@ -24,7 +24,7 @@ def leaves(error: BaseException) -> Sequence[BaseException]:
         return (error,)
     found: list[BaseException] = []
     waiting: list[BaseException] = [error]
-    while waiting:  # no recursion: a group may be deeper than Python's stack
+    while waiting:  # no recursion: groups may be nested deeper than Python's stack
         at = waiting.pop()
         if isinstance(at, BaseExceptionGroup):
             waiting += reversed(_members_of(at))

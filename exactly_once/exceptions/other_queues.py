@@ -1,11 +1,13 @@
-"""What a handler raises to ask for something, and asks for nothing here: the error says what to raise instead. Pure.
+"""Recognises exceptions by which a handler asks another queue for something, and says what to raise instead. Pure.
 
-A task that was written for Celery raises its Retry, Ignore or Reject, and FastStream's handlers raise AckMessage. Such a message
-has failed like any other, is counted and kept, and never acknowledged for that. It does not run again at once: what was meant for
-later would be asked again three times, and a limit of time that such a queue sets around a call comes once. Known by the class
-that the queue's own exceptions of that kind have in common, so that its other errors (a broker that is away) stay what they are.
+A task that was written for Celery raises its Retry, Ignore or Reject, and FastStream's handlers raise AckMessage.
+Here they have no
+special meaning: the message has failed, is counted and kept, and never acknowledged for that. It is not retried
+at once: a request
+for later would be repeated three times, and a time limit that such a queue sets around a call would fire only once. They are
+known by the base class that the queue's control exceptions share, so its other errors (a broker that is away) stay normal errors.
 
-Our own `Retry` is a policy and no exception: Python refuses to raise it, in the words it has for all that is none.
+Our own `Retry` is a policy and not an exception: Python refuses to raise it, with its general text for non-exceptions.
 """
 
 from typing import Final
@@ -33,12 +35,12 @@ def _said_of_no_exception() -> tuple[object, ...]:
 
 
 _NO_EXCEPTION: Final = _said_of_no_exception()
-"""Asked of the interpreter, which has no class for it and may word it otherwise one day."""
+"""Taken from the interpreter, which has no class for this error and may change the text."""
 _INSTEAD: Final = "RetryLater(timedelta(...)) to have it again then, Reject(reason) to keep it for a person"
 
 
 def advice_on(error: BaseException) -> str:
-    """Return what to raise instead of another queue's exception, or of what is none; "" for any other.
+    """Return what to raise instead of another queue's exception, or of something that is no exception; "" for any other error.
 
     Example:
         >>> advice_on(ValueError("no such sku"))

@@ -1,6 +1,6 @@
-"""Which exceptions ask for the end of something larger than the code that raised them: raised on, and never counted.
+"""Which exceptions are stops: they ask for the end of something larger than the code that raised them. Re-raised, never counted.
 
-The one place where that is decided. Called wherever code of the application's is.
+The only place that decides this. Called wherever we call code of the application.
 """
 
 import sys
@@ -14,15 +14,15 @@ from exactly_once.exceptions.leaves import leaves
 __all__ = ["INSTEAD_OF", "asked_from_outside", "exit_in", "is_the_callers", "stops"]
 
 INSTEAD_OF: Final[MutableMapping[Any, Any]] = WeakKeyDictionary()
-"""Of a task that finishes the work of another one, that one: it is what was asked to end."""
+"""For a task that finishes another task's work, that other task, which is the one that gets cancelled."""
 
 
 def stops(error: BaseException, *, exits: bool = True) -> bool:
-    """Say whether an exception asks for the end of something larger; a group does if one of its members does.
+    """Say whether an exception is a stop. A group is a stop if one of its members is.
 
     Args:
         error: What was raised.
-        exits: SystemExit is such a one. Not in a thread of ours: there it is a mistake of whatever raised it.
+        exits: SystemExit counts as a stop. Not in a thread of ours: there it is a mistake of the code that raised it.
     """
     if isinstance(error, Exception):
         return False
@@ -39,13 +39,13 @@ def stops(error: BaseException, *, exits: bool = True) -> bool:
         return False
     try:
         task = asyncio.current_task()
-    except RuntimeError:  # no loop in this thread: nobody was asked to cancel anything
+    except RuntimeError:  # no loop in this thread: nothing was cancelled
         return False
     return task is not None and (task.cancelling() > 0 or INSTEAD_OF.get(task, task).cancelling() > 0)
 
 
 def exit_in(error: BaseException) -> SystemExit | None:
-    """Return the SystemExit of an exception, or of a group of them, in which nothing else asks for the end."""
+    """Return the SystemExit of an exception, or of a group in which nothing else is a stop."""
     if isinstance(error, SystemExit):
         return error
     if not isinstance(error, BaseExceptionGroup) or stops(error, exits=False):
@@ -54,18 +54,19 @@ def exit_in(error: BaseException) -> SystemExit | None:
 
 
 def asked_from_outside(error: BaseException) -> bool:
-    """The same of a small function of the application's, such as `key=` or `alert=`, in whichever thread.
+    """The same for a small function of the application, such as `key=` or `alert=`, in any thread.
 
-    It has no reason to exit. A signal's handler may, in the middle of it; those run in the main thread alone.
+    Such a function has no reason to exit. A signal handler that interrupts it may; signal handlers run in the main thread alone.
     """
     return stops(error, exits=current_thread() is main_thread())
 
 
 def is_the_callers(error: BaseException) -> bool:
-    """Say whether an exception that was counted is raised on in a loop of the caller's: what is no `Exception`.
+    """Say whether a counted exception is also raised in the caller's loop: everything that is not an `Exception`.
 
-    It may be for code around the call, such as gevent's Timeout. A CancelledError that nobody asked for is not: the caller's own
-    task would pass for cancelled. A group is if one of its members is.
+    It may be for code around the call, such as gevent's Timeout. The exception is a CancelledError without
+    a cancellation: with it, the
+    caller's own task would look cancelled. A group is raised if one of its members is.
     """
     if isinstance(error, Exception):
         return False

@@ -1,10 +1,11 @@
-"""Strikes what may be a customer's out of a sentence of a database's: what no developer wrote. Pure.
+"""Redacts what may be a customer's value in the text of a database error: everything that no developer wrote. Pure.
 
-A sentence of a server is made of the server's words and of what was put into them: names, or values. Which is which the sentence
-does not say, and a list of the sentences that quote values never ends. So a quoted piece stays only if the developer wrote it:
-if it stands in the text of the statement, outside its literals, or the server itself reports it as the name of a table, a column
-or a constraint. What was bound to the statement is struck between quotation marks, and where it has a digit. So is a number of
-five digits or more.
+A server's sentence consists of the server's own words and of inserted names or values. The sentence does not say which is
+which, and a list of all sentences with values would never be complete. So a quoted piece stays only if the developer wrote it:
+if it occurs in the text of the statement, outside its literals, or if the server itself reports it as the name of
+a table, a column
+or a constraint. Bound values are redacted inside quotation marks, and elsewhere if they have a digit. A number of
+five digits or more is redacted, too.
 """
 
 import json
@@ -30,9 +31,9 @@ __all__ = [
 
 WORD: Final = re.compile(r"\w+")
 TOO_MUCH: Final = object()
-"""In the place of what was bound, where there is too much of it to look through."""
+"""Replaces the bound values if there are too many to search for."""
 STRUCK: Final = "..."
-# five digits in a row, or nine in groups, as cards and telephones are written; a date has eight
+# Five digits in a row, or nine in groups, as on cards and in telephone numbers; a date has eight.
 _NUMBER: Final = re.compile(r"\d{5,}|\d(?:[\s./\u2010-\u2015-]{0,3}\d){8,}")
 _OURS: Final = re.compile(r"(\w+\.)?(message_[a-z_]+|exactly_once_version)")
 _PLACE: Final = re.compile(r"\$[0-9]+|\?|end of input", re.IGNORECASE)
@@ -40,15 +41,15 @@ _ENDS: Final = {'"': '"', "'": "'", "`": "`", "«": "»", "»": "«", "„": "�
 _EVERY_MARK: Final = frozenset("".join((*_ENDS, *_ENDS.values())))
 _DIGIT: Final = re.compile(r"\d")
 _LEAST_WORD: Final = 3
-_LONGEST_WORD: Final = 255  # of a developer, and of a customer's value in one piece
+_LONGEST_WORD: Final = 255  # the longest word of a developer, and the longest value in one piece
 _LEAST_PIECE: Final = 5  # of a word: 't' || :name
-_MOST_CHARACTERS: Final = 2_000_000  # of what is bound; more is not looked through, and nothing of the sentence is told
+_MOST_CHARACTERS: Final = 2_000_000  # of bound values; with more we do not search, and show nothing of the sentence
 _STATEMENT_CHARACTERS: Final = 500
 _LOOKED_AT: Final = 20_000  # of a statement, or of an application's text
-_MOST_FORMS: Final = 2_000  # of values that are looked for as they stand; of more, each word is
-_CUT_OFF: Final = " .\u2026'\")]}"  # may stand behind a value that was cut short
+_MOST_FORMS: Final = 2_000  # values that are searched for as a whole; with more, word by word
+_CUT_OFF: Final = " .\u2026'\")]}"  # these may follow a value that was cut short
 
-# where something else than code begins: a comment, a literal, or a name in marks
+# The beginnings of text that is not code: a comment, a literal, or a quoted name.
 _BEGINS: Final = re.compile(r"""--[^\n]*|/\*|'|"|`|(?<![\w$])\$(?:[^\W\d]\w*)?\$""")
 _BEGINS_ON_MYSQL: Final = re.compile(_BEGINS.pattern + r"|\#[^\n]*")
 _COMMENT_MARK: Final = re.compile(r"/\*|\*/")
@@ -59,7 +60,7 @@ def shown(statement: str, *, doubled: bool) -> str:
 
     Args:
         statement: Its text; comments are left out.
-        doubled: What stands in double quotes is a literal, too (MySQL, SQLite).
+        doubled: A text in double quotes is a literal, too (MySQL, SQLite).
     """
     told: list[str] = []
     for what, part in _parts(statement[:_LOOKED_AT], doubled=doubled):
@@ -71,7 +72,7 @@ def shown(statement: str, *, doubled: bool) -> str:
 
 
 def code_of(statement: str | None, *, doubled: bool = False) -> frozenset[str]:
-    """Return the words of a statement that stand in none of its literals and comments, in small letters."""
+    """Return the words of a statement outside its literals and comments, in lower case."""
     if not statement:
         return frozenset()
     code = (part for what, part in _parts(statement, doubled=doubled) if what == "code")
@@ -79,7 +80,7 @@ def code_of(statement: str | None, *, doubled: bool = False) -> frozenset[str]:
 
 
 def _parts(statement: str, *, doubled: bool) -> Iterator[tuple[str, str]]:
-    """Cut a statement into ("code", text), ("comment", "") and ("literal", ""); ends where the end of one is not known."""
+    """Cut a statement into ("code", text), ("comment", "") and ("literal", ""). Stops at one whose end is not known."""
     begins = _BEGINS_ON_MYSQL if doubled else _BEGINS
     at = 0
     while (found := begins.search(statement, at)) is not None:
@@ -98,7 +99,7 @@ def _parts(statement: str, *, doubled: bool) -> Iterator[tuple[str, str]]:
             at = end + 1 if end >= 0 else -1
         else:
             yield "literal", ""
-            # behind a backslash a mark may end nothing
+            # After a backslash a quotation mark may not end the literal.
             end = -1 if "\\" in statement and mark in "'\"" else statement.find(mark, at)
             at = end + len(mark) if end >= 0 else -1
         if at < 0:
@@ -107,7 +108,7 @@ def _parts(statement: str, *, doubled: bool) -> Iterator[tuple[str, str]]:
 
 
 def _end_of_comment(statement: str, at: int) -> int:
-    """Where a comment ends; one in another (PostgreSQL) does not end that, and where both are meant all is taken for one."""
+    """Return where a comment ends. With nested comments (PostgreSQL) the outer one counts; unclosed ones end with the text."""
     depth = 1
     for found in _COMMENT_MARK.finditer(statement, at):
         depth += 1 if found[0] == "/*" else -1
@@ -117,7 +118,7 @@ def _end_of_comment(statement: str, at: int) -> int:
 
 
 def bound(parameters: Any) -> frozenset[str] | None:
-    """Return the words of all values bound to a statement, in small letters; None where there are too many to look through."""
+    """Return the words of all bound values, in lower case; None if there are too many to search for."""
     if parameters is TOO_MUCH:
         return None
     found: set[str] = set()
@@ -143,14 +144,14 @@ def _values(given: Any) -> Iterator[Any]:
 
 
 def without_bound(text: str, values: frozenset[str], known: Iterable[str], *, own_words: bool = False) -> str:
-    """Strike each word that was bound, or has a bound one in it, and that the developer did not write himself.
+    """Redact each word that was bound, or contains a bound word, unless the developer wrote it.
 
     Args:
         text: A server's sentence.
-        values: The words that were bound.
-        known: Those that may stay.
-        own_words: It is the application's (RAISE, SIGNAL), and a value may stand anywhere. Else the server's own words stay where
-            they are outside all quotation marks, for a long text that was bound may have each of them.
+        values: The bound words.
+        known: Words that may stay.
+        own_words: The sentence is the application's (RAISE, SIGNAL), and may contain a value anywhere. Else words
+            outside quotation marks are the server's and stay: a long bound text may contain each of them.
     """
     if not values:
         return text
@@ -171,18 +172,18 @@ def without_bound(text: str, values: frozenset[str], known: Iterable[str], *, ow
 
 @dataclass(frozen=True, slots=True)
 class Sought:
-    """What was bound to statements, made ready to be looked for in texts."""
+    """Bound values of statements, prepared for searching."""
 
     words: frozenset[str] | None
-    """None where there is more than can be looked for."""
+    """None if there are too many to search for."""
     forms: Sequence[str] | None
-    """The values as they may stand in a text, the longest first; None where they are so many that each word is looked for."""
+    """The values in each form that they may have in a text, the longest first; None if so many that we search word by word."""
 
 
 def sought(parameters: Any) -> Sought:
-    """Make ready what was bound, to one statement or several.
+    """Prepare the values that were bound to one or several statements.
 
-    Values of one or two characters are not looked for: they are everywhere.
+    Values of one or two characters are not searched for: they occur everywhere.
     """
     words = bound(parameters)  # counts the characters first
     if words is None:
@@ -196,16 +197,16 @@ def sought(parameters: Any) -> Sought:
 
 
 def without_parameters(text: str, values: Sought) -> str | None:
-    """Strike the values that were bound to a statement out of a text of the application's, where they stand as they are.
+    """Redact the bound values of a statement in a text of the application, where they occur unchanged.
 
-    Also as Python or JSON write them, and cut short at the end; and the numbers in them.
+    Also in the form in which Python or JSON writes them, and cut short at the end; and the numbers in them.
 
     Args:
-        text: Its text; no more than its beginning is looked at, and returned.
-        values: What was bound.
+        text: Its text; only its beginning is searched and returned.
+        values: The bound values.
 
     Returns:
-        The text; None where there is more to look for than can be.
+        The text; None if there is too much to search for.
     """
     words, forms = values.words, values.forms
     if words is None:
@@ -215,16 +216,16 @@ def without_parameters(text: str, values: Sought) -> str | None:
         return without_bound(text, words, (), own_words=True)
     for form in forms:
         if form in text:
-            part = len(form) >= _LEAST_PIECE and _DIGIT.search(form)  # else "Ann" would be struck out of "Annual"
+            part = len(form) >= _LEAST_PIECE and _DIGIT.search(form)  # else "Ann" would be redacted in "Annual"
             text = re.sub(re.escape(form) if part else rf"(?<!\w){re.escape(form)}(?!\w)", STRUCK, text)
-    # before anything more is struck out of it: what is looked for is the value as it was bound
+    # Before any other redaction: the value is searched for as it was bound.
     left = text.rstrip(_CUT_OFF)
     for form in forms:
         at = left.rfind(form[:_LEAST_PIECE]) if len(form) > _LEAST_PIECE else -1
         if at >= 0 and form.startswith(left[at:]):
             text = f"{text[:at]}{STRUCK}"
             break
-    # a part of a value, such as a member of JSON, where it can be no word of the application's
+    # A part of a value, such as a member of JSON, if it cannot be a word of the application.
     return WORD.sub(lambda found: STRUCK if _is_number_of(found[0].lower(), words) else found[0], text)
 
 
@@ -251,7 +252,7 @@ def _forms(value: Any) -> Iterator[str]:
 def _has_piece(word: str, values: frozenset[str], begins: frozenset[str]) -> bool:
     most = len(word)
     if most > _LONGEST_WORD:
-        return True  # nobody's word, and to look at each piece of it would take seconds
+        return True  # no developer's word, and to test each piece of it would take seconds
     return any(
         word[start:end] in values
         for start in range(most - _LEAST_PIECE + 1)
@@ -265,9 +266,9 @@ def _begins(values: frozenset[str]) -> frozenset[str]:
 
 
 def without_quoted(text: str, known: Iterable[str]) -> str:
-    """Strike what stands in quotation marks and the developer did not write.
+    """Redact text in quotation marks that the developer did not write.
 
-    From the first such piece to the last mark of all: a value may have marks in it.
+    From the first such piece to the last mark of all: a value may contain marks.
     """
     kept = frozenset(known)
     at = 0
@@ -300,7 +301,7 @@ def _is_known(piece: str, known: frozenset[str]) -> bool:
 
 
 def without_numbers(text: str) -> str:
-    """Strike each number that may be a card's, an account's or a telephone's.
+    """Redact each number that may be a card's, an account's or a telephone's.
 
     Example:
         >>> without_numbers("no partition for value 4111111111111111 (errno 1526)")

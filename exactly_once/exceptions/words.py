@@ -1,11 +1,11 @@
-"""What an error says, for logs, rows, alerts and reasons: never a value that a statement carried, for that is a customer's. Pure.
+"""The text of an error for logs, rows, alerts and reasons, without the values of a statement, which are a customer's. Pure.
 
 SQLAlchemy writes the values of a statement into its errors, and so do the servers: PostgreSQL in a line of details, MySQL in
-the sentence itself ("Duplicate entry '4111...'"). What a driver's error may say is decided in `drivers`. An application's own
-words are told as they are; a text that it has made of such an error is cut where it begins to repeat that.
+the sentence itself ("Duplicate entry '4111...'"). `drivers` decides what of a driver's error may be shown. An application's own
+text is shown unchanged; but a text that repeats a database error is cut where the repetition begins.
 
-Never raises, whatever the error's own methods do. Called by everything that writes an error down. A traceback is logged with
-`trace_of`, never with `exc_info`, whose last lines are the texts themselves.
+Never raises, whatever the error's own methods do. Called by all code that writes an error down. A traceback is logged with
+`trace_of`, never with `exc_info`, whose last lines are the raw texts.
 """
 
 import json
@@ -43,11 +43,11 @@ __all__ = ["place_here", "place_of", "trace_of", "words_of"]
 _NOT_THE_USERS: Final = tuple(
     f"{folder}{os.sep}" for folder in (Path(__file__).parents[1], Path(json.__file__).parents[1])
 )
-_MOST_ERRORS: Final = 50  # of one chain; a cycle must not hang
+_MOST_ERRORS: Final = 50  # in one chain; a cycle must not hang
 _MOST_MEMBERS: Final = 10  # of a group, in one text
 _MEMBER_CHARACTERS: Final = 300
 
-# how SQLAlchemy and the drivers write their errors into a text; the same in every language
+# The form in which SQLAlchemy and the drivers write their errors into a text; the same in every language.
 _CLASS_IN_TEXT: Final = re.compile(r"(\((?:[A-Za-z_]\w*\.)+[A-Za-z_]\w*\)) .*", re.DOTALL)
 _MARK_IN_TEXT: Final = re.compile(
     r"\[(?:SQL|parameters): |(?:\s|\\n)(?:DETAIL|DETALLE|DETALHE|DETTAGLI|ПОДРОБНОСТИ|CONTEXT|QUERY|HINT): "
@@ -55,7 +55,7 @@ _MARK_IN_TEXT: Final = re.compile(
 _ERRNO_IN_TEXT: Final = re.compile(r"""\((\d{4}), ?\\*['"].*""", re.DOTALL)
 _IDENTITY_IN_TEXT: Final = re.compile(r"identity key \(.*", re.DOTALL)
 _CLASS: Final = re.compile(r"<class '([\w.]+)'>")
-_HERE: Final = "\ufdd1"  # where a text of ours comes; no character of anybody's
+_HERE: Final = "\ufdd1"  # marks the place of a text of ours; no real text has this character
 _REPEATED_WORDS: Final = 3
 _MOST_WORDS: Final = 1000
 _LIBRARIES: Final = DRIVERS | {"sqlalchemy"}
@@ -64,7 +64,7 @@ _OURS: Final = __name__.partition(".")[0]
 _GOT: Final = re.compile(r"\bgot (?!<class ).*", re.DOTALL)
 _CUT: Final = "[cut: here stand values of a statement]"
 
-# asked of the base class, for a class of the application may have a property of that name, which raises
+# Taken from the base class: a class of the application may have a property of that name, which raises.
 _cause_of, _context_of, _hides_context, _trace_of, _args_of = (
     BaseException.__dict__[name].__get__
     for name in ("__cause__", "__context__", "__suppress_context__", "__traceback__", "args")
@@ -73,7 +73,7 @@ _in_group = BaseExceptionGroup.__dict__["exceptions"].__get__
 
 
 def words_of(error: BaseException) -> str:
-    """Return what an error says, without the values of a statement, also where it quotes another error.
+    """Return the text of an error without the values of a statement, also if it quotes another error.
 
     Example:
         >>> words_of(ValueError("no such sku"))
@@ -99,9 +99,9 @@ def _cut(text: str) -> str:
 
 
 def _own_words(error: BaseException, beside: Sought | None = None) -> str:
-    """What an error says itself, without what was bound behind the others of its group, of which it may tell.
+    """The text of a single error. Also without the values bound by other errors of its group, which it may repeat.
 
-    What is bound behind a group is looked through once, for all that is in it: `beside` has what is bound behind `error`, too.
+    The bound values of a group are collected once for all its members: `beside` includes those of `error`, too.
     """
     try:
         if isinstance(error, StatementError):
@@ -122,9 +122,9 @@ def _is_too_much(values: Sought | None) -> bool:
 
 
 def place_of(error: BaseException) -> str:
-    """Return the line an error was raised in, the last that is neither a library's nor ours; "" where there is none.
+    """Return the line that raised an error, the last line that is neither a library's nor ours; "" if there is none.
 
-    Not of a `Reject`: that is no mistake in the program, and its reason is for a person to read.
+    Not for a `Reject`: that is no mistake in the program, and its reason is for a person to read.
     """
     if isinstance(error, Reject):
         return ""
@@ -141,11 +141,12 @@ def place_of(error: BaseException) -> str:
 
 
 def place_here() -> str:
-    """The same of what is going on now: the line that called SQLAlchemy, which called us; "" where that was no user's.
+    """The same for the present call stack: the line that called SQLAlchemy, which called us; "" if that was not the user's.
 
-    For what is seen here and raised elsewhere. It walks the stack, so it is for what ends an attempt, and not for each message.
+    For an error that is noticed here and raised elsewhere. It walks the stack, so it is for the end of an attempt,
+    not for each message.
     """
-    within = False  # in SQLAlchemy, or a driver
+    within = False  # whether the frame is in SQLAlchemy, or a driver
     for frame in _stack(sys._getframe(1)):  # noqa: SLF001
         name = _module_of(frame)
         if name in _LIBRARIES:
@@ -159,7 +160,7 @@ def place_here() -> str:
 
 
 def _stack(frame: FrameType | None) -> Iterator[FrameType]:
-    """From here outwards; an async session runs SQLAlchemy in a greenlet, whose own stack ends where it begins."""
+    """Yield frames outwards. An async session runs SQLAlchemy in a greenlet, whose own stack ends where the greenlet begins."""
     greenlet: Any = sys.modules.get("greenlet")
     at = None if greenlet is None else greenlet.getcurrent()
     while frame is not None:
@@ -182,18 +183,18 @@ def _last_frame(error: BaseException) -> FrameType | None:
 
 
 def _module_of(frame: FrameType | None) -> str:
-    """The package whose line it is; of a compiled one the file tells nothing."""
+    """Return the package of a frame by its module's name: for a compiled module the file says nothing."""
     return "" if frame is None else str(frame.f_globals.get("__name__")).partition(".")[0]
 
 
 def _is_the_users(file: str) -> bool:
-    # "<...": made at run time, as SQLAlchemy makes its wrappers; "asyncmy/errors.pyx": a compiled one has no folder before it
+    # "<...": made at run time, like SQLAlchemy's wrappers. "asyncmy/errors.pyx": a compiled module has no folder before it.
     ours = file.startswith((*_NOT_THE_USERS, "<")) or "site-packages" in file
     return not ours and file.partition("/")[0] not in DRIVERS
 
 
 def trace_of(error: BaseException) -> str:
-    """Return an error's traceback, and those of the errors it came from, as Python writes them, with `words_of` for the texts.
+    """Return the traceback of an error and of its causes in Python's format, with `words_of` for the texts.
 
     Example:
         >>> print(trace_of(ValueError("no such sku")))
@@ -215,7 +216,7 @@ def trace_of(error: BaseException) -> str:
 def _lines_of(frames: TracebackType) -> str:
     try:
         return "".join(format_tb(frames))
-    except Exception:  # of the loader of code that was made at run time, which is asked for its source
+    except Exception:  # the loader of code that was made at run time, when asked for its source
         return "  (lines that cannot be read)\n"
 
 
@@ -237,16 +238,16 @@ def _of_statement(error: StatementError, too_much: bool = False) -> str:
         words = of_driver(orig, error.statement, TOO_MUCH if too_much else error.params)
     elif orig is None or isinstance(orig, SQLAlchemyError):
         words = _of_sqlalchemy(str(error.args[0]) if orig is None else str(orig), orig or error)
-    else:  # a value that could not be made ready for the driver, and its text says which
+    else:  # a value could not be prepared for the driver, and the error's text contains it
         words = f"{type(orig).__name__} for a value of the statement"
     return f"{words}{in_statement(orig, error.statement)}" if error.statement else words
 
 
 def _of_sqlalchemy(text: str, error: BaseException) -> str:
-    """What SQLAlchemy says, or Python inside it: of what it quotes a name may stay, unless it speaks of what it was given."""
+    """The text of SQLAlchemy's, or Python's, own error. Quoted names may stay, unless the error is about an argument."""
     text = _CLASS.sub(r"<class \1>", _without_errors(text, error))
     if isinstance(error, ArgumentError):
-        text = _GOT.sub(f"got {_CUT}", text)  # the repr of an object of the application's, in whatever form
+        text = _GOT.sub(f"got {_CUT}", text)  # the repr of an object of the application, in any form
     names: list[str] = []
     if isinstance(error, _SPEAK_OF_NAMES) and not isinstance(error, (ArgumentError, CompileError)):
         names = [word.lower() for word in WORD.findall(text) if not word[0].isdigit()]
@@ -258,14 +259,14 @@ def _of_sqlalchemy(text: str, error: BaseException) -> str:
 
 
 def _without_values(text: str, error: BaseException, beside: Sought | None) -> str:
-    """An application's own words stay as they are, but for what they quote of a database's."""
+    """Keep an application's own text, except for what it quotes of a database error."""
     if text and (isinstance(error, SQLAlchemyError) or _module_of(_last_frame(error)) in _LIBRARIES):
         return _of_sqlalchemy(text, error)
     return _without_errors(text, error, beside)
 
 
 def _without_errors(text: str, error: BaseException, beside: Sought | None = None) -> str:
-    """Put into a text, for each database error it was made of, what may be told of that."""
+    """In a text, replace each database error from which it was made by what may be shown of that error."""
     if not text:
         return text
     if _is_too_much(beside):
@@ -301,7 +302,7 @@ def _without_errors(text: str, error: BaseException, beside: Sought | None = Non
     for number, words in enumerate(told):
         if (here := f"{_HERE}{number}{_HERE}") in text:
             text = text.replace(here, words())
-    return text.replace(_HERE, "")  # of a place that was cut through
+    return text.replace(_HERE, "")  # inside a place that was cut
 
 
 def _statement_of(orig: BaseException | None, statement: str) -> str:
@@ -309,7 +310,7 @@ def _statement_of(orig: BaseException | None, statement: str) -> str:
 
 
 def _quotes_from(text: str, error: BaseException) -> int:
-    """Where a text begins to repeat what a driver said, by words that follow one another in both; -1 where it does not."""
+    """Return where a text begins to repeat a driver's error, by a sequence of the same words; -1 if it does not."""
     said = error.orig if isinstance(error, StatementError) and error.orig is not None else error
     mine = list(islice(WORD.finditer(text), _MOST_WORDS))
     theirs = [found[0] for found in islice(WORD.finditer(str(said)), _MOST_WORDS)]
@@ -318,7 +319,7 @@ def _quotes_from(text: str, error: BaseException) -> int:
 
 
 def _behind(error: BaseException) -> Iterator[BaseException]:
-    """The database errors that an error came from, or was given."""
+    """The database errors that caused an error, or that were passed to it."""
     waiting: list[object] = [error]
     seen: set[int] = set()
     while waiting and len(seen) < _MOST_ERRORS:
@@ -334,9 +335,9 @@ def _behind(error: BaseException) -> Iterator[BaseException]:
 
 
 def _bound_behind(error: BaseException) -> Sought | None:
-    """What was bound to the statements that failed behind an error."""
+    """The values bound to the statements that failed behind an error."""
     try:
-        # from each member of a group anew: one whose errors have no end hides none of the others
+        # Starts anew for each member of a group: one with an endless chain hides none of the others.
         starts = (error, *leaves(error)) if isinstance(error, BaseExceptionGroup) else (error,)
         behind = {
             id(each): each.params
@@ -345,7 +346,7 @@ def _bound_behind(error: BaseException) -> Sought | None:
             if isinstance(each, StatementError) and each.params
         }
         return sought(list(behind.values())) if behind else None
-    except Exception:  # a value's own text
+    except Exception:  # a value's own repr may raise
         return Sought(None, None)
 
 
