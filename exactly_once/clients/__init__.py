@@ -1,1 +1,1 @@
-"""Messages as brokers' clients hand them out, read without importing a client. Called by `message` and by transports."""
+"""Reads messages of brokers' clients without importing a client. Called by `message` and by transports."""

@@ -1,7 +1,8 @@
-"""What a broker's client hands out, as text and as a time: never two different things as one, never an error. Pure.
+"""Converts a broker client's values to text and time: never two different values to the same result, never an error. Pure.
 
-Keys, tags and headers are bytes to a broker, and ours are texts. Replacing what is no UTF-8 would make two keys one, and
-the second message would be taken for a duplicate of the first. Called by everything that reads a message of a client.
+Keys, tags and headers are bytes for a broker, and texts for us. If we replaced bytes that are not UTF-8, two
+keys would become one,
+and the second message would be taken for a duplicate of the first. Called wherever a client's message is read.
 """
 
 from datetime import UTC, datetime
@@ -10,20 +11,20 @@ from typing import Any, Final
 __all__ = ["AS_HEX", "formerly", "keys_of", "moment_of", "text_of"]
 
 AS_HEX: Final = "\ufdd0"
-"""Unicode keeps this one for a program's own use: no text that is meant to be read begins with it."""
-_END_MS: Final = 253_402_300_800_000  # the year 10000, which neither Python nor a database can write
+"""A character that Unicode reserves for a program's own use: no readable text begins with it."""
+_END_MS: Final = 253_402_300_800_000  # the year 10000, which neither Python nor a database can represent
 
 
 def text_of(raw: Any) -> Any:
-    """Return what a client handed out for a key, a tag or a header, as text.
+    """Return a client's key, tag or header as text.
 
     Args:
-        raw: The bytes; or a text that the client has made of them. Anything else is returned as it is: it is refused, by
-            its name, where a message is made of it.
+        raw: The bytes; or a text that the client has made of them. Any other value is returned unchanged: it is refused, by
+            the field's name, when a message is made of it.
 
     Returns:
-        The text of UTF-8. What is no UTF-8 becomes U+FDD0 and its bytes in hexadecimal; so does a text that begins with
-        U+FDD0 itself, and thus no two inputs have one text.
+        The text, if it is UTF-8. Other bytes become U+FDD0 and their hexadecimal digits. So does a text that begins with
+        U+FDD0 itself; thus no two inputs have the same text.
 
     Example:
         >>> text_of(b"A-1"), text_of(bytes([0x8a, 0x91]))
@@ -43,13 +44,14 @@ def text_of(raw: Any) -> Any:
 
 
 def keys_of(raw: Any) -> Any:
-    """Return RocketMQ's keys of one message as one text: in order, each once, a blank between two.
+    """Return RocketMQ's keys of one message as one text: sorted, each once, separated by a blank.
 
-    Clients hand them out as a text in the sender's order, or as a set, which has none. Spelled alike by every reader, a message
-    has one key, whichever client brings it.
+    Clients return them as a text in the sender's order, or as a set, which has no order. With one spelling for
+    all readers, a message
+    has one key, whichever client received it.
 
     Args:
-        raw: The text or its bytes, with blanks between keys; or the keys. Anything else is returned as it is.
+        raw: The text or its bytes, with blanks between keys; or the keys. Any other value is returned unchanged.
 
     Example:
         >>> keys_of(b"order-7 buyer-3"), keys_of({"order-7", "buyer-3"}), keys_of(b"order-7 ")
@@ -57,7 +59,7 @@ def keys_of(raw: Any) -> Any:
     """
     if isinstance(raw, bytes):
         if b" " not in raw:
-            return text_of(raw)  # what nearly every message has
+            return text_of(raw)  # nearly every message has one key
         parts: Any = raw.split(b" ")
     elif isinstance(raw, str):
         parts = raw.split(" ")
@@ -72,7 +74,7 @@ def keys_of(raw: Any) -> Any:
 
 
 def formerly(text: str) -> str:
-    """Return what `text_of` gave in the release before: of bytes that are no UTF-8 a text that others shared.
+    """Return what `text_of` returned in the previous release: bytes that are not UTF-8 became a text that other bytes shared.
 
     Example:
         >>> formerly(text_of(bytes([0x8a, 0x91]))) == formerly(text_of(bytes([0x8b, 0x92])))
@@ -82,15 +84,15 @@ def formerly(text: str) -> str:
         return text
     try:
         return bytes.fromhex(text[1:]).decode("utf-8", "replace")
-    except ValueError:  # of no client: somebody made it by hand
+    except ValueError:  # not from a client: made by hand
         return text
 
 
 def moment_of(milliseconds: Any) -> datetime | None:
-    """Return the time a client handed out; None for what is none: nothing, zero, negative, or past the year 9999.
+    """Return a client's time. None if it is none: nothing, zero, negative, or past the year 9999.
 
     Args:
-        milliseconds: Since 1970. A producer that counts in microseconds names a year far beyond any calendar.
+        milliseconds: Since 1970. A producer that counts in microseconds gives a year far beyond any calendar.
 
     Example:
         >>> moment_of(1_700_000_000_500), moment_of(1_700_000_000_500_000)

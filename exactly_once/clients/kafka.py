@@ -17,13 +17,13 @@ NO_RECORD: Final = (
 
 
 def fields_of(received: Any) -> tuple[dict[str, Any], Any]:
-    """Return what a message of ours is made of, and its key as it came.
+    """Return the fields for a message of ours, and its key as it came.
 
     Args:
         received: The client's own `Message` or `ConsumerRecord`.
 
     Raises:
-        ValueError: It is an error of the client's, which confluent-kafka hands out in the shape of a message.
+        ValueError: It is an error of the client, which confluent-kafka returns in the form of a message.
         AttributeError: It is no such record.
     """
     return _of_record(received) if not callable(received.topic) else _of_confluent(received)
@@ -40,7 +40,7 @@ def _of_confluent(received: Any) -> tuple[dict[str, Any], Any]:
         "body": received.value(),
         "key": key,
         "ordering_key": key,
-        # `headers` is None where there are none, and a header's value may be None
+        # `headers` is None if there are none, and a header's value may be None.
         "properties": {name: text_of(value) or "" for name, value in received.headers() or ()},
         "message_id": f"{received.topic()}/{received.partition()}/{received.offset()}",
         "born_at": moment_of(moment_ms) if kind else None,
@@ -49,7 +49,7 @@ def _of_confluent(received: Any) -> tuple[dict[str, Any], Any]:
 
 
 def _of_record(record: Any) -> tuple[dict[str, Any], Any]:
-    """Of a `ConsumerRecord`, whose fields are no methods; of those that have none, its timestamp is -1 or None."""
+    """Of a `ConsumerRecord`, whose fields are not methods. A record without a timestamp has -1 or None."""
     key = text_of(record.key)
     fields = {
         "topic": record.topic,

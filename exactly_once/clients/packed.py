@@ -1,13 +1,13 @@
-"""Packed bodies of RocketMQ, unpacked where the package for it is installed; else kept as they came.
+"""Unpacks packed bodies of RocketMQ if the package for it is installed; else keeps them as they came.
 
-A message whose body cannot be read is still a message: a transport hands it out with its bytes and with what is wrong, its
-handlers record it, and the broker is told that it is done. Its `unread` says so for later: the pump unpacks it then, if it
-can. Called by the RocketMQ transports and by the pump. Pure, but for the import of a package.
+A message whose body cannot be read is still a message. A transport hands it out with its bytes and with the reason, its
+handlers record it, and it is acknowledged. Its `unread` field remembers the packing: the pump unpacks the body later, if it
+can. Called by the RocketMQ transports and by the pump. Pure, except for the import of a package.
 
-Java's client packs bodies of more than 4 KiB: by zlib, or by what `rocketmq.message.compressType` names; clients of RocketMQ 5
-pack by gzip, too. All but zlib write frames, which begin with bytes of their own, and a body may have several of them, which
-are read as Java reads them: https://github.com/lz4/lz4/blob/dev/doc/lz4_Frame_format.md, RFC 8878, RFC 1952. Of zlib it reads
-one stream, and leaves out what stands behind it.
+Java's client packs bodies of more than 4 KiB, with zlib or with the method that `rocketmq.message.compressType` names. Clients of
+RocketMQ 5 use gzip, too. All but zlib write frames, which begin with a known magic number. A body may have several frames, which
+are read as Java reads them: https://github.com/lz4/lz4/blob/dev/doc/lz4_Frame_format.md, RFC 8878, RFC 1952. For zlib this reads
+one stream, and ignores bytes after it.
 """
 
 import zlib
@@ -23,20 +23,21 @@ from exactly_once.exceptions.words import words_of
 __all__ = ["MOST_BYTES", "READERS", "UNREADABLE", "named", "unpacked"]
 
 MOST_BYTES: Final = 128 * 1024 * 1024
-"""A body that grows beyond is not unpacked: a few bytes may stand for all memory there is."""
+"""A body that would become larger is not unpacked: a few bytes can expand to fill all memory."""
 _FRAMES: Final[Mapping[str, bytes]] = MappingProxyType(
     {"lz4": b"\x04\x22\x4d\x18", "zstd": b"\x28\xb5\x2f\xfd", "gzip": b"\x1f\x8b"}
 )
 _ZLIB: Final = "zlib"
 _GZIP_WINDOW: Final = 16 + zlib.MAX_WBITS
-# frames need not tell their size, and no package bounds what ZSTD makes of them: so piece by piece, each of 32 MiB at most.
-# And of a piece alone is copied what stands behind a frame: a body may have half a million of them
+# Frames need not state their size, and no package limits the output of ZSTD. So we feed it piece by piece: each gives
+# at most 32 MiB.
+# After the end of a frame only the rest of a piece is copied: a body may have half a million frames.
 _PIECE: Final = 1024
 UNREADABLE: Final = "The body cannot be unpacked ({why}); it is kept as it came."
 
 
 def named(body: bytes) -> str:
-    """Return the name of what a body is packed by: of the frame it begins with, else zlib, which has no sure beginning.
+    """Return the name of a body's compression: by its first bytes for frames, else zlib, which has no certain first bytes.
 
     Example:
         >>> named(b"\x28\xb5\x2f\xfd..."), named(b"x\x9c...")
@@ -67,7 +68,7 @@ def unpacked(name: str, body: bytes) -> bytes:
 
 
 def _read(reader_of_one: Callable[[], Any], body: bytes, *, one: bool) -> bytes:
-    """Return what all frames of a body hold; or `one` of them, whatever stands behind it."""
+    """Return the contents of all frames of a body; with `one`, of the first frame, ignoring bytes after it."""
     parts: list[bytes] = []
     size = 0
     reader = reader_of_one()
@@ -106,4 +107,4 @@ READERS: Final[Mapping[str, Callable[[], Callable[[], Any]]]] = MappingProxyType
         _ZLIB: lambda: zlib.decompressobj,
     }
 )
-"""By what each is read; of a name it returns what makes a reader of one frame."""
+"""For each compression, a function that returns a maker of readers for one frame."""

@@ -1,11 +1,11 @@
-"""Reads a message of `rocketmq-client-python`, and all of its body. Opens nothing; imports no client library.
+"""Reads a message of `rocketmq-client-python`, with its whole body. Opens nothing; imports no client library.
 
-The client's own `.body` is a C string: it ends at the first NUL byte, and what follows is silently lost. Called by
+The client's own `.body` is a C string: it ends at the first NUL byte, and the rest is silently lost. Called by
 `Message.from_rocketmq4` and by the rocketmq4 transport.
 
 There are two ways to learn the length. Newer builds of librocketmq have `GetMessageBodyLength`. Older ones have no such
-function, but keep bodies in the reference-counted `std::string` of the old GNU ABI, whose length stands 24 bytes before
-its characters. Neither is believed: each is tried on bodies of ours first, and a library that passes neither is refused.
+function, but keep bodies in the reference-counted `std::string` of the old GNU ABI, whose length is 24 bytes before
+its characters. We trust neither: each is first tested on bodies of our own, and a library that fails both is refused.
 """
 
 import ctypes
@@ -20,20 +20,20 @@ from exactly_once.errors import ConfigurationError
 
 __all__ = ["body_reader", "fields_of", "whole_body"]
 
-# length, capacity and reference count stand before the characters, one machine word each
+# Length, capacity and reference count come before the characters, one machine word each.
 _LENGTH_BEFORE_TEXT: Final = 3 * ctypes.sizeof(ctypes.c_size_t)
 _SAMPLES: Final = (b"\0", b"plain", b"a\0b\0", bytes(range(256)) * 40)
 
 BodyOf = Callable[[int], bytes]
-"""From the C message's address to its body."""
+"""Reads the body of the C message at this address."""
 
 
 def fields_of(received: Any, properties: Iterable[str]) -> tuple[dict[str, Any], Any]:
-    """Return what a message of ours is made of, and its keys as they came.
+    """Return the fields for a message of ours, and its keys as they came.
 
     Args:
-        received: The client's own `ReceivedMessage`, inside the callback it was given to.
-        properties: Names to look for, beside those our producer sent.
+        received: The client's own `ReceivedMessage`, inside the callback that received it.
+        properties: Names to look for, beside those that our producer sent.
 
     Raises:
         ConfigurationError: This build of librocketmq does not tell how long a body is.
@@ -43,7 +43,7 @@ def fields_of(received: Any, properties: Iterable[str]) -> tuple[dict[str, Any],
     fields = {
         "topic": received.topic,
         "body": whole_body(received),
-        "tag": text_of(received.tags) or None,  # empty: this client does not tell it from none
+        "tag": text_of(received.tags) or None,  # this client returns an empty tag for no tag
         "key": keys_of(keys) or None,
         "ordering_key": text_of(received.get_property(ORDERING_PROPERTY)) or None,
         "properties": dict(named_properties(received.get_property, properties)),
@@ -55,10 +55,10 @@ def fields_of(received: Any, properties: Iterable[str]) -> tuple[dict[str, Any],
 
 
 def whole_body(message: Any) -> bytes:
-    """Return all bytes of a received message's body, NUL bytes and what follows them too.
+    """Return all bytes of a received message's body, including NUL bytes and everything after them.
 
     Args:
-        message: A `ReceivedMessage` of `rocketmq.client`, inside the callback it was given to; or anything with `.body`.
+        message: A `ReceivedMessage` of `rocketmq.client`, inside the callback that received it; or anything with `.body`.
 
     Returns:
         The body; empty if it has none.
@@ -75,16 +75,16 @@ def whole_body(message: Any) -> bytes:
 
 @lru_cache(maxsize=4)
 def body_reader(library: str) -> BodyOf:
-    """Return what reads bodies through one librocketmq, after it has shown that it reads them whole.
+    """Return a reader of bodies for one librocketmq, after a test that it reads them whole.
 
     Args:
-        library: The path it was loaded from.
+        library: The path from which it was loaded.
 
     Raises:
-        ConfigurationError: No way of learning a body's length gave back what was put in.
+        ConfigurationError: No way of learning a body's length passed the test.
     """
-    # PyDLL keeps the interpreter's lock during a call: these take well under a microsecond, and giving the lock away
-    # in a busy process means queueing for it again behind every other thread
+    # PyDLL keeps the interpreter's lock during a call. These calls take well under a microsecond; a thread that releases the lock
+    # in a busy process must queue for it again behind every other thread.
     dll = ctypes.PyDLL(library)
     for name, arguments in (
         ("CreateMessage", [ctypes.c_char_p]),
@@ -130,7 +130,7 @@ def _gives_back_what_was_put_in(dll: ctypes.PyDLL, reader: BodyOf) -> bool:
         message = dll.CreateMessage(b"self-test")
         try:
             dll.SetByteMessageBody(message, sample, len(sample))
-            # the length first: a wrong one may be any number, and so many bytes must not be touched
+            # The length first: a wrong one may be any number, and we must not read so many bytes.
             if _length(dll, message, reader) != len(sample) or reader(message) != sample:
                 return False
         finally:

@@ -13,7 +13,7 @@ __all__ = ["fields_of"]
 
 
 def fields_of(received: Any) -> tuple[dict[str, Any], str]:
-    """Return what a message of ours is made of, and its keys as they came.
+    """Return the fields for a message of ours, and its keys as they came.
 
     Args:
         received: The client's own `Message`.
@@ -24,7 +24,7 @@ def fields_of(received: Any) -> tuple[dict[str, Any], str]:
     """
     if received.corrupted:
         raise BadBody(f"The body of message {received.message_id} of {received.topic} does not match its checksum.")
-    keys = received.keys  # a set; nearly always of one
+    keys = received.keys  # a set, nearly always of one key
     fields = {
         "topic": received.topic,
         "body": received.body,

@@ -1,11 +1,12 @@
-"""Which properties of a RocketMQ message are its sender's, and what each was. Pure; imports no client library.
+"""Which properties of a RocketMQ message are its sender's, and their values. Pure; imports no client library.
 
-Brokers and clients keep their own values (routes, times, the ordering key) among the properties. They are not handed out,
-and not sent for a user.
+Brokers and clients keep their own values (routes, times, the ordering key) among the properties. We neither hand these out
+nor send them for a user.
 
-RocketMQ drops a property with an empty value: nobody finds it again who lists properties. And librocketmq reads a property
-by its name and cannot list them. So the names of a message's properties travel in one more, `eo-names`: always from
-`rocketmq4://`, and from `rocketmq://` where a value is empty. A name in it that is not among the properties had an empty
+RocketMQ drops a property with an empty value from the list of properties. And librocketmq reads a property
+by its name and cannot list properties. So the names of a message's properties travel in one more
+property, `eo-names`: always from
+`rocketmq4://`, and from `rocketmq://` if a value is empty. A name in it without a property had an empty
 value. Called by `Message.from_rocketmq`, `Message.from_rocketmq4` and both transports.
 """
 
@@ -20,9 +21,9 @@ __all__ = ["ORDERING_PROPERTY", "internal", "listed_properties", "named_properti
 
 NAMES_PROPERTY: Final = "eo-names"
 ORDERING_PROPERTY: Final = "__SHARDINGKEY"
-"""Where RocketMQ's clients keep the key whose messages stay in order (version 5 calls it the message group)."""
+"""The property in which RocketMQ's clients keep the key whose messages stay in order (in version 5 the message group)."""
 
-# `MessageConst` of Apache RocketMQ 5.5. A proxy leaves out most of them, and of brokers of other versions others.
+# `MessageConst` of Apache RocketMQ 5.5. A proxy removes most of them; brokers of other versions have others.
 _INTERNAL: Final = frozenset(
     {"KEYS", "TAGS", "WAIT", "DELAY", "RETRY_TOPIC", "ORIGIN_GROUP", "REAL_TOPIC", "REAL_QID", "TRAN_MSG", "PGROUP"}
     | {"MIN_OFFSET", "MAX_OFFSET", "BUYER_ID", "ORIGIN_MESSAGE_ID", "TRANSFER_FLAG", "CORRECTION_FLAG", "MQ2_FLAG"}
@@ -41,7 +42,7 @@ _TRANSIENT: Final = "__RMQ.TRANSIENT."
 
 
 def internal(name: str) -> bool:
-    """Return whether a property of this name is RocketMQ's or ours, and no user's.
+    """Return whether a property of this name is RocketMQ's or ours, not a user's.
 
     Example:
         >>> internal("__SHARDINGKEY"), internal("region")
@@ -51,7 +52,7 @@ def internal(name: str) -> bool:
 
 
 def listed_properties(every: Mapping[str, Any]) -> dict[str, str]:
-    """Return the sender's own properties, where the client lists all that the message has.
+    """Return the sender's own properties, for a client that lists all properties of the message.
 
     Example:
         >>> listed_properties({"__SHARDINGKEY": "A", "region": "eu", "eo-names": '["region", "note"]'})
@@ -64,10 +65,10 @@ def listed_properties(every: Mapping[str, Any]) -> dict[str, str]:
 
 
 def named_properties(value_of: Callable[[str], bytes | None], also: Iterable[str] = ()) -> Mapping[str, str]:
-    """Return the sender's own properties, where the client reads one by its name: those our producer listed, and those asked for.
+    """Return the sender's own properties, for a client that reads them by name: those that our producer listed, and `also`.
 
     Args:
-        value_of: Reads one property; nothing or b"" where there is none.
+        value_of: Reads one property; nothing or b"" if there is none.
         also: Names to read from messages of other producers, which list nothing.
     """
     found: dict[str, str] = {}
@@ -80,7 +81,7 @@ def named_properties(value_of: Callable[[str], bytes | None], also: Iterable[str
 
 
 def with_names(properties: Mapping[str, str]) -> dict[str, str]:
-    """Return these and the list of their names, as they are sent."""
+    """Return these and the list of their names, in the form in which they are sent."""
     names = json.dumps(list(properties), ensure_ascii=False, separators=(",", ":"))
     return {**properties, NAMES_PROPERTY: names}
 
@@ -90,7 +91,7 @@ def _names_in(listed: bytes | str) -> tuple[str, ...]:
     try:
         names = json.loads(listed) if listed else []
     except ValueError:
-        return ()  # somebody else's property of that name
+        return ()  # another program's property of that name
     if not isinstance(names, list):
         return ()
     return tuple(name for name in names if isinstance(name, str) and name and not internal(name))
