@@ -1,12 +1,12 @@
-"""One Redis, as the application uses it: for threads and for asyncio, with bounded waits, and whether it answers.
+"""One Redis as the application uses it: for threads and for asyncio, with limited waits; and whether it answers.
 
-It runs scripts, and knows none: what is kept in Redis, and under which key, is its callers' business. What the client raises
-is translated here and chained: `StoreUnavailable` where waiting helps, `ConfigurationError` where it does not. Connects
-to nothing until first used, and `redis` is imported then. Called by the stores of leases, by `lock` and by the doctor.
+It runs scripts, and knows none: its callers decide what is kept in Redis, and under which key. The client's errors
+are translated here and chained: `StoreUnavailable` if waiting helps, `ConfigurationError` if it does not. Connects
+to nothing until first used, and imports `redis` then. Called by `guards.lease.redis`, by `lock` and by the doctor.
 
-A command waits for at most ten seconds, where a server or a network falls silent: five for the answer, and the same once more on
-a fresh connection, because an idle one may have been cut by a firewall that told nobody. The answer of what was sent
-first is unknown then, so scripts are written to do nothing the second time. A server that accepts no connection is not
+If a server or a network falls silent, a command waits for at most ten seconds: five for the answer, and the same once more on
+a new connection, because a firewall may have cut an idle connection without notice. Then the result of the first
+command is unknown, so scripts are written to do nothing the second time. A server that accepts no connection is not
 asked twice.
 """
 
@@ -26,7 +26,7 @@ from exactly_once.wording.redaction import redacted
 __all__ = ["RedisConnection", "RedisConnections", "Script", "checked"]
 
 Script = Callable[[Sequence[str], Sequence[Any]], Any]
-"""Call it with the script's keys and arguments: bytes and numbers come back, lists of them, or None."""
+"""Call it with the script's keys and arguments. It returns bytes and numbers, lists of them, or None."""
 
 _PROBE: Final = "redis.call('TIME') return redis.call('SET', KEYS[1], '1', 'PX', 1000)"
 _PROBE_KEY: Final = "exactly_once:probe"
@@ -34,7 +34,7 @@ _BEFORE: Final = "It could be used before, so it is waited for: put its password
 
 
 class RedisConnection:
-    """One Redis and the ways into it.
+    """One Redis, for threads and for asyncio.
 
     Args:
         url: `redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE]`, `rediss://` for TLS, `unix://` for a socket file.
@@ -54,50 +54,50 @@ class RedisConnection:
     # -- scripts -----------------------------------------------------------------------------------------------------
 
     def script(self, text: str) -> Script:
-        """Return what runs a Lua script from a thread.
+        """Return a function that runs a Lua script from a thread.
 
         Args:
-            text: The script. It may be carried out twice for one call, where an answer is lost: with the same arguments
-                the second time must change nothing.
+            text: The script. It may run twice for one call, if an answer is lost: the second time, with the same arguments,
+                must change nothing.
 
         Returns:
-            A function of keys and arguments. It raises `StoreUnavailable` when Redis is away: then it is not known
-            whether the script ran; `ConfigurationError` for a wrong password and the like, but `StoreUnavailable` where a
-            script has run before: somebody changed the password, or what this user may do, and no message is to blame.
+            A function of keys and arguments. It raises `StoreUnavailable` if Redis is away: then it is not known
+            whether the script ran. It raises `ConfigurationError` for a wrong password and the like, but `StoreUnavailable` if a
+            script has run before: then the password or the user's rights were changed, and no message is to blame.
         """
         return self._script(text, self._pools.of_threads)
 
     def ascript(self, text: str) -> Script:
-        """Return what runs a Lua script in SQLAlchemy's greenlet: synchronous to its caller, and the loop goes on."""
+        """Return a function that runs a Lua script in SQLAlchemy's greenlet: synchronous for its caller, and the loop goes on."""
         return self._script(text, self._pools.of_this_loop)
 
     def command(self, *words: str | int) -> Any:
-        """Send one command, from a thread; raises as a script does."""
+        """Send one command from a thread. Raises the same errors as a script."""
         with self._translated():
             return self._said(self._pools.of_threads(), words)
 
     # -- whether it answers --------------------------------------------------------------------------------------------
 
     def answers(self) -> bool:
-        """Say whether scripts can read its clock and write to it now; it does both, to a key that lives for a second."""
+        """Say whether scripts can read the clock and write now. Does both, with a key that lives for a second."""
         try:
             self._probe()
-        except Exception:  # whatever it says: it does not answer
+        except Exception:  # any error: it does not answer
             return False
         return True
 
     def problem(self) -> str | None:
-        """Look whether this Redis can be used: None if so, else a sentence about what is waited for.
+        """Check whether this Redis can be used. None if so, else a sentence about what is waited for.
 
         Raises:
-            ConfigurationError: Waiting would not mend it: a wrong password, too old, or a node of a cluster.
+            ConfigurationError: Waiting would not repair it: a wrong password, too old, or a node of a cluster.
         """
         try:
             try:
                 self._probe()
             except (StoreUnavailable, ConfigurationError):
                 raise
-            except ExactlyOnceError as error:  # an old one does not let a script write after it read the time
+            except ExactlyOnceError as error:  # an old version does not let a script write after reading the time
                 raise ConfigurationError(self._unfit() or str(error)) from error
             unfit = self._unfit()
         except StoreUnavailable as error:
@@ -107,12 +107,12 @@ class RedisConnection:
         return None
 
     def info(self) -> dict[str, str]:
-        """What INFO says, by name."""
+        """The fields of INFO, by name."""
         lines = self.command("INFO").decode(errors="replace").splitlines()
         return dict(line.split(":", 1) for line in lines if ":" in line and not line.startswith("#"))
 
     def close(self) -> None:
-        """Close the connections: those of running loops as soon as these get to it. Used again, it opens new ones."""
+        """Close the connections; running loops close theirs when they get to it. A later use opens new ones."""
         self._pools.close()
 
     # -- what is said to Redis -----------------------------------------------------------------------------------------
@@ -140,23 +140,24 @@ class RedisConnection:
                 except Exception as error:
                     if code(error) != "NOSCRIPT":
                         raise
-                # it restarted, or was told SCRIPT FLUSH, and ran nothing; EVAL makes the script known again
+                # Redis restarted, or got SCRIPT FLUSH, and ran nothing; EVAL loads the script again.
                 return self._said(side, ("EVAL", text, *rest))
             except Exception as error:
                 if code(error) == "ERR":
-                    # Redis before 7 says ERR for whatever stopped a script, also full memory, and Redis 7 for what the
-                    # user may not do: a plain write is told the reason
+                    # Redis before 7 reports ERR for every reason that stopped a script, also full memory, and Redis 7 for a
+                    # missing right. The
+                    # answer to a plain write has the reason.
                     self._said(side, ("SET", _PROBE_KEY, "1", "PX", 1000))
                 raise
 
     def _said(self, side: Side, words: tuple[Any, ...]) -> Any:
-        """Send one command and return its answer; once more on a fresh connection where the first one broke."""
+        """Send one command and return its answer. If the connection broke, once more on a new one."""
         with side.uninterrupted():
             return self._tried(side, words)
 
     def _tried(self, side: Side, words: tuple[Any, ...]) -> Any:
         try:
-            connection = side.wait(side.pool.get_connection())  # connects where it must
+            connection = side.wait(side.pool.get_connection())  # may connect
         except Exception as error:
             raise self._meaning(error, connecting=True) from self._shown(error)
         try:
@@ -165,7 +166,7 @@ class RedisConnection:
             except Exception as error:
                 if not dropped(error):
                     raise
-            side.wait(connection.connect())  # of the others in the pool each may be as dead as this one was
+            side.wait(connection.connect())  # the other connections of the pool may be as dead as this one
             return _exchanged(side, connection, words)
         finally:
             side.wait(side.pool.release(connection))
@@ -183,7 +184,7 @@ class RedisConnection:
         return meaning(error, self.name, self._hidden, connecting=connecting)
 
     def _shown(self, error: Exception) -> Exception | None:
-        """The error to chain, unless its text would print the password."""
+        """Return the error to chain, unless its text would show the password."""
         return None if any(secret in str(error) for secret in self._hidden) else error
 
     def _probe(self) -> None:
@@ -193,7 +194,7 @@ class RedisConnection:
     def _unfit(self) -> str | None:
         try:
             info = self.info()
-        except ConfigurationError:  # this user may not ask; what it may do is enough
+        except ConfigurationError:  # this user may not ask; its rights are sufficient for us
             return None
         return unfit(info, self.name)
 
@@ -206,14 +207,16 @@ _PROBE_DIGEST: Final = _digest(_PROBE)
 
 
 def _exchanged(side: Side, connection: Any, words: tuple[Any, ...]) -> Any:
-    """Send a command and read its answer. What breaks or interrupts this closes the connection: the client sees to that,
-    or the next command would take this answer for its own."""
+    """Send a command and read its answer.
+
+    The client closes the connection after an error or an interruption: else the next command would read this answer as its own.
+    """
     side.wait(connection.send_command(*words))
     return side.wait(connection.read_response())
 
 
 class RedisConnections:
-    """The connections of one application: of each URL one, whoever asks."""
+    """The connections of one application: one for each URL, shared by all callers."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -221,11 +224,11 @@ class RedisConnections:
         fork.tell(self)
 
     def forked(self) -> None:
-        """In a process just forked: a thread of the parent's may have held the lock."""
+        """Runs in a forked child: a thread of the parent may have held the lock."""
         self._lock = Lock()
 
     def at(self, url: str) -> RedisConnection:
-        """Return the connection to this URL; nothing is opened yet."""
+        """Return the connection for this URL. Opens nothing."""
         with self._lock:
             found = self._by_url.get(url)
             if found is None:

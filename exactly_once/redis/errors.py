@@ -1,7 +1,7 @@
-"""What an error of Redis means: away and worth waiting for, or wrong until a person mends it. Opens nothing.
+"""What an error of Redis means: away and worth waiting for, or wrong until a person repairs it. Opens nothing.
 
-Errors are known by their class and by the code word a reply begins with (`OOM`, `READONLY`), never by the free text behind
-it; and that text is repeated nowhere where the password may stand in it. Called by `RedisConnection`.
+Errors are known by their class and by the code word at the beginning of a reply (`OOM`, `READONLY`), never by the text after
+it. That text is not repeated if it may contain the password. Called by `RedisConnection`.
 """
 
 from collections.abc import Mapping
@@ -36,12 +36,12 @@ _WRONG: Final = {
     "WRONGPASS": "the user or the password is wrong",
 }
 _LEAST: Final = 5
-"""From this version on a script may read TIME and then write: before, it is replicated as text and must not."""
+"""The first version in which a script may read TIME and then write. Older ones replicate the script's text, and refuse that."""
 
 
 @cache
 def _classes() -> tuple[tuple[type[Exception], str], ...]:
-    """The client's classes for errors whose code word it has cut off; a subclass stands before its parent."""
+    """The client's classes for errors from which it removes the code word; a subclass comes before its parent."""
     from redis import exceptions as e
 
     return (
@@ -62,7 +62,7 @@ def _classes() -> tuple[tuple[type[Exception], str], ...]:
 
 
 def code(error: BaseException) -> str:
-    """Return the code word of an error reply, `ERR` for one without a meaning of its own, "" for what is no reply."""
+    """Return the code word of an error reply: `ERR` if it has no special meaning, "" if the error is no reply."""
     from redis.exceptions import ResponseError
 
     for kind, word in _classes():
@@ -75,23 +75,23 @@ def code(error: BaseException) -> str:
 
 
 def dropped(error: BaseException) -> bool:
-    """Say whether the connection broke or fell silent: what was sent may have been carried out, or may not."""
+    """Say whether the connection broke or fell silent: then the command may have run, or not."""
     from redis import exceptions as e
 
     return isinstance(error, (e.ConnectionError, e.TimeoutError, OSError)) and not code(error)
 
 
 def meaning(error: Exception, name: str, hidden: frozenset[str], *, connecting: bool = False) -> ExactlyOnceError:
-    """Return what to raise for an error of the client's.
+    """Return the error to raise for an error of the client.
 
     Args:
         error: What it raised.
         name: The Redis, without its password.
         hidden: Texts that must not be repeated.
-        connecting: It was raised while connecting: then a refusal is one of the user, password or database.
+        connecting: It was raised while connecting: then a refusal concerns the user, password or database.
 
     Returns:
-        `StoreUnavailable` for what waiting may mend, `ConfigurationError` for what it does not, else the root.
+        `StoreUnavailable` if waiting may help, `ConfigurationError` if it does not, else `ExactlyOnceError`.
     """
     word = code(error)
     if word in _AWAY:
@@ -107,10 +107,10 @@ def meaning(error: Exception, name: str, hidden: frozenset[str], *, connecting: 
 
 
 def unfit(info: Mapping[str, str], name: str) -> str | None:
-    """Say why a server that answers cannot be used all the same, or return None.
+    """Say why a server that answers cannot be used, or return None.
 
     Args:
-        info: What INFO says.
+        info: The fields of INFO.
         name: The Redis, for the sentence.
 
     Example:
@@ -130,7 +130,7 @@ def unfit(info: Mapping[str, str], name: str) -> str | None:
 
 
 def secrets(url: str) -> frozenset[str]:
-    """Return what of a URL must never be repeated, as written and as meant.
+    """Return the parts of a URL that must never be repeated, as written and decoded.
 
     Example:
         >>> sorted(secrets("redis://me:p%40ss@h:6379/0"))

@@ -1,8 +1,8 @@
-"""The plain distributed lock: one holder at a time of a name in Redis, for at most so long. One key, two scripts.
+"""The plain distributed lock: one holder of a name in Redis at a time, for a limited time. One key, two scripts.
 
-It remembers nothing of what was done (no consumed marker: the next holder runs the work again), and it does not fence: a
-process that stands still for longer than the lock holds overlaps with the next holder, and neither notices before the end.
-It is for work that is idempotent by itself and only must not overlap. What must happen once is claimed instead. Called
+It records nothing of what was done (no consumed marker: the next holder runs the work again), and it does not fence: a
+process that stands still for longer than the lock's time overlaps with the next holder, and neither notices before its end.
+It is for work that is idempotent by itself and only must not overlap. For work that must happen once, use a claim. Called
 by the facade, for `eo.lock`.
 """
 
@@ -33,16 +33,16 @@ __all__ = ["RedisLock"]
 
 PREFIX: Final = "exactly_once:lock:"
 POLL_S: Final = (0.005, 0.1)
-"""Who waits asks again after the first, and then after twice as long each time, up to the second; each half to one and a half
-of that, so that many who wait do not ask at the same moment."""
+"""Seconds between two tries: the first pause, and then twice as long each time, up to the second. Each is multiplied by a random
+factor of 0.5 to 1.5, so that many waiters do not ask at the same moment."""
 
-# sent twice, as where the first answer was lost, it finds its own token and holds the lock
+# If it is sent twice because an answer was lost, it finds its own token and holds the lock.
 _ACQUIRE: Final = """
 if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return {1, 0} end
 if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('PEXPIRE', KEYS[1], ARGV[2]) return {1, 0} end
 return {0, redis.call('PTTL', KEYS[1])}
 """
-# in one script: between a GET and a DEL of a client the lock may expire and become another's
+# One script: between a client's GET and DEL the lock could expire and become another holder's.
 _RELEASE: Final = """
 if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
 return 0
@@ -52,17 +52,17 @@ _log = steady("exactly_once.lock")
 
 
 class RedisLock:
-    """A lock on a name, to be used with `with` in a thread or `async with` in a coroutine; each object once at a time.
+    """A lock on a name, used with `with` in a thread or `async with` in a coroutine; each object once at a time.
 
-    It is free again at the end of the block, or `expires` after it was taken, whichever is first: it is not prolonged. Give
-    `expires` more than the work may take, and write the work so that it may overlap all the same: a process can stand still
-    for longer than any number (a stopped machine, a full swap), and a Redis that loses its memory forgets who held it.
+    It is free at the end of the block, or `expires` after it was taken, whichever comes first: it is not prolonged. Choose
+    `expires` longer than the work may take, and write the work so that it may overlap all the same: a process can stand still
+    for any time (a stopped machine, a full swap), and a Redis that loses its memory forgets the holder.
 
     Args:
         connection: Where the lock is kept.
-        group: The consumer group; other groups' locks of the same name are others.
+        group: The consumer group; locks of the same name in other groups are different locks.
         key: What is locked: a text, whole number or UUID, or a tuple of these.
-        expires: The longest it is held: after that it is free, whatever its holder does.
+        expires: The longest it is held. After that it is free, whatever its holder does.
         wait: How long to wait for a lock that another holds; zero asks once.
 
     Raises:
@@ -93,14 +93,14 @@ class RedisLock:
         self._process = fork.here
 
     def acquire(self, *, awaiting: bool = False) -> None:
-        """Take the lock, waiting for it up to `wait`.
+        """Take the lock; wait for it up to `wait`.
 
         Args:
-            awaiting: We are in SQLAlchemy's greenlet, and the loop shall go on; False is for threads.
+            awaiting: We are in SQLAlchemy's greenlet, and the loop must go on. False is for threads.
 
         Raises:
-            InProgress: Another held it all that time.
-            StoreUnavailable: Redis does not answer. If the answer alone was lost, the lock is free after `expires`.
+            InProgress: Another holder had it all that time.
+            StoreUnavailable: Redis does not answer. If only the answer was lost, the lock is free after `expires`.
             ConfigurationError: This object holds it already.
         """
         if self._token is not None:
@@ -116,7 +116,7 @@ class RedisLock:
             try:
                 won, left_ms = take(self._keys, [token, milliseconds])
             except BaseException as error:
-                if not isinstance(error, Exception):  # cancelled: it may be ours, and nobody would release it
+                if not isinstance(error, Exception):  # cancelled: it may be ours, and nobody else would release it
                     with suppress(Exception):
                         finished(partial(self._free, token, awaiting))
                 raise
@@ -126,7 +126,7 @@ class RedisLock:
             rest_s = deadline - monotonic()
             if rest_s <= 0:
                 raise self._not_free(left_ms)
-            # the moment it expires is known, and waiting on would only be late
+            # We know when it expires, and a longer pause would only be late.
             pause = min(rest_s, uniform(0.5, 1.5) * pause_s, left_ms / 1000 + 0.001 if left_ms >= 0 else rest_s)  # noqa: S311
             pause_s = min(2 * pause_s, POLL_S[1])
             if awaiting:
@@ -135,16 +135,16 @@ class RedisLock:
                 sleep(pause)
 
     def release(self) -> bool:
-        """Let go of the lock, in the way it was taken.
+        """Release the lock, sync or async as it was taken.
 
         Returns:
-            False where it was not ours any more, which is logged as a warning: another may have run beside us.
+            False if it was not ours any more, which is logged as a warning: another holder may have run at the same time.
 
         Raises:
             StoreUnavailable: Redis does not answer; the lock is free after `expires`.
         """
         token, self._token = self._token, None
-        if token is None or self._process is not fork.here:  # a child's copy: it is the parent's to let go of
+        if token is None or self._process is not fork.here:  # a child's copy: only the parent may release it
             return False
         if self._free(token, self._awaiting):
             return True
@@ -190,7 +190,7 @@ class RedisLock:
         await greenlet_spawn(self.leave)
 
     def leave(self) -> None:
-        """Release at the end of a block: its work is done, so that Redis is away now is no error of it."""
+        """Release at the end of a block: the work is done, so an unavailable Redis is not its error."""
         try:
             self.release()
         except ExactlyOnceError as error:
@@ -208,7 +208,7 @@ class RedisLock:
             return bool(free(self._keys, [token]))
         except Exception:
             raise
-        except BaseException:  # cancelled on the way: it may not have arrived
+        except BaseException:  # cancelled while sending: it may not have arrived
             with suppress(Exception):
                 finished(partial(free, self._keys, [token]))
             raise
@@ -223,10 +223,10 @@ class RedisLock:
 
 
 def _in_greenlet() -> bool:
-    """Say how a plain `with` is to wait: by `await_only` where sync code runs under asyncio, as in `run_sync`.
+    """Say how a plain `with` must wait: by `await_only` if sync code runs under asyncio, as in `run_sync`.
 
     Raises:
-        ConfigurationError: In a coroutine, where it would stop the loop, and with it whoever is to let go of the lock.
+        ConfigurationError: In a coroutine, where it would stop the loop, and with it the holder of the lock.
     """
     if in_greenlet():
         return True

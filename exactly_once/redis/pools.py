@@ -1,6 +1,6 @@
 """Pools of connections to one Redis: one for threads, and one for each event loop that asks. Sends nothing.
 
-Sockets of asyncio belong to the loop they were opened in, so a loop gets a pool of its own, which is closed before the
+asyncio sockets belong to the loop they were opened in, so a loop gets a pool of its own, which is closed before the
 loop ends. Nothing is opened until a connection is taken from a pool. Called by `RedisConnection`.
 """
 
@@ -22,13 +22,13 @@ from exactly_once.wording.redaction import redacted
 
 __all__ = ["Pools", "Side"]
 
-TIMEOUT_S: Final = 5.0  # a server that does not accept or answer within this is away
+TIMEOUT_S: Final = 5.0  # a server that does not accept or answer within this time counts as away
 CONNECTIONS: Final = 64
-"""The most at once, for threads and again for each loop. A script takes a fraction of a millisecond, and Redis runs one at
-a time: more connections would only queue there. Who finds none free waits for one, up to the timeout."""
-HEALTH_CHECK_S: Final = 30  # a connection idle for longer is asked whether it is still there before it is used
+"""The most connections, for threads and again for each loop. A script takes a fraction of a millisecond, and Redis runs one at
+a time: more connections would only queue there. A caller that finds none free waits for one, up to the timeout."""
+HEALTH_CHECK_S: Final = 30  # an idle connection is checked after this time before it is used
 
-# a dead peer is noticed in about a minute, also by a connection that nobody uses
+# A dead peer is noticed in about a minute, also on a connection that is not in use.
 _KEEPALIVE: Final = {
     option: value
     for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
@@ -38,15 +38,15 @@ _KEEPALIVE: Final = {
 
 @dataclass(eq=False, slots=True)
 class Side:
-    """One pool, and how its calls are waited for: at once in a thread, by `await_only` in a greenlet.
+    """One pool, and how to wait for its calls: directly in a thread, by `await_only` in a greenlet.
 
-    The client's two kinds of pool have methods of the same names, so what is said to Redis is written once.
+    The client's sync and async pools have methods of the same names, so the code that talks to Redis is written once.
     """
 
     pool: Any
     wait: Callable[[Any], Any]
     uninterrupted: Callable[[], AbstractContextManager[None]] = nullcontext
-    """Put around all that is said in one go: a cancellation that got lost inside is raised at its end."""
+    """Wraps a whole exchange: a cancellation that was swallowed inside is raised at its end."""
     guard: AsyncGenerator[None, None] | None = None
 
 
@@ -54,7 +54,7 @@ class Pools:
     """The pools of one Redis.
 
     Args:
-        url: As `checked` returns it.
+        url: As returned by `checked`.
     """
 
     def __init__(self, url: str) -> None:
@@ -65,8 +65,10 @@ class Pools:
         fork.tell(self)
 
     def forked(self) -> None:
-        """In a process just forked: begin with new pools. The end of a stream of the parent's would take it out of the
-        selector that both processes share."""
+        """Begin with new pools in a forked child.
+
+        Closing a stream of the parent would remove it from the selector that both processes share.
+        """
         fork.pin((self._threads, self._loops))
         self._lock, self._threads, self._loops = Lock(), None, {}
 
@@ -85,7 +87,7 @@ class Pools:
         return side
 
     def of_this_loop(self) -> Side:
-        """The pool of the running loop; call it in SQLAlchemy's greenlet.
+        """The pool of the running loop; called in SQLAlchemy's greenlet.
 
         Raises:
             MissingExtra: The client is not installed.
@@ -96,14 +98,14 @@ class Pools:
             side = Side(self._made("redis.asyncio"), await_only, _cancellation_kept)
             side.guard = _until_the_loop_ends(side.pool)
             with self._lock:
-                # a loop that was closed without a shutdown took its sockets with it
+                # A loop that was closed without a shutdown has closed its sockets with it.
                 self._loops = {each: kept for each, kept in self._loops.items() if not each.is_closed()}
                 self._loops[loop] = side
             await_only(_begun(side.guard))
         return side
 
     def close(self) -> None:
-        """Close every connection: those of running loops as soon as these get to it."""
+        """Close every connection; running loops close theirs when they get to it."""
         with self._lock:
             threads, self._threads = self._threads, None
             loops, self._loops = self._loops, {}
@@ -119,10 +121,10 @@ class Pools:
         except ModuleNotFoundError as error:
             raise MissingExtra(f"Redis {redacted(self._url, whole=True)}", "redis") from error
         keepalive = {"socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE}
-        # no retry= here: the client's own would try each of connecting, greeting and sending again, one inside the other
+        # Without retry=: the client's own would retry connecting, the handshake and sending, one inside the other.
         return client.BlockingConnectionPool.from_url(
             self._url,
-            protocol=2,  # Redis 5 speaks no other, and to greet in 3 costs round trips
+            protocol=2,  # Redis 5 has no other, and a handshake for 3 costs round trips
             max_connections=CONNECTIONS,
             timeout=TIMEOUT_S,
             socket_timeout=TIMEOUT_S,
@@ -138,9 +140,9 @@ def _at_once(value: Any) -> Any:
 
 @contextmanager
 def _cancellation_kept() -> Iterator[None]:
-    """Raise a cancellation that was swallowed: the client sends inside `asyncio.wait_for`, which before Python 3.12 forgets
-    one that comes as it finishes (https://github.com/python/cpython/issues/86296); the task would run on, and stopping it
-    would wait for ever. The count of the task's cancellations still tells."""
+    """Raise a cancellation that was swallowed: the client sends inside `asyncio.wait_for`, which before Python 3.12 loses
+    one that comes as it finishes (https://github.com/python/cpython/issues/86296). The task would run on, and stopping it
+    would wait for ever. The task's count of cancellations still shows it."""
     task = asyncio.current_task()
     assert task is not None
     before = task.cancelling()
@@ -155,7 +157,7 @@ def _cancellation_kept() -> Iterator[None]:
 
 
 def _cancellation() -> asyncio.CancelledError:
-    """Return what stands for one that was swallowed. A scope of anyio cancels again, and knows its own ones by their text."""
+    """Return a replacement for the swallowed cancellation. A scope of anyio cancels again, and knows its own by their text."""
     try:
         await_only(asyncio.sleep(0))
     except asyncio.CancelledError as error:
@@ -164,7 +166,7 @@ def _cancellation() -> asyncio.CancelledError:
 
 
 async def _until_the_loop_ends(pool: Any) -> AsyncGenerator[None, None]:
-    """Close a pool before its loop ends: one that shuts down ends the asynchronous generators it has seen begin."""
+    """Close a pool before its loop ends: a loop that shuts down closes the asynchronous generators that were started in it."""
     try:
         yield
     finally:
@@ -187,4 +189,4 @@ def _end(loop: asyncio.AbstractEventLoop, side: Side) -> None:
 
 
 _ENDING: Final[set["asyncio.Task[None]"]] = set()
-"""A loop forgets a task that nobody else remembers."""
+"""References to the tasks: a loop keeps only weak references."""

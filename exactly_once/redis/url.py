@@ -1,7 +1,7 @@
-"""Looks at a Redis URL before anything is opened: a misspelled one is an error at once, and none is ever repeated. Pure.
+"""Checks a Redis URL before anything is opened: a mistake is an error at once. The text never repeats the URL. Pure.
 
-What the client would pass over in silence is refused: a database that is no number (it would take 0), an option it does
-not know, a password that was not escaped and is read as a host. Called by `RedisConnection` and the settings.
+It refuses what the client would silently accept: a database that is no number (the client takes 0), an unknown
+option, an unescaped password that is read as a host. Called by `RedisConnection` and the settings.
 """
 
 from typing import Final
@@ -26,13 +26,13 @@ _OPTIONS: Final = {"redis": _COMMON, "rediss": _COMMON + _TLS, "unix": _COMMON}
 
 
 def checked(url: object) -> str:
-    """Return a Redis URL as the client wants it, its scheme in lower case.
+    """Return a Redis URL in the form the client needs, its scheme in lower case.
 
     Args:
         url: `redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE]`, `rediss://...` for TLS, `unix://[...@]/PATH?db=0`.
 
     Raises:
-        ConfigurationError: It is none; the text repeats nothing that may be a password.
+        ConfigurationError: It is none of these; the text repeats nothing that may be a password.
 
     Example:
         >>> checked("REDIS://127.0.0.1:6379/0")
@@ -45,7 +45,7 @@ def checked(url: object) -> str:
     scheme, colon, rest = url.strip().partition("://")
     scheme = scheme.lower()
     if not colon or scheme not in SCHEMES:
-        # what has no known scheme may begin with anything, also with a password
+        # A text without a known scheme may begin with anything, also with a password.
         raise ConfigurationError(
             "A Redis URL begins with redis://, rediss:// (TLS) or unix:// (a socket file), such as"
             " redis://127.0.0.1:6379/0. For Sentinel, give the address that follows the primary."
@@ -53,7 +53,7 @@ def checked(url: object) -> str:
     try:
         parts = urlsplit(f"{scheme}://{rest}")
         host, user, password = parts.hostname, parts.username, parts.password
-        _ = parts.port  # raises for what is no port
+        _ = parts.port  # raises if it is no port
     except ValueError:
         raise _unreadable(scheme) from None  # its text would repeat a part of the URL
     if parts.fragment or "@" in parts.path or "@" in parts.query:
