@@ -1,6 +1,6 @@
-"""The process around a worker: from a signal to an exit code, several processes, and how they are doing.
+"""The process around a worker: signals and exit codes, several processes, and their health.
 
-`signals` ends a worker gently; `supervisor` keeps several processes, which tell it by `heartbeat` how they are; `health`
-answers an orchestrator, `progress` a person. Nothing here receives a message or opens a database. Called by the command
-line, and by `eo.run` for the signals.
+`signals` stops a worker gently; `supervisor` keeps several processes, which report to it through `heartbeat`; `health`
+answers an orchestrator; `progress` shows a person how far the worker is. Nothing here receives a message or opens a database.
+Called by the command line, and by `eo.run` for the signals.
 """

@@ -1,7 +1,7 @@
-"""`/live` and `/ready` over HTTP for an orchestrator; never asks the database or the broker, and says no secrets.
+"""`/live` and `/ready` over HTTP for an orchestrator. Never asks the database or the broker, and shows no secrets.
 
-An outage of the database must not get every worker restarted at the same moment: so live means "its threads turn",
-and nothing else; ready is false in an outage, and while starting and stopping. Called by the command
+An outage of the database must not get every worker restarted at the same moment. So live means only that the worker's threads
+make progress. Ready is false during an outage, and while starting and stopping. Called by the command
 line's `run`, and by the supervisor for its children.
 """
 
@@ -22,16 +22,16 @@ from exactly_once.errors import ConfigurationError
 __all__ = ["Health", "host_and_port"]
 
 LOOPBACK: Final = "127.0.0.1"
-"""Who is not told otherwise serves this machine alone."""
+"""The default: it serves this machine alone."""
 _REQUEST_S: Final = 5.0
-"""A client that says nothing for this long is let go, for each holds a thread."""
+"""Seconds after which a silent client is disconnected, because each client holds a thread."""
 
 
 class Alive(Protocol):
-    """What can be asked how it is: the worker."""
+    """What reports its health: the worker."""
 
     def stuck(self, after: timedelta) -> Sequence[str]:
-        """Name the threads that do not turn."""
+        """Name the threads that make no progress."""
 
     def unready(self) -> str | None:
         """Say why nothing is received."""
@@ -41,12 +41,12 @@ class Health:
     """A small HTTP server in a thread.
 
     Args:
-        worker: Whom to ask.
+        worker: The worker to ask.
         address: `HOST:PORT`, `:PORT` for every interface, `PORT` for loopback, `[::1]:PORT`. Port 0 takes a free one.
-        stuck_after: A thread that did not turn for this long makes `/live` say 503.
+        stuck_after: A thread that made no progress for this long makes `/live` answer 503.
 
     Raises:
-        ConfigurationError: The address makes no sense, or cannot be listened on.
+        ConfigurationError: The address is invalid, or cannot be listened on.
 
     Example:
         with Health(worker, "0.0.0.0:8080"):
@@ -69,11 +69,11 @@ class Health:
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port on which it listens."""
         return int(self._server.server_address[1])
 
     def close(self) -> None:
-        """Stop listening. Twice is once."""
+        """Stop listening. Idempotent."""
         if self._thread.is_alive():
             self._server.shutdown()
             self._thread.join()
@@ -90,7 +90,7 @@ def host_and_port(address: str) -> tuple[str, int]:
     """Split `HOST:PORT`.
 
     Raises:
-        ConfigurationError: It is not such a thing.
+        ConfigurationError: It is no such address.
 
     Example:
         >>> host_and_port("8080"), host_and_port(":8080"), host_and_port("[::1]:8080")
@@ -140,7 +140,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away is none of our errors, and stderr is not ours to write tracebacks to."""
+        """Ignore a client that disconnected: it is not our error, and we write no tracebacks to stderr."""
 
 
 class _Server6(_Server):
@@ -170,4 +170,4 @@ class _Handler(BaseHTTPRequestHandler):
         return "exactly-once"
 
     def log_message(self, *_: object) -> None:
-        """Probes come every few seconds and are nobody's news."""
+        """Log nothing: probes come every few seconds."""

@@ -1,7 +1,7 @@
-"""How a supervised child is, told to its supervisor through a pipe, so that one port can answer for all of them.
+"""A child reports its health to the supervisor through a pipe, so that one port can answer for all children.
 
-A port can be listened on by one process, and a supervisor cannot know of its children's outages otherwise. A line of
-JSON goes over when something changed, and as a sign of life. Never blocks the child: a supervisor that does not read
+Only one process can listen on a port, and a supervisor cannot learn of its children's outages in another way. The child writes a
+line of JSON when something changed, and as a sign of life. Never blocks the child: a supervisor that does not read
 misses a line. Called by `signals` in the child, and by `supervisor`.
 """
 
@@ -16,10 +16,10 @@ from typing import Final, Protocol
 __all__ = ["HeartbeatReader", "HeartbeatSender", "open_heartbeat"]
 
 REPORT_TO: Final = "EXACTLY_ONCE_REPORT_FD"
-"""Set in a child's environment: the number of the pipe's writing end."""
+"""Set in a child's environment: the descriptor of the pipe's writing end."""
 SIGN_OF_LIFE_S: Final = 5.0
 STUCK_AFTER: Final = timedelta(seconds=60)
-"""Long polls take seconds and a client's own timeouts up to half a minute: a minute without a turn is neither."""
+"""Long polls take seconds, and a client's own timeouts up to half a minute. A minute without progress is neither."""
 
 
 class _Told(Protocol):
@@ -27,10 +27,10 @@ class _Told(Protocol):
 
 
 class HeartbeatSender:
-    """The child's end; does nothing where nobody listens.
+    """The child's end. Does nothing without a supervisor.
 
     Args:
-        worker: Whom to ask; its `stuck` too, if it has one.
+        worker: The worker to ask; its `stuck` too, if it has that method.
     """
 
     def __init__(self, worker: _Told) -> None:
@@ -42,11 +42,11 @@ class HeartbeatSender:
             try:
                 os.set_inheritable(self._into, False)
                 os.set_blocking(self._into, False)
-            except OSError:  # not passed on by whatever is between us and the supervisor
+            except OSError:  # the process between us and the supervisor closed the descriptor
                 self._into = None
 
     def send(self) -> None:
-        """Say how the worker is, if that is news or was not said for a while."""
+        """Report the worker's health, if it has changed or was not reported for a while."""
         if self._into is None:
             return
         stuck = getattr(self._worker, "stuck", lambda after: ())(STUCK_AFTER)
@@ -57,9 +57,9 @@ class HeartbeatSender:
         try:
             os.write(self._into, line.encode())
         except BlockingIOError:
-            return  # full: said at the next look
+            return  # the pipe is full: reported at the next call
         except OSError:
-            self._into = None  # nobody listens any more
+            self._into = None  # nobody reads any more
         self._last, self._next = line, now + SIGN_OF_LIFE_S
 
 
@@ -74,7 +74,7 @@ class HeartbeatReader:
     _rest: bytes = b""
 
     def read(self) -> None:
-        """Take in what was said since; blocks on nothing."""
+        """Read what was reported since the last call. Never blocks."""
         try:
             while said := os.read(self.out, 65536):
                 *lines, self._rest = (self._rest + said).split(b"\n")
@@ -85,16 +85,16 @@ class HeartbeatReader:
             return
 
     def is_silent(self, after: timedelta) -> bool:
-        """Whether nothing was heard for so long that its main thread cannot be turning."""
+        """Whether there was no report for so long that the child's main thread cannot be making progress."""
         return monotonic() - self.heard > after.total_seconds()
 
     def close(self) -> None:
-        """Listen no more."""
+        """Stop reading."""
         os.close(self.out)
 
 
 def open_heartbeat() -> tuple[HeartbeatReader, int]:
-    """Return a reader, and the end of its pipe to pass on to the child and then to close here."""
+    """Return a reader, and the writing end of its pipe, to pass on to the child and then to close here."""
     out, into = os.pipe()
     os.set_blocking(out, False)
     return HeartbeatReader(out), into

@@ -1,7 +1,7 @@
-"""Shows how far a worker is: a live line on a terminal, elsewhere a log line a second at most, only when something changed.
+"""Shows how far a worker is: a live line on a terminal, else a log line, at most once a second and only after a change.
 
-Reads counts and nothing else; a failure with its key is logged where it happens, by `processor`. Called by the command
-line's `run` alone, with a thread of its own.
+Reads counts and nothing else; a failure with its key is logged where it happens, by `processing.processor`. Called only by the
+command line's `run`. It has a thread of its own.
 """
 
 import os
@@ -35,7 +35,7 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 def fields(counts: Counts) -> dict[str, int | str]:
-    """Return what a log line says, outcomes by name with `_` for blanks, those that never happened left out.
+    """Return the fields of a log line: outcomes by name, with `_` for blanks. Outcomes that never happened are left out.
 
     Example:
         >>> from exactly_once.worker.worker import Counts
@@ -57,8 +57,8 @@ class Progress:
     """Shows counts from `start` (or `with`) to `stop`.
 
     Args:
-        read: Gives the counts of this moment: `lambda: worker.counts`.
-        stream: Where a person would watch; looked at for being a terminal.
+        read: Returns the present counts: `lambda: worker.counts`.
+        stream: Where a person would watch, if it is a terminal.
         every: The least time between two log lines.
 
     Example:
@@ -80,7 +80,7 @@ class Progress:
         self._thread.start()
 
     def stop(self) -> None:
-        """Show the last state and end. Twice is once."""
+        """Show the last state and end. Idempotent."""
         self._over.set()
         if self._thread.ident is not None:
             self._thread.join(5.0)
@@ -93,7 +93,7 @@ class Progress:
         self.stop()
 
     def _write(self) -> None:
-        """The log: key=value in the text, and the same as `record.exactly_once` for those who log JSON."""
+        """Write log lines: key=value in the text, and the same as `record.exactly_once` for JSON logging."""
         last: dict[str, int | str] = {}
         done, at = 0, self._began
         over = False
@@ -114,7 +114,7 @@ class Progress:
 
         done, at = 0, self._began
         rate = 0.0
-        # what the program logs or prints meanwhile goes above the line, where rich sees it
+        # What the program logs or prints meanwhile goes above the line, because rich sees it.
         with Live(console=Console(file=self._stream), auto_refresh=False, transient=False) as live:
             over = False
             while not over:

@@ -1,7 +1,7 @@
-"""From a signal to an exit code: the first one stops a worker gently, a second one ends the process at once.
+"""Turns signals into an exit code: the first signal stops a worker gently, a second one ends the process at once.
 
-Never starts or stops threads of the worker's, never exits where returning will do. Called by `eo.run` and by the
-command line, in the main thread, for Python runs signal handlers nowhere else.
+Never starts or stops the worker's threads itself; never exits if returning is enough. Called by `eo.run` and by the
+command line, in the main thread, because Python runs signal handlers in no other thread.
 """
 
 import os
@@ -24,7 +24,7 @@ from exactly_once.wording.steady_log import steady
 __all__ = ["KILLED", "run_until_signal", "signals_wake"]
 
 KILLED: Final = 143
-"""The exit code after a second signal; what a shell says of a process that SIGTERM ended (128 + 15)."""
+"""The exit code after a second signal; a shell reports the same for a process that SIGTERM ended (128 + 15)."""
 _LOOK_S: Final = 0.5
 
 _log = steady("exactly_once.worker")
@@ -46,17 +46,17 @@ def run_until_signal(
 ) -> int:
     """Wait for SIGTERM or SIGINT, then stop the worker within its drain timeout.
 
-    A second signal while it stops ends the process at once with 143, whatever runs: the messages come back by
-    themselves. Not so in a supervisor's child.
+    A second signal while it stops ends the process at once with 143, whatever runs. The messages come back by
+    themselves. In a supervisor's child a second signal does nothing.
 
     Args:
         worker: A worker; started, unless `start` is given.
-        start: Starts it, so that a signal is heard while that still waits for a server; then `worker.stop()` is
-            called to end the waiting. What it raises, this raises.
-        announce: Told that stopping began, and how it ended.
+        start: Starts it. A signal is noticed while it still waits for a server; then `worker.stop()` is
+            called to end the waiting. This raises what it raises.
+        announce: Called when stopping begins, and with how it ended.
 
     Returns:
-        0, or 1 where messages were given back. Also when somebody else stopped the worker.
+        0, or 1 if messages were given back. Also when other code stopped the worker.
 
     Raises:
         ConfigurationError: Called outside the main thread.
@@ -71,7 +71,7 @@ def run_until_signal(
         if count > 1 and not supervised:
             leave()
 
-    # start and stop have threads of their own: while a client blocks inside C, this one must still hear signals
+    # start and stop have threads of their own: this thread must notice signals even while a client blocks inside C.
     with signals_wake({signal.SIGTERM: received, signal.SIGINT: received}) as wait:
         starting = _Aside(start or (lambda: None))
         while starting.runs and not wait(0.05):
@@ -90,7 +90,7 @@ def run_until_signal(
         while stopping.runs or starting.runs:
             wait(0.05)
             heartbeat.send()
-        if early:  # it may have got through just as it was told to stop: then there is something to stop after all
+        if early:  # it may have started just as it was told to stop: then it must be stopped again
             stopping.outcome()
             stopping = _Aside(worker.stop)
             while stopping.runs:
@@ -122,25 +122,27 @@ class _Aside(Generic[T]):
 
 
 def leave(code: int = KILLED) -> NoReturn:
-    """End the process now, running nothing more: no `atexit`, no thread is waited for."""
+    """End the process now and run nothing more: no `atexit`, and no thread is waited for."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError, RuntimeError):  # closed, a broken pipe, or in the middle of a write just now
+        except (OSError, ValueError, RuntimeError):  # closed, a broken pipe, or in the middle of a write
             continue
     os._exit(code)
 
 
 class _Inherited:
-    """What a child that is forked meanwhile does at a signal: what was done before. It has no worker to stop, and whoever
-    started it, as `multiprocessing` does, counts on SIGTERM to end it."""
+    """Restores the previous signal handlers in a child that is forked meanwhile.
+
+    The child has no worker to stop, and the code that started it, such as `multiprocessing`, relies on SIGTERM to end it.
+    """
 
     def __init__(self, before: Mapping[signal.Signals, Any]) -> None:
         self._before = before
         fork.tell(self)
 
     def forked(self) -> None:
-        """In the child."""
+        """Runs in the child."""
         signal.set_wakeup_fd(-1)
         for number, old in self._before.items():
             signal.signal(number, signal.SIG_DFL if old is None else old)
@@ -152,11 +154,11 @@ Wait = Callable[[float], "signal.Signals | None"]
 
 @contextmanager
 def signals_wake(handlers: Mapping[signal.Signals, Handler]) -> Iterator[Wait]:
-    """Catch these signals inside the block, and put back what was there before after it.
+    """Catch these signals inside the block, and restore the previous handlers after it.
 
-    A handler is called with the signal's number and how many of these signals came so far, this one counted. The block
-    gets a `wait(seconds)`, which ends early at a signal and returns the first that came, ever, or None. It sleeps on
-    a pipe: an Event set by a handler can deadlock with the very wait it interrupts.
+    A handler is called with the signal's number and the count of such signals so far, this one included. The block
+    gets a `wait(seconds)`, which ends early at a signal and returns the first signal that ever came, or None. It sleeps on
+    a pipe: an Event that a handler sets can deadlock with the wait it interrupts.
 
     Raises:
         ConfigurationError: Called outside the main thread.

@@ -1,12 +1,13 @@
-"""Several worker processes under one supervisor: started, restarted, told to stop, and never left behind.
+"""Several worker processes under one supervisor: it starts, restarts and stops them, and never leaves one behind.
 
-The supervisor receives no message and opens no database. Each child is a fresh interpreter with a command line of its
-own (no fork: connections, threads and C clients survive none). Called by the command line for `--processes N`.
+The supervisor receives no message and opens no database. Each child is a new interpreter with a command line of its
+own (no fork: connections, threads and C clients do not survive a fork). Called by the command line for `--processes N`.
 
-A child that ends is started again after a pause that doubles while it keeps ending early. Exit code 2, wrong usage or
-configuration, is the exception: it would end so each time, so everything stops and the supervisor says 2 as well.
-If the supervisor dies, however, the kernel kills its children (Linux: prctl(2), PR_SET_PDEATHSIG); what they had in
-hand comes back from the broker.
+A child that ends is started again after a pause, which doubles while it keeps ending early. Exit code 2, wrong usage or
+configuration, is the exception: the child would end like that each time, so everything stops and the supervisor
+returns 2 as well.
+If the supervisor dies, in any way, the kernel kills its children (Linux: prctl(2), PR_SET_PDEATHSIG). Their messages in
+hand come back from the broker.
 """
 
 import ctypes
@@ -29,11 +30,11 @@ from exactly_once.wording.steady_log import steady
 __all__ = ["child_command", "supervise"]
 
 PAUSE_S: Final = (0.1, 30.0)
-"""Before a child is started again: the first, then twice as long each time it ends early, up to the second."""
+"""Seconds before a child is started again: the first, then twice as long each time it ends early, up to the second."""
 LONG_LIFE_S: Final = 60.0
-"""A child that lived this long did not end early: the next pause is the first again."""
+"""A child that lived this many seconds did not end early: the next pause is the first again."""
 GRACE: Final = timedelta(seconds=30)
-"""On top of `drain_timeout`, for the last settles, the closing of consumers and the end of the interpreter."""
+"""Added to `drain_timeout`: for the last settlements, the closing of consumers and the end of the interpreter."""
 WRONG_USAGE: Final = 2
 _PR_SET_PDEATHSIG: Final = 1  # <sys/prctl.h>
 
@@ -41,7 +42,7 @@ _log = steady("exactly_once.processes")
 
 
 class _Child:
-    """One place among the N, and whichever process fills it at present."""
+    """One of the N children: its number, and its present process."""
 
     def __init__(self, number: int, command: Sequence[str], prepare: Callable[[], None] | None) -> None:
         self.number, self._command, self._prepare = number, command, prepare
@@ -56,8 +57,8 @@ class _Child:
         self._began = monotonic()
         heartbeat, into = open_heartbeat()
         environment = {**os.environ, SUPERVISED: str(self.number), REPORT_TO: str(into)}
-        # a session of its own: Ctrl-C in a terminal goes to the supervisor alone, which passes it on once.
-        # preexec_fn is unsafe where it waits for a lock another thread held at the fork; this one is one system call
+        # A session of its own: Ctrl-C in a terminal goes to the supervisor alone, which forwards it once.
+        # preexec_fn is unsafe if it waits for a lock that another thread held at the fork; this one is a single system call.
         try:
             self.process = subprocess.Popen(  # noqa: S603  (the command is our own)
                 self._command,
@@ -73,7 +74,7 @@ class _Child:
         _log.info("Process %d started (pid %d).", self.number, self.process.pid)
 
     def ended(self) -> int | None:
-        """Return the exit code of a process that ended, once, and plan the next start; read the heartbeat of one that did not."""
+        """If the process has ended, return its exit code, once, and plan the next start. Else read its heartbeat."""
         if self.process is None:
             return None
         if (code := self.process.poll()) is None:
@@ -90,10 +91,10 @@ class _Child:
 
     def send(self, number: signal.Signals) -> None:
         if self.process is not None:
-            self.process.send_signal(number)  # does nothing where it has ended
+            self.process.send_signal(number)  # does nothing if it has ended
 
     def kill(self) -> None:
-        """Kill it and wait until the kernel has: what it had in hand comes back from the broker."""
+        """Kill it and wait for its end: its messages in hand come back from the broker."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
@@ -106,7 +107,7 @@ class _Child:
 
 
 class _Together:
-    """What health asks: all children as one worker."""
+    """All children as one worker, for the health endpoint."""
 
     def __init__(self, children: Sequence[_Child]) -> None:
         self._children = children
@@ -129,11 +130,11 @@ class _Together:
 
 
 def child_command(arguments: Sequence[str]) -> list[str]:
-    """Return the command line for a child of the command line with these arguments.
+    """Return a child's command line for these arguments of the supervisor.
 
     Args:
         arguments: What followed `exactly-once`, such as `["run", "shop:eo", "--processes", "4"]`. `--processes` becomes
-            1, and `--health` goes: its port can be served once only, and the supervisor has it.
+            1, and `--health` is removed: only one process can listen on its port, and the supervisor does.
 
     Example:
         >>> child_command(["run", "shop:eo", "--processes", "4", "--health=:8080"])[1:]
@@ -157,22 +158,22 @@ def supervise(
     grace: timedelta = GRACE,
     health: str | None = None,
 ) -> int:
-    """Keep `processes` children running until SIGTERM or SIGINT, then have them stop.
+    """Keep `processes` children running until SIGTERM or SIGINT, then let them stop.
 
-    The first signal is passed on once as SIGTERM, and children that outlast `drain_timeout` + `grace` are killed. A
+    The first signal is forwarded once as SIGTERM. Children that run longer than `drain_timeout` + `grace` are killed. A
     second signal kills them and ends the supervisor at once with 143.
 
     Args:
         command: A child's whole command line; `child_command` makes it.
         processes: How many.
         drain_timeout: How long a child lets running messages finish.
-        grace: How much longer it may take to be gone.
-        health: `HOST:PORT` on which to answer for all of them: live while no thread of any is stuck, ready while every
-            one is.
+        grace: How much longer it may take to end.
+        health: `HOST:PORT` on which to answer for all of them: live while no child has a stuck thread,
+            ready while every child is.
 
     Returns:
-        0 where every child that ran when the signal came ended with 0; 1 where one did not, for it gave work back or
-        had to be killed; 2 where one said that its usage or configuration is wrong.
+        0 if every child that ran when the signal came ended with 0; 1 if one did not, because it gave work back or
+        had to be killed; 2 if one reported that its usage or configuration is wrong.
 
     Raises:
         ConfigurationError: Called outside the main thread, or the address of `health` cannot be listened on.
@@ -198,12 +199,12 @@ def supervise(
             code = _keep_running(children, wait)
             return _stop(children, wait, drain_timeout + grace) if code is None else code
         finally:
-            for child in children:  # also where the above raised: nobody is left behind
+            for child in children:  # also after an exception: no child is left behind
                 child.kill()
 
 
 def _keep_running(children: Sequence[_Child], wait: Callable[[float], "signal.Signals | None"]) -> int | None:
-    """Return None at a signal, and 2 when a child says that there is no use."""
+    """Return None at a signal, and 2 if a child reports wrong usage."""
     while True:
         now = monotonic()
         for child in children:
@@ -222,7 +223,7 @@ def _keep_running(children: Sequence[_Child], wait: Callable[[float], "signal.Si
 
 
 def _stop(children: Sequence[_Child], wait: Callable[[float], "signal.Signals | None"], patience: timedelta) -> int:
-    """Tell the children once, wait, kill what is left; 0 where all of them ended with 0."""
+    """Tell the children once, wait, and kill those that are left. 0 if all of them ended with 0."""
     for child in children:
         child.send(signal.SIGTERM)
     deadline = monotonic() + patience.total_seconds()
@@ -231,7 +232,7 @@ def _stop(children: Sequence[_Child], wait: Callable[[float], "signal.Signals | 
         late = monotonic() >= deadline
         for child in running:
             if (code := child.ended()) is not None:
-                if code not in (0, -signal.SIGTERM):  # the latter: it had not begun to listen, nor to receive
+                if code not in (0, -signal.SIGTERM):  # -SIGTERM: it had not begun to listen for signals, nor to receive
                     _log.warning("Process %d ended while stopping (%s).", child.number, _how(code))
                     worst = 1
             elif late:
@@ -247,7 +248,7 @@ def _how(code: int) -> str:
 
 
 def _dies_with_us() -> Callable[[], None] | None:
-    """Make what a child does between fork and exec; bound here, so that it imports and looks up nothing there."""
+    """Make the function that a child runs between fork and exec. Bound here, so that it imports and looks up nothing there."""
     if not sys.platform.startswith("linux"):
         return None
     prctl, parent, getppid, ended = ctypes.CDLL(None).prctl, os.getpid(), os.getppid, os._exit
