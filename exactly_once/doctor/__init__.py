@@ -1,1 +1,2 @@
-"""Looks at what a promise rests on, and says what to do. `looking` goes through it all; each other module looks at one part."""
+"""Checks everything that the guarantees depend on, and says what to do. `looking` runs all checks; each other
+module has one part."""

@@ -1,7 +1,7 @@
-"""Looks at dead letters that conflict with a consumed key: of copies that carry the time of their sending, each is one.
+"""Finds dead letters that conflict with a consumed key only because each copy contains the time of its sending.
 
-The default compares the whole body, so a producer that sends one event twice, with `sent_at` made anew, sends two payloads.
-Nothing is changed; a few of each handler's newest conflicts are read. Called by the doctor.
+By default the whole body is compared. So a producer that sends one event twice, with a new `sent_at`, sends two payloads.
+Changes nothing; reads a few of each handler's newest conflicts. Called by the doctor.
 """
 
 import re
@@ -34,8 +34,8 @@ def conflicts_of_times(
     """Yield an advice for each handler whose newest conflicts differ in times and in nothing else.
 
     Args:
-        connection: To the database.
-        tables: Ours there.
+        connection: A connection to the database.
+        tables: Our tables there.
         group: The consumer group.
         plans: The handlers.
     """
@@ -56,7 +56,7 @@ def conflicts_of_times(
 def _conflicts(
     connection: Connection, tables: Tables, group: str, plan: Plan
 ) -> Iterator[tuple[list[tuple[str, object]], list[str]]]:
-    """What differs in each, with its value; and the names of all members."""
+    """For each conflict, the members that differ, with their values; and the names of all members."""
     f, claims = tables.failure, tables.idempotent
     rows = connection.execute(
         select(f)
@@ -94,7 +94,7 @@ def _value(parsed: dict[str, Any], name: str) -> object:
 
 
 def is_time(name: str, value: object) -> bool:
-    """Say whether a member of a body is a moment: a text that is one, or a number that may be one and is named so.
+    """Say whether a member of a body is a time: a text that is one, or a number that can be one and has such a name.
 
     Example:
         >>> is_time("sent_at", 1_700_000_000), is_time("order_no", 1_700_000_000), is_time("x", "2026-01-31T12:00:00Z")

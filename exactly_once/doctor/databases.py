@@ -1,6 +1,6 @@
-"""Looks at one database: whether it answers, what a crash loses, and whether a duplicate is recognised through the driver.
+"""Checks one database: whether it answers, what a crash loses, and whether the driver's duplicate-key error is recognised.
 
-Nothing is changed: the claims it tries are rolled back. Called by the doctor.
+Changes nothing: its test claims are rolled back. Called by the doctor.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,17 +28,17 @@ from exactly_once.wording.text import escaped, probably, stopped
 
 __all__ = ["findings_for_database"]
 
-# the largest body of RocketMQ is 4 MiB, each byte may be escaped to two on the wire, and its error stands beside it
+# RocketMQ's largest body is 4 MiB, the driver may escape each byte to two, and the error is stored with it.
 _PACKET_BYTES: Final = 16 * 2**20
-_SKEW_S: Final = 5.0  # nothing depends on the worker's clock; far off, its log lines mislead
+_SKEW_S: Final = 5.0  # seconds; nothing depends on the worker's clock, but a wrong one makes log lines misleading
 
 
 def findings_for_database(store: Store, group: str, plans: tuple[Plan, ...], concurrency: int) -> Iterator[Finding]:
-    """Yield what was found about one database, in the order a person would mend it.
+    """Yield the findings about one database, in the order in which to repair them.
 
     Args:
         store: The database.
-        group: The consumer group whose claims are looked at.
+        group: The consumer group whose claims are examined.
         plans: The handlers.
         concurrency: How many messages run at once in a process.
     """
@@ -63,7 +63,7 @@ def findings_for_database(store: Store, group: str, plans: tuple[Plan, ...], con
             yield _self_check(where, store, lambda: _claims_twice_async(store, group), "async")
     except _DeniedError as denied:
         yield Finding(Mark.FAIL, str(denied))
-        return  # nothing else could be asked either
+        return  # no other check would work either
     with store.engine.connect() as connection:
         if store.dialect.name == "postgresql":
             yield _pooler(where, connection, said=store.pooler)
@@ -89,7 +89,7 @@ def _now() -> Any:
 
 
 class _DeniedError(Exception):
-    """The user lacks a right; the text is what gives it."""
+    """The user lacks a right; the text is the statement that grants it."""
 
 
 def _self_check(where: str, store: Store, claims: Callable[[], tuple[bool, bool]], kind: str) -> Finding:
@@ -142,7 +142,7 @@ def _postgresql(where: str, connection: Any) -> Iterator[Finding]:
             f"{where}: {table} is UNLOGGED: PostgreSQL empties it after a crash, with all that is in it. ALTER TABLE {table}"
             " SET LOGGED",
         )
-    # as it is in a transaction of ours: behind a pooler it goes with BEGIN
+    # The value inside a transaction of ours: behind a pooler it is set with BEGIN.
     connection.rollback()
     begin_bounded(connection)
     idle = connection.execute(text("SHOW idle_in_transaction_session_timeout")).scalar_one()
@@ -153,7 +153,7 @@ def _postgresql(where: str, connection: Any) -> Iterator[Finding]:
             " ALTER ROLE ... SET idle_in_transaction_session_timeout = '10min', or give a URL in place of an engine",
         )
     said = connection.connection.dbapi_connection.info.get_parameters()
-    # a connection through a socket file has no network to lose
+    # A connection through a socket file has no network that can fail.
     if not {"keepalives_idle", "tcp_user_timeout"} & said.keys() and not said.get("host", "/").startswith("/"):
         yield Finding(
             Mark.WARN,
@@ -182,7 +182,7 @@ def _mysql(where: str, connection: Any) -> Iterator[Finding]:
     ).one()
     for name, value, wanted, mend in (
         ("innodb_flush_log_at_trx_commit", int(flush), True, "a crash loses acknowledged commits"),
-        # without a binary log nothing is lost with it
+        # Without a binary log nothing can be lost with it.
         ("sync_binlog", int(binlog), bool(logs), "a crash of the machine loses commits from the binary log"),
     ):
         weak = wanted and value != 1
@@ -191,7 +191,7 @@ def _mysql(where: str, connection: Any) -> Iterator[Finding]:
             f"{where}: {name} is {value}" + (f": {mend}. SET GLOBAL {name} = 1" if weak else ""),
         )
     yield Finding(Mark.OK, f"{where}: sql_mode is {modes}")
-    # of this session; shown, for a later MySQL may have it no more
+    # The session's value. By SHOW, because a later MySQL may no longer have the variable.
     shown = connection.execute(text("SHOW VARIABLES LIKE 'binlog_format'")).one_or_none()
     if logs and shown is not None and shown[1] == "STATEMENT":
         yield Finding(
@@ -220,10 +220,10 @@ def _sqlite(where: str, connection: Any) -> Iterator[Finding]:
 
 
 def _unknown_handlers(connection: Any, store: Store, group: str, plans: tuple[Plan, ...]) -> Iterator[Finding]:
-    """A handler that got another name takes everything for new; its old claims give it away."""
+    """Find handlers that were renamed: under the new name every message looks new; claims under the old name show it."""
     t = store.tables.idempotent
     known = [plan.name for plan in plans]
-    # one step of the primary key's tree for each name, however many rows each has
+    # One index lookup for each name, however many rows each has.
     for name in claimed_names(connection, t, group):
         if name not in known:
             yield Finding(
@@ -245,12 +245,12 @@ def _overdue(where: str, store: Store, connection: Any, group: str) -> Iterator[
 
 
 def _isolation(where: str, store: Store, connection: Any, plans: tuple[Plan, ...]) -> Iterator[Finding]:
-    """Under a snapshot, a transaction that outlives a renewal of its own lease cannot complete: the row was changed."""
+    """With snapshot isolation, a transaction that outlives a renewal of its own lease cannot complete: the row was changed."""
     level = connection.get_isolation_level()
     leased = [plan.name for plan in plans if isinstance(plan.guard, Lease) and plan.guard.store is None]
     strict = level in ("REPEATABLE READ", "SERIALIZABLE")
     if store.dialect.name == "mysql" and strict:
-        # MariaDB alone has it, from 11.6 on by default: then its REPEATABLE READ is a snapshot as PostgreSQL's is
+        # MariaDB alone has it, on by default from 11.6: then its REPEATABLE READ is a snapshot like PostgreSQL's.
         shown = connection.execute(text("SHOW VARIABLES LIKE 'innodb_snapshot_isolation'")).one_or_none()
         strict = shown is not None and shown[1] == "ON"
         level = f"{level} with innodb_snapshot_isolation" if strict else level
@@ -268,7 +268,7 @@ def _isolation(where: str, store: Store, connection: Any, plans: tuple[Plan, ...
 def _pool(where: str, engine: Engine, concurrency: int, *, steps: bool) -> Finding:
     size = getattr(engine.pool, "size", lambda: None)()
     overflow = getattr(engine.pool, "_max_overflow", 0)
-    most = None if size is None or overflow < 0 else size + overflow  # below zero: without bound
+    most = None if size is None or overflow < 0 else size + overflow  # below zero: no limit
     if most is not None and steps and most <= concurrency:
         return Finding(
             Mark.WARN,

@@ -1,4 +1,4 @@
-"""What the doctor says: one line, and how bad it is. Data."""
+"""A finding of the doctor: one line, and how serious it is. Data."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -7,7 +7,7 @@ __all__ = ["Finding", "Mark"]
 
 
 class Mark(Enum):
-    """How bad it is."""
+    """How serious it is."""
 
     OK = "ok"
     WARN = "warn"

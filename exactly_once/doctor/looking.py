@@ -1,7 +1,7 @@
-"""Looks at everything a promise rests on, and says what to do: handlers, databases, Redis, broker.
+"""Checks everything that the guarantees depend on, and says what to do: handlers, databases, Redis, broker.
 
-Each check returns findings; nothing is changed (the claims it tries are rolled back, the key it sets in Redis lives for a
-second). `databases` and `redis` look at one each. The command line prints the findings.
+Each check returns findings. Nothing is changed: its test claims are rolled back, and its key in Redis lives for a
+second. `databases` and `redis` check one server each. The command line prints the findings.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,11 +25,11 @@ __all__ = ["Finding", "Mark", "examine"]
 
 
 def examine(eo: ExactlyOnce, transport: Transport | None) -> Iterator[Finding]:
-    """Yield what was found, in the order a person would mend it.
+    """Yield the findings, in the order in which to repair them.
 
     Args:
         eo: The application.
-        transport: Its broker; None looks at no broker.
+        transport: Its broker; None checks no broker.
     """
     if (clashes := clash()) is not None:
         yield Finding(Mark.FAIL, clashes)
@@ -46,7 +46,7 @@ def examine(eo: ExactlyOnce, transport: Transport | None) -> Iterator[Finding]:
             yield finding
             if finding.mark is Mark.FAIL:
                 fails = True
-                with suppress(ConfigurationError):  # there is no engine of a URL that cannot be used
+                with suppress(ConfigurationError):  # a URL that cannot be used has no engine
                     failed.append(redacted(store.engine.url))
         if not fails:
             yield from findings_for_table_engines(store)
@@ -77,7 +77,7 @@ def _handlers(plans: tuple[Plan, ...]) -> Iterator[Finding]:
 
 
 def _redises(eo: ExactlyOnce) -> Iterable[RedisConnection]:
-    """Each Redis the application uses, once: that of the settings, and those its handlers name."""
+    """Each Redis that the application uses, once: that of the settings, and those that its handlers name."""
     url = eo.config.redis.value
     return dict.fromkeys((*((eo.redis_at(url),) if url else ()), *eo.leases.redises))
 
@@ -92,7 +92,7 @@ def _broker(eo: ExactlyOnce, transport: Transport, failed: Sequence[str]) -> Ite
         yield Finding(Mark.FAIL, f"The broker does not answer: {error}")
         return
     for problem in problems:
-        # of a broker in a database that failed above: it was told
+        # A problem of a broker in a database that failed above was already reported.
         if not (isinstance(problem, Away) and any(url in problem for url in failed)):
             yield Finding(Mark.FAIL, problem)
     for concern in transport.concerns(eo.group, eo.subscriptions()):

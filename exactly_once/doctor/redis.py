@@ -1,6 +1,6 @@
-"""Looks at one Redis: whether scripts can write to it, and when it forgets what it was told. Changes nothing.
+"""Checks one Redis: whether scripts can write to it, and when it loses data. Changes nothing.
 
-What a server does not let us read is said, and no guess takes its place. Called by the doctor.
+If the server does not show a setting, the finding says so; it does not guess. Called by the doctor.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,14 +13,14 @@ from exactly_once.wording.text import escaped, stopped
 __all__ = ["findings_for_redis"]
 
 Read = Callable[[str], str | None]
-"""One of the server's own settings by name; None where it does not tell."""
+"""Returns one of the server's settings by name; None if it does not show it."""
 
 
 def findings_for_redis(connection: RedisConnection) -> Iterator[Finding]:
-    """Yield what was found about one Redis, in the order a person would mend it.
+    """Yield the findings about one Redis, in the order in which to repair them.
 
     Args:
-        connection: That Redis.
+        connection: The Redis.
     """
     where = f"Redis {connection.name}"
     try:
@@ -64,7 +64,7 @@ def _setting(connection: RedisConnection, name: str) -> str | None:
         found = connection.command("CONFIG", "GET", name)
     except StoreUnavailable:
         raise
-    except ExactlyOnceError:  # this user may not; or there is no such command, as with Redis as a service
+    except ExactlyOnceError:  # this user lacks the right; or Redis as a service has no such command
         return None
     return found[1].decode(errors="replace") if found else None
 

@@ -1,4 +1,4 @@
-"""Counts the claims whose key is spelled as the release before spelled it. Changes nothing; called by the look at a database."""
+"""Counts claims whose key is spelled as in the previous release. Changes nothing; called by `databases`."""
 
 from collections.abc import Iterator
 from typing import Any, Final
@@ -14,7 +14,7 @@ from exactly_once.wording.text import escaped
 __all__ = ["former_spellings"]
 
 _LOOKED_AT: Final = 100_000
-"""So many keys with a blank, or with what stands for lost bytes, are read of each handler; few have any."""
+"""For each handler, at most so many keys with a blank, or with a replacement character, are read; few handlers have any."""
 
 
 def former_spellings(connection: Any, store: Store, group: str, plans: tuple[Plan, ...]) -> Iterator[Finding]:
@@ -23,7 +23,7 @@ def former_spellings(connection: Any, store: Store, group: str, plans: tuple[Pla
     signs = [" "] if store.lacking is not None else [" ", "\ufffd"]
     for plan in plans:
         if all(isinstance(part, Path) for part in plan.key.parts):
-            continue  # read from the body, which is spelled as it was
+            continue  # read from the body, whose spelling has not changed
         suspect = or_(*(t.c.business_key.like(f"%{sign}%") for sign in signs))
         wanted = select(t.c.business_key).where(t.c.consumer_group == group, t.c.handler == plan.name, suspect)
         keys = connection.execute(wanted.limit(_LOOKED_AT)).scalars().all()

@@ -1,7 +1,7 @@
-"""Whether servers that follow this one may take over without what was acknowledged here. Changes nothing. Called by `databases`.
+"""Whether a standby server could take over without commits that were acknowledged here. Changes nothing. Called by `databases`.
 
-A claim and its effects are in one commit; where that commit is lost with the server, both are, and the broker was told that the
-message is done. PostgreSQL: https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION. MariaDB:
+A claim and its effects are in one commit. If that commit is lost with the server, both are lost, but the message was already
+acknowledged. PostgreSQL: https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION. MariaDB:
 https://mariadb.com/kb/en/semisynchronous-replication/. MySQL: "Semisynchronous Replication" in its manual.
 """
 
@@ -21,11 +21,11 @@ _LOST = (
 
 
 def findings_for_standbys(where: str, connection: Any) -> Iterator[Finding]:
-    """Yield what is to be said of the servers that follow this one; nothing where none is seen.
+    """Yield findings about the standby servers; nothing if there are none.
 
     Args:
-        where: How the database is called in what is told.
-        connection: To it.
+        where: The name of the database for the text.
+        connection: A connection to it.
     """
     if connection.dialect.name == "postgresql":
         yield from _postgresql(where, connection)
@@ -34,7 +34,7 @@ def findings_for_standbys(where: str, connection: Any) -> Iterator[Finding]:
 
 
 def _postgresql(where: str, connection: Any) -> Iterator[Finding]:
-    # anybody sees the rows; of somebody else's connections, not what is in them
+    # Every user sees the rows; of another user's connections, not their content.
     follow = connection.execute(text("SELECT count(*) FROM pg_stat_replication")).scalar_one()
     if not follow:
         return
@@ -66,7 +66,7 @@ def _mysql(where: str, connection: Any) -> Iterator[Finding]:
     follow = connection.execute(
         text("SELECT COUNT(*) FROM information_schema.PROCESSLIST WHERE COMMAND LIKE 'Binlog Dump%'")
     ).scalar_one()
-    follow = max(follow, int(status.get("slaves_connected", 0)))  # without PROCESS others' connections are not shown
+    follow = max(follow, int(status.get("slaves_connected", 0)))  # without PROCESS, others' connections are not shown
     if follow:
         yield Finding(
             Mark.WARN,

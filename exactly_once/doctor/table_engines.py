@@ -1,7 +1,7 @@
-"""Tables of MySQL and MariaDB that no transaction rolls back: what a handler writes there stays, also when it fails.
+"""Finds tables of MySQL and MariaDB without transactions: what a handler writes there stays, even if the handler fails.
 
-MyISAM and Aria know no transaction, and say so with a warning that nobody reads: the claim is rolled back, the write is not, and
-the next run writes once more. Looked for in the database that the connection is in; ours are made with InnoDB. Changes nothing.
+MyISAM and Aria have no transactions, and report that only in a warning that nobody reads. The claim is rolled back, the write is
+not, and the next run writes again. Looks in the database of the connection; our own tables use InnoDB. Changes nothing.
 Called by the doctor.
 """
 
@@ -24,7 +24,7 @@ _FOUND: Final = text(
 
 
 def findings_for_table_engines(store: Store) -> Iterator[Finding]:
-    """Yield a warning that names these tables, nothing where there is none.
+    """Yield a warning that names these tables; nothing if there are none.
 
     Args:
         store: A database that answers.
