@@ -1,1 +1,1 @@
-"""A worker put together for an application and a broker: `starting` waits for the servers, `worker_service` runs it."""
+"""A worker for an application and a broker: `starting` waits for the servers, `worker_service` runs the worker."""

@@ -1,7 +1,7 @@
-"""What stands before a worker's start: each server is waited for, and what waiting does not mend is told at once.
+"""Before a worker starts: waits for each server, and reports at once what waiting does not repair.
 
-In the order that loses nothing: databases and schema, stores of leases, then what the broker says of topics and group. Nothing is
-changed but by a transport's own check. Called by `worker_service`.
+In the order that loses nothing: databases and schema, stores of leases, then the broker's topics and group. Changes nothing,
+except by a transport's own check. Called by `worker_service`.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,9 +31,9 @@ __all__ = ["wait_for_servers"]
 
 _WAITS_S: Final = (0.2, 5.0)
 _REFUSED_S: Final = 8.0
-"""A broker that is up may lack a topic or group that whoever started it makes in a moment: so long."""
+"""Seconds. A topic or group may be missing on a running broker because its creator is about to make it."""
 _RETURNING_S: Final = 60.0
-"""What a server refuses since it was last seen not to answer may still be on its way: so long."""
+"""Seconds. After a server did not answer, what it refuses may still be starting."""
 
 _log = steady("exactly_once.worker")
 
@@ -41,18 +41,18 @@ _log = steady("exactly_once.worker")
 def wait_for_servers(
     router: Router, transport: Transport, subscriptions: Sequence[Subscription], asked: Event, patience: timedelta
 ) -> None:
-    """Wait for each server in turn. Of what waiting does not mend, all is told at once: also of those behind it.
+    """Wait for each server in turn. Report at once all that waiting does not repair, also about the servers that come later.
 
     Args:
         router: Handlers and databases.
         transport: The broker.
-        subscriptions: What is wanted of it.
-        asked: Set when somebody wants the waiting to end.
+        subscriptions: What the group subscribes to.
+        asked: Set to end the waiting.
         patience: How long to wait for all of them.
 
     Raises:
-        ConfigurationError: Something is wrong that waiting does not mend.
-        StoreUnavailable: A database stayed away too long, or `asked` was set. Of the broker: TransportError.
+        ConfigurationError: Something is wrong that waiting does not repair.
+        StoreUnavailable: A database stayed away too long, or `asked` was set. For the broker: TransportError.
     """
     deadline = monotonic() + patience.total_seconds()
 
@@ -81,12 +81,12 @@ def wait_for_servers(
             raise
         except ConfigurationError as error:
             wrong.append(error)
-            with suppress(Exception):  # there is no engine of a URL that cannot be used
+            with suppress(Exception):  # a URL that cannot be used has no engine
                 told_of = redacted(databases[what].engine.url)
     if wrong:
         said = str(wrong[0])
         for line in "\n".join(behind).splitlines():
-            # one command may mend both; and what a broker in that database says of it follows from what is wrong there
+            # One command may repair both; and if a database is wrong, a problem of the broker in it follows from that.
             if (line.partition("Type: ")[2] or line) not in said and (told_of is None or told_of not in line):
                 said += f"\n{line}"
         raise wrong[0] if said == str(wrong[0]) else ConfigurationError(said) from wrong[0]
@@ -112,16 +112,16 @@ def _database_problem(store: Store, group: str) -> str | None:
 
 
 class _Refused(ConfigurationError):
-    """The broker answers, and is not as it must be; it may have started a moment ago, and be so in another."""
+    """The broker answers, but is not as it must be. It may have just started, and be ready in a moment."""
 
 
 def _seen(look: Callable[[], str | None]) -> Sequence[str]:
-    """Look once, and say what is to be told beside what is known to be wrong already."""
+    """Look once, and return what to report beside a problem that is already known."""
     try:
         problem = look()
     except ExactlyOnceError as error:
         problem = str(error)
-    except Exception:  # it may only follow from what is wrong already, and whoever mends that is told of it next time
+    except Exception:  # it may only follow from the known problem; if not, the next start reports it
         problem = None
     return () if problem is None else (problem,)
 
@@ -129,10 +129,10 @@ def _seen(look: Callable[[], str | None]) -> Sequence[str]:
 def _until(
     asked: Event, deadline: float, look: Callable[[], str | None], what: str, vain: type[ExactlyOnceError]
 ) -> None:
-    """Look until there is no problem; `look` raises for what waiting does not mend, returns what it may.
+    """Look until there is no problem. `look` raises if waiting does not repair it, and returns a text if waiting may.
 
-    What is wrong at the first look is told at once. A broker, and a server that did not answer before, may refuse for a while
-    what it is about to have: a name server answers before its broker has registered.
+    A problem at the first look is reported at once. For a while, a broker, or a server that did not answer before, may refuse
+    what it will soon have: a name server answers before its broker has registered.
     """
     wait = _WAITS_S[0]
     told: bool | None = None

@@ -1,6 +1,6 @@
-"""A worker put together for an application and a broker, started and stopped as one thing.
+"""A worker with its application and its broker, started and stopped as one thing.
 
-Before it receives, `starting` has waited for its servers; a wrong setting is refused with the command that mends it.
+Before it receives, `starting` waits for its servers; a wrong setting is refused with the command that repairs it.
 Made by the facade; used with `with`, by `eo.run` and by the command line.
 """
 
@@ -30,20 +30,20 @@ from exactly_once.worker.worker import Counts, Worker
 __all__ = ["WorkerService"]
 
 PATIENCE: Final = timedelta(minutes=5)
-"""How long a start waits for a server that does not answer; then whoever started us may decide to start us again."""
+"""How long a start waits for a server that does not answer. After that a supervisor may start us again."""
 IN_HAND: Final = 4
-"""Messages in hand for each that runs: one waits its turn, and two are on their way from or to the broker.
+"""Messages in hand for each running message: one waits for its turn, and two are on their way from or to the broker.
 
 With two for each, 16 threads over RocketMQ 5 stood idle for a quarter of the time; what a SIGKILL leaves is more of them."""
 BATCHES_IN_HAND: Final = 3
 """Batches in hand for each handler that has them: one runs, one forms, and one is being acknowledged."""
 _LAST_LOOK_S: Final = 1.0
-"""How long stopping waits for a start that looks at a server just now."""
+"""Seconds that stopping waits for a start that is just looking at a server."""
 
 _CONCERNED_S: Final = 3600.0
-"""How often what costs the group messages is looked for and told again."""
+"""Seconds between two searches for conditions that cost the group messages; each is reported again."""
 _CONCERNED_SOON_S: Final = 35.0
-"""Seconds from the start to the second look. The first comes before we join, so programs that start together do not see each
+"""Seconds from the start to the second search. The first comes before we join, so programs that start together do not see each
 other. A member reports its subscription every 30 s."""
 
 _log = steady("exactly_once.worker")
@@ -57,7 +57,8 @@ class WorkerService:
         transport: The broker.
         concurrency: How many messages run at once.
         drain_timeout: How long stopping lets running messages finish.
-        patience: How long the start waits for a server that does not answer; None: five minutes, and for good in the background.
+        patience: How long the start waits for a server that does not answer; None: five minutes, and in
+        the background without limit.
         background: `with` and `async with` do not wait for the start.
         describe: The broker's URL without its secrets, for the log.
 
@@ -89,20 +90,20 @@ class WorkerService:
         fork.tell(self)
 
     def forked(self) -> None:
-        """In a process just forked: the worker is the parent's, and stopping it here is nothing."""
+        """Runs in a forked child: the worker is the parent's, and stopping it here does nothing."""
         self._asked, self._worker, self._executor = Event(), None, None
         self._starting = None
 
     # -- starting and stopping ---------------------------------------------------------------------------------------
 
     def start(self, patience: timedelta | None = None) -> None:
-        """Begin to receive, here and now, also where `background` was asked for.
+        """Begin to receive before this returns, even if `background` was asked for.
 
         Args:
-            patience: In place of the worker's own.
+            patience: Replaces the worker's own.
 
         Raises:
-            ConfigurationError: Something is wrong that waiting does not mend, or a server stayed away too long.
+            ConfigurationError: Something is wrong that waiting does not repair, or a server stayed away too long.
         """
         router = self._router
         self._process = fork.here
@@ -147,7 +148,7 @@ class WorkerService:
         )
 
     def _tell_of_renamed(self, store: Store) -> None:
-        """Before anything is received; what cannot be asked keeps no worker from its start."""
+        """Runs before anything is received. An error of the query does not keep the worker from starting."""
         router = self._router
         try:
             with store.engine.connect() as connection:
@@ -159,7 +160,7 @@ class WorkerService:
             _log.warning("%s", told)
 
     def _concerns(self, subscriptions: Sequence[Subscription], told: Sequence[str] = ()) -> Sequence[str]:
-        """Tell what costs the group messages, but what is told already; returns all of it."""
+        """Report conditions that cost the group messages, unless `told` has them. Return all of them."""
         found = self._transport.concerns(self._router.group, subscriptions)
         for concern in found:
             if concern not in told:
@@ -177,7 +178,7 @@ class WorkerService:
         return Job("look for concerns", every, look, first=min(first, every))
 
     def stop(self) -> int:
-        """Stop receiving, finish what runs, give back the rest; returns how many were given back. Twice is once."""
+        """Stop receiving, finish running messages, give back the rest. Return how many were given back. Idempotent."""
         self._asked.set()
         if self._starting is not None and self._starting is not current_thread():
             self._starting.join(_LAST_LOOK_S)  # it stops by itself what it has started by then, or starts nothing
@@ -188,7 +189,7 @@ class WorkerService:
         return given_back
 
     def _start_aside(self, ended: "Future[None]") -> None:
-        """Have it started in a thread of its own, which no end of a process waits for."""
+        """Start it in a thread of its own, a daemon thread that does not delay the end of the process."""
         self._asked.clear()
         self._failed = None
         ended.set_running_or_notify_cancel()
@@ -229,7 +230,7 @@ class WorkerService:
             try:
                 await asyncio.wrap_future(ended)
             except asyncio.CancelledError:
-                self._asked.set()  # the thread starts nothing from here on, or stops it again
+                self._asked.set()  # from here on the thread starts nothing, or stops it again
                 raise
         return self
 
@@ -256,25 +257,25 @@ class WorkerService:
 
     @property
     def counts(self) -> Counts:
-        """How far it is."""
+        """How far the worker is."""
         return self.worker.counts
 
     def drain(self, timeout: timedelta = timedelta(seconds=60)) -> Mapping[str, int]:
         """Wait until nothing is left to do, for tests: every source empty, nothing in hand, no retry due.
 
         Returns:
-            Deliveries by outcome, since the start. Of several handlers it is the one that says most: what each made of them
+            Deliveries by outcome, since the start. For several handlers, the outcome that says most; the outcome of each handler
             is in `counts.handlers`.
 
         Raises:
-            ConfigurationError: All that is left is of a handler that is held, for it is wrong and no message; the text says why.
-            TimeoutError: It did not come to that; the text says what is still in hand.
+            ConfigurationError: Only messages of held handlers are left: the handler is wrong, not a message. The text says why.
+            TimeoutError: Something was left at the end of the time; the text says what is still in hand.
         """
         self.worker.drain(timeout, self._router.unready)
         return self.counts.outcomes
 
     def stuck(self, after: timedelta) -> Sequence[str]:
-        """Name the threads that do not turn; none before the start."""
+        """Name the threads that make no progress; none before the start."""
         if self._worker is None or self._executor is None:
             return ()
         return [*self._worker.stuck(after), *self._executor.dead()]
