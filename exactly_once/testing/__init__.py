@@ -1,4 +1,4 @@
-"""What programs that use exactly_once need for their tests: a real database each, and an application bound to it.
+"""What programs that use exactly_once need for their tests: a real database for each test, and an application bound to it.
 
     from exactly_once.testing import bound, eo_database  # noqa: F401
 
@@ -6,7 +6,7 @@
         with bound(shop.consumers.eo, eo_database) as eo:
             assert eo.process(Message("orders", b'{"order_no": 1}')).acknowledge
 
-Nothing is imported, started or looked for until a name is used; pytest only by the fixtures.
+Nothing is imported, started or looked for until a name is used; only the fixtures import pytest.
 """
 
 from importlib import import_module

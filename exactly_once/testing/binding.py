@@ -1,6 +1,6 @@
-"""Lends an application another database for the length of a test.
+"""Binds an application to another database during a test.
 
-It never opens or closes that database, except one given as a URL, which it opens and closes. Called by tests.
+It never opens or closes that database, except one given as a URL. Called by tests.
 """
 
 from typing import Any, Final, Generic, TypeVar
@@ -12,7 +12,7 @@ App = TypeVar("App", bound=Any)
 
 
 class bound(Generic[App]):  # noqa: N801  (a block, written as contextlib's are)
-    """Bind `eo` to `engine` for the block, then give it back the binding it had.
+    """Bind `eo` to `engine` in the block, then restore its previous binding.
 
     Args:
         eo: The `ExactlyOnce` object of the program under test.
@@ -24,7 +24,7 @@ class bound(Generic[App]):  # noqa: N801  (a block, written as contextlib's are)
                 eo.process(Message("orders", b'{"order_no": 1}'))
     """
 
-    # no generator under @contextmanager: that sets the traceback of what a test raises, which a frozen dataclass refuses
+    # Not a generator under @contextmanager: that sets the traceback of a test's exception, which a frozen dataclass refuses.
 
     _entered = False
 
@@ -38,7 +38,7 @@ class bound(Generic[App]):  # noqa: N801  (a block, written as contextlib's are)
     def __enter__(self) -> App:
         self._entered = True
         self._before = self._eo._store_binding  # noqa: SLF001
-        # not bind(): that refuses once messages were handled, and a test comes after other tests
+        # Not bind(): it refuses after messages were handled, and a test runs after other tests.
         self._lent = type(self._before)(self._engine)
         self._eo._store_binding = self._lent  # noqa: SLF001
         return self._eo

@@ -1,6 +1,6 @@
-"""Starts a server as our own child, on loopback ports of its own, and never leaves one behind.
+"""Starts a server as our own child process, on loopback ports of its own, and never leaves one behind.
 
-It never detaches, never looks for a server somebody else started, and never kills by name. Called by the embedded
+It never detaches, never looks for another server that is running, and never kills by name. Called by the embedded
 PostgreSQL and by this project's own tests for MariaDB, RocketMQ and the container engine.
 """
 
@@ -21,8 +21,8 @@ from exactly_once.errors import ExactlyOnceError
 __all__ = ["Account", "Child", "ServerFailed", "free_ports", "wait_until"]
 
 # The launcher runs between us and the server. It drops privileges itself, so that an unprivileged account need not be
-# able to read this Python; it asks the kernel to signal the server when we die (a SIGKILL to us runs no atexit, no
-# finally); and it compares parents, because we may have died before it asked. A `preexec_fn` could do the same, but
+# able to read this Python. It asks the kernel to signal the server when we die (after a SIGKILL we run no atexit and no
+# finally). It compares parent ids, because we may have died before it asked. A `preexec_fn` could do the same, but
 # runs Python between fork and exec, which may deadlock in a program with threads.
 _LAUNCHER = """
 import os, sys
@@ -42,19 +42,19 @@ os.execvp(argv[0], argv)
 
 
 class ServerFailed(ExactlyOnceError):
-    """A server did not start, or did not answer in time; the text holds the last lines it printed."""
+    """A server did not start, or did not answer in time; the text has the last lines it printed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """The unprivileged user a server runs as when we are root; servers refuse to run as root."""
+    """The unprivileged user as which a server runs if we are root; servers refuse to run as root."""
 
     uid: int
     gid: int
 
     @classmethod
     def unprivileged(cls, *names: str) -> "Account | None":
-        """Return the first of these users that exists when we are root, and None when we are not root.
+        """If we are root, return the first of these users that exists; else None.
 
         Raises:
             ServerFailed: We are root and none of the users exists.
@@ -75,16 +75,16 @@ class Account:
 class Child:
     """One server process, from start to end; it can be started again after it ended.
 
-    The process is started by a thread that lives exactly as long: Linux sends the parent-death signal when the
-    *thread* that forked ends, so a server started from a short-lived thread would die with that thread.
+    The thread that starts the process lives exactly as long as the process: Linux sends the parent-death signal when the
+    *thread* that forked ends. A server that a short-lived thread started would die with that thread.
 
     Args:
-        name: What to call it in errors.
+        name: Its name in errors.
         argv: The command and its arguments.
-        output: The file its standard output and standard error are appended to.
+        output: The file to which its standard output and standard error are appended.
         account: Run as this user.
         environ: Set these on top of our own environment.
-        death_signal: What the kernel sends it when we die.
+        death_signal: The signal that the kernel sends it when we die.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Child:
         self._started_at_byte = 0
 
     def start(self) -> None:
-        """Start the process; it need not be ready yet when this returns."""
+        """Start the process. It may not be ready yet when this returns."""
         if self.running:
             raise ServerFailed(f"{self.name} is running already, as process {self.pid}.")
         self._started_at_byte = self.output.stat().st_size if self.output.exists() else 0
@@ -131,7 +131,7 @@ class Child:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         ids = f"{self._account.uid}:{self._account.gid}" if self._account else ""
-        # -I -S: none of our caller's site packages or PYTHON* settings; this also starts in 10 ms
+        # -I -S: without our caller's site packages and PYTHON* settings; it also starts in 10 ms.
         launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(int(self._death_signal)), ids]
         with self.output.open("ab") as out:
             return subprocess.Popen(  # noqa: S603  (our own argument list, no shell)
@@ -141,12 +141,12 @@ class Child:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self._environ},
                 cwd="/",
-                start_new_session=True,  # Ctrl-C in a terminal is for us; we then stop the server in our own way
+                start_new_session=True,  # Ctrl-C in a terminal is for us; we then stop the server ourselves
             )
 
     @property
     def pid(self) -> int | None:
-        """The process id, or None when it does not run."""
+        """The process id, or None if it does not run."""
         return self._process.pid if self._process is not None and self.running else None
 
     @property
@@ -155,7 +155,7 @@ class Child:
         return self._process is not None and self._process.poll() is None
 
     def end(self, signal_: signal.Signals, *, patience_s: float = 10.0) -> None:
-        """Send `signal_` and wait for the end; SIGKILL after `patience_s`. No process is no error."""
+        """Send `signal_` and wait for the end; SIGKILL after `patience_s`. A process that has ended is no error."""
         if self._process is None or self._process.poll() is not None:
             return
         self._process.send_signal(signal_)
@@ -179,7 +179,7 @@ class Child:
         return ServerFailed(f"{self.name}: {what}. It printed, last:\n{tail}")
 
     def wait_until(self, condition: Callable[[], bool], *, what: str, patience_s: float) -> None:
-        """Wait until `condition` holds; raise when the process ends first or `patience_s` have passed."""
+        """Wait until `condition` holds. Raise if the process ends first or `patience_s` have passed."""
 
         def holds() -> bool:
             if condition():
@@ -198,7 +198,7 @@ def wait_until(condition: Callable[[], bool], *, what: str, patience_s: float, p
     """Wait until `condition` holds.
 
     Raises:
-        TimeoutError: It did not within `patience_s` seconds.
+        TimeoutError: It did not hold within `patience_s` seconds.
     """
     deadline = time.monotonic() + patience_s
     while not condition():
@@ -209,10 +209,10 @@ def wait_until(condition: Callable[[], bool], *, what: str, patience_s: float, p
 
 
 def free_ports(count: int = 1, *, around: Sequence[int] = (0,)) -> list[int]:
-    """Return `count` ports nobody listens on; of each also the neighbours at the offsets `around` are free.
+    """Return `count` free ports; for each, the neighbours at the offsets `around` are free, too.
 
-    They lie below the range the kernel gives to outgoing connections, or a server that restarts on its port could find
-    a client's socket there.
+    They are below the kernel's range for outgoing connections: else a client's socket could take the port of
+    a server that restarts.
     """
     found: list[int] = []
     taken: set[int] = set()

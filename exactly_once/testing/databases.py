@@ -1,12 +1,12 @@
-"""Chooses the database server tests run on, and makes each test a fresh database with our tables in it.
+"""Chooses the database server for tests, and makes a new database with our tables for each test.
 
-It never touches a database it did not create. Called by the fixtures; usable without pytest. The choice, in order:
+It never touches a database that it did not create. Called by the fixtures; usable without pytest. The choice, in order:
 
 1. `EXACTLY_ONCE_TEST_DATABASE`, a SQLAlchemy URL whose user may create databases;
-2. a container, where a container engine answers, of the image `EXACTLY_ONCE_TEST_IMAGE` (default postgres:17);
+2. a container, if a container engine answers, of the image `EXACTLY_ONCE_TEST_IMAGE` (default postgres:17);
 3. the embedded PostgreSQL.
 
-`EXACTLY_ONCE_TEST_SOURCE`, one of url, container, embedded, forces one: then what is missing is an error.
+`EXACTLY_ONCE_TEST_SOURCE`, one of url, container, embedded, forces one: then it is an error if that one is missing.
 """
 
 import os
@@ -35,16 +35,16 @@ URL_VARIABLE: Final = "EXACTLY_ONCE_TEST_DATABASE"
 IMAGE_VARIABLE: Final = "EXACTLY_ONCE_TEST_IMAGE"
 SOURCE_VARIABLE: Final = "EXACTLY_ONCE_TEST_SOURCE"
 DEFAULT_IMAGE: Final = "postgres:17"
-PROBE_S: Final = 3  # a container engine that does not answer by then is taken for absent
+PROBE_S: Final = 3  # a container engine that does not answer by then counts as absent
 
 
 class DatabaseServer:
-    """A server that fresh databases are made on.
+    """A server on which new databases are made.
 
     Args:
-        url: Where it is, with a user who may create databases. For SQLite, any `sqlite://` URL.
+        url: Its URL, with a user who may create databases. For SQLite, any `sqlite://` URL.
         source: Where it came from.
-        close: Ends it, where it is ours to end.
+        close: Ends the server, if we started it.
     """
 
     def __init__(self, url: str | URL, *, source: Source, close: Callable[[], None] = lambda: None) -> None:
@@ -60,11 +60,11 @@ class DatabaseServer:
         return f"{self.dialect} from {self.source}: {redacted(self.url)}"
 
     def close(self) -> None:
-        """Drop what is left of ours and end the server if it is ours. Twice is once."""
+        """Drop our remaining databases, and end the server if we started it. Idempotent."""
         self._closing.close()
 
     def create(self, *, upgraded: bool = True) -> URL:
-        """Make a fresh database and return its URL.
+        """Make a new database and return its URL.
 
         Args:
             upgraded: With our tables in it. On PostgreSQL that costs no more: they are copied from a template.
@@ -82,7 +82,7 @@ class DatabaseServer:
         return self.url.set(database=name)
 
     def drop(self, url: URL) -> None:
-        """Drop a database that `create` made, cutting the connections that still use it."""
+        """Drop a database that `create` made, and cut the connections that still use it."""
         if self.dialect == "sqlite":
             for file in Path(cast(str, url.database)).parent.glob(f"{Path(cast(str, url.database)).name}*"):
                 file.unlink()
@@ -93,7 +93,7 @@ class DatabaseServer:
 
     @contextmanager
     def fresh(self, *, upgraded: bool = True) -> Iterator[Engine]:
-        """Give an Engine on a fresh database for the block; dispose and drop afterwards."""
+        """Return an Engine on a new database for the block; dispose and drop afterwards."""
         url = self.create(upgraded=upgraded)
         engine = create_engine(url)
         try:
@@ -124,17 +124,17 @@ class DatabaseServer:
         return self.url.set(database=str(Path(self._folder.name) / f"{name}.db"))
 
     def _execute(self, statement: str) -> None:
-        # the names are ours, of hexadecimal digits: nothing to quote
+        # The names are ours, of hexadecimal digits: nothing to quote.
         engine = create_engine(self.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:
             connection.execute(text(statement))
 
 
 def choose() -> DatabaseServer:
-    """Return the server this environment asks for, or the best it offers; close it afterwards.
+    """Return the server that this environment asks for, or the first available one. The caller closes it.
 
     Raises:
-        ConfigurationError: A source is forced that cannot be had, or is misspelt.
+        ConfigurationError: A forced source is not available, or is misspelt.
         MissingExtra: Nothing else was found, and the embedded PostgreSQL is not installed.
     """
     forced = os.environ.get(SOURCE_VARIABLE)
@@ -155,7 +155,7 @@ def choose() -> DatabaseServer:
         try:
             return _from_container()
         except ServerFailed as error:
-            # the engine is there but the image is not: an office without a registry should still be able to test
+            # The engine is there but the image is not: tests should also run in an office without a registry.
             warnings.warn(f"{error} The embedded PostgreSQL is used instead.", stacklevel=2)
     return _embedded()
 
@@ -193,10 +193,10 @@ def _from_container() -> DatabaseServer:
     try:
         container.start()
         url = container.get_connection_url()
-        # start() asks inside the container. Outside, its port is published a moment later where several start at once.
+        # start() asks inside the container. Outside, its port is published a moment later if several start at once.
         wait_until(lambda: _answers(url), what=f"the container answers at {redacted(make_url(url))}", patience_s=30)
     except Exception as error:
-        with suppress(Exception):  # it may have been made, or not even that
+        with suppress(Exception):  # it may not have been created
             container.stop()
         raise ServerFailed(f"The container of {image} did not start: {error}.") from error
     return DatabaseServer(url, source="container", close=container.stop)

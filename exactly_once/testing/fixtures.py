@@ -1,4 +1,4 @@
-"""The pytest fixtures: `eo_server`, the server the session's test databases are on, and `eo_database`, a fresh one.
+"""The pytest fixtures: `eo_server`, the server of the session's test databases, and `eo_database`, a new database.
 
 It holds no logic; `databases` has it. Users take it in one of two ways, in a `conftest.py`:
 
@@ -19,8 +19,8 @@ _server = pytest.StashKey[DatabaseServer]()
 
 
 def _server_of(config: pytest.Config) -> DatabaseServer:
-    # kept with pytest's configuration and not as a session fixture that `eo_database` asks for: who imports
-    # `eo_database` alone would not have that fixture
+    # Kept in pytest's configuration, not in a session fixture that `eo_database` asks for: a user who imports
+    # `eo_database` alone would not have that fixture.
     if _server not in config.stash:
         server = choose()
         config.stash[_server] = server
@@ -29,19 +29,19 @@ def _server_of(config: pytest.Config) -> DatabaseServer:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say which server the tests ran on: with three sources, nobody should have to guess."""
+    """Say on which server the tests ran: with three sources, nobody should have to guess."""
     if _server in config.stash:
         terminalreporter.write_line(f"test databases: {config.stash[_server]}")
 
 
 @pytest.fixture(scope="session")
 def eo_server(pytestconfig: pytest.Config) -> DatabaseServer:
-    """The server this session's test databases are made on; started when the first test asks."""
+    """The server of this session's test databases; started when the first test asks."""
     return _server_of(pytestconfig)
 
 
 @pytest.fixture
 def eo_database(pytestconfig: pytest.Config) -> Iterator[Engine]:
-    """An Engine on a fresh database with our tables in it; disposed and dropped after the test."""
+    """An Engine on a new database with our tables in it; disposed and dropped after the test."""
     with _server_of(pytestconfig).fresh() as engine:
         yield engine

