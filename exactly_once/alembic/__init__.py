@@ -1,10 +1,10 @@
-"""The schema's way into a database: numbered migrations, run alone, recorded in a version table that is ours.
+"""Creates and upgrades our tables: numbered migrations, run one program at a time, recorded in a version table of our own.
 
-It never touches a table that is not ours, and never drops data unless `downgrade` is called. The command line
-(`exactly-once db`), a program's start-up check, a program's own Alembic history and tests call it.
+It never touches a table that is not ours, and never drops data unless `downgrade` is called. Called by the command line
+(`exactly-once db`), a program's start-up check, a program's own Alembic history and tests.
 
-Three ways in, one record of it: whichever way the tables came, `exactly_once_version` says how far they are, written in
-the transaction that made them. So a program may change from one way to another, and `check` need not know which it was.
+There are three ways to create the tables and one record: in all of them `exactly_once_version` holds the version, written in
+the transaction that made the tables. So a program may change from one way to another, and `check` need not know which it was.
 
 1. `alembic upgrade head` in a checkout of this project.
 2. `exactly-once db upgrade`, or `exactly_once.alembic.upgrade(url)`.

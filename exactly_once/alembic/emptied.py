@@ -1,7 +1,7 @@
-"""The version table is empty and our tables stand: something deleted its row. Says so, and which version they are of.
+"""Detects that the row of the version table was deleted while our tables exist, and tells the version of the tables.
 
-A clean-up of tests that empties every table it finds does it. Without the row nobody knows that the tables are ours, and an
-upgrade would meet them as it makes them. It is put back only where every table has exactly the columns of this version.
+A clean-up of tests that empties every table does that. Without the row nothing shows that the tables are ours, and an
+upgrade would find them in its way. The row is restored only if every table has exactly the columns of this version.
 Decides nothing else. Called by `check`, `climb`, and the command line.
 """
 
@@ -18,7 +18,7 @@ __all__ = ["emptied", "emptied_of_head", "told"]
 def emptied(connection: "Connection", schema: str | None) -> bool:
     """Say whether the row of the version was deleted.
 
-    On MySQL and MariaDB a run that was killed leaves the same, with some of the tables: there only where all of them stand.
+    On MySQL and MariaDB a killed run leaves the same, with some of the tables. So there it is true only if all tables exist.
     """
     if recorded(connection, schema) is not None:
         return False
@@ -31,7 +31,7 @@ def emptied(connection: "Connection", schema: str | None) -> bool:
 
 
 def emptied_of_head(connection: "Connection", schema: str | None) -> bool:
-    """Say whether the tables stand exactly as this version makes them, and the version table is empty."""
+    """Say whether the tables are exactly as this version makes them, and the version table is empty."""
     from sqlalchemy import inspect
 
     from exactly_once.database.schema import tables
@@ -48,13 +48,13 @@ def emptied_of_head(connection: "Connection", schema: str | None) -> bool:
 
 
 def told(connection: "Connection", schema: str | None, place: str, command: str) -> str:
-    """Say what happened, and what puts the row back.
+    """Say what happened, and which command restores the row.
 
     Args:
-        connection: To that database.
+        connection: A connection to that database.
         schema: The named schema.
         place: The database, in words.
-        command: What upgrades it.
+        command: The command that upgrades it.
     """
     happened = (
         f"The tables of exactly_once are in {place}, and the table {VERSION_TABLE} is empty: something deleted its row, such as"

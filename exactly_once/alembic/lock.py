@@ -1,10 +1,10 @@
-"""Be the only one who changes the schema: open what the caller named, take the server's lock, work, give it back.
+"""Lets one program at a time change the schema: opens the database, takes the server's lock, works, releases the lock.
 
-It never decides what the work is. `exactly_once.alembic` and `migrations/env.py` call it.
+It never decides what the work is. Called by `exactly_once.alembic` and `migrations/env.py`.
 
-Two programs that upgrade one empty database at the same moment must both end well. Each waits here before it looks at
-the version, so the second finds the work done. PostgreSQL: an advisory lock of the transaction; it is right behind a pooler,
-too, where nothing is prepared by name and nothing is set for longer than the transaction. MySQL and MariaDB: GET_LOCK,
+Two programs that upgrade one empty database at the same moment must both succeed. Each waits here before it looks at
+the version, so the second finds the work done. PostgreSQL: an advisory lock of the transaction. It also works behind a pooler,
+because nothing is prepared by name and nothing is set for longer than the transaction. MySQL and MariaDB: GET_LOCK,
 because every CREATE there ends the transaction. SQLite: BEGIN IMMEDIATE.
 """
 
@@ -34,10 +34,10 @@ Database = str | URL | Engine | Connection
 T = TypeVar("T")
 
 WAIT_SECONDS: Final = 120
-# One wait on GET_LOCK: short, or a read_timeout in the caller's URL would end it with an error
+# One wait on GET_LOCK. Short: else a read_timeout in the caller's URL would end it with an error.
 MYSQL_WAIT_SECONDS: Final = 2
-CONNECT_SECONDS: Final = 5  # a server that does not accept within this is away
-# of the transaction alone, and never looser than the server's own; 0 there is no bound
+CONNECT_SECONDS: Final = 5  # a server that does not accept within this time counts as away
+# For the transaction alone, and never looser than the server's own; 0 there means no limit.
 _BOUND: Final = (
     "SELECT set_config(name, least(nullif(setting::bigint, 0), nullif(reset_val::bigint, 0), :idle_ms)::text, true)"
     " FROM pg_settings WHERE name = 'idle_in_transaction_session_timeout'"
@@ -45,16 +45,16 @@ _BOUND: Final = (
 
 
 def with_connection(database: Database, work: Callable[[Connection], T]) -> T:
-    """Run `work` with a connection to `database`, made and closed here unless it is a connection already.
+    """Run `work` with a connection to `database`, opened and closed here unless `database` is already a connection.
 
     Args:
         database: A URL with a sync or an async driver, an engine, or a connection. In a program with an async engine:
             `await connection.run_sync(exactly_once.alembic.upgrade)`.
-        work: What to do; it commits by itself.
+        work: The work; it commits by itself.
 
     Raises:
-        ConfigurationError: An async engine or connection was given, or the URL's driver is not there.
-        StoreUnavailable: What listens at the URL's port does not speak MySQL.
+        ConfigurationError: An async engine or connection was given, or the URL's driver is not installed.
+        StoreUnavailable: The server at the URL's port does not speak MySQL.
     """
     if isinstance(database, Connection):
         _ask_for_a_pooler(database)
@@ -75,7 +75,7 @@ def with_connection(database: Database, work: Callable[[Connection], T]) -> T:
     if url.get_backend_name() in ("mysql", "mariadb") and (told := silent(url)) is not None:
         raise StoreUnavailable(f"{redacted(url)} does not answer: {told}")
     if url.get_dialect().is_async:
-        # in a thread of its own: the caller's thread may be running a loop, and asyncio allows one a thread
+        # In a thread of its own: the caller's thread may be running a loop, and asyncio allows one loop in a thread.
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(lambda: asyncio.run(_on_async(url, work))).result()
     engine = create_engine(url, poolclass=pool.NullPool, connect_args=_connect_args(url))
@@ -96,7 +96,7 @@ async def _on_async(url: URL, work: Callable[[Connection], T]) -> T:
 
 
 def _begin_as_sessions_do(engine: Engine) -> None:
-    """Have the role and the search path that strangers left behind a pooler decide nothing; a caller's engine is as it is."""
+    """Behind a pooler, ignore the role and the search path that strangers left. A caller's engine is not changed."""
     if _is_psycopg(engine.dialect):
         from exactly_once.database.dialects.place import as_sessions_begin
 
@@ -110,12 +110,12 @@ def _connect_args(url: URL) -> dict[str, Any]:
 
 
 def _unprepared(url: URL) -> dict[str, None]:
-    # a connection for one use gains nothing by it, and behind a pooler, seen or not, a name may be a stranger's statement
+    # For a single use preparing gains nothing, and behind a pooler, detected or not, a name may be a stranger's statement.
     return {"prepare_threshold": None} if _is_psycopg(url.get_dialect()) else {}
 
 
 def _ask_for_a_pooler(connection: Connection) -> None:
-    """Behind a pooler, have psycopg prepare nothing on a connection that is the caller's."""
+    """Behind a pooler, let psycopg prepare nothing on a connection of the caller."""
     if _is_psycopg(connection.dialect) and LINK not in connection.info:
         from exactly_once.database.dialects.postgresql_pooler import look
 
@@ -127,8 +127,8 @@ def _is_psycopg(dialect: Dialect | type[Dialect]) -> bool:
 
 
 def _plain(engine: Engine) -> Engine:
-    # under REPEATABLE READ the snapshot is older than the wait for the lock, so that the one who waited would not see
-    # the other's work; under AUTOCOMMIT the lock would be gone with the statement that took it
+    # Under REPEATABLE READ the snapshot is older than the wait for the lock, so a program that waited would not see
+    # the other's work. Under AUTOCOMMIT the lock would end with the statement that took it.
     if engine.dialect.name == "sqlite":
         return engine
     return engine.execution_options(isolation_level="READ COMMITTED")
@@ -136,9 +136,9 @@ def _plain(engine: Engine) -> Engine:
 
 @contextmanager
 def schema_lock(connection: Connection, schema: str | None) -> Iterator[None]:
-    """Hold the schema lock of this database, with `schema` made where it is missing, and commit at the end.
+    """Hold the schema lock of this database. Create `schema` if it is missing, and commit at the end.
 
-    A transaction that the caller has begun is the caller's to commit; PostgreSQL and SQLite then keep the lock until
+    If the caller has begun a transaction, the caller commits it; PostgreSQL and SQLite then keep the lock until
     that commit. A crash anywhere in here ends the connection, and with it the lock.
 
     Raises:
@@ -150,7 +150,7 @@ def schema_lock(connection: Connection, schema: str | None) -> Iterator[None]:
             yield
         return
     if connection.dialect.name in ("mysql", "mariadb"):
-        # around the transaction: released before the commit, the lock would let the next one in too early
+        # Around the transaction: if the lock were released before the commit, the next program could begin too early.
         with _locked(connection, schema):
             connection.commit()
             with connection.begin():
@@ -169,7 +169,7 @@ def _locked(connection: Connection, schema: str | None) -> Iterator[None]:
     match connection.dialect.name:
         case "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _number(schema)})
-            # asked first: IF NOT EXISTS wants the right to create also where there is nothing to create
+            # Checked first: IF NOT EXISTS needs the right to create even if there is nothing to create.
             if schema is not None and not connection.dialect.has_schema(connection, schema):
                 connection.exec_driver_sql(f"CREATE SCHEMA {connection.dialect.identifier_preparer.quote(schema)}")
             yield
@@ -180,7 +180,7 @@ def _locked(connection: Connection, schema: str | None) -> Iterator[None]:
             try:
                 yield
             finally:
-                # after an error that broke the connection the server has let go already
+                # After an error that broke the connection the server has already released the lock.
                 if not connection.invalidated:
                     connection.execute(text("SELECT RELEASE_LOCK(:lock)"), {"lock": lock})
         case "sqlite":
@@ -207,7 +207,7 @@ def _take_mysql(connection: Connection, lock: str) -> None:
 
 
 def _begin_immediate(connection: Connection) -> None:
-    # a transaction that the driver has begun (an event of the caller, or a statement before ours) is used as it is
+    # A transaction that the driver has already begun (by an event of the caller, or a statement before ours) is used as it is.
     if getattr(connection.connection.driver_connection, "in_transaction", False):
         return
     before = connection.exec_driver_sql("PRAGMA busy_timeout").scalar()

@@ -1,6 +1,6 @@
-"""What is written down for somebody else to run: SQL for a database administrator, a file for a program's own history.
+"""Writes what others run: SQL for a database administrator, a file for a program's own Alembic history.
 
-It opens no database. `exactly_once.alembic` calls it.
+It opens no database. Called by `exactly_once.alembic`.
 """
 
 import io
@@ -17,7 +17,7 @@ __all__ = ["histories_that_show_our_tables", "history_file", "script", "shows_ou
 
 DIALECTS: Final = ("postgresql", "mysql", "mariadb", "sqlite")
 
-# Rows of the schedule are only ever added: a worker that has read it relies on what it read
+# Rows of the schedule are only added, never changed: a worker that has read a row relies on it.
 ONLY_ADDED: Final = frozenset({"message_cutover"})
 COUNTED: Final = ("message_failure", "message_outbox", "message_queue")
 
@@ -48,13 +48,13 @@ def downgrade() -> None:
 
 
 def script(dialect_name: str, *, schema: str | None, grants_role: str | None, only_grants: bool = False) -> str:
-    """Return the SQL that makes our tables from nothing, and the rights of the role that workers log in with.
+    """Return the SQL that makes our tables from nothing, and the rights of the role with which workers log in.
 
     Args:
         dialect_name: One of `DIALECTS`.
         schema: The named schema.
         grants_role: That role.
-        only_grants: The tables are there: only the rights.
+        only_grants: The tables exist: only the rights.
     """
     from alembic.migration import MigrationContext
     from alembic.operations import Operations
@@ -72,7 +72,7 @@ def script(dialect_name: str, *, schema: str | None, grants_role: str | None, on
         dialect_name=dialect_name,
         opts={"as_sql": True, "output_buffer": out, "dialect_opts": {"paramstyle": "named"}},
     )
-    # where DDL is transactional the script is all or nothing, as the upgrade is
+    # If DDL is transactional, the script is all or nothing, as the upgrade is.
     transactional = dialect_name in ("postgresql", "sqlite")
     what = "rights on the tables" if only_grants else "tables"
     print(f"-- the {what} of exactly_once, version {name_of(HEAD)}, for {dialect_name}", file=out)
@@ -97,7 +97,7 @@ def _grants(dialect: Any, dialect_name: str, schema: str | None, role: str) -> l
         who = quote(role)
         statements = [f"GRANT USAGE ON SCHEMA {quote(schema)} TO {who}"] if schema else []
     else:
-        # 'name'@'host' is an account and a bare name a role, or the account from every host
+        # 'name'@'host' is an account. A bare name is a role, or the account from every host.
         user, at, host = role.partition("@")
         who = "@".join(_text(part.strip("'`")) for part in ((user, host) if at else (user,)))
         statements = []
@@ -158,9 +158,9 @@ def history_file(
 
 
 def shows_our_tables(path: Path) -> Path | None:
-    """Return the env.py beside a file of a history, where it leaves nothing out of what Alembic compares; else None.
+    """Return the env.py of a history file if it hides no tables from Alembic's comparison; else None.
 
-    It may do so in a module that it imports, which nobody sees here.
+    It may do so in a module that it imports, which we do not see here.
     """
     for folder in path.absolute().parents:
         env = folder / "env.py"
@@ -173,7 +173,7 @@ def shows_our_tables(path: Path) -> Path | None:
 
 
 def histories_that_show_our_tables(config: Path = Path("alembic.ini")) -> list[Path]:
-    """Return each env.py of a history in this folder that leaves nothing out; of one that cannot be read, nothing is known."""
+    """Return each env.py in this folder's histories that hides no tables. Of one that cannot be read, nothing is known."""
     from alembic.config import Config
     from alembic.script import ScriptDirectory
 
@@ -183,7 +183,7 @@ def histories_that_show_our_tables(config: Path = Path("alembic.ini")) -> list[P
             folders = [Path(ScriptDirectory.from_config(Config(config)).dir)]
     found: list[Path] = []
     for folder in folders:
-        with suppress(OSError):  # it is not ours to read
+        with suppress(OSError):  # we may not read it
             if (folder / "env.py").is_file() and (env := shows_our_tables(folder / "versions")) is not None:
                 found.append(env)
     return found

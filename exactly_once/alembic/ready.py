@@ -1,6 +1,6 @@
-"""Whether a database can be used: it answers, our tables are there, and its connections carry every character.
+"""Whether a database can be used: it answers, our tables exist, and its connections carry every character.
 
-Asked at a start, by the doctor and by commands. What waiting mends is a sentence that is returned; all else is raised.
+Asked at a start, by the doctor and by commands. If waiting helps, it returns a sentence; else it raises.
 """
 
 from exactly_once.alembic.migrate import check
@@ -23,33 +23,33 @@ __all__ = ["problem", "refusal", "waited_for"]
 
 
 def problem(store: Store) -> str | None:
-    """Look whether this database can be used: None if so, else what is waited for (it does not answer).
+    """Check whether this database can be used. None if so, else what is waited for (it does not answer).
 
     Raises:
-        ConfigurationError: Waiting would not mend it: no such user or database, or the schema is missing or old.
+        ConfigurationError: Waiting would not repair it: no such user or database, or the schema is missing or old.
     """
     dialect = store.dialect
-    ours = store.engine in store.made  # else the URL may not say where its own way to connect goes
+    ours = store.engine in store.made  # else the application's own connect function may ignore the URL
     if ours and dialect.name == "mysql" and (told := silent(store.engine.url)) is not None:
         return f"{redacted(store.engine.url)} does not answer ({told})"
     try:
         missing, lacking = _found(store)
     except TypeError as error:
-        store.check_options(store.engine.url)  # of an engine that we were given; a driver says so in this way
+        store.check_options(store.engine.url)  # for an engine we were given: drivers report unknown options so
         where = redacted(store.engine.url)
         if dialect.name != "postgresql":
             said = escaped(words_of(error), 200)
             raise ConfigurationError(
                 f"The database {where} cannot be used: {stopped(said)} Check the URL {WHERE_GIVEN}"
             ) from error
-        # SQLAlchemy reads bytes for text there, and knows no other way to say so
+        # SQLAlchemy reads bytes instead of text there, and raises this for it.
         raise ConfigurationError(
             f"The database {where} cannot be spoken to; most likely its character set is SQL_ASCII."
             " Give a URL in place of the engine, or: create_engine(..., connect_args={'client_encoding': 'utf8'})"
         ) from error
     except Exception as error:
         where = redacted(store.engine.url)
-        if is_of_a_database(error) or is_drivers(error):  # what we send on the driver itself meets its own errors
+        if is_of_a_database(error) or is_drivers(error):  # what we send on the driver raises the driver's errors
             if (refused := refusal(store, error)) is not None:
                 raise ConfigurationError(refused) from error
             if dialect.error_kind(error) is ErrorKind.UNAVAILABLE and not dialect.hopeless(error):
@@ -59,13 +59,13 @@ def problem(store: Store) -> str | None:
             ) from error
         if not store.unreached(error):
             raise
-        # of the application's own way to connect: what it asks for a token is away
+        # The application's own connect function raised: a service that it asks for a token is away, for example.
         return f"{where} does not answer ({escaped(words_of(error), 200)})"
     if missing is not None:
         raise SchemaError(missing)
     if lacking is not None and dialect.name == "mysql":
         url = store.engine.url
-        # before all else: what stands behind a password is not printed
+        # Before all other options: what follows a password is not printed.
         wanted = url.set(query={"charset": "utf8mb4", **{k: v for k, v in url.query.items() if k != "charset"}})
         raise ConfigurationError(
             f"The connection to {redacted(url)} uses the character set {lacking}, which lacks characters: messages with"
@@ -76,12 +76,12 @@ def problem(store: Store) -> str | None:
 
 
 def refusal(store: Store, error: BaseException) -> str | None:
-    """Say what to do where the server let us in and does not let us work: the user lacks a right."""
+    """Say what to do if the server lets us log in but not work: the user lacks a right."""
     return denied(error, store.engine.url, schema=store.schema) if is_denied(error) else None
 
 
 def waited_for(store: Store, error: BaseException) -> str | None:
-    """Say what is waited for, where an error means that this database cannot be written to now; None of any other."""
+    """Return what is waited for if an error means that this database cannot be written to now; None for any other error."""
     if is_read_only(error):
         return read_only(store.engine.url)
     if not store.away(error):
@@ -91,7 +91,7 @@ def waited_for(store: Store, error: BaseException) -> str | None:
 
 
 def _found(store: Store) -> tuple[str | None, str | None]:
-    """Say what the tables miss and which character set is too narrow; of another connection where others had this one."""
+    """Return what the tables lack, and a character set that is too narrow. Uses another connection if others used this one."""
     dialect, since = store.dialect, moment()
     while True:
         with store.engine.connect() as connection:
@@ -101,7 +101,7 @@ def _found(store: Store) -> tuple[str | None, str | None]:
                 if dialect.name == "postgresql":
                     as_sessions_begin(connection)
                 elif dialect.name == "mysql":
-                    # first: with completion_type RELEASE the rollback below would end the connection
+                    # First: with completion_type RELEASE the rollback below would end the connection.
                     put_right(connection)
                 missing, lacking = check(connection, store.schema), narrow(connection)
                 connection.rollback()

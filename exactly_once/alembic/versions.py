@@ -1,8 +1,8 @@
-"""Our migrations, walked one by one: which versions there are, which one a database has, and the steps up and down.
+"""Our migrations, run one by one: the versions that exist, the version of a database, and the steps up and down.
 
-It opens, locks and commits nothing: the caller holds the lock (`lock`). `exactly_once.alembic` calls it.
+It opens, locks and commits nothing: the caller holds the lock (`lock`). Called by `exactly_once.alembic`.
 
-Migrations get an `Operations` of our own, never installed as `alembic.op`: that is one global of the process, and a
+Migrations get an `Operations` of our own, which is never installed as `alembic.op`. That is one global of the process: a
 user's migration that called us, or another thread, would lose its own. Inside a user's migration they get the user's.
 """
 
@@ -51,7 +51,7 @@ def name_of(version: int) -> str:
 
 
 def _folder() -> Path:
-    """Return the folder of the migrations: inside the package from a wheel, beside it in a checkout."""
+    """Return the folder of the migrations: inside the package in a wheel, beside it in a checkout."""
     package = Path(__file__).parent.parent
     inside = package / "migrations"
     return inside if inside.is_dir() else package.parent / "migrations"
@@ -65,7 +65,7 @@ def operations_on(connection: "Connection") -> Any:
 
 
 def write(operations: Any, schema: str | None, *, up_to: int | None = None, down_to: int | None = None) -> None:
-    """Write statements without a database: upwards from nothing, downwards from the newest."""
+    """Write statements without a database: upwards from nothing, downwards from the newest version."""
     from sqlalchemy.schema import CreateSchema
 
     if up_to is not None:
@@ -89,7 +89,7 @@ def climb(operations: Any, schema: str | None, target: int) -> None:
 
 
 def _put_back(connection: "Connection", schema: str | None) -> int:
-    """Write the row of the version again where it was deleted, and return the version; 0 where there is nothing of ours."""
+    """If the row of the version was deleted, restore it and return the version; 0 if there are no tables of ours."""
     from exactly_once.alembic import emptied
     from exactly_once.database.errors.not_made import upgrade_command
 
@@ -111,7 +111,7 @@ def descend(operations: Any, schema: str | None, target: int) -> None:
             f"{name_of(HEAD)} and older. Nothing was changed. Install a newer release of exactly_once."
         )
     if not found and connection.dialect.has_table(connection, VERSION_TABLE, schema=schema):
-        found = 1  # a run that was killed: some of the tables are there
+        found = 1  # a run was killed: some of the tables exist
     for version in range(found, target, -1):
         _step_down(operations, schema, version)
 
@@ -121,8 +121,8 @@ def recorded(connection: "Connection", schema: str | None) -> int | None:
     if schema is None and dialect.name in ("mysql", "mariadb") and dialect.default_schema_name is None:
         raise nameless(connection.engine.url)
     if schema is not None and dialect.name == "sqlite" and schema not in dialect.get_schema_names(connection):
-        raise no_schemas(schema)  # it is not the name of an attached file either
-    # asked of the catalog first: on PostgreSQL a failed SELECT would spoil the caller's transaction
+        raise no_schemas(schema)  # nor is it the name of an attached file
+    # The catalog is asked first: on PostgreSQL a failed SELECT would abort the caller's transaction.
     if not dialect.has_table(connection, VERSION_TABLE, schema=schema):
         return None
     found = connection.execute(_version_table(schema).select()).scalar()
@@ -137,7 +137,7 @@ def _step_up(operations: Any, schema: str | None, version: int) -> None:
         operations.execute(CreateTable(table, if_not_exists=True))
     _migration(version).upgrade(schema=schema, operations=operations)
     if version == 1:
-        # IGNORE: on MySQL another's migration may have this row, not yet committed, behind its committed tables
+        # IGNORE: on MySQL another program's migration may have this row, not yet committed, although its tables are committed.
         row = table.insert().prefix_with("IGNORE", dialect="mysql").prefix_with("IGNORE", dialect="mariadb")
         operations.execute(row.values(version_num=_literal(version)))
     else:
@@ -148,7 +148,8 @@ def _step_down(operations: Any, schema: str | None, version: int) -> None:
     from sqlalchemy.schema import DropTable
 
     table = _version_table(schema)
-    # recorded first: killed from here on, MySQL has lost some tables, and an upgrade must know that it has to make them
+    # Recorded first: if the run is killed after this, MySQL has lost some tables, and an upgrade must know that it
+    # has to make them.
     if version == 1:
         operations.execute(table.delete())
     else:
@@ -159,7 +160,7 @@ def _step_down(operations: Any, schema: str | None, version: int) -> None:
 
 
 def _literal(version: int) -> Any:
-    # written out: a script for an administrator has no parameters
+    # A literal: a script for an administrator has no parameters.
     from sqlalchemy import literal_column
 
     return literal_column(f"'{name_of(version)}'")
@@ -172,7 +173,7 @@ def _migration(version: int) -> Any:
 
 
 def _version_table(schema: str | None) -> "Table":
-    # the form Alembic gives its own, so that either may write it
+    # In the form of Alembic's own, so that either may write it.
     from sqlalchemy import Column, MetaData, PrimaryKeyConstraint, String, Table
 
     return Table(
@@ -185,10 +186,10 @@ def _version_table(schema: str | None) -> "Table":
 
 
 def refuse_strangers(connection: "Connection", schema: str | None) -> None:
-    """Raise where a table has one of our names and was not made by us.
+    """Raise if a table has one of our names and was not made by us.
 
-    The version table comes first: where it stands without a row, a run of ours was killed on MySQL or MariaDB, and what
-    is there besides is ours.
+    The version table comes first: if it exists without a row, a run of ours was killed on MySQL or MariaDB, and
+    the other tables are ours.
     """
     from sqlalchemy import inspect
 
@@ -205,7 +206,7 @@ def refuse_strangers(connection: "Connection", schema: str | None) -> None:
 
 
 def sweep(connection: "Connection", schema: str | None) -> None:
-    """Drop the version table where it is empty and alone, as it is after `alembic downgrade base`."""
+    """Drop the version table if it is empty and alone, as it is after `alembic downgrade base`."""
     from sqlalchemy import inspect
 
     if recorded(connection, schema) is None and TABLES & set(inspect(connection).get_table_names(schema=schema)) == {
