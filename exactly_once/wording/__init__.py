@@ -1,1 +1,1 @@
-"""Text for people: made safe to print, without secrets and without values, from errors and from messages."""
+"""Text for people, from errors and from messages: safe to print, without secrets and without values."""

@@ -1,9 +1,10 @@
-"""How this package was installed, and whether another distribution's files lie over its own.
+"""How this package was installed, and whether another distribution's files have overwritten its own.
 
-Two distributions of the Python index bring a package of this name: this one, and `exactly-once`, which is another project. pip
-knows no such conflict: whichever is installed last overwrites files of the other, and to uninstall either takes them from both.
+Two distributions of the Python index contain a package of this name: this one, and `exactly-once`, which is another project. pip
+does not detect that conflict: the one that is installed last overwrites files of the other, and uninstalling
+either removes files of both.
 
-Asked when an error is told, and by `doctor`; imports nothing of the package, for that may be the other one's.
+Asked when an error is reported, and by `doctor`. Imports nothing of the package, which may be the other project's.
 """
 
 import json
@@ -18,17 +19,17 @@ __all__ = ["DISTRIBUTION", "clash", "source", "to_install", "version"]
 
 DISTRIBUTION: Final = "sqlalchemy-exactly-once"
 OTHER: Final = "exactly-once"
-"""Another project's."""
+"""The other project's distribution."""
 
 
 def version() -> str:
-    """Return the version of this installation; `unknown` where its metadata is not there, as in a copied folder."""
+    """Return the version of this installation; `unknown` if its metadata is missing, as in a copied folder."""
     found = _installed(DISTRIBUTION)
     return "unknown" if found is None else found.version
 
 
 def to_install(extra: str) -> str:
-    """Return the command that adds optional packages to this installation, as it was made.
+    """Return the command that adds optional packages to this installation, in the way it was installed.
 
     Args:
         extra: Names of extras, separated by commas.
@@ -41,7 +42,7 @@ def to_install(extra: str) -> str:
 
 
 def source(extra: str | None = None) -> str:
-    """Return what pip is to install to make this installation again, for a command line: with optional packages, or without."""
+    """Return the argument with which pip would make this installation again, with or without optional packages."""
     origin = _origin()
     url, extras = str(origin.get("url", "")), "" if extra is None else f"[{extra}]"
     file = Path(url2pathname(urlsplit(url).path)) if url.startswith("file:") else None
@@ -62,7 +63,7 @@ def source(extra: str | None = None) -> str:
 
 
 def clash() -> str | None:
-    """Say that the other distribution is installed beside this one, and what to type; None where it is not."""
+    """Say that the other distribution is installed beside this one, and what to type; None if it is not."""
     if _installed(OTHER) is None:
         return None
     return (
@@ -80,14 +81,14 @@ def _installed(name: str) -> Distribution | None:
 
 
 def _origin() -> dict[str, Any]:
-    """Where pip took it from (PEP 610, https://peps.python.org/pep-0610/); nothing for what came from an index."""
+    """The origin that pip recorded (PEP 610, https://peps.python.org/pep-0610/); nothing for a package from an index."""
     found = _installed(DISTRIBUTION)
     written = None if found is None else found.read_text("direct_url.json")
     return {} if written is None else dict(json.loads(written))
 
 
 def _without_password(url: str) -> str:
-    """Return a URL without user and password; over SSH with the user, which is no secret, and without whom nobody gets in."""
+    """Return a URL without user and password. Over SSH the user stays: it is no secret, and nobody can log in without it."""
     parts = urlsplit(url)
     userinfo, _, host = parts.netloc.rpartition("@")
     user = userinfo.partition(":")[0] if parts.scheme == "ssh" else ""
@@ -95,5 +96,5 @@ def _without_password(url: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return a text as a shell takes it for one argument; always in quotes, for what an error tells looks alike then."""
+    """Return a text as a single shell argument, always in quotes, so that all commands in errors look alike."""
     return quoted if (quoted := quote(text)).startswith("'") else f"'{text}'"

@@ -1,10 +1,11 @@
-"""URLs without their secrets, for logs, errors and `exactly-once handlers`; and drivers' words without them.
+"""URLs without their secrets, for logs, errors and `exactly-once handlers`; and drivers' texts without them.
 
-A password with an `@` that was not escaped is cut in two by whoever reads the URL: the driver takes the rest for a host, and says
-that there is none of that name. Such secrets are remembered, each part of them, and struck out of what drivers say.
+A password with an unescaped `@` is cut in two by each program that reads the URL: the driver takes the rest for
+a host, and reports
+that there is no such host. Such secrets are remembered, with each part of them, and redacted in the drivers' texts.
 
-An `&` in a secret of the query cuts it in two, and the rest is read as an option. What stands behind a secret there cannot be
-told from it, so it is not printed, and the driver's words on an option that it does not know are struck.
+An unescaped `&` in a secret of the query cuts it in two, and the rest is read as an option. What follows a secret there cannot be
+told from the secret, so it is not printed, and it is redacted in the driver's text about an unknown option.
 """
 
 import re
@@ -15,20 +16,20 @@ from urllib.parse import quote_plus, unquote
 __all__ = ["behind_secret", "redacted", "remember", "struck"]
 
 HIDDEN: Final = "***"
-# sslkey= and the like name files; every other "key" in a query is treated as a secret
+# sslkey= and the like name files; every other "key" in a query counts as a secret.
 _SECRET_NAME: Final = re.compile(
     r"pass|pwd|secret|token|credential|signature|private|(?<!ssl)(?<!ssl_)(?<!ssl-)(?<!tls)(?<!tls_)key|^sk$|^ak$",
     re.IGNORECASE,
 )
-# where a URL is cut by whoever reads it
+# The characters at which a program may cut a URL.
 _CUTS: Final = re.compile(r"[@:/?#&=\[\],]")
 _SHORT: Final = 4
-"""A part of fewer characters is struck where it stands alone: else each sentence would lose its letters."""
+"""A part with fewer characters is redacted only as a whole word: else each sentence would lose its letters."""
 _remembered: set[str] = set()
 
 
 class _Url(Protocol):
-    """SQLAlchemy's URL, which knows of the password in its place and of none in the query."""
+    """SQLAlchemy's URL, which knows the password in its usual place, but none in the query."""
 
     @property
     def database(self) -> str | None: ...
@@ -42,14 +43,14 @@ class _Url(Protocol):
 
 
 def redacted(url: str | _Url, *, whole: bool = False) -> str:
-    """Return a URL as it may be printed: no password, no secret value in its query, and nothing behind one.
+    """Return a URL in printable form: without password, without a secret value in its query, and without what follows that.
 
-    Made for database URLs and for transports of several hosts. Where a password has characters that should have been
-    escaped (`@ / ? # &`), too much is hidden rather than too little. A text that is no URL is returned as it is.
+    For URLs of databases and of transports with several hosts. If a password has characters that should have been
+    escaped (`@ / ? # &`), too much is hidden rather than too little. A text that is no URL is returned unchanged.
 
     Args:
-        url: As it was written, or as it was read.
-        whole: All names in its query were seen to be options, so none is a part of a secret.
+        url: As it was written, or parsed.
+        whole: All names in its query were checked to be options, so none is a part of a secret.
 
     Example:
         >>> redacted("rocketmq4://me:pa@ss@ns1:9876,ns2:9876?namespace=eu&secret_key=x")
@@ -61,7 +62,7 @@ def redacted(url: str | _Url, *, whole: bool = False) -> str:
         userinfo, at, place = text.rpartition("@")
         user, colon, _ = userinfo.partition(":")
         return f"{user}:{HIDDEN}@{place}" if at and colon else text
-    # the last @ of all, even behind a "?": a password may hold an unescaped one. A file has a path and no password.
+    # The last @ of all, even after a "?": a password may contain an unescaped one. A file has a path and no password.
     if _secret_of(rest):
         user = rest.partition(":")[0]
         scheme, rest = f"{scheme}://{user}:{HIDDEN}", f"@{rest.rpartition('@')[2]}"
@@ -72,7 +73,7 @@ def redacted(url: str | _Url, *, whole: bool = False) -> str:
 
 
 def behind_secret(names: Iterable[str]) -> tuple[str, ...]:
-    """Return those names of a query that stand behind the first one of a secret, in the order in which they are written.
+    """Return the names of a query that follow the first secret, in the order in which they are written.
 
     Example:
         >>> behind_secret(["sslmode", "password", "rt"])
@@ -84,11 +85,11 @@ def behind_secret(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def remember(url: str | _Url, read: str | None, parts: Iterable[str] = ()) -> None:
-    """Keep a secret of this URL for `struck`, unless it was read as it is meant.
+    """Remember a secret of this URL for `struck`, unless it was read correctly.
 
     Args:
-        url: As it was written, or as it was read.
-        read: What was taken for its password.
+        url: As it was written, or parsed.
+        read: What was read as its password.
         parts: Names and values of its query that may be parts of a secret.
     """
     _remembered.update(filter(None, parts))
@@ -99,7 +100,7 @@ def remember(url: str | _Url, read: str | None, parts: Iterable[str] = ()) -> No
 
 
 def struck(text: str) -> str:
-    """Return what a driver says, without any part of the secrets that were misread.
+    """Return a driver's text without any part of the misread secrets.
 
     Example:
         >>> remember("postgresql://me:pa@ss@db/shop", "pa")
@@ -107,7 +108,7 @@ def struck(text: str) -> str:
         "failed to resolve host '***@db'"
     """
     for part in sorted(_remembered, key=len, reverse=True):
-        for form in {part, repr(part)[1:-1]}:  # as drivers quote
+        for form in {part, repr(part)[1:-1]}:  # as drivers quote it
             alone = rf"(?<!\w){re.escape(form)}(?!\w)"
             text = text.replace(form, HIDDEN) if len(form) >= _SHORT else re.sub(alone, HIDDEN, text)
     return text
@@ -117,23 +118,23 @@ def _text_of(url: str | _Url) -> str:
     if isinstance(url, str):
         return url
     text = url.set(query={}).render_as_string(hide_password=False)
-    # what was read as a database's name may be a part of the password, and is rendered with %40
+    # What was read as the name of a database may be a part of the password, and is rendered with %40.
     if url.database and "@" in url.database and "://" in text and not text.partition("://")[2].startswith("/"):
         text = unquote(text) if url.password is None else _unquoted_path(text)
-    # in the order in which it was written: SQLAlchemy sorts the names, and what stood behind a secret would stand before it
+    # In the order in which it was written: SQLAlchemy sorts the names, and would put what followed a secret before it.
     given = ((name, [told] if isinstance(told, str) else told) for name, told in url.query.items())
     query = "&".join(f"{quote_plus(name)}={quote_plus(each)}" for name, every in given for each in every)
     return f"{text}{'?' if query else ''}{query}"
 
 
 def _unquoted_path(head: str) -> str:
-    """Return a URL without a query with its path as it is meant; user and password stay as they are written."""
+    """Return a URL without a query, with its path decoded; user and password stay as they are written."""
     userinfo, at, place = head.partition("@")
     return f"{userinfo}{at}{unquote(place)}"
 
 
 def _secret_of(rest: str) -> str:
-    """Return what stands for a password behind `://`, as written; too much of it rather than too little."""
+    """Return what is in the password's place after `://`, as written; too much of it rather than too little."""
     userinfo, _, _ = rest.rpartition("@")
     return "" if rest.startswith("/") else userinfo.partition(":")[2]
 

@@ -1,9 +1,10 @@
-"""The loggers of this package: what the program's logging raises changes nothing of what is going on.
+"""The loggers of this package: an exception in the program's logging does not change the work that is going on.
 
-A filter of the application's may raise on a record of ours (one that reads a context variable of a request, or takes all
-values for texts). A message would come again although its row says that it is dead, a thread that renews leases would end, a
-message that is held would be forgotten. As `logging` does with an error of a handler, it is printed on stderr, unless
-`logging.raiseExceptions` is off. Every line of ours goes through here.
+A filter of the application may raise on a record of ours (one that reads a context variable of a request, or expects all
+values to be texts). Without this, a message would come again although its row is dead, a thread that renews leases
+would end, or a
+held message would be forgotten. As `logging` does for an error of a handler, the exception is printed on stderr, unless
+`logging.raiseExceptions` is off. Every log line of ours uses it.
 """
 
 import logging
@@ -22,7 +23,7 @@ class _Steady(Log):
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
         try:
             super().log(level, msg, *args, stacklevel=kwargs.pop("stacklevel", 1) + 1, **kwargs)
-        except Exception:  # a filter's
+        except Exception:  # an exception of a filter
             if logging.raiseExceptions:
                 traceback.print_exc()
 

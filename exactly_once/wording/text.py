@@ -1,4 +1,4 @@
-"""Small pieces of error sentences: a stranger's text made safe to print or to store, and what was probably meant. Pure."""
+"""Small parts of error sentences: untrusted text made safe to print or to store, and suggestions for a misspelling. Pure."""
 
 import json
 import re
@@ -16,7 +16,7 @@ _BEYOND_THREE_BYTES: Final = re.compile("[\U00010000-\U0010ffff]")
 
 
 def escaped(text: str, limit: int = 60) -> str:
-    """Cut a stranger's text and escape what could break or forge a log line; readable letters of any script stay.
+    """Cut an untrusted text and escape what could break or forge a log line. Readable letters of any script stay.
 
     Example:
         >>> escaped("A-1" + chr(10) + "INFO all is well")
@@ -29,9 +29,9 @@ def escaped(text: str, limit: int = 60) -> str:
 
 
 def json_line(value: object) -> str:
-    """Return JSON in one line for a terminal or a pipe; readable letters of any script stay, what steers a terminal does not.
+    """Return JSON in one line for a terminal or a pipe. Readable letters of any script stay; terminal control characters do not.
 
-    JSON itself escapes what is below the blank, and passes what turns the direction of writing, colours or clears.
+    JSON itself escapes characters below the blank, not those that change the writing direction or colour, or clear the screen.
 
     Example:
         >>> json_line({"key": "caf\u00e9 \u202e"})
@@ -42,7 +42,7 @@ def json_line(value: object) -> str:
 
 
 def listed(names: Iterable[str], *, most: int = 12) -> str:
-    """Names for a sentence, sorted, the rest counted.
+    """Return names for a sentence: sorted, with the number of those that are left out.
 
     Example:
         >>> listed(["b", "a"])
@@ -54,7 +54,7 @@ def listed(names: Iterable[str], *, most: int = 12) -> str:
 
 
 def probably(name: str, known: Iterable[str]) -> str:
-    """Return " Did you mean ...?" for a misspelled name, or nothing when no known name is close.
+    """Return " Did you mean ...?" for a misspelled name, or nothing if no known name is close.
 
     Example:
         >>> probably("topik", ["topic", "tag"])
@@ -68,7 +68,7 @@ def probably(name: str, known: Iterable[str]) -> str:
 
 
 def taken(topic: str, tags: Iterable[str]) -> str:
-    """Return what a subscription takes, in short.
+    """Return a subscription in short form.
 
     Example:
         >>> taken("orders", ["created", "paid"])
@@ -79,7 +79,7 @@ def taken(topic: str, tags: Iterable[str]) -> str:
 
 
 def stopped(text: str) -> str:
-    """End somebody else's sentence, for ours to follow.
+    """End another program's sentence with a full stop, so that ours can follow.
 
     Example:
         >>> stopped("a proxy whose server is away?"), stopped("no route to host")
@@ -92,16 +92,16 @@ def stopped(text: str) -> str:
 def storable(
     text: str | None, limit_bytes: int | None = None, characters: str = EVERY, *, limit: int | None = None
 ) -> str | None:
-    """Make a stranger's text fit a column: a message that cannot be stored could neither be kept nor acknowledged.
+    """Make an untrusted text fit a column: a message that cannot be stored could neither be kept nor acknowledged.
 
     Args:
         text: As it came.
-        limit_bytes: What the column holds, in bytes of UTF-8.
-        characters: The character set it goes through: `EVERY`, `THREE_BYTES`, or a codec of Python's.
-        limit: What the column holds, in characters.
+        limit_bytes: The size of the column in bytes of UTF-8.
+        characters: The character set of the connection: `EVERY`, `THREE_BYTES`, or a Python codec.
+        limit: The size of the column in characters.
 
     Returns:
-        The text with NUL, lone surrogates and what the character set lacks written as escapes; cut where it is longer.
+        The text, with escapes for NUL, lone surrogates and characters that the set lacks; cut to the column's size.
 
     Example:
         >>> storable("a\\0b", 255)
