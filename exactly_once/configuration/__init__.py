@@ -1,1 +1,1 @@
-"""Where the program runs: settings, from the environment, from a file and from code."""
+"""Settings: where the program runs, from the environment, from a file and from code."""

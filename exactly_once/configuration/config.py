@@ -1,13 +1,13 @@
-"""Settings: where the program runs. Environment over file over code, and each value remembers where it came from.
+"""Settings: where the program runs. Environment over file over code; each value remembers its source.
 
     EXACTLY_ONCE_DATABASE, ..._DATABASE_FILE     the environment; _FILE names a file that holds the value (secrets)
     [tool.exactly_once] in pyproject.toml        or the TOML file that EXACTLY_ONCE_CONFIG or --config names
     ExactlyOnce(group=...)                       the code
     a default
 
-Code says what a program is, settings where it runs; a handler's topic, tag, retry and concurrency may be set under
+Code says what a program is, settings say where it runs. A handler's topic, tag, retry and concurrency may be set under
 `[tool.exactly_once.handlers.NAME]`. An unknown name is an error: a misspelled setting that is silently ignored is found
-in production. Values are checked here, nothing is opened. Called by the facade and the command line, never at import.
+only in production. Values are checked here; nothing is opened. Called by the facade and the command line, never at import.
 """
 
 import os
@@ -36,14 +36,14 @@ __all__ = ["Config", "HandlerSettings", "Setting", "load", "redacted", "said_aft
 _log = steady("exactly_once.config")
 
 PREFIX: Final = "EXACTLY_ONCE_"
-TEST_PREFIX: Final = "EXACTLY_ONCE_TEST_"  # read by exactly_once.testing, not by us
+TEST_PREFIX: Final = "EXACTLY_ONCE_TEST_"  # read by exactly_once.testing, not here
 NO_SETTINGS: Final = frozenset(
     {
         CONFIG_VARIABLE,
-        "EXACTLY_ONCE_TRACEBACK",  # the command line's
-        SUPERVISED,  # what a supervisor tells its children; refused here, none of them would start
+        "EXACTLY_ONCE_TRACEBACK",  # read by the command line
+        SUPERVISED,  # set by a supervisor for its children; refused here, no child would start
         "EXACTLY_ONCE_REPORT_FD",
-        "EXACTLY_ONCE_LIBROCKETMQ",  # where the machine's librocketmq is; read by that transport
+        "EXACTLY_ONCE_LIBROCKETMQ",  # the path of librocketmq; read by that transport
         "EXACTLY_ONCE_ROCKETMQ4_PYTHON",  # the second environment, read by the benchmarks
     }
 )
@@ -55,7 +55,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Setting(Generic[T_co]):
-    """A value, and where it came from."""
+    """A value and its source."""
 
     value: T_co
     source: str
@@ -71,7 +71,7 @@ class Setting(Generic[T_co]):
 
 
 def _shown(value: object) -> str:
-    """A value of a setting, and what code gives for one, without passwords."""
+    """Return the value of a setting, or what code gives for it, for a person, without passwords."""
     if isinstance(value, (str, URL)):
         return redacted(value)
     url = getattr(getattr(value, "kw", {}).get("bind", value), "url", None)  # of an engine, or of a sessionmaker's
@@ -80,7 +80,7 @@ def _shown(value: object) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandlerSettings:
-    """What the file says of one handler; None where it says nothing."""
+    """The file's settings for one handler; None for each that is not set."""
 
     topic: str | None = None
     tag: str | tuple[str, ...] | None = None
@@ -91,34 +91,34 @@ class HandlerSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """All settings, as they hold. Made by `load`."""
+    """All settings that apply. Made by `load`."""
 
     database: Setting[Any]
-    """A URL, or URLs by name; from code also an Engine or a sessionmaker; None where not set."""
+    """A URL, or URLs by name; from code also an Engine or a sessionmaker; None if not set."""
     async_database: Setting[Any]
     transport: Setting[str | None]
     redis: Setting[str | None]
     group: Setting[str | None]
     schema: Setting[str | None]
     pooler: Setting[bool]
-    """A pooler stands before PostgreSQL, also where none is seen."""
+    """There is a pooler before PostgreSQL, even if we detect none."""
     imports: Setting[tuple[str, ...]]
     concurrency: Setting[int]
     """Messages at once in one process."""
     processes: Setting[int]
     drain_timeout: Setting[timedelta]
-    """What running messages get to finish after SIGTERM; set as `drain_timeout_s`."""
+    """How long running messages may take to finish after SIGTERM; set as `drain_timeout_s`."""
     health: Setting[str | None]
     """HOST:PORT of the health endpoint."""
     handlers: Mapping[str, HandlerSettings] = field(default_factory=dict)
     looked: str = ""
-    """Which file was looked in, and what it has, for whoever misses a setting."""
+    """Which file was searched, and what it has; for the error about a missing setting."""
 
     def applied(self, plans: Sequence[Plan]) -> tuple[Plan, ...]:
-        """Return the handlers' plans as the file wants them.
+        """Return the handlers' plans with the file's changes.
 
         Raises:
-            ConfigurationError: The file names a handler that is not there, or a value is wrong.
+            ConfigurationError: The file names a handler that does not exist, or a value is wrong.
         """
         known = [plan.name for plan in plans]
         for name, settings in self.handlers.items():
@@ -151,17 +151,17 @@ def load(
     environ: Mapping[str, str] | None = None,
     directory: str | Path | None = None,
 ) -> Config:
-    """Read the settings that hold.
+    """Read the settings that apply.
 
     Args:
-        code: What the program gives, by the same names; None counts as not given. The environment and the file win.
-        config: A TOML file, as `--config` names it; over EXACTLY_ONCE_CONFIG.
+        code: The program's values, by the same names; None counts as not given. The environment and the file win.
+        config: A TOML file, as `--config` names it; wins over EXACTLY_ONCE_CONFIG.
         environ: The environment; `os.environ` by default.
-        directory: Where to look for pyproject.toml, and in the folders above; the current one by default.
+        directory: Where to look for pyproject.toml, also in the folders above; the current folder by default.
 
     Raises:
-        ConfigurationError: A name is unknown, a value is wrong, a named file cannot be read, or one that was found is another
-            user's.
+        ConfigurationError: A name is unknown, a value is wrong, a named file cannot be read, or a file that was
+            found belongs to another user.
 
     Example:
         >>> load(environ={"EXACTLY_ONCE_GROUP": "inventory"}, directory="/").group
@@ -181,7 +181,7 @@ def load(
     ours = {name: value for name, value in variables.items() if name.startswith(PREFIX) and name not in NO_SETTINGS}
     ours = {name: value for name, value in ours.items() if not name.startswith(TEST_PREFIX) and value != ""}
     if links := service_links(ours, PREFIX):
-        if SUPERVISED not in variables:  # the supervisor has the same variables, and says it for all
+        if SUPERVISED not in variables:  # the supervisor has the same variables, and reports it for all
             _say_ignored(links)
         ours = {name: value for name, value in ours.items() if name not in links}
     by_variable = {PREFIX + name.upper(): target for name, target in _file_names().items()}
@@ -201,7 +201,7 @@ def _looked(table: Mapping[str, object], path: Path) -> str:
 
 @contextmanager
 def said_afterwards() -> Iterator[None]:
-    """Keep what is to be said of the settings until the end of the block: until then nobody has said where log lines go."""
+    """Delay log lines about the settings until the end of the block: before that no logging is configured."""
     global _kept_back  # noqa: PLW0603  (of a command line, which has one thread by then)
     kept: list[tuple[str, ...]] = []
     _kept_back = kept.append
@@ -218,7 +218,7 @@ _kept_back: Callable[[tuple[str, ...]], None] | None = None
 
 @lru_cache
 def _say_ignored(links: tuple[str, ...]) -> None:
-    """Say it once in a process, however many applications it has."""
+    """Log it once in a process, however many applications it has."""
     (_kept_back or _log_ignored)(links)
 
 
@@ -232,7 +232,7 @@ def _log_ignored(links: tuple[str, ...]) -> None:
 
 
 def _file_names() -> dict[str, str]:
-    """Each name a layer may use, with the setting it sets."""
+    """Each name that may be used in the file or the environment, with its setting."""
     return {name: name for name in SETTINGS} | {f"{name}_file": name for name in SECRET}
 
 
@@ -279,7 +279,7 @@ def _checked(name: str, value: object, where: str) -> Any:
     try:
         return check(value)
     except ValueError as error:
-        # the value itself is not repeated where it may hold a password
+        # The value itself is not repeated if it may contain a password.
         shown = "" if name in SECRET else f" {escaped(repr(value))}"
         raise ConfigurationError(f"{where}:{shown} is not valid: {error}") from None
     except ConfigurationError as error:

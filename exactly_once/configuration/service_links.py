@@ -1,7 +1,7 @@
-"""Which variables of the environment are Kubernetes' own: it tells each pod of each Service of its namespace. Pure.
+"""Which environment variables are Kubernetes' own: it sets them in each pod for each Service of its namespace. Pure.
 
-A Service named `exactly-once` makes EXACTLY_ONCE_SERVICE_HOST, EXACTLY_ONCE_PORT=tcp://10.0.0.11:80 and more, one named
-`exactly-once-redis` the like of EXACTLY_ONCE_REDIS_PORT. Nobody wrote them as settings. Called by `config`.
+A Service named `exactly-once` makes EXACTLY_ONCE_SERVICE_HOST, EXACTLY_ONCE_PORT=tcp://10.0.0.11:80 and more; one named
+`exactly-once-redis` makes EXACTLY_ONCE_REDIS_PORT and the like. Nobody wrote them as settings. Called by `config`.
 """
 
 import re
@@ -27,7 +27,7 @@ _LINKS: Final = tuple(
 
 
 def service_links(variables: Mapping[str, str], prefix: str) -> tuple[str, ...]:
-    """Return the names of those that begin with `prefix` and look as Kubernetes writes them, in value, too.
+    """Return the names that begin with `prefix` and have the form of Kubernetes' variables, in name and value.
 
     Example:
         >>> service_links({"SHOP_PORT": "tcp://10.0.0.11:80", "SHOP_PORT_80_TCP_PROTO": "tcp"}, "SHOP_")

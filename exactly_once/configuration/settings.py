@@ -1,4 +1,4 @@
-"""What each setting may be: its check and its default. Pure; called by `config`, which knows where values come from."""
+"""The check and the default of each setting. Pure; called by `config`, which knows where values come from."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -12,10 +12,10 @@ from exactly_once.redis.connection import checked
 __all__ = ["SECRET", "SETTINGS", "SUPERVISED"]
 
 SUPERVISED: Final = "EXACTLY_ONCE_SUPERVISED"
-"""Set in the environment of a supervisor's children, which stop gently however often they are told.
+"""Set in the environment of a supervisor's children, which stop gently, however many signals they get.
 
-A terminal and systemd send a signal to every process of a group, and the supervisor forwards its own: two would reach
-a child that was asked once. Ending it at once is the supervisor's business, which has SIGKILL for it.
+A terminal and systemd send a signal to every process of a process group, and the supervisor forwards its own: two would reach
+a child that should get one. Only the supervisor ends a child at once, with SIGKILL.
 """
 
 
@@ -30,7 +30,7 @@ def _group(value: object) -> str:
 
 
 def _url(value: object) -> object:
-    """A URL or URLs by name; in the environment the latter is a JSON object. Code may give engines: they pass."""
+    """Check a URL, or URLs by name, which the environment gives as a JSON object. Engines from code pass unchecked."""
     if isinstance(value, str):
         text = _text(value)
         if not text.startswith("{"):

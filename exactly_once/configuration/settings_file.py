@@ -1,9 +1,9 @@
-"""The TOML file with the settings: the one that is named, else the nearest pyproject.toml from the current folder upwards.
+"""The TOML file with the settings: the named file, else the nearest pyproject.toml from the current folder upwards.
 
-A file that was found and not named is believed only where it belongs to who runs the program, or to root, and so do the folder it
-was found in and a link that leads to it: it says which database is used and which modules are imported. Into a folder such as
-/tmp anybody may write one, or a link to another one of ours; and whose folder it is may move a file of ours there. So does git.
-Called by `config`.
+A file that was found, not named, is trusted only if it belongs to the user who runs the program, or to root. So must the folder
+in which it was found, and a link that leads to it. The reason: the file decides which database is used and which modules are
+imported. In a folder such as /tmp anybody may create one, or a link to another file of ours; and the owner of a folder may move a
+file of ours there. Git has the same rule. Called by `config`.
 """
 
 import os
@@ -29,11 +29,11 @@ def settings_table(named: str | Path | None, directory: Path) -> tuple[dict[str,
     """Return the settings in the file, and the file.
 
     Args:
-        named: The file, by whom runs the program; None to look for one.
-        directory: Where to look, and in the folders above.
+        named: The file that the user named; None to look for one.
+        directory: Where to look, also in the folders above.
 
     Raises:
-        ConfigurationError: It cannot be read, or it was found and is another user's.
+        ConfigurationError: It cannot be read, or it was found and belongs to another user.
     """
     if named is not None:
         path = Path(named)
@@ -65,11 +65,11 @@ def settings_table(named: str | Path | None, directory: Path) -> tuple[dict[str,
 
 
 def _another_users(path: Path, opened: os.stat_result | None) -> str | None:
-    """Say what of a settings file is another user's: it, a link that leads to it, or the folder that holds it; else None.
+    """Say what belongs to another user: the file, a link that leads to it, or its folder; else None.
 
     Args:
         path: Where it was found.
-        opened: What the open file said of itself: by its name it may be another one by now.
+        opened: The status of the open file: its name may belong to a different file by now.
     """
     try:
         named = path.lstat()
@@ -89,10 +89,10 @@ def _another_users(path: Path, opened: os.stat_result | None) -> str | None:
 
 
 def _is_trusted(owner: int) -> bool:
-    if not hasattr(os, "geteuid"):  # Windows knows no such number
+    if not hasattr(os, "geteuid"):  # Windows has no such number
         return True
     me = os.geteuid()
-    # behind sudo the files are those of whoever typed it
+    # Under sudo the files belong to the user who typed it.
     return owner in (me, _ROOT) or (me == _ROOT and os.environ.get("SUDO_UID") == str(owner))
 
 
@@ -105,7 +105,7 @@ def _section(content: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None
 
 
 def _refuse_variables(path: Path) -> None:
-    """Refuse a file such as `.env`: it may even be read as TOML, where its values are in quotes.
+    """Refuse a file such as `.env`: it may even be valid TOML, if its values are in quotes.
 
     Raises:
         ConfigurationError: Each of its lines is NAME=value.
@@ -113,7 +113,7 @@ def _refuse_variables(path: Path) -> None:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        return  # reading it as TOML says so
+        return  # reading it as TOML reports that
     said = [line for each in lines if (line := each.strip()) and not line.startswith("#")]
     if said and all(map(_VARIABLE.match, said)):
         raise ConfigurationError(
@@ -123,7 +123,7 @@ def _refuse_variables(path: Path) -> None:
 
 
 def _toml(path: Path) -> tuple[dict[str, Any], os.stat_result]:
-    """Return what is in it, and what the open file says of itself: whose it is nobody can change for another one's."""
+    """Return the file's contents, and the status of the open file: its owner cannot be exchanged by replacing the file."""
     try:
         with path.open("rb") as file:
             return tomllib.load(file), os.fstat(file.fileno())

@@ -1,9 +1,9 @@
-"""Says which database is used, where that may surprise: one given in code that a setting overrules, a test on the settings' own.
+"""Logs which database is used if that may surprise: a setting overrules one in code, or a test uses the settings' database.
 
-The order is fixed (environment over file over code); these are lines of the log, once in a process. An engine in code says where
-the program's tables are, so it is told of any setting in its place; a URL in code is a default, which a variable of the
-environment is there to overrule, and a file that happens to lie above the current folder is not. Called by the facade, once the
-settings' database is taken.
+The order is fixed (environment over file over code); each of these is logged once in a process. An engine in code says where
+the program's tables are, so any setting that overrules it is logged. A URL in code is a default: a variable of the
+environment is meant to overrule it, but a file that happens to lie above the current folder is not. Called by the facade, once
+it has chosen the settings' database.
 """
 
 import os
@@ -24,12 +24,12 @@ _log = steady("exactly_once.config")
 
 
 def say_which(name: str, given: Any, setting: Setting[Any]) -> None:
-    """Say what holds in the place of what code gives, and that a test uses the database of a file.
+    """Log which value applies instead of the code's, and that a test uses the database of a file.
 
     Args:
-        name: Of the setting.
-        given: What code gives, or None.
-        setting: What holds.
+        name: The name of the setting.
+        given: The value in code, or None.
+        setting: The value that applies.
     """
     from_file = setting.source.startswith("file ")
     in_code = Setting(given, "code")
@@ -37,13 +37,13 @@ def say_which(name: str, given: Any, setting: Setting[Any]) -> None:
         pass
     elif (from_file or not isinstance(given, (str, URL))) and _bare(in_code.shown) != _bare(setting.shown):
         _say(_OVERRULED.format(name=name, given=in_code.shown, used=setting.shown, source=setting.source))
-    # a variable of the environment was set on purpose, and a child that a test has started has it from that test
+    # An environment variable was set on purpose, and a child process inherits it from the test that started it.
     if from_file and _PYTEST in os.environ:
         _say(_IN_A_TEST.format(used=setting.shown, source=setting.source))
 
 
 def _bare(shown: str) -> str:
-    """A URL alone: `Engine(sqlite:///a.db)` and `sqlite:///a.db` are one database."""
+    """Return the URL alone: `Engine(sqlite:///a.db)` and `sqlite:///a.db` are the same database."""
     return shown.partition("(")[2].removesuffix(")") or shown
 
 
@@ -65,5 +65,5 @@ _IN_A_TEST: Final = (
 
 
 def lend_one() -> str:
-    """Return what a test is told where no database is named; nothing where no test runs."""
+    """Return a hint for a test that names no database; empty outside of tests."""
     return f" In a test, lend it one: {_LEND_ONE}." if _PYTEST in os.environ else ""
