@@ -1,7 +1,7 @@
-"""What a person should be told of at once: a message kept for them, or a run that goes on for too long.
+"""Tells a person at once: that a message is kept for them, or that a run takes too long.
 
-An ERROR line in the log for each, and the application's own hook, `ExactlyOnce(alert=...)`. Called by `processor` and by
-`leases.renewal`, in whichever thread noticed.
+Each is an ERROR line in the log, and a call of the application's own hook, `ExactlyOnce(alert=...)`. Called by `processing`,
+`executor.routing` and `guards.lease.renewal`, in the thread that noticed.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class Alert:
         what: "parked": kept in the failure store until a person decides. "overrun": runs longer than its `max_run`.
         group: The consumer group.
         handler: The handler's name.
-        key: The business key, or the message id where there is none.
+        key: The business key, or the message id if there is none.
         reason: A sentence.
     """
 
@@ -48,7 +48,7 @@ def check_hook(hook: Hook) -> None:
     """Refuse a hook that would do nothing.
 
     Raises:
-        ConfigurationError: It is no function, or an async one: it is called in whichever thread noticed, where no loop may be.
+        ConfigurationError: It is no function, or an async one: the hook is called in any thread, which may have no loop.
     """
     called: object = hook
     while isinstance(called, partial):
@@ -63,7 +63,7 @@ def check_hook(hook: Hook) -> None:
 
 
 def raise_alert(hook: Hook | None, alert: Alert) -> None:
-    """Log an alert and call the application's hook; what the hook raises is logged, and changes nothing."""
+    """Log an alert and call the application's hook. What the hook raises is logged, and changes nothing."""
     reason = escaped(alert.reason, 400)
     if alert.what == "parked":
         reason = f"{reason} (kept whole; look: exactly-once failures list --group {quote(alert.group)})"

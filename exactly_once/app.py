@@ -1,7 +1,7 @@
-"""The facade: handlers are registered here, databases are named here, and the three doors open here.
+"""The facade: handlers are registered here, databases are named here, and the three entry points are here.
 
-Making one connects to nothing and reads no settings; the first message, claim or worker does. Objects share nothing, so a
-program may have several. What the doors do stands in other rooms: claims in `guards`, a delivery's story in `processor`,
+Making an object connects to nothing and reads no settings; the first message, claim or worker does. Objects share nothing, so a
+program may have several. The work is done in other modules: claims in `guards`, one delivery in `processing.processor`,
 receiving in `worker`.
 """
 
@@ -25,7 +25,7 @@ from exactly_once.keys import check_name
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome
 
-# what runs messages is imported when the first one comes: a program that only sends should not wait for it
+# What runs messages is imported when the first message comes: a program that only sends should not wait for it.
 if TYPE_CHECKING:
     from exactly_once.alert import Hook
     from exactly_once.configuration.config import Config
@@ -67,21 +67,21 @@ class ExactlyOnce(Registrations):
     """Runs SQLAlchemy handlers so that each message takes effect exactly once in the database.
 
     Args:
-        database: A URL, an Engine, a sessionmaker, a scoped_session, or several of these by name: `{"eu": ..., "us": ...}`,
-            whose first is the default and keeps what cannot be routed. None: from EXACTLY_ONCE_DATABASE or the settings file.
+        database: A URL, an Engine, a sessionmaker, a scoped_session, or several of these by name: `{"eu": ..., "us": ...}`.
+            The first is the default, and keeps what cannot be routed. None: from EXACTLY_ONCE_DATABASE or the settings file.
         async_database: An AsyncEngine or async_sessionmaker for async handlers; None derives it from `database`.
-        redis: The URL of a Redis, for locks and for leases kept there. None: from EXACTLY_ONCE_REDIS or the settings file.
-        group: The consumer group: one part of every claim's identity. None: from EXACTLY_ONCE_GROUP or the settings file.
+        redis: The URL of a Redis, for locks and for leases in Redis. None: from EXACTLY_ONCE_REDIS or the settings file.
+        group: The consumer group, a part of every claim's identity. None: from EXACTLY_ONCE_GROUP or the settings file.
         imports: Modules that register handlers, imported before the first message.
-        schema: The database schema that holds our tables.
-        pooler: True: a pooler of transactions stands before PostgreSQL, also where none is seen. PgBouncer is seen. None: from
+        schema: The database schema of our tables.
+        pooler: True: there is a transaction pooler before PostgreSQL, even if we detect none. We detect PgBouncer. None: from
             EXACTLY_ONCE_POOLER or the settings file.
-        may_lose_commits: True leaves `synchronous_commit = off` (PostgreSQL) and `synchronous = OFF` (SQLite) as they are: when
-            that server or machine stops, the last messages that were acknowledged are lost, claims and effects together.
-        route: With several databases, names the one a message belongs to. All rows of one business key belong in one.
-        enforce: False writes claims and counts duplicates but runs them all the same: to look before you trust.
-        alert: Called with an `Alert` when a message is kept for a person, or a run goes on for longer than its `max_run`;
-            in the thread that noticed, so it must not take long. A plain function; what it raises is logged.
+        may_lose_commits: True leaves `synchronous_commit = off` (PostgreSQL) and `synchronous = OFF` (SQLite) unchanged. Then, if
+            that server or machine stops, the last acknowledged messages are lost, claims and effects together.
+        route: With several databases, returns the name of a message's database. All rows of one business key belong in one.
+        enforce: False writes claims and counts duplicates, but runs them all the same: for a trial before you trust it.
+        alert: Called with an `Alert` when a message is kept for a person, or a run takes longer than its `max_run`.
+            It is called in the thread that noticed, so it must not take long. A plain function; what it raises is logged.
 
     Example:
         >>> eo = ExactlyOnce("sqlite:///orders.db", group="inventory")
@@ -129,13 +129,13 @@ class ExactlyOnce(Registrations):
             forked_engines.given(each)
 
     def __reduce__(self) -> NoReturn:
-        # else pickle names a lock or a function inside of it
+        # Else pickle's error would name a lock or a function inside it.
         raise TypeError(
             "An ExactlyOnce is not pickled or copied: import it in the other process, from the module that makes it."
         )
 
     def _registered(self) -> None:
-        self._store_binding.router = None  # made anew with the new handler
+        self._store_binding.router = None  # made again with the new handler
 
     def bind(self, database: Any, *, async_database: Any = None) -> None:
         """Say where the claims are, before first use.
@@ -145,7 +145,7 @@ class ExactlyOnce(Registrations):
             async_database: As for the constructor.
 
         Raises:
-            ConfigurationError: Messages were handled already through another database.
+            ConfigurationError: Messages were already handled through another database.
         """
         if self._store_binding.router is not None:
             raise ConfigurationError(
@@ -156,7 +156,7 @@ class ExactlyOnce(Registrations):
         for each in (database, async_database):
             forked_engines.given(each)
 
-    # -- door 1: a claim in a transaction of the caller's --------------------------------------------------------------
+    # -- entry point 1: a claim in a transaction of the caller's --------------------------------------------------------------
 
     def claim(
         self,
@@ -167,22 +167,23 @@ class ExactlyOnce(Registrations):
         payload: bytes | None = None,
         claim_wait: timedelta = timedelta(seconds=2),
     ) -> bool:
-        """Claim a key in the transaction you have: True the first time, False when it was done before.
+        """Claim a key in the transaction you have: True the first time, False if it was done before.
 
         In a handler of that name it is True each time for its own message, which the handler has claimed already.
 
-        Acknowledge the message only after your commit. A claim that nobody commits is rolled back with its work; of a Session
-        that is closed so, a WARNING of `exactly_once.claim` says it. It raises `Misuse` where it would not keep the claim,
-        because an error that ended the transaction was caught. Not seen is a procedure, DDL or a call on the driver that ends
-        it in the midst.
+        Acknowledge the message only after your commit. A claim that is not committed is rolled back with its work. If a Session
+        is closed like that, a WARNING of `exactly_once.claim` says so. If an error ended the transaction and was
+        caught, so that the claim
+        would not be kept, this raises `Misuse`. It does not notice a procedure, DDL or a call on the driver that ends the
+        transaction before your commit.
         With an AsyncSession: `await session.run_sync(eo.claim, "reserve_stock", order.no)`.
 
         Args:
-            session: Begun or not; the claim is part of its transaction. Earlier work in it survives a refusal. Of a
-                `scoped_session` (Flask-SQLAlchemy's `db.session`) it is the one of this thread or request.
+            session: Begun or not; the claim is part of its transaction. Earlier work in it survives a refusal. For a
+                `scoped_session` (Flask-SQLAlchemy's `db.session`), the session of this thread or request is used.
             handler: What the claim is for; with the group and the key it is the identity.
             key: The business key, or a tuple of parts.
-            payload: The message's body, to be told of another payload under a known key.
+            payload: The message's body, to detect another payload under a known key.
             claim_wait: The longest to wait for another transaction that holds the key; whole seconds on MySQL/MariaDB.
 
         Returns:
@@ -192,7 +193,7 @@ class ExactlyOnce(Registrations):
             InProgress: Another transaction holds the key and may still fail: do not acknowledge.
             PayloadConflict: The key was consumed with another payload.
             BadKey: The key is empty, too long, or neither text, a whole number nor a UUID.
-            Misuse: The transaction of an earlier claim was thrown away by the database, and the error caught: roll back.
+            Misuse: The database rolled back the transaction of an earlier claim, and the error was caught: roll back.
 
         Example:
             with Session(engine) as session, session.begin():
@@ -214,25 +215,26 @@ class ExactlyOnce(Registrations):
             error.asked_by_handler = True
             raise
 
-    # -- door 2: one message in a loop of the caller's -----------------------------------------------------------------
+    # -- entry point 2: one message in a loop of the caller's -----------------------------------------------------------------
 
     def process(self, message: Message) -> Outcome:
-        """Run a message through its handlers, in this thread; acknowledge it if the outcome says so.
+        """Run a message through its handlers in this thread. Acknowledge it if the outcome says so.
 
-        Never raises for what is wrong with a message, a handler or the database: the outcome says it. Failures are
-        recorded; bringing the message again is the caller's loop's part.
+        Never raises for a fault of a message, a handler or the database: the outcome says it. Failures are
+        recorded; the caller's loop redelivers the message.
 
         Args:
             message: As `Message.from_rocketmq(m)` and the like make it.
 
         Returns:
-            What became of it; `outcome.acknowledge` is all a loop has to ask. An outcome itself is neither true nor false.
+            What became of it; `outcome.acknowledge` is all that a loop has to check. An outcome itself is neither true nor false.
 
         Raises:
             ConfigurationError: Nothing can run yet: no group, no tables, no handlers, no such module to import; or a handler
                 is async.
-            BaseException: What a handler raised that is no `Exception`, as gevent's Timeout: raised on when it is recorded, as
-                long as the message is to come again. KeyboardInterrupt, SystemExit and their like are raised on and not recorded.
+            BaseException: An exception of a handler that is no `Exception`, such as gevent's Timeout. It is
+            recorded, and raised as
+                long as the message is to come again. KeyboardInterrupt, SystemExit and the like are raised and not recorded.
 
         Example:
             return SUCCESS if eo.process(Message.from_rocketmq(m)).acknowledge else LATER
@@ -247,7 +249,7 @@ class ExactlyOnce(Registrations):
         return router.run(found, message)
 
     async def aprocess(self, message: Message) -> Outcome:
-        """The same in an event loop: async handlers run in it, sync ones in a thread beside it.
+        """The same in an event loop: async handlers run in the loop, sync handlers in a thread.
 
         Example:
             outcome = await eo.aprocess(Message.from_kafka(m))
@@ -255,7 +257,7 @@ class ExactlyOnce(Registrations):
         router = self._router
         return await router.arun(router.matching(_checked(message)), message)
 
-    # -- door 3: the worker --------------------------------------------------------------------------------------------
+    # -- entry point 3: the worker --------------------------------------------------------------------------------------------
 
     def worker(
         self,
@@ -266,17 +268,19 @@ class ExactlyOnce(Registrations):
         patience: timedelta | None = None,
         background: bool = False,
     ) -> "WorkerService":
-        """Return a worker over a broker, to be used with `with` or `async with`.
+        """Return a worker over a broker, used with `with` or `async with`.
 
         Args:
             url: The transport, such as `rocketmq://127.0.0.1:8081` or `sql://`. None: from EXACTLY_ONCE_TRANSPORT.
             concurrency: How many messages run at once. None: from the settings, else 16.
             drain_timeout: How long stopping lets running messages finish. None: from the settings, else 25 s.
             patience: How long the start waits for a database or broker that does not answer. None: five minutes, and in the
-                background as long as it takes.
-            background: `with` and `async with` go on at once, and the worker starts beside: for the lifespan of an API, which
-                serves while the worker's database or broker is away. What keeps it from starting is logged, and `unready()`
-                says so.
+                background without limit.
+            background: `with` and `async with` go on at once, and the worker starts in the background. For the lifespan
+            of an API that
+                serves while the worker's database or broker is away. What keeps the worker from starting
+                is logged, and `unready()`
+                returns it.
 
         Example:
             with eo.worker("memory://test") as worker:
@@ -299,7 +303,7 @@ class ExactlyOnce(Registrations):
         )
 
     def run(self, url: str | None = None, *, concurrency: int | None = None) -> int:
-        """Run a worker until SIGTERM or SIGINT; returns 0, or 1 if messages were given back unfinished.
+        """Run a worker until SIGTERM or SIGINT. Returns 0, or 1 if messages were given back unfinished.
 
         Example:
             if __name__ == "__main__":
@@ -311,7 +315,7 @@ class ExactlyOnce(Registrations):
         return run_until_signal(serving, start=serving.start)
 
     def producer(self, url: str | None = None) -> "Producer":
-        """Return a producer to a broker, to be used with `with`.
+        """Return a producer to a broker, used with `with`.
 
         Args:
             url: The transport. None: from EXACTLY_ONCE_TRANSPORT.
@@ -327,7 +331,7 @@ class ExactlyOnce(Registrations):
         return Producer(transport.producer(), redacted(url or self._transport_url()))
 
     def executor(self, concurrency: int) -> "Executor":
-        """Return what runs deliveries without a worker around it; for the command line. Stop it after use."""
+        """Return an executor, which runs deliveries without a worker; for the command line. Stop it after use."""
         router = self._router
         router.require_handlers()
         return Executor(router.find, router.plans, threads=concurrency)
@@ -342,19 +346,19 @@ class ExactlyOnce(Registrations):
         wait: timedelta = timedelta(seconds=10),
         store: str | None = None,
     ) -> "RedisLock":
-        """Return a lock in Redis, to be used with `with` or `async with`: for work that only must not overlap.
+        """Return a lock in Redis, used with `with` or `async with`: for work that only must not overlap.
 
-        It remembers nothing of what was done, and it does not fence: a process that stands still for longer than `expires`
-        overlaps with the next. What must happen once is claimed instead.
+        It records nothing of what was done, and it does not fence: a process that stands still for longer than `expires`
+        overlaps with the next holder. For work that must happen once, use a claim.
 
         Args:
-            key: What is locked: a text, whole number or UUID, or a tuple of these. Other groups' locks are others.
+            key: What is locked: a text, whole number or UUID, or a tuple of these. Locks of other groups are different locks.
             expires: The longest it is held; it is not prolonged.
             wait: How long to wait for a lock that another holds.
             store: The URL of the Redis. None: from EXACTLY_ONCE_REDIS.
 
         Raises:
-            InProgress: On entering: another held it all that time.
+            InProgress: On entering: another holder had it all that time.
             StoreUnavailable: On entering: Redis does not answer.
 
         Example:
@@ -372,7 +376,7 @@ class ExactlyOnce(Registrations):
         return RedisConnections()
 
     def redis_at(self, url: str | None = None) -> "RedisConnection":
-        """Return the connection to this Redis, or that of the settings; each is made once, and opens nothing yet."""
+        """Return the connection for this Redis, or for that of the settings. Each is made once, and opens nothing yet."""
         named = url or self.config.redis.value
         if not named:
             raise ConfigurationError(
@@ -381,7 +385,7 @@ class ExactlyOnce(Registrations):
             )
         return self._redis_connections.at(named)
 
-    # -- what holds ----------------------------------------------------------------------------------------------------
+    # -- what applies ---------------------------------------------------------------------------------------------------------
 
     @cached_property
     def group(self) -> str:
@@ -402,18 +406,21 @@ class ExactlyOnce(Registrations):
 
     @cached_property
     def config(self) -> "Config":
-        """The settings that hold: environment over file over what the code says. Read once, at first use."""
+        """The settings that apply: environment over file over code. Read once, at first use."""
         from exactly_once.configuration.config import load
 
         return load(code=self._said)
 
     @property
     def plans(self) -> tuple[Plan, ...]:
-        """The handlers as they will run: what the code says, with the settings file's changes; imports what must be."""
+        """The handlers as they will run: the code's options with the settings file's changes.
+
+        Imports the modules of `imports=`.
+        """
         return self._router.plans
 
     def subscriptions(self) -> "Sequence[Subscription]":
-        """What the group wants of the broker: per topic the union of its handlers' tags."""
+        """What the group subscribes to: for each topic the union of its handlers' tags."""
         return self._router.subscriptions()
 
     @property
@@ -423,7 +430,7 @@ class ExactlyOnce(Registrations):
 
     @property
     def _router(self) -> "Router":
-        """Made at first use and fixed then."""
+        """Made at first use, and fixed after that."""
         binding = self._store_binding
         if binding.router is None:
             from exactly_once.executor.routing import Router
@@ -444,7 +451,7 @@ class ExactlyOnce(Registrations):
 
     @property
     def leases(self) -> "LeaseStores":
-        """Where the leases of handlers are; for the command line."""
+        """The stores of the handlers' leases; for the command line."""
         binding = self._store_binding
         if binding.leases is None:
             from exactly_once.guards.lease.stores import LeaseStores
@@ -483,7 +490,7 @@ class ExactlyOnce(Registrations):
             if len(several) > 1 and self._route is None:
                 raise ConfigurationError("Several databases need route=: a function that names the one of a message.")
             others = async_database if isinstance(async_database, Mapping) else {_DEFAULT: async_database}
-            # a handler holds one connection, recording a failure and the pump another for a moment
+            # A handler holds one connection; recording a failure and the pump need another for a moment.
             config = self.config
             size = config.concurrency.value + 4
             binding.stores = {
@@ -510,7 +517,7 @@ class ExactlyOnce(Registrations):
         return url
 
     def transport(self, url: str | None = None) -> "Transport":
-        """Return the transport a URL names, or the settings do; opens nothing."""
+        """Return the transport that a URL, or the settings, name. Opens nothing."""
         from exactly_once.transports.contract import Surroundings
         from exactly_once.transports.registry import transport_from
 
@@ -536,7 +543,7 @@ def _import(module: str, source: str) -> None:
         import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module is there, and imports one that is not
+            raise  # the module exists, and imports one that does not
         raise ConfigurationError(
             f"There is no module {error.name!r}, which imports= names as {module!r} (from {source}). Is its folder on"
             " PYTHONPATH, and the name that of a module and no file?"

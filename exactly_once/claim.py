@@ -1,4 +1,4 @@
-"""The words of a claim, for every store: what is claimed, and what stands under a key. Data only; imports nothing of ours."""
+"""The data of a claim, for every store: what is claimed, and what exists under a key. Imports nothing of ours."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -23,7 +23,7 @@ class ClaimRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ExistingClaim:
-    """A row that stands under the key already."""
+    """A row that already exists under the key."""
 
     status: int
     fingerprint: bytes
@@ -32,34 +32,34 @@ class ExistingClaim:
 
 @dataclass(frozen=True, slots=True)
 class StepRow:
-    """One step of a lease-guarded message, as it is recorded."""
+    """One recorded step of a message under a lease."""
 
     name: str
     ordinal: int
-    """0, 1, 2 in the order they ran."""
+    """0, 1, 2 in the order in which they ran."""
     finished: bool
-    """False: begun, and nobody knows whether it happened."""
+    """False: begun, and we do not know whether it happened."""
     result: bytes | None
     """JSON, once it is finished."""
     attempt: int = 1
-    """The claim under which it ran."""
+    """The number of the claim under which it ran."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseAnswer:
-    """What stands under a key after a lease was asked for."""
+    """What exists under a key after a lease was asked for."""
 
     won: bool
     """It is leased under our token."""
     consumed: bool
-    """Nobody is to run it: consumed, or `unfinished`."""
+    """No attempt may run it: consumed, or `unfinished`."""
     fingerprint: bytes
     attempt: int
-    """Which claim of this message the standing one is, from 1."""
+    """The number of this message's present claim, from 1."""
     remaining: timedelta | None = None
-    """How long the standing lease goes on by the server's clock; None where nobody has one."""
+    """How long the present lease goes on by the server's clock; None if there is none."""
     steps: tuple[StepRow, ...] = ()
     unfinished: str | None = None
-    """The owner of a claim that was written in a transaction, and committed by something else than its attempt."""
+    """The owner of a claim that was written in a transaction which something other than its attempt committed."""
     settled: bool = False
-    """Consumed by a run that finished, or by a person; not kept for one."""
+    """Consumed by a run that finished, or by a person; not kept for a person."""

@@ -1,11 +1,11 @@
-"""Every exception a user can meet, as one tree. Messages are sentences that say what to do next.
+"""Every exception a user can meet, as one tree. The messages are sentences that say what to do next.
 
 ExactlyOnceError
 |- ConfigurationError         the program or its settings are wrong; nothing was started
 |  |- SchemaError             our tables are missing or old
 |  |- MissingExtra            an optional package is not installed
 |  |- RefusedResult           a handler returned an answer, which nobody reads
-|  `- ForkedProcess           what is used belongs to the process that this one was forked off
+|  `- ForkedProcess           what is used belongs to the parent of this forked process
 |- InProgress                 another run holds the key
 |- PayloadConflict            the key is known with another payload
 |- BadKey                     the message has no usable business key
@@ -59,7 +59,7 @@ class ConfigurationError(ExactlyOnceError):
     """The program, its settings or a server is wrong; nothing was started."""
 
     store: str | None = None
-    """The database's name, where a claim has found it out: its messages are held until that is mended."""
+    """The database's name, if a claim found the error: the messages of that database are held until it is repaired."""
 
 
 class SchemaError(ConfigurationError):
@@ -79,16 +79,16 @@ class MissingExtra(ConfigurationError):
 class RefusedResult(ConfigurationError):
     """A handler returned an answer (a bool, a number, text, a member of an Enum), which nobody reads.
 
-    The handler is wrong and not the message: nothing was committed, counted, kept or acknowledged.
+    The handler is wrong, not the message: nothing was committed, counted, kept or acknowledged.
     """
 
 
-class ForkedProcess(ConfigurationError, DontWrapMixin):  # out of a statement it comes as it is
-    """This process was forked, and what is used belongs to the process that it was forked off; nothing was done to it."""
+class ForkedProcess(ConfigurationError, DontWrapMixin):  # raised inside a statement, it is not wrapped by SQLAlchemy
+    """This process was forked, and what is used belongs to its parent; nothing was done to it."""
 
 
 class InProgress(ExactlyOnceError):
-    """Another run holds this key right now and may still fail: do not acknowledge, ask again later."""
+    """Another run holds this key right now and may still fail: do not acknowledge; ask again later."""
 
 
 class PayloadConflict(ExactlyOnceError):
@@ -100,25 +100,25 @@ class BadKey(ExactlyOnceError):
 
 
 class BadBody(ExactlyOnceError):
-    """The message's body cannot be decoded into what the handler asks for."""
+    """The message's body cannot be decoded to the type that the handler asks for."""
 
 
 class Misuse(ExactlyOnceError):
     """A handler committed, rolled back, left or began the transaction it was given."""
 
     at_each_run = False
-    """The handler's code does so in each run, whatever the message: no retry mends it."""
+    """The handler's code does so in each run, whatever the message: no retry repairs it."""
 
     place = ""
-    """The line that did it, where it was seen there and is raised elsewhere; as `place_of` tells one."""
+    """The line that did it, in the form of `place_of`, if it was noticed there and is raised elsewhere."""
 
 
 class LeaseLost(ExactlyOnceError):
-    """Another run has taken this message over: nothing this one does from here on counts or is recorded."""
+    """Another run has taken this message over: nothing that this run does from here on counts or is recorded."""
 
 
 class StepError(ExactlyOnceError):
-    """A step cannot go on by itself, and guessing would repeat it or leave it out: the message is kept for a person.
+    """A step cannot go on by itself, and a guess would repeat it or leave it out: the message is kept for a person.
 
     Args:
         text: What happened and what to type.
@@ -135,17 +135,17 @@ class StoreUnavailable(ExactlyOnceError):
 
     Args:
         text: What does not answer, and what to do.
-        store: Its name, without passwords, where it is not the database of the message.
+        store: Its name, without passwords, if it is not the database of the message.
     """
 
     asked_by_handler = False
-    """What the handler asked itself, with `eo.claim` or `eo.lock`, does not answer; that says nothing of its message's store."""
+    """A store that the handler itself asked, with `eo.claim` or `eo.lock`, does not answer. The message's store may be well."""
 
     by_application = False
-    """Code of the application's raised as a connection was made or taken (`creator=`, a listener): no word of the server."""
+    """Code of the application raised while a connection was made or checked out (`creator=`, a listener), not the server."""
 
     claim: "ClaimRow | None" = None
-    """The claim of nobody's that the table refused, where it refuses every claim: it is tried again before messages are."""
+    """The test claim that the table refused, if it refuses every claim. It is tried again before any message is."""
 
     def __init__(self, text: str, *, store: str | None = None) -> None:
         super().__init__(text)
@@ -171,23 +171,23 @@ class Reject(ExactlyOnceError):
         reason: Why; stored with the message and shown by `exactly-once failures list`.
     """
 
-    # a default, for `raise Reject` would else be a TypeError, which is retried
+    # A default: without it `raise Reject` would be a TypeError, which is retried.
     def __init__(self, reason: str = "rejected by the handler, which gave no reason") -> None:
         super().__init__(reason)
         self.reason = reason
 
 
 class RetryLater(ExactlyOnceError):
-    """Raise it in a handler to be asked again after `delay`; counted as an attempt.
+    """Raise it in a handler to get the message again after `delay`; counted as an attempt.
 
     Args:
-        delay: How long from now, at least; at most a hundred years. None: what the handler's `retry=` says.
+        delay: How long from now, at least; at most a hundred years. None: as the handler's `retry=` says.
 
     Raises:
         TypeError: `delay` is no timedelta. In a handler that is a failure like any other: counted, and retried.
     """
 
-    delay: timedelta | None = None  # also of a subclass that does not call `__init__`
+    delay: timedelta | None = None  # also for a subclass that does not call `__init__`
 
     def __init__(self, delay: timedelta | None = None) -> None:
         if delay is not None and not isinstance(delay, timedelta):

@@ -1,9 +1,10 @@
-"""What happens in a process that was forked: whatever owns connections, clients, threads or locks lets go of the parent's.
+"""What happens in a forked process: each owner of connections, clients, threads or locks lets go of the parent's.
 
-Python copies them into the child, and the other end still belongs to the parent: two processes on one socket take each other's
-answers, a lock that another thread held is held for ever, and the threads are not there at all. An owner is told in the
-child, before anything else runs there, and begins anew. It is told, never asked: nothing is sent and nothing is waited
-for. Owners are known by weak references, so this keeps none of them alive. `engines` is the owner of SQLAlchemy's pools.
+Python copies these into the child, and the other end still belongs to the parent: two processes on one socket take each other's
+answers, a lock that another thread held is held for ever, and the threads do not exist in the child. So an owner is told in the
+child, before anything else runs there, and begins anew. Telling it sends nothing and waits for
+nothing. Owners are kept as weak references, so this keeps none of them alive.
+`database.connections.forked` owns SQLAlchemy's pools.
 """
 
 import ctypes
@@ -20,37 +21,39 @@ _log = steady("exactly_once.fork")
 
 
 class Owner(Protocol):
-    """What owns something that a child must not use."""
+    """Owns something that a child must not use."""
 
     def forked(self) -> None:
-        """In a process just forked: let go of what is the parent's. Sends nothing, waits for nothing."""
+        """Runs in a forked child: let go of what belongs to the parent. Sends nothing, waits for nothing."""
 
 
 here: object = object()
-"""This process: another object in each child. Kept by what belongs to one process, and compared by `is`."""
+"""Stands for this process: a different object in each child. Kept by objects of one process, and compared by `is`."""
 
 _owners: Final[set["ref[Any]"]] = set()
 
 
 def tell(owner: Owner) -> None:
-    """Call `owner.forked()` in every process forked off this one, as long as the owner lives; `owner.forking()` before, in
-    this one, where it has that."""
+    """Call `owner.forked()` in every process forked from this one, as long as the owner lives.
+
+    Before the fork call `owner.forking()` in this process, if it has that method.
+    """
     _owners.add(ref(owner, _owners.discard))
 
 
 def forget(owner: Owner) -> None:
-    """Tell this one no more."""
+    """Stop telling this owner."""
     _owners.discard(ref(owner))
 
 
 def pin(thing: object) -> None:
-    """Keep an object of the parent's for ever, the exit of the interpreter included: what its end would send or unlock is
-    the parent's business."""
+    """Keep an object of the parent for ever, also during the interpreter's exit: its end would send or unlock something
+    that belongs to the parent."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def inside() -> ForkedProcess:
-    """Return the error of a child that was forked inside a handler, or inside any transaction with a claim."""
+    """Return the error for a child that was forked inside a handler, or inside any transaction with a claim."""
     return ForkedProcess(
         "This process was forked while a handler ran, or a transaction with a claim was open. Transaction, connection and"
         " message belong to the process it was forked off: here nothing was sent, committed, recorded or acknowledged, and"
@@ -72,7 +75,7 @@ def _each(verb: str) -> None:
             continue
         try:
             told()
-        except Exception as error:  # the others must be told all the same
+        except Exception as error:  # the other owners must be told all the same
             _log.error("An owner could not be told of a fork (%s); going on.", type(error).__name__)
 
 
@@ -86,5 +89,5 @@ def _forked() -> None:
     _each("forked")
 
 
-if hasattr(os, "register_at_fork"):  # where there is no fork there is nothing to do
+if hasattr(os, "register_at_fork"):  # without fork there is nothing to do
     os.register_at_fork(before=_forking, after_in_child=_forked)

@@ -1,9 +1,9 @@
-"""Business keys: what may be one, and where in a message it stands.
+"""Business keys: what may be a key, and where it is in a message.
 
-`check_key` and `canonical` say what a key is; the parts (`path`, `tag`, `message_key`, `property`, `call`) say where to
-find it; `extractor` decides once, when a handler is decorated, how to read it from every message. Nothing here opens,
-waits or logs, and nothing decides what happens to a message without a key: a `BadKey` is raised, with its sentence.
-Called by the handler's plan, and by `claim` for a key the caller already holds.
+`check_key` and `canonical` say what a key is. The parts (`path`, `tag`, `message_key`, `property`, `call`) say where to
+find it. `extractor` decides once, when a handler is decorated, how to read it from every message. Nothing here opens,
+waits or logs, and nothing decides what happens to a message without a key: it raises `BadKey` with a sentence.
+Called by the handler's plan, and by `eo.claim` for a key that the caller already has.
 
 A key is compared byte by byte on every server: case, accents, trailing spaces count, and it is never cut to fit.
 """
@@ -42,17 +42,17 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """A member of the JSON body; `steps` are member names, and numbers for places in lists."""
+    """A member of the JSON body; `steps` are member names, and numbers for indexes in lists."""
 
     text: str
     steps: tuple[str, ...]
 
     def find(self, parsed: object) -> object:
-        """Return what stands there, or `MISSING`."""
+        """Return the value there, or `MISSING`."""
         return walk(parsed, self.steps)
 
     def read(self, message: Message, parsed: object) -> object:
-        """Return what stands there.
+        """Return the value there.
 
         Raises:
             BadKey: The body has no such member.
@@ -110,14 +110,14 @@ class _Call:
 
 
 def _takes_it_for_the_body(error: BaseException, message: Message) -> bool:
-    """Say whether a function wanted of the Message what only its body can have.
+    """Say whether a function used the Message as if it were its body.
 
-    The message is parked all the same, for a branch of the function that few messages reach must not hold all others. It is
-    whole in the failure store, and `requeue` runs it when the function is mended.
+    The message is parked all the same: a branch of the function that few messages reach must not hold all others. It is
+    whole in the failure store, and a requeue runs it when the function is repaired.
     """
     if isinstance(error, AttributeError):
         return error.obj is message
-    # Python's own words, which no setting translates: of `message["order_no"]` there is nothing else to know it by
+    # Python's own text, which is never translated: for `message["order_no"]` nothing else identifies the error.
     return type(error) is TypeError and "'Message' object is not subscriptable" in str(error)
 
 
@@ -145,7 +145,7 @@ _TOO_LONG: Final = 10**KEY_BYTES
 
 
 def walk(value: Any, steps: Sequence[str]) -> Any:
-    """Follow `steps` into parsed JSON; `MISSING` where they lead nowhere."""
+    """Follow `steps` into parsed JSON; `MISSING` if they lead nowhere."""
     for step in steps:
         if isinstance(value, dict):
             value = value.get(step, MISSING)
@@ -158,10 +158,10 @@ def walk(value: Any, steps: Sequence[str]) -> Any:
 
 
 def path(text: str) -> Path:
-    """Name a member of the JSON body by its dotted path, as a plain string does.
+    """Name a member of the JSON body by its dotted path; a plain string does the same.
 
     Args:
-        text: Names as they stand in the JSON, joined by dots; places in lists are numbers: `"lines.0.sku"`.
+        text: Names as in the JSON, joined by dots; indexes in lists are numbers: `"lines.0.sku"`.
 
     Raises:
         ConfigurationError: The path is empty or has an empty step.
@@ -183,12 +183,12 @@ def path(text: str) -> Path:
 
 
 def tag() -> KeyPart:
-    """The message's tag, as a part of the key: one event of several on the same thing."""
+    """The message's tag, as a part of the key: one of several events about the same thing."""
     return _Tag()
 
 
 def message_key() -> KeyPart:
-    """The broker's message key; right where the producer sets it to what names the event."""
+    """The broker's message key; right if the producer sets it to a name of the event."""
     return _MessageKey()
 
 
@@ -204,7 +204,7 @@ def property(name: str) -> KeyPart:  # noqa: A001  (read as keys.property("name"
 
 
 def call(function: Callable[[Message], str | int | UUID]) -> KeyPart:
-    """What a function makes of the message; it must be pure, for a redelivery asks it again.
+    """The result of a function of the message. It must be pure, because a redelivery calls it again.
 
     Example:
         >>> extractor(call(lambda m: m.topic)).of(Message("orders", b""), None)
@@ -214,7 +214,7 @@ def call(function: Callable[[Message], str | int | UUID]) -> KeyPart:
         raise ConfigurationError(f"keys.call() wants a function of one Message, not {function!r}")
     try:
         takes = signature(function)
-    except (TypeError, ValueError):  # of a callable written in C, which may not tell
+    except (TypeError, ValueError):  # a callable written in C may have no signature
         return _Call(function)
     try:
         takes.bind(None)
@@ -237,17 +237,17 @@ def check_key(value: object) -> str:
         At least one and at most 255 bytes of UTF-8.
 
     Raises:
-        BadKey: Anything else. PostgreSQL cannot store NUL and no server lone surrogates; a longer key would have to be
+        BadKey: Anything else. PostgreSQL cannot store NUL, and no server can store lone surrogates; a longer key would have to be
             cut, and two keys would become one.
     """
-    if type(value) is str and value.isascii():  # nearly every key there is
+    if type(value) is str and value.isascii():  # nearly every key
         if 0 < len(value) <= KEY_BYTES and "\0" not in value:
             return value
     elif isinstance(value, int) and not isinstance(value, bool):
-        if abs(value) >= _TOO_LONG:  # before it is made text: Python refuses numbers of over 4,300 digits
+        if abs(value) >= _TOO_LONG:  # before it becomes text: Python refuses numbers of over 4,300 digits
             raise BadKey(f"the business key is a number of more than {KEY_BYTES} digits, and it is never cut")
         return check_key(int.__repr__(value))
-    elif isinstance(value, UUID):  # of the caller's own code: JSON has none
+    elif isinstance(value, UUID):  # from the caller's own code: JSON has none
         return UUID.__str__(value)
     if not isinstance(value, str):
         raise BadKey(
@@ -275,7 +275,7 @@ def check_key(value: object) -> str:
 
 
 def canonical(parts: Sequence[object]) -> str:
-    """Return one key for one or several parts: one part is itself, several are their compact JSON array of texts.
+    """Return one key for one or several parts: one part is the key itself; several become a compact JSON array of texts.
 
     Raises:
         BadKey: A part is not usable, or the whole is over 255 bytes.
@@ -296,11 +296,11 @@ def check_name(value: object, limit_bytes: int, what: str) -> str:
 
     Args:
         value: The name.
-        limit_bytes: The most bytes of UTF-8 its column holds.
+        limit_bytes: The size of its column in bytes of UTF-8.
         what: "group" or "handler", for the error.
 
     Raises:
-        ConfigurationError: It is not a text, empty, too long, or has characters a server cannot store.
+        ConfigurationError: It is not a text, empty, too long, or has characters that a server cannot store.
     """
     if not isinstance(value, str) or not value:
         raise ConfigurationError(f"the {what}'s name must be a text of at least one character, not {value!r}")
@@ -328,18 +328,18 @@ class KeyRule:
     has_tag: bool
     """A part is the tag."""
     opaque: bool
-    """A part is a function, which may look at anything, the tag too."""
+    """A part is a function, which may use anything, the tag too."""
     needs_json: bool
-    """A part stands in the JSON body."""
+    """A part is in the JSON body."""
 
 
 def extractor(key: KeySpec, option: str = "key") -> KeyRule:
     """Decide how a handler's key is read.
 
     Args:
-        key: One part or a list or tuple of parts: a text is a dotted path into the JSON body, the rest are what `path`,
+        key: One part or a list or tuple of parts: a text is a dotted path into the JSON body; the others are what `path`,
             `tag`, `message_key`, `property` and `call` return. A plain function is taken as `call(function)`.
-        option: What it was given as, for the error.
+        option: The name of the option, for the error.
 
     Raises:
         ConfigurationError: A part is none of these.
@@ -364,7 +364,7 @@ def extractor(key: KeySpec, option: str = "key") -> KeyRule:
 
 
 def is_former(rule: KeyRule, key: str) -> bool:
-    """Say whether a key is spelled as only the release before spells it: several keys in another order, or bytes replaced.
+    """Say whether a key is spelled as only the previous release spells it: several keys in another order, or bytes replaced.
 
     Example:
         >>> is_former(extractor(message_key()), "order-7 buyer-3"), is_former(extractor("no"), "order-7 buyer-3")
@@ -406,7 +406,7 @@ def _reader(parts: tuple[KeyPart, ...]) -> Callable[[Message, object], str]:
         (name,) = part.steps
 
         def of_a_member(message: Message, parsed: object) -> str:
-            if type(parsed) is dict and name in parsed:  # what nearly every message is
+            if type(parsed) is dict and name in parsed:  # nearly every message
                 return check_key(parsed[name])
             return check_key(part.read(message, parsed))
 

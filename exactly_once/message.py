@@ -12,9 +12,9 @@ __all__ = ["Message", "with_former"]
 
 
 class _Properties(dict[str, str]):
-    """Properties that nobody changes: what is written down of a message that failed is what came, not what a handler made of it.
+    """Properties that cannot be changed: the record of a failed message contains what came, not what a handler made of it.
 
-    A dict, and no read-only view of one, so that json, pickle and `|` take it.
+    A dict, not a read-only view of one, so that json, pickle and `|` accept it.
     """
 
     __slots__ = ()
@@ -40,25 +40,25 @@ class Message:
 
     Args:
         topic: Where it was, or is to be, published.
-        body: The bytes carried; None is a tombstone (Kafka) or a message without a body.
-        tag: RocketMQ's tag, by which handlers choose.
-        key: The *message key*, the broker's; not the business key, which the handler's `key=` names.
-        ordering_key: Messages of one ordering key are handled in order, where the handler asks for it.
+        body: The message's bytes; None is a tombstone (Kafka) or a message without a body.
+        tag: RocketMQ's tag, by which handlers select messages.
+        key: The broker's *message key*; not the business key, which the handler's `key=` names.
+        ordering_key: Messages of one ordering key are handled in order, if the handler asks for it.
         properties: The user's own string properties (Kafka: headers).
         message_id: The broker's id; new on each resend, so never an identity.
-        born_at: When the producer made it, by the producer's clock, timezone-aware; kept in UTC. One that no database stores
-            (before the year 1000, after 9998) is None.
-        attempt: The delivery count as the broker tells it, from 1.
-        unread: Set by what reads a broker's message, where the body stands here as it came, packed or damaged: the compression's
-            name, or another word for what is wrong. No property, for a sender could set that.
-        former: Set by what reads a broker's message: those fields that the release before spelled otherwise, as it did. What was
-            begun under that spelling ends under it. It goes with the next release.
+        born_at: When the producer made it, by the producer's clock, timezone-aware; kept in UTC. A time that no database stores
+            (before the year 1000, after 9998) becomes None.
+        attempt: The delivery count as reported by the broker, from 1.
+        unread: Set by the code that reads a broker's message, if the body is as it came, packed or damaged: the name of the
+            compression, or another word for what is wrong. Not a property, because a sender could set that.
+        former: Set by the code that reads a broker's message: the fields that the previous release spelled differently, in its
+            spelling. A message that was begun under that spelling ends under it. The field goes with the next release.
 
-    The fields are checked here, where the line to mend is: a message of other types could later be neither stored nor
-    acknowledged. Subclasses of str, bytes and int are kept as the plain value: an Enum of texts as its text.
+    The fields are checked here, at the line that must be repaired: a message with other types could later be neither stored nor
+    acknowledged. Subclasses of str, bytes and int are converted to the plain value: an Enum of texts to its text.
 
     Raises:
-        TypeError: A field is of another type; the sentence names it and says what to write.
+        TypeError: A field has another type; the sentence names it and says what to write.
         ValueError: `born_at` has no time zone; `attempt` is below 1.
 
     Example:
@@ -79,7 +79,7 @@ class Message:
     former: Mapping[str, Any] | None = field(default=None, kw_only=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # once for each message, so in the order of what is likely: each line is one look at a type
+        # Runs once for each message, so likely cases first: each line is one check of a type.
         body, tag, key, ordering_key = self.body, self.tag, self.key, self.ordering_key
         message_id, attempt, born_at, properties = self.message_id, self.attempt, self.born_at, self.properties
         if not (
@@ -105,14 +105,14 @@ class Message:
 
     @classmethod
     def from_rocketmq(cls, received: Any) -> "Message":
-        """Return what a client of `rocketmq-python-client` (RocketMQ 5, gRPC) received, as ours.
+        """Convert a received message of `rocketmq-python-client` (RocketMQ 5, gRPC) to ours.
 
         Args:
-            received: The client's own `Message`, as `SimpleConsumer.receive` or a listener hands it out.
+            received: The client's own `Message`, as `SimpleConsumer.receive` or a listener gets it.
 
         Raises:
             BadBody: The body does not match its checksum, so it is not what the producer sent.
-            TypeError: It is none, or another client's.
+            TypeError: It is no message, or another client's.
 
         Example:
             return SUCCESS if eo.process(Message.from_rocketmq(m)).acknowledge else FAILURE
@@ -128,18 +128,19 @@ class Message:
 
     @classmethod
     def from_rocketmq4(cls, received: Any, *, properties: Iterable[str] = ()) -> "Message":
-        """Return what a callback of `rocketmq-client-python` (remoting protocol) received, as ours; call it inside.
+        """Convert a message that a callback of `rocketmq-client-python` (remoting protocol) received; call
+        this inside the callback.
 
-        The whole body is read, also behind a NUL byte, where the client's own `body` ends. `attempt` is 1 plus the
-        times the message was sent back; a process that died with it in hand is not counted by this client.
+        The whole body is read, also after a NUL byte, where the client's own `body` ends. `attempt` is 1 plus the number of
+        times the message was sent back. This client does not count processes that died with the message in hand.
 
         Args:
             received: The client's own `ReceivedMessage`.
-            properties: Names to look for: this client cannot list properties. Those our producer sent are found anyway.
+            properties: Names to look for: this client cannot list properties. Those that our producer sent are found anyway.
 
         Raises:
             ConfigurationError: This build of librocketmq does not tell how long a body is.
-            TypeError: It is none, or another client's.
+            TypeError: It is no message, or another client's.
 
         Example:
             return SUCCESS if eo.process(Message.from_rocketmq4(m)).acknowledge else LATER
@@ -157,19 +158,20 @@ class Message:
 
     @classmethod
     def from_kafka(cls, received: Any) -> "Message":
-        """Return what a consumer of `confluent-kafka`, `aiokafka` or `kafka-python` received, as ours.
+        """Convert a received record of `confluent-kafka`, `aiokafka` or `kafka-python` to our message.
 
-        Headers become properties; of one that stands several times, the last, and one without a value is an empty text.
-        The ordering key is the record's key, by which Kafka keeps order. A key or a header that is no UTF-8 becomes the
-        character U+FDD0 and its bytes in hexadecimal, so that two of them stay two. A time that is none (microseconds
-        taken for milliseconds) is left out. The id is the record's place, which a producer's resend does not share.
+        Headers become properties. If a header occurs several times, the last one counts; a header without a
+        value becomes an empty text.
+        The ordering key is the record's key, by which Kafka keeps order. If a key or a header is not UTF-8, it becomes the
+        character U+FDD0 and its bytes in hexadecimal, so that two different ones stay different. An invalid time (microseconds
+        instead of milliseconds) is left out. The id is the record's position, so a producer's resend has another id.
 
         Args:
             received: The client's own `Message` or `ConsumerRecord`, its value as bytes.
 
         Raises:
-            TypeError: It is none: `poll()` returns None where nothing came, and other methods several records at once.
-            ValueError: It is an error of the client's, which confluent-kafka hands out in the shape of a message.
+            TypeError: It is no record: `poll()` returns None if nothing came, and other methods return several records at once.
+            ValueError: It is an error of the client, which confluent-kafka returns in the form of a message.
 
         Example:
             m = consumer.poll(1.0)
@@ -189,15 +191,15 @@ class Message:
 
 
 def with_former(message: Message, keys: bytes | str | None) -> Message:
-    """Return a message with `former` set, where the release before spelled its key, tag or properties otherwise.
+    """Set `former` of a message if the previous release spelled its key, tag or properties differently.
 
     Args:
-        message: As a broker's client handed it out, read.
+        message: A message read from a broker's client.
         keys: Its message key, as it came.
     """
     before = keys.decode("utf-8", "replace") if isinstance(keys, bytes) else keys
     found: dict[str, Any] = {"key": before} if before and before != message.key else {}
-    # once for each message, and nearly never found: each line is one look for one character
+    # Runs once for each message, and nearly never finds anything: each line looks for one character.
     if message.tag is not None and AS_HEX in message.tag:
         found["tag"] = formerly(message.tag)
     if message.ordering_key is not None and AS_HEX in message.ordering_key:
@@ -211,7 +213,7 @@ def _text(name: str, value: object) -> str | None:
     if type(value) is str or (value is None and name != "topic"):
         return value
     if isinstance(value, str):
-        return str.__str__(value)  # not str(value): of an Enum that is its name
+        return str.__str__(value)  # not str(value), which is an Enum's name
     allowed = "str" if name == "topic" else "str or None"
     mend = f"{name}={name}.decode()" if isinstance(value, (bytes, bytearray)) else f"{name}=str({name})"
     raise TypeError(f"the {name} of a message is {allowed}, not {_kind(value)}. Write {mend}")
@@ -260,9 +262,9 @@ def _property(name: object, text: object) -> tuple[str, str]:
 
 
 def _stored_anywhere(value: object) -> datetime | None:
-    """Return a time as every database stores it; None where one does not.
+    """Return a time in a form that every database stores; None if there is one that does not store it.
 
-    In UTC: PostgreSQL takes no offset beyond 16 hours. Of the plain class: another may write itself down differently.
+    In UTC: PostgreSQL takes no offset above 16 hours. As a plain datetime: a subclass may print itself differently.
     """
     if not isinstance(value, datetime):
         raise TypeError(
@@ -281,7 +283,7 @@ def _stored_anywhere(value: object) -> datetime | None:
 
 
 def _not_received(name: str, client: str, given: object, missing: str | None) -> TypeError:
-    """Return what is raised where something was given that no client hands out."""
+    """Return the error for a value that is no message of that client."""
     mend = "a body alone becomes a message by Message(topic, body)"
     if isinstance(given, Message):
         mend = "give it to eo.process as it is"

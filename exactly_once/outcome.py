@@ -1,7 +1,8 @@
-"""What became of a message: `Outcome` for whoever called, a verdict for the worker that has the delivery. Data only.
+"""What became of a message: `Outcome` for the caller, a verdict for the worker that has the delivery. Data only.
 
-`Ack` and `Redeliver` go on to the transport, each delivery settled exactly once. `WaitForStore` and `WaitForKey` never reach
-one: the worker keeps the delivery, renews its invisibility and runs it again, so that waiting does not spend the broker's
+`Ack` and `Redeliver` go on to the transport; each delivery is settled exactly once. `WaitForStore` and `WaitForKey` never reach
+a transport: the worker keeps the delivery, renews its invisibility and runs it again, so that waiting does not
+use up the broker's
 delivery attempts. `WaitForStore` waits for a store, and nothing is received meanwhile. `WaitForKey` waits for another run of
 this one key, and everything else goes on.
 """
@@ -27,7 +28,7 @@ __all__ = [
 
 
 class Outcome(Enum):
-    """What became of a message; `acknowledge` is all a consumer loop has to ask.
+    """What became of a message. A consumer loop only has to check `acknowledge`.
 
     Example:
         >>> Outcome.DUPLICATE.acknowledge
@@ -41,15 +42,15 @@ class Outcome(Enum):
     DUPLICATE = "duplicate"
     """The key was consumed before; nothing ran."""
     DEAD = "dead"
-    """Kept whole in the failure store until a person decides; the broker is done with it."""
+    """Kept whole in the failure store until a person decides; the broker may forget it."""
     NOT_MINE = "not mine"
-    """No handler of this application wants it."""
+    """No handler of this application takes it."""
     IN_PROGRESS = "in progress"
     """Another run holds the key right now; ask again later."""
     FAILED = "failed"
     """The handler failed and nothing was committed; it will be tried again."""
     UNKNOWN = "unknown"
-    """The commit's fate could not be learnt; the redelivery finds out."""
+    """It is not known whether the commit succeeded; the redelivery finds out."""
     WAITING = "waiting"
     """Nothing ran: the store did not answer, or an older message of the same ordering key comes first."""
 
@@ -59,7 +60,7 @@ class Outcome(Enum):
         return self in _FINISHED
 
     def __bool__(self) -> NoReturn:
-        # as any Enum it would be true: `if eo.process(message): acknowledge()` would lose every message that failed
+        # Any other Enum is true: `if eo.process(message): acknowledge()` would lose every message that failed.
         raise TypeError(
             "An Outcome is neither true nor false: FAILED too would be acknowledged. Write: if outcome.acknowledge:"
         )
@@ -70,19 +71,19 @@ _FINISHED = frozenset({Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.DEAD, Outco
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """Finished with: processed, duplicate, or kept whole in the failure store."""
+    """Finished: processed, duplicate, or kept whole in the failure store."""
 
 
 @dataclass(frozen=True, slots=True)
 class Redeliver:
-    """Not finished with: bring it again, not before `delay`."""
+    """Not finished: deliver it again, not before `delay`."""
 
     delay: timedelta = timedelta(0)
 
 
 @dataclass(frozen=True, slots=True)
 class WaitForStore:
-    """Not run, because the database named `store` does not answer: keep it until it does."""
+    """Not run, because the database named `store` does not answer: keep it until the database does."""
 
     store: str
 
@@ -92,11 +93,11 @@ Settlement = Ack | Redeliver
 
 @dataclass(frozen=True, slots=True)
 class WaitForKey:
-    """Not run, because another run holds its key: run it again after `again`, and after `longest` do `then` instead.
+    """Not run, because another run holds its key: run it again after `again`. After `longest` carry out `then` instead.
 
-    `longest` counts from the moment it was first kept, not from its receive: a delivery that stood behind others has
-    waited for nothing of its own yet. Each run that keeps it says all three anew, so that `then` knows how long the
-    other run may still last. Zero is no patience: `then` at once.
+    `longest` counts from the moment when it was first kept, not from its receive: a delivery that was behind others has
+    not yet waited for its own key. Each run that keeps it gives all three values again, so that `then` knows how long the
+    other run may still last. Zero means no waiting: `then` at once.
     """
 
     again: timedelta
@@ -110,33 +111,33 @@ Verdict = Settlement | WaitForStore | WaitForKey
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of a delivery, and what the worker is to do: what every run ends with."""
+    """What became of a delivery, and what the worker must do. Every run ends with one."""
 
     outcome: Outcome
     verdict: Verdict
     raises: BaseException | None = None
-    """What a loop of the caller's is to be raised, once all handlers of the message have run."""
+    """What must be raised in a loop of the caller, once all handlers of the message have run."""
     in_handler: bool = False
-    """In progress as the handler said, which claims a part or takes a lock: the message's own key was free."""
+    """The handler itself reported in progress, because it claims a part or takes a lock; the message's own key was free."""
     handlers: Sequence["HandlerOutcome"] = field(default=(), compare=False)
-    """What became of it for each handler that wanted it and has ended; filled in by the executor."""
+    """The outcome for each handler that takes it and has ended; filled in by the executor."""
 
 
 HandlerOutcome = tuple[str, Outcome]
-"""A handler's name, and what became of a message for it."""
+"""A handler's name, and the outcome of a message for it."""
 
 
 class RunFuture(Protocol):
-    """What a run will say, to whoever asked for it: a `concurrent.futures.Future`, or what looks like one."""
+    """The future result of a run: a `concurrent.futures.Future`, or an object with the same methods."""
 
     def add_done_callback(self, callback: Callable[[Any], object], /) -> None:
-        """Have this called with it when it has ended; at once if it has."""
+        """Call this with the future when the run has ended; at once if it has."""
 
     def cancel(self) -> bool:
-        """Keep it from beginning, or stop it, where that can be."""
+        """Keep the run from beginning, or stop it, if that is possible."""
 
     def exception(self) -> BaseException | None:
-        """What it broke with, of one that has ended."""
+        """Return the exception of a run that has ended."""
 
     def result(self) -> Result:
-        """What it said, of one that has ended; raises what it broke with."""
+        """Return the result of a run that has ended; raise its exception."""
