@@ -166,7 +166,7 @@ class Store:
         self._wants_room = False
         self._refused: ClaimRow | None = None
         self.lacking: str | None = None
-        """The database's own character set, if `problem` saw that it lacks characters."""
+        """The database's own character set, if `alembic.ready` saw that it lacks characters."""
 
     # -- threads -----------------------------------------------------------------------------------------------------
 

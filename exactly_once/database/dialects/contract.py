@@ -313,7 +313,7 @@ class Dialect(Protocol):
         """Does the server say that it has no room left: a full disk, or a table of the handler's own that is full?"""
 
     def locked(self, error: BaseException) -> bool:
-        """Is another transaction in the way, although `trouble` says that the database cannot work? SQLite locks the file."""
+        """Is another transaction in the way, although `error_kind` says that the database cannot work? SQLite locks the file."""
 
     def gave_up(self, error: BaseException) -> bool:
         """Did the driver itself end the connection, because an answer took longer than its limit (`read_timeout`)?"""
