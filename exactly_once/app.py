@@ -173,9 +173,8 @@ class ExactlyOnce(Registrations):
 
         Acknowledge the message only after your commit. A claim that is not committed is rolled back with its work. If a Session
         is closed like that, a WARNING of `exactly_once.claim` says so. If an error ended the transaction and was
-        caught, so that the claim
-        would not be kept, this raises `Misuse`. It does not notice a procedure, DDL or a call on the driver that ends the
-        transaction before your commit.
+        caught, so that the claim would not be kept, this raises `Misuse`. It does not notice a procedure, DDL or a call on the
+        driver that ends the transaction before your commit.
         With an AsyncSession: `await session.run_sync(eo.claim, "reserve_stock", order.no)`.
 
         Args:
@@ -232,9 +231,9 @@ class ExactlyOnce(Registrations):
         Raises:
             ConfigurationError: Nothing can run yet: no group, no tables, no handlers, no such module to import; or a handler
                 is async.
-            BaseException: An exception of a handler that is no `Exception`, such as gevent's Timeout. It is
-            recorded, and raised as
-                long as the message is to come again. KeyboardInterrupt, SystemExit and the like are raised and not recorded.
+            BaseException: An exception of a handler that is no `Exception`, such as gevent's Timeout. It is recorded, and
+                raised as long as the message is to come again. KeyboardInterrupt, SystemExit and the like are raised and not
+                recorded.
 
         Example:
             return SUCCESS if eo.process(Message.from_rocketmq(m)).acknowledge else LATER
@@ -276,11 +275,9 @@ class ExactlyOnce(Registrations):
             drain_timeout: How long stopping lets running messages finish. None: from the settings, else 25 s.
             patience: How long the start waits for a database or broker that does not answer. None: five minutes, and in the
                 background without limit.
-            background: `with` and `async with` go on at once, and the worker starts in the background. For the lifespan
-            of an API that
-                serves while the worker's database or broker is away. What keeps the worker from starting
-                is logged, and `unready()`
-                returns it.
+            background: `with` and `async with` go on at once, and the worker starts in the background. For the lifespan of an
+                API that serves while the worker's database or broker is away. What keeps the worker from starting is logged,
+                and `unready()` returns it.
 
         Example:
             with eo.worker("memory://test") as worker:

@@ -2,9 +2,8 @@
 
 `Ack` and `Redeliver` go on to the transport; each delivery is settled exactly once. `WaitForStore` and `WaitForKey` never reach
 a transport: the worker keeps the delivery, renews its invisibility and runs it again, so that waiting does not
-use up the broker's
-delivery attempts. `WaitForStore` waits for a store, and nothing is received meanwhile. `WaitForKey` waits for another run of
-this one key, and everything else goes on.
+use up the broker's delivery attempts. `WaitForStore` waits for a store, and nothing is received meanwhile. `WaitForKey` waits
+for another run of this one key, and everything else goes on.
 """
 
 from collections.abc import Callable, Sequence

@@ -191,8 +191,7 @@ def requeue(
     """Let a running worker try them again, under the same claims: a message that was processed meanwhile is a duplicate.
 
     A broken message (its handler committed outside of our transaction) is requeued only by id or --state broken.
-    It then runs like a
-    new message: first undo what its handler has committed.
+    It then runs like a new message: first undo what its handler has committed.
     """
     if rate is not None and not rate > 0:  # also not NaN
         raise ConfigurationError("--rate is a number above zero, of messages a second.")

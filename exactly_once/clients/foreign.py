@@ -1,8 +1,8 @@
 """Converts a broker client's values to text and time: never two different values to the same result, never an error. Pure.
 
 Keys, tags and headers are bytes for a broker, and texts for us. If we replaced bytes that are not UTF-8, two
-keys would become one,
-and the second message would be taken for a duplicate of the first. Called wherever a client's message is read.
+keys would become one, and the second message would be taken for a duplicate of the first. Called wherever a
+client's message is read.
 """
 
 from datetime import UTC, datetime
@@ -47,8 +47,7 @@ def keys_of(raw: Any) -> Any:
     """Return RocketMQ's keys of one message as one text: sorted, each once, separated by a blank.
 
     Clients return them as a text in the sender's order, or as a set, which has no order. With one spelling for
-    all readers, a message
-    has one key, whichever client received it.
+    all readers, a message has one key, whichever client received it.
 
     Args:
         raw: The text or its bytes, with blanks between keys; or the keys. Any other value is returned unchanged.

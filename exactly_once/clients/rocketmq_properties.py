@@ -5,9 +5,8 @@ nor send them for a user.
 
 RocketMQ drops a property with an empty value from the list of properties. And librocketmq reads a property
 by its name and cannot list properties. So the names of a message's properties travel in one more
-property, `eo-names`: always from
-`rocketmq4://`, and from `rocketmq://` if a value is empty. A name in it without a property had an empty
-value. Called by `Message.from_rocketmq`, `Message.from_rocketmq4` and both transports.
+property, `eo-names`: always from `rocketmq4://`, and from `rocketmq://` if a value is empty. A name in it without a property
+had an empty value. Called by `Message.from_rocketmq`, `Message.from_rocketmq4` and both transports.
 """
 
 import json

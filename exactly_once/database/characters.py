@@ -66,8 +66,7 @@ def utf8_args(url: URL) -> dict[str, str]:
     """Return connection arguments that make texts travel as UTF-8, whatever encoding a PostgreSQL database stores.
 
     Without them libpq uses the database's own character set. Then the driver refuses characters that this
-    set lacks. For SQL_ASCII
-    the driver returns bytes, on which SQLAlchemy fails at the first connection.
+    set lacks. For SQL_ASCII the driver returns bytes, on which SQLAlchemy fails at the first connection.
     """
     if url.get_backend_name() != "postgresql" or "client_encoding" in url.query:
         return {}

@@ -66,8 +66,7 @@ def take_back(
 
     A failure row of an earlier release has no owner. Then a claim that was made before the failure (`until`) is taken back.
     A claim with a lease is freed and keeps its attempt number, which services compare. A claim without a lease
-    is deleted. The trace
-    row, which says that somebody else committed a transaction under a lease, is deleted too.
+    is deleted. The trace row, which says that somebody else committed a transaction under a lease, is deleted too.
     """
     claims, steps = tables.idempotent, tables.step
     meant = claims.c.owner == owner if owner is not None else claims.c.consumed_at <= until

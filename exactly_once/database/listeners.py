@@ -1,9 +1,8 @@
 """Adds a listener to an engine or a pool that is in use. A thread that is running its listeners keeps the list it began with.
 
 SQLAlchemy keeps the listeners of an event in a deque and iterates over it without a lock. This package adds
-listeners when it first
-sees an engine. Without this module, another thread that is connecting or returning a connection would then raise
-`deque mutated during iteration`, and the pool would lose that connection.
+listeners when it first sees an engine. Without this module, another thread that is connecting or returning a connection would
+then raise `deque mutated during iteration`, and the pool would lose that connection.
 """
 
 from collections.abc import Callable, Iterable, Iterator

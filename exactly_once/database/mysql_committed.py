@@ -39,10 +39,9 @@ def _say(dbapi: Any, level: str) -> None:
     """Set the isolation level of the next transaction. The server refuses that inside a transaction.
 
     A listener of the application, such as one that pings at checkout, may have begun a transaction. Only the
-    server knows: for rows
-    that PyMySQL reads, the driver gets no status. So that transaction is rolled back, as it would be after the read;
-    a SET does not
-    belong to it. Or the session's `completion_type` has begun one, and must not begin another now.
+    server knows: for rows that PyMySQL reads, the driver gets no status. So that transaction is rolled back, as it would be
+    after the read; a SET does not belong to it. Or the session's `completion_type` has begun one, and must
+    not begin another now.
     """
     cursor = dbapi.cursor()
     try:

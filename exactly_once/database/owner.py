@@ -1,9 +1,8 @@
 """Who owns a claim: one attempt of one process, and never another attempt.
 
 With one owner for a whole process, an attempt would take another attempt's row for its own: that of a copy of
-the message which ran
-a moment before in the same process. So each attempt has its own name. The name is in the claim's row, and in the name of the
-savepoint by which MySQL and MariaDB tell whether the claim's transaction still exists. Called by
+the message which ran a moment before in the same process. So each attempt has its own name. The name is in the claim's row, and
+in the name of the savepoint by which MySQL and MariaDB tell whether the claim's transaction still exists. Called by
 `processing.attempt`, `guards.claiming` and `store`.
 """
 

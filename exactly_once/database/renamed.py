@@ -28,8 +28,8 @@ def told_of_renamed(claimed: Sequence[str], registered: Sequence[str]) -> str | 
     """Say, at a start, that a handler seems to have a new name. None where nothing looks like that.
 
     It looks like that if one registered handler has no claim, and there are claims of a handler that is not
-    registered. Once the new
-    name has claims, duplicates have already run, and `doctor` alone reports it. Names that `eo.claim` alone uses look the same.
+    registered. Once the new name has claims, duplicates have already run, and `doctor` alone reports it. Names that `eo.claim`
+    alone uses look the same.
     """
     gone = [name for name in claimed if name not in registered]
     new = [name for name in registered if name not in claimed]

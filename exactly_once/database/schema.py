@@ -227,8 +227,7 @@ class utcnow(FunctionElement[datetime]):  # noqa: N801  (reads as a SQL function
     """The server's clock at this instant: never the worker's clock, and not the start of the transaction.
 
     With `seconds`, that many seconds later: `utcnow(30)`. At most a hundred years: PostgreSQL refuses a date beyond its calendar,
-    and
-    SQLite writes it as NULL. A retry without a time would never be due.
+    and SQLite writes it as NULL. A retry without a time would never be due.
     """
 
     type = Moment()

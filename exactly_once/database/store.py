@@ -331,10 +331,8 @@ class Store:
         """Say whether a row can be written. Writes through a new connection, and rolls back.
 
         New, because a session keeps the server's defaults of the time when it began: a pool that was filled
-        while the database was
-        read-only would stay read-only. For the same reason older connections are not used again after a
-        successful look. The exception
-        is a database whose disk was full: its connections are still good.
+        while the database was read-only would stay read-only. For the same reason older connections are not used again after a
+        successful look. The exception is a database whose disk was full: its connections are still good.
 
         If the server gives no new connection, one of the pool must do: the pool may hold all connections that
         the server allows us.
@@ -381,8 +379,7 @@ class Store:
             if not in_memory(connection.engine):
                 connection.invalidate()  # before the rollback: else a pooler keeps the server's connection as a stranger left it
             # This row is not of the application's group, and a partitioned table may refuse this row alone. So
-            # the next claim gets the
-            # error; only after a refused claim do we wait.
+            # the next claim gets the error; only after a refused claim do we wait.
             if (
                 refused is not None
                 or self.dialect.error_kind(error) is not ErrorKind.REFUSED

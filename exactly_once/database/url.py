@@ -1,5 +1,7 @@
-"""Reads the URL of a database. Refuses a URL whose password was cut in two: the rest would be used as a host or an option,
-and printed. Refuses options that the driver does not know, too.
+"""Reads the URL of a database. Refuses a URL whose password was cut in two, and options that the driver does not know.
+
+The rest of a cut password would be used as a host or an option, and printed.
+
 Opens nothing. Called by `store`, `redis.connection`, `alembic` and the command line with a URL that a person typed.
 """
 

@@ -1,11 +1,10 @@
 """Recognises exceptions by which a handler asks another queue for something, and says what to raise instead. Pure.
 
 A task that was written for Celery raises its Retry, Ignore or Reject, and FastStream's handlers raise AckMessage.
-Here they have no
-special meaning: the message has failed, is counted and kept, and never acknowledged for that. It is not retried
-at once: a request
-for later would be repeated three times, and a time limit that such a queue sets around a call would fire only once. They are
-known by the base class that the queue's control exceptions share, so its other errors (a broker that is away) stay normal errors.
+Here they have no special meaning: the message has failed, is counted and kept, and never acknowledged for that. It is not
+retried at once: a request for later would be repeated three times, and a time limit that such a queue sets around a call would
+fire only once. They are known by the base class that the queue's control exceptions share, so its other errors (a broker that
+is away) stay normal errors.
 
 Our own `Retry` is a policy and not an exception: Python refuses to raise it, with its general text for non-exceptions.
 """

@@ -65,8 +65,7 @@ def is_the_callers(error: BaseException) -> bool:
     """Say whether a counted exception is also raised in the caller's loop: everything that is not an `Exception`.
 
     It may be for code around the call, such as gevent's Timeout. The exception is a CancelledError without
-    a cancellation: with it, the
-    caller's own task would look cancelled. A group is raised if one of its members is.
+    a cancellation: with it, the caller's own task would look cancelled. A group is raised if one of its members is.
     """
     if isinstance(error, Exception):
         return False

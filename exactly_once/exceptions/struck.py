@@ -3,9 +3,8 @@
 A server's sentence consists of the server's own words and of inserted names or values. The sentence does not say which is
 which, and a list of all sentences with values would never be complete. So a quoted piece stays only if the developer wrote it:
 if it occurs in the text of the statement, outside its literals, or if the server itself reports it as the name of
-a table, a column
-or a constraint. Bound values are redacted inside quotation marks, and elsewhere if they have a digit. A number of
-five digits or more is redacted, too.
+a table, a column or a constraint. Bound values are redacted inside quotation marks, and elsewhere if they have a digit. A
+number of five digits or more is redacted, too.
 """
 
 import json

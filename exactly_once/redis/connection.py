@@ -145,8 +145,7 @@ class RedisConnection:
             except Exception as error:
                 if code(error) == "ERR":
                     # Redis before 7 reports ERR for every reason that stopped a script, also full memory, and Redis 7 for a
-                    # missing right. The
-                    # answer to a plain write has the reason.
+                    # missing right. The answer to a plain write has the reason.
                     self._said(side, ("SET", _PROBE_KEY, "1", "PX", 1000))
                 raise
 

@@ -57,8 +57,8 @@ class WorkerService:
         transport: The broker.
         concurrency: How many messages run at once.
         drain_timeout: How long stopping lets running messages finish.
-        patience: How long the start waits for a server that does not answer; None: five minutes, and in
-        the background without limit.
+        patience: How long the start waits for a server that does not answer; None: five minutes, and in the background without
+            limit.
         background: `with` and `async with` do not wait for the start.
         describe: The broker's URL without its secrets, for the log.
 

@@ -6,8 +6,7 @@ own, through shared memory. That costs about a microsecond for each message. Not
 process, because it belongs to the kernel. A process that finds the journal of a dead process adds one to each message in it.
 
 Innocent messages that were in hand at the same time are counted too. Each is forgotten as soon as it is
-acknowledged. A suspect is
-handed out alone (see `handoff`), so a second death tells the guilty message from the innocent.
+acknowledged. A suspect is handed out alone (see `handoff`), so a second death tells the guilty message from the innocent.
 
 It never opens a connection and never decides what happens to a suspect. Called by `handoff`. It knows one machine: a
 poison message kills up to `max_attempts` processes on each machine, unless their workers share the directory.

@@ -129,6 +129,7 @@ class MemoryTransport:
     Args:
         name: The broker; two transports of one name share it.
         invisible: A delivery that is neither settled nor extended comes back after this time.
+
     Example:
         >>> transport = MemoryTransport("doc")
         >>> [consumer] = transport.subscribe("inventory", [Subscription("orders")])

@@ -50,6 +50,7 @@ class Producer:
     Args:
         broker_producer: The transport's own producer.
         describe: The broker's URL without its secrets, for errors.
+
     Example:
         with eo.producer("rocketmq://127.0.0.1:8081") as producer:
             receipt = producer.send(Message("orders", b'{"order_no": "A-1"}', tag="created", key="A-1"))

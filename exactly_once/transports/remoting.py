@@ -193,7 +193,7 @@ class Admin:
             queue: The queue.
             offset: The first offset.
             expression: Tags, "a || b", or "*" for every message. The broker compares hashes, so the caller must check the tag,
-            too.
+                too.
         """
         fields = {
             "consumerGroup": group,

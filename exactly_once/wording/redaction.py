@@ -1,8 +1,8 @@
 """URLs without their secrets, for logs, errors and `exactly-once handlers`; and drivers' texts without them.
 
 A password with an unescaped `@` is cut in two by each program that reads the URL: the driver takes the rest for
-a host, and reports
-that there is no such host. Such secrets are remembered, with each part of them, and redacted in the drivers' texts.
+a host, and reports that there is no such host. Such secrets are remembered, with each part of them, and
+redacted in the drivers' texts.
 
 An unescaped `&` in a secret of the query cuts it in two, and the rest is read as an option. What follows a secret there cannot be
 told from the secret, so it is not printed, and it is redacted in the driver's text about an unknown option.

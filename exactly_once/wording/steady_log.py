@@ -2,9 +2,8 @@
 
 A filter of the application may raise on a record of ours (one that reads a context variable of a request, or expects all
 values to be texts). Without this, a message would come again although its row is dead, a thread that renews leases
-would end, or a
-held message would be forgotten. As `logging` does for an error of a handler, the exception is printed on stderr, unless
-`logging.raiseExceptions` is off. Every log line of ours uses it.
+would end, or a held message would be forgotten. As `logging` does for an error of a handler, the exception is printed on
+stderr, unless `logging.raiseExceptions` is off. Every log line of ours uses it.
 """
 
 import logging

@@ -6,8 +6,7 @@ it gets new connections.
 The streams of asyncmy belong to the loop they were opened in. Connections of psycopg and aiosqlite do not; but the queue of
 any pool in which a task waited belongs to that task's loop, too. So a pool is for one loop at a time, as SQLAlchemy says
 (https://docs.sqlalchemy.org/en/20/orm/extensions/asyncio.html). A program with several loops at once gets an error
-that says what to
-do. Called by the store, for its engine and each new loop.
+that says what to do. Called by the store, for its engine and each new loop.
 """
 
 import asyncio

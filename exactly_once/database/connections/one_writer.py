@@ -39,8 +39,7 @@ class holding:  # noqa: N801  (a block, written as contextlib's are)
     """Record that a handler of this thread or task is the writer of this database while it runs.
 
     Not a generator under @contextmanager: contextlib sets the traceback of an exception that is raised in its
-    block. An exception that is
-    a frozen dataclass refuses that with an error of its own, which would look like the handler's.
+    block. An exception that is a frozen dataclass refuses that with an error of its own, which would look like the handler's.
     """
 
     __slots__ = ("_place",)

@@ -3,6 +3,7 @@
 An application makes it so: `create_engine("postgresql+psycopg://", creator=pool.getconn, poolclass=NullPool)`, with a pool of
 `close_returns=True`, as psycopg's documentation says. A session that a handler changed would go on to the next handler, with
 its role and its search path. This module ends the session, and then returns it: the pool notices, and makes another one.
+
 Source: https://www.psycopg.org/psycopg3/docs/advanced/pool.html, "Integration with other connection pools".
 Called by `had_before`, which watches the pools of an engine.
 """

@@ -2,12 +2,11 @@
 
 Behind a transaction pooler nothing belongs to a session: the next transaction may use another server
 connection, and a stranger gets ours. A statement that was prepared by name is missing there, or is a stranger's. A setting
-would bind the stranger. So we prepare nothing by name, and send settings with BEGIN, for one
-transaction. What a stranger left (a mode, a role, a time limit) ends only with the server connection. A pooler
-throws a server connection away if its client disappears in a transaction: so after a failure of ours we close the connection
-before it is rolled back. This module has the data for that, and the BEGIN. It asks the server nothing:
-`dialects.postgresql_pooler`
-does, once for each connection. Modules that begin transactions of their own on PostgreSQL call `begin_bounded`.
+would bind the stranger. So we prepare nothing by name, and send settings with BEGIN, for one transaction. What a stranger left
+(a mode, a role, a time limit) ends only with the server connection. A pooler throws a server connection away if its client
+disappears in a transaction: so after a failure of ours we close the connection before it is rolled back. This module has the
+data for that, and the BEGIN. It asks the server nothing: `dialects.postgresql_pooler` does, once for each connection. Modules
+that begin transactions of their own on PostgreSQL call `begin_bounded`.
 """
 
 from collections.abc import Callable

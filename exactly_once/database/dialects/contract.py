@@ -375,8 +375,8 @@ class BatchClaims(Protocol):
             the transaction may have been ended.
 
         Raises:
-            ClaimBusy: Another run holds one of the keys, we do not know which; none is ours. Any other refusal
-            is the driver's error.
+            ClaimBusy: Another run holds one of the keys, we do not know which; none is ours. Any other refusal is the driver's
+                error.
         """
 
 

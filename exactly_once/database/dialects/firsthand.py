@@ -53,8 +53,7 @@ def ready(dialect: Dialect, connection: Connection, *, wait_ms: int, since: int)
     """Prepare a connection for a claim. Return whether others used it before; None if it must be thrown away.
 
     If a claim fails on a connection that others used, it is repeated on another connection. If it fails on
-    a connection that nobody
-    used, the error counts.
+    a connection that nobody used, the error counts.
 
     Args:
         dialect: The dialect of its database.

@@ -43,7 +43,11 @@ _REMEMBERED: Final = 32_768
 
 @cache
 def reader(grammar: Grammar) -> Callable[[str], Read]:
-    """Return a reader for texts of one grammar, which remembers what it read. Ask for it once, not for each text."""
+    """Return a reader for texts of one grammar, which remembers what it read. Ask for it once, not for each text.
+
+    Example:
+        `reader(POSTGRESQL)("SELECT 1; SET ROLE clerk").session` is `"SET"`.
+    """
 
     @lru_cache(maxsize=1024)
     def remembered(statement: str) -> Read:

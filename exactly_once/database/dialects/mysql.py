@@ -13,14 +13,11 @@ The driver's flag says that a transaction is open, not that it is ours: a stored
 swallow the deadlock that rolled ours back. Two witnesses tell. First, a savepoint that is set with the claim disappears exactly
 when the claim's transaction does. It is released with COMMIT: an earlier release would also release the handler's own savepoints.
 Second, the claim is written *unfinished*, and its own attempt changes it to *consumed* with COMMIT. If a process
-is killed after a
-hidden commit, the row says so. Under a lease the claim was committed before, and another row is the witness
-(`Trace`). There is one
-more savepoint around a CALL, so that the error can name that CALL. On MariaDB each of these travels in a
-compound statement with one
-that is sent anyway. MySQL has no such statement, and each costs a round trip. If a transaction was lost, and
-the driver's own cursor
-committed another in its place, neither witness shows it. If MariaDB keeps a binary log, that log does (`LOGGED`).
+is killed after a hidden commit, the row says so. Under a lease the claim was committed before, and another row is the witness
+(`Trace`). There is one more savepoint around a CALL, so that the error can name that CALL. On MariaDB each of these travels in
+a compound statement with one that is sent anyway. MySQL has no such statement, and each costs a round trip. If a transaction
+was lost, and the driver's own cursor committed another in its place, neither witness shows it. If MariaDB keeps a binary log,
+that log does (`LOGGED`).
 
 A handler may have changed to another role (SET ROLE) without rights to our tables. We learn that from a denied statement, which
 does nothing to a transaction: we set our own role, and send the statement again. So other handlers pay nothing for it.

@@ -2,9 +2,8 @@
 
 A run's own COMMIT deletes its trace row. So a committed trace row was committed by something else. An uncommitted one may
 still be committed: a CALL goes on after its client is gone, because the server notices that only when it answers.
-So the row names
-the server's session, and we ask the server whether that session is at work. An idle session can commit nothing by itself.
-Called by `mysql`.
+So the row names the server's session, and we ask the server whether that session is at work. An idle session can commit nothing
+by itself. Called by `mysql`.
 """
 
 from functools import lru_cache

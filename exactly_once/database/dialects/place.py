@@ -1,15 +1,13 @@
 """Finds the database schema of our tables if nobody has named it; once for each database.
 
 Later statements name the schema. Without a name the server would look for the table along the connection's search path
-(PostgreSQL) or in its current database (MySQL and MariaDB). An earlier handler may have changed
-either: claims would be written into another schema's table. For the same reason we ask on a connection that no handler
-and no caller has used, and that no `checkout` listener has set up: a listener that sets the tenant would give us
-the schema of the
-first tenant, another one in each process. Called by `store`, and by `guards.claiming` for engines of the caller.
+(PostgreSQL) or in its current database (MySQL and MariaDB). An earlier handler may have changed either: claims would be written
+into another schema's table. For the same reason we ask on a connection that no handler and no caller has used, and that no
+`checkout` listener has set up: a listener that sets the tenant would give us the schema of the first tenant, another one in
+each process. Called by `store`, and by `guards.claiming` for engines of the caller.
 
-Behind a pooler a new connection is not a new session: strangers have used it. There we take the search path
-with which sessions of
-this login begin. What is set in the session itself counts only if the program may have set it while connecting.
+Behind a pooler a new connection is not a new session: strangers have used it. There we take the search path with which sessions
+of this login begin. What is set in the session itself counts only if the program may have set it while connecting.
 """
 
 from collections.abc import Sequence

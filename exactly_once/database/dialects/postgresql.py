@@ -12,8 +12,8 @@ An aborted transaction answers COMMIT with ROLLBACK and no error: only the drive
 
 Durability is decided when COMMIT is executed, by the value of `synchronous_commit` at that moment. A handler, an administrator or
 another program behind a pooler may have turned it off since we last looked. So a statement that turns it on, if it is off,
-travels
-with our COMMIT. With a claim in a transaction of the caller, it travels with the claim, because the caller sends that COMMIT.
+travels with our COMMIT. With a claim in a transaction of the caller, it travels with the claim, because the caller sends that
+COMMIT.
 """
 
 import asyncio
@@ -125,8 +125,7 @@ AS_OUR_USER: Final = (
     ),
 )
 # If the application sets a role for each transaction, our role is the one with which this transaction began. It
-# is read with BEGIN
-# and kept in this process: a value kept in a setting would be lost by the handler's RESET ALL.
+# is read with BEGIN and kept in this process: a value kept in a setting would be lost by the handler's RESET ALL.
 OWN_ROLE: Final = "SELECT pg_catalog.current_setting('role');"
 # For a statement with keys: the handler may have set another client encoding for its own statements.
 IN_UTF8: Final = (
@@ -655,8 +654,7 @@ def listen(driver: Any) -> None:
 
     After a COMMIT or ROLLBACK on the driver itself, the driver sends BEGIN before its next statement. The transaction
     looks open, and is not ours. But the driver keeps the text of its BEGIN once it has made one. Looking there
-    costs nothing; to ask
-    the server would cost each message one more statement.
+    costs nothing; to ask the server would cost each message one more statement.
     """
     driver._begin_statement = b""  # noqa: SLF001
 

@@ -2,6 +2,7 @@
 
 It knows what may hide a semicolon or a word: quotes and comments, nothing else. If a server would find an
 error (an unclosed quote), this reads to the end: the server runs nothing from there on.
+
 It knows no grammar: a body between BEGIN ATOMIC and END comes as several pieces.
 """
 

@@ -2,6 +2,7 @@
 
 A signal handler can raise wherever the main thread is; Celery's soft time limit does. Such an exception says nothing of the
 connection we waited for. If we repeated the work on another connection, the limit would be used up, and the run would have none.
+
 Called where work that failed on a connection with earlier users may be repeated on another. Read only after a failure.
 """
 

@@ -1,8 +1,7 @@
 """Our tables are missing in a database: says which database, which schemas have them, and which command makes them there.
 
 A command without `--database` uses the database of the settings. If the program made its own engine, or a person typed a URL,
-that
-command would check another database, find it in order, and say so each time. Called by `alembic`, `dialects`, `store`,
+that command would check another database, find it in order, and say so each time. Called by `alembic`, `dialects`, `store`,
 `transports.sql` and the command line when a table is missing.
 """
 

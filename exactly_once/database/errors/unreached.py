@@ -1,9 +1,8 @@
 """Says whether an error was raised while a connection was being made, by the place where it was raised, never by its type.
 
 Connecting runs code of the application, too: `creator=`, and listeners of `do_connect`, `connect` and `checkout`.
-Such code may ask
-a service for a token. What it raises when that service is away (OSError, ValueError, an error of the service's client) is not a
-driver's error. No message is to be blamed for it: the database could not be reached.
+Such code may ask a service for a token. What it raises when that service is away (OSError, ValueError, an error of the
+service's client) is not a driver's error. No message is to be blamed for it: the database could not be reached.
 
 Called wherever an error of a store is handled.
 """

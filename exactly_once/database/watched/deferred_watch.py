@@ -100,8 +100,7 @@ class DeferredWatch:
         """Begin the transaction. False: an earlier user had changed the connection, and it was exchanged for another.
 
         A role, a time limit or AUTOCOMMIT that was left there is not this message's fault. An error on a
-        connection that nobody used
-        before counts.
+        connection that nobody used before counts.
         """
         dialect, dbapi, info = self._dialect, connection.connection.dbapi_connection, connection.info
         try:

@@ -80,8 +80,7 @@ def _sending(statement: str, values: object, context: ExecutionContext, send: Ca
     dialect, dbapi = watch.dialect, watch.dbapi
     if (state := dialect.state(dbapi)) is State.IDLE:
         # The transaction ended since the last statement, or by it. This statement would begin another one, which
-        # looks open at the
-        # end. After a rollback, that one's effects would be kept without the claim.
+        # looks open at the end. After a rollback, that one's effects would be kept without the claim.
         raise watch.ended()
     if state is State.CLOSED:
         raise watch.closed()

@@ -1,8 +1,7 @@
 """Before a statement of ours, reads the rest of the application's last answer, so that its error is raised as the application's.
 
 A procedure can send rows and then fail; PyMySQL and asyncmy read the error with the next statement. If that is
-a statement of ours, a
-duplicate key in the procedure would look like a recorded step, or an existing claim.
+a statement of ours, a duplicate key in the procedure would look like a recorded step, or an existing claim.
 
 Called by `watch` and `guards.claiming`. It sends nothing.
 """

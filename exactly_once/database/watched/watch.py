@@ -182,8 +182,8 @@ class Watch:
         self.locked = False
         """The session has, or had, a lock of its own, which outlives the transaction and ends with the connection.
 
-        We do not release all of a session's locks instead: that would release those, too, that the application took on
-        connecting.
+        We do not release all of a session's locks instead: that would release those, too, that the
+        application took on connecting.
         """
         self.met: Exception | None = None
         """The error of our COMMIT."""
@@ -575,8 +575,8 @@ class Watch:
         """Return the connection clean, whatever happened on it. Never raises for a transaction that is already over.
 
         This uses the driver's own rollback, not only the Session's. After a refused commit SQLAlchemy believes that the
-        transaction is
-        over, and sends nothing: the connection would return to the pool with it open, and a stranger would commit it.
+        transaction is over, and sends nothing: the connection would return to the pool with it open, and
+        a stranger would commit it.
         """
         try:
             self._give_back(session)
@@ -588,8 +588,8 @@ class Watch:
         connection = self.connection
         if not connection.closed and not connection.invalidated and not self.given_back:
             # Whatever ended the transaction may have left something behind: autocommit, a procedure's locks,
-            # temporary tables. So may
-            # a statement that changed the session. A connection in the middle of a statement cannot be asked.
+            # temporary tables. So may a statement that changed the session. A connection in the middle of a
+            # statement cannot be asked.
             marked = (
                 self.left in (TransactionEnd.GONE, TransactionEnd.BROKEN) or self.changed is not None or self.locked
             )

@@ -3,9 +3,8 @@
 librocketmq unpacks every packed body as zlib. Java's client packs with LZ4 or ZSTD if configured to. Such a message
 ends the process (signal 6) before any callback, and again after each restart. So before the client joins, we look at the messages
 that the group has yet to read. If there is such a message, this reads the queue itself, up to and including
-that message, and hands
-each message to the worker as the client would. Then the group's offset is moved behind it, and the client joins. What Python can
-unpack is handled; the rest becomes a dead letter with its bytes.
+that message, and hands each message to the worker as the client would. Then the group's offset is moved behind it, and the
+client joins. What Python can unpack is handled; the rest becomes a dead letter with its bytes.
 
 Such a message that arrives while a process runs ends that process; the next start finds it. The look costs a few milliseconds for
 each queue with unread messages, and has a time limit, a longer one if a process died lately.

@@ -111,11 +111,9 @@ def fix_starting_points(admin: Admin, names: Names, group: str, subscriptions: S
     """Give a new group its offset in each queue for which the broker reports none: behind the last message.
 
     The broker reports none for a queue whose first message has left its memory or its disk. For a young queue it
-    reports 0, and the
-    group begins at the first message. The client itself starts at the same offsets, but records them only with its
-    first stored offset, seconds later. A process that is killed before that starts again behind the *new* last
-    message, and what it
-    had received is lost.
+    reports 0, and the group begins at the first message. The client itself starts at the same offsets, but records them only
+    with its first stored offset, seconds later. A process that is killed before that starts again behind the *new* last
+    message, and what it had received is lost.
     """
     for subscription in subscriptions:
         try:

@@ -114,8 +114,7 @@ class RocketMQ4Consumer:
         else:
             ahead.start(self._handoff.offer)
         # Leaving waits for every callback, and the callbacks wait for us, so it needs a thread of its own. It
-        # is started now because a
-        # forgotten consumer leaves at the interpreter's exit, when no thread can be started any more.
+        # is started now because a forgotten consumer leaves at the interpreter's exit, when no thread can be started any more.
         self._go, self._left = Event(), Event()
         Thread(target=self._leave, name="rocketmq4-leave", daemon=True).start()
         atexit.register(self.close)

@@ -6,8 +6,7 @@ transport, and by user code that wants the client's own classes over an old libr
 What is walled off here:
 
 * `rocketmq-client-python` 2.0.0 binds at import four functions that librocketmq 1.0.1 lacks, and fails. The
-  package index has only
-  that version of librocketmq (inside the wheel `rocketmq` 0.4.4), so `_Complete` makes it usable.
+  package index has only that version of librocketmq (inside the wheel `rocketmq` 0.4.4), so `_Complete` makes it usable.
 * The wheels `rocketmq-client-python`, `rocketmq` and `rocketmq-python-client` (RocketMQ 5 over gRPC, a different
   client) all install a package called `rocketmq`.
 * A body's length: see `exactly_once.clients.rocketmq4`.

@@ -2,8 +2,8 @@
 
 librocketmq's C interface reads a property by name and cannot list properties. So the names of a message's properties travel
 in another property, see `clients.rocketmq_properties`: a Java consumer finds the properties as usual.
-Of another producer's messages
-we see only the properties that are named in `properties=` of the URL, and those that this package itself writes.
+Of another producer's messages we see only the properties that are named in `properties=` of the URL, and those that this
+package itself writes.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,8 +1,7 @@
 """Parses messages in the format of a broker's log, without librocketmq. Opens nothing; called by `ahead`.
 
 The format is that of `MessageDecoder` in Apache RocketMQ, the same in 4.x and 5.x. Numbers are big-endian. With the
-second of the two
-magic numbers, the length of the topic has two bytes.
+second of the two magic numbers, the length of the topic has two bytes.
 """
 
 import struct

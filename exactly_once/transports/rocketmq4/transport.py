@@ -22,8 +22,8 @@ How it differs from other transports:
   this; what is unsettled when the process ends comes again from the broker. Failures belong in the failure store.
 * **`Message.attempt` counts processes that died with the message in hand** (plus one), not deliveries. Nothing else is
   counted anywhere, and a message that kills its process would come again for ever. See `inflight`.
-* **Delays are levels**: 1 s, 5 s, 10 s, 30 s, 1 to 10 min, 20 min, 30 min, 1 h, 2 h, unless
-  `delay_levels=` repeats the broker's own `messageDelayLevel`. A delay is rounded up to a level.
+* **Delays are levels**: 1 s, 5 s, 10 s, 30 s, 1 to 10 min, 20 min, 30 min, 1 h, 2 h, unless `delay_levels=` repeats the
+  broker's own `messageDelayLevel`. A delay is rounded up to a level.
 * **Properties** of producers other than ours are visible only if named in `properties=`.
 * An ordered group handles one message of a queue at a time, so at most as many at once as its topics have queues.
 """

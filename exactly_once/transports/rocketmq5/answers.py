@@ -67,8 +67,7 @@ def refused_renewals(asked: Sequence[tuple[Grip, Answer]]) -> Refused:
             continue
         if result.status.code == Code.OK:
             # Only a successful answer carries a handle. The client's own call would store the empty handle of a failed answer,
-            # and
-            # nothing could be done with the message afterwards.
+            # and nothing could be done with the message afterwards.
             grip.handle = result.receipt_handle or grip.handle
             grip.received_at = monotonic()
         else:
