@@ -2,7 +2,7 @@
 
 A task may be cancelled again and again: a scope of anyio (`move_on_after`, `fail_after`, a task group) cancels each await until
 the task has left the scope. So such work runs in a task of its own, which no scope knows, and the cancellation is raised after
-it. If the process dies meanwhile, its claims run out. Called for the work after a run; it sends nothing itself.
+it. If the process dies meanwhile, what it held runs out. Called for the work after a run; it sends nothing itself.
 """
 
 from collections.abc import Callable

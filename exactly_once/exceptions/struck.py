@@ -107,7 +107,7 @@ def _parts(statement: str, *, doubled: bool) -> Iterator[tuple[str, str]]:
 
 
 def _end_of_comment(statement: str, at: int) -> int:
-    """Return where a comment ends. With nested comments (PostgreSQL) the outer one counts; unclosed ones end with the text."""
+    """Return where a comment ends; -1 if it does not. Comments nest, as on PostgreSQL; elsewhere too much counts as comment."""
     depth = 1
     for found in _COMMENT_MARK.finditer(statement, at):
         depth += 1 if found[0] == "/*" else -1

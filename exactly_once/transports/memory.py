@@ -1,7 +1,7 @@
 """A broker inside the process, for tests: `memory://NAME`. Keeps nothing on disk; serves no other process.
 
 All transports of one name in a process share one broker, so that a test's producer and its worker meet. It keeps the
-whole contract, so tests that pass here also hold for a real broker: several groups each get every message, a
+whole contract, so what passes here behaves the same on a real broker: several groups each get every message, a
 delivery comes back unless settled in time, attempts are counted, the messages of an ordering key come one at a time.
 Messages that are sent before any group has joined a topic go to the first group that joins.
 
