@@ -116,7 +116,7 @@ class Claimer:
                 if watch is None:
                     behind.claimed(connection, dialect, row)
                 return True
-            known = dialect.known(dbapi, row, end=False)
+            known = dialect.read_claim(dbapi, row, end=False)
         except ClaimBusy as busy:
             told = errors.InProgress(_told(row, "is being worked on by another transaction, which may still fail"))
             if busy.lost:

@@ -73,7 +73,7 @@ class TransactionGuard:
             try:
                 won = dialect.claim(dbapi, info, row, wait_ms=self._wait_ms, savepoint=False)
                 if not won:
-                    known = dialect.known(dbapi, row, end=True)
+                    known = dialect.read_claim(dbapi, row, end=True)
                     if known is None or known.status in (CONSUMED, UNFINISHED):
                         return standing(known, row)
                     trail = self._leases.trail_in(connection, row)
@@ -264,7 +264,7 @@ class TransactionGuard:
         dialect = self._dialect
 
         def known_of(session: Session) -> ExistingClaim | None:
-            return dialect.known(session.connection().connection.dbapi_connection, row, end=True, wait=False)
+            return dialect.read_claim(session.connection().connection.dbapi_connection, row, end=True, wait=False)
 
         try:
             known = in_our_session(open_ours, dialect, known_of)

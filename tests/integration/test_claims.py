@@ -606,7 +606,7 @@ def test_the_driver_tells_a_second_claim_from_a_first(shop: Shop) -> None:
         dialect.prepare(dbapi, info, wait_ms=1000)
         row = ClaimRow("self-check", "handler", "key", b"\x01fingerprint")
         seen.extend(dialect.claim(dbapi, info, row, wait_ms=1000, savepoint=False) for _ in range(2))
-        known = dialect.known(dbapi, row, end=True)
+        known = dialect.read_claim(dbapi, row, end=True)
         assert known is not None
         # MySQL's and MariaDB's is finished with COMMIT
         status = UNFINISHED if shop.dialect == "mariadb" else CONSUMED

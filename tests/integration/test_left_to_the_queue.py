@@ -96,7 +96,7 @@ def test_on_mariadb_no_statement_of_the_queue_commits_by_itself(left: tuple[Shop
     database = Database(lambda: store.engine, schema=lambda: store.place)
     leave(shop, statement)
     with pytest.raises(ZeroDivisionError):
-        database.done(lambda connection: [connection.execute(insert(STOCK).values(item=77, amount=0)), 1 // 0])
+        database.write(lambda connection: [connection.execute(insert(STOCK).values(item=77, amount=0)), 1 // 0])
     with shop.outside.connect() as connection:
         assert connection.execute(select(STOCK.c.item).where(STOCK.c.item == 77)).all() == []
 

@@ -270,7 +270,7 @@ class Dialect(Protocol):
     def sent_since(self, dbapi: Any, mark: Any) -> bool:
         """Say whether anything that may have been committed was sent since `mark` returned `mark`. Free, no round trip."""
 
-    def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> ExistingClaim | None:
+    def read_claim(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> ExistingClaim | None:
         """Read the row under the key.
 
         Args:

@@ -16,8 +16,8 @@ from itertools import product
 from typing import Final
 
 from exactly_once.database.dialects.leftovers import left
+from exactly_once.database.dialects.statement_effects import JUDGES, Read, opens_body
 from exactly_once.database.dialects.statements import Grammar, statements
-from exactly_once.database.dialects.verbs import JUDGES, Read, opens_body
 
 __all__ = ["LOCK", "Read", "read", "reader"]
 

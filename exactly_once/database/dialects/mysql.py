@@ -566,7 +566,7 @@ class MySQL:
         # asyncmy does not take over a status of 0: then the result tells. After an error there is no result.
         return driver._result is not None and driver._result is not mark.result  # noqa: SLF001
 
-    def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> ExistingClaim | None:
+    def read_claim(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> ExistingClaim | None:
         if not wait:
             see_committed(dbapi)
         cursor = dbapi.cursor()

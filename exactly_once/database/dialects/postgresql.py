@@ -44,7 +44,7 @@ from exactly_once.database.dialects.keywords import Read, reader
 from exactly_once.database.dialects.statements import POSTGRESQL
 from exactly_once.database.errors import contended
 from exactly_once.database.errors.drivers_own import original
-from exactly_once.database.errors.whose import is_of
+from exactly_once.database.errors.whose import mark_origin
 from exactly_once.database.owner import savepoint_of
 from exactly_once.errors import ConfigurationError, Misuse
 
@@ -486,7 +486,7 @@ class PostgreSQL:
     def sent_since(self, dbapi: Any, mark: Any) -> bool:
         return _replaced(driver_of(dbapi))
 
-    def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> ExistingClaim | None:
+    def read_claim(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> ExistingClaim | None:
         driver = driver_of(dbapi)
         quote = Escaping(driver.pgconn).escape_literal
         text = self._known % (quote(row.group.encode()), quote(row.handler.encode()), quote(row.key.encode()))
@@ -560,7 +560,7 @@ class PostgreSQL:
             if error.sqlstate == _READ_ONLY and _may_write(driver, pooled=link is not None and link.pooled):
                 raise Misuse(_MADE_READ_ONLY) from error
             told = DBAPIError.instance(text, None, error, psycopg.Error, dialect=connection.dialect)
-            is_of(told, connection.dialect)  # SQLAlchemy has not seen this error
+            mark_origin(told, connection.dialect)  # SQLAlchemy has not seen this error
             raise told from error
         return int(results[-1 - len(last)].command_tuples or 0)
 

@@ -47,7 +47,7 @@ def tried(dialect: Dialect, dbapi: Any, info: MutableMapping[Any, Any], row: Cla
     """
     try:
         dialect.claim(dbapi, info, row, wait_ms=wait_ms, savepoint=False)
-        dialect.known(dbapi, row, end=True)
+        dialect.read_claim(dbapi, row, end=True)
     finally:
         dbapi.rollback()
 

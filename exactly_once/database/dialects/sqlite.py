@@ -236,7 +236,7 @@ class SQLite:
         driver = _driver(dbapi)
         return bool(driver.in_transaction or driver.total_changes != mark)
 
-    def known(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> ExistingClaim | None:
+    def read_claim(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> ExistingClaim | None:
         cursor = dbapi.cursor()
         try:
             cursor.execute(self._known, (row.group, row.handler, row.key))

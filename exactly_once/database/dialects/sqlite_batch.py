@@ -34,4 +34,4 @@ class Claims:
         first, *rest = owned
         others = [] if one.claim(dbapi, info, first, wait_ms=wait_ms, savepoint=False) else [first]
         others += [row for row in rest if not one.insert(dbapi, row)]
-        return {row.key: one.known(dbapi, row, end=False) for row in others}
+        return {row.key: one.read_claim(dbapi, row, end=False) for row in others}

@@ -1,4 +1,4 @@
-"""Splits a text into its statements as its server does. `verbs` tells what each statement is.
+"""Splits a text into its statements as its server does. `statement_effects` tells what each statement is.
 
 It knows what may hide a semicolon or a word: quotes and comments, nothing else. If a server would find an
 error (an unclosed quote), this reads to the end: the server runs nothing from there on.

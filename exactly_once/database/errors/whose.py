@@ -27,7 +27,7 @@ from exactly_once.database.errors.unreached import unreached
 from exactly_once.database.listeners import listen
 from exactly_once.exceptions.drivers import DRIVERS
 
-__all__ = ["came_through", "is_of", "watch_made"]
+__all__ = ["came_through", "mark_origin", "watch_made"]
 
 _OF: Final = "exactly_once_dialect"
 """The attribute of an error that keeps the dialect of its engine: SQLAlchemy's own errors do not have it."""
@@ -49,7 +49,7 @@ def watch_made(engine: Engine) -> None:
     listen(engine, "connect", made)
 
 
-def is_of(error: BaseException, dialect: Dialect) -> None:
+def mark_origin(error: BaseException, dialect: Dialect) -> None:
     """Mark an error that is about to be raised as this engine's."""
     vars(error)[_OF] = dialect
 

@@ -20,7 +20,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from exactly_once.database.dialects.contract import State
 from exactly_once.database.dialects.keywords import LOCK
-from exactly_once.database.errors.whose import is_of, watch_made
+from exactly_once.database.errors.whose import mark_origin, watch_made
 from exactly_once.database.listeners import listen
 from exactly_once.database.watched.deferred_watch import DeferredWatch
 from exactly_once.database.watched.watch import LEFT, WATCHED, TransactionEnd, Watch
@@ -131,7 +131,7 @@ def _counting(send: _Execute) -> _Execute:
 
 def _failed(context: ExceptionContext) -> None:
     if context.sqlalchemy_exception is not None:
-        is_of(context.sqlalchemy_exception, context.dialect)
+        mark_origin(context.sqlalchemy_exception, context.dialect)
     connection = context.connection
     if connection is None or connection.invalidated:
         return  # it has no `info`, and asking for it raises in the middle of the user's own rollback
@@ -223,7 +223,7 @@ def _marking_rollback(send: _Send) -> _Send:
             if first:  # it may be raised on another line
                 misuse.place = place_here()
         send(dbapi_connection)
-        watch.is_over()
+        watch.mark_over()
 
     return do_rollback
 

@@ -275,15 +275,15 @@ class Watch:
         text = _ANEW if self.connected_anew else text + self._shown(_LAST)
         if since is not False:
             return self.leave(TransactionEnd.BROKEN, text)
-        self.is_over()
+        self.mark_over()
         return self.leave(TransactionEnd.GONE, text)
 
     def lose(self, error: BaseException) -> None:
         """The server rolled the transaction back with this error."""
         self.lost = error
-        self.is_over()
+        self.mark_over()
 
-    def is_over(self) -> None:
+    def mark_over(self) -> None:
         """Nothing of it was committed until now. What is sent on the driver from here on does not belong to it. Never raises."""
         with suppress(Exception):  # the connection is lost, or the parent's: nothing more is sent on it
             self.mark = self.dialect.mark(self.dbapi)

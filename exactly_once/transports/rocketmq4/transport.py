@@ -58,8 +58,8 @@ def threads_for(subscriptions: Sequence[Subscription]) -> int:
         200
     """
     # One batch runs while the next one forms.
-    in_groups = sum(2 * each.largest_batch for each in subscriptions if each.largest_batch > 1)
-    return min(MOST_THREADS, max(DEFAULT_THREADS, in_groups))
+    in_batches = sum(2 * each.largest_batch for each in subscriptions if each.largest_batch > 1)
+    return min(MOST_THREADS, max(DEFAULT_THREADS, in_batches))
 
 
 class RocketMQ4Transport:

@@ -100,11 +100,11 @@ class Database:
         """The statements for this kind of server."""
         return statements(self.schema, self.dialect)
 
-    def seen(self, do: Callable[[Connection], T]) -> T:
-        """Read something; see `done`."""
+    def read(self, do: Callable[[Connection], T]) -> T:
+        """Read something; see `write`."""
         return self._asked(do, writes=False)
 
-    def done(self, do: Callable[[Connection], T]) -> T:
+    def write(self, do: Callable[[Connection], T]) -> T:
         """Do something in a transaction of its own, and commit it.
 
         An earlier user of the connection may have left a role, a time limit, READ ONLY or locked tables in it. So work that fails
@@ -153,7 +153,7 @@ class Database:
         if text.isascii():
             return False
         if self._characters is None:
-            self._characters = self.seen(characters_of)
+            self._characters = self.read(characters_of)
         return storable(text, characters=self._characters) != text
 
     def bell(self, topic: str) -> Bell:
@@ -215,12 +215,12 @@ class Database:
                 do(connection)
             return missing
 
-        while missing := self.done(held):
+        while missing := self.write(held):
             # Each in its own transaction: on MySQL two transactions that insert the same row deadlock.
             for topic in sorted(missing):
                 made = self.sql.add_group(topic, NO_GROUP)
                 try:
-                    self.done(lambda connection, made=made: connection.execute(made))  # type: ignore[misc]
+                    self.write(lambda connection, made=made: connection.execute(made))  # type: ignore[misc]
                 except Exception as error:
                     if not is_taken(error):  # another process may have made it meanwhile
                         raise

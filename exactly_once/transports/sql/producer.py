@@ -165,7 +165,7 @@ def _unfit(what: str, text: str, limit: int) -> ValueError | None:
 def gone(database: Database) -> SchemaError | None:
     """Ask whether our tables exist. None if they do, and also if the database does not answer."""
     with suppress(Exception):
-        if database.seen(partial(missing_tables, database.sql)):
+        if database.read(partial(missing_tables, database.sql)):
             return SchemaError(not_made(database.engine, schema=database.schema))
     return None
 

@@ -141,14 +141,14 @@ class SqlTransport:
             url = redacted(engine.url)
             if isinstance(engine.pool, (StaticPool, SingletonThreadPool)):
                 problems.append(f"The database {url} lives in memory, where threads cannot share it. Give it a file.")
-            missing = self._database.seen(partial(missing_tables, self._database.sql))
+            missing = self._database.read(partial(missing_tables, self._database.sql))
             problems += [
                 f"The table {name} is missing in {url}. Type: {upgrade_command(engine, self._database.schema)}"
                 for name in missing
             ]
             # SQLite has no roles, and a writer there waits for other writers.
             if not missing and engine.dialect.name != "sqlite":
-                self._database.seen(partial(_tried, self._database.sql.needed()))
+                self._database.read(partial(_tried, self._database.sql.needed()))
         except ConfigurationError as error:
             problems.append(str(error))
         except (LookupError, ArgumentError) as error:
@@ -197,7 +197,7 @@ class SqlTransport:
                 continue
             of = f"message(s) of topic {escaped(each.topic)}"
             take = escaped(taken(each.topic, each.tags), 200)
-            found = dict(self._database.seen(partial(_counted, self._database.sql.tags(group, each.topic, _LOOKED_AT))))
+            found = dict(self._database.read(partial(_counted, self._database.sql.tags(group, each.topic, _LOOKED_AT))))
             if number := found.pop(None, 0):
                 yield (
                     f"sql://: {number} {of} have no tag, and handlers of group {escaped(group)} take {take}. Nobody runs them,"
@@ -212,7 +212,7 @@ class SqlTransport:
 
     def _misspelled(self, subscriptions: Sequence[Subscription]) -> Iterator[str]:
         ours = [each.topic for each in subscriptions]
-        for topic, number in self._database.seen(partial(_counted, self._database.sql.groupless(_LOOKED_AT))):
+        for topic, number in self._database.read(partial(_counted, self._database.sql.groupless(_LOOKED_AT))):
             if topic not in ours and (meant := probably(topic, ours)):
                 yield (
                     f"sql://: {number} message(s) of topic {escaped(topic)!r} wait for a group, and none has joined it.{meant}"
@@ -297,7 +297,7 @@ class _SqlConsumer:
         database, sql, group, wanted = self._database, self._database.sql, self._group, self._wanted
         if database.dialect == "sqlite":
             due = sql.any_due(group, wanted)
-            if database.seen(lambda connection: connection.execute(due).first()) is None:
+            if database.read(lambda connection: connection.execute(due).first()) is None:
                 return ()
 
         def taken(connection: Connection) -> Sequence[Any]:
@@ -315,7 +315,7 @@ class _SqlConsumer:
             found += connection.execute(sql.keyless(group, wanted, limit + _SPARE)).scalars()
             return self._looked(connection, Look(group, wanted, limit, among=tuple(found)), token) if found else ()
 
-        return database.done(taken)
+        return database.write(taken)
 
     def _looked(self, connection: Connection, look: Look, token: str) -> Sequence[Any]:
         sql = self._database.sql
@@ -365,7 +365,7 @@ class _SqlConsumer:
 
         for left in reversed(range(_SETTLE_TRIES)):
             try:
-                self._database.done(change)
+                self._database.write(change)
             except Exception as error:
                 if not _is_away(error):
                     raise
@@ -399,7 +399,7 @@ class _SqlConsumer:
                 connection.execute(sql.drop(), {"ids": ids})
             return len(ids)
 
-        if number := self._database.done(tidied):
+        if number := self._database.write(tidied):
             _log.info(
                 "topic %s: deleted %d message(s) that waited for a day with a tag, or without one, that no handler of group %s"
                 " takes (they take %s)",
