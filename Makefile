@@ -15,13 +15,14 @@ DEMO_OPTIONS ?=
 # Tests wait more than they compute: so many at a time on two cores, each process with servers of its own.
 AT_ONCE ?= 3
 
-.PHONY: help venvs test unit integration acceptance alone rocketmq4 on-url on-container on-mysql long whole nightly tally lint style types contracts format
+.PHONY: help venvs test one coverage unit integration acceptance alone rocketmq4 on-url on-container on-mysql long whole nightly tally lint style types contracts format
 .PHONY: demo bench trace servers clean
 
 help:
 	@echo 'make demo [TRANSPORT=sql|rocketmq|rocketmq4]   see it: duplicates, SIGKILLs, and the ledger is right'
 	@echo '                  shorter: DEMO_OPTIONS="--orders 500 --seconds 5 --kills 1"'
 	@echo 'make test         all tests this machine can carry; or one tier: unit, integration, acceptance, alone, rocketmq4'
+	@echo 'make one TEST=tests/integration/test_claims.py::test_name   one test, with the servers it needs'
 	@echo 'make nightly      the long versions of tests, by hand, with their figures (two hours)'
 	@echo 'make lint         ruff, mypy --strict, what users type, import contracts; make format mends what ruff can'
 	@echo 'make bench        the figures, against dedupe written by hand'
@@ -54,8 +55,22 @@ TIER = @mkdir -p $(RESULTS); echo; echo "== $@"; rm -f $(RESULTS)/$@.xml; \
 	$(1) -m pytest --junit-xml=$(RESULTS)/$@.xml -o junit_suite_name=$@ $(TEST_OPTIONS) $(2) $(3); \
 	code=$$?; case $$code in 1|5) [ -n "$(KEEP_GOING)" ] || exit $$code;; *) exit $$code;; esac
 
+# With COVERAGE=1, as CI has it, the lines and branches that unit tests take are reported; no number is demanded.
+COVERED := --cov=exactly_once --cov-branch --cov-report=
+
 unit: $(VENV)/.made
-	$(call TIER,$(PY),tests/unit,-n $(AT_ONCE))
+	$(call TIER,$(PY),tests/unit,-n $(AT_ONCE) $(if $(COVERAGE),$(COVERED)))
+	@[ -z "$(COVERAGE)" ] || { echo; echo 'The twenty files that unit tests reach least, and the whole:'; \
+	$(PY) -m coverage report --sort=cover --skip-covered | sed -n '1,22p;$$p'; }
+
+# the same of unit and integration tests together: an hour, and a page for each file in build/coverage
+coverage: $(VENV)/.made
+	$(PY) -m pytest -q tests/unit tests/integration $(BY_FILE) $(COVERED) --cov-report=html:build/coverage --cov-report=term:skip-covered
+
+# One test, with the servers it needs: make one TEST=tests/integration/test_claims.py::test_name
+one: $(if $(findstring rocketmq4,$(TEST)),$(VENV4)/.made,$(VENV)/.made)
+	@[ -n "$(TEST)" ] || { echo 'Name it: make one TEST=tests/integration/test_claims.py::test_name'; exit 2; }
+	EXACTLY_ONCE_TEST_FULL=1 $(if $(findstring rocketmq4,$(TEST)),$(PY4),$(PY)) -m pytest '$(TEST)' $(TEST_OPTIONS)
 
 # in the order of tests/integration/conftest.py
 BY_FILE := -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder
@@ -150,6 +165,9 @@ format: $(VENV)/.made
 
 demo: $(if $(filter rocketmq4,$(TRANSPORT)),$(VENV4)/.made,$(VENV)/.made)
 	$(if $(filter rocketmq4,$(TRANSPORT)),$(PY4),$(PY)) -m examples.demo --transport $(TRANSPORT) $(DEMO_OPTIONS)
+
+trace: $(VENV)/.made
+	@$(PY) -m benchmarks.trace $(TRIPS)
 
 bench: venvs
 	@$(PY) $(INSTALL) -e '.[bench]' || echo 'DBOS cannot be installed here: what is measured against it is skipped.'
