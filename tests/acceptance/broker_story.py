@@ -3,7 +3,6 @@
 import json
 import threading
 import time
-from collections.abc import Callable
 from itertools import count
 
 import pytest
@@ -12,6 +11,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from exactly_once import ExactlyOnce, Message, Reject, Retry
 from tests.services.rocketmq import RocketMQ
+from tests.waiting import until
 
 PATIENCE_S = 120.0
 MORE_THAN_A_PULL = 32  # messages that either client brings at once
@@ -32,13 +32,6 @@ class Stock(Base):
     __tablename__ = "story_stock"
     sku: Mapped[str] = mapped_column(String(64), primary_key=True)
     left: Mapped[int]
-
-
-def until(what: Callable[[], bool], told: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not what():
-        assert time.monotonic() < deadline, told()
-        time.sleep(0.02)
 
 
 class Shop:

@@ -10,11 +10,11 @@ import os
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.acceptance import lease_shop
+from tests.waiting import until
 
 PATIENCE_S = 40.0
 _NURSERY = multiprocessing.get_context("forkserver")
@@ -77,14 +77,6 @@ class Worker:
     def told(self) -> str:
         """The last of what it said."""
         return self._log.read_text()[-3000:]
-
-
-def until(what: Callable[[], object], told: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
-    """Wait until it is so; `told` says what was the case instead."""
-    deadline = time.monotonic() + patience_s
-    while not what():
-        assert time.monotonic() < deadline, told()
-        time.sleep(0.05)
 
 
 def _work(environ: Mapping[str, str], log: str, arguments: tuple[str, ...]) -> None:

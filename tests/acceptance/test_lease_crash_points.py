@@ -40,9 +40,10 @@ from tests.acceptance.lease_shop import (
     records_in_redis,
     records_in_sql,
 )
-from tests.acceptance.lease_workers import PATIENCE_S, Worker, until
+from tests.acceptance.lease_workers import PATIENCE_S, Worker
 from tests.services import redis as redis_service
 from tests.services.need import require
+from tests.waiting import until
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG and /proc are Linux's"),

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -16,6 +16,7 @@ import exactly_once.alembic
 from exactly_once import ExactlyOnce, Message, Outcome
 from exactly_once.service.worker_service import IN_HAND
 from exactly_once.testing.postgres import EmbeddedPostgres
+from tests.waiting import until
 
 PATIENCE_S = 60.0
 
@@ -73,13 +74,6 @@ def ledger(database: str) -> tuple[list[str], int, int]:
         failures = session.execute(text("SELECT count(*) FROM message_failure")).scalar_one()
     engine.dispose()
     return orders, taken, int(failures)
-
-
-def until(what: Callable[[], bool], told: Callable[[], object] = lambda: "in vain") -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not what():
-        assert time.monotonic() < deadline, told()
-        time.sleep(0.02)
 
 
 @contextmanager

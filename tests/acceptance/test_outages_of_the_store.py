@@ -23,6 +23,7 @@ from exactly_once import ExactlyOnce, Lease, Message, Retry
 from exactly_once.testing.postgres import EmbeddedPostgres
 from tests.services.mariadb import MariaDB
 from tests.services.need import need
+from tests.waiting import until
 
 PATIENCE_S = 60.0
 ROWS = 10  # of one message
@@ -79,13 +80,6 @@ def count(url: str, table: str) -> int:
 
 def messages(first: int, last: int) -> list[Message]:
     return [Message("orders", json.dumps({"no": f"o-{n}"}).encode()) for n in range(first, last)]
-
-
-def until(what: Callable[[], bool], told: Callable[[], object] = lambda: "in vain") -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not what():
-        assert time.monotonic() < deadline, told()
-        time.sleep(0.02)
 
 
 def story(

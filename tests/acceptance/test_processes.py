@@ -15,6 +15,7 @@ from time import monotonic, sleep
 import pytest
 
 from exactly_once.daemon.supervisor import child_command
+from tests.waiting import until
 
 HERE = Path(__file__).parent
 CHILD, PARENT = str(HERE / "processes_child.py"), str(HERE / "processes_parent.py")
@@ -61,13 +62,6 @@ def said(folder: Path, what: str) -> list[tuple[int, float]]:
     path = folder / what
     lines = path.read_text().splitlines() if path.exists() else []
     return [(int(pid), float(at)) for pid, at in (line.split() for line in lines)]
-
-
-def until(condition: Callable[[], object], what: str, seconds: float = 20.0) -> None:
-    deadline = monotonic() + seconds
-    while not condition():
-        assert monotonic() < deadline, f"waited in vain until {what}"
-        sleep(0.01)
 
 
 def ask(port: int, path: str) -> tuple[int, object]:

@@ -13,7 +13,8 @@ import pytest
 from exactly_once import Alert, ConfigurationError, ExactlyOnce, Outcome, Retry
 from exactly_once.alert import raise_alert
 from tests.integration.shop import GROUP, Shop, order
-from tests.integration.test_ends_badly import Panic, until
+from tests.integration.test_ends_badly import Panic
+from tests.waiting import until
 
 pytestmark = pytest.mark.nightly(meet=2)
 

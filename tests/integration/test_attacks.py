@@ -3,8 +3,7 @@
 import json
 import re
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +21,7 @@ from tests.integration.shop import ONE_TRY
 from tests.services import mariadb as mariadb_service
 from tests.services.need import require
 from tests.services.proxy import Proxy
+from tests.waiting import until
 
 GROUP = "attacked"
 URL = "memory://attacks"
@@ -53,13 +53,6 @@ def states(engine: Engine) -> list[str]:
 def requeue_all(engine: Engine) -> None:
     with engine.begin() as connection:
         requeue(connection, tables(), Chosen(group=GROUP), by="test", why=None, per_second=None)
-
-
-def until(what: Callable[[], bool], told: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not what():
-        assert time.monotonic() < deadline, told()
-        time.sleep(0.02)
 
 
 def put(session: Session, text_: str) -> None:

@@ -20,8 +20,9 @@ from exactly_once.testing.databases import DatabaseServer
 from exactly_once.testing.postgres import EmbeddedPostgres
 from tests.integration.shop import EFFECT, GROUP, ONLY, STOCK, Shop, on, put
 from tests.integration.test_claim_door import in_session
-from tests.integration.threads import Turn, in_thread, until
+from tests.integration.threads import Turn, in_thread
 from tests.integration.ways import mariadb_procedures
+from tests.waiting import until
 
 
 @pytest.fixture

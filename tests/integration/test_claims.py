@@ -23,8 +23,9 @@ from exactly_once.claim import ClaimRow
 from exactly_once.database.dialects.registry import dialect_for
 from exactly_once.database.schema import CONSUMED, UNFINISHED
 from tests.integration.shop import COLOURS, DIALECTS, GROUP, ONLY, STOCK, Shop, count_statements, order, put, shops
-from tests.integration.threads import Turn, in_thread, until
+from tests.integration.threads import Turn, in_thread
 from tests.services.mariadb import MYSQLD
+from tests.waiting import until
 
 QUICK = Transaction(claim_wait=timedelta(seconds=0.3))
 PATIENT = Transaction(claim_wait=timedelta(seconds=20))

@@ -16,8 +16,9 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from exactly_once import ExactlyOnce, Outcome, Retry
 from tests.integration.shop import COLOURS, DIALECTS, GROUP, Shop, order, put, shops
 from tests.integration.test_connection_settings import run
-from tests.integration.test_ends_badly import each_way, until
+from tests.integration.test_ends_badly import each_way
 from tests.integration.ways import ALONE, IN_A_BATCH, UNDER_A_LEASE, Way
+from tests.waiting import until
 
 pytestmark = pytest.mark.nightly(meet=2)
 P, F, DEAD, WAITING = Outcome.PROCESSED, Outcome.FAILED, Outcome.DEAD, Outcome.WAITING

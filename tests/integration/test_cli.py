@@ -5,8 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,9 @@ import os
 from sqlalchemy import String
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from exactly_once import ExactlyOnce, Message, Reject, Retry
+from tests.waiting import until
+
+from tests.waiting import until
 
 eo = ExactlyOnce(group="cli")
 
@@ -87,13 +89,6 @@ class Shop:
 @pytest.fixture
 def shop(postgres_url: str, tmp_path: Path) -> Shop:
     return Shop(tmp_path, postgres_url)
-
-
-def until(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 40
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def lines(orders: Sequence[str]) -> str:

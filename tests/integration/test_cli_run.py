@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,15 +12,9 @@ from urllib.error import HTTPError, URLError
 import pytest
 
 from exactly_once.testing.child import free_ports
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
-
-
-def until(what: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 SHOP = """

@@ -17,9 +17,9 @@ from exactly_once import ExactlyOnce, Lease, Outcome, Retry, Transaction
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put
 from tests.integration.test_connection_settings import ground_on, one_by_one
 from tests.integration.test_left_in_the_pool import by_other_code
-from tests.integration.threads import until
 from tests.integration.ways import ALONE, UNDER_A_LEASE, WAYS, Way
 from tests.services.mariadb import MYSQLD
+from tests.waiting import until
 
 pytestmark = pytest.mark.nightly(meet=2)
 

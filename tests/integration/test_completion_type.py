@@ -22,10 +22,10 @@ from tests.conftest import require
 from tests.integration.shop import COLOURS, Shop, order, put, shops
 from tests.integration.test_clock_of_a_session import in_the_driver
 from tests.integration.test_connection_settings import ground_on
-from tests.integration.threads import until
 from tests.integration.ways import ALONE, LEASE, WAYS, Way, driver_of
 from tests.services import mariadb as mariadb_service
 from tests.services.mariadb import MYSQLD, MariaDB
+from tests.waiting import until
 
 pytestmark = pytest.mark.nightly(meet=2)
 

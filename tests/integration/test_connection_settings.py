@@ -20,9 +20,9 @@ from exactly_once.database.schema import tables
 from exactly_once.testing.databases import DatabaseServer
 from exactly_once.testing.postgres import EmbeddedPostgres
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
-from tests.integration.threads import until
 from tests.integration.ways import ALONE, IN_A_BATCH, UNDER_A_LEASE, WAYS, Way, mariadb_procedures
 from tests.services.mariadb import MYSQLD
+from tests.waiting import until
 
 pytestmark = pytest.mark.nightly(meet=2)
 

@@ -21,7 +21,8 @@ from exactly_once.failures.triage import Chosen
 from exactly_once.outcome import Ack
 from exactly_once.processing.processor import Processor, Result
 from exactly_once.transports.contract import Features
-from tests.integration.threads import Turn, in_thread, until
+from tests.integration.threads import Turn, in_thread
+from tests.waiting import until
 
 GROUP = "decisions"
 MANY = 450  # three parts

@@ -16,8 +16,8 @@ from sqlalchemy.util import await_only
 from exactly_once import Misuse, Outcome, Retry
 from tests.integration.shop import COLOURS, Shop, on, order, put, shops
 from tests.integration.test_claim_door import in_session
-from tests.integration.threads import until
 from tests.integration.ways import WAYS, Way, accounted, driver_of, mariadb_procedures
+from tests.waiting import until
 
 pytestmark = [
     pytest.mark.nightly(meet=2),

@@ -13,7 +13,6 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from itertools import count
-from time import monotonic
 from typing import Any
 
 import pytest
@@ -40,6 +39,7 @@ from tests.integration.ways import (
 )
 from tests.services.proxy import Proxy
 from tests.services.redis import Redis
+from tests.waiting import until
 
 pytestmark = pytest.mark.nightly(meet=2)
 
@@ -57,14 +57,6 @@ PATIENCE_S = 10
 def ground(request: pytest.FixtureRequest) -> Iterator[Shop]:
     """A shop with room for a step's connection beside its handler's own."""
     yield from shops(request, *request.param, pool_size=3, options={"pool_use_lifo": True})
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    """Wait for what a worker brings about; a short while, for here it mostly comes about at once or never."""
-    deadline = monotonic() + PATIENCE_S
-    while not condition():
-        assert monotonic() < deadline, f"not within {PATIENCE_S} s: {what}"
-        threading.Event().wait(0.02)
 
 
 def thrice(shop: Shop, way: Way, no: Any = 1) -> list[Outcome | BaseException]:

@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session
 
 from exactly_once import Lease, Outcome, Retry
 from tests.integration.shop import COLOURS, DIALECTS, ONE_TRY, STOCK, Shop, on, order, put, shops
-from tests.integration.threads import Turn, in_thread, until
+from tests.integration.threads import Turn, in_thread
 from tests.integration.ways import (
     ALONE,
     IN_A_BATCH,
@@ -41,6 +41,7 @@ from tests.integration.ways import (
     requeued,
 )
 from tests.services.mariadb import MYSQLD
+from tests.waiting import until
 
 pytestmark = pytest.mark.nightly(meet=2)
 

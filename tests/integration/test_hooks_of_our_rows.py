@@ -17,8 +17,9 @@ from sqlalchemy.orm import Session, registry, sessionmaker
 
 from exactly_once import Outcome, Retry
 from tests.integration.shop import EFFECT, Shop, order, put
-from tests.integration.test_ends_badly import each_way, thrice, until
+from tests.integration.test_ends_badly import each_way, thrice
 from tests.integration.ways import IN_A_STEP, WAYS, Way
+from tests.waiting import until
 
 pytestmark = pytest.mark.nightly(meet=2)
 

@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 from exactly_once import Message, Outcome, Retry
 from tests.integration.shop import COLOURS, Shop, order, put, shops
 from tests.integration.test_connection_settings import column, run
-from tests.integration.threads import until
 from tests.integration.ways import ALONE, IN_A_BATCH, UNDER_A_LEASE, Way
+from tests.waiting import until
 
 F, DEAD, P = Outcome.FAILED, Outcome.DEAD, Outcome.PROCESSED
 MIB = 1024 * 1024

@@ -16,8 +16,8 @@ from exactly_once import Outcome, Retry
 from tests.integration.shop import COLOURS, Shop, order, shops
 from tests.integration.test_connection_settings import run
 from tests.integration.test_left_in_the_pool import by_other_code, set_autocommit
-from tests.integration.threads import until
 from tests.integration.ways import ALONE, IN_A_BATCH, UNDER_A_LEASE, Way
+from tests.waiting import until
 
 pytestmark = pytest.mark.nightly(meet=2)
 P, D, F, W = Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.FAILED, Outcome.WAITING

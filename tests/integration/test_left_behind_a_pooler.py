@@ -18,8 +18,8 @@ from sqlalchemy.orm import Session
 from exactly_once import ExactlyOnce, Lease, Message, Outcome, Retry, Steps
 from tests.integration.shop import COLOURS, order
 from tests.integration.test_pooler import SERVER_CONNECTIONS, behind  # noqa: F401
-from tests.integration.threads import until
 from tests.services.pgbouncer import PgBouncer
+from tests.waiting import until
 
 READ_ONLY = "SET default_transaction_read_only = on"
 GUARDS: dict[str, dict[str, Any]] = {

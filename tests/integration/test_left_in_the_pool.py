@@ -26,9 +26,9 @@ from exactly_once.failures.triage import Chosen, requeue
 from exactly_once.testing.databases import DatabaseServer
 from tests.integration.shop import COLOURS, DIALECTS, EFFECT, GROUP, STOCK, Shop, order, put, shops
 from tests.integration.test_connection_settings import ground_on, one_by_one, run
-from tests.integration.threads import until
 from tests.integration.ways import ALONE, IN_A_BATCH, IN_A_LIST, LEASE, UNDER_A_LEASE, WAYS, Way
 from tests.services.mariadb import MYSQLD
+from tests.waiting import until
 
 pytestmark = pytest.mark.nightly(meet=2)
 

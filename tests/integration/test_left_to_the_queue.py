@@ -17,7 +17,7 @@ from tests.integration.shop import STOCK, Shop, order, shops
 from tests.integration.test_connection_settings import run
 from tests.integration.test_left_in_the_pool import by_other_code
 from tests.integration.test_sql_queue import SECOND
-from tests.integration.threads import until
+from tests.waiting import until
 
 LEFT = {
     "postgres role": "SELECT set_config('role', 'nobody_of_the_queue', false)",

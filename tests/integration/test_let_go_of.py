@@ -20,9 +20,9 @@ from exactly_once import ExactlyOnce, InProgress, Lease, Outcome
 from exactly_once.database.store import Store
 from exactly_once.guards.lease import renewal
 from tests.integration.shop import _ASYNC, COLOURS, DIALECTS, GROUP, Shop, order, put, shops
-from tests.integration.threads import until
 from tests.integration.ways import WAYS, Way
 from tests.services.mariadb import MYSQLD
+from tests.waiting import until
 
 P, F = Outcome.PROCESSED, Outcome.FAILED
 MANY = 6

@@ -17,11 +17,12 @@ from sqlalchemy.orm import Session
 
 from exactly_once import Lease, Outcome
 from tests.integration.shop import COLOURS, DIALECTS, ONE_TRY, Shop, order, put, shops
-from tests.integration.test_ends_badly import THREE, until
+from tests.integration.test_ends_badly import THREE
 from tests.integration.test_unreached import TokenServiceAway, guarded
 from tests.integration.threads import Turn, in_thread
 from tests.integration.ways import ALONE
 from tests.services.redis import Redis
+from tests.waiting import until
 
 pytestmark = [pytest.mark.nightly(meet=2), pytest.mark.usefixtures("filtered")]
 

@@ -18,7 +18,7 @@ from sqlalchemy.pool import NullPool
 
 from exactly_once import Outcome
 from tests.integration.shop import DIALECTS, ONE_TRY, Shop, order, put, shops
-from tests.integration.threads import until
+from tests.waiting import until
 
 PATIENCE_S = 120
 _OPEN = {

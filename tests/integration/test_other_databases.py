@@ -22,8 +22,9 @@ from sqlalchemy.util import await_only
 
 from exactly_once import ExactlyOnce, Message, Outcome, Retry
 from tests.integration.shop import COLOURS, GROUP, Shop, on, order, put, shops
-from tests.integration.test_ends_badly import each_way, thrice, until
+from tests.integration.test_ends_badly import each_way, thrice
 from tests.integration.ways import ALONE, IN_A_STEP, UNDER_A_LEASE, Way, driver_of
+from tests.waiting import until
 
 pytestmark = pytest.mark.nightly(meet=2)
 

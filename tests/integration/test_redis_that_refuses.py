@@ -17,9 +17,9 @@ from sqlalchemy.orm import Session
 
 from exactly_once import AsyncSteps, ConfigurationError, ExactlyOnce, Lease, Outcome, Retry, Steps
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
-from tests.integration.threads import until
 from tests.integration.ways import UNDER_A_LEASE
 from tests.services.redis import Redis
+from tests.waiting import until
 
 THREE = Retry(immediate=0, delays=[0.01], max_attempts=3)
 REFUSALS = ("another password", "rights taken")

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 import exactly_once.alembic
 from exactly_once import ExactlyOnce, Message, Outcome
-from tests.integration.threads import until
+from tests.waiting import until
 
 
 def application(database: Any) -> tuple[ExactlyOnce, list[str]]:

@@ -22,9 +22,10 @@ from sqlalchemy.util import await_only
 from exactly_once import Lease, Outcome, Retry
 from tests.integration.shop import COLOURS, Shop, order, put, shops
 from tests.integration.test_connection_settings import one_by_one, run
-from tests.integration.threads import in_thread, until
+from tests.integration.threads import in_thread
 from tests.integration.ways import UNDER_A_LEASE, WAYS, Way
 from tests.services.mariadb import MYSQLD
+from tests.waiting import until
 
 pytestmark = pytest.mark.nightly(meet=2)
 

@@ -17,8 +17,8 @@ from sqlalchemy.orm import Session
 
 from exactly_once import Lease, Outcome, Retry, Steps
 from tests.integration.shop import Shop, order, put, shops
-from tests.integration.test_ends_badly import until
 from tests.integration.ways import ALONE, IN_A_STEP, UNDER_A_LEASE, Way
+from tests.waiting import until
 
 P, D, F, WAITING = Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.FAILED, Outcome.WAITING
 THREE = Retry(immediate=0, delays=[0.01], max_attempts=3)

@@ -16,7 +16,8 @@ from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Message, Outcome
 from tests.integration.shop import GROUP, ONE_TRY, Shop, on, order, put
-from tests.integration.test_ends_badly import Panic, until
+from tests.integration.test_ends_badly import Panic
+from tests.waiting import until
 
 pytestmark = pytest.mark.nightly(meet=2)
 

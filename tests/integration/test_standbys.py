@@ -12,12 +12,12 @@ from sqlalchemy import create_engine, make_url, text
 from exactly_once.doctor.finding import Mark
 from exactly_once.doctor.standbys import findings_for_standbys
 from exactly_once.testing.child import Child
-from tests.integration.threads import until
 from tests.services import mariadb as mariadb_service
 from tests.services import postgres_debian
 from tests.services.mariadb import MYSQLD, MariaDB
 from tests.services.need import need, require
 from tests.services.postgres_debian import DebianPostgres
+from tests.waiting import until
 
 
 def said(url: str) -> list[tuple[Mark, str]]:

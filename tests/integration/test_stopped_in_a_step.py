@@ -13,8 +13,8 @@ from sqlalchemy.orm import Session
 
 from exactly_once import Outcome
 from tests.integration.shop import COLOURS, Shop, order, put, shops
-from tests.integration.threads import until
 from tests.integration.ways import IN_A_STEP, UNDER_A_LEASE, Way, cancel_this_task, driver_of, mariadb_procedures
+from tests.waiting import until
 
 each_way = pytest.mark.parametrize("way", [UNDER_A_LEASE, IN_A_STEP], ids=str)
 

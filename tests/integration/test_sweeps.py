@@ -10,7 +10,7 @@ from exactly_once import ExactlyOnce, Message, Outcome, Retry
 from exactly_once.database.schema import CONSUMED, utcnow
 from exactly_once.transports.sql import transport
 from tests.integration.shop import GROUP, Shop, order
-from tests.unit.worker_doubles import until
+from tests.waiting import until
 
 pytestmark = pytest.mark.nightly(meet=2)
 

@@ -17,7 +17,7 @@ from exactly_once import ConfigurationError, ExactlyOnce, Message, SchemaError
 from exactly_once.alembic import ready
 from exactly_once.cli.db import app as db
 from exactly_once.wording.redaction import redacted
-from tests.integration.threads import until
+from tests.waiting import until
 
 
 def said_by(*typed: str) -> tuple[int, str]:

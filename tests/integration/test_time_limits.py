@@ -18,9 +18,9 @@ from sqlalchemy.orm import Session
 from exactly_once import ExactlyOnce, InProgress, Outcome, Retry
 from exactly_once.failures.store import FailureStore
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
-from tests.integration.threads import until
 from tests.integration.ways import ALONE, IN_A_BATCH, IN_A_LIST, UNDER_A_LEASE, Way
 from tests.services.mariadb import MYSQLD
+from tests.waiting import until
 
 BUSY, P = Outcome.IN_PROGRESS, Outcome.PROCESSED
 THREE = Retry(immediate=0, delays=[0.01], max_attempts=3)

@@ -13,8 +13,8 @@ from exactly_once.failures.triage import Chosen, requeue
 from exactly_once.outcome import Redeliver
 from tests.integration.shop import GROUP, Shop, order, put
 from tests.integration.test_failures import BROKER, UNSAFE, deliver, own_engines, states
-from tests.integration.threads import until
 from tests.integration.ways import WAYS, Way
+from tests.waiting import until
 
 pytestmark = pytest.mark.nightly(meet=2)
 THREE = Retry(immediate=0, delays=[0.01], max_attempts=3)

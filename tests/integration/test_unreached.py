@@ -17,9 +17,10 @@ from sqlalchemy.orm import Session
 from exactly_once import Outcome, Retry
 from exactly_once.errors import StoreUnavailable
 from tests.integration.shop import COLOURS, Shop, order, put, shops
-from tests.integration.test_ends_badly import each_way, thrice, until
+from tests.integration.test_ends_badly import each_way, thrice
 from tests.integration.test_other_databases import asked
 from tests.integration.ways import ALONE, IN_A_STEP, UNDER_A_LEASE, WAYS, Way
+from tests.waiting import until
 
 pytestmark = pytest.mark.nightly(meet=2)
 P, F, DEAD, WAITING = Outcome.PROCESSED, Outcome.FAILED, Outcome.DEAD, Outcome.WAITING

@@ -11,8 +11,8 @@ from sqlalchemy import event
 
 from exactly_once import ExactlyOnce
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
-from tests.integration.threads import until
 from tests.integration.ways import ALONE, IN_A_BATCH, UNDER_A_LEASE, Way
+from tests.waiting import until
 
 
 @pytest.fixture(params=COLOURS)

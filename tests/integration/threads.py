@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
-from time import monotonic
 
 PATIENCE_S = 30
 
@@ -45,12 +44,3 @@ def in_thread(do: Callable[[], object]) -> Iterator[None]:
     assert not thread.is_alive(), "the other side never ended"
     if raised:
         raise raised[0]
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    """Wait for a condition that another thread or process brings about."""
-    deadline = monotonic() + PATIENCE_S
-    tick = Event()
-    while not condition():
-        assert monotonic() < deadline, f"{what} did not come about in {PATIENCE_S} s"
-        tick.wait(0.01)

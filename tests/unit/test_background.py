@@ -8,7 +8,7 @@ import pytest
 
 from exactly_once.executor.background import LONGEST, Background, Job
 from exactly_once.executor.executor import Executor
-from tests.unit.worker_doubles import until
+from tests.waiting import until
 
 SOON = timedelta(milliseconds=5)
 

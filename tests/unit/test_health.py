@@ -15,7 +15,8 @@ from exactly_once.errors import ConfigurationError
 from exactly_once.outcome import Ack, Result, WaitForStore
 from exactly_once.transports.contract import Delivery, Features
 from exactly_once.worker.worker import Worker
-from tests.unit.worker_doubles import Shelf, done, until
+from tests.unit.worker_doubles import Shelf, done
+from tests.waiting import until
 
 SECOND = timedelta(seconds=1)
 

@@ -10,7 +10,7 @@ import pytest
 
 from exactly_once.daemon.progress import Progress, is_terminal
 from exactly_once.worker.worker import Counts
-from tests.unit.worker_doubles import until
+from tests.waiting import until
 
 NONE = Counts(received=0, acked=0, redelivered=0, given_back=0, in_hand=0, held=0, outages=(), outcomes={})
 SOME = replace(NONE, received=7, acked=5, in_hand=2, outcomes={"processed": 4, "duplicate": 1, "in progress": 0})

@@ -18,7 +18,8 @@ from exactly_once.outcome import Ack, Redeliver, Result, Settlement
 from exactly_once.transports.contract import Consumer, Delivery, Features
 from exactly_once.worker import in_hand as unsettled
 from exactly_once.worker.worker import Run, Worker
-from tests.unit.worker_doubles import FEATURES, Hand, InHand, Shelf, done, ended, until
+from tests.unit.worker_doubles import FEATURES, Hand, InHand, Shelf, done, ended
+from tests.waiting import until
 
 MS = timedelta(milliseconds=1)
 SECOND = timedelta(seconds=1)

@@ -21,7 +21,8 @@ from exactly_once.transports.registry import transport_from
 from exactly_once.worker.busy_keys import BusyKeys
 from exactly_once.worker.in_hand import InHand
 from exactly_once.worker.worker import Run, Worker
-from tests.unit.worker_doubles import Hand, Shelf, done, ended, until
+from tests.unit.worker_doubles import Hand, Shelf, done, ended
+from tests.waiting import until
 
 MS = timedelta(milliseconds=1)
 SECOND = timedelta(seconds=1)

@@ -13,7 +13,8 @@ import pytest
 from exactly_once.outcome import Ack, Result, WaitForStore
 from exactly_once.transports.contract import Consumer, Delivery, Features
 from exactly_once.worker.worker import Worker
-from tests.unit.worker_doubles import Hand, Shelf, done, ended, until
+from tests.unit.worker_doubles import Hand, Shelf, done, ended
+from tests.waiting import until
 
 MS = timedelta(milliseconds=1)
 SECOND = timedelta(seconds=1)

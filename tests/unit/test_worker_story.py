@@ -19,7 +19,8 @@ from exactly_once.transports.contract import Consumer, Delivery, Features, Subsc
 from exactly_once.transports.memory import forget
 from exactly_once.transports.registry import transport_from
 from exactly_once.worker.worker import Worker
-from tests.unit.worker_doubles import ended, until
+from tests.unit.worker_doubles import ended
+from tests.waiting import until
 
 MS = timedelta(milliseconds=1)
 KEYS, EACH = 20, 15

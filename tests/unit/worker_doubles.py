@@ -148,11 +148,3 @@ def done(verdict: Verdict) -> Future[Result]:
     future: Future[Result] = Future()
     future.set_result(ended(verdict))
     return future
-
-
-def until(condition: Callable[[], object], what: str, seconds: float = 10.0) -> None:
-    """Wait for a condition; the deadline is for broken code only."""
-    deadline = monotonic() + seconds
-    while not condition():
-        assert monotonic() < deadline, f"waited in vain until {what}"
-        sleep(0.002)
