@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import URL, create_engine, text
 
+from tests.waiting import until
+
 ROOT = Path(__file__).parents[2]
 
 SHOP = """
@@ -18,9 +20,7 @@ import os
 from sqlalchemy import String
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from exactly_once import ExactlyOnce, Message, Reject, Retry
-from tests.waiting import until
 
-from tests.waiting import until
 
 eo = ExactlyOnce(group="cli")
 
