@@ -8,11 +8,12 @@ from exactly_once.database.characters import narrow
 from exactly_once.database.dialects.contract import ErrorKind
 from exactly_once.database.dialects.firsthand import is_firsthand, kept_firsthand, moment
 from exactly_once.database.dialects.place import as_sessions_begin
+from exactly_once.database.engines import WHERE_GIVEN, refuse_options
 from exactly_once.database.errors.drivers_own import is_of_a_database
 from exactly_once.database.errors.interrupted import interrupted
 from exactly_once.database.errors.unusable import denied, is_denied, is_read_only, read_only, silent, unusable, words
 from exactly_once.database.mysql_session import put_right
-from exactly_once.database.store import WHERE_GIVEN, Store
+from exactly_once.database.store import Store
 from exactly_once.errors import ConfigurationError, SchemaError
 from exactly_once.exceptions.drivers import is_drivers
 from exactly_once.exceptions.words import words_of
@@ -35,7 +36,7 @@ def problem(store: Store) -> str | None:
     try:
         missing, lacking = _found(store)
     except TypeError as error:
-        store.check_options(store.engine.url)  # for an engine we were given: drivers report unknown options so
+        refuse_options(store.engine.url)  # for an engine we were given: drivers report unknown options so
         where = redacted(store.engine.url)
         if dialect.name != "postgresql":
             said = escaped(words_of(error), 200)

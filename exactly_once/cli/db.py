@@ -24,8 +24,8 @@ from exactly_once.configuration.config import Config, load
 from exactly_once.database.driver_choice import check_driver
 from exactly_once.database.errors.not_made import no_file, of_the_settings
 from exactly_once.database.errors.unusable import denied, is_denied, is_read_only, no_schemas, read_only, unusable
+from exactly_once.database.probe import try_to_write
 from exactly_once.database.schema import tables
-from exactly_once.database.store import try_to_write
 from exactly_once.database.url import database_url
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, SchemaError, StoreUnavailable
 from exactly_once.wording.redaction import redacted

@@ -4,43 +4,35 @@ Made from a URL (then we make the engines and choose their size), an Engine, an 
 nothing until first used. The facade makes stores; attempts, the pump and the worker's outage probe use them.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Callable
 from functools import cached_property
-from os import urandom
 from time import time
-from typing import TYPE_CHECKING, Any, Final
-from uuid import uuid4
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import URL, Connection, Engine, NullPool, StaticPool, Table, create_engine, insert
-from sqlalchemy.exc import NoSuchModuleError
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
-from sqlalchemy.pool import reset_none
+from sqlalchemy import Connection, Engine, StaticPool
+from sqlalchemy.orm import Session, sessionmaker
 
 from exactly_once.claim import ClaimRow
-from exactly_once.database.characters import utf8_args
 from exactly_once.database.connections import forked as forked_engines
 from exactly_once.database.connections import loops
-from exactly_once.database.connections.pooler import prepare_threshold
 from exactly_once.database.connections.replaced_file import watch_file
 from exactly_once.database.dialects.contract import Dialect, ErrorKind
 from exactly_once.database.dialects.firsthand import watch_pool
 from exactly_once.database.dialects.place import schema_in
 from exactly_once.database.dialects.refusing import tried
 from exactly_once.database.dialects.registry import dialect_for
-from exactly_once.database.driver_choice import missing_driver
+from exactly_once.database.engines import async_engine, engine_of, sides, sync_engine, url_of
 from exactly_once.database.errors.drivers_own import original
-from exactly_once.database.errors.not_made import not_made, of_the_settings
+from exactly_once.database.errors.not_made import not_made
 from exactly_once.database.errors.unreached import unreached
 from exactly_once.database.errors.whose import came_through
 from exactly_once.database.in_memory import in_memory
-from exactly_once.database.owner import new_owner
-from exactly_once.database.schema import CONSUMING, Tables, tables
-from exactly_once.database.url import check_options, database_url, remember_parts
+from exactly_once.database.probe import ROOM_ROWS, try_to_write
+from exactly_once.database.schema import Tables, tables
+from exactly_once.database.url import remember_parts
 from exactly_once.database.watched.listening import install, install_session
-from exactly_once.database.watched.watch import HOME, elsewhere
-from exactly_once.errors import ConfigurationError, MissingExtra, SchemaError, StoreUnavailable
+from exactly_once.database.watched.watch import HOME
+from exactly_once.errors import ConfigurationError, SchemaError, StoreUnavailable
 from exactly_once.exceptions.stops import asked_from_outside
 from exactly_once.wording.redaction import redacted
 from exactly_once.wording.steady_log import steady
@@ -50,38 +42,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-__all__ = ["WHERE_GIVEN", "Store", "claims_twice", "lacking_characters", "try_to_write"]
+__all__ = ["Store"]
 
 _log = steady("exactly_once.store")
-
-# Drivers that have a sync and an async side, so that one URL serves handlers of both kinds.
-_ASYNC: Final = {
-    "postgresql": "postgresql+psycopg",
-    "postgresql+psycopg": "postgresql+psycopg",
-    "mysql+pymysql": "mysql+asyncmy",
-    "mysql+asyncmy": "mysql+asyncmy",
-    "mariadb+pymysql": "mariadb+asyncmy",
-    "mariadb+asyncmy": "mariadb+asyncmy",
-    "sqlite": "sqlite+aiosqlite",
-    "sqlite+pysqlite": "sqlite+aiosqlite",
-    "sqlite+aiosqlite": "sqlite+aiosqlite",
-}
-_SYNC: Final = {
-    "postgresql": "postgresql+psycopg",
-    "mysql": "mysql+pymysql",
-    "mariadb": "mariadb+pymysql",
-    "mysql+asyncmy": "mysql+pymysql",
-    "mariadb+asyncmy": "mariadb+pymysql",
-    "sqlite+aiosqlite": "sqlite",
-}
-
-_FLASK: Final = "With Flask-SQLAlchemy: with app.app_context(): eo.bind(db.engine)"
-_CONNECT_S: Final = 5  # seconds; a server that does not accept a connection within this time counts as unavailable
-# 6 MiB in InnoDB's pages: InnoDB grows a table by up to 4 MiB, so writing 6 MiB takes space from the disk. Each row fits into a
-# page: where the disk was full, rolling back a larger value crashed the server.
-_ROOM_ROWS: Final = 800
-_ROOM_BYTES: Final = 7000
-_SQLITE_BUSY_S: Final = 30  # handlers run one at a time there, and wait for their turn
 
 
 class _Nothing(tuple[()]):
@@ -126,11 +89,6 @@ class _OurSession(Session):
     dispatch = _OneHook()  # type: ignore[assignment]
 
 
-WHERE_GIVEN: Final = (
-    "where it was given: EXACTLY_ONCE_DATABASE (or ..._ASYNC_DATABASE, ..._FILE), the settings file, or the code."
-)
-
-
 class Store:
     """One database: its engines and sessions, sync and async.
 
@@ -159,7 +117,7 @@ class Store:
         self.schema = schema
         self.pool_size = pool_size
         self.pooler, self._durable = pooler, durable
-        self._given, self._given_async = _sides(database, async_database)
+        self._given, self._given_async = sides(database, async_database)
         self.made: list[Engine] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._told_of_loops = False
@@ -173,7 +131,9 @@ class Store:
     @cached_property
     def engine(self) -> Engine:
         """The engine for threads: the worker's own work, and sync handlers."""
-        return self._watched(_engine_of(self._given) or self._make(self._url(self._given or self._given_async), _SYNC))
+        return self._watched(
+            engine_of(self._given) or self._ours(sync_engine(url_of(self._given or self._given_async), self.pool_size))
+        )
 
     @cached_property
     def engine_apart(self) -> Engine:
@@ -219,17 +179,13 @@ class Store:
     @cached_property
     def async_engine(self) -> "AsyncEngine":
         """The engine for asyncio. It belongs to the loop that first uses it."""
-        from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+        from sqlalchemy.ext.asyncio import AsyncEngine
 
         given = self._given_async
         engine = getattr(given, "kw", {}).get("bind", given)
         if not isinstance(engine, AsyncEngine):
-            url = self._url(given or self._given)
-            engine = self._import(
-                create_async_engine, url.set(drivername=self._driver(url, _ASYNC)), self._options(url)
-            )
-            of_the_settings(engine.sync_engine)
-            self.made.append(engine.sync_engine)
+            engine = async_engine(url_of(given or self._given), self.pool_size)
+            self._ours(engine.sync_engine)
         self._watched(engine.sync_engine)
         loops.keep_apart(engine.sync_engine)
         found: AsyncEngine = engine
@@ -374,7 +330,7 @@ class Store:
                 tried(self.dialect, dbapi, info, refused, wait_ms=1000)
                 self._refused = None
             else:
-                try_to_write(connection, self.tables.idempotent, rows=_ROOM_ROWS if wants_room else 1)
+                try_to_write(connection, self.tables.idempotent, rows=ROOM_ROWS if wants_room else 1)
         except Exception as error:
             if not in_memory(connection.engine):
                 connection.invalidate()  # before the rollback: else a pooler keeps the server's connection as a stranger left it
@@ -445,6 +401,10 @@ class Store:
         for engine in self.made:
             engine.dispose(close=engine.dialect.is_async is False)
 
+    def _ours(self, engine: Engine) -> Engine:
+        self.made.append(engine)
+        return engine
+
     def _watched(self, engine: Engine) -> Engine:
         remember_parts(engine.url)
         install(engine)
@@ -456,190 +416,3 @@ class Store:
             look_at_each(engine, ours=engine in self.made, said=self.pooler)
         forked_engines.seen(engine)
         return engine
-
-    def _url(self, given: Any) -> URL:
-        if isinstance(given, (str, URL)):
-            with _where_given():
-                return database_url(given)
-        bind = getattr(given, "kw", {}).get("bind", given)
-        if isinstance(bind, Connection) or hasattr(bind, "sync_connection"):
-            raise ConfigurationError(
-                f"exactly_once was given a {type(bind).__name__}, whose transaction is its caller's: a message takes effect when"
-                " its own is committed. Give it an engine, or a sessionmaker of one; in a transaction of your own use eo.claim."
-            )
-        url = getattr(getattr(bind, "sync_engine", bind), "url", None)
-        if not isinstance(url, URL):
-            raise ConfigurationError(
-                f"exactly_once was given a {type(bind).__name__}, which names no database. Give it a URL, an engine, or a"
-                f" sessionmaker of one. {_FLASK}"
-            )
-        return url
-
-    def check_options(self, url: URL) -> None:
-        with _where_given():
-            check_options(url)
-
-    def _driver(self, url: URL, table: dict[str, str]) -> str:
-        return table.get(url.drivername, url.drivername)
-
-    def _make(self, url: URL, table: dict[str, str]) -> Engine:
-        engine: Engine = self._import(create_engine, url.set(drivername=self._driver(url, table)), self._options(url))
-        of_the_settings(engine)
-        self.made.append(engine)
-        return engine
-
-    def _import(self, make: Callable[..., Any], url: URL, options: dict[str, Any]) -> Any:
-        self.check_options(url)  # of the other driver, too, sync or async
-        try:
-            return make(url, **options)
-        except (ModuleNotFoundError, NoSuchModuleError) as error:
-            told = missing_driver(url, error)
-            if isinstance(told, MissingExtra):
-                raise told from error
-            raise ConfigurationError(f"{str(told).removesuffix('.')}. Mend it {WHERE_GIVEN}") from error
-
-    def _options(self, url: URL) -> dict[str, Any]:
-        backend = url.get_backend_name()
-        if backend == "sqlite":
-            if not url.database or url.database == ":memory:":
-                raise ConfigurationError(
-                    "A SQLite database in memory is another one in each thread. Give it a file: sqlite:///orders.db"
-                )
-            # A handler that waits for its turn to write already holds its connection.
-            return {"connect_args": {"timeout": _SQLITE_BUSY_S}, "pool_size": self.pool_size, "max_overflow": 4}
-        options: dict[str, Any] = {"pool_size": self.pool_size, "max_overflow": 4, "pool_timeout": 30}
-        if backend == "postgresql":
-            # Notices a dead peer in about a minute, not after the kernel's two hours with the key still locked.
-            options["connect_args"] = (
-                utf8_args(url)
-                | {
-                    "connect_timeout": _CONNECT_S,
-                    "keepalives_idle": 30,
-                    "keepalives_interval": 10,
-                    "keepalives_count": 3,
-                    "tcp_user_timeout": 60_000,
-                }
-                | {
-                    k: v
-                    for k, v in url.query.items()
-                    if k in ("connect_timeout", "keepalives_idle", "tcp_user_timeout")
-                }
-            )
-            options["connect_args"] |= prepare_threshold(url)
-        else:
-            options["connect_args"] = {"connect_timeout": _CONNECT_S}
-        return options
-
-
-@contextmanager
-def _where_given() -> Iterator[None]:
-    try:
-        yield
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{error} Mend it {WHERE_GIVEN}") from None
-
-
-def _sides(database: Any, async_database: Any) -> tuple[Any, Any]:
-    """Sort what was given into the sync and the async side. Refuses what cannot keep the promise."""
-    database, async_database = _made_by(database), _made_by(async_database)
-    if async_database is None and (
-        hasattr(database, "sync_engine") or hasattr(getattr(database, "class_", None), "run_sync")
-    ):
-        database, async_database = None, database
-    for given in (database, async_database):
-        kw = getattr(given, "kw", {})
-        if kw.get("twophase"):
-            raise ConfigurationError(
-                "A sessionmaker with twophase=True cannot be used: claims commit in one phase. Take it out."
-            )
-        if kw.get("autobegin") is False:
-            raise ConfigurationError(
-                "A sessionmaker with autobegin=False waits for a begin() that nobody calls here. Take autobegin out."
-            )
-        if kw.get("binds"):
-            raise ConfigurationError(
-                "A sessionmaker with binds= writes to several databases, which cannot be one commit. Give one engine;"
-                " for several databases give exactly_once a dict of them and route=."
-            )
-        if _resets_nothing(kw.get("bind", given)):
-            raise ConfigurationError(
-                "An engine with pool_reset_on_return=None hands a transaction that other code left open to the next user: a"
-                " message would commit a stranger's half. Take pool_reset_on_return out; a rollback where nothing is open costs"
-                " psycopg and SQLite nothing. Where a listener of `reset` rolls back for you, make it before exactly_once"
-                " gets the engine."
-            )
-        if given is not None and isinstance(given, sessionmaker) and kw.get("bind") is None:
-            raise ConfigurationError(f"The sessionmaker has no bind=. Type: sessionmaker(engine). {_FLASK}")
-    return database, async_database
-
-
-def _made_by(given: Any) -> Any:
-    """Return the sessionmaker of a scoped_session, sync or async; return anything else as it is."""
-    scoped = isinstance(given, scoped_session) or type(given).__name__ == "async_scoped_session"
-    return given.session_factory if scoped else given
-
-
-def _resets_nothing(bind: Any) -> bool:
-    """Say whether this is an engine whose pool neither rolls back nor closes a returned connection, nor asks a listener."""
-    pool = getattr(getattr(bind, "sync_engine", bind), "pool", None)
-    if pool is None or isinstance(pool, NullPool) or pool.dispatch.reset:
-        return False
-    return pool._reset_on_return is reset_none  # noqa: SLF001  (there is no public word for it)
-
-
-def try_to_write(connection: Connection, claims: Table, *, rows: int = 1) -> None:
-    """Insert claims of a random group, and roll them back."""
-    now = datetime.now(UTC)
-    content = urandom(_ROOM_BYTES) if rows > 1 else None  # random: a server may compress a pattern to nothing
-    values = [
-        {
-            "consumer_group": "exactly_once",
-            "handler": "look",
-            "business_key": uuid4().hex,
-            "status": CONSUMING,
-            "fingerprint": b"",
-            "message_content": content,
-            "created_at": now,
-        }
-        for _ in range(rows)
-    ]
-    connection.execute(insert(claims), values)
-    connection.rollback()
-
-
-def _engine_of(given: Any) -> Engine | None:
-    engine = getattr(given, "kw", {}).get("bind", given)
-    return engine if isinstance(engine, Engine) else None
-
-
-def claims_twice(dialect: Dialect, open_session: Callable[[], tuple[Any, Any]], group: str) -> tuple[bool, bool]:
-    """Claim one key twice, and roll back. Returns (True, False) where we understand the driver's answer.
-
-    If we did not recognise a driver's duplicate-key error, every duplicate would run, and nobody would notice.
-    """
-    session, _ = open_session()
-    row = ClaimRow(group, "exactly-once doctor", uuid4().hex, b"", owner=new_owner())
-    try:
-        connection = session.connection()
-        if (wrong := elsewhere(session, connection)) is not None:
-            raise ConfigurationError(wrong)
-        dbapi, info = connection.connection.dbapi_connection, connection.info
-        dialect.prepare(dbapi, info, wait_ms=1000)
-        first = dialect.claim(dbapi, info, row, wait_ms=1000, savepoint=True)
-        return first, dialect.claim(dbapi, info, row, wait_ms=1000, savepoint=True)
-    finally:
-        session.rollback()
-        session.close()
-
-
-def lacking_characters(name: str, characters: str) -> str:
-    """Say what it means that the database's own character set lacks characters."""
-    if characters == "SQL_ASCII":
-        return (
-            f"The database {name!r} is in SQL_ASCII: it takes bytes for text and checks nothing. We write UTF-8; other programs"
-            " may not. Better: a database in UTF8."
-        )
-    return (
-        f"The database {name!r} is in {characters}, which lacks characters. A message whose key has one is kept as dead and"
-        " never run; in other texts of ours it is escaped. Better: a database in UTF8."
-    )

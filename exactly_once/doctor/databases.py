@@ -12,9 +12,10 @@ from sqlalchemy.util import greenlet_spawn
 from exactly_once.alembic import ready
 from exactly_once.database.connections.pooler import LINK, Link, begin_bounded
 from exactly_once.database.errors.unusable import read_only
+from exactly_once.database.probe import claims_twice, lacking_characters
 from exactly_once.database.renamed import claimed_names
 from exactly_once.database.schema import utcnow
-from exactly_once.database.store import Store, claims_twice, lacking_characters
+from exactly_once.database.store import Store
 from exactly_once.doctor.conflicts import conflicts_of_times
 from exactly_once.doctor.finding import Finding, Mark
 from exactly_once.doctor.spellings import former_spellings

@@ -13,7 +13,8 @@ from time import monotonic
 from typing import Final
 
 from exactly_once.alembic import ready
-from exactly_once.database.store import Store, claims_twice
+from exactly_once.database.probe import claims_twice
+from exactly_once.database.store import Store
 from exactly_once.errors import (
     ConfigurationError,
     ExactlyOnceError,

@@ -12,8 +12,9 @@ from types import TracebackType
 from typing import Final
 
 from exactly_once import fork
+from exactly_once.database.probe import lacking_characters
 from exactly_once.database.renamed import claimed_names, told_of_renamed
-from exactly_once.database.store import Store, lacking_characters
+from exactly_once.database.store import Store
 from exactly_once.errors import ForkedProcess
 from exactly_once.exceptions.words import words_of
 from exactly_once.executor.background import Job

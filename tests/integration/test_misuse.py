@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from sqlalchemy.orm import Session, sessionmaker
 
 from exactly_once import ConfigurationError, Outcome, Retry
-from exactly_once.database.store import claims_twice
+from exactly_once.database.probe import claims_twice
 from tests.integration.shop import DIALECTS, EFFECT, GROUP, ONE_TRY, ONLY, STOCK, Do, Shop, on, order, put
 from tests.integration.threads import Turn, in_thread
 from tests.integration.ways import WAYS, Way, mariadb_procedures
