@@ -7,23 +7,26 @@ has a transaction of its own, or shares one with others of its handler (`batchin
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from concurrent.futures import CancelledError
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache, partial
 from queue import SimpleQueue
-from threading import BoundedSemaphore, Lock, Thread
+from threading import Lock, Thread
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy.util import await_only, greenlet_spawn
+from sqlalchemy.util import greenlet_spawn
 
 from exactly_once import fork
 from exactly_once.exceptions.words import trace_of
 from exactly_once.executor.background import Background, Job
 from exactly_once.executor.batching import Batching, Queued
-from exactly_once.executor.fanout import Parts, run_each
+from exactly_once.executor.beside import Beside
+from exactly_once.executor.fanout import Parts, combine
 from exactly_once.executor.future import SmallFuture
+from exactly_once.executor.limit import Limit
 from exactly_once.handlers.plan import Plan
 from exactly_once.outcome import Result, RunFuture
 from exactly_once.processing.batch import BatchProcessor, stay
@@ -41,8 +44,6 @@ Find = Callable[[Delivery], Sequence[Processor]]
 """Which handlers a delivery is for."""
 
 _One = tuple[Delivery, Features, Sequence[Processor], SmallFuture]
-
-T = TypeVar("T")
 
 _log = steady("exactly_once.worker")
 _LOOK_S: Final = 0.001
@@ -71,7 +72,9 @@ class Executor:
         self._work: SimpleQueue[_One | Batching | None] = SimpleQueue()
         self._batchings: dict[BatchProcessor, Batching] = {}
         self._batchings_lock = Lock()
-        self._limits = {plan.name: _limit(plan, plan.concurrency) for plan in plans if plan.concurrency is not None}
+        self._limits = {plan.name: Limit(plan.concurrency) for plan in plans if plan.concurrency is not None}
+        # a delivery on the loop has one sync handler at a time
+        self._beside = Beside(threads)
         self._stopping = False
         self._process = fork.here
         self._background = Background(())
@@ -141,6 +144,7 @@ class Executor:
         if self._loop is not None and self._loop_thread is not None and self._loop_thread.is_alive():
             self._loop.call_soon_threadsafe(self._end_loop)
             self._loop_thread.join(5)
+        self._beside.close()
 
     def dead(self) -> Sequence[str]:
         """Name what ended without being told to: what is handed to it would wait for ever."""
@@ -159,7 +163,7 @@ class Executor:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                result = self._run(delivery, features, found)
+                result = self._run(delivery, features, found, future)
             except BaseException as error:  # the worker takes it for "bring it again"; a thread never dies
                 self._same_process()
                 future.set_exception(error)
@@ -168,15 +172,23 @@ class Executor:
             del work, delivery, found, future
 
     def _run(
-        self, delivery: Delivery, features: Features, found: Sequence[Processor], *, on_loop: bool = False
+        self, delivery: Delivery, features: Features, found: Sequence[Processor], future: SmallFuture | None = None
     ) -> Result:
+        """Run a delivery for each of its handlers, one after the other; without a future, in a greenlet of the loop."""
         if len(found) == 1 and not self._limits:  # what nearly every message is
             return found[0].run(delivery.message, features, pumped=delivery.handler is not None)
-        return run_each(found, partial(self._run_one, delivery, features), on_loop=on_loop)
+        return combine([self._run_one(delivery, features, each, future) for each in found])
 
-    def _run_one(self, delivery: Delivery, features: Features, one: Processor) -> Result:
+    def _run_one(self, delivery: Delivery, features: Features, one: Processor, future: SmallFuture | None) -> Result:
         run = partial(one.run, delivery.message, features, pumped=delivery.handler is not None)
-        return _limited(self._limits.get(one.plan.name), run)
+        if future is None and not one.plan.is_async:
+            run = partial(self._beside.run, run)
+        if (limit := self._limits.get(one.plan.name)) is None:
+            return run()
+        with limit.place(on_loop=future is None) as waited:
+            if waited and (self._stopping or (future is not None and future.given_back)):
+                raise CancelledError  # whoever brought it has it again; what the handler needs may be closed by now
+            return run()
 
     # -- batches -----------------------------------------------------------------------------------------------------
 
@@ -219,19 +231,15 @@ class Executor:
         """Run a batch and end each of its deliveries; in a greenlet, awaits. Raises only what ends the loop."""
         handler = batching.handler
         leave = self._leave if handler.plan.is_async else stay
-
-        def run() -> None:
-            began = monotonic()
-            found = handler.run_batch(batching.members(batch), leave=leave, meanwhile=batching.read_ahead())
-            batching.size.ended(len(batch), timedelta(seconds=monotonic() - began), deadlocked=found.deadlocked)
-            for one, result in zip(batch, found.results, strict=True):
-                if isinstance(result, BaseException):
-                    one.future.set_exception(result)
-                else:
-                    one.future.set_result(result)
-
+        limit = self._limits.get(handler.plan.name)
         try:
-            _limited(self._limits.get(handler.plan.name), run)
+            with nullcontext() if limit is None else limit.place(on_loop=handler.plan.is_async):
+                going = [one for one in batch if not (self._stopping or one.future.given_back)]
+                if len(going) < len(batch):  # while it was waited for a place
+                    for one in set(batch) - set(going):
+                        one.future.set_exception(CancelledError())
+                if going:
+                    self._run_going(batching, going, leave)
         except BaseException as error:  # the worker takes it for "bring it again"; neither thread nor loop ends of it
             self._same_process()
             for one in batch:
@@ -239,6 +247,16 @@ class Executor:
                     one.future.set_exception(error)
             if self._stopping and not isinstance(error, Exception):
                 raise  # cancelled with the loop
+
+    def _run_going(self, batching: Batching, batch: Sequence[Queued], leave: Callable[[BaseException], None]) -> None:
+        began = monotonic()
+        found = batching.handler.run_batch(batching.members(batch), leave=leave, meanwhile=batching.read_ahead())
+        batching.size.ended(len(batch), timedelta(seconds=monotonic() - began), deadlocked=found.deadlocked)
+        for one, result in zip(batch, found.results, strict=True):
+            if isinstance(result, BaseException):
+                one.future.set_exception(result)
+            else:
+                one.future.set_result(result)
 
     def _same_process(self) -> None:
         """End the copy of this thread in a child that a handler forked: it would wait for work that nobody brings."""
@@ -320,27 +338,6 @@ class Executor:
     async def _arun(self, delivery: Delivery, features: Features, found: Sequence[Processor]) -> Result:
         async with self._places:
             try:
-                return await greenlet_spawn(self._run, delivery, features, found, on_loop=True)
+                return await greenlet_spawn(self._run, delivery, features, found)
             finally:
                 self._same_process()
-
-
-def _limit(plan: Plan, most: int) -> Any:
-    """Return what lets so many of a handler run at once: of threads, or of the loop's tasks."""
-    if not plan.is_async:
-        return BoundedSemaphore(most)
-    import asyncio
-
-    return asyncio.Semaphore(most)
-
-
-def _limited(limit: Any, run: Callable[[], T]) -> T:
-    if limit is None:
-        return run()
-    acquired = limit.acquire()  # waits; of the loop's it is still to be awaited
-    if acquired is not True:
-        await_only(acquired)
-    try:
-        return run()
-    finally:
-        limit.release()

@@ -1,13 +1,10 @@
-"""One delivery for several handlers: each is run, and what they say becomes one result."""
+"""One delivery for several handlers: what they say becomes one result. Runs nothing."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from threading import Lock
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from sqlalchemy.util import await_only
-
-from exactly_once import fork
 from exactly_once.outcome import (
     Ack,
     Outcome,
@@ -20,13 +17,7 @@ from exactly_once.outcome import (
     WaitForStore,
 )
 
-if TYPE_CHECKING:
-    from exactly_once.processing.processor import Processor
-
-__all__ = ["Parts", "combine", "run_each"]
-
-RunOne = Callable[["Processor"], Result]
-"""Run the delivery for one handler."""
+__all__ = ["Parts", "combine"]
 
 _NOT_MINE: Final = Result(Outcome.NOT_MINE, Ack())
 # of several handlers' outcomes the one that says most: what is not acknowledged first, then what happened
@@ -49,34 +40,6 @@ _WEIGHT: Final = {
 
 # told the same message again, a handler that ended so runs nothing
 _SETTLED: Final = frozenset({Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.NOT_MINE})
-
-
-def run_each(found: Sequence["Processor"], run: RunOne, *, on_loop: bool = False) -> Result:
-    """Run a delivery for each of its handlers, one after the other.
-
-    Args:
-        found: The handlers.
-        run: Runs it for one of them.
-        on_loop: We are in a greenlet of an event loop: async handlers run there, sync ones in a thread beside the loop.
-    """
-    if on_loop:
-        return combine([run(each) if each.plan.is_async else _beside_the_loop(run, each) for each in found])
-    return combine([run(each) for each in found])
-
-
-def _beside_the_loop(run: RunOne, each: "Processor") -> Result:
-    import asyncio
-
-    return await_only(asyncio.to_thread(_unless_forked, run, each))
-
-
-def _unless_forked(run: RunOne, each: "Processor") -> Result:
-    process = fork.here
-    try:
-        return run(each)
-    finally:
-        if process is not fork.here:
-            fork.end(fork.inside())  # this copy of the thread would wait for work that nobody brings
 
 
 def combine(results: Sequence[Result]) -> Result:

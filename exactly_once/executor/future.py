@@ -30,10 +30,12 @@ _WAITING, _RUNNING, _CANCELLED, _DONE = _State
 class SmallFuture:
     """The end of one run, which is to come. At most one callback."""
 
-    __slots__ = ("_callback", "_error", "_result", "_state")
+    __slots__ = ("_callback", "_error", "_result", "_state", "given_back")
 
     def __init__(self) -> None:
         self._state = _WAITING
+        self.given_back = False
+        """Nobody waits for its result any more; what has not begun to work need not begin."""
         self._result: Result | None = None
         self._error: BaseException | None = None
         self._callback: Callable[[Any], object] | None = None
@@ -58,6 +60,7 @@ class SmallFuture:
         """Keep it from beginning; False if it has begun."""
         with _LOCK:
             if self._state is not _WAITING:
+                self.given_back = True
                 return self._state is _CANCELLED
             self._state = _CANCELLED
         self._call()

@@ -5,6 +5,7 @@ Made at first use from the facade's registrations, and fixed from then on. The f
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 from sqlalchemy.util import greenlet_spawn
@@ -15,7 +16,8 @@ from exactly_once.database.store import Store
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, Reject
 from exactly_once.exceptions.stops import asked_from_outside
 from exactly_once.exceptions.words import words_of
-from exactly_once.executor.fanout import run_each
+from exactly_once.executor.beside import Beside
+from exactly_once.executor.fanout import combine
 from exactly_once.guards.lease.stores import LeaseStores
 from exactly_once.handlers.plan import Plan
 from exactly_once.message import Message
@@ -32,6 +34,7 @@ Route = Callable[[Message], str]
 """Names the database a message belongs to."""
 
 _NONE: Final[tuple[Processor, ...]] = ()
+_MOST_BESIDE: Final = 256  # sync handlers that a caller's loop awaits at once; the next one waits
 _MOST_TOLD: Final = 100  # topics that no handler takes: each is remembered, and the names come from outside
 
 _log = steady("exactly_once.routing")
@@ -100,6 +103,7 @@ class Router:
                 topics[each.plan.topic] = (*topics.get(each.plan.topic, ()), each)
         self._only = self._topics[self._first] if route is None else None
         self._told: set[str] = set()
+        self._beside = Beside(_MOST_BESIDE)
 
     def find(self, delivery: Delivery) -> Sequence[Processor]:
         """Return the handlers a delivery is for; of a message that comes from the failure store, the one that failed."""
@@ -181,17 +185,24 @@ class Router:
         """Run a message for a consumer loop that is not ours."""
         for each in found if anyone_holds() else ():
             refuse_inside(each.store.engine, "eo.process")
-        return _outcome(run_each(found, lambda each: each.run(message, FOREIGN, foreign=True)))
+        return _outcome(combine([each.run(message, FOREIGN, foreign=True) for each in found]))
 
     async def arun(self, found: Sequence[Processor], message: Message) -> Outcome:
         """The same in an event loop."""
         for each in found if anyone_holds() else ():
             refuse_inside(each.store.engine, "eo.aprocess")
 
-        def run(each: Processor) -> Result:
-            return each.run(message, FOREIGN, foreign=True, beside=not each.plan.is_async)
+        return _outcome(await greenlet_spawn(self._run_on_loop, found, message))
 
-        return _outcome(await greenlet_spawn(run_each, found, run, on_loop=True))
+    def _run_on_loop(self, found: Sequence[Processor], message: Message) -> Result:
+        """In a greenlet of the caller's loop."""
+
+        def run(each: Processor) -> Result:
+            if each.plan.is_async:
+                return each.run(message, FOREIGN, foreign=True)
+            return self._beside.run(partial(each.run, message, FOREIGN, foreign=True, beside=True))
+
+        return combine([run(each) for each in found])
 
     def subscriptions(self) -> Sequence[Subscription]:
         """Return what the group wants: per topic the union of its handlers' tags, sorted, alike in every process.

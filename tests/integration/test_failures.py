@@ -19,12 +19,11 @@ from zstandard import ZstdCompressor
 
 from exactly_once import ExactlyOnce, Lock, Message, Outcome, Reject, Retry, keys
 from exactly_once.errors import BadBody
-from exactly_once.executor.fanout import run_each
+from exactly_once.executor.fanout import combine
 from exactly_once.failures.due import DueFailures
 from exactly_once.failures.store import FailureStore
 from exactly_once.failures.triage import Chosen, discard
 from exactly_once.outcome import Ack, Redeliver, Result
-from exactly_once.processing.processor import Processor
 from exactly_once.transports import packed_messages
 from exactly_once.transports.contract import Delivery, Features
 from tests.integration.shop import EFFECT, GROUP, ONLY, Do, Shop, order, put
@@ -44,13 +43,13 @@ def deliver(shop: Shop, message: Message, features: Features) -> Result:
     """Tell the handlers of a delivery from a broker with these features, as the worker does."""
     found = shop.eo._router.matching(message)
 
-    def run(each: Processor) -> Result:
-        return each.run(message, features)
+    def run() -> Result:
+        return combine([each.run(message, features) for each in found])
 
     if shop.is_async:
-        told: Result = shop.await_(greenlet_spawn(run_each, found, run, on_loop=True))
+        told: Result = shop.await_(greenlet_spawn(run))
         return told
-    return run_each(found, run)
+    return run()
 
 
 class Flaky:

@@ -1,0 +1,61 @@
+"""Threads beside an event loop, in which sync handlers of the loop's deliveries run. Ours alone.
+
+The loop's own threads (`asyncio.to_thread`) are few, and handlers and name look-ups need them: a sync handler that waits there
+for a row which an async handler has locked would keep that one from its thread, and neither would end.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from typing import TypeVar
+
+from sqlalchemy.util import await_only
+
+from exactly_once import fork
+
+__all__ = ["Beside"]
+
+T = TypeVar("T")
+
+
+class Beside:
+    """Threads, made when they are needed.
+
+    Args:
+        most: How many there are at most. One that waits for another of them would wait for ever, so it is no fewer than what
+            runs at once.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._pool: ThreadPoolExecutor | None = None
+        fork.tell(self)
+
+    def forked(self) -> None:
+        """In a process just forked: the threads are the parent's."""
+        if self._pool is not None:
+            fork.pin(self._pool)
+        self._pool = None
+
+    def run(self, run: Callable[[], T]) -> T:
+        """Run it in a thread, in the context of the task; called in a greenlet of the loop, which goes on meanwhile."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._most, "beside the handlers' loop")
+        found: T = await_only(asyncio.wrap_future(self._pool.submit(copy_context().run, _unless_forked, run)))
+        return found
+
+    def close(self) -> None:
+        """Let idle threads end; one that runs a handler ends with it, unheard."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+
+
+def _unless_forked(run: Callable[[], T]) -> T:
+    process = fork.here
+    try:
+        return run()
+    finally:
+        if process is not fork.here:
+            fork.end(fork.inside())  # this copy of the thread would wait for work that nobody brings
