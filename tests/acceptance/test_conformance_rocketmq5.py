@@ -8,10 +8,7 @@ from itertools import count
 import pytest
 
 from exactly_once.errors import TransportError
-from exactly_once.transports.contract import Receipt, Surroundings, Transport
-from exactly_once.transports.registry import transport_from
-from exactly_once.transports.rocketmq5 import wall
-from tests.acceptance.conformance import (
+from exactly_once.testing.conformance import (
     Conformance,
     ServedHarness,
     ServerConformance,
@@ -19,6 +16,9 @@ from tests.acceptance.conformance import (
     numbered,
     send,
 )
+from exactly_once.transports.contract import Receipt, Surroundings, Transport
+from exactly_once.transports.registry import transport_from
+from exactly_once.transports.rocketmq5 import wall
 from tests.services.need import need
 from tests.services.rocketmq import RocketMQ
 
@@ -30,6 +30,7 @@ class RocketMQ5Harness(ServedHarness):
     # the broker looks once a second for what is due, and a proxy's long poll is told later still: 2 to 4 s were seen
     lag = timedelta(seconds=5)
     short_invisible = timedelta(seconds=3)
+    remedy = "Type: mqadmin update"
 
     def __init__(self, server: RocketMQ) -> None:
         self.server = server

@@ -8,10 +8,10 @@ import pytest
 from exactly_once.errors import ConfigurationError
 from exactly_once.message import Message
 from exactly_once.outcome import Ack
+from exactly_once.testing.conformance import Conformance, Harness
 from exactly_once.transports.contract import Subscription, Surroundings, Transport
 from exactly_once.transports.memory import forget
 from exactly_once.transports.registry import transport_from
-from tests.acceptance.conformance import Conformance, Harness
 
 _names = count()
 SECOND = timedelta(seconds=1)

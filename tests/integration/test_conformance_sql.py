@@ -12,10 +12,10 @@ import pytest
 from sqlalchemy import Engine, create_engine
 
 from exactly_once.database.schema import tables
+from exactly_once.testing.conformance import Conformance, Harness, ServedHarness, ServerConformance
 from exactly_once.testing.postgres import EmbeddedPostgres
 from exactly_once.transports.contract import Surroundings, Transport
 from exactly_once.transports.registry import transport_from
-from tests.acceptance.conformance import Conformance, Harness, ServedHarness, ServerConformance
 from tests.services import mariadb
 from tests.services.need import require
 

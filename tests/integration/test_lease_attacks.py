@@ -20,7 +20,7 @@ from exactly_once.claim import ClaimRow
 from exactly_once.database.schema import utcnow
 from exactly_once.failures import triage
 from exactly_once.guards.lease.renewal import Renewal
-from tests.integration.lease_conformance import until
+from exactly_once.testing.conformance.leases import until
 from tests.integration.shop import GROUP, ONE_TRY, STOCK, Shop, order, put, shops
 from tests.services.proxy import Proxy
 from tests.services.redis import Redis

@@ -14,8 +14,8 @@ from exactly_once.database.schema import utcnow
 from exactly_once.failures.triage import Chosen, discard
 from exactly_once.guards.lease.redis import key_of
 from exactly_once.redis.connection import RedisConnection
-from tests.integration.lease_conformance import message as claim_row
-from tests.integration.lease_conformance import until
+from exactly_once.testing.conformance.leases import message as claim_row
+from exactly_once.testing.conformance.leases import until
 from tests.integration.shop import COLOURS, DIALECTS, GROUP, ONE_TRY, Shop, order, put, shops
 from tests.services.redis import Redis
 

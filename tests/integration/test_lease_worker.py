@@ -23,9 +23,9 @@ from exactly_once.database.schema import tables, utcnow
 from exactly_once.database.store import Store
 from exactly_once.guards.lease.sql import SqlLeases
 from exactly_once.handlers.plan import plan
+from exactly_once.testing.conformance.leases import until
 from exactly_once.testing.databases import DatabaseServer
 from exactly_once.testing.postgres import EmbeddedPostgres
-from tests.integration.lease_conformance import until
 from tests.services.need import need
 
 ROOT = Path(__file__).parents[2]

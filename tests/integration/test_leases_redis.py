@@ -8,7 +8,7 @@ import pytest
 from exactly_once.guards.lease.contract import LeaseState, LeaseStore, judge
 from exactly_once.guards.lease.redis import RedisLeases
 from exactly_once.redis.connection import RedisConnection
-from tests.integration.lease_conformance import LeaseConformance, message
+from exactly_once.testing.conformance.leases import LeaseConformance, message
 
 
 class TestLeasesInRedis(LeaseConformance):

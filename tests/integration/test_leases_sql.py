@@ -10,7 +10,7 @@ from exactly_once.database.schema import tables
 from exactly_once.database.store import Store
 from exactly_once.guards.lease.contract import LeaseStore
 from exactly_once.guards.lease.sql import SqlLeases
-from tests.integration.lease_conformance import LeaseConformance
+from exactly_once.testing.conformance import LeaseConformance
 
 
 class TestLeasesInSql(LeaseConformance):

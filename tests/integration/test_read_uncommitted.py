@@ -15,7 +15,7 @@ from exactly_once.database.store import Store
 from exactly_once.failures.due import DueFailures
 from exactly_once.guards.lease.contract import LeaseState, judge
 from exactly_once.guards.lease.sql import SqlLeases
-from tests.integration.lease_conformance import message as claim_row
+from exactly_once.testing.conformance.leases import message as claim_row
 from tests.integration.shop import COLOURS, Shop, order, put, shops
 from tests.integration.ways import ALONE
 

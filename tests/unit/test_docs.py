@@ -360,7 +360,7 @@ def _said_by_doctor() -> frozenset[str]:
 
 def test_tests_named_in_the_rules_exist() -> None:
     defined = set()
-    for path in (ROOT / "tests").rglob("*.py"):
+    for path in (*(ROOT / "tests").rglob("*.py"), *(ROOT / "exactly_once/testing/conformance").glob("*.py")):
         defined |= set(re.findall(r"def (test_\w+)", path.read_text()))
     named = set(re.findall(r"`(test_\w+)`", page("explanation/rules.md") + page("explanation/what-each-crash-does.md")))
     assert named, "the rules name no tests"

@@ -185,7 +185,7 @@ def test_the_bug_report_asks_for_each_outcome_and_transport() -> None:
 
 
 def defined_tests() -> Iterator[str]:
-    for path in (ROOT / "tests").rglob("*.py"):
+    for path in (*(ROOT / "tests").rglob("*.py"), *(ROOT / "exactly_once/testing/conformance").glob("*.py")):
         yield from re.findall(r"def (test_\w+)", path.read_text())
 
 

@@ -1,41 +1,78 @@
-"""What every store of leases must do, said once; a module that subclasses `LeaseConformance` gives the store."""
+"""What every store of leases must do, said once; a module that subclasses `LeaseConformance` gives the store.
+
+Nothing here knows a store: it asks through `LeaseStore`, and waits with deadlines for leases to run out. Called by pytest, for
+the stores of this package and for those of others.
+"""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from time import monotonic, sleep
+from typing import Final
 from uuid import uuid4
+
+import pytest
 
 from exactly_once.claim import ClaimRow, LeaseAnswer, StepRow
 from exactly_once.guards.lease.contract import HeldLease, LeaseState, LeaseStore, Recorded, judge
 
-LEASE = timedelta(seconds=30)
-SHORT = timedelta(seconds=1)
+__all__ = ["LEASE", "SHORT", "LeaseConformance", "message", "until"]
+
+LEASE: Final = timedelta(seconds=30)
+SHORT: Final = timedelta(seconds=1)
+"""Waited for until it has run out: as long as a slow machine needs for a few statements, and no longer."""
 
 
 def message(key: str = "A-1", fingerprint: bytes = b"\x01aaaPAYLOAD") -> ClaimRow:
+    """Return the claim of one message.
+
+    Args:
+        key: Its business key.
+        fingerprint: Of its body; its first bytes say how it was made.
+    """
     return ClaimRow("shop", "checkout", key, fingerprint, "id-1", owner="test")
 
 
 def until(what: Callable[[], bool], patience_s: float = 10) -> None:
+    """Wait until something is so.
+
+    Raises:
+        AssertionError: It was not so in time.
+    """
     deadline = monotonic() + patience_s
     while not what():
-        assert monotonic() < deadline
+        assert monotonic() < deadline, f"not within {patience_s} s"
         sleep(0.02)
 
 
 class LeaseConformance:
-    """Subclass it, and give a fixture `store`."""
+    """What every store of leases does. Subclass it under a name that begins with Test, and give a fixture `store`.
+
+    Example:
+        class TestMyLeases(LeaseConformance):
+            @pytest.fixture
+            def store(self, my_server: MyServer) -> LeaseStore:
+                return MyLeases(my_server)      # empty: each test claims the same keys
+    """
+
+    @pytest.fixture
+    def store(self) -> LeaseStore:
+        """Give an empty store."""
+        raise NotImplementedError(
+            f"{type(self).__name__} lacks its store: give it a fixture `store` that returns an empty LeaseStore."
+        )
 
     def claim(
         self, store: LeaseStore, row: ClaimRow | None = None, token: str | None = None, lease: timedelta = LEASE
     ) -> tuple[LeaseAnswer, HeldLease]:
+        """Claim, and return the answer with the lease that is held if it was won."""
         row = row or message()
         token = token or uuid4().hex
         seen = store.claim(row, token, lease, also=row.fingerprint, steps=True)
         return seen, HeldLease(row, token, seen.attempt, lease, seen.steps)
 
     def won(self, store: LeaseStore, row: ClaimRow | None = None, lease: timedelta = LEASE) -> HeldLease:
+        """Claim what is free."""
         seen, held = self.claim(store, row, lease=lease)
         assert seen.won
         return held
@@ -236,6 +273,3 @@ class LeaseConformance:
 
     def test_a_look_at_nothing_is_none(self, store: LeaseStore) -> None:
         assert store.look(message("nothing")) is None
-
-
-__all__ = ["LEASE", "SHORT", "LeaseConformance", "message", "until"]
