@@ -1,6 +1,7 @@
 """The examples as a reader runs them: the commands of their READMEs, real processes, a fresh database, their own output."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -110,6 +111,24 @@ def test_fastapi_with_a_producer_and_a_worker_beside_it(environment: dict[str, s
         for process in processes:
             process.kill()
             process.wait()
+
+
+def test_a_transport_of_your_own_keeps_the_contract() -> None:
+    [command] = _commands("own_transport")
+    assert command == "python -m pytest"
+    ended = subprocess.run(
+        [sys.executable, *command.split()[1:], "-q", "-p", "no:cacheprovider"],
+        cwd=EXAMPLES / "own_transport",
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "30 passed, 6 skipped" in ended.stdout, "its README says so"
+    skipped = re.findall(r"SKIPPED .*: (.*)", ended.stdout)
+    assert skipped
+    assert all(each.startswith("this transport declares Features.") for each in skipped), skipped
 
 
 def _customers(url: str, processes: list[subprocess.Popen[bytes]], database: str) -> list[str]:

@@ -118,6 +118,71 @@ def test_the_installed_package_writes_into_a_users_history_and_alembic_runs_it(
     assert {"message_idempotent", "exactly_once_version", "alembic_version"} <= tables_in(project.folder / "x.db")
 
 
+# -- a transport of somebody else's ---------------------------------------------------------------------------------------
+
+_WORKER = """
+import sys
+from pathlib import Path
+import exactly_once.alembic
+from exactly_once import ExactlyOnce, Message
+from sqlalchemy.orm import Session
+
+exactly_once.alembic.upgrade("sqlite:///x.db")
+eo = ExactlyOnce("sqlite:///x.db", group="inventory")
+ran = []
+
+@eo.handler("orders", key="order_no")
+def reserve(session: Session, order: dict[str, str]) -> None:
+    ran.append(order["order_no"])
+
+url = f"folder://{Path('spool').absolute()}"
+with eo.worker(url) as worker, eo.producer(url) as producer:
+    producer.send_all([Message("orders", b'{"order_no": "A-1"}')] * 3)
+    outcomes = worker.drain()
+print(outcomes["processed"], outcomes["duplicate"], ran)
+"""
+
+
+@pytest.fixture(scope="module")
+def strangers(installed: Installed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Install the example from a folder outside the checkout, as its README says; returns that folder."""
+    folder = tmp_path_factory.mktemp("stranger") / "own_transport"
+    shutil.copytree(ROOT / "examples/own_transport", folder)
+    pip = (sys.executable, "-m", "pip", "-q", "--python", str(installed.python), "install")
+    installed.run(*pip, "--no-deps", "--no-index", "--no-build-isolation", str(folder), folder=folder)
+    return folder
+
+
+def test_the_wheel_carries_the_suites_and_a_strangers_transport_passes_with_them(
+    installed: Installed, strangers: Path
+) -> None:
+    code = "import exactly_once.testing.conformance as suites; print(suites.__file__, *suites.__all__)"
+    where, *names = installed.run(str(installed.python), "-c", code, folder=strangers).split()
+    assert Path(where).is_relative_to(installed.site)
+    assert {"Conformance", "ServerConformance", "TopicConformance", "Harness", "LeaseConformance"} <= set(names)
+    command = (str(installed.python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_transport.py")
+    said = installed.run(*command, folder=strangers)
+    assert "30 passed, 6 skipped" in said
+
+
+def test_a_strangers_transport_is_known_by_its_scheme_once_it_is_installed(
+    installed: Installed, strangers: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "spool").mkdir()
+    told = installed.run(str(installed.python), "-c", _WORKER, folder=tmp_path)
+    assert told == "1 2 ['A-1']\n"
+    (tmp_path / "app.py").write_text(
+        "from exactly_once import ExactlyOnce\nfrom sqlalchemy.orm import Session\n"
+        "eo = ExactlyOnce('sqlite:///x.db', group='inventory')\n"
+        "@eo.handler('orders', key='order_no')\ndef reserve(session: Session, order: dict) -> None: ...\n"
+    )
+    doctor = (str(installed.python), "-m", "exactly_once", "doctor", "--app", "app:eo")
+    assert (
+        "There is no folder /gone. Type: mkdir -p /gone"
+        in installed.ended(*doctor, "--transport", "folder:///gone", folder=tmp_path).stdout
+    )
+
+
 # -- how it was installed ------------------------------------------------------------------------------------------------
 
 ORIGINS = {

@@ -6,7 +6,7 @@ import pytest
 
 from exactly_once.errors import ConfigurationError
 from exactly_once.transports.contract import Surroundings
-from exactly_once.transports.registry import SCHEMES, transport_from
+from exactly_once.transports.registry import ENTRY_POINTS, SCHEMES, transport_from
 from exactly_once.transports.urls import parse
 
 
@@ -80,3 +80,63 @@ def test_an_unknown_scheme_names_the_known_ones_and_no_secret() -> None:
     with pytest.raises(ConfigurationError) as caught:
         transport_from("me:hidden@h:1", Surroundings())
     assert "hidden" not in str(caught.value)
+
+
+# -- transports of other distributions -----------------------------------------------------------------------------------
+
+_THEIRS = """
+from exactly_once.transports.memory import MemoryTransport
+
+class Theirs(MemoryTransport):
+    @classmethod
+    def from_url(cls, url, surroundings):
+        return cls(url)
+
+no_class = None
+"""
+
+
+def _install(site: Path, name: str, *lines: str) -> None:
+    """Write what pip writes of a distribution that names transports."""
+    metadata = site / f"{name}-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("\n".join([f"[{ENTRY_POINTS}]", *lines]))
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "their_transport.py").write_text(_THEIRS)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_another_distribution_names_its_transport_and_its_url_is_as_any_other(site: Path) -> None:
+    _install(site, "theirs", "Their = their_transport:Theirs")
+    assert type(transport_from("their://a/b?c", Surroundings())).__name__ == "Theirs"
+    with pytest.raises(ConfigurationError, match="sql://, their://"):
+        transport_from("kafka://h:1", Surroundings())
+
+
+def test_no_other_distribution_takes_the_place_of_a_transport_of_ours(site: Path) -> None:
+    _install(site, "theirs", "memory = their_transport:Theirs")
+    assert type(transport_from("memory://ours", Surroundings())).__name__ == "MemoryTransport"
+
+
+def test_of_two_distributions_with_one_scheme_none_is_chosen_in_silence(site: Path) -> None:
+    _install(site, "theirs", "their = their_transport:Theirs")
+    _install(site, "others", "THEIR = other:Transport")
+    with pytest.raises(ConfigurationError) as refused:
+        transport_from("their://a", Surroundings())
+    assert "others (other:Transport), theirs (their_transport:Theirs)" in str(refused.value)
+
+
+@pytest.mark.parametrize("value", ["gone:Theirs", "their_transport:Gone", "their_transport:no_class"])
+def test_a_transport_that_another_distribution_names_and_does_not_have_is_told_with_its_name(
+    site: Path, value: str
+) -> None:
+    _install(site, "theirs", f"their = {value}")
+    with pytest.raises(ConfigurationError) as refused:
+        transport_from("their://a?secret_key=hidden", Surroundings())
+    assert f"theirs ({value})" in str(refused.value)
+    assert "hidden" not in str(refused.value)
