@@ -20,10 +20,10 @@ from exactly_once.claim import ClaimRow
 from exactly_once.database.schema import utcnow
 from exactly_once.failures import triage
 from exactly_once.guards.lease.renewal import Renewal
-from exactly_once.testing.conformance.leases import until
 from tests.integration.shop import GROUP, ONE_TRY, STOCK, Shop, order, put, shops
 from tests.services.proxy import Proxy
 from tests.services.redis import Redis
+from tests.waiting import until
 
 LEASED: dict[str, Any] = {"name": "handler", "key": "no", "retry": ONE_TRY, "guard": Lease(timedelta(seconds=30))}
 

@@ -17,8 +17,8 @@ from exactly_once.failures.triage import Chosen, requeue
 from exactly_once.guards.lease import contract as leases
 from exactly_once.guards.lease.ledger import RESULT_BYTES
 from exactly_once.testing import bound
-from exactly_once.testing.conformance.leases import until
 from tests.integration.shop import COLOURS, DIALECTS, EFFECT, GROUP, ONE_TRY, Shop, order, put, shops
+from tests.waiting import until
 
 LEASE = Lease(timedelta(seconds=30))
 GROUNDS = [(dialect, colour) for dialect in DIALECTS for colour in COLOURS]

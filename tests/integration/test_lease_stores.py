@@ -15,9 +15,9 @@ from exactly_once.failures.triage import Chosen, discard
 from exactly_once.guards.lease.redis import key_of
 from exactly_once.redis.connection import RedisConnection
 from exactly_once.testing.conformance.leases import message as claim_row
-from exactly_once.testing.conformance.leases import until
 from tests.integration.shop import COLOURS, DIALECTS, GROUP, ONE_TRY, Shop, order, put, shops
 from tests.services.redis import Redis
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module", params=COLOURS)

@@ -23,10 +23,10 @@ from exactly_once.database.schema import tables, utcnow
 from exactly_once.database.store import Store
 from exactly_once.guards.lease.sql import SqlLeases
 from exactly_once.handlers.plan import plan
-from exactly_once.testing.conformance.leases import until
 from exactly_once.testing.databases import DatabaseServer
 from exactly_once.testing.postgres import EmbeddedPostgres
 from tests.services.need import need
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
