@@ -44,7 +44,7 @@ from exactly_once.handlers.plan import Lease, Lock, Plan, Reading, Transaction, 
 from exactly_once.handlers.retry import retry_for
 from exactly_once.handlers.steps import AsyncSteps, Steps
 from exactly_once.message import Message
-from exactly_once.outcome import Outcome, Redeliver, Result
+from exactly_once.outcome import Outcome, Result
 from exactly_once.processing.attempt import UNFINISHED, attempt
 from exactly_once.processing.attempt_result import AttemptContext, AttemptEnd, AttemptResult, Open
 from exactly_once.processing.begun import begun_already
@@ -196,7 +196,7 @@ class Processor:
         except Exception as error:  # a statement of ours before the attempt: nothing ran, so nothing is acknowledged
             key = escaped(work.reading.key or "")
             _log.error("message_not_run handler=%s key=%s\n%s", self.plan.name, key, trace_of(error))
-            return self.recording.result(Outcome.WAITING, Redeliver(UNRECORDED))
+            return self.recording.again(work, Outcome.WAITING)
 
     def _process(self, work: Work) -> Result:
         """What was done before, what must wait, what was given up: looked at first. Then it is tried."""
@@ -418,8 +418,9 @@ class Processor:
         if (done := self._done(work, row)) is not None:
             return done
         error = Reject(
-            f"attempts spent, never finished: delivered {work.message.attempt} times, and each time the process ended before"
-            " the handler did. Look for what kills it, then: exactly-once failures requeue"
+            f"attempts spent, never finished: delivered {work.message.attempt} times, and no end of it was written down. Each"
+            " time the process ended before the handler did, or what failed could not be recorded (the log says"
+            " failure_not_recorded then). Look for what kills it or keeps it, then: exactly-once failures requeue"
         )
         return self.recording.failed(work, error)
 

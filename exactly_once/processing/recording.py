@@ -8,12 +8,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from time import monotonic
+from random import random
+from time import monotonic, sleep
 from typing import Any, Final
 from uuid import uuid4
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
 
 from exactly_once.alert import Alert, Hook, raise_alert
 from exactly_once.database.dialects.contract import ErrorKind
@@ -32,7 +34,9 @@ from exactly_once.wording.text import escaped
 
 __all__ = ["ACK", "UNRECORDED", "Recording", "Unrecorded"]
 
-_RECORD_TRIES: Final = 4  # of each form, where a deadlock or a cut connection was in the way
+_RECORD_PAUSE_S: Final = 0.02
+_RECORD_TRIES: Final = 5  # of each form, where a deadlock or a cut connection was in the way
+_UNRECORDED_LONGEST: Final = timedelta(minutes=2)
 UNRECORDED: Final = timedelta(seconds=5)  # neither run nor stored: not in a tight circle
 # keys that failed in this process, for loops that do not count deliveries; one forgotten leaves its row to the sweep
 _REMEMBERED: Final = 10_000
@@ -90,6 +94,14 @@ class Recording:
         """What became of a message for this handler; counted unless it waits for its key."""
         counted = () if type(verdict) is WaitForKey else ((self._handler, outcome),)
         return Result(outcome, verdict, in_handler=in_handler, handlers=counted)
+
+    def again(self, work: Work, outcome: Outcome) -> Result:
+        """Nothing of this run is written down: run it again, without spending the broker's deliveries on it at first.
+
+        At the broker's last delivery the message would be parked, and nothing would say what had failed.
+        """
+        then = Redeliver(UNRECORDED)
+        return self.result(outcome, then if work.foreign else WaitForKey(UNRECORDED, _UNRECORDED_LONGEST, then))
 
     def came_before(self, message: Message, key: str) -> bool:
         """Only a message that came before can have a failure row to close; others do not pay a statement for it."""
@@ -256,12 +268,14 @@ class Recording:
                 # whoever holds the table, or a limit of time: what is to be written is not what is wrong
                 waited = trouble is ErrorKind.TRANSIENT or self._store.dialect.timed_out(problem)
                 if (waited or trouble is ErrorKind.UNAVAILABLE) and tries < _RECORD_TRIES:
+                    if trouble is ErrorKind.TRANSIENT:
+                        self._pause(tries)  # at SERIALIZABLE those who met would only meet again
                     tries += 1
                 elif not waited and (shorter := failure.form.shorter) is not None:
                     failure, tries = replace(failure, form=shorter), 1
                 else:
                     self._unrecorded(failure, problem)
-                    return self.result(outcome, Redeliver(UNRECORDED))
+                    return self.again(work, outcome)
         _log.log(
             logging.WARNING if counted else logging.INFO,
             "message_failed handler=%s key=%s attempts=%d next=%s error=%s: %s",
@@ -288,6 +302,15 @@ class Recording:
                         self._seen.clear()
                     self._seen[failure.key] = None
                 return self.result(outcome, Redeliver(delay))
+
+    def _pause(self, tries: int) -> None:
+        seconds = _RECORD_PAUSE_S * 2**tries * random()  # noqa: S311
+        if not self._is_async:
+            sleep(seconds)
+            return
+        import asyncio
+
+        await_only(asyncio.sleep(seconds))
 
     def failure(self, work: Work, error: BaseException) -> Failure:
         """What is written of a message that is not finished."""
