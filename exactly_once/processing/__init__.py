@@ -1,1 +1,1 @@
-"""One delivery for one handler: read, claim, handle, complete, commit, record. A batch is several in one transaction."""
+"""Processes one delivery for one handler: read, claim, handle, complete, commit, record. A batch shares one transaction."""

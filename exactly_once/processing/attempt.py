@@ -1,12 +1,12 @@
 """One attempt: claim, handle, complete, commit, consume; for one message, or for a batch of one handler in one transaction.
 
-Written once: a thread calls it, and under asyncio a greenlet does. A batch is all or nothing: whatever fails, every claim and
-effect of it is rolled back. Never decides on a retry, records no failure and settles nothing: `processor` and `batch` do.
+The same code serves sync and async: a thread calls it, or a greenlet under asyncio. A batch is all or nothing: after any failure
+all its claims and effects are rolled back. Never decides on a retry, records a failure or settles: `processor` and `batch` do.
 
-Where a process dies on a line of this file, the database rolls back everything the attempt wrote, the claim included (a
-lease runs out), and the broker's redelivery runs it again; after COMMIT was executed the redelivery finds the claim and is
-a duplicate. Where something else had committed the transaction before the crash, the redelivery finds that (MySQL and MariaDB)
-and the message is *broken*.
+If the process dies on a line of this file before COMMIT, the database rolls back all that the attempt wrote, also the claim (a
+lease runs out), and the broker's redelivery runs the message again. After COMMIT the redelivery finds the claim and is a
+duplicate. If something else had committed the transaction before the crash, the redelivery finds that (MySQL and MariaDB), and
+the message is *broken*.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,14 +35,14 @@ from exactly_once.processing.attempt_result import PROCESSED, AttemptContext, At
 __all__ = ["UNFINISHED", "BatchAttemptResult", "attempt", "attempt_batch"]
 
 Tell = Callable[[BaseException], BaseException]
-"""Give what is told of an exception in its place: an exit that is nobody's to ask for. Hooks of a session exit, too."""
+"""Return the exception to report in place of the one raised: for a `sys.exit` of the handler, or of a session's hook."""
 Also = Callable[[Session, int], object]
-"""Write something more in the handler's transaction, behind it; called with the session and the number of the claim."""
+"""Write more in the handler's transaction, after the handler. Called with the session and the number of the claim."""
 Others = Mapping[str, Consumed | Busy | Conflict | Unfinished]
-"""The keys of a batch that are not ours, and what stands under each."""
+"""The keys of a batch that this attempt did not win, each with what its claim found."""
 
 _Claimed = tuple[Won, Sequence[ClaimRow]]
-"""What was won, and the claims that COMMIT will make known."""
+"""What was won, and the claims that COMMIT makes visible."""
 _Standing = TypeVar("_Standing", bound=AttemptResult | Consumed | Unfinished | Busy | Conflict)
 
 
@@ -59,21 +59,21 @@ def attempt(
 
     Args:
         context: The handler's.
-        row: Identity and fingerprint of the message; the owner is made here.
-        handle: Calls the handler with the session it is handed.
-        told: Gives what is told of an exception in its place.
-        also: Something more to write in the same transaction.
-        failed_before: It may have a failure row: `also` is written for a duplicate, too.
+        row: Identity and fingerprint of the message. The owner is made here.
+        handle: Calls the handler, with the session that the handler gets.
+        told: Returns the exception to report in place of the one raised.
+        also: Writes more in the same transaction.
+        failed_before: The message may have a failure row: `also` is called for a duplicate, too.
 
     Returns:
-        How it ended. Cancellation, KeyboardInterrupt and SystemExit are no ends: rolled back, and raised on (once a broken
-        transaction is written down: then they are in `stop`).
+        How the attempt ended. After cancellation, KeyboardInterrupt or SystemExit there is no result: the transaction is rolled
+        back and the exception raised on. Only a broken transaction is recorded first: then the exception is in `stop`.
 
     Raises:
         ConfigurationError: The database is set up so that no claim can be trusted.
-        ForkedProcess: We are in a child that the handler forked, and that came back from it.
+        ForkedProcess: This is a child process that the handler forked, and it returned from the handler.
     """
-    row = row._replace(owner=new_owner())  # this attempt's alone, or a copy's claim would pass for ours
+    row = row._replace(owner=new_owner())  # new for each attempt, or the claim of a copy would be taken for ours
 
     def claim(session: Session) -> _Claimed | Consumed | Unfinished | Busy | Conflict:
         found = context.guard.claim(session, row)
@@ -81,7 +81,7 @@ def attempt(
             return found, (row,)
         if context.enforce:
             return found
-        # how a team looks before it trusts: run as any other, and watched as any other, only under no claim
+        # enforce=False, for a trial before use: the duplicate runs and is watched as any message, but without a claim
         session.rollback()
         return Won(late=DeferredWatch(session, context.dialect, None)), ()
 
@@ -100,10 +100,10 @@ def attempt(
 
 @dataclass(frozen=True, slots=True)
 class BatchAttemptResult:
-    """How a batch's attempt ended, and which of its keys were not ours."""
+    """How a batch's attempt ended, and which of its keys it did not win."""
 
     ended: AttemptResult
-    """Of the messages that were ours, all alike. DUPLICATE: none was; IN_PROGRESS: some key is held, and none was claimed."""
+    """One result for all messages won. DUPLICATE: none was won. IN_PROGRESS: another run holds a key, and none was claimed."""
     others: Others = field(default_factory=dict)
 
 
@@ -116,16 +116,16 @@ def attempt_batch(
     patient: bool = True,
     meanwhile: Iterable[object] = (),
 ) -> BatchAttemptResult:
-    """Run a batch once; its handler is under the transaction guard.
+    """Run a batch once. Its handler is under the transaction guard.
 
     Args:
         context: The handler's.
         rows: Identity and fingerprint of each message; each key once, sorted by key.
-        handle: Calls the handler for the messages that may run: given the session, what the handler is handed of it, the
-            keys that may not, and what was won.
-        told: Gives what is told of an exception in its place.
-        patient: Wait a moment for keys that another run holds; else not at all.
-        meanwhile: Work to do while the server answers the claim, a step for each element.
+        handle: Calls the handler for the messages that may run. Its arguments: the session, the session as the handler gets it,
+            the keys that may not run, and what was won.
+        told: Returns the exception to report in place of the one raised.
+        patient: Wait a moment for keys that another run holds. False: do not wait.
+        meanwhile: Work to do while the server executes the claim; one step for each element.
 
     Returns:
         As `attempt`.
@@ -159,7 +159,7 @@ def attempt_batch(
 _BUSY: Final = AttemptResult(AttemptEnd.IN_PROGRESS)
 _NONE_WON: Final = AttemptResult(AttemptEnd.DUPLICATE)
 _NOTHING_KEPT: Final = (AttemptEnd.FAILED, AttemptEnd.TRANSIENT, AttemptEnd.REFUSED, AttemptEnd.IN_PROGRESS)
-"""Of these nothing is written down for a batch: its messages would only be tried again."""
+"""Ends after which nothing is recorded of a batch: its messages are only tried again."""
 
 
 def _attempt(
@@ -169,7 +169,7 @@ def _attempt(
     told: Tell,
     also: Also | None,
 ) -> AttemptResult | _Standing:
-    """Claim and run; a claim that is not ours is returned as it is."""
+    """Claim and run. A claim that was not won is returned as it is."""
     process = fork.here
     session, handed = context.open_session()
     won: Won | None = None
@@ -184,9 +184,9 @@ def _attempt(
             ended = replace(ended, again=True)
     finally:
         if process is not fork.here:
-            raise fork.inside()  # before anything else: session, claim and lease are the parent's to end
+            raise fork.inside()  # before anything else: only the parent may end its session, claim and lease
         if won is not None:
-            context.guard.end(won)  # first, and it waits for nothing: what follows may be cancelled again
+            context.guard.end(won)  # first, because it waits for nothing: the next lines may be cancelled again
         used = None if won is None else won.late or won.watch
         try:
             if used is not None:
@@ -194,13 +194,13 @@ def _attempt(
             else:
                 let_go(session)
         finally:
-            # cancelled, interrupted, told to exit: others may have the key at once
+            # cancelled, interrupted or exiting: release the key, so that others need not wait for it
             if won is not None and ended is None:
                 with suppress(Exception):
                     finished(partial(context.guard.release, won))
     released = True
     if ended.how is not AttemptEnd.PROCESSED and not ended.kept:
-        # after the session's end: its transaction may hold the lock on our own row
+        # only after the session's end: its transaction may hold the lock on our own row
         released, cancelled = finish(partial(context.guard.release, won, broken=ended.how is AttemptEnd.BROKEN))
         ended = ended.stopped_by(cancelled)
     if ended.how is AttemptEnd.STOPPED:
@@ -219,14 +219,14 @@ def _claimed(
     except StoreUnavailable as error:
         return AttemptResult(AttemptEnd.AWAY, error)
     except ConfigurationError:
-        raise  # of the program or the server (an engine in AUTOCOMMIT): counted as a failure it would park every message
+        raise  # the program or the server is wrong (an engine in AUTOCOMMIT): as a failure it would park every message
     except HookRaised as hook:
         session.invalidate()
         return AttemptResult(AttemptEnd.FAILED, told(hook.error))
     except Exception as error:
         return AttemptResult(AttemptEnd.FAILED, error)
     except BaseException:
-        session.invalidate()  # cut off in the middle of a statement: its connection is not used again
+        session.invalidate()  # interrupted in the middle of a statement: the connection must not be used again
         raise
 
 
@@ -245,7 +245,7 @@ def _to_commit(
     try:
         if won.late is not None:
             won.late.begin()
-        # a handler under a lease holds the file from its first write on, which nobody sees
+        # a handler under a lease locks the file with its first write, and nothing tells us when that happens
         with holding(session.info.get(HOME)) if dialect.embedded and won.late is None else nullcontext():
             handle()
         if won.late is not None:
@@ -260,15 +260,15 @@ def _to_commit(
         if (watch := won.watch) is not None:
             watch.check(session)
             watch.committing()
-            type(session).commit(session)  # a handler may have put its own in the way, for a library that commits
+            type(session).commit(session)  # a handler may have replaced `session.commit`, for a library that commits
             watch.confirm()
     except BaseException as error:
         if process is not fork.here:
-            raise fork.inside() from error  # a child that the handler forked: all of it is the parent's to end
-        # of a claim's transaction, which holds the file from the claim on; under a lease it begins later, and may only read
+            raise fork.inside() from error  # a child that the handler forked: only the parent may end all this
+        # only for a claim's transaction, which locks the file from the claim on: under a lease it begins later, and may only read
         if dialect.embedded and won.late is None and (watch := won.watch) is not None and not watch.sent:
             error = locked_out(error, watch.connection) or error
-        # cancelled in here once more, the server would not be told to roll back, and what was committed not be noticed
+        # shielded: a second cancellation in here would skip the ROLLBACK, and nobody would notice what was committed
         ended, cancelled = finish(partial(result_of, context, session, rows, won, told(error)))
         ended = ended.stopped_by(cancelled)
         if ended.how is not AttemptEnd.PROCESSED:
@@ -277,7 +277,7 @@ def _to_commit(
 
 
 def _consumed(guard: Guard, won: Won, ended: AttemptResult) -> AttemptResult:
-    """After COMMIT: mark what lies outside that transaction."""
+    """After COMMIT: mark the message as consumed outside that transaction, where a lease is kept elsewhere."""
     try:
         if ended is PROCESSED:
             guard.consume(won)
@@ -287,13 +287,13 @@ def _consumed(guard: Guard, won: Won, ended: AttemptResult) -> AttemptResult:
         return AttemptResult(AttemptEnd.AWAY, error, kept=True, stop=ended.stop)
     except LeaseLost as error:
         return AttemptResult(AttemptEnd.LOST, error, stop=ended.stop)
-    except Exception as error:  # committed, and not known to be marked: the redelivery finds out
+    except Exception as error:  # committed, but perhaps not marked as consumed: the redelivery finds out
         return AttemptResult(AttemptEnd.UNKNOWN, error, kept=True, stop=ended.stop)
     return ended
 
 
 def _duplicate(context: AttemptContext, also: Also | None, owner: str | None) -> AttemptResult:
-    """Nothing ran; a failure row of this message, if there may be one, is closed."""
+    """Nothing ran. If the message may have a failure row, that row is closed."""
     if also is not None:
 
         def close(ours: Session) -> None:

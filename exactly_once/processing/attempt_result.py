@@ -1,10 +1,10 @@
-"""How an attempt ended: said by one that did not come to its end, for one message or a batch.
+"""Decides how an attempt ended that raised before its end, for one message or a batch.
 
-Whatever ends a handler (an exception, a cancellation, a request to end the process), two questions follow. Was its
-transaction still the one it was given? If nobody can say so, does this attempt's claim stand in the database? If it
-does, something else than our COMMIT has committed it, and the attempt is *broken*.
+Whatever ended the handler (an exception, a cancellation, a request to end the process), two questions follow. Was the handler
+still in the transaction it was given? If that is not known, does this attempt's claim stand in the database? If the claim
+stands, something other than our COMMIT has committed it, and the attempt is *broken*.
 
-Never runs a handler and never commits; called by `attempt` alone.
+Never runs a handler and never commits. Called by `attempt` alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,25 +27,25 @@ from exactly_once.guards.contract import Consumed, Guard, Unfinished, Won
 __all__ = ["PROCESSED", "AttemptContext", "AttemptEnd", "AttemptResult", "Open", "result_of"]
 
 Open = Callable[[], tuple[Session, Any]]
-"""Make a session: the one the core speaks to, and the one the handler is handed (the same, or the AsyncSession around it)."""
+"""Make a session. Returns the session that the core uses, and what the handler gets: the same, or its AsyncSession."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptContext:
-    """What all attempts of one handler on one database have in common; made once, at start."""
+    """What all attempts of one handler on one database share. Made once, at start."""
 
     open_session: Open
     """Makes the session of the handler."""
     open_ours: Open
-    """Makes a session for what is written and asked beside the handler."""
+    """Makes a session for our own statements beside the handler."""
     guard: Guard
     """Decides whether a message may run."""
     dialect: Dialect
-    """Says what the database's errors mean."""
+    """Classifies the database's errors."""
     is_foreign: Callable[[BaseException], bool]
-    """Says whether an error of a database came from another one, of the handler's own."""
+    """Whether a database error came from another database, which the handler uses by itself."""
     enforce: bool = True
-    """False runs duplicates all the same, and says that it did."""
+    """False: duplicates run all the same, and are logged."""
 
 
 class AttemptEnd(Enum):
@@ -55,48 +55,48 @@ class AttemptEnd(Enum):
     DUPLICATE = "duplicate"
     IN_PROGRESS = "in progress"
     CONFLICT = "conflict"
-    """The key is known under another payload."""
+    """The key is known with another payload."""
     FAILED = "failed"
-    """The handler's fault; nothing was committed."""
+    """The handler raised. Nothing was committed."""
     TRANSIENT = "transient"
-    """Deadlock and the like, or the connection was lost before COMMIT; nothing was committed, worth trying at once."""
+    """A deadlock or the like, or the connection was lost before COMMIT. Nothing was committed; it can be repeated at once."""
     UNKNOWN = "unknown"
     """COMMIT was sent, its answer never came, and the row is not there (yet)."""
     BROKEN = "broken"
-    """The transaction was committed behind our back: a redelivery would be taken for a duplicate. For a person."""
+    """Something other than our COMMIT committed: a redelivery would be taken for a duplicate. A person decides."""
     AWAY = "away"
     """The database does not answer."""
     LOST = "lost"
-    """Another run has taken the message over; nothing of this one is recorded."""
+    """Another run has taken the message over. Nothing of this run is recorded."""
     REFUSED = "refused"
-    """The handler returned an answer, which nobody reads: it is wrong, and not the message. Nothing was committed."""
+    """The handler returned a value, which nobody reads: the handler is wrong, not the message. Nothing was committed."""
     STOPPED = "stopped"
-    """Cancelled, interrupted, told to exit: nothing was committed, and nothing is recorded."""
+    """Cancelled, interrupted or exiting. Nothing was committed, and nothing is recorded."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptResult:
-    """How an attempt ended, and with what."""
+    """How an attempt ended, and what is known about that end."""
 
     how: AttemptEnd
     error: BaseException | None = None
     fingerprint: bytes = b""
     again: bool = False
     remaining: timedelta | None = None
-    """How long another run's lease goes on."""
+    """How long the lease of another run still lasts."""
     kept: bool = False
-    """What the claim stands for may have happened: it is not let go of."""
+    """The effects may have happened: the lease is not released."""
     owner: str | None = None
-    """Whose claim stands under the key, of a duplicate; whose may stand, where it could not be learnt; of a broken one."""
+    """The owner of the claim. DUPLICATE or BROKEN: of the claim that stands. AWAY: of a claim that may stand."""
     block: bool = False
-    """Of a broken one: its claim is to be written where none stands, for a copy would repeat what was committed."""
+    """For BROKEN: write the claim if none stands, because a copy would repeat what was committed."""
     stop: BaseException | None = None
-    """To be raised on, once what is to be written is written."""
+    """Raise this on, after everything is recorded."""
     answered: bool = False
-    """The server refused our COMMIT and still answers: what the error says of the server is not believed without a look."""
+    """The server refused our COMMIT and still answers: check the server before believing what the error says of it."""
 
     def stopped_by(self, error: BaseException | None) -> "AttemptResult":
-        """Return the same, with what is to be raised on if nothing is yet."""
+        """Return the same result with this exception as `stop`, unless it has one."""
         return self if error is None or self.stop is not None else replace(self, stop=error)
 
 
@@ -106,20 +106,20 @@ PROCESSED = AttemptResult(AttemptEnd.PROCESSED)
 def result_of(
     context: AttemptContext, session: Session, rows: Sequence[ClaimRow], won: Won, error: BaseException
 ) -> AttemptResult:
-    """Say how an attempt ended that raised; what was seen of its transaction weighs more than what was raised.
+    """Decide how an attempt ended that raised. What was seen of its transaction counts more than what was raised.
 
     Args:
         context: The handler's.
-        session: Its session, whose transaction is ended here.
-        rows: The claims that COMMIT would have made known.
+        session: The handler's session. Its transaction is ended here.
+        rows: The claims that COMMIT would have made visible.
         won: What was claimed.
-        error: What was raised, as it is told.
+        error: What was raised, in the form to report.
     """
     watch = won.watch
     if watch is None:
         return _raised(context, won, error)
     if watch.committed and watch.left is not TransactionEnd.BROKEN:
-        # a hook of the user's, behind the server's answer: it is done
+        # a hook of the user's raised after the server confirmed COMMIT: the message is processed
         return AttemptResult(AttemptEnd.STOPPED, error, kept=True) if stops(error) else PROCESSED
     unsure = watch.sent and not watch.refused and not watch.committed
     if not watch.sent:
@@ -127,20 +127,21 @@ def result_of(
     why = watch.why(error)
     watch.end(session)
     if unsure:
-        # where the connection's end decides it, no lease is kept: to let go of one waits for that, and changes no finished claim
+        # embedded: the end of the connection decides the COMMIT. So a lease may be released: that waits for this end, and
+        # changes no finished claim
         found = _look_up(context, rows, AttemptResult(AttemptEnd.UNKNOWN, error, kept=not context.dialect.embedded))
         return found.stopped_by(error if stops(error) else None)
     ended = _seen(context, won, watch, error, why)
     if ended.how is not AttemptEnd.BROKEN and watch.rows and not watch.whole:
         ended = _stands(context, watch, ended)
     if watch.doubtful and ended.how is not AttemptEnd.BROKEN:
-        # no claim is known to stand, and a procedure may have rolled ours back and committed its own: a copy would repeat it
+        # no claim was found, but a procedure may have rolled ours back and committed its own work: a copy would repeat that
         return _broken(Misuse(DOUBTFUL), watch.owner, _stop_of(ended), block=True)
     return ended
 
 
 def _seen(context: AttemptContext, won: Won, watch: Watch, error: BaseException, why: BaseException) -> AttemptResult:
-    """From what the watch saw, and then from what was raised."""
+    """Decide by what the watch saw first, then by what was raised."""
     stop = error if stops(error) else None
     if watch.left is TransactionEnd.BROKEN:
         return _broken(watch.error or error, watch.owner, stop, block=watch.replaced or not watch.rows)
@@ -151,10 +152,10 @@ def _seen(context: AttemptContext, won: Won, watch: Watch, error: BaseException,
 
 
 def _raised(context: AttemptContext, won: Won, error: BaseException) -> AttemptResult:
-    """From what was raised alone.
+    """Decide by what was raised alone.
 
-    A group ends as its exceptions would if all of them would end so. A broken transaction or a lost lease among them weighs more
-    than the rest; a deadlock, or a store that is away, beside an error of the handler's own weighs less.
+    The exceptions of an exception group are judged one by one. A broken transaction, then a lost lease, counts more than all
+    others. An error of the handler's own counts more than a deadlock or a store that is away.
     """
     if stops(error):
         return AttemptResult(AttemptEnd.STOPPED, error)
@@ -170,30 +171,30 @@ def _raised(context: AttemptContext, won: Won, error: BaseException) -> AttemptR
 
 
 def _raised_alone(context: AttemptContext, won: Won, error: BaseException) -> AttemptResult:
-    if isinstance(error, BrokenTransaction):  # of a step; the handler may have been told to stop behind it
+    if isinstance(error, BrokenTransaction):  # raised by a step; its cause may be a request to stop the handler
         stop = error.__cause__
         return _broken(error, None, stop if stop is not None and stops(stop) else None, block=True)
     lost = error.error if isinstance(error, LostTransaction) else None
     if isinstance(lost or error, InProgress):
         return AttemptResult(
             AttemptEnd.IN_PROGRESS, lost or error
-        )  # of a part that the handler claims, or a lock: not now, no failure
+        )  # raised by a part that the handler claims, or by a lock: another run holds it, which is no failure
     if lost is not None:
-        # a statement that takes longer than the driver waits takes as long the next time; it counts
+        # a statement that took longer than the driver waits takes as long the next time, so it counts as a failure
         return AttemptResult(AttemptEnd.FAILED if context.dialect.gave_up(lost) else AttemptEnd.TRANSIENT, lost)
     if isinstance(error, RefusedResult):
         return AttemptResult(AttemptEnd.REFUSED, error)
     if isinstance(error, LeaseLost):
         return AttemptResult(AttemptEnd.LOST, error)
     if won.late is not None and isinstance(error, StoreUnavailable) and not error.asked_by_handler:
-        return AttemptResult(AttemptEnd.AWAY, error)  # of a step, or of the session's first statement
+        return AttemptResult(AttemptEnd.AWAY, error)  # raised by a step, or by the session's first statement
     if isinstance(error, (OSError, EOFError)):
-        # a network error of the handler's own; the database's is in `lost`, or comes wrapped
+        # a network error of the handler's own: an error of the database is in `lost`, or wrapped
         return AttemptResult(AttemptEnd.FAILED, error)
     match context.dialect.error_kind(error):
         case ErrorKind.UNAVAILABLE if context.is_foreign(error) and not context.dialect.locked(error):
-            # it counts; and if the store is away as well, it cannot be written down, and the delivery is held. A lock is tried
-            # again at once, as any server's is
+            # counts as a failure. If our store is away as well, the failure cannot be recorded, and the delivery is held. A
+            # lock of another database is repeated at once, like a lock of ours
             return AttemptResult(AttemptEnd.FAILED, error)
         case ErrorKind.TRANSIENT | ErrorKind.UNAVAILABLE:
             return AttemptResult(AttemptEnd.TRANSIENT, error)
@@ -209,13 +210,13 @@ def _broken(
 
 
 def _stands(context: AttemptContext, watch: Watch, ended: AttemptResult) -> AttemptResult:
-    """After the rollback: does this attempt's claim stand all the same? Of a batch's, all stand or none does."""
+    """After the rollback, ask whether this attempt's claim stands all the same. Of a batch all claims stand, or none."""
     try:
         found = context.guard.look(context.open_ours, watch.rows[0])
     except StoreUnavailable as error:
-        # not known, and the next claim may find it: whose it is must be remembered until then
+        # not known, and the next claim may find ours: remember the owner until then
         return AttemptResult(AttemptEnd.AWAY, error, owner=watch.owner, stop=_stop_of(ended))
-    except Exception:  # whatever it is, the next claim meets it too
+    except Exception:  # the next claim will meet the same error
         return ended
     if isinstance(found, (Consumed, Unfinished)) and found.owner == watch.owner:
         said = ended.error
@@ -231,17 +232,17 @@ def _stop_of(ended: AttemptResult) -> BaseException | None:
 
 
 def _look_up(context: AttemptContext, rows: Sequence[ClaimRow], ended: AttemptResult) -> AttemptResult:
-    """After a COMMIT that nobody answered: all our rows there means that all is done. Else nothing is proven, and `ended` stands.
+    """After a COMMIT without an answer: if all our rows are there, all is processed. Else nothing is proven: return `ended`.
 
-    One row of a batch says nothing of the others: it may be of a copy that waited for our key and committed it alone. Of
-    one message alone that is as good. A COMMIT still on its way is safe: the redelivery's claim waits for it and then finds
+    One row of a batch proves nothing about the others: a copy may have waited for our key and committed it alone. For a single
+    message such a row is proof enough. A COMMIT still under way is safe: the claim of the redelivery waits for it and then finds
     the row.
     """
     try:
         found = [context.guard.look(context.open_ours, row) for row in rows]
     except StoreUnavailable as error:
         return AttemptResult(AttemptEnd.AWAY, error, kept=True)
-    except Exception:  # a look-up that fails leaves the outcome what it was: unknown
+    except Exception:  # the look-up failed: the outcome stays unknown
         return ended
     if rows and all(isinstance(each, Consumed) for each in found):
         return PROCESSED

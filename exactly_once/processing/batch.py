@@ -1,11 +1,10 @@
-"""Deliveries of one handler in batches that share a transaction, and what becomes of each message when one of them fails.
+"""Processes deliveries of one handler in batches that share a transaction, and decides what follows when a message fails.
 
-A batch commits as a whole or not at all. When anything in it goes wrong, nothing of it is recorded and nobody is blamed (but
-where a handler committed behind our back, or nobody knows whether COMMIT happened, which is told of each of its messages): it
-is cut in two and tried again, down to single messages, and those have the whole story of `processor`: tries, failures, dead
-letters. So one bad message costs its batch some time, and changes nothing for the rest. A deadlock is no message's fault
-either; then all run alone at once, and the worker makes the next batches smaller. A message that was delivered before runs
-alone from the start.
+A batch commits as a whole or not at all. After a failure nothing is recorded and no message is blamed. The batch is cut in two
+and tried again, down to single messages. `processor` runs a single message with its tries, failures and dead letters. So one bad
+message costs its batch some time, and changes nothing for the others. Two ends are recorded for every message of the batch: a
+handler committed by itself, or it is not known whether COMMIT happened. A deadlock is no message's fault: all messages run alone
+at once, and the executor makes the next batches smaller. A message that was delivered before runs alone from the start.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,28 +39,28 @@ __all__ = ["BatchProcessor", "stay"]
 
 _log = steady("exactly_once.delivery")
 _WAITS_S: Final = 2.0
-"""The longest a batch waits for keys that other runs hold; those messages that would wait again are asked for later."""
-_CUT: Final = 8  # a batch larger than this is cut in two; the messages of a smaller one run alone
+"""How long a batch waits for keys that other runs hold. After that, a message that would have to wait is redelivered later."""
+_CUT: Final = 8  # a larger batch is cut in two; the messages of a smaller batch run alone
 
 
 def stay(error: BaseException) -> None:
-    """Go on: where no loop is, nothing but a handler raises these."""
+    """Do not re-raise: without an event loop only the handler raises these."""
 
 
 @dataclass(slots=True)
 class _Run:
-    """What one `run_batch` has found out."""
+    """The state of one `run_batch`."""
 
     leave: Callable[[BaseException], None]
-    """Given what a handler raised that is no `Exception`: raises it on, if the loop ends."""
+    """Called with what a handler raised that is no `Exception`. Re-raises it if the loop ends."""
     meanwhile: Iterable[object]
     held: Result | None = None
-    """The store does not answer: what is left is told this."""
+    """Set when the store does not answer: the result of all messages that are left."""
     deadlocked: bool = False
     waited_s: float = 0.0
-    """So long all waited for keys that other runs hold."""
+    """How long the messages together waited for keys that other runs hold."""
     reached: list[Member] = field(default_factory=list)
-    """Whom the latest attempt has called the handler for, in that order."""
+    """The messages for which the latest attempt called the handler, in that order."""
 
 
 class BatchProcessor(Processor):
@@ -76,13 +75,13 @@ class BatchProcessor(Processor):
         leave: Callable[[BaseException], None] = stay,
         meanwhile: Iterable[object] = (),
     ) -> BatchResults:
-        """Tell the story of several deliveries; blocks (in a greenlet: awaits) until all have an end.
+        """Process several deliveries. Blocks (in a greenlet: awaits) until each has its result.
 
         Args:
-            members: What `member` made of each. None comes from the failure store.
-            leave: Given what a handler raised that is no `Exception` (cancellation and the like); raises it on if all is to
-                end. Else it is the fault of one message, and the others go on.
-            meanwhile: Work to do while the server answers the claim, a step for each element; it may be left undone.
+            members: The messages, each read by `member`. None comes from the failure store.
+            leave: Called with what a handler raised that is no `Exception` (cancellation and the like). Re-raises it if the
+                whole run must end. If it returns, only this message fails, and the others go on.
+            meanwhile: Work to do while the server executes the claim; one step for each element. May be left undone.
 
         Raises:
             ConfigurationError: The database is set up so that no claim can be trusted.
@@ -94,7 +93,7 @@ class BatchProcessor(Processor):
         for member in members:
             row, message = member.work.row, member.work.message
             waits = blocking and message.ordering_key is not None
-            # what came before may be what failed, or killed the process: its company would pay for it again
+            # a message that came before may have failed, or killed the process: the rest of its batch would suffer again
             if (
                 row is None
                 or waits
@@ -136,11 +135,11 @@ class BatchProcessor(Processor):
             return Member(self.read(message, features))
         except Exception:
             raise
-        except BaseException:  # a key function that exits: the message runs alone, and costs the others nothing
+        except BaseException:  # a key function that exits: the message runs alone, so that the others do not suffer
             return Member(Work(message, Reading(None, b"", None, None), None, features))
 
     def _blocking(self, members: Sequence[Member]) -> bool:
-        """Whether messages of some ordering key must wait behind an older one; then those with such a key ask one by one."""
+        """Whether a failed message blocks any ordering key. If so, each message with an ordering key asks for its own."""
         if not self.plan.ordered or all(member.work.message.ordering_key is None for member in members):
             return False
         waits, any_blocking = self.plan.after_dead == "wait", self.recording.failures.any_blocking
@@ -150,11 +149,11 @@ class BatchProcessor(Processor):
                 self.store.dialect,
                 lambda session: any_blocking(session, self.group, self.plan.name, after_dead_wait=waits),
             )
-        except Exception:  # whatever it is, each message finds it out by itself
+        except Exception:  # each message will meet the same error by itself
             return True
 
     def _alone(self, member: Member, run: _Run) -> None:
-        """Run a single message. Where the store was found not to answer, or much was waited for, not each asks again."""
+        """Run a single message, unless the store does not answer or the batch has waited for other runs too long."""
         if run.held is not None:
             member.result = run.held
             return
@@ -180,7 +179,7 @@ class BatchProcessor(Processor):
             run.waited_s += monotonic() - began
 
     def _together(self, members: Sequence[Member], run: _Run) -> None:
-        """Run them in one transaction, or in smaller ones."""
+        """Run these messages in one transaction, or in several smaller transactions."""
         if len(members) < 2 or run.held is not None or self.recording.refused is not None:
             for member in members:
                 self._alone(member, run)
@@ -209,9 +208,9 @@ class BatchProcessor(Processor):
                     self._alone(member, run)
 
     def _away(self, members: Sequence[Member], ended: AttemptResult, run: _Run) -> None:
-        """The store does not answer: none of these is asked for again now, and what could not be learnt is remembered."""
+        """The store does not answer: hold these messages, and remember those whose claim may stand."""
         run.held = self.recording.away(ended.error)
-        if ended.owner is not None:  # whether their claims stand could not be learnt
+        if ended.owner is not None:  # it is not known whether their claims stand
             for member in members:
                 assert member.work.row is not None
                 self.recording.owe(member.work.row.key, Unrecorded(ended.owner))
@@ -222,7 +221,7 @@ class BatchProcessor(Processor):
             run.leave(ended.stop)
 
     def _thrown_away(self, ended: AttemptResult) -> bool:
-        """Whether the server undid it for another transaction's sake; not where a connection was lost."""
+        """Whether the server rolled the batch back in favour of another transaction. A lost connection is not that."""
         error = ended.error
         return (
             ended.how is AttemptEnd.TRANSIENT
@@ -231,7 +230,7 @@ class BatchProcessor(Processor):
         )
 
     def _if_free(self, member: Member, run: _Run) -> None:
-        """Run one of those of which some are held by other runs, and do not wait for it as a message alone would."""
+        """Run a message of a batch in which other runs hold some keys. Unlike `_alone`, do not wait for its key."""
         if run.held is not None:
             self._alone(member, run)
             return
@@ -239,7 +238,7 @@ class BatchProcessor(Processor):
         match tried.ended.how:
             case AttemptEnd.IN_PROGRESS:
                 member.result = self._in_progress(member)
-            # what is broken must not run again: its claim stands, and it would be taken for a duplicate
+            # a broken message must not run again: its claim stands, and it would be taken for a duplicate
             case AttemptEnd.PROCESSED | AttemptEnd.DUPLICATE | AttemptEnd.BROKEN | AttemptEnd.UNKNOWN:
                 self._settle([member], tried, run)
                 self._raise_on(tried.ended, run)
@@ -285,7 +284,7 @@ class BatchProcessor(Processor):
         return tried
 
     def _in_order(self, ours: Sequence[Member]) -> Sequence[Member]:
-        """Return them in the order they are handled in: that of `batch_order=`, else as the messages came."""
+        """Return the messages in the order of `batch_order=`, else in the order received."""
         if self.plan.batch_order is None:
             return ours
         ordered = sorted(ours, key=lambda member: member.work.reading.order)
@@ -309,7 +308,7 @@ class BatchProcessor(Processor):
                 reached.append(member)
                 watch.current = member.work.row
                 call(handed, reading, member.work.message, None)
-                # before the next call, which may refresh, expire or expunge what this one has changed
+                # before the next call, which may refresh, expire or expunge what this call has changed
                 flush(session)
                 watch.check(session)
                 if session.in_nested_transaction():
@@ -326,7 +325,7 @@ class BatchProcessor(Processor):
         check_result(result, in_lists=True, handler=plan.name)
 
     def _settle(self, members: Sequence[Member], tried: BatchAttemptResult, run: _Run) -> None:
-        """Say of each what the batch's end means for it."""
+        """Give each message the result that follows from the batch's end."""
         ended, others = tried.ended, tried.others
         ours = None if ended.how in (AttemptEnd.BROKEN, AttemptEnd.UNKNOWN) else self.recording.processed
         for member in members:
@@ -341,7 +340,7 @@ class BatchProcessor(Processor):
                 self._alone(member, run)
 
     def _told_of(self, member: Member, ended: AttemptResult, reached: Sequence[Member]) -> Result:
-        """The claim of each stands, or may: what became of its effects nobody knows (BROKEN), or the server will say."""
+        """The result of a message whose claim stands or may stand (BROKEN), or whose COMMIT was not answered (UNKNOWN)."""
         if ended.how is AttemptEnd.UNKNOWN:
             return self.recording.unknown(member.work, ended.error)
         assert ended.error is not None
@@ -351,7 +350,7 @@ class BatchProcessor(Processor):
         return self._broken(member.work, error, ended.owner, block=ended.block)
 
     def _in_company(self, member: Member, reached: Sequence[Member]) -> str:
-        """Say what a message of a batch that is parked as a whole has had of it: only one of them did it."""
+        """Tell the operator, when a whole batch is parked, whether the handler was called for this message."""
         if self.plan.in_lists:
             return f"This message was one of {len(reached)} in the list."
         found = (

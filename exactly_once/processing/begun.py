@@ -1,7 +1,8 @@
-"""A handler that begins the transaction that it was given begun: told as its own mistake, with the line to write. Pure.
+"""Explains the error of a handler that calls begin() on the session it was given, with the line to write. Pure.
 
-SQLAlchemy refuses it in `Session.begin` itself, before anything is sent, and speaks of a session and not of a handler. Known by
-where it was raised and on which session; another session of the handler's own is its own affair.
+SQLAlchemy refuses the call in `Session.begin`, before anything is sent, but its text speaks of a session and not of the handler.
+The error is recognised by where it was raised, and on which session. Another session of the handler's own is left alone. Called
+by `processor`.
 """
 
 from typing import Final
@@ -22,10 +23,10 @@ _TEXT: Final = (
 
 
 def begun_already(error: BaseException) -> Misuse | None:
-    """Return what is told of an error that SQLAlchemy raised for a second begin(); None for any other.
+    """Return the error to report for SQLAlchemy's error of a second begin(). None for any other error.
 
     Args:
-        error: What a handler raised; of a group, one of them is enough.
+        error: What a handler raised. In an exception group, one such error is enough.
     """
     if not any(_begins(each) for each in leaves(error)):
         return None

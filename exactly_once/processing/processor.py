@@ -1,7 +1,8 @@
-"""One delivery for one handler: read, try, record what failed, and say what the worker shall do. The only caller of `attempt`.
+"""Processes one delivery for one handler: reads it, tries it, records a failure, and returns what the worker must do.
 
-It reads top to bottom as its story. Effects are the attempt's transaction and the failure store's; the decisions between
-them are `policy`'s, from values. Nothing here knows a broker: what the broker can do arrives as `Features`.
+The only caller of `attempt`; `batch` builds on it. Read it from top to bottom: that is the order of events. It writes in two
+transactions only: the attempt's and the failure store's. `policy` makes the decisions between them, from values. Never knows a
+broker: what the broker can do arrives as `Features`. Called by the executor.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -57,9 +58,9 @@ from exactly_once.wording.text import escaped, storable
 __all__ = ["FOREIGN", "Processor", "as_mistake"]
 
 FOREIGN: Final = Features(redelivers=True, counts_attempts=False)
-"""A consumer loop that is not ours: it brings a message back by itself, and nothing else is known of it."""
+"""The features of a consumer loop that is not ours: it redelivers by itself, and nothing else is known about it."""
 
-_TRANSIENT_TRIES: Final = 4  # a deadlock's victim succeeds at its second try; four cover a hot row, no more
+_TRANSIENT_TRIES: Final = 4  # the victim of a deadlock succeeds at its second try; four are enough for a hot row
 _EXITED: Final = (
     "The handler called sys.exit({code!r}), which would end the worker for every message; it was rolled back. Raise an"
     " exception to have it retried, Reject to park it."
@@ -73,19 +74,19 @@ _log = steady("exactly_once.failures")
 
 
 class Processor:
-    """One handler on one database, ready to be told of deliveries; made once, at start.
+    """One handler on one database. Made once, at start.
 
     Args:
-        plan: The handler, everything about it decided.
+        plan: The handler, with all that was decided about it at import.
         store: The database its messages are routed to.
         group: The consumer group.
-        leases: Where leases are, for handlers under one.
-        enforce: False runs duplicates all the same, and counts them.
+        leases: Where leases are kept, for a handler under a lease.
+        enforce: False: duplicates run all the same, and are logged.
         alert: The application's hook for messages that are kept for a person.
 
     Raises:
-        ConfigurationError: The database makes sessions of another class than the handler wants; or there is no place for
-            its leases.
+        ConfigurationError: The database makes sessions of another class than the handler wants, or there is no place for its
+            leases.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Processor:
         self._placed: LeasePlacement | None = None
         self._guard: Guard = self._guarded(plan, store)
         self._open: Open = store.open_async if plan.is_async else store.open
-        # for what is not the handler's: no hook of the application's runs in it
+        # for our own statements: no hook of the application runs in this session
         self._ours: Open = store.open_ours_async if plan.is_async else store.open_ours
         self.recording = Recording(plan, store, group, self._ours, alert)
         self._context = AttemptContext(
@@ -139,14 +140,14 @@ class Processor:
         foreign: bool = False,
         beside: bool = False,
     ) -> Work:
-        """Read a message; what is wrong with it is in the reading's `error`, never raised.
+        """Read a message. If it cannot be read, the reason is in the reading's `error`; nothing is raised.
 
         Args:
-            message: What was delivered.
+            message: The delivered message.
             features: What the source of the delivery can do.
-            pumped: It comes from the failure store.
-            foreign: A consumer loop that is not ours asks; nothing is scheduled.
-            beside: It asks in an event loop, and this thread is ours.
+            pumped: The message comes from the failure store.
+            foreign: The caller is a consumer loop that is not ours; no retry is scheduled.
+            beside: The caller is in an event loop, and this thread is ours, not the caller's.
         """
         reading = self.plan.read(message)
         row = self._row(message, reading) if reading.key is not None and reading.error is None else None
@@ -161,7 +162,7 @@ class Processor:
         foreign: bool = False,
         beside: bool = False,
     ) -> Result:
-        """Tell the whole story of one delivery; blocks (in a greenlet: awaits) until it has an end.
+        """Process one delivery. Blocks (in a greenlet: awaits) until there is a result.
 
         Args:
             message: As of `read`.
@@ -188,31 +189,31 @@ class Processor:
             return self._process(work)
         except StoreUnavailable as error:
             return self.recording.away(error)
-        except BadKey as error:  # its characters are none of the database's
+        except BadKey as error:  # the database cannot store the characters of this key
             return self.recording.failed(work, error)
         except ConfigurationError as error:
             error.store = self.store.name
-            raise  # of the program or the server: no message is to be blamed for it
-        except Exception as error:  # a statement of ours before the attempt: nothing ran, so nothing is acknowledged
+            raise  # the program or the server is wrong: no message is blamed
+        except Exception as error:  # a statement of ours failed before the attempt: nothing ran, so no acknowledgement
             key = escaped(work.reading.key or "")
             _log.error("message_not_run handler=%s key=%s\n%s", self.plan.name, key, trace_of(error))
             return self.recording.again(work, Outcome.WAITING)
 
     def _process(self, work: Work) -> Result:
-        """What was done before, what must wait, what was given up: looked at first. Then it is tried."""
+        """Check first whether the message was processed, must wait, or was given up. Then try it."""
         message, row = work.message, work.row
         assert row is not None
         if not work.pumped and spent(message.attempt, work.features):
             return self._spent(work, row)
         if self.recording.owes and (owed := self.recording.owed(row.key)) is not None and owed.error is not None:
-            # broken, and not written down: the store went away; run again it would double what was committed
+            # broken, but not recorded, because the store went away: another run would repeat what was committed
             return self._broken(work, owed.error, owed.owner, block=owed.block)
         before = work.pumped or self.recording.came_before(message, row.key)
         former: Sequence[int] = ()
         if self.plan.ordered and message.ordering_key is not None:
             place = self._place(work)
             if place.blocked:
-                # what was done before needs no place behind others
+                # a message that was processed before need not wait behind others
                 return self._done(work, row) or self.recording.wait(work, Outcome.WAITING)
             before, former = before or place.known, place.former
         return self._try(work, row, before, former)
@@ -224,7 +225,7 @@ class Processor:
             self.plan.name,
             reading.key,
             reading.fingerprint,
-            # for people to read, compared with nothing: in ASCII no character set keeps its message from running
+            # only for people to read, never compared. ASCII, so that no character set can keep the message from running
             storable(message.message_id, MESSAGE_ID_BYTES, "ascii"),
             message.attempt,
             "",
@@ -235,10 +236,10 @@ class Processor:
 
     def _try(self, work: Work, row: ClaimRow, before: bool, former: Sequence[int]) -> Result:
         message, foreign = work.message, work.foreign
-        sent = False  # COMMIT of a step
+        sent = False  # whether the COMMIT of a step was sent
 
         def told_of(error: BaseException) -> BaseException:
-            # of a caller's loop the thread is the caller's, and a signal may have asked it to end
+            # in a foreign loop the thread is the caller's, and a signal may have asked the thread to end
             return (begun_already(error) or error) if foreign and not work.beside else as_mistake(error)
 
         def handle(handed: Any, won: Won) -> None:
@@ -254,7 +255,8 @@ class Processor:
                     sent = ledger.sent
                     broken = isinstance(ledger.error, BrokenTransaction)
                     if ledger.error is not None and (broken or isinstance(told, Exception)):
-                        # what stopped a step; the handler's own may be made of it, or be that one, whose cause may stop the task
+                        # report what stopped a step. The handler's exception may wrap that error, or be the same one: then
+                        # its cause may be what stops the task
                         raise ledger.error from (told.__cause__ if told is ledger.error else told)
                     if ledger.why is not None and not stops(told):
                         raise ledger.why from told
@@ -264,7 +266,7 @@ class Processor:
             if ledger is not None:
                 ledger.end()
 
-        # under a lease the number of the claim tells, too: an earlier one may have failed in another process
+        # under a lease the claim's number shows earlier claims, too: one may have failed in another process
         also = self._resolving(row, message, before, former) if before or self._placed is not None else None
         transient = immediate = 0
         looked = False
@@ -272,10 +274,10 @@ class Processor:
             if transient or immediate:
                 work = work._replace(
                     reading=self.plan.read(message)
-                )  # the handler may have changed the body it was given
+                )  # the handler may have changed the body, so it is read again
             ended = attempt(self._context, row, handle, told=told_of, also=also, failed_before=before)
             if ended.how is AttemptEnd.FAILED and ended.error is not None and self.store.unreached(ended.error):
-                ended = replace(ended, how=AttemptEnd.TRANSIENT)  # what was raised does not look like it
+                ended = replace(ended, how=AttemptEnd.TRANSIENT)  # the error alone does not show that the store is away
             if ended.stop is not None and ended.how is AttemptEnd.TRANSIENT:
                 raise ended.stop
             match ended.how:
@@ -311,8 +313,8 @@ class Processor:
                 case AttemptEnd.TRANSIENT if (works := self._works(ended, sent)) is False:
                     return self.recording.away(ended.error)
                 case AttemptEnd.TRANSIENT if works and not looked:
-                    # it can by now: what was said of the store may have been true a moment ago. Said once more, it is a
-                    # failure of this message
+                    # the store works now, but may not have worked a moment ago. If the error comes once more, this message
+                    # has failed
                     looked, transient = True, _TRANSIENT_TRIES
                 case AttemptEnd.FAILED if ended.stop is None and immediate < self._immediate(ended.error, foreign):
                     immediate += 1
@@ -327,7 +329,7 @@ class Processor:
     def _ended(self, work: Work, ended: AttemptResult) -> Result:
         reading, recording = work.reading, self.recording
         if ended.how is not AttemptEnd.BROKEN and reading.key is not None:
-            self.recording.paid(reading.key)  # it was claimed anew: nothing of an earlier attempt stands
+            self.recording.paid(reading.key)  # the key was claimed anew, so no claim of an earlier attempt stands
         if ended.how not in (AttemptEnd.UNKNOWN, AttemptEnd.IN_PROGRESS) and reading.key is not None:
             self.recording.known(reading.key)
         match ended.how:
@@ -365,9 +367,9 @@ class Processor:
             return 0
         if isinstance(one, Misuse) and one.at_each_run:
             return 0
-        if foreign and is_the_callers(error):  # a limit of the caller's: a second run would have none
+        if foreign and is_the_callers(error):  # a time limit of the caller: a second run would have no limit
             return 0
-        # of a statement that the server still runs: a second run would wait behind it
+        # the server still runs the statement: a second run would wait for it
         if self.store.dialect.gave_up(error):
             return 0
         return retry_for(self.plan.retry, one).immediate
@@ -414,7 +416,7 @@ class Processor:
     # -- what is not a success ---------------------------------------------------------------------------------------
 
     def _spent(self, work: Work, row: ClaimRow) -> Result:
-        """A message whose deliveries are used up: consumed long ago (only its acks were lost), else parked, never run."""
+        """End a message whose deliveries are used up: a duplicate if it was consumed (its acks were lost), else parked unrun."""
         if (done := self._done(work, row)) is not None:
             return done
         error = Reject(
@@ -425,7 +427,7 @@ class Processor:
         return self.recording.failed(work, error)
 
     def _done(self, work: Work, row: ClaimRow) -> Result | None:
-        """Look whether it was done before, without running it."""
+        """Return the result if an earlier attempt left a claim, else None. Runs nothing."""
         match self._guard.look(self._ours, row):
             case Consumed():
                 return self.recording.duplicate
@@ -435,7 +437,7 @@ class Processor:
                 return None
 
     def _broken(self, work: Work, error: BaseException, owner: str, *, block: bool = False) -> Result:
-        """Keep it for a person, with the claim that stands for it; remembered until it is written."""
+        """Park the message for a person, with the claim that stands for it. Remembered in memory until it is recorded."""
         key = work.reading.key
         assert key is not None
         self.recording.owe(key, Unrecorded(owner, error, block))
@@ -447,10 +449,10 @@ class Processor:
         return told
 
     def _as_begun(self, work: Work, former: Mapping[str, Any]) -> Work:
-        """Return a message as the release before spelled it, where it was begun so: its claim and its failures stand there."""
+        """Return the message as the previous release read it, if that release began it: its claim and failures have that key."""
         message, reading = work.message, work.reading
         if message.message_id is None:
-            return work  # several keys may have had that one spelling, and nothing tells whose the claim is
+            return work  # several keys may have had that same spelling: nothing shows which message the claim is for
         before = replace(message, former=None, **former)
         read = self.plan.read(before)
         key, id_ = read.key, message.message_id
@@ -465,7 +467,7 @@ class Processor:
             if self.store.away(error):
                 raise StoreUnavailable("The database does not answer; nothing ran.") from error
             if isinstance(error, UnicodeEncodeError) or self.store.dialect.unstorable(error):
-                return work  # nothing can stand under it
+                return work  # the database cannot store that key, so no claim has it
             raise
         return work._replace(message=before, reading=read, row=self._row(before, read)) if found else work
 
@@ -486,16 +488,16 @@ class Processor:
             raise
 
     def _keeps(self, row: Row[Any], reading: Reading) -> bool:
-        """Say whether the message of a row, read as the handler reads now, is the one that was read so."""
+        """Whether the message kept in a failure row has the key and fingerprint of this reading, as the handler reads today."""
         try:
             kept = self.plan.read(message_of(row))
-        except Exception:  # changed by hand, or damaged: it is no message
+        except Exception:  # the row was changed by hand, or is damaged
             return False
         return (kept.key, kept.fingerprint) == (reading.key, reading.fingerprint)
 
 
 def as_mistake(error: BaseException) -> BaseException:
-    """Return what is told of an exit that is nobody's to ask for, or of a second begin(); any other exception as it is."""
+    """Return the error to report for a handler's `sys.exit` or second begin(). Any other exception is returned as it is."""
     if (left := exit_in(error)) is None:
         return begun_already(error) or error
     told = Misuse(_EXITED.format(code=left.code)).with_traceback(error.__traceback__)
@@ -504,7 +506,7 @@ def as_mistake(error: BaseException) -> BaseException:
 
 
 def _exit_behind(error: BaseException) -> BaseException | None:
-    """Return the exit that was told of as something else."""
+    """Return the SystemExit that is reported as a `Misuse`, if this is one."""
     if not isinstance(error, Misuse) or (cause := error.__cause__) is None:
         return None
     return cause if exit_in(cause) is not None else None
@@ -517,7 +519,7 @@ def _check_session(plan: Plan, store: Store) -> None:
     made = store.makes(plan.is_async)
     if not issubclass(made, wanted):
         maker = "async_sessionmaker" if plan.is_async else "sessionmaker"
-        one_name = wanted.__name__ == made.__name__  # SQLModel's is called Session, too
+        one_name = wanted.__name__ == made.__name__  # SQLModel's class is called Session, too
         wants, makes = (f"{each.__module__}.{each.__name__}" if one_name else each.__name__ for each in (wanted, made))
         raise ConfigurationError(
             f"The handler {plan.name!r} wants a {wants}, and the database {store.name!r} makes {makes}."

@@ -1,7 +1,7 @@
-"""What is said and written down of a delivery that did not succeed: failures, waits, and stores that do not answer.
+"""Reports and records a delivery that did not succeed: failures, waits, and stores that do not answer.
 
-The decisions are `policy`'s, from values; the effect is a row of the failure store, in a transaction of its own. Where that
-cannot be written, nothing is acknowledged and the message comes again.
+`policy` makes the decisions, from values. The effect is a row of the failure store, in a transaction of its own. If the row
+cannot be written, nothing is acknowledged and the message is redelivered. Called by `processor` and `batch`.
 """
 
 import logging
@@ -45,28 +45,28 @@ _FOR_GOOD: Final = timedelta(days=3650)
 _LOOK_AGAIN: Final = timedelta(seconds=0.5)
 _LOOK_LONGEST: Final = timedelta(seconds=5)
 _TELL_AGAIN_S: Final = 10.0
-_LOOKED_S: Final = 1.0  # so long a store that was seen not to work is not looked at again
+_LOOKED_S: Final = 1.0  # a store that was seen not to work is not checked again for so long
 
 _log = steady("exactly_once.failures")
 
 
 @dataclass(frozen=True, slots=True)
 class Unrecorded:
-    """What is not written down of a message, because the store went away."""
+    """What could not be recorded about a message, because the store went away."""
 
     owner: str
-    """Whose claim stands for it, or may."""
+    """The owner of the claim that stands for the message, or may stand."""
     error: BaseException | None = None
-    """Why it is broken; None where it is not known whether it is."""
+    """Why the message is broken. None: it is not known whether it is."""
     block: bool = False
-    """Its claim is to be written where none stands."""
+    """Write the claim if none stands."""
 
 
 ACK: Final = Ack()
 
 
 class Recording:
-    """Writes down what failed of one handler on one database, and says what the worker is to do.
+    """Records the failures of one handler on one database, and returns what the worker must do.
 
     Args:
         plan: The handler.
@@ -87,11 +87,11 @@ class Recording:
         self._unknown: dict[str, int] = {}
         self.processed, self.duplicate = (self.result(each, ACK) for each in (Outcome.PROCESSED, Outcome.DUPLICATE))
         self.refused: BaseException | None = None
-        """Why this handler is held: it is wrong, and no message."""
+        """Why this handler is held: the handler is wrong, not a message."""
         self._tell_away_at = self._cannot_until = 0.0
 
     def result(self, outcome: Outcome, verdict: Verdict, *, in_handler: bool = False) -> Result:
-        """What became of a message for this handler; counted unless it waits for its key."""
+        """Make the result of a message for this handler. It is counted, unless the message waits for its key."""
         counted = () if type(verdict) is WaitForKey else ((self._handler, outcome),)
         return Result(outcome, verdict, in_handler=in_handler, handlers=counted)
 
@@ -104,35 +104,35 @@ class Recording:
         return self.result(outcome, then if work.foreign else WaitForKey(UNRECORDED, _UNRECORDED_LONGEST, then))
 
     def came_before(self, message: Message, key: str) -> bool:
-        """Only a message that came before can have a failure row to close; others do not pay a statement for it."""
+        """Whether the message came before. Only then can a failure row exist; others save the statement that closes it."""
         return message.attempt > 1 or key in self._seen
 
     def succeeded(self, key: str) -> None:
-        """Forget that it failed in this process."""
+        """Forget that this key failed in this process."""
         self._seen.pop(key, None)
 
     # -- what could not be written ------------------------------------------------------------------------------------
 
     @property
     def owes(self) -> bool:
-        """Something is not written down."""
+        """Whether anything is still to be recorded."""
         return bool(self._owed)
 
     def owed(self, key: str) -> Unrecorded | None:
-        """What is not written down of this key."""
+        """Return what is still to be recorded for this key."""
         return self._owed.get(key)
 
     def is_owed(self, key: str, owner: str) -> bool:
-        """Whether a claim that stands is that of an attempt whose end nobody could learn."""
+        """Whether the claim that stands belongs to an attempt whose end is not known."""
         owed = self._owed.get(key)
         return owed is not None and owed.owner == owner
 
     def owe(self, key: str, owed: Unrecorded) -> None:
-        """Remember it; not dropped for want of room, for forgotten it would pass for a duplicate."""
+        """Remember what is to be recorded. Never evicted: the message would be taken for a duplicate."""
         self._owed[key] = owed
 
     def paid(self, key: str) -> None:
-        """It is written, or turned out to be nothing."""
+        """Forget it: it is recorded, or nothing was to be recorded."""
         if self._owed:
             self._owed.pop(key, None)
 
@@ -143,13 +143,13 @@ class Recording:
         remaining: timedelta | None = None,
         said: BaseException | None = None,
     ) -> Result:
-        """Not failed, only not now: asked again later, uncounted; near the broker's limit kept in the failure store.
+        """Postpone a message that did not fail: it comes again, uncounted. Near the broker's limit the failure store keeps it.
 
         Args:
             work: The message.
             outcome: What became of it.
-            remaining: How long another run's lease goes on.
-            said: What the handler raised to say so; None where the message's own key is another run's.
+            remaining: How long the lease of another run still lasts.
+            said: What the handler raised to ask for this. None: another run holds the message's own key.
         """
         decision = wait_delay(
             outcome,
@@ -159,7 +159,7 @@ class Recording:
             foreign=work.foreign,
         )
         if said is not None:
-            # else nothing would name a part whose holder never lets go, such as the handler's own other session
+            # only this line names a part whose holder never releases it, such as another session of the same handler
             _log.warning(
                 "part_in_progress handler=%s message_id=%s error=%s",
                 self._handler,
@@ -168,7 +168,7 @@ class Recording:
             )
         if isinstance(decision, ByBroker):
             then = Redeliver(decision.delay)
-            # under a lease the other run may end at any moment: looked at for a while, at no cost to the broker's attempts
+            # under a lease the other run may end at any moment: the worker looks for a while, which spends no broker's attempt
             kept = remaining is not None and not work.foreign
             return self.result(
                 outcome, WaitForKey(_LOOK_AGAIN, _LOOK_LONGEST, then) if kept else then, in_handler=said is not None
@@ -177,7 +177,7 @@ class Recording:
         return self.record(work, error, lambda attempts: decision, counted=False, outcome=outcome)
 
     def unknown(self, work: Work, error: BaseException | None) -> Result:
-        """COMMIT was sent and not answered, and its row is not there: the redelivery finds out, for a few times."""
+        """COMMIT was sent but not answered, and its row is not there. The redelivery finds out; the fifth time, park it."""
         key = work.reading.key or ""
         times = self._unknown[key] = self._unknown.get(key, 0) + 1
         words = words_of(error) if error is not None else "no answer"
@@ -202,16 +202,16 @@ class Recording:
         return self.record(work, error or Reject(reason), lambda attempts: Park("waiting", reason), counted=False)
 
     def known(self, key: str) -> None:
-        """What became of its COMMIT is known: only those in a row are counted."""
+        """Reset the count: the end of this key's COMMIT is known. Only unknown ends in a row are counted."""
         if self._unknown:
             self._unknown.pop(key, None)
 
     def refuse(self, error: BaseException | None = None, *, foreign: bool) -> Result:
-        """Hold a handler that is wrong: its messages are neither counted nor kept nor acknowledged until it is mended.
+        """Hold a handler that is wrong. Until it is repaired its messages are not counted, stored or acknowledged.
 
         Args:
-            error: What shows that it is wrong; None where that is known.
-            foreign: The caller's loop holds the message, we cannot.
+            error: What shows that the handler is wrong. None: that is known already.
+            foreign: The caller's loop has the message, so it cannot be kept in hand here.
         """
         if self.refused is None:
             self.refused = error
@@ -224,7 +224,7 @@ class Recording:
         return self.result(Outcome.WAITING, again if foreign else WaitForKey(UNRECORDED, _FOR_GOOD, again))
 
     def failed(self, work: Work, error: BaseException) -> Result:
-        """It failed, and counts: tried again as the handler's policy says, or kept for a person."""
+        """Record a failure that counts. The handler's policy decides: tried again, or parked for a person."""
         retry = self._retry
 
         def by_policy(attempts: int) -> Decision:
@@ -250,7 +250,7 @@ class Recording:
         claim_owner: str | None = None,
         block: bool = False,
     ) -> Result:
-        """Write it down in a new transaction; if that fails, nothing is acknowledged and the message comes again."""
+        """Record it in a new transaction. If that fails, nothing is acknowledged and the message is redelivered."""
         failure = replace(self.failure(work, error), counted=counted, claim_owner=claim_owner, block=block)
 
         def recorded(session: Session) -> tuple[Decision, int]:
@@ -265,7 +265,7 @@ class Recording:
                 if self.works(problem) is False:
                     return self.away(problem)
                 trouble = self._store.dialect.error_kind(problem)
-                # whoever holds the table, or a limit of time: what is to be written is not what is wrong
+                # someone holds a lock on the table, or a time limit was reached: the row itself is not the reason
                 waited = trouble is ErrorKind.TRANSIENT or self._store.dialect.timed_out(problem)
                 if (waited or trouble is ErrorKind.UNAVAILABLE) and tries < _RECORD_TRIES:
                     if trouble is ErrorKind.TRANSIENT:
@@ -295,7 +295,7 @@ class Recording:
                     raise_alert(self._alert, Alert("parked", self._group, self._handler, known_by, reason))
                 return self.result(Outcome.DEAD, ACK)
             case ByPump():
-                return self.result(outcome, ACK)  # stored with its time: the pump owns the next try, the broker is done
+                return self.result(outcome, ACK)  # stored with a time: the pump makes the next try, the broker none
             case ByBroker(delay):
                 if failure.key is not None:
                     if len(self._seen) >= _REMEMBERED:
@@ -313,15 +313,15 @@ class Recording:
         await_only(asyncio.sleep(seconds))
 
     def failure(self, work: Work, error: BaseException) -> Failure:
-        """What is written of a message that is not finished."""
+        """Make the failure row of a message that is not finished."""
         message, reading = work.message, work.reading
         if reading.key is None and not message.message_id:
-            # nothing to know it by: never the same as another, or one of the two would be lost on requeue
+            # the message has no identity. It gets one of its own: if two shared a row, one would be lost on requeue
             message = replace(message, message_id=f"anonymous-{uuid4().hex}")
         return Failure(self._group, self._handler, reading.key, reading.fingerprint, message, error)
 
     def _unrecorded(self, failure: Failure, problem: Exception) -> None:
-        """Not even the short form was taken: nobody but the log will know of this message, so it says all that names it."""
+        """Log all that names this message: not even the short form could be stored, so only the log knows of it."""
         m = failure.message
         _log.error(
             "failure_not_recorded group=%s handler=%s key=%s message_id=%s topic=%s fingerprint=%s error=%s: %s"
@@ -339,24 +339,24 @@ class Recording:
         )
 
     def works(self, problem: BaseException, *, spoken: bool = False) -> bool | None:
-        """Say whether the store can work, after an error that says it cannot; None where the error says nothing of that.
+        """Check whether the store works, after an error that says it does not. None: the error says nothing about that.
 
-        A server cuts the connection of a body that is too large for it, and a full MEMORY table of the handler's own says
-        what a full disk says. Taken for outages, such messages would stop the whole worker again and again, for ever. So
-        the store is looked at, unless no connection was had at all.
+        A server cuts the connection when a body is too large for it. A full MEMORY table of the handler's own gives the same
+        error as a full disk. If these were taken for outages, such a message would stop the whole worker again and again, for
+        ever. So the store itself is asked, unless there was no connection at all.
 
         Args:
             problem: The error.
-            spoken: It is of a COMMIT, so there was a connection.
+            spoken: The error is that of a COMMIT, so there was a connection.
         """
         if self._store.unreached(problem):
-            return False  # whatever was raised there
+            return False  # no connection, whatever was raised
         if self._store.dialect.error_kind(problem) is not ErrorKind.UNAVAILABLE:
             return None
         if isinstance(problem, DBAPIError) and not spoken and not _spoke(problem):
             return False
         if monotonic() < self._cannot_until:
-            return False  # another message has just looked
+            return False  # checked a moment ago for another message
         self._store.seen(problem)
         if self._store.look(is_async=self._is_async):
             return True
@@ -364,7 +364,7 @@ class Recording:
         return False
 
     def away(self, error: BaseException | None) -> Result:
-        """The store does not answer: the delivery is held; said in the log once in a while, not for each message."""
+        """Hold the delivery: the store does not answer. Logged once in a while, not for each message."""
         if error is not None:
             self._store.seen(error)
         now = monotonic()
@@ -378,7 +378,7 @@ class Recording:
 
 
 def _spoke(problem: BaseException | None) -> bool:
-    """Say whether a statement was sent: of the ROLLBACK that fails behind it, the error names none."""
+    """Whether a statement was sent. The error of a ROLLBACK that fails after it names no statement, so look at the context."""
     while problem is not None:
         if isinstance(problem, DBAPIError) and problem.statement is not None:
             return True

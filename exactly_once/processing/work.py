@@ -1,4 +1,4 @@
-"""A message for one handler, read: the one value that goes down to the attempt; a `Result` comes back up. Data only."""
+"""One message for one handler, read: the value that goes down to the attempt. A `Result` comes back up. Data only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ class Work(NamedTuple):
 
     message: Message
     reading: Reading
-    """What the handler's plan makes of the message."""
+    """The message as the handler's plan reads it."""
     row: ClaimRow | None
-    """What is written when its key is claimed; None of a message that cannot be read."""
+    """The claim to write. None: the message cannot be read."""
     features: Features
     """What the source of the delivery can do."""
     pumped: bool = False
-    """It comes from the failure store."""
+    """The message comes from the failure store."""
     foreign: bool = False
-    """A consumer loop that is not ours asks; nothing is scheduled."""
+    """The caller is a consumer loop that is not ours; no retry is scheduled."""
     beside: bool = False
-    """It asks in an event loop, and this thread is ours."""
+    """The caller is in an event loop, and this thread is ours, not the caller's."""
 
 
 @dataclass(slots=True, eq=False)
@@ -37,11 +37,11 @@ class Member:
 
     work: Work
     result: Result | BaseException | None = None
-    """An exception where the run of a single message ended in it, as `Processor.run` ends: cancelled and the like."""
+    """An exception if `Processor.run` raised it for this message (cancellation and the like)."""
     called: bool = False
 
     def unchanged(self, plan: Plan) -> Reading:
-        """Return what the handler is called with; read anew for the second call, for the first may have changed the body."""
+        """Return what the handler is called with. Read anew for a second call: the first may have changed the body."""
         if self.called:
             self.work = self.work._replace(reading=plan.read(self.work.message))
         self.called = True
@@ -55,4 +55,4 @@ class BatchResults:
     results: Sequence[Result | BaseException]
     """See `Member.result`."""
     deadlocked: bool
-    """The database threw it away for another's sake: smaller batches, or `batch_order=`, get into each other's way less."""
+    """The database rolled the batch back because of a deadlock. Smaller batches, or `batch_order=`, collide less often."""
