@@ -1,1 +1,1 @@
-"""Runs deliveries on threads and on the loop: which handler, beside which others, and how many at a time."""
+"""Runs deliveries on threads and on the event loop: by which handlers, in which batches, and how many at a time."""

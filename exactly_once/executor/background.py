@@ -1,7 +1,7 @@
-"""Work that is no handler's, done again and again by the clock: sweeps, and later a relay. One thread for each job.
+"""Runs jobs by the clock that are no handler's: sweeps, and later a relay. One thread for each job.
 
-A job that fails is done again later and later; what it raises is logged and ends nothing. All jobs are told to stop in one
-place, and a thread that has ended by itself is named to `/ready` and `/live`. The executor keeps them.
+A job that fails runs again after longer and longer pauses. Its exception is logged and never ends the thread. `stop` stops all
+jobs, and `dead` names a thread that ended by itself, for `/ready` and `/live`. Called by the executor.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +18,9 @@ from exactly_once.worker.log_throttle import ThrottledLog
 __all__ = ["Background", "Job"]
 
 LONGEST: Final = timedelta(minutes=10)
-"""The longest time between two tries of a job that fails, unless it is done less often than that."""
+"""The longest pause after a failure, unless the job's own interval is longer."""
 _ENDS_S: Final = 1.0
-"""So long `stop` waits for a job that is under way. One that asks a server that does not answer ends by itself."""
+"""How long `stop` waits for a job under way. A job that waits for a server without an answer ends by itself."""
 
 _log = steady("exactly_once.worker")
 
@@ -32,7 +32,7 @@ class Job:
     Args:
         name: For logs and thread names.
         every: The time between two runs.
-        run: Does it once; may block and raise.
+        run: Does the work once. May block and raise.
         first: The time from the start to the first run.
     """
 
@@ -52,10 +52,10 @@ class Job:
 
 
 class Background:
-    """Runs jobs until it is told to stop.
+    """Runs jobs until `stop`.
 
     Args:
-        jobs: What is to be done.
+        jobs: The jobs.
     """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
@@ -67,14 +67,14 @@ class Background:
             thread.start()
 
     def stop(self) -> None:
-        """Begin no run any more, and wait a moment for those under way. A crash in a run leaves its work for the next one."""
+        """Start no more runs, and wait a moment for those under way. After a crash in a run, the next run does its work."""
         self._stopping.set()
         deadline = monotonic() + _ENDS_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - monotonic()))
 
     def dead(self) -> Sequence[str]:
-        """Name the jobs whose thread has ended without being told to."""
+        """Return the names of the jobs whose thread ended although nobody stopped it."""
         return () if self._stopping.is_set() else [thread.name for thread in self._threads if not thread.is_alive()]
 
     def _live(self, job: Job) -> None:

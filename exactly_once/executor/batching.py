@@ -1,8 +1,8 @@
-"""Forms batches out of the deliveries that wait for one handler on one database. Opens nothing and runs nothing.
+"""Forms batches of the deliveries that wait for one handler on one database. Never opens or runs anything.
 
-A batch is what is waiting: it is never larger than `batch=`, and its first message waits for others no longer than `linger`.
-One batch at a time: two would get into each other's way on the rows they lock, and what waits meanwhile is the next batch.
-The `executor` takes the batches.
+A batch is what waits now. It is never larger than `batch=`, and its first message waits for others no longer than `linger`.
+One batch runs at a time: two would block each other on the rows that they lock. What waits meanwhile becomes the next batch.
+Called by `executor`.
 """
 
 from collections import deque
@@ -23,19 +23,19 @@ from exactly_once.transports.contract import Features
 __all__ = ["FIRST", "FIRST_CALM", "LEAST", "LONGEST", "LONGEST_LIST", "MOST_CALM", "BatchSize", "Batching", "Queued"]
 
 LONGEST: Final = timedelta(milliseconds=50)
-"""A batch of calls that takes longer is followed by smaller ones. Its rows are locked all that time: where processes share rows,
-smaller batches let each other through, and a commit is already cheap beside so much work."""
+"""A batch of calls that takes longer is followed by smaller batches. Its rows stay locked all that time: processes that share
+rows wait less for smaller batches, and beside so much work a commit costs little anyway."""
 LONGEST_LIST: Final = timedelta(seconds=1)
-"""The same for a handler of lists: a few statements, which lock the rows for as long as they take."""
+"""The same for a handler that takes lists: it sends a few statements, which lock the rows as long as they run."""
 FIRST: Final = 8
-"""Messages in a worker's first batch; from there the size doubles until it is too large."""
+"""Messages in a worker's first batch. The size then doubles until it is too large."""
 LEAST: Final = 1
 FIRST_CALM: Final = 128
-"""How many batches without a deadlock there must be before they grow: behind the first one."""
+"""How many batches without a deadlock must pass after the first deadlock before the size grows again."""
 MOST_CALM: Final = 4096
 _GROWTH: Final = 1.1
 _LOOK_S: Final = 0.0002
-"""So long messages are read between two looks for the server's answer; one that takes longer is read to its end."""
+"""How long messages are read between two checks for the server's answer. A message that takes longer is read to its end."""
 
 
 @dataclass(slots=True, eq=False)
@@ -50,14 +50,14 @@ class Queued:
 
 
 class BatchSize:
-    """How many messages the next batch takes: more and more, fewer behind a deadlock or a slow batch.
+    """Decides how many messages the next batch takes: more after each good batch, fewer after a deadlock or a slow batch.
 
-    A deadlock costs about a second, and growing back at once would find the next one: how many batches must pass without one
-    before the size grows doubles each time, until it is back at the largest.
+    A deadlock costs about a second, and growing again at once would meet the next one. So a number of batches must pass without a
+    deadlock before the size grows. Each deadlock doubles that number; it starts anew once the size is back at the largest.
 
     Args:
-        most: The largest batch.
-        longest: How long one may take.
+        most: The size of the largest batch.
+        longest: How long a batch may take.
 
     Example:
         >>> size = BatchSize(100)
@@ -79,11 +79,11 @@ class BatchSize:
 
     @property
     def now(self) -> int:
-        """How many the next batch may have."""
+        """How many messages the next batch may have."""
         return int(self._size)
 
     def ended(self, messages: int, took: timedelta, *, deadlocked: bool) -> None:
-        """Learn from a batch: halved after a deadlock, cut to what fits into the time, else grown."""
+        """Adapt the size to a batch that ended: halve it after a deadlock, cut it to fit the time, else let it grow."""
         size = self._size
         if deadlocked:
             size = min(size, messages) / 2
@@ -102,10 +102,10 @@ class BatchSize:
 
 
 class Batching:
-    """What waits for one handler on one database.
+    """The deliveries that wait for one handler on one database.
 
     Args:
-        handler: Whose; its plan says how many, and how long a message waits for others.
+        handler: The handler. Its plan gives the largest batch, and how long a message waits for others.
     """
 
     def __init__(self, handler: BatchProcessor) -> None:
@@ -117,23 +117,23 @@ class Batching:
         self._lock = Lock()
 
     def add(self, message: Message, features: Features, future: SmallFuture) -> bool:
-        """Let a delivery wait; True if somebody must begin to take batches, for nobody does."""
+        """Add a delivery. True: the caller must start taking batches, because nobody takes them now."""
         with self._lock:
             self._waiting.append(Queued(message, features, future, monotonic()))
             first, self._taking = not self._taking, True
         return first
 
     def pause_s(self) -> float:
-        """How long to wait before the next batch is taken; 0 when there is no more to wait for."""
+        """How long to wait before taking the next batch. 0: take it now."""
         waiting = self._waiting
         if not waiting or len(waiting) >= self.size.now:
             return 0.0
         return max(0.0, waiting[0].since + self._linger_s - monotonic())
 
     def take(self) -> list[Queued]:
-        """Return the next batch, oldest first, without those that were given back meanwhile.
+        """Return the next batch, oldest first, without deliveries that were given back meanwhile.
 
-        Empty: nothing waits, and whoever takes batches ends; the next `add` says that somebody must begin again.
+        Empty: nothing waits, and the caller must stop taking batches. The next `add` returns True, so that taking starts again.
         """
         batch: list[Queued] = []
         with self._lock:
@@ -146,19 +146,19 @@ class Batching:
         return batch
 
     def members(self, batch: Sequence[Queued]) -> list[Member]:
-        """Return a batch as its handler takes it, each message read."""
+        """Return the batch for its handler, with each message read."""
         read = self.handler.member
         return [one.read or read(one.message, one.features) for one in batch]
 
     def read_ahead(self) -> Iterator[None]:
-        """Read what the next batch will be made of; for the time that the server is busy, which is looked at now and then."""
+        """Read the messages of the next batch while the server is busy. Yields now and then, so that its answer is noticed."""
         with self._lock:
             coming = list(islice(self._waiting, self.size.now))
         look_at = monotonic() + _LOOK_S
         for one in coming:
             if one.read is None:
                 made = self.handler.member(one.message, one.features)
-                if made.work.row is not None:  # an error keeps its frames alive, and so this batch
+                if made.work.row is not None:  # not a failed read: its error keeps frames alive, and so this batch
                     one.read = made
             if monotonic() > look_at:
                 yield

@@ -1,9 +1,9 @@
-"""Runs deliveries: sync handlers on threads, async ones on one loop, both behind one call that gives a future at once.
+"""Runs deliveries: sync handlers on threads, async handlers on one event loop. `submit` returns a future at once for both.
 
-Every handler that wants a message gets it, each with its own claim; the delivery is acknowledged when each has finished or is
-parked. One that must be asked again does not stop the others, and those that have finished are duplicates then. A message
-has a transaction of its own, or shares one with others of its handler (`batching`). Decides nothing about a single handler:
-`processor` does. The worker calls `submit`.
+Every handler that wants a message gets it, each with its own claim. The delivery is acknowledged when each handler has finished
+or parked the message. A handler that must run again does not stop the others: on redelivery the message is a duplicate for those
+that have finished. A message has a transaction of its own, or shares one with others of its handler (`batching`). Never decides
+about a single handler: `processor` does. The worker calls `submit`.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["Executor", "Find"]
 
 Find = Callable[[Delivery], Sequence[Processor]]
-"""Which handlers a delivery is for."""
+"""Return the handlers that a delivery is for."""
 
 _One = tuple[Delivery, Features, Sequence[Processor], SmallFuture]
 
@@ -51,18 +51,19 @@ _LOOK_S: Final = 0.001
 
 @lru_cache(maxsize=16)
 def _each_by_itself(features: Features) -> Features:
-    """Of several handlers those that fail are stored with their own times, for the pump to run each alone.
+    """The features for a message of several handlers: each failure is stored with its own time, and the pump runs it alone.
 
-    A redelivery is for all of them: the most impatient one would spend the others' attempts, and a parked one would run.
+    A redelivery by the broker would run all of them: the shortest delay would spend the attempts of the others, and a handler
+    that has parked the message would run again.
     """
     return replace(features, redelivers=False)
 
 
 class Executor:
-    """Threads and, if any handler is async, a loop of their own.
+    """Threads and, if any handler is async, one event loop in a thread of its own.
 
     Args:
-        find: Which handlers a delivery is for.
+        find: Returns the handlers that a delivery is for.
         plans: The handlers.
         threads: How many deliveries run at once on threads, and as many on the loop.
     """
@@ -89,14 +90,14 @@ class Executor:
         fork.tell(self)
 
     def forked(self) -> None:
-        """In a process just forked, perhaps inside a handler: there are no threads, and the loop's wake-ups are the parent's."""
+        """Called in a process just forked, perhaps inside a handler: it has no threads, and only the parent may wake the loop."""
         self._stopping, self._threads, self._batchings_lock = True, [], Lock()
         self._background = Background(())
         if self._loop is not None:
-            self._end_loop()  # a copy of it, if it is the one that forked, turns no further
+            self._end_loop()  # if the loop's thread forked, the copy of the loop must not run on
 
     def submit(self, delivery: Delivery, features: Features) -> RunFuture:
-        """Begin a delivery and return at once; what is returned ends with its `Result`."""
+        """Begin a delivery and return at once, with the future of its `Result`."""
         found = self._find(delivery)
         if len(found) == 1:
             return self._begin(delivery, features, found[0])
@@ -106,7 +107,7 @@ class Executor:
         return self._begin_alone(delivery, features, found)
 
     def _begin(self, delivery: Delivery, features: Features, one: Processor) -> RunFuture:
-        # what failed before runs alone: its company would pay for it again
+        # a message that failed before runs alone: a batch would have to be repeated because of it
         if isinstance(one, BatchProcessor) and delivery.handler is None:
             return self._begin_in_batch(delivery, features, one)
         return self._begin_alone(delivery, features, (one,))
@@ -119,7 +120,7 @@ class Executor:
         return future
 
     def _begin_apart(self, delivery: Delivery, features: Features, found: Sequence[Processor]) -> RunFuture:
-        """Let a delivery wait for the batches of those handlers that have them; the others run it at once."""
+        """Queue a delivery for each handler with batches, and run it at once for the other handlers."""
         future = SmallFuture()
         future.set_running_or_notify_cancel()
         parts = Parts(len(found), future.set_result, future.set_exception)
@@ -128,15 +129,15 @@ class Executor:
         return future
 
     def keep(self, jobs: Sequence[Job]) -> None:
-        """Have work done by the clock, beside the deliveries, until `stop`.
+        """Run jobs by the clock, beside the deliveries, until `stop`.
 
         Args:
-            jobs: None of them is a handler's.
+            jobs: The jobs, which belong to no handler.
         """
         self._background = Background(jobs)
 
     def stop(self) -> None:
-        """End the threads and the loop; what still runs is cancelled (async) or left to end unheard (threads)."""
+        """End the threads and the loop. Runs under way are cancelled (async), or end by themselves unnoticed (threads)."""
         self._stopping = True
         self._background.stop()
         for _ in self._threads:
@@ -147,7 +148,7 @@ class Executor:
         self._beside.close()
 
     def dead(self) -> Sequence[str]:
-        """Name what ended without being told to: what is handed to it would wait for ever."""
+        """Return the names of threads that ended although nobody stopped them: work for them would wait for ever."""
         if self._stopping:
             return ()
         thread = self._loop_thread
@@ -209,7 +210,7 @@ class Executor:
             self._work.put(batching)
 
     def _turn_batch(self, batching: Batching) -> None:
-        """Run one batch; the next one queues behind what other handlers have waiting."""
+        """Run one batch. The next batch queues behind the waiting work of other handlers."""
         while (pause := batching.pause_s()) > 0:
             sleep(min(pause, _LOOK_S))
         if batch := batching.take():
@@ -228,7 +229,7 @@ class Executor:
                 await greenlet_spawn(self._run_batch, batching, batch)
 
     def _run_batch(self, batching: Batching, batch: Sequence[Queued]) -> None:
-        """Run a batch and end each of its deliveries; in a greenlet, awaits. Raises only what ends the loop."""
+        """Run a batch and complete the future of each delivery. In a greenlet: awaits. Raises only what ends the loop."""
         handler = batching.handler
         leave = self._leave if handler.plan.is_async else stay
         limit = self._limits.get(handler.plan.name)
@@ -259,12 +260,12 @@ class Executor:
                 one.future.set_result(result)
 
     def _same_process(self) -> None:
-        """End the copy of this thread in a child that a handler forked: it would wait for work that nobody brings."""
+        """If a handler forked, end the copy of this thread in the child: it would wait for work that never comes."""
         if self._process is not fork.here:
             fork.end(fork.inside())
 
     def _leave(self, error: BaseException) -> None:
-        """Raise on what ends the loop; but a handler that cancels itself, or awaits what was cancelled, goes no further."""
+        """Re-raise if the loop ends. Else the handler cancelled itself, or awaited a cancelled task: undo the cancellation."""
         import asyncio
 
         if self._stopping:
@@ -279,7 +280,7 @@ class Executor:
         import asyncio
 
         loop = self._loop = asyncio.new_event_loop()
-        self._places = asyncio.Semaphore(most)  # more are in hand than the pool has connections for
+        self._places = asyncio.Semaphore(most)  # more messages are in hand than the pool has connections
         self._loop_thread = Thread(target=self._turn_loop, args=(loop,), name="handlers' loop", daemon=True)
         self._loop_thread.start()
 
@@ -295,7 +296,7 @@ class Executor:
             tasks = asyncio.all_tasks(loop)
             for task in tasks:
                 task.cancel()
-            # cancelled handlers roll back before the loop ends, so that no key stays locked behind us
+            # cancelled handlers roll back before the loop ends, so that no key stays locked
             ended = asyncio.gather(*tasks, return_exceptions=True)
             while not ended.done():
                 with suppress(SystemExit, KeyboardInterrupt, RuntimeError):  # as in `_go_on`
@@ -304,11 +305,11 @@ class Executor:
             loop.close()
 
     def _go_on(self, loop: "asyncio.AbstractEventLoop") -> None:
-        """Turn the loop until it is told to stop, or something in it exits.
+        """Run the loop until it is stopped, or until something in it exits.
 
-        asyncio lets SystemExit and KeyboardInterrupt of any task or callback end the whole loop, and a handler can stop it:
-        then every message would hang. Nothing of the loop is lost by it, and the task has the exception for its result: a
-        handler that awaits the task fails with it. A person's Ctrl-C is raised in the main thread, and never here.
+        asyncio lets SystemExit and KeyboardInterrupt of any task or callback end the whole loop, and a handler can stop the loop:
+        then every message would hang. The loop loses nothing by this end, so it is run again. The task has the exception as its
+        result: a handler that awaits the task fails with it. Ctrl-C is raised in the main thread, never here.
         """
         ends = "Something called stop() of the running loop."
         try:

@@ -20,7 +20,7 @@ from exactly_once.outcome import (
 __all__ = ["Parts", "combine"]
 
 _NOT_MINE: Final = Result(Outcome.NOT_MINE, Ack())
-# of several handlers' outcomes the one that says most: what is not acknowledged first, then what happened
+# the outcome to report when handlers differ: first what is not acknowledged, then what happened
 _WEIGHT: Final = {
     outcome: weight
     for weight, outcome in enumerate(
@@ -38,15 +38,15 @@ _WEIGHT: Final = {
 }
 
 
-# told the same message again, a handler that ended so runs nothing
+# outcomes after which the handler runs nothing when the same message comes again
 _SETTLED: Final = frozenset({Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.NOT_MINE})
 
 
 def combine(results: Sequence[Result]) -> Result:
-    """Combine what a delivery's handlers say into one result.
+    """Combine the results of a delivery's handlers into one.
 
-    A store that does not answer holds the delivery; else the soonest redelivery anyone asks for; else it waits for its key, if
-    anyone's does and the others have finished; else it is acknowledged.
+    The first rule that applies decides. A store does not answer: hold the delivery. A handler asks for redelivery: redeliver
+    after the shortest delay. A handler waits for its key and the others have finished: wait for the key. Else acknowledge.
     """
     if len(results) == 1:
         return results[0]
@@ -65,28 +65,29 @@ def _combined(results: Sequence[Result]) -> Result:
     kept = [each for each in verdicts if isinstance(each, WaitForKey)]
     verdict = _soonest([each for each in verdicts if not isinstance(each, (WaitForStore, WaitForKey))])
     if not kept or isinstance(verdict, Redeliver):
-        # of a WaitForKey and a Redeliver the latter: what waits runs again for all its handlers, twice a second, and the one
-        # that asked for a delay would spend its attempts on looks at another's lease
+        # Redeliver wins over WaitForKey: a waiting message runs again for all its handlers, twice a second, and the handler
+        # that asked for a delay would spend its attempts while another waits for a lease
         return Result(outcome, verdict)
     then = _soonest([each.then for each in kept])
     if any(each.outcome not in _SETTLED and not isinstance(each.verdict, WaitForKey) for each in results):
-        return Result(outcome, then)  # the same for one whose failure is stored for the pump, or for a person
+        return Result(outcome, then)  # the same if a handler's failure is stored for the pump, or for a person
     return Result(outcome, WaitForKey(min(each.again for each in kept), min(each.longest for each in kept), then))
 
 
 def _soonest(verdicts: Sequence[Settlement]) -> Settlement:
-    """Return the redelivery that is due first; `Ack` only where none is asked for, or someone's message would be lost."""
+    """Return the redelivery with the shortest delay. `Ack` only if none is asked for, or a handler would lose its message."""
     again = [each for each in verdicts if isinstance(each, Redeliver)]
     return min(again, key=lambda each: each.delay) if again else Ack()
 
 
 class Parts:
-    """Combines what a delivery's handlers say where they run apart, when the last has ended.
+    """Combines the results of handlers that run separately, when the last has ended.
 
     Args:
-        number: How many there are.
-        end: Given the result of all.
-        fail: Given what one of them raised: the delivery is not acknowledged, and who has finished will be a duplicate.
+        number: How many handlers there are.
+        end: Called with the combined result.
+        fail: Called with an exception that a run raised. The delivery is then not acknowledged; when it comes again, it is a
+            duplicate for the handlers that have finished.
     """
 
     def __init__(self, number: int, end: Callable[[Result], None], fail: Callable[[BaseException], None]) -> None:
@@ -96,7 +97,7 @@ class Parts:
         self._lock = Lock()
 
     def ended(self, part: RunFuture) -> None:
-        """Note one handler's end."""
+        """Record the end of one handler's run."""
         result: Result | None = None
         error: BaseException | None = None
         try:

@@ -1,7 +1,8 @@
-"""What a delivery's run will say: a future that nobody waits for, only calls back. Made for each message, so it is small.
+"""The future of a delivery's run. Nobody waits for it: it only calls back. One is made for each message, so it is small.
 
-`concurrent.futures.Future` makes a condition and two locks for each, about a tenth of what a message of a set-based batch
-costs the interpreter. Here all share one lock, which is held for a few instructions. The names are those of `Future`.
+Each `concurrent.futures.Future` makes a condition and two locks. That is about a tenth of the interpreter's time for a message of
+a set-based batch. Here all futures share one lock, which is held for a few instructions. Methods have the names of `Future`.
+Called by the executor and the worker.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,7 @@ _WAITING, _RUNNING, _CANCELLED, _DONE = _State
 
 
 class SmallFuture:
-    """The end of one run, which is to come. At most one callback."""
+    """The result of one run that has not ended yet. At most one callback."""
 
     __slots__ = ("_callback", "_error", "_result", "_state", "given_back")
 
@@ -41,7 +42,7 @@ class SmallFuture:
         self._callback: Callable[[Any], object] | None = None
 
     def add_done_callback(self, callback: Callable[[Any], object]) -> None:
-        """Have this called with it when it has ended, by whoever ends it; at once if it has."""
+        """Call this with the future when the run ends, in the thread that ends it. Called at once if the run has ended."""
         with _LOCK:
             if self._state is _WAITING or self._state is _RUNNING:
                 assert self._callback is None
@@ -50,14 +51,14 @@ class SmallFuture:
         callback(self)
 
     def set_running_or_notify_cancel(self) -> bool:
-        """Say that it begins, and cannot be cancelled any more; False if it was cancelled before."""
+        """Mark the run as begun: it cannot be cancelled any more. False if it was cancelled before."""
         with _LOCK:
             if self._state is _WAITING:
                 self._state = _RUNNING
         return self._state is _RUNNING
 
     def cancel(self) -> bool:
-        """Keep it from beginning; False if it has begun."""
+        """Prevent the run from beginning. False if it has begun."""
         with _LOCK:
             if self._state is not _WAITING:
                 self.given_back = True
@@ -67,32 +68,33 @@ class SmallFuture:
         return True
 
     def set_result(self, result: Result) -> None:
-        """End it."""
+        """End the run with its result."""
         self._result = result
         self._end()
 
     def set_exception(self, error: BaseException) -> None:
-        """End it: it broke."""
+        """End the run with the exception it raised."""
         self._error = error
         self._end()
 
     def done(self) -> bool:
-        """Whether it has ended, or never begins."""
+        """Whether the run has ended, or was cancelled."""
         return self._state is _DONE or self._state is _CANCELLED
 
     def cancelled(self) -> bool:
-        """Whether it never begins."""
+        """Whether the run was cancelled before it began."""
         return self._state is _CANCELLED
 
     def exception(self) -> BaseException | None:
-        """What it broke with; of one that has ended."""
+        """Return the exception of a run that has ended, or None."""
         return self._error
 
     def result(self) -> Result:
-        """What it said; of one that has ended.
+        """Return the result of a run that has ended.
 
         Raises:
-            CancelledError: It was kept from beginning. Else what it broke with.
+            CancelledError: The run was cancelled before it began.
+            BaseException: What the run raised.
         """
         if self._state is _CANCELLED:
             raise CancelledError

@@ -1,6 +1,6 @@
-"""Which delivery goes to which handler on which database: by topic, tag and `route=`, all prepared here.
+"""Decides which handlers on which database a delivery is for: by topic, tag and `route=`.
 
-Made at first use from the facade's registrations, and fixed from then on. The facade and the worker's assembly use it.
+Made at first use from the handlers registered at the facade, and fixed from then on. Called by the facade and by `service`.
 """
 
 import sys
@@ -31,7 +31,7 @@ from exactly_once.wording.text import escaped
 __all__ = ["Route", "Router", "decorated_above"]
 
 Route = Callable[[Message], str]
-"""Names the database a message belongs to."""
+"""Return the name of the database that a message belongs to."""
 
 _NONE: Final[tuple[Processor, ...]] = ()
 _MOST_BESIDE: Final = 256  # sync handlers that a caller's loop awaits at once; the next one waits
@@ -41,7 +41,7 @@ _log = steady("exactly_once.routing")
 
 
 class _Parked(Processor):
-    """Keeps a message for a person that could not be routed, in the first database, or read; never runs its handler."""
+    """Parks a message that could not be routed (in the first database) or could not be read. Never runs the handler."""
 
     def __init__(self, inner: Processor, error: ExactlyOnceError) -> None:
         super().__init__(inner.plan, inner.store, inner.group, leases=inner.leases, alert=inner.alert)
@@ -67,9 +67,9 @@ class Router:
         plans: The handlers, in the order they were registered.
         stores: The databases by name; the first is the default.
         group: The consumer group.
-        leases: Where the leases of its handlers are.
-        route: Names the database of a message; None with one database.
-        enforce: False runs duplicates all the same.
+        leases: Where the leases of its handlers are kept.
+        route: Returns the name of a message's database. None: there is one database.
+        enforce: False: duplicates run all the same.
         alert: The application's hook for what a person should look at.
     """
 
@@ -91,7 +91,7 @@ class Router:
         self._names: dict[str, dict[str, Processor]] = {}
         for name, store in self.stores.items():
             delivering = [
-                # let through, duplicates are no part of a group: its claims stand or fall together
+                # with enforce=False no batches: the claims of a batch stand or fall together, and a duplicate has none
                 (BatchProcessor if plan.batch is not None and enforce else Processor)(
                     plan, store, group, leases=leases, enforce=enforce, alert=alert
                 )
@@ -106,7 +106,7 @@ class Router:
         self._beside = Beside(_MOST_BESIDE)
 
     def find(self, delivery: Delivery) -> Sequence[Processor]:
-        """Return the handlers a delivery is for; of a message that comes from the failure store, the one that failed."""
+        """Return the handlers that a delivery is for. From the failure store: only the handler that failed."""
         if delivery.unread is not None:
             return [_Parked(each, delivery.unread) for each in self._of_unread(delivery)]
         if delivery.handler is not None:
@@ -114,15 +114,15 @@ class Router:
         return self.matching(delivery.message)
 
     def _of_unread(self, delivery: Delivery) -> Sequence[Processor]:
-        """Return who is to keep it. Not even its tag may be known: then every handler of the topic, or nobody would."""
+        """Return the handlers that park an unreadable message. If even its tag is unknown: every handler of the topic."""
         if delivery.handler is not None:
             return self._failed_before(delivery, delivery.handler)
         return self.matching(delivery.message) or self._topics[self._first].get(delivery.message.topic, _NONE)
 
     def _failed_before(self, delivery: Delivery, handler: str) -> Sequence[Processor]:
-        """Ask route= again: what could not be routed was kept in the first database, and is to run in its own.
+        """Ask route= again: a message that could not be routed was kept in the first database, but must run on its own.
 
-        Elsewhere its claim would not be seen by the message's other copies, and it would be processed twice.
+        On another database its claim would not be seen by other copies of the message, and it would be processed twice.
         """
         kept_in = delivery.database or self._first
         name = kept_in if self._route is None else self._named(delivery.message)
@@ -136,7 +136,7 @@ class Router:
         """Return the handlers of a message on the database it is routed to.
 
         Raises:
-            ConfigurationError: There are no handlers at all: what nobody takes is acknowledged.
+            ConfigurationError: There are no handlers at all. An empty result would have the message acknowledged.
         """
         topics = self._only
         if topics is None:
@@ -176,7 +176,7 @@ class Router:
         assert self._route is not None
         try:
             return self._route(message)
-        except BaseException as error:  # the user's function; the message is kept with this as its reason
+        except BaseException as error:  # the user's function failed: the message is parked with this as its reason
             if asked_from_outside(error):
                 raise
             return f"(it raised {type(error).__name__}: {words_of(error)})"
@@ -205,9 +205,9 @@ class Router:
         return combine([run(each) for each in found])
 
     def subscriptions(self) -> Sequence[Subscription]:
-        """Return what the group wants: per topic the union of its handlers' tags, sorted, alike in every process.
+        """Return the group's subscriptions: for each topic the union of its handlers' tags, sorted, alike in every process.
 
-        A group that subscribes differently in two processes loses messages on RocketMQ: the broker keeps the last one.
+        On RocketMQ a group whose processes subscribe differently loses messages: the broker keeps only the last subscription.
         """
         wanted: dict[str, list[Plan]] = {}
         for plan in self.plans:
@@ -224,12 +224,12 @@ class Router:
         ]
 
     def answers(self, store: str) -> bool:
-        """Say whether the store of this name can be written to."""
+        """Whether the store of this name answers and can be written to."""
         answered = self.leases.answers(store)
         return self.stores[store].answers() if answered is None else answered
 
     def unready(self) -> str | None:
-        """Say which handler is held because it is wrong, or None."""
+        """Return which handler is held because it is wrong, and why; or None."""
         for handlers in self._names.values():
             for each in handlers.values():
                 if each.recording.refused is not None:
@@ -237,7 +237,7 @@ class Router:
         return None
 
     def require_handlers(self) -> None:
-        """Raise unless there is something to run, and what was decorated is what would run."""
+        """Raise unless there are handlers, and none has a decorator above @eo.handler, which would not run."""
         if not self.plans:
             raise ConfigurationError(_NO_HANDLERS)
         for plan in self.plans:
@@ -246,13 +246,13 @@ class Router:
 
 
 def decorated_above(plan: Plan, plans: Sequence[Plan]) -> str | None:
-    """Say so if a decorator stands above @eo.handler: it wraps what the module sees, not what we run, and never runs."""
+    """Return a text if a decorator stands above @eo.handler: it wraps the module's name only, so it never runs for messages."""
     function = plan.function
     name, module = getattr(function, "__qualname__", ""), sys.modules.get(getattr(function, "__module__", ""))
     if module is None or "." in name or "<" in name:
         return None
     seen = getattr(module, name, function)
-    if seen is function or any(seen is other.function for other in plans):  # the latter: two functions of one name
+    if seen is function or any(seen is other.function for other in plans):  # the second: two functions of the same name
         return None
     return (
         f"The handler {plan.name!r} has a decorator above @eo.handler, which does not run for messages. Put @eo.handler on"
