@@ -1,1 +1,1 @@
-"""Receive, run, settle, stop. Knows no broker, no database and no handler."""
+"""Receives deliveries, has them run, settles them, and stops. Knows no broker, no database and no handler."""

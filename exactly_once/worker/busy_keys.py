@@ -1,11 +1,11 @@
-"""Deliveries whose key another run holds: kept in hand, and run again when each one's moment has come.
+"""Keeps deliveries in hand whose key another run holds, and has each run again when it is due.
 
-One thread, from the first that is kept until none is left: a worker that keeps nothing has none. Never receives, never
-settles, never redelivers: a look spends no delivery attempt. What is kept is unsettled, so it is extended like all that
-is in hand, and nothing behind it of its ordering key is handed out. Called by the worker.
+One thread runs from the first kept delivery until none is left. Never receives, settles or redelivers: a look spends no delivery
+attempt. A kept delivery is unsettled, so it is extended like all in hand, and no later message of its ordering key is handed out.
+Called by the worker.
 
-How long one was kept goes with it into its run and back, and is written down nowhere: an outage in between, which says
-`WaitForStore`, begins its patience anew, and nothing has to be tidied up behind one that is settled.
+The time since a delivery was first kept is passed to its run and back, and stored nowhere else. So nothing is left to clean up
+when the delivery is settled. An outage in between, which returns `WaitForStore`, starts this time anew.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ __all__ = ["BusyKeys"]
 
 
 class BusyKeys:
-    """What waits for another run to end.
+    """The deliveries that wait for another run to end.
 
     Args:
-        run_again: Starts the run of a delivery, told when it was first kept; blocks for no run.
-        changed: The worker's condition; `keep` and `give_up` are called with its lock held.
-        stopping: Whether the worker stops; it then takes over what waits.
+        run_again: Starts the run of a delivery, with the time when it was first kept. Does not wait for the run.
+        changed: The worker's condition. `keep` and `give_up` are called with its lock held.
+        stopping: Whether the worker stops. The worker then takes over the waiting deliveries.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class BusyKeys:
         stopping: Callable[[], bool],
     ) -> None:
         self._run_again, self._changed, self._stopping = run_again, changed, stopping
-        # when it is due, a number that no other has (deliveries do not compare), whose, what, since when
+        # due time, unique number (deliveries cannot be compared), consumer's deliveries, delivery, first kept at
         self._heap: list[tuple[float, int, InHand, Delivery, float]] = []
         self._numbers = count()
         self._turning = False
@@ -47,36 +47,36 @@ class BusyKeys:
         """Keep a delivery until its next look.
 
         Args:
-            keep: What its run said.
-            unsettled: Whose it is.
-            delivery: What is kept.
-            since: When it was first kept, on the monotonic clock; None: now.
+            keep: The verdict of its run.
+            unsettled: The deliveries in hand of its consumer.
+            delivery: The delivery to keep.
+            since: When it was first kept, on the monotonic clock. None: now.
 
         Returns:
-            False where its patience is over; `keep.then` is to be done.
+            False if it was kept as long as `keep.longest`: the caller must carry out `keep.then`.
         """
         now = monotonic()
         since = now if since is None else since
         end = since + keep.longest.total_seconds()
         if now >= end:
             return False
-        # the last look is at the end itself, however far apart they are
+        # the last look is exactly at the end, whatever the interval is
         due = min(now + keep.again.total_seconds(), end)
         heappush(self._heap, (due, next(self._numbers), unsettled, delivery, since))
         if not self._turning:
             Thread(target=self._turn, daemon=True, name="kept").start()
             self._turning = True
         elif self._heap[0][3] is delivery:
-            self._changed.notify_all()  # due before the one it waits for
+            self._changed.notify_all()  # due earlier than the delivery that the thread waits for
         return True
 
     @property
     def number(self) -> int:
-        """How many are kept at this moment."""
+        """How many deliveries are kept now."""
         return len(self._heap)
 
     def give_up(self) -> Parked:
-        """Return all that waits, and forget it: the worker stops."""
+        """Return all waiting deliveries, and forget them: the worker stops."""
         waiting: Parked = {delivery: unsettled for _, _, unsettled, delivery, _ in sorted(self._heap)}
         self._heap = []
         return waiting
@@ -90,5 +90,5 @@ class BusyKeys:
                     self._turning = False
                     return
                 _, _, unsettled, delivery, since = heappop(self._heap)
-            # a `stop` right here does not find it among what is kept: it has this run, as any other, finish or gives it back
+            # a `stop` right here does not find this delivery among the kept: like any run, it finishes or is given back
             self._run_again(unsettled, delivery, since)

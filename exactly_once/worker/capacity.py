@@ -1,10 +1,9 @@
-"""The worker's places: how many messages may still be taken in hand, and whose turn it is to ask for them.
+"""The worker's places: how many more messages it may take in hand, and which consumer may ask for them next.
 
-First come, first served, and nobody takes more than a fair share while others stand in line. An idle consumer books
-one place for its long poll and a busy one doubles, or long polls would starve the busy ones. A worker that is nearly full
-asks for nothing until a quarter of its places is free: asking for each place as it comes free would make every message a
-receive of its own. Never receives, never starts a thread. Called by the worker's receiving threads, and by settling
-threads that hand places back.
+Consumers are served in the order in which they ask, and while others wait none gets more than its share. An idle consumer books
+one place for its long poll; a busy consumer doubles its number. Otherwise long polls would starve the busy consumers. A nearly
+full worker gives out nothing until a quarter of its places is free: else every message would need a receive of its own. Never
+receives or starts a thread. Called by the worker's receiving threads, and by its settling threads, which return places.
 """
 
 from collections.abc import Callable
@@ -16,21 +15,21 @@ __all__ = ["Capacity", "Seat"]
 
 @dataclass(eq=False, slots=True)
 class Seat:
-    """One consumer's standing in the line."""
+    """One consumer in the line for places."""
 
     want: int = 1
     ticket: int = 0
-    """Its number; kept when a wait ends without a place, so that it does not go to the end again. 0: none."""
+    """Its number in the line. Kept when a wait ends without a place, so that the consumer keeps its turn. 0: none."""
     in_line: bool = False
 
 
 class Capacity:
-    """The places: as many as messages may be in hand at once.
+    """The places: one for each message that may be in hand at once.
 
     Args:
-        capacity: How many there are.
-        changed: The worker's condition; all methods but `book` are called with its lock held.
-        closed: Whether none is to be given out at present (an outage).
+        capacity: The number of places.
+        changed: The worker's condition. All methods but `book` are called with its lock held.
+        closed: Whether no place may be given out now (an outage).
     """
 
     def __init__(self, capacity: int, changed: Condition, closed: Callable[[], bool]) -> None:
@@ -43,7 +42,7 @@ class Capacity:
         """Wait in line for places, at most `wait_s`.
 
         Returns:
-            How many were booked, at most `seat.want`; 0 where there were none in time, or the worker stops.
+            How many were booked, at most `seat.want`. 0: none came free in time, or the worker stops.
         """
         with self._changed:
             if not seat.ticket:
@@ -64,20 +63,20 @@ class Capacity:
                     self._changed.notify_all()
 
     def used(self, seat: Seat, booked: int, taken: int) -> None:
-        """Note how many of the booked places messages now sit on, and hand back the others."""
+        """Record how many of the booked places have a message now, and return the other places."""
         self._free += booked - taken
         self._in_hand += taken
         if booked:
             seat.want = 2 * seat.want if taken else 1
 
     def free(self, places: int) -> None:
-        """Hand back."""
+        """Return places."""
         self._free += places
         self._in_hand -= places
 
     @property
     def is_full(self) -> bool:
-        """No place is given out until some come free."""
+        """Whether no place is given out until more come free."""
         return self._free <= 0 or self._in_hand > self._full_from
 
     def _is_next(self, seat: Seat) -> bool:

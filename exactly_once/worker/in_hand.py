@@ -1,11 +1,11 @@
-"""What one consumer handed out and is not settled yet: settles each delivery once, and keeps the rest invisible.
+"""The deliveries of one consumer that are not settled yet: settles each once, and extends the invisible time of the others.
 
-One `InHand` for each consumer, with one thread of its own that does both. So a settle that blocks delays no other
-consumer's extending, and no delivery is ever extended after it was settled. Never receives, never runs, never decides
-a verdict. Called by the worker alone.
+Each consumer has one `InHand`, with one thread that does both. So a settle that blocks does not delay the extending of another
+consumer, and no delivery is ever extended after it was settled. Never receives, runs, or decides a verdict. Called by the worker
+alone.
 
-Settled once, without a lock: whoever takes the delivery out of `held` (`dict.pop`, one atomic step) is the one whose
-verdict counts; a run that ends after its message was given back finds nothing there and is ignored.
+Each delivery is settled once, without a lock: only the caller that takes the delivery out of `held` (`dict.pop`, one atomic step)
+settles it. A run that ends after its message was given back finds nothing there and is ignored.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,32 +23,32 @@ from exactly_once.worker.log_throttle import ThrottledLog
 __all__ = ["InHand", "Received"]
 
 TURN_S: Final = 1.0
-"""A settling thread with nothing to do wakes this often, so that it can be seen to be alive."""
+"""An idle settling thread wakes this often, to show that it is alive."""
 SETTLED_AT_ONCE: Final = 1024
-"""At most this many verdicts go into one `settle`: between two settles the thread looks after what must be extended."""
+"""The most settlements in one `settle`. Between two settles the thread extends deliveries that are due."""
 GATHER_S: Final = 0.02
-"""While most of what is in hand still runs, a verdict waits so long for others: to a broker ten cost as much as one."""
+"""While most messages in hand still run, a settlement waits so long for others: ten cost a broker as much as one."""
 _STEP_S: Final = GATHER_S / 4
 _LAST_WAIT_S: Final = 0.2
-"""After the last give-back: how long to wait for a verdict that another thread has just taken out of `held`."""
+"""How long to wait at the end for a settlement whose delivery another thread has just taken out of `held`."""
 
 
 @dataclass(eq=False, slots=True)
 class Received:
-    """What one `receive` returned; its deliveries share their clock, so that a message costs no object here."""
+    """What one `receive` returned. Its deliveries share one time, so that no object is needed for each message."""
 
     received: float
     due: float
-    """When its deliveries must be extended next, on the monotonic clock."""
+    """When the deliveries must be extended next, on the monotonic clock."""
 
 
 class InHand:
-    """The deliveries of one consumer that are in our hands.
+    """The deliveries of one consumer that are in hand.
 
     Args:
-        consumer: Whose.
+        consumer: The consumer.
         name: For logs and thread names.
-        settled: Called after each batch was settled, with its size; the worker's room grows by that much.
+        settled: Called after each `settle` with the number of deliveries: so many places are free again.
     """
 
     def __init__(self, consumer: Consumer, name: str, settled: Callable[[int], None]) -> None:
@@ -63,7 +63,7 @@ class InHand:
         self._throttled = ThrottledLog(steady("exactly_once.worker"))
 
     def take(self, deliveries: Sequence[Delivery]) -> None:
-        """Note what a receive returned; called by the receiving thread under the worker's lock."""
+        """Record what a receive returned. Called by the receiving thread under the worker's lock."""
         now = monotonic()
         batch = Received(now, now + self._third())
         self.received += len(deliveries)
@@ -71,10 +71,10 @@ class InHand:
             self.held[delivery] = batch
 
     def finish(self, delivery: Delivery, verdict: Settlement) -> bool:
-        """Have the delivery settled with this verdict, unless it has one already; blocks on nothing.
+        """Have the delivery settled with this settlement, unless it has one already. Never blocks.
 
         Returns:
-            True where this verdict is the one that counts.
+            True if this settlement counts.
         """
         if self.held.pop(delivery, None) is None:
             return False
@@ -82,7 +82,7 @@ class InHand:
         return True
 
     def work(self) -> None:
-        """Settle and extend until told to end by a None in `verdicts`; the settling thread's whole life."""
+        """Settle and extend, until a None in `verdicts` ends it. The settling thread runs only this."""
         end = inf
         while True:
             self.turned = now = monotonic()
@@ -106,13 +106,13 @@ class InHand:
                 self._settle(batch)
 
     def _gather(self) -> None:
-        """Wait a moment for more verdicts, until they are a quarter of all: what is left keeps the handlers busy."""
+        """Wait a moment for more settlements, until they are a quarter of all: the other messages keep the handlers busy."""
         late = monotonic() + GATHER_S
         while 3 * (self.verdicts.qsize() + 1) < len(self.held) and monotonic() < late:
             sleep(_STEP_S)
 
     def _settle(self, batch: list[tuple[Delivery, Settlement]]) -> None:
-        """Hand the verdicts to the consumer; after a crash in here the messages come back, and the claims decide."""
+        """Give the settlements to the consumer. After a crash in here the messages come back, and their claims decide."""
         try:
             self.consumer.settle(batch)
         except BaseException as error:  # noqa: BLE001, RUF100  (this thread must not die of a client's mistake)
@@ -130,17 +130,17 @@ class InHand:
         self._settled(len(batch))
 
     def _extend(self, now: float) -> float:
-        """Extend what has been in our hands for a third of its invisibility, and return when to look again."""
+        """Extend the deliveries that were in hand for a third of their invisible time. Returns the time until the next look."""
         third = self._third()
-        tick = min(third / 4, TURN_S)  # looked at four times a third: the worst case is extended at 5/12 of the time
+        tick = min(third / 4, TURN_S)  # four looks in each third: at the latest extended at 5/12 of the invisible time
         self._look = now + tick
-        # a copy, for other threads add and take away meanwhile, and a dict must not change under an iteration
+        # a copy, because other threads change the dict meanwhile, which would break the iteration
         due = {} if third == inf else {d: batch for d, batch in self.held.copy().items() if batch.due <= now}
         if due:
             try:
                 self.consumer.extend(list(due))
             except BaseException as error:  # noqa: BLE001, RUF100
-                # `due` stays as it is: tried again at the next look, eight times before the broker brings them again
+                # `due` is unchanged, so the next look tries again: eight times before the broker redelivers them
                 self._throttled.warning(
                     "extend", "%s could not extend %d message(s); trying again.", self.name, len(due), error=error
                 )

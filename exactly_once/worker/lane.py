@@ -1,6 +1,6 @@
-"""A consumer's lane in the worker: its two threads, how they are doing, and how threads begin and end.
+"""A consumer's lane in the worker: its two threads, when each was last alive, and how threads start and end.
 
-Never receives, never settles, never decides. Called by the worker alone.
+Never receives, settles or decides. Called by the worker alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ _log = steady("exactly_once.worker")
 
 @dataclass(eq=False, slots=True)
 class Lane:
-    """A consumer, its two threads, and how they are doing."""
+    """A consumer's deliveries in hand, its place in the line, and its two threads."""
 
     unsettled: InHand
     seat: Seat = field(default_factory=Seat)
@@ -29,13 +29,13 @@ class Lane:
     settler: Thread = field(init=False)
     turned: float = 0.0
     quiet: int = -1
-    """The worker's `_events` as the last receive that brought nothing began."""
+    """The worker's `_events` when the last empty receive began."""
 
 
 def lasting(name: str, life: Callable[[], None], breathe: Callable[[], None], log: ThrottledLog) -> Thread:
-    """Make a daemon, for a client that never returns must not keep the process; what it raises is not its end.
+    """Make a daemon thread, which runs `life` again after any exception. Daemon: a client that hangs must not keep the process.
 
-    `breathe` waits a moment before it lives again, and no longer once the worker stops.
+    `breathe` waits a moment before each new run; it does not wait once the worker stops.
     """
 
     def live() -> None:
@@ -52,7 +52,7 @@ def lasting(name: str, life: Callable[[], None], breathe: Callable[[], None], lo
 
 
 def on_each(lanes: Sequence[Lane], verb: str, deadline: float) -> None:
-    """Call `stop` or `close` of all consumers side by side, for a client may take its time over it."""
+    """Call `stop` or `close` of all consumers at the same time, because one client may be slow."""
 
     def call(lane: Lane) -> None:
         try:

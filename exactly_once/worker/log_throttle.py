@@ -1,7 +1,7 @@
-"""A log line that repeats is written at most once in a while, with the number of those left out. Decides nothing else.
+"""Limits log lines that repeat: writes one in a while, with the number of lines left out. Decides nothing else.
 
-Called by the threads that never give up (receiving, settling, probing a store): while a broker is away each of them
-meets the same error many times a second, and a disk full of it would be a second outage.
+Called by threads that retry for ever (receiving, settling, probing a store, jobs). While a broker is away each of them meets the
+same error many times a second, and a disk full of log lines would be a second outage.
 """
 
 from datetime import timedelta
@@ -17,11 +17,11 @@ _EVERY: Final = timedelta(seconds=10)
 
 
 class ThrottledLog:
-    """Writes the first line of each kind at once, and then one per `every` with a count of what was left out.
+    """Writes the first line of each kind at once, and then one line in each `every`, with the count of those left out.
 
     Args:
-        log: Where to.
-        every: The least time between two lines of one kind.
+        log: The log.
+        every: The shortest time between two lines of one kind.
 
     Example:
         >>> log = ThrottledLog(steady("doctest"))
@@ -37,19 +37,19 @@ class ThrottledLog:
         """Log `text % args`, unless a line of this kind was written a moment ago.
 
         Args:
-            kind: What repeats; one of a handful, for each is remembered.
-            text: A sentence, with %-places for `args`.
-            args: What goes into the places.
-            error: Its traceback is added.
+            kind: Identifies lines that repeat. Use few kinds: each is kept in memory.
+            text: A sentence, with %-placeholders for `args`.
+            args: The values for the placeholders.
+            error: An exception, whose traceback is added.
         """
         now = monotonic()
         if now < self._next.get(kind, 0.0):
-            self._left_out[kind] = self._left_out.get(kind, 0) + 1  # a lost count between threads costs nothing
+            self._left_out[kind] = self._left_out.get(kind, 0) + 1  # threads may lose a count: harmless
             return
         self._next[kind] = now + self._every
         left_out = self._left_out.pop(kind, 0)
         more = f" ({left_out} more like it since the last such line)" if left_out else ""
         if error is None:
             self._log.warning(text + more, *args)
-        else:  # not by `exc_info`, which would print the values of a statement
+        else:  # not `exc_info`, which would print the values in a statement
             self._log.warning(text + more + "\n%s", *args, trace_of(error))

@@ -1,7 +1,7 @@
-"""Stores that do not answer: keeps what waits for them, asks until they do, and has what waited run again.
+"""Handles stores that do not answer: keeps their deliveries, asks each store until it answers, and has the deliveries run again.
 
-One thread for each outage, which ends with it. Never receives, never settles, never redelivers: an outage spends no
-delivery attempts. Called by the worker, which receives nothing while there is an outage.
+Each outage has one thread, which ends with it. Never receives, settles or redelivers: an outage spends no delivery attempt.
+Called by the worker, which receives nothing while there is an outage.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from exactly_once.worker.log_throttle import ThrottledLog
 __all__ = ["Outages", "Parked"]
 
 PROBE_S: Final = (0.2, 5.0)
-"""A store is asked after the first, and then after twice as long each time, up to the second."""
+"""The first pause before a store is asked, and the longest. Each pause is twice as long as the one before."""
 
 Parked = dict[Delivery, InHand]
 
@@ -34,13 +34,13 @@ class _Outage:
 
 
 class Outages:
-    """The outages of this moment.
+    """The present outages.
 
     Args:
-        answers: Whether the store of this name answers; called in the outage's thread, may block or raise.
-        run_again: Starts the runs of these deliveries; blocks for no run.
-        changed: The worker's condition; `hold`, `park` and `give_up` are called with its lock held.
-        stopping: Whether the worker stops; it then takes over what waits.
+        answers: Whether the store of this name answers. Called in the outage's thread; may block or raise.
+        run_again: Starts the runs of these deliveries. Does not wait for them.
+        changed: The worker's condition. `hold`, `park` and `give_up` are called with its lock held.
+        stopping: Whether the worker stops. The worker then takes over the waiting deliveries.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class Outages:
 
     @property
     def stores(self) -> tuple[str, ...]:
-        """The stores that do not answer; readable without the lock."""
+        """The stores that do not answer. May be read without the lock."""
         return tuple(self._now.copy())
 
     @property
     def held(self) -> int:
-        """How many deliveries wait; readable without the lock."""
+        """How many deliveries wait. May be read without the lock."""
         return sum(len(outage.waiting) for outage in self._now.copy().values())
 
     def hold(self, store: str, delivery: Delivery, unsettled: InHand) -> None:
@@ -76,10 +76,10 @@ class Outages:
         outage.waiting[delivery] = unsettled
 
     def park(self, deliveries: Sequence[Delivery], unsettled: InHand) -> bool:
-        """Keep what a receive brought that was under way as an outage began: running it would only ask a dead store.
+        """Keep the deliveries of a receive that was under way when an outage began: to run them would only ask a dead store.
 
         Returns:
-            False where there is no outage; they are to be run.
+            False if there is no outage: the caller must run them.
         """
         for outage in self._now.values():
             outage.waiting.update(dict.fromkeys(deliveries, unsettled))
@@ -87,7 +87,7 @@ class Outages:
         return False
 
     def give_up(self) -> Parked:
-        """Return all that waits, and forget it: the worker stops."""
+        """Return all waiting deliveries, and forget them: the worker stops."""
         waiting: Parked = {}
         for outage in self._now.values():
             waiting |= outage.waiting
@@ -96,7 +96,7 @@ class Outages:
 
     def _begin(self, store: str) -> _Outage:
         last = self._last.get(store)
-        # one that said it was back a moment ago, and is not, is asked at its last pace
+        # a store that answered a moment ago and is away again is asked with its last pause
         again = last is not None and monotonic() - last.ended < PROBE_S[1]
         outage = _Outage(store, last.pause if last and again else PROBE_S[0])
         self._now[store] = self._last[store] = outage
@@ -124,7 +124,7 @@ class Outages:
             held = max(held, len(waiting))
             self._run_again(waiting)
             with self._changed:
-                if outage.waiting:  # gone again before all of them had begun: still the same outage
+                if outage.waiting:  # away again before all runs had begun: still the same outage
                     continue
                 outage.ended = monotonic()
                 del self._now[outage.store]

@@ -1,15 +1,16 @@
-"""Receive, run, settle, stop. Knows no broker, no database and no event loop: `run` gives a future, whoever runs it.
+"""Receives deliveries, has them run, settles them, and stops. Knows no broker, no database and no event loop.
 
-Each consumer has a thread that receives, here, and one that settles and extends, in `in_hand`. Order is the consumers'
-duty: they hand out nothing behind an unsettled message of its ordering key. At most `capacity` messages are in hand
-at any moment, from the receive that asked for them to the end of the settle; that is also the bound on memory.
+`run` returns a future, and the worker does not know what runs it. Each consumer has one thread that receives, here, and one that
+settles and extends, in `in_hand`. Order is the consumers' duty: they never hand out a message behind an unsettled message of its
+ordering key. At most `capacity` messages are in hand, from the receive that asks for them to the end of the settle. That also
+limits memory.
 
-When a run says `WaitForStore(store)`, the message stays in hand, nothing more is received from anyone, and the store is asked
-until it answers (`outages`); then what was held runs again, oldest first. When a run says `WaitForKey`, its message alone stays
-in hand and runs again a little later (`busy_keys`), until its patience ends; it has its place of `capacity` until then.
+When a run returns `WaitForStore(store)`, the message stays in hand, no consumer receives any more, and the store is asked until
+it answers (`outages`). Then the held messages run again, oldest first. When a run returns `WaitForKey`, only its message stays in
+hand. It runs again a little later (`busy_keys`), until its time is over, and occupies a place of `capacity` until then.
 
-If the process dies on any line here, what was in hand comes back from the broker, and the claims in the database say
-what of it is done. Made by `worker_service`.
+If the process dies on any line here, the broker redelivers what was in hand, and the claims in the database show what is done.
+Made by `worker_service`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,22 +39,22 @@ __all__ = ["Counts", "Run", "Worker"]
 Run = Callable[[Delivery, Features], RunFuture]
 
 POLL: Final = timedelta(seconds=1)
-"""The longest a quiet receive waits; also the tick at which a full worker keeps its sessions alive."""
+"""The longest wait of an empty receive. A full worker keeps its sessions with the broker alive at the same interval."""
 SHORT_POLL: Final = timedelta(seconds=0.05)
-"""The same where there are no more places than consumers: an idle one then sits on a place that others need."""
+"""The same if there are no more places than consumers: an idle consumer then occupies a place that others need."""
 RETRY_S: Final = (0.1, 30.0)
-"""A consumer whose receive raises is asked again after the first, then twice as long each time, up to the second."""
+"""The first pause after a receive that raised, and the longest. Each pause is twice as long as the one before."""
 AGAIN: Final = timedelta(seconds=1)
-"""A run that broke (not a handler that failed: that one has a verdict) is not brought again in a tight circle."""
+"""The delay of a message whose run raised, so that it does not come in a tight loop. (A failed handler has a verdict.)"""
 LAST_SETTLE_S: Final = 10.0
-"""How long `stop` waits for the last settle of all consumers, and then for their close, before it leaves without."""
+"""How long `stop` waits for the last settle of all consumers, and then for their close, before it gives up waiting."""
 
 _log = steady("exactly_once.worker")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """How far a worker is; read without a lock, so the numbers may differ by what is under way."""
+    """The counts of a worker. Read without a lock, so the numbers may differ by the messages under way."""
 
     received: int
     acked: int
@@ -61,27 +62,27 @@ class Counts:
     given_back: int
     in_hand: int
     held: int
-    """Of those in hand: waiting for a store that does not answer."""
+    """How many in hand wait for a store that does not answer."""
     outages: tuple[str, ...]
     """The stores that do not answer."""
     outcomes: Mapping[str, int]
-    """Messages by outcome; of several handlers the one that says most."""
+    """Messages by outcome. A message of several handlers counts once, with the outcome of its combined result."""
     handlers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """The same for each handler by itself."""
+    """Messages by outcome, for each handler."""
 
 
 class Worker:
-    """Feeds what consumers receive to `run`, and tells them what became of it.
+    """Passes what the consumers receive to `run`, and settles each delivery by the result.
 
     Args:
-        consumers: Where messages come from; closed by `stop`.
-        run: Starts the handling of a delivery and returns its future at once. A future that ends in an exception,
-            whichever, means: bring it again.
-        capacity: The most messages in hand at a moment, over all consumers.
+        consumers: The sources of messages. Closed by `stop`.
+        run: Starts a delivery's run and returns its future at once. A future that ends in an exception, whichever it is, means
+            that the message is redelivered.
+        capacity: The most messages in hand at once, over all consumers.
         drain_timeout: How long `stop` lets running messages finish.
-        answers: Whether the store of this name answers again; called in a thread of its own, may block or raise.
-        handlers: Names of the handlers, for the counts of those that have run nothing yet.
-        poll: The longest a quiet receive waits.
+        answers: Whether the store of this name answers again. Called in a thread of its own; may block or raise.
+        handlers: The names of the handlers, so that the counts include those that have run nothing yet.
+        poll: The longest wait of an empty receive.
 
     Example:
         >>> from concurrent.futures import Future
@@ -114,7 +115,7 @@ class Worker:
         self._stopping = self._done = False
         self._stopped = Event()
         self._given_back = 0
-        self._events = 0  # receives that brought something, and settles; `drain` waits for receives without any
+        self._events = 0  # non-empty receives, and settles; `drain` waits for a receive without any
         self._throttled = ThrottledLog(_log)
         self._lanes: list[Lane] = []
         for n, consumer in enumerate(consumers, 1):
@@ -134,10 +135,10 @@ class Worker:
     def stop(self) -> int:
         """Stop receiving, finish what runs within `drain_timeout`, give back the rest, and close the consumers.
 
-        Giving back is safe: a run that ends later is ignored here, and for the next one its claim decides.
+        Giving back is safe: a run that ends later is ignored here, and the claim decides for the redelivery.
 
         Returns:
-            How many messages were given back; a second call waits for the first, does nothing and returns the same.
+            How many messages were given back. A second call waits for the first, does nothing and returns the same number.
         """
         deadline = monotonic() + self._drain_timeout.total_seconds()
         with self._changed:
@@ -151,11 +152,11 @@ class Worker:
             join(lane.receiver, deadline)
         with self._changed:
             waiting = self._outages.give_up() | self._kept.give_up()
-        for delivery, unsettled in waiting.items():  # there is no use in waiting for these
+        for delivery, unsettled in waiting.items():  # waiting cannot finish these
             self._give_back(unsettled, delivery)
         with self._changed:
             self._changed.wait_for(lambda: not self._in_hand(), max(0.0, deadline - monotonic()))
-            self._done = True  # what a receive returns from now on is not taken: it comes back by itself
+            self._done = True  # from now on what a receive returns is ignored: the broker redelivers it
         for lane in self._lanes:
             for delivery in tuple(lane.unsettled.held):
                 self._give_back(lane.unsettled, delivery)
@@ -168,16 +169,16 @@ class Worker:
         return self._given_back
 
     def drain(self, timeout: timedelta, held: Callable[[], str | None] = lambda: None) -> None:
-        """Wait until every consumer found nothing in a whole receive, with nothing in hand since it began; for tests.
+        """Wait until each consumer had a whole receive without messages, with nothing in hand since it began. For tests.
 
         Args:
-            timeout: How long to wait; each try takes as long as a quiet receive, `poll`.
-            held: Says why messages are kept that no waiting ends, or None.
+            timeout: How long to wait. Each try takes as long as an empty receive, `poll`.
+            held: Returns the reason if messages are kept that waiting cannot finish, else None.
 
         Raises:
-            ConfigurationError: All that is left is kept, and `held` says why.
-            TimeoutError: It did not come to that; the text says what is still in hand.
-            RuntimeError: The worker stops, or is not started, and cannot come to rest.
+            ConfigurationError: All messages left are kept, and `held` returned the reason.
+            TimeoutError: Messages are still in hand; the text names them.
+            RuntimeError: The worker stops, or is not started.
         """
         with self._changed:
             self._events += 1  # a receive that began before this call proves nothing
@@ -202,7 +203,7 @@ class Worker:
 
     @property
     def counts(self) -> Counts:
-        """How far the worker is."""
+        """The present counts."""
         unsettled = [lane.unsettled for lane in self._lanes]
         return Counts(
             received=sum(each.received for each in unsettled),
@@ -217,7 +218,7 @@ class Worker:
         )
 
     def stuck(self, after: timedelta) -> Sequence[str]:
-        """Name the threads that died or did not turn for `after`; none before start and once stopping."""
+        """Return the names of threads that died, or showed no life for `after`. Empty before start and while stopping."""
         if self._stopping or self.unready() == "not started":
             return ()
         oldest = monotonic() - after.total_seconds()
@@ -226,7 +227,7 @@ class Worker:
         return [thread.name for thread, turned in turns if turned < oldest or not thread.is_alive()]
 
     def unready(self) -> str | None:
-        """Say why nothing is being received, or None."""
+        """Return why nothing is received now, or None."""
         if self._stopping:
             return "stopped" if self._stopped.is_set() else "stopping"
         if any(lane.receiver.ident is None for lane in self._lanes):
@@ -239,7 +240,7 @@ class Worker:
             self._changed.wait_for(lambda: self._stopping, 1.0)
 
     def _receive(self, lane: Lane) -> None:
-        """The receiving thread's whole life: whatever a consumer raises, it is asked again until we stop."""
+        """Receive until the worker stops, whatever a consumer raises. The receiving thread runs only this."""
         unsettled, retry = lane.unsettled, RETRY_S[0]
         while True:
             lane.turned = monotonic()
@@ -250,7 +251,7 @@ class Worker:
             try:
                 got = unsettled.consumer.receive(booked, self._wait if booked else timedelta(0))
             except BaseException as error:  # noqa: BLE001, RUF100  (clients raise CancelledError and worse)
-                known = isinstance(error, ExactlyOnceError)  # its sentence says it all
+                known = isinstance(error, ExactlyOnceError)  # its text is enough, without a traceback
                 self._throttled.warning(
                     f"receive {unsettled.name}",
                     "%s could not receive; trying until it can." + (" %s" if known else ""),
@@ -281,7 +282,7 @@ class Worker:
                 self._begin(unsettled, delivery)
 
     def _begin(self, unsettled: InHand, delivery: Delivery, since: float | None = None) -> None:
-        """Have it run; `since` is when it was first kept, if it was."""
+        """Start a delivery's run. `since` is when it was first kept, if it was."""
         if self._done:
             return
         try:
@@ -293,7 +294,7 @@ class Worker:
             future.add_done_callback(partial(self._finish, unsettled, delivery, since))
 
     def _finish(self, unsettled: InHand, delivery: Delivery, since: float | None, done: RunFuture) -> None:
-        """Called by whichever thread ended the run: blocks on nothing, raises nothing."""
+        """Act on the result of a run. Called by the thread that ended it. Never blocks, never raises."""
         unsettled.running.pop(delivery, None)
         try:
             result = done.result()
@@ -325,7 +326,7 @@ class Worker:
         if isinstance(error, ConfigurationError) and error.store is not None:
             with self._changed:
                 held = not self._stopping
-                if held:  # a server that is wrong, or lacks our tables: an outage, which spends no broker's attempt
+                if held:  # the server is wrong, or lacks our tables: an outage, which spends no delivery attempt
                     self._outages.hold(error.store, delivery, unsettled)
             if held:
                 self._throttled.warning("wrong", "%s", error)
@@ -340,9 +341,9 @@ class Worker:
             )
 
     def _give_back(self, unsettled: InHand, delivery: Delivery) -> None:
-        """Outside the lock, for a run's callbacks may want locks of their own.
+        """Redeliver at once. Called without the lock, because a run's callbacks may take locks of their own.
 
-        A run that has not begun never begins, a coroutine is cancelled, a thread ends unheard.
+        A run that has not begun never begins. A coroutine is cancelled. A thread ends by itself, and its result is ignored.
         """
         if unsettled.finish(delivery, Redeliver()):
             with self._changed:
@@ -351,7 +352,7 @@ class Worker:
                 run.cancel()
 
     def _run_again(self, waiting: Parked) -> None:
-        """Called by an outage's thread when the store answers."""
+        """Start the runs of deliveries that waited for a store. Called by the outage's thread when the store answers."""
         held = [
             (batch.received, delivery, lane.unsettled)
             for lane in self._lanes
@@ -359,7 +360,7 @@ class Worker:
             if delivery in waiting
         ]
         for _, delivery, unsettled in sorted(held, key=lambda each: each[0]):
-            if self._stopping:  # `stop` did not find these: they were in neither place
+            if self._stopping:  # `stop` could not find these: they were neither waiting nor running
                 self._give_back(unsettled, delivery)
             else:
                 self._begin(unsettled, delivery)
@@ -371,7 +372,7 @@ class Worker:
             self._changed.notify_all()
 
     def _in_hand(self) -> int:
-        settled = sum(lane.unsettled.settled for lane in self._lanes)  # read first, so that it is never below zero
+        settled = sum(lane.unsettled.settled for lane in self._lanes)  # read first: the difference is never negative
         return sum(lane.unsettled.received for lane in self._lanes) - settled
 
     def _quiet(self) -> bool:
@@ -381,6 +382,6 @@ class Worker:
         return all(lane.quiet == self._events for lane in self._lanes)
 
     def _only_keeps(self) -> bool:
-        """All that is in hand is kept until its next look, and nothing more can come."""
+        """Whether every message in hand is kept until its next look, and no other can come."""
         all_kept = 0 < self._in_hand() == self._kept.number
         return all_kept and not self._outages and (self._nothing_comes() or self._capacity.is_full)
