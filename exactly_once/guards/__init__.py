@@ -1,1 +1,1 @@
-"""What remembers claims. `contract` says what a guard can do; the others are one kind each, and what they share."""
+"""Guards, which claim keys and remember them. `contract` is their interface; other modules are one guard each, or shared."""

@@ -1,20 +1,20 @@
-"""Behind a claim in the caller's transaction: a COMMIT that would not keep the claim is not sent.
+"""After a claim in the caller's transaction: refuses to send a COMMIT that would not keep the claim.
 
-A caller may catch the error that ended their transaction and go on. PostgreSQL answers ROLLBACK to the COMMIT of an aborted
-transaction, and no error; MySQL and MariaDB undo all of it in a deadlock and begin another one with the next statement, and so do
-SQLite and its driver behind ON CONFLICT ROLLBACK. The claim would be gone, with nothing or only the later half of the work
-committed, and the message acknowledged. So the transaction is rolled back there, and the caller told.
+A caller may catch the error that ended their transaction, and go on. PostgreSQL answers ROLLBACK, and no error, to the COMMIT of
+an aborted transaction. MySQL and MariaDB roll a whole transaction back in a deadlock, and begin another with the next statement.
+SQLite and its driver do the same after ON CONFLICT ROLLBACK. The claim would be gone, nothing or only the later half of the work
+would be committed, and the message acknowledged. So this module rolls the transaction back, and raises.
 
-A caller who commits nothing has no error at all: `with Session(engine) as session:`, without begin(). Where a transaction with a
-claim ends so, a line of the log says it. Only of a Session in a thread: an AsyncSession is closed in a task of its own, where it
-cannot be told from an error's end.
+A caller who never commits gets no error: `with Session(engine) as session:`, without begin(). If a transaction with a claim ends
+like that, this module logs it. Only for a Session in a thread: an AsyncSession is closed in a task of its own, where this end
+looks the same as the end by an error.
 
-A savepoint that the claim was made in may be rolled back, and the rest committed: of several messages, each in a savepoint, that
-is right, and an error told the caller. Whoever takes True for done all the same is told by a line of the log at that COMMIT.
+A savepoint with a claim in it may be rolled back, and the rest committed. That is right when each of several messages has a
+savepoint, and the caller saw an error. For a caller who still relies on `eo.claim` having returned True, that COMMIT logs it.
 
-Asked are the driver's own word on its transaction, and the errors that pass: no round trip, and nothing for a statement that
-succeeds. Not seen is what ends a transaction without an error where another one is open by then: a procedure, DDL, a call on the
-driver. A process that dies on a line of this file has sent no COMMIT: claim and work are rolled back together.
+This costs no round trip, and nothing for a statement that succeeds: only the driver's transaction state and errors are read. It
+cannot see what ends a transaction without an error when another is open by then: a procedure, DDL, a call on the driver. If the
+process dies on a line of this file, no COMMIT was sent: claim and work are rolled back together.
 
 Called by `claiming`.
 """
@@ -40,21 +40,21 @@ from exactly_once.wording.text import escaped
 __all__ = ["admit", "claimed"]
 
 _CLAIMED: Final = "exactly_once.claimed"
-"""Where the transaction that a claim stands in is kept, in the `info` of its connection."""
+"""The key in a connection's `info` under which the transaction with a claim is kept."""
 _INSTALLED: "WeakSet[Any]" = WeakSet()
-_IDENTITY: Final = 3  # group, handler and key, the first of a claim's row
+_IDENTITY: Final = 3  # group, handler and key: the first fields of a claim's row
 _SHOWN: Final = 160  # characters of the server's error
 
 _log = steady("exactly_once.claim")
 
 
 class _Claimed:
-    """A transaction of the caller's with at least one claim in it.
+    """A transaction of the caller with at least one claim in it.
 
     Args:
-        root: That transaction; weak, for a connection that nobody closes is given back when nobody refers to it.
-        dialect: How its database is spoken to.
-        row: The first claim, which is told in the error.
+        root: The transaction. Weak, because a connection that is never closed returns to the pool when nothing refers to it.
+        dialect: The dialect of its database.
+        row: The first claim, which the error names.
     """
 
     __slots__ = ("dialect", "lost", "nested", "root", "row", "server_session", "undone")
@@ -63,26 +63,26 @@ class _Claimed:
         self.root, self.dialect, self.row = root, dialect, row
         self.server_session = dialect.server_session(dbapi)
         self.lost = ""
-        """The error with which the server threw the transaction away, in words."""
+        """The text of the error with which the server rolled the transaction back."""
         self.nested: list[tuple[tuple[str, ...], ClaimRow]] = []
-        """The claims that were made in savepoints of SQLAlchemy's, and the names of these."""
+        """The claims made in SQLAlchemy's savepoints, with the names of these savepoints."""
         self.undone: list[ClaimRow] = []
-        """Those of which a savepoint was rolled back, and that were not made again."""
+        """The claims that were rolled back with a savepoint and not made again."""
 
     def made(self, row: ClaimRow, savepoints: tuple[str, ...]) -> None:
-        """Note a claim that stands."""
+        """Record a claim that stands."""
         if self.undone:
             self.undone = [each for each in self.undone if each[:_IDENTITY] != row[:_IDENTITY]]
         if savepoints:
             self.nested.append((savepoints, row))
 
     def rolled_back_to(self, savepoint: str) -> None:
-        """The claims that were made in it are gone."""
+        """Record that the claims made in this savepoint are gone."""
         self.undone += [row for names, row in self.nested if savepoint in names]
         self.nested = [each for each in self.nested if savepoint not in each[0]]
 
     def ended(self, dbapi: Any) -> str:
-        """Say why COMMIT would not keep the claim; empty where nothing speaks against it."""
+        """Return why COMMIT would not keep the claim. Empty: nothing shows that."""
         if self.lost:
             return _LOST.format(error=self.lost)
         if self.dialect.server_session(dbapi) is not self.server_session:
@@ -100,7 +100,7 @@ class _Claimed:
 
 
 def claimed(connection: Connection, dialect: Dialect, row: ClaimRow) -> None:
-    """Note a claim that stands in the transaction that this connection is in; its COMMIT is looked at from here on."""
+    """Record a claim that stands in this connection's transaction. From here on its COMMIT is checked."""
     if connection.dialect not in _INSTALLED:
         _install(connection.dialect)
     root = connection.get_transaction()
@@ -113,7 +113,7 @@ def claimed(connection: Connection, dialect: Dialect, row: ClaimRow) -> None:
 
 
 def _savepoints(connection: Connection) -> tuple[str, ...]:
-    """The names of the savepoints that this connection is in, innermost first; SQLAlchemy says them to nobody."""
+    """The names of the savepoints that this connection is in, innermost first. SQLAlchemy has no public way to get them."""
     names: list[str] = []
     at: Any = connection.get_nested_transaction()
     while at is not None:
@@ -123,10 +123,10 @@ def _savepoints(connection: Connection) -> tuple[str, ...]:
 
 
 def admit(connection: Connection) -> None:
-    """Before another claim in the same transaction.
+    """Check the transaction before another claim in it.
 
     Raises:
-        Misuse: It was thrown away since the last one, and the caller caught the error.
+        Misuse: The server rolled it back since the last claim, and the caller caught the error.
     """
     noted = _noted(connection.connection)
     if noted is not None and noted.lost:
@@ -134,19 +134,19 @@ def admit(connection: Connection) -> None:
 
 
 def _met(pooled: PoolProxiedConnection, error: BaseException) -> None:
-    """Remember an error with which the server threw the transaction of a claim away."""
+    """Remember an error with which the server rolled back a transaction with a claim."""
     noted = _noted(pooled)
     if noted is not None and not noted.lost and noted.dialect.lost(pooled.dbapi_connection, pooled.info, error):
-        # in words: the error would keep the caller's frames, and with them the session and its connection
+        # the text only: the error itself would keep the caller's frames, and so the session and its connection
         noted.lost = escaped(f"{type(error).__name__}: {words_of(error)}", _SHOWN)
 
 
 def _noted(pooled: PoolProxiedConnection) -> _Claimed | None:
-    """Return what is noted of the transaction that this connection is in; None for the transaction of whoever had it before."""
+    """Return what is recorded of this connection's transaction. None: it is about an earlier user of the connection."""
     try:
         noted: _Claimed | None = pooled.info.get(_CLAIMED)
     except NotImplementedError:
-        return None  # the engine's first look at its server, before the pool gives anything out
+        return None  # the engine inspects its server for the first time, before the pool gives out a connection
     root = None if noted is None else noted.root()
     if root is None or not root.is_active:
         return None
@@ -157,7 +157,7 @@ def _noted(pooled: PoolProxiedConnection) -> _Claimed | None:
 
 
 def _install(dialect: Any) -> None:
-    """Once an engine, on its dialect: a listener on the engine itself costs each of its connections something."""
+    """Install the checks once for each engine, on its dialect: a listener on the engine would slow all its connections."""
     _INSTALLED.add(dialect)
     dialect.is_disconnect = seeing(dialect.is_disconnect, _met)
     dialect.do_commit = _refusing(dialect.do_commit, dialect.do_rollback)
@@ -175,8 +175,8 @@ def _refusing(
         if noted is not None:
             del pooled.info[_CLAIMED]
             if why := noted.ended(pooled.dbapi_connection):
-                # here, for SQLAlchemy takes a refused transaction for ended; where this fails the connection is lost, and that
-                # is the error
+                # roll back here, because SQLAlchemy considers a refused transaction ended. If this fails, the connection is
+                # lost, and that is the error
                 roll_back(pooled)
                 raise noted.misuse(why)
         commit(pooled)
@@ -200,10 +200,10 @@ def _undoing(roll_back_to: Callable[[Connection, str], None]) -> Callable[[Conne
 
 def _telling(roll_back: Callable[[PoolProxiedConnection], None]) -> Callable[[PoolProxiedConnection], None]:
     def do_rollback(pooled: PoolProxiedConnection) -> None:
-        # the pool rolls back whatever comes back to it, so this is the look that each connection given back costs
+        # the pool rolls back each connection that is returned to it, so this check runs for each of them
         noted = None if pooled.dbapi_connection is None else _noted(pooled)
         if noted is not None and _is_forgotten():
-            with suppress(Exception):  # the connection is lost, or the parent's: the rollback says so, if anything does
+            with suppress(Exception):  # the connection is lost, or belongs to the parent: the rollback below will raise
                 if not noted.ended(pooled.dbapi_connection):
                     row = noted.row
                     _log.warning(_FORGOTTEN, f"'{escaped(row.key)}'", f"'{escaped(row.handler)}'")
@@ -213,7 +213,7 @@ def _telling(roll_back: Callable[[PoolProxiedConnection], None]) -> Callable[[Po
 
 
 def _is_forgotten() -> bool:
-    """Say whether this rollback is nobody's wish: no error is on its way out, and none in SQLAlchemy was told to roll back."""
+    """Whether nobody asked for this rollback: no exception is being raised, and no `rollback` was called."""
     if sys.exc_info()[0] is not None:
         return False
     frame: FrameType | None = sys._getframe(2)  # noqa: SLF001
@@ -226,7 +226,7 @@ def _is_forgotten() -> bool:
 
 def _refusing_to_prepare(prepare: Callable[[Connection, Any], None]) -> Callable[[Connection, Any], None]:
     def do_prepare_twophase(connection: Connection, xid: Any) -> None:
-        # PostgreSQL answers ROLLBACK here, too; and while one is not prepared, SQLAlchemy can roll the other databases back
+        # PostgreSQL answers ROLLBACK here, too. Before this one is prepared, SQLAlchemy can still roll the other databases back
         noted = _noted(connection.connection)
         if noted is not None and (why := noted.ended(connection.connection.dbapi_connection)):
             raise noted.misuse(why)

@@ -1,7 +1,7 @@
-"""Door 1: one claim in a transaction that is the caller's. Begins nothing it need not, and ends nothing.
+"""The entry point `eo.claim`: one claim in the caller's transaction. Begins a transaction only if there is none, and ends none.
 
-The claim travels inside a savepoint, so that a refusal leaves the caller's earlier work alone. What follows is the caller's; that
-their COMMIT keeps the claim is seen to by `behind`. The facade calls it.
+The claim is sent inside a savepoint, so that a refusal does not touch the caller's earlier work. What follows is the caller's
+affair; `behind` refuses a COMMIT that would not keep the claim. Called by the facade.
 """
 
 from typing import Any, Final
@@ -38,11 +38,11 @@ _BODY: Final = maker("body")
 
 
 class Claimer:
-    """Claims on whatever engine a session is bound to; remembers how each is spoken to.
+    """Claims on the engine that a session is bound to, and remembers the dialect of each engine.
 
     Args:
-        pooler: A pooler stands before PostgreSQL, also where none is seen.
-        durable: The caller's commit waits for the disk, whatever the session says.
+        pooler: Assume a pooler between us and PostgreSQL, even if none is detected.
+        durable: The caller's commit waits for the disk, whatever the session's setting is.
     """
 
     def __init__(self, *, pooler: bool = False, durable: bool = True) -> None:
@@ -62,7 +62,7 @@ class Claimer:
     ) -> bool:
         """See `ExactlyOnce.claim`."""
         if isinstance(session, scoped_session):
-            session = session()  # the one of this thread, task or request
+            session = session()  # the session of this thread, task or request
         if not isinstance(session, Session):
             raise ConfigurationError(_no_session(session))
         check_name(handler, HANDLER_BYTES, "handler")
@@ -88,13 +88,13 @@ class Claimer:
         watch: Watch | None = info.get(WATCHED)
         begun = dialect.state(dbapi) is not State.IDLE
         if watch is not None and watch.connection is not connection:
-            watch = None  # of a handler that had this connection before
+            watch = None  # left by a handler that had this connection before
         if watch is not None:
-            watch.admit()  # it is sent on the driver, where nothing else asks
+            watch.admit()  # the claim is sent on the driver, where nothing else checks
             if not begun:
-                raise watch.ended()  # its transaction is over, and this would begin another
+                raise watch.ended()  # the handler's transaction is over, and this claim would begin another
             if watch.is_of(row):
-                return True  # the handler's own message, which this attempt has claimed already: its work is to be done
+                return True  # the handler's own message, which this attempt has claimed already: do its work
         else:
             behind.admit(connection)
         if read_out(connection, dialect, dbapi):
@@ -104,11 +104,11 @@ class Claimer:
                 forked_engines.used(engine, connection.connection)
                 if self._pooler:
                     info[SAID] = True
-                # the caller's connection, who may have set a role or a bound in it before, and may set it back later: each claim
-                # finds what there is, and puts it back
+                # the caller may have set a role or a time limit on the connection, and may reset it later. So each claim reads
+                # the present setting, and restores it
                 dialect.prepare(dbapi, info, wait_ms=wait_ms, varies=True)
             if dialect.name == "sqlite" and watch is None and begun:
-                # in a handler BEGIN was sent by us, and else it is sent with the claim
+                # only here: in a handler BEGIN was sent by us, and without a transaction it is sent with the claim
                 from exactly_once.database.dialects.sqlite_savepoint import hold
 
                 hold(connection)
@@ -120,26 +120,26 @@ class Claimer:
         except ClaimBusy as busy:
             told = errors.InProgress(_told(row, "is being worked on by another transaction, which may still fail"))
             if busy.lost:
-                # the server threw the caller's earlier work away with it: from here only a rollback is allowed
+                # the server rolled back the caller's earlier work, too: from here only a rollback is allowed
                 if watch is not None:
-                    # of a handler, whatever it makes of this error: a deadlock's victim runs again at once, another one later
+                    # in a handler, whatever it does with this error: the victim of a deadlock runs again at once, others later
                     watch.lost = (busy.__cause__ or told) if busy.again else told
                 connection.invalidate(busy)
             elif busy.cut and not is_firsthand(connection):
-                # by a limit of time, which whoever had it before may have left in it
+                # ended by a time limit, which an earlier user of the connection may have left in it
                 connection.connection.invalidate(soft=True)
             raise told from busy
         except Exception as error:
             if dialect.error_kind(error) is ErrorKind.UNAVAILABLE or dialect.unstorable(error):
-                # the caller's transaction is lost or aborted, and PostgreSQL would answer its COMMIT without an error
+                # the caller's transaction is lost or aborted, but PostgreSQL would answer its COMMIT without an error
                 connection.invalidate(error)
             elif not is_firsthand(connection):
-                # whoever had it before may have left a role or a mode in it: the caller's next try is on another one
+                # an earlier user of the connection may have left a role or a mode in it: the caller's next try gets another
                 connection.connection.invalidate(soft=True)
             raise_for_the_store(dialect, error, engine)
             raise
         except BaseException as error:
-            # cut off by a timeout or a signal: the claim may have come about, and a caller who goes on would commit it
+            # interrupted by a timeout or a signal: the claim may stand, and a caller who goes on would commit it
             connection.invalidate(error)
             raise
         match standing(known, row):
@@ -169,21 +169,21 @@ class Claimer:
                 )
 
     def _speaking(self, engine: Engine, schema: str | None) -> Dialect:
-        """Make what speaks to an engine. It is kept as long as the engine is, so it must not be what keeps the engine."""
+        """Make the dialect of an engine. It lives as long as the engine, so it must not keep the engine alive."""
         known = ref(engine)
 
         def named() -> str | None:
             if schema:
                 return schema
             used = known()
-            assert used is not None  # asked in a claim, whose session has it
+            assert used is not None  # called in a claim, whose session refers to the engine
             return schema_in(used)
 
         return dialect_for(engine, named, durable=self._durable, kept_as=f"claim {schema} {self._pooler}")
 
 
 def _no_session(given: object) -> str:
-    """Say what to give in the place of this."""
+    """Return the text that says what to pass instead of this object."""
     names = [each.__name__ for each in type(given).__mro__]
     kind = "a class" if isinstance(given, type) else f"{'an' if names[0][0] in 'AEIOU' else 'a'} {names[0]}"
     wrong = f"eo.claim was given {kind}, not a Session."

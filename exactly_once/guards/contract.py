@@ -1,7 +1,7 @@
-"""The contract with whatever remembers claims: what a claim can come back with, and the verbs around a handler.
+"""The contract of a guard: the possible answers to a claim, and the methods called around a handler.
 
-Called in a thread, or in SQLAlchemy's greenlet under asyncio: never async itself. Called by `attempt`, and by
-`processor` for a message that has no delivery left.
+Called in a thread, or in SQLAlchemy's greenlet under asyncio: never async itself. Called by `attempt`, and by `processor` for a
+message that must not run before its claim is looked up.
 """
 
 from collections.abc import Callable
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 __all__ = ["Busy", "Claim", "Conflict", "Consumed", "Guard", "HookRaised", "OpenOurs", "Unfinished", "Won"]
 
 OpenOurs = Callable[[], tuple[Session, Any]]
-"""Make a session of our own, beside the handler's."""
+"""Make a session of our own, beside the handler's session."""
 
 
 @dataclass(eq=False, slots=True)
 class Won:
     """The key is ours.
 
-    `watch` sees that the handler does not end the transaction: from the claim on, or `deferred_watch`, from the session's first
-    statement on. `held` is the lease, `lock` the lock, where that is what makes the key ours.
+    `first_watch` watches from the claim on that the handler does not end the transaction; `late` does so from the session's first
+    statement on. `held` is the lease and `lock` the lock, if the key was taken by one.
     """
 
     first_watch: "Watch | None" = None
@@ -46,21 +46,21 @@ class Won:
 
 @dataclass(frozen=True, slots=True)
 class Consumed:
-    """Done before: acknowledge. `owner` is the attempt whose claim it is, where it is known."""
+    """The message was consumed before: acknowledge it. `owner` is the attempt that made the claim, if known."""
 
     owner: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """The claim of `owner` was committed by something else than its attempt: what it stands for is done in part. For a person."""
+    """Something other than its attempt committed the claim of `owner`: the work is done in part. A person decides."""
 
     owner: str
 
 
 @dataclass(frozen=True, slots=True)
 class Busy:
-    """Another run holds it. `again`: one more try at once may already see how that run ended. `remaining`: of its lease."""
+    """Another run holds the key. `again`: that run may just have ended, try once more at once. `remaining`: of its lease."""
 
     again: bool = False
     remaining: timedelta | None = None
@@ -68,7 +68,7 @@ class Busy:
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """Consumed before under another payload, whose fingerprint this is."""
+    """The key is known with another payload, which has this fingerprint."""
 
     fingerprint: bytes
 
@@ -77,10 +77,10 @@ Claim = Won | Consumed | Busy | Conflict | Unfinished
 
 
 class HookRaised(Exception):
-    """A hook of the application's session raised what is no `Exception`, before the claim was sent. It is the message's failure.
+    """A hook of the application's session raised a `BaseException` before the claim was sent. The message fails with it.
 
     Args:
-        error: What it raised.
+        error: What the hook raised.
     """
 
     def __init__(self, error: BaseException) -> None:
@@ -94,43 +94,43 @@ class Guard(Protocol):
     def claim(self, session: Session, row: ClaimRow) -> Claim:
         """Take the key before user code runs.
 
-        After `Won` the session is in the transaction the handler will use; after anything else in none.
+        After `Won` the session is in the transaction that the handler will use. After any other answer it is in none.
 
         Raises:
-            StoreUnavailable: The store does not answer; nothing was claimed, as far as is known.
+            StoreUnavailable: The store does not answer. As far as is known, nothing was claimed.
         """
 
     def complete(self, session: Session, won: Won) -> Consumed | None:
-        """The last statement of the handler's transaction before its COMMIT, where there is something to write in it.
+        """Send the last statement of the handler's transaction before its COMMIT, if the guard has one.
 
         Returns:
-            None; or `Consumed`, where another run has committed this message's effects: nothing may be committed then.
+            None. Or `Consumed`, if another run has committed this message's effects: then nothing may be committed.
 
         Raises:
-            LeaseLost: The key is not ours any more; nothing may be committed.
+            LeaseLost: The key is no longer ours. Nothing may be committed.
         """
 
     def consume(self, won: Won) -> None:
-        """After the COMMIT, mark what lies outside that transaction as consumed.
+        """After the COMMIT, mark the message as consumed where the claim is kept outside that transaction.
 
         Raises:
             LeaseLost: Another run has taken the message over.
-            StoreUnavailable: It is not marked: the message must not be acknowledged, and its lease not be let go.
+            StoreUnavailable: It is not marked. Do not acknowledge the message, and do not release its lease.
         """
 
     def end(self, won: Won) -> None:
-        """The run has ended, however: nothing keeps its key alive any more."""
+        """The run has ended in any way: stop renewing its key."""
 
     def release(self, won: Won, *, broken: bool = False) -> bool:
-        """After the rollback, let others have the key; False if it is another's already. Never raises: it runs out by itself.
+        """After the rollback, release the key. False: another run has it already. Never raises: a lease also ends by itself.
 
         Args:
             won: What was claimed.
-            broken: The handler committed behind our back: nobody is to have it before a person has looked.
+            broken: Something other than our COMMIT committed: no run may have the key before a person has looked.
         """
 
     def look(self, open_ours: OpenOurs, row: ClaimRow) -> Consumed | Unfinished | None:
-        """Look once, in a session of ours, what stands under this key with this payload.
+        """Look up once, in a session of our own, which claim stands under this key with this payload.
 
         Raises:
             StoreUnavailable: The store does not answer.

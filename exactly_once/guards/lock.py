@@ -1,7 +1,6 @@
-"""The lock guard: a plain lock in Redis around each run. Remembers nothing and does not fence; see `lock`.
+"""The lock guard: a plain lock in Redis around each run. Remembers nothing and does not fence; see `redis.lock`.
 
-For handlers that are idempotent by themselves and only must not overlap. A message that comes again runs again. Called by
-`attempt`.
+For handlers that are idempotent by themselves, and only must not overlap. A redelivered message runs again. Called by `attempt`.
 """
 
 from sqlalchemy.orm import Session
@@ -23,9 +22,9 @@ class LockGuard:
 
     Args:
         connection: The Redis.
-        dialect: How the handler's database is spoken to.
-        option: What the handler asked for.
-        awaiting: It is called in a greenlet, and the loop shall go on.
+        dialect: The dialect of the handler's database.
+        option: The handler's guard option.
+        awaiting: Called in a greenlet, which must not block the event loop.
     """
 
     def __init__(self, connection: RedisConnection, dialect: Dialect, option: Lock, *, awaiting: bool) -> None:
@@ -47,20 +46,20 @@ class LockGuard:
         return Won(late=DeferredWatch(session, self._dialect, None), lock=lock)
 
     def complete(self, session: Session, won: Won) -> None:
-        """There is nothing to write."""
+        """Nothing to write."""
 
     def consume(self, won: Won) -> None:
-        """See `Guard.consume`: only let go of."""
+        """See `Guard.consume`. Only releases the lock."""
         self.release(won)
 
     def end(self, won: Won) -> None:
-        """It is not renewed."""
+        """Nothing to do: a lock is not renewed."""
 
     def release(self, won: Won, *, broken: bool = False) -> bool:
-        """See `Guard.release`. Where Redis does not answer, it expires."""
+        """See `Guard.release`. If Redis does not answer, the lock expires."""
         assert won.lock is not None
         won.lock.leave()
         return True
 
     def look(self, open_ours: OpenOurs, row: ClaimRow) -> None:
-        """Nothing is remembered."""
+        """Returns None: a lock remembers nothing."""

@@ -1,8 +1,8 @@
-"""A handler on SQLite that waits for its own transaction: through another connection to the very file that this one holds.
+"""Recognises a handler on SQLite that waited for its own transaction, through another connection to the same file.
 
-SQLite has one writer for a whole file, and a run is that writer. A session or an engine of the handler's own waits for as long as
-its `timeout` says, is told "database is locked", and would be told so at each run. Known by the connection that the error came
-through: on the session's own it is a reader's lock, which ends. Asked of errors alone; sends nothing.
+SQLite has one writer for a whole file, and a run is that writer. Another session or engine of the handler waits its `timeout`,
+fails with "database is locked", and would fail at each run. Recognised by the connection that raised the error: on the handler's
+given session it is the lock of a reader, which ends. Looks at errors alone, and sends nothing. Called by `attempt`.
 """
 
 import os
@@ -18,11 +18,11 @@ __all__ = ["locked_out"]
 
 
 def locked_out(error: BaseException, held: Connection) -> Misuse | None:
-    """Return what is told of an error by which a handler waited for itself; None of any other.
+    """Return the error to report if a handler waited for itself. None for any other error.
 
     Args:
-        error: What the handler raised; of a group, one of them is enough.
-        held: The connection of its transaction, on SQLite.
+        error: What the handler raised. In an exception group, one such error is enough.
+        held: The connection of the handler's transaction, on SQLite.
     """
     file = _file_of(held.engine)
     if file is None or not any(_met_elsewhere(each, held, file) for each in leaves(error)):

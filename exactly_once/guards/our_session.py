@@ -1,6 +1,6 @@
-"""What is read or written in a session of our own, beside any handler: on another connection where others changed this one.
+"""Reads and writes in a session of our own, beside any handler. Repeats on another connection if others changed this one.
 
-Called by `processor` for the order of messages and for what failed, and wherever a claim is looked up.
+Called by `processing` for the order of messages and for failures, and wherever a claim is looked up.
 """
 
 from collections.abc import Callable
@@ -17,24 +17,25 @@ from exactly_once.database.watched.watch import let_go
 __all__ = ["in_our_session"]
 
 T = TypeVar("T")
-# a server that is away, or a deadlock, is no matter of this connection: the caller decides
+# a server that is away, or a deadlock, is not the fault of this connection: the caller decides
 _PASSED_ON: Final = (ErrorKind.UNAVAILABLE, ErrorKind.TRANSIENT)
 
 
 def in_our_session(open_ours: Callable[[], tuple[Session, Any]], dialect: Dialect, do: Callable[[Session], T]) -> T:
-    """Do something in a session of ours, and end it.
+    """Call `do` with a session of our own, and end the session.
 
-    Whoever had the connection before may have left a role, a time limit or a character set in it. So what fails there is done
-    again on another connection, until one that nobody had refuses it, too.
+    An earlier user of the connection may have left a role, a time limit or a character set in it. So after an error `do` is
+    called again with another connection, until a connection without an earlier user gives an error, too.
 
     Args:
         open_ours: Makes the session.
-        dialect: How its database is spoken to.
-        do: Given the session, whose transaction has sent nothing yet; done again from the start, so it commits last, if at all.
+        dialect: The dialect of its database.
+        do: Gets the session, whose transaction has sent nothing yet. May be called again from the start, so if it commits, it
+            commits last.
 
     Raises:
-        Exception: What `do` raised on a connection that is believed; at once where the server is away, of a deadlock, or
-            what a signal's handler raised.
+        Exception: What `do` raised on a connection without an earlier user. At once: if the server is away, after a deadlock,
+            and what a signal handler raised.
     """
     since = moment()
     while True:

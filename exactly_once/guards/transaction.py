@@ -1,7 +1,7 @@
-"""The transaction guard: the claim is a row written, already consumed, in the handler's own transaction.
+"""The transaction guard: the claim is a row in the handler's own transaction, written as consumed.
 
-It is visible only if that transaction commits, so effects and claim stand or fall together, and a crash at any line
-leaves neither. A concurrent duplicate waits for the winner's end, at most `claim_wait`.
+The row is visible only if that transaction commits. So effects and claim stand or fall together, and a crash at any line leaves
+neither. A concurrent duplicate waits for the winner's end, at most `claim_wait`. Called by `attempt` and `processor`.
 """
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
@@ -43,21 +43,21 @@ _BATCH_WAIT_MS: Final = 50
 
 @dataclass(frozen=True, slots=True)
 class BatchClaim:
-    """What a batch's claim came back with."""
+    """The answer to a batch's claim."""
 
     won: Won | None
-    """The transaction that all the keys that are ours were claimed in; None if none is ours."""
+    """The transaction in which keys were claimed. None: no key was won."""
     others: Mapping[str, Consumed | Busy | Conflict | Unfinished]
-    """The keys that are not ours, and why."""
+    """The keys that were not won, and why."""
 
 
 class TransactionGuard:
     """Claims on one database.
 
     Args:
-        dialect: How that database is spoken to.
-        leases: Those in the same database: the handler may have been under one in an earlier release.
-        claim_wait: The longest a claim waits for another run of the same key; bounds the claim only.
+        dialect: The dialect of that database.
+        leases: The leases in the same database: in an earlier release the handler may have been under a lease.
+        claim_wait: How long a claim waits for another run of the same key. It bounds the claim only.
     """
 
     def __init__(self, dialect: Dialect, leases: SqlLeases, *, claim_wait: timedelta) -> None:
@@ -81,7 +81,7 @@ class TransactionGuard:
                         return Busy()
                     if trail is Trail.COMMITTED:
                         return Unfinished(known.owner or "")
-                    # the look ended what the session's hooks had set up, and the handler's transaction is to have it
+                    # reading the claim ended what the session's hooks had set up, which the handler's transaction needs
                     session.rollback()
                     connection, dbapi, info, used = self._connected(session, since)
                     if not self._cleared(connection, row):
@@ -94,7 +94,7 @@ class TransactionGuard:
                 asked = self._failed(session, connection, busy, asked, used=used)
             except Exception as error:
                 asked = self._failed(session, connection, error, asked, used=used)
-        if not won:  # cleared, and claimed by another before us
+        if not won:  # the old lease was cleared, but another run claimed the key before us
             session.rollback()
             return Busy(again=True)
         watch = Watch(connection, dialect, dbapi, row.owner, (row,))
@@ -110,24 +110,24 @@ class TransactionGuard:
         patient: bool = True,
         meanwhile: Iterable[object] = (),
     ) -> "BatchClaim | None":
-        """Take the keys of a whole batch before user code runs; what is not ours is told by its key.
+        """Take the keys of a whole batch before user code runs. The answer names the keys that were not won.
 
-        After a claim with winners the session is in the transaction the handler will use; else in none.
+        If any key was won, the session is in the transaction that the handler will use. Else it is in none.
 
         Args:
             session: In no transaction.
-            rows: Of one handler, each key once, sorted by key; at least one.
+            rows: The claims of one handler, each key once, sorted by key; at least one.
             owner: This attempt.
             patient: Wait a moment for another run that holds one of the keys.
-            meanwhile: Work to do while the server answers, a step for each element.
+            meanwhile: Work to do while the server executes the claim; one step for each element.
 
         Returns:
-            None if another run holds one of the keys, and nobody says which.
+            None if another run holds one of the keys, and it is not known which.
 
         Raises:
-            StoreUnavailable: The store does not answer; nothing was claimed, as far as is known.
+            StoreUnavailable: The store does not answer. As far as is known, nothing was claimed.
         """
-        # a short bound, or one key in progress would hold all the others
+        # a short limit: one key in progress would delay all the others
         wait_ms = min(self._wait_ms, _BATCH_WAIT_MS) if patient else 0
         standing_by_key: Mapping[str, ExistingClaim | None] | None = None
         asked: ClaimRow | None = rows[0]
@@ -159,15 +159,15 @@ class TransactionGuard:
         return batch_claims_for(self._dialect)
 
     def _connected(self, session: Session, since: int) -> tuple[Connection, Any, MutableMapping[Any, Any], bool]:
-        """Give the session's connection, prepared, and whether it was used before, and not made since that moment."""
+        """Return the session's connection, prepared, and whether it had a user before (was not opened after `since`)."""
         dialect = self._dialect
         try:
-            # first, so that SQLAlchemy knows of the transaction we begin below it; costs no round trip
+            # first, so that SQLAlchemy knows of the transaction that we begin on the driver; costs no round trip
             connection = session.connection()
             if (wrong := elsewhere(session, connection)) is not None:
                 raise Misuse(wrong)  # noqa: TRY301
             while (used := ready(dialect, connection, wait_ms=self._wait_ms, since=since)) is None:
-                # whoever had it may have changed it in a way that would store a key as another one
+                # an earlier user may have changed the connection so that a key would be stored as another key
                 connection.invalidate()
                 session.rollback()
                 connection = session.connection()
@@ -177,7 +177,7 @@ class TransactionGuard:
         except BaseException as error:
             if asked_from_outside(error) or unreached(error, (session.get_bind().engine,)):
                 raise
-            raise HookRaised(error) from error  # nothing was sent: it came out of after_begin or its like
+            raise HookRaised(error) from error  # nothing was sent: a hook such as after_begin raised it
         return connection, connection.connection.dbapi_connection, connection.info, used
 
     def _limit_was_left(self, session: Session, connection: Connection) -> bool:
@@ -190,17 +190,18 @@ class TransactionGuard:
     def _failed(
         self, session: Session, connection: Connection, error: Exception, row: ClaimRow | None, *, used: bool
     ) -> ClaimRow | None:
-        """After a claim that failed: come back where it is to be asked for on another connection.
+        """After a claim that failed: return if the claim must be sent again on another connection, else raise.
 
-        What the table refuses of anybody, no message is to be blamed for. Where it takes a claim of nobody's it is asked for this
-        one once more, for somebody may have mended it in between; `row` is that claim until then, and what is returned after.
+        Two kinds of error must not be blamed on the message. First, an earlier user of the connection may have left a role, a
+        time limit or AUTOCOMMIT in it: the claim is sent again on another connection. The error counts if the connection had no
+        earlier user, or if a signal handler raised it. Second, the table may refuse every claim: a trial claim of a message that
+        does not exist shows that. If the table takes the trial, this claim is sent once more, because a person may have repaired
+        the table in between. `row` is this claim before the trial, and None after it.
 
-        Whoever used the connection may have left a role, a time limit or AUTOCOMMIT in it; then no message is to be blamed. A
-        connection that nobody used before is believed, and so is what a signal's handler raised on any. What an outage says is
-        not asked again here: `processor` looks.
+        An outage is not checked here: `processor` does that.
 
         Raises:
-            Exception: What failed, in our words where it is an outage.
+            Exception: What failed; a `StoreUnavailable` if it is an outage.
         """
         dialect = self._dialect
         away = dialect.error_kind(error) is ErrorKind.UNAVAILABLE or unreached(error, (connection.engine,))
@@ -209,7 +210,7 @@ class TransactionGuard:
             session.rollback()
             return row
         if away or interrupted(error):
-            # its raw error passed SQLAlchemy by, which would hand it out again, in the middle of a statement maybe
+            # SQLAlchemy did not see this driver error, and would reuse the connection, perhaps in the middle of a statement
             connection.invalidate(error)
         elif row is not None and is_refusal(dialect, error):
             self._tried(session, of_nobody(row))
@@ -219,10 +220,10 @@ class TransactionGuard:
         raise error
 
     def _tried(self, session: Session, row: ClaimRow) -> None:
-        """Come back where the table takes claims of others: what it refused was a value of the message's.
+        """Send a trial claim. Return if the table takes it: then it refused a value of this message.
 
         Raises:
-            StoreUnavailable: It takes none, or does not answer.
+            StoreUnavailable: The table takes no claim, or the server does not answer.
         """
         dialect, since = self._dialect, moment()
         while True:
@@ -238,7 +239,7 @@ class TransactionGuard:
             return
 
     def _cleared(self, connection: Connection, row: ClaimRow) -> bool:
-        """Take away, in the handler's transaction, a lease that was begun and is nobody's now: the guard was changed since."""
+        """Delete, in the handler's transaction, a lease that no run holds now: the handler's guard was changed since."""
         dbapi = connection.connection.dbapi_connection
         self._dialect.begin(dbapi, connection.info, row.owner)
         if self._leases.clear_in(connection, row):
@@ -247,16 +248,16 @@ class TransactionGuard:
         return False
 
     def complete(self, session: Session, won: Won) -> None:
-        """The claim is in the transaction already."""
+        """Nothing to do: the claim is in the transaction already."""
 
     def consume(self, won: Won) -> None:
-        """COMMIT was all."""
+        """Nothing to do: COMMIT made the claim consumed."""
 
     def end(self, won: Won) -> None:
-        """Nothing was kept alive."""
+        """Nothing to do: this claim is not renewed."""
 
     def release(self, won: Won, *, broken: bool = False) -> bool:
-        """The rollback was all; what is broken was committed with its claim."""
+        """Nothing to do: the rollback removed the claim. The claim of a broken message was committed with its effects."""
         return True
 
     def look(self, open_ours: OpenOurs, row: ClaimRow) -> Consumed | Unfinished | None:
@@ -281,9 +282,9 @@ def _looked(session: Session, statement: str) -> None:
 
 
 def standing(known: ExistingClaim | None, row: ClaimRow) -> Consumed | Busy | Conflict | Unfinished:
-    """Say what a row that stands under our key means for us."""
+    """Return what the row that stands under our key means for our claim."""
     if known is None:
-        return Busy(again=True)  # the row that refused us is gone already: whoever wrote it took it back
+        return Busy(again=True)  # the row that refused our claim is gone: its transaction was rolled back
     if known.status not in (CONSUMED, UNFINISHED):
         return Busy()
     if isinstance(compare(known.fingerprint, row.fingerprint), Differs):

@@ -1,1 +1,1 @@
-"""Leases: a claim that stands while a handler works, and the steps that it records."""
+"""Leases: claims that are committed before the handler runs and have an end, and the steps that the handler records."""

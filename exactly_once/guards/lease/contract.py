@@ -1,14 +1,14 @@
-"""What a lease is, and what every store of leases can do. Words, and the one decision over them; opens and waits on nothing.
+"""What a lease is, and the interface of every lease store. Data, and one decision, `judge`. Never opens or waits for anything.
 
     absent --claim--> consuming (token, attempt, lease end) --complete--> consumed
                           |  ^-- renew, by a third of the lease                  every later claim: Consumed
                           |  ^-- record a step
                           |-- release, or the end of the lease: the next claim takes it over as attempt n + 1
 
-A token is made for each claim, and every change names it: what was taken over cannot be changed by whoever had it before.
-Time is the store's own, never a worker's. A store is thin: one statement, or one script, for each arrow (`leases.sql`,
-`leases.redis`), and `judge` says for all of them what a claim's answer means. `renewal` keeps the leases of running
-messages alive. Called by `guards.lease` and the command line.
+Each claim has a new fencing token, and every change names it: a run whose lease was taken over can change nothing. Time is always
+the store's, never a worker's. A store is thin: one statement or one script for each arrow (`sql`, `redis`), and `judge` decides
+for all stores what a claim's answer means. `renewal` renews the leases of running messages. Called by `guards.lease` and the
+command line.
 """
 
 import time
@@ -31,35 +31,35 @@ _CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 def clock() -> float:
-    """Seconds that also pass while the machine sleeps, where it can tell: a lease runs out in them."""
+    """Seconds that also pass while the machine sleeps, if the system has such a clock: a lease runs out meanwhile."""
     return time.clock_gettime(_CLOCK)
 
 
 @dataclass(eq=False, slots=True)
 class HeldLease:
-    """A lease that is ours, while its message runs. `lost` is written by whoever learns it first, in any thread."""
+    """A lease that is ours while its message runs. Any thread that learns of the loss sets `lost`."""
 
     row: ClaimRow
     token: str
     attempt: int
-    """Which claim of this message this is, from 1: the fencing number for services that can compare it."""
+    """The number of this claim of the message, from 1. Services that can compare it use it as a fencing number."""
     lease: timedelta
     steps: tuple[StepRow, ...] = ()
-    """What earlier attempts recorded, in order."""
+    """The steps that earlier attempts recorded, in order."""
     max_run: timedelta | None = None
     began: float = field(default_factory=time.monotonic)
     renewed: float = field(default_factory=clock)
-    """When it was last seen to be ours, by this process' `clock`: says when it may not be, never that it is."""
+    """When the lease was last known to be ours, by this process' `clock`. It shows when it may be lost, never that it is ours."""
     lost: bool = False
     ending: bool = False
-    """It is being completed or let go of: that its token is gone proves nothing."""
+    """The lease is being completed or released: a missing token then does not prove a loss."""
     process: object = field(default_factory=lambda: fork.here)
-    """Whose it is: a child that is forked meanwhile has a copy, and may do nothing with it."""
+    """The process that has the lease. A forked child has a copy, and must not use it."""
     context: Context = field(default_factory=copy_context)
-    """The run's: listeners of the application's, which find its tenant there, are called where it is renewed, too."""
+    """The context of the run. The application's engine listeners, which may read a tenant there, are also called in a renewal."""
 
     def error(self) -> LeaseLost:
-        """Say that it is lost."""
+        """Make the error that says that the lease is lost."""
         return LeaseLost(
             f"The lease on {escaped(self.row.key)!r} of {self.row.handler!r} ran out, and another run has the message"
             f" (this was attempt {self.attempt}): nothing of this run is recorded from here on. If it happens without a"
@@ -67,7 +67,7 @@ class HeldLease:
         )
 
     def check(self) -> None:
-        """Raise `LeaseLost` if it is lost, and `ForkedProcess` in a child that was forked under it."""
+        """Raise `LeaseLost` if the lease is lost, and `ForkedProcess` in a child process."""
         if self.process is not fork.here:
             raise fork.inside()
         if self.lost:
@@ -75,11 +75,11 @@ class HeldLease:
 
     @property
     def overran(self) -> bool:
-        """It runs for longer than its `max_run`."""
+        """Whether the run takes longer than its `max_run`."""
         return self.max_run is not None and time.monotonic() - self.began >= self.max_run.total_seconds()
 
     def may_insist(self) -> bool:
-        """Say whether the lease can still be ours, as far as this process knows."""
+        """Whether the lease can still be ours, as far as this process knows."""
         return not self.lost and clock() - self.renewed < self.lease.total_seconds()
 
 
@@ -97,9 +97,9 @@ class LeaseState(Enum):
 
 
 def judge(seen: LeaseAnswer, fingerprint: bytes) -> LeaseState:
-    """Say what a claim's answer means for a message with this fingerprint.
+    """Decide what a claim's answer means for a message with this fingerprint.
 
-    Another payload is a conflict also while the first one runs: its steps would be taken for this one's.
+    Another payload is a conflict even while the first message runs: this message would take over the steps of the other.
     """
     if seen.won:
         return LeaseState.WON
@@ -114,7 +114,7 @@ def judge(seen: LeaseAnswer, fingerprint: bytes) -> LeaseState:
 
 
 class Recorded(Enum):
-    """What became of a step's record."""
+    """The result of recording a step."""
 
     STORED = "stored"
     LOST = "not stored: the lease is not ours any more"
@@ -122,53 +122,52 @@ class Recorded(Enum):
 
 
 class LeaseStore(Protocol):
-    """Remembers leases, and the steps under them. Synchronous: called in a thread, or in a greenlet under asyncio.
+    """Keeps leases, and the steps under them. Synchronous: called in a thread, or in a greenlet under asyncio.
 
-    Each verb is one round trip of its own and stands when it returns; each raises `StoreUnavailable` (with the store's
-    name) when the store does not answer, and then it is not known whether it happened. Sent twice with one token, each does
-    what once does.
+    Each method is one round trip, and its change is durable when it returns. If the store does not answer, each raises
+    `StoreUnavailable` (with the store's name), and it is not known whether the change happened. Each is idempotent for one token.
     """
 
     name: str
-    """For logs and for asking whether it answers; without passwords."""
+    """For logs, and to ask whether this store answers. Without passwords."""
 
     def claim(self, row: ClaimRow, token: str, lease: timedelta, *, also: bytes, steps: bool) -> LeaseAnswer:
-        """Take the key if it is new, or free and of this payload (or that of `also`); say what stands there.
+        """Take the key if it is new, or if it is free and has this fingerprint (or `also`). Return what stands there.
 
         Args:
-            row: Who claims what.
-            token: The new claim's.
-            lease: How long it holds.
-            also: Another fingerprint that counts as this payload's.
-            steps: Read the recorded steps, too.
+            row: The claim.
+            token: The new claim's fencing token.
+            lease: The length of the lease.
+            also: Another fingerprint that counts as that of this message.
+            steps: Also read the recorded steps.
 
         Returns:
-            What stands. `remaining` is a moment where somebody is just changing it.
+            What stands under the key. `remaining` is a moment if another transaction is just changing it.
         """
 
     def complete(self, held: HeldLease) -> bool:
-        """Write *consumed*; False where the lease is not ours any more."""
+        """Write *consumed*. False: the lease is no longer ours."""
 
     def release(self, held: HeldLease) -> bool:
-        """Let go of an attempt that failed, keeping its number and steps; False where the lease is not ours any more."""
+        """Release the lease of a failed attempt; its number and steps stay. False: the lease is no longer ours."""
 
     def renew(self, held: Sequence[HeldLease]) -> Sequence[HeldLease]:
-        """Let these, all of one length, hold that long from now; return those that are not ours any more.
+        """Extend these leases, all of one length, by that length from now. Return those that are no longer ours.
 
-        One that somebody is changing at the moment is neither renewed nor lost: its `renewed` stays as it was.
+        A lease that another transaction is just changing is neither renewed nor lost: its `renewed` stays as it was.
         """
 
     def record(self, held: HeldLease, step: StepRow, *, begun: bool = False) -> Recorded:
-        """Store a step: its beginning, or its result, where the lease is ours.
+        """Store the beginning or the result of a step, if the lease is ours.
 
         Args:
-            held: Under which lease.
-            step: What.
-            begun: Its beginning was recorded by this attempt.
+            held: The lease.
+            step: The step.
+            begun: This attempt has recorded the beginning of the step.
         """
 
     def look(self, row: ClaimRow) -> LeaseAnswer | None:
-        """Say what stands under a key, steps included; None where nothing does."""
+        """Return what stands under a key, with its steps. None: nothing."""
 
     def resolve(self, row: ClaimRow, step: str, result: bytes) -> bool:
-        """Write a step's result for a person who knows it; False where the message runs, is consumed or is not known."""
+        """Write a step's result that a person gives. False: the message runs, is consumed or is not known."""

@@ -1,9 +1,10 @@
-"""The lease guard: for handlers that call other services, or run for minutes; a claim that stands while they do.
+"""The lease guard, for handlers that call other services or run for minutes: their claim is committed before they run.
 
-The claim is a round trip of its own, and no transaction is open until the handler's session is used. Where the leases are
-in the handler's own database, `complete` is the last statement of the handler's transaction: if another run has taken the
-message over it changes no row, and nothing is committed. Elsewhere it follows the COMMIT: a crash between the two leaves the
-session's mark, which the next claim finds; a run that used no session leaves none, and runs again. Called by `attempt`.
+The claim is a round trip of its own, and no transaction is open until the handler uses its session. If the leases are in the
+handler's own database, `complete` is the last statement of the handler's transaction: if another run has taken the message over,
+it changes no row, and nothing is committed. If the leases are elsewhere, `complete` follows the COMMIT. A crash between the two
+leaves the mark that the session wrote, which the next claim finds. A run that used no session leaves no mark, and runs again.
+Called by `attempt`.
 """
 
 from asyncio import CancelledError
@@ -46,15 +47,15 @@ class LeaseGuard:
     """Leases of one handler.
 
     Args:
-        store: Where they are, spoken to in this handler's colour.
-        local: The handler's own database, in its colour.
-        own: Both are one: then the handler's transaction is fenced.
-        renewal: Keeps them alive.
-        dialect: How the handler's database is spoken to.
-        lease: How long one holds.
-        max_run: How long it is renewed; None for as long as the handler runs.
-        steps: The handler asks for steps.
-        pause: Waits so many seconds, in the handler's colour.
+        store: Where they are kept. Called from threads or from the event loop, as the handler is.
+        local: The handler's own database, called in the same way.
+        own: Both are the same database: then the handler's transaction is fenced.
+        renewal: Renews them.
+        dialect: The dialect of the handler's database.
+        lease: The length of a lease.
+        max_run: How long a lease is renewed. None: as long as the handler runs.
+        steps: Whether the handler asks for steps.
+        pause: Waits so many seconds: blocks for a sync handler, awaits for an async one.
     """
 
     def __init__(
@@ -74,16 +75,16 @@ class LeaseGuard:
         self._lease, self._max_run, self._steps, self._pause = lease, max_run, steps, pause
 
     def claim(self, session: Session, row: ClaimRow) -> Claim:
-        """See `Guard.claim`. A crash after it leaves the lease to run out, and the next claim takes it over."""
+        """See `Guard.claim`. After a crash the lease runs out, and the next claim takes the message over."""
         token = uuid4().hex
         began, asked = monotonic(), clock()
         try:
             seen = self._store.claim(row, token, self._lease, also=row.fingerprint, steps=self._steps)
             standing = judge(seen, row.fingerprint)
-            if standing is LeaseState.FREE:  # the handler's fingerprint= was changed since it was last tried
+            if standing is LeaseState.FREE:  # the handler's fingerprint= was changed: claim with the stored fingerprint
                 seen = self._store.claim(row, token, self._lease, also=seen.fingerprint, steps=self._steps)
                 standing = judge(seen, row.fingerprint)
-        except CancelledError:  # it may be ours all the same, and nobody would let go of it
+        except CancelledError:  # the claim may have succeeded all the same, and nobody else would release it
             self._let_go(HeldLease(row, token, 0, self._lease))
             raise
         match standing:
@@ -108,13 +109,13 @@ class LeaseGuard:
     def _settled(self, held: HeldLease) -> Consumed | Conflict | Busy | Unfinished | None:
         """Ask the handler's own database whether the message is settled there.
 
-        A run has left its mark beside what it committed, and the store of leases was never told; or a person discarded the
-        message. Of a broken message the lease is let go of, not completed: `requeue` takes back the mark alone.
+        That is so if a run committed its mark and the lease store was never updated, or if a person discarded the message. The
+        lease of a broken message is released, not completed: `requeue` removes the mark alone.
         """
         row = held.row
         try:
             known = self._local.look(row)
-            # of an earlier run, whose claim says nothing of what it had committed
+            # the trail of an earlier run, whose claim does not show what it had committed
             trail = Trail.NONE if known is not None and known.consumed else self._local.trail(row)
         except BaseException:
             self._let_go(held)
@@ -137,9 +138,9 @@ class LeaseGuard:
                 return Consumed()
 
     def _let_go(self, held: HeldLease) -> None:
-        """After a claim that something ended: what was raised first is what happened, and a lease runs out by itself.
+        """Try to release the lease after an interrupted claim. Errors are dropped: the first error counts, and a lease runs out.
 
-        What the claim waited for may still be in the way.
+        Limited to a second: whatever the claim waited for may still block the release.
         """
         with suppress(BaseException):
             finished(partial(self._store.release, held), within_s=_LET_GO_S)
@@ -149,18 +150,18 @@ class LeaseGuard:
         held = _held(won)
         held.check()
         if not self._own and not still_ours(held, self._store, self._pause):
-            raise held.error()  # not fenced, but one that stood still before this line commits nothing
+            raise held.error()  # not fenced, but a process that was paused before this line commits nothing
         if won.watch is None:
             return None
         won.watch.check(session)
         if not self._own:
-            # a crash behind the COMMIT, or a store that is away then: the next claim finds the mark, and runs nothing again
+            # after a crash behind the COMMIT, or if the store is away then, the next claim finds the mark and runs nothing
             if self._local.mark_in(session.connection(), held):
                 return None
-            # on the same connection, for there may be no other one
+            # on the same connection, because the pool may have no other
             if self._local.stands_in(session.connection(), held):
                 return Consumed()
-            held.lost = True  # another run has it, under a lease in this database
+            held.lost = True  # another run has the message, under a lease in this database
             raise held.error()
         held.ending = True
         if not self._local.complete_in(session.connection(), held):
@@ -169,7 +170,7 @@ class LeaseGuard:
         return None
 
     def consume(self, won: Won) -> None:
-        """See `Guard.consume`. A store that is away is asked until the lease may be another's."""
+        """See `Guard.consume`. A store that is away is asked again until the lease may belong to another run."""
         held = _held(won)
         if not self._own or won.watch is None:
             held.ending = True
@@ -189,10 +190,10 @@ class LeaseGuard:
             return False
         try:
             if broken and self._own:
-                # its effects may be committed: another copy is not to run, and requeue takes this back
+                # its effects may be committed: no other copy may run. `requeue` takes this claim back
                 return self._local.leave_unfinished(held)
             return self._store.release(held)
-        except Exception as error:  # it runs out by itself; the failure is what must be recorded now
+        except Exception as error:  # the lease runs out by itself; recording the failure is more important now
             _log.warning(
                 "lease_not_released store=%s handler=%s key=%s ends_within=%s error=%s",
                 self._store.name,
@@ -217,10 +218,10 @@ class LeaseGuard:
 
 
 def still_ours(held: HeldLease, store: LeaseStore, pause: Callable[[float], None]) -> bool:
-    """Say whether a lease is ours, as its clock says; a process that stood still past it asks the store.
+    """Whether a lease is ours, by this process' clock. If by that clock it may have ended, ask the store.
 
-    It prolongs the lease in the same breath, or another run could take it over a moment later; but a run past its `max_run`
-    only looks, for it is to lose it.
+    Asking also renews the lease, because another run could take it over a moment later. A run past its `max_run` only looks,
+    because it must lose its lease.
     """
     until = clock() + held.lease.total_seconds()
     while not held.lost and not held.may_insist():
@@ -230,16 +231,16 @@ def still_ours(held: HeldLease, store: LeaseStore, pause: Callable[[float], None
             break
         held.lost = bool(store.renew([held])) or clock() > until
         if not held.lost and not held.may_insist():
-            pause(_LOCKED_S)  # neither ours nor lost: somebody is just changing the row, and will be done
+            pause(_LOCKED_S)  # neither renewed nor lost: another transaction is changing the row, and will end soon
     return not held.lost
 
 
 def insisting(held: HeldLease, pause: Callable[[float], None], do: Callable[[], T]) -> T:
-    """Do it, and while the store does not answer again, for one lease at most: what was done outside stands.
+    """Call `do`, and repeat it while the store does not answer, for one lease at most: what was done outside cannot be undone.
 
     Raises:
-        StoreUnavailable: It did not answer in that time, and the lease may be another's; or there is no connection free,
-            which those that wait for it may be holding.
+        StoreUnavailable: The store did not answer in that time, and another run may have the lease. Or the pool has no free
+            connection: the callers that wait for one may hold them all.
     """
     wait, until = _PAUSE_S[0], clock() + held.lease.total_seconds()
     while True:

@@ -1,8 +1,8 @@
-"""The record of one attempt's steps: what earlier attempts finished, what this one adds, and what it must not guess.
+"""Runs and records the steps of one attempt: returns the results of earlier attempts, adds new ones, and never guesses.
 
-Three things park the message for a person: a step that was begun `at_most_once` and has no result, steps that come in
-another order than they were recorded in, and a result that cannot be stored. The first error stands, also where the handler
-swallows it. Made by `processor` for each attempt of a handler that asks for `Steps`.
+Three things park the message for a person: a step that was begun `at_most_once` and has no result, steps in another order than
+the recorded one, and a result that cannot be stored. The first error counts, even if the handler catches it. Made by `processor`
+for each attempt of a handler that asks for `Steps`.
 """
 
 from collections.abc import Callable, Coroutine
@@ -36,7 +36,7 @@ __all__ = ["StepLedger"]
 
 T = TypeVar("T")
 RESULT_BYTES = 2**20
-"""The most a step's result may have; a result is a recovery point, no store of documents."""
+"""The largest result of a step. A result is a recovery point, not a place to store documents."""
 _LOCK_WAIT_S = 5
 _LOCK_WAIT = f"SELECT set_config('lock_timeout', '{_LOCK_WAIT_S}s', true) WHERE current_setting('lock_timeout') = '0'"
 _LOCK_TIMEOUT = "55P03"
@@ -46,14 +46,14 @@ class StepLedger:
     """See `steps.Ledger`.
 
     Args:
-        held: The lease it is under.
-        late: The handler's own session.
-        store: Where the lease and the steps are.
+        held: The attempt's lease.
+        late: The watch over the handler's own session.
+        store: Where the lease and the steps are kept.
         local: The handler's database, for steps that are a transaction in it.
         fenced: `local` is that store: it has the lease's row.
-        dialect: How the handler's database is spoken to.
+        dialect: The dialect of the handler's database.
         open_session: Makes a session for a step's transaction.
-        pause: Waits so many seconds, in the handler's colour.
+        pause: Waits so many seconds: blocks for a sync handler, awaits for an async one.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class StepLedger:
         self._asked: list[tuple[str, Coroutine[Any, Any, Any]]] = []
         self.error: LeaseLost | StepError | BrokenTransaction | None = None
         self.why: BaseException | None = None
-        """What ended the transaction of the last step, where that says more than what it raised; None once a step is finished."""
+        """What ended the last step's transaction, if that says more than the exception raised. None once a step is finished."""
         self.sent = False
-        """COMMIT of a step was sent, and failed: the database was there then."""
+        """The COMMIT of a step was sent and failed: so there was a connection to the database."""
 
     @property
     def attempt(self) -> int:
@@ -89,12 +89,12 @@ class StepLedger:
         return self._held.attempt
 
     def end(self) -> None:
-        """After the handler: raise what stopped a step, and ask whether a recorded one was left out.
+        """After the handler: raise what stopped a step, and check that no recorded step was left out.
 
         Raises:
-            LeaseLost: A step learnt it.
-            StepError: A step could not go on, or is recorded and was not asked for.
-            BrokenTransaction: The transaction of a step was committed behind our back.
+            LeaseLost: A step found the lease lost.
+            StepError: A step could not go on, or the handler did not ask for a recorded step.
+            BrokenTransaction: Something other than our COMMIT committed the transaction of a step.
         """
         self.close()
         if self.error is not None:
@@ -111,10 +111,10 @@ class StepLedger:
             raise self._refuse(left, f"was recorded by an earlier attempt, and this run ended without it. {_RELEASE}")
 
     def returned(self) -> None:
-        """Behind an async handler, before its tasks get a turn: what was not awaited must not begin in it.
+        """After an async handler, before the event loop runs its tasks: a step that was not awaited must not begin there.
 
         Raises:
-            StepError: A step was asked for, and nobody awaited it.
+            StepError: The handler asked for a step and did not await it.
         """
         unread = never_awaited(self._asked)
         if unread is not None:
@@ -125,7 +125,7 @@ class StepLedger:
             )
 
     def close(self) -> None:
-        """The handler has ended: what asks for a step from here on is a thread or a task of it."""
+        """The handler has ended: refuse steps from now on. Only a thread or a task that it left behind can ask for one."""
         self._over = True
 
     def begin(self, name: str, returns: Any, *, at_most_once: bool = False) -> Begun:
@@ -137,7 +137,7 @@ class StepLedger:
         if not at_most_once:
             self._late.close_for(_SHUT)
             return begun
-        # first, for a beginning whose answer is lost may stand; a crash after it: the next attempt leaves it to a person
+        # before the record, because a record whose answer is lost may stand. After a crash the next attempt parks the message
         self._undecided.add(name)
         try:
             self._store_(begun, StepRow(name, begun.ordinal, False, None))
@@ -174,12 +174,12 @@ class StepLedger:
         return replace(begun, done=True, value=value)
 
     def _check_process(self) -> None:
-        """A child's step would be recorded beside its parent's, under one order; and the parent would know nothing of it."""
+        """Refuse a step in a forked child: its record would mix with the parent's steps, without the parent's knowledge."""
         if self._process is not fork.here:
             raise fork.inside()
 
     def _learn(self) -> None:
-        """Read what stands: a record was cut off, by a timeout of the handler's own or by a store that went away."""
+        """Read the recorded steps again: a timeout of the handler, or a store that went away, interrupted a record."""
         seen = self._store.look(self._held.row)
         if seen is None or seen.attempt != self._held.attempt:
             raise self._lost()
@@ -200,7 +200,7 @@ class StepLedger:
     def failed(self, begun: Begun) -> None:
         """See `Ledger.failed`."""
         self._running = None
-        if self._late.reopen():  # it was called, so trying again would call it again, for the same end
+        if self._late.reopen():  # the step used the handler's session, and would do so again: do not retry it
             self._refuse(begun.name, f"{_USED}. {_SHUT}")
 
     def asked(self, name: str, coroutine: Coroutine[Any, Any, Any]) -> None:
@@ -230,7 +230,7 @@ class StepLedger:
         return self._refuse(name, f"{why}. {self._undone(name, 'mend it')}")
 
     def transact(self, name: str, returns: Any, work: Callable[[Any], Any]) -> Any:
-        """See `Ledger.transact`. A COMMIT whose answer is lost is found by the next attempt: its row stands, or does not."""
+        """See `Ledger.transact`. After a COMMIT without an answer, the next attempt looks whether the step's row stands."""
         begun = self._look_up(name, returns, local=True)
         if begun.done:
             return begun.value
@@ -241,7 +241,8 @@ class StepLedger:
                 result = self._transacted(begun, work)
             value = self._decoded(name, result, begun.coder.decode)
             if not self._fenced:
-                # so that it is in the order of the others; a crash before this: the row in the database tells
+                # recorded there too, so that it has its place among the steps. After a crash before this, the row in the
+                # database shows that it is done
                 self._store_(begun, StepRow(name, begun.ordinal, True, result))
         finally:
             self._running = None
@@ -254,7 +255,7 @@ class StepLedger:
         result = b""
         try:
             if self._late.watch is not None and self._dialect.name == "postgresql":
-                # a row that the handler's own session has changed: the server cannot see that we wait for ourselves
+                # the handler's own session may have locked a row: the server cannot see that we wait for ourselves
                 session.connection().exec_driver_sql(_LOCK_WAIT)
             late.begin()
             value = self._worked(work, handed, session)
@@ -269,7 +270,7 @@ class StepLedger:
             except Exception as error:
                 if not is_taken(error):
                     raise
-                late.end(session)  # committed before, by this message: these effects are rolled back, and those stand
+                late.end(session)  # an earlier attempt committed this step: roll back these effects, those stand
                 known = self._local.finished(self._held.row, begun.name)
                 if known is None:
                     raise
@@ -280,11 +281,11 @@ class StepLedger:
             assert watch is not None
             watch.check(session)
             watch.committing()
-            type(session).commit(session)  # a handler may have put its own in the way, for a library that commits
+            type(session).commit(session)  # a handler may have replaced `session.commit`, for a library that commits
             watch.confirm()
         except BaseException as error:
             if not finished(partial(self._left, late, session, error)):
-                raise  # else a hook of the user's raised, behind the server's answer
+                raise  # else COMMIT succeeded, and a hook of the user's raised after it
         finally:
             late.end(session)
         return result
@@ -296,10 +297,10 @@ class StepLedger:
             late.end(session)
 
     def _is_committed(self, watch: Watch, error: BaseException) -> bool:
-        """Ask how the step's transaction was left, as of an attempt: `Watch.why` says what its error means.
+        """Whether the step's transaction was committed. `Watch.why` says what its error means, as for an attempt.
 
         Raises:
-            BrokenTransaction: It was committed behind our back: the step is done in part, and the message is for a person.
+            BrokenTransaction: Something other than our COMMIT committed it: the step is done in part, and a person decides.
         """
         if watch.committed and watch.left is not TransactionEnd.BROKEN:
             return isinstance(error, Exception)
@@ -311,7 +312,7 @@ class StepLedger:
             raise self.error from error
         why = watch.why(error)
         if why is not error and not stops(error):
-            # told when the handler fails: until then the error is the handler's own, who may run the step again, or do without
+            # reported if the handler fails. Until then the handler may catch the error, and run the step again or go on without
             self.why = why
         return False
 
@@ -359,7 +360,7 @@ class StepLedger:
         try:
             result = begun.coder.encode(value)
             read_back = begun.coder.decode(result)
-        except Exception as error:  # json's and pydantic's errors have no class in common
+        except Exception as error:  # the errors of json and pydantic have no common class
             raise self._refuse(
                 begun.name,
                 f"returned a {type(value).__name__}, which cannot be stored as JSON and read back"
@@ -373,7 +374,7 @@ class StepLedger:
                 f" {unkept(begun.name, 'give a returns= that keeps it, or return less')}",
             )
         if len(result) > RESULT_BYTES:
-            # a server may refuse what is larger by cutting the connection, which looks like one that is away
+            # a server may cut the connection because of a larger value, which looks like an outage
             raise self._refuse(
                 begun.name,
                 f"returned {len(result):,} bytes of JSON, and at most {RESULT_BYTES:,} are kept."
@@ -403,7 +404,7 @@ class StepLedger:
     # -- what is refused ---------------------------------------------------------------------------------------------
 
     def _check_lease(self) -> None:
-        """Before anything happens outside."""
+        """Check the lease before anything happens outside."""
         if not still_ours(self._held, self._store, self._pause):
             raise self._lost()
 
@@ -458,7 +459,7 @@ class StepLedger:
         return error
 
     def _settled(self, step: str) -> LeaseLost:
-        """The lease is still ours, and is let go of: the next copy is to find at once that there is nothing to do."""
+        """The error of a settled message. Its lease is still ours, and is released: the next copy is a duplicate at once."""
         row = self._held.row
         error = LeaseLost(
             f"The message {escaped(row.key)!r} of {row.handler!r} was settled while it ran: a person discarded it, or another run"

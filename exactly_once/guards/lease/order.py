@@ -1,7 +1,7 @@
-"""Which place each step of a run takes, held against what earlier attempts recorded. Pure: the ledger asks and acts.
+"""Compares the order of a run's steps with the order that earlier attempts recorded. Pure: the ledger asks and acts.
 
-A place is taken by being asked for, also by a step that then raises: asked for again it has the same place, so a handler that
-goes on without it asks for the next one where it did before. Called by `guards.step_ledger`.
+A step takes its place when the handler asks for it, even if it then raises. Asked for again, it has the same place. So a handler
+that goes on without it asks for the following steps at the same places as before. Called by `ledger`.
 """
 
 from collections.abc import Iterable
@@ -24,12 +24,12 @@ class StepOrder:
         self.learn(recorded)
 
     def learn(self, recorded: Iterable[StepRow]) -> None:
-        """Take over what stands in the store now."""
+        """Replace the recorded steps by what the store has now."""
         self._recorded = {step.ordinal: step for step in recorded}
         self._names = {step.name for step in self._recorded.values()}
 
     def place(self, name: str) -> int:
-        """Return the place of a step that is asked for."""
+        """Return the place of a step that the handler asks for."""
         return self._places.setdefault(name, len(self._places))
 
     def recorded(self, place: int) -> StepRow | None:
@@ -37,7 +37,7 @@ class StepOrder:
         return self._recorded.get(place)
 
     def conflict(self, name: str, place: int) -> str | None:
-        """Say what is wrong with asking for a step at this place, None if nothing is."""
+        """Return why a step cannot stand at this place, or None."""
         known = self._recorded.get(place)
         if known is not None and known.name != name:
             return f"was asked for where an earlier attempt recorded '{known.name}'"
@@ -46,13 +46,13 @@ class StepOrder:
         return None
 
     def finish(self, name: str) -> None:
-        """It has a result."""
+        """Record that this run has the step's result."""
         self._finished.add(name)
 
     def is_finished(self, name: str) -> bool:
-        """Say whether this run has its result."""
+        """Whether this run has the step's result."""
         return name in self._finished
 
     def left_out(self) -> str | None:
-        """Return a step that is recorded and was not asked for; None where there is none."""
+        """Return a recorded step that this run did not ask for, or None."""
         return next((step.name for step in self._recorded.values() if step.name not in self._places), None)

@@ -1,9 +1,9 @@
-"""Leases in Redis: one hash for each message, changed by scripts alone. See `leases.scripts` for what is in it.
+"""Leases in Redis: one hash for each message, changed by scripts alone. `scripts` describes the hash.
 
-What the handler writes to a database is not part of it: `complete` follows the commit, and a crash between the two runs
-the message again when the lease ends. A failover to an asynchronous replica can forget the last changes, and so run a
-message again; who cannot accept that keeps leases in SQL. Several Redis masters and a majority of them are no remedy, for
-their locks are not fenced. Called by `guards.lease`.
+The handler's database is not part of these changes: `complete` follows the commit, and after a crash between the two the message
+runs again when the lease ends. A failover to an asynchronous replica can lose the last changes, so that a message runs again.
+If that is not acceptable, keep leases in SQL. A majority of several Redis masters does not help: their locks are not fenced.
+Called by `guards.lease`.
 """
 
 import json
@@ -21,26 +21,26 @@ __all__ = ["RedisLeases", "key_of"]
 
 PREFIX: Final = "exactly_once:"
 AT_ONCE: Final = 500
-"""So many leases are renewed by one script: Redis does nothing else meanwhile, and so many take about two milliseconds."""
+"""The most leases renewed by one script. Redis does nothing else meanwhile; so many take about two milliseconds."""
 _RESOLVING: Final = timedelta(seconds=10)
 _RECORDED: Final = (Recorded.LOST, Recorded.STORED, Recorded.KNOWN)
 _STEP: Final = b"step:"
 
 Script = Callable[[Sequence[str], Sequence[Any]], Any]
-"""Runs one script with these keys and arguments."""
+"""Run one script with these keys and arguments."""
 
 
 def key_of(row: ClaimRow) -> str:
-    """Return the name of a message's hash: no two identities share one, whatever characters are in them."""
+    """Return the name of a message's hash. No two identities share a name, whatever characters they contain."""
     return PREFIX + json.dumps([row.group, row.handler, row.key], ensure_ascii=False)
 
 
 class RedisLeases:
-    """Leases in one Redis, spoken to from threads or from one loop. See `LeaseStore`.
+    """Leases in one Redis, used from threads or from one event loop. See `LeaseStore`.
 
     Args:
-        name: The Redis, for people: its URL without a password.
-        script: Makes a script ready to be run.
+        name: The name of the Redis for people: its URL without a password.
+        script: Prepares a script to be run.
         retention: How long a message is remembered after its last change.
     """
 
@@ -92,7 +92,7 @@ class RedisLeases:
         return _leased(now, found, "") if found else None
 
     def resolve(self, row: ClaimRow, step: str, result: bytes) -> bool:
-        """See `LeaseStore.resolve`. It is a claim of its own, so that no run can begin meanwhile."""
+        """See `LeaseStore.resolve`. It claims the key itself, so that no run can begin meanwhile."""
         seen = self.look(row)
         if seen is None or seen.consumed:
             return False
@@ -108,10 +108,10 @@ class RedisLeases:
         return written is Recorded.STORED
 
     def rename(self, group: str, old: str, new: str) -> tuple[int, int]:
-        """Give all hashes of a handler to its new name; a second run goes on where an error ended the first.
+        """Rename all hashes of a handler to its new name. After an error, a second call continues.
 
         Returns:
-            How many were moved, and how many were left, because there is one of the new name.
+            How many were renamed, and how many were left because the new name has such a hash already.
         """
         was, now = (PREFIX + json.dumps([group, name], ensure_ascii=False)[:-1] + ", " for name in (old, new))
         pattern = re.sub(r"([\\*?\[\]^-])", r"\\\1", was) + "*"

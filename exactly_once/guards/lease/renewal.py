@@ -1,8 +1,9 @@
-"""Keeps the leases of running messages alive: all of a process' at once, by a third of their length.
+"""Renews the leases of running messages: all of a process together, after each third of their length.
 
-One thread for each store, started with the first lease and ended when there has been none for a while. It finds out which
-are lost and says so in `Held.lost`, which the message's session and steps look at. A lease past its handler's `max_run` is
-not renewed any more: it runs out, another run may take the message over, and a person is told. Decides nothing else.
+Each store has one thread, which starts with the first lease and ends when there was none for a while. It learns which leases are
+lost and sets `HeldLease.lost`, which the message's session and steps check. A lease past its handler's `max_run` is not renewed
+any more: it runs out, another run may take the message over, and the application's hook is called. Never decides anything else.
+Called by `guard`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,8 +23,8 @@ from exactly_once.wording.text import escaped
 __all__ = ["Renewal"]
 
 _IDLE_S: Final = 60.0
-_AGAIN_S: Final = 1.0  # a store that did not answer is asked again after this, or sooner where the lease is short
-_TOGETHER: Final = 4  # what is due within a quarter of a third is renewed along
+_AGAIN_S: Final = 1.0  # a store that did not answer is asked again after this time, sooner if the lease is short
+_TOGETHER: Final = 4  # a lease that is due within a quarter of the renewal interval is renewed with the others
 
 _log = steady("exactly_once.leases")
 
@@ -32,7 +33,7 @@ class Renewal:
     """The leases of this process in one store.
 
     Args:
-        store: Where they are; spoken to from a thread.
+        store: Where they are kept. Used from a thread.
         alert: The application's hook for runs that take too long.
     """
 
@@ -46,12 +47,12 @@ class Renewal:
         fork.tell(self)
 
     def forked(self) -> None:
-        """In a process just forked: the thread and the leases are the parent's."""
+        """Called in a process just forked: the thread and the leases belong to the parent."""
         self._changed = Condition()
         self._due, self._thread = {}, None
 
     def add(self, held: HeldLease) -> None:
-        """Renew this one from now on."""
+        """Renew this lease from now on."""
         with self._changed:
             due = self._due[held] = self._next(held, monotonic())
             if self._thread is None:
@@ -59,14 +60,14 @@ class Renewal:
                 self._wakes = due
                 try:
                     self._thread.start()
-                except RuntimeError:  # no thread to be had now: the next lease tries again
+                except RuntimeError:  # no thread can be started now: the next lease tries again
                     self._thread = None
                     raise
             elif due < self._wakes:
                 self._changed.notify()
 
     def drop(self, held: HeldLease) -> None:
-        """Its run has ended."""
+        """Renew this lease no more: its run has ended."""
         with self._changed:
             self._due.pop(held, None)
 
@@ -88,11 +89,11 @@ class Renewal:
             for batch in batches:
                 self._renew(batch)
             for held in over:
-                # the hook is the application's, and whatever it waits for must not keep the others from being renewed
+                # a thread of its own: the application's hook may wait, and must not delay the renewal of other leases
                 Thread(target=self._overran, args=(held,), name="alert: max_run", daemon=True).start()
 
     def _taken(self, now: float) -> tuple[list[HeldLease], Iterable[list[HeldLease]]]:
-        """Take out what ran too long, and gather what is due soon, by length of lease."""
+        """Take out the leases past `max_run`, and collect those that are due soon, by length of lease."""
         over = [held for held in self._due if _end(held) <= now]
         for held in over:
             del self._due[held]
@@ -110,14 +111,14 @@ class Renewal:
             lost = self._asked(batch)
         except StoreUnavailable as error:
             _log.warning("leases_not_renewed store=%s count=%d error=%s", self.store.name, len(batch), error)
-        except Exception as error:  # this thread must go on: without it every lease of the process is lost
+        except Exception as error:  # this thread must not end: every lease of the process would be lost
             _log.error("leases_not_renewed store=%s count=%d\n%s", self.store.name, len(batch), trace_of(error))
         now = monotonic()
         with self._changed:
             for held in batch:
                 if held not in self._due:
                     continue
-                if held.ending:  # completed meanwhile, it looks like one that was lost
+                if held.ending:  # it may be completed meanwhile, which looks like a lost lease
                     self._due[held] = min(now + again, _end(held))
                 elif held in lost:
                     held.lost = True
@@ -130,13 +131,13 @@ class Renewal:
                         held.attempt,
                     )
                 else:
-                    # not renewed and not lost: locked by its own step at this moment, or the store is away
+                    # if neither renewed nor lost: its own step has locked it at this moment, or the store is away
                     self._due[held] = self._next(held, now) if held.renewed >= asked else min(now + again, _end(held))
 
     def _asked(self, batch: Sequence[HeldLease]) -> set[HeldLease]:
-        """Renew them, in the context of a run: a listener of the engine's may want its tenant, and any of these has the rights.
+        """Renew these leases in the context of a run: an engine listener may need a tenant, and any run's tenant has the rights.
 
-        One that a listener refuses must not cost the others their leases.
+        If a listener refuses one context, the next is tried, so that the other leases are not lost.
         """
         for held in batch[:-1]:
             try:

@@ -1,14 +1,14 @@
-"""The scripts of the leases in Redis: each is one change, made whole or not at all. Text only; `leases.redis` runs them.
+"""The Redis scripts for leases: each is one change, made whole or not at all. Text only; `redis` runs them.
 
-One hash for a message, kept for the retention after its last change:
+Each message has one hash, kept for the retention after its last change:
 
-    status        0 consuming, 1 consumed          fingerprint   what two copies must agree on
-    token         of the claim that stands         attempt       which claim that is, from 1
-    until         end of its lease, milliseconds   released      the token that was let go of, so that letting go twice is once
-    step:NAME     "ordinal finished attempt token" and, behind a line's end, the result
+    status        0 consuming, 1 consumed          fingerprint   what two copies must have in common
+    token         of the claim that stands         attempt       the number of that claim, from 1
+    until         end of its lease, milliseconds   released      the token that was released, so that releasing is idempotent
+    step:NAME     "ordinal finished attempt token" and, after a newline, the result
 
-Time is Redis' own (TIME in the script; commands after it are replicated by their effect since Redis 5). A script sent twice
-with one token, because its answer was lost, does what once does. Source: https://redis.io/docs/latest/develop/programmability/eval-intro/
+Time is that of Redis (TIME in the script; since Redis 5 the commands after it are replicated by their effect). If an answer is
+lost and a script is sent again, it changes nothing more. Source: https://redis.io/docs/latest/develop/programmability/eval-intro/
 """
 
 from typing import Final

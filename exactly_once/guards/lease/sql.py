@@ -1,9 +1,9 @@
 """Leases in a database: a row of `message_idempotent` for each message, a row of `message_step` for each step.
 
-The statements are SQLAlchemy's, the same on each server but for the claim, which the dialect words. A statement by itself
-is its own transaction: on PostgreSQL in autocommit, which the driver keeps without asking the server. Those with `_in` are for
-the handler's own transaction, where what they write stands or falls with it. Every change names the token, so a run that was
-taken over changes nothing. Called by `guards.lease`.
+The statements are SQLAlchemy's, and the same on each server; only the claim is the dialect's. A statement alone is a transaction
+of its own: on PostgreSQL in autocommit, which the driver sets without a round trip. Methods ending in `_in` run in the handler's
+transaction, and what they write stands or falls with it. Every change names the fencing token, so a run that was taken over
+changes nothing. Called by `guards.lease`, `guards.transaction` and the command line.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -66,30 +66,31 @@ T = TypeVar("T")
 _log = steady("exactly_once.leases")
 
 AT_ONCE: Final = 5000
-"""So many leases are renewed by one statement: each is three parameters, of which PostgreSQL takes 65,535."""
+"""The most leases renewed by one statement: each needs three parameters, and PostgreSQL takes 65,535."""
 _MOMENT: Final = timedelta(seconds=1)
-_TRIES: Final = 3  # more, of a statement that was a deadlock's victim
-_LEFT: Final = 5  # more, behind a pooler, of one that the server refused: a stranger may have changed its connections
-_BEATS: Final = 4  # a renewal is given a quarter of the time between two of them
+_TRIES: Final = 3  # more tries for a statement that was the victim of a deadlock
+_LEFT: Final = 5  # more tries behind a pooler for a refused statement: others may have changed the server's connections
+_BEATS: Final = 4  # a renewal may take a quarter of the time between two renewals
 
 
 class SqlLeases:
-    """Leases in one database, spoken to from threads or from one loop. See `LeaseStore`.
+    """Leases in one database, used from threads or from one event loop. See `LeaseStore`.
 
     Args:
         name: The database's name.
-        engine: Its engine for threads; or the sync one inside an AsyncEngine, to be used in greenlets only.
-        dialect: How it is spoken to.
-        tables: Gives ours; it may connect.
+        engine: Its engine for threads. Or the sync engine inside an AsyncEngine, to be used in greenlets only.
+        dialect: The dialect of the database.
+        tables: Returns our tables. May connect.
     """
 
     def __init__(self, name: str, engine: Engine, dialect: Dialect, tables: Callable[[], Tables]) -> None:
         self.name = name
         self._engine, self._dialect, self._tables = engine, dialect, tables
-        # elsewhere the server is told, at the check-in too: whoever is cancelled there loses the connection's place in the pool
+        # other drivers send a statement for it, also when the connection returns to the pool: a cancellation there would lose
+        # the connection's place in the pool
         self._autocommit = dialect.name == "postgresql"
 
-    # made at the first claim, when it is known where the tables are
+    # made at the first claim, when the schema of the tables is known
 
     @cached_property
     def _claims(self) -> LeaseClaims:
@@ -110,7 +111,7 @@ class SqlLeases:
             with self._speaking() as connection:
                 used = ready(self._dialect, connection, wait_ms=WAIT_MS, since=since)
                 if used is None:
-                    # whoever had it may have changed it in a way that would store a key as another one
+                    # an earlier user may have changed the connection so that a key would be stored as another key
                     connection.invalidate()
                     continue
                 dbapi, info = connection.connection.dbapi_connection, connection.info
@@ -129,17 +130,17 @@ class SqlLeases:
                     away = self._dialect.error_kind(error) is ErrorKind.UNAVAILABLE
                     if not used and not asked and is_refusal(self._dialect, error):
                         self._tried(connection, of_nobody(row), steps=steps)
-                        asked = True  # once more for this one: somebody may have mended it in between
+                        asked = True  # claim once more: a person may have repaired the table in between
                     elif not used or away or interrupted(error) or self._dialect.unstorable(error):
                         raise
-                    # whoever used the connection may have left a role or a time limit in it: asked again on another
+                    # an earlier user may have left a role or a time limit in the connection: claim again on another one
                     connection.invalidate()
 
     def _tried(self, connection: Connection, row: ClaimRow, *, steps: bool) -> None:
-        """After a claim that a connection which nobody had refused: come back where the table takes claims of others.
+        """After a claim was refused on a connection without an earlier user: send a trial claim. Return if the table takes it.
 
         Raises:
-            StoreUnavailable: It takes none, or does not answer.
+            StoreUnavailable: The table takes no claim, or the server does not answer.
         """
         dialect = self._dialect
         dbapi, info = connection.connection.dbapi_connection, connection.info
@@ -150,7 +151,7 @@ class SqlLeases:
             if steps:
                 connection.execute(self._all(select(self._steps.c.step).where(self._of(self._steps, row))))
             named = {"b_consumer_group": row.group, "b_handler": row.handler, "b_business_key": row.key}
-            dialect.in_our_name(connection, self._touching, named)  # of nothing: that it may be changed
+            dialect.in_our_name(connection, self._touching, named)  # changes no row; tries the right to UPDATE
             dbapi.rollback()
         except Exception as refusal:
 
@@ -166,7 +167,7 @@ class SqlLeases:
         return self._changed(lambda connection: self.complete_in(connection, held))
 
     def complete_in(self, connection: Connection, held: HeldLease) -> bool:
-        """The same as a part of the handler's transaction: the last statement before its COMMIT."""
+        """The same in the handler's transaction: the last statement before its COMMIT."""
         row = held.row
         named = {"b_group": row.group, "b_handler": row.handler, "b_key": row.key, "b_token": held.token}
         return self._dialect.in_our_name(connection, self._completing, named) == 1
@@ -179,9 +180,9 @@ class SqlLeases:
         return update(t).where(*ours).values(status=CONSUMED, consumed_at=utcnow(), lease_until=None)
 
     def mark_in(self, connection: Connection, held: HeldLease) -> bool:
-        """In the handler's transaction, leave a mark of a lease that is kept elsewhere; False where there is one already.
+        """Write, in the handler's transaction, the mark of a lease that is kept elsewhere. False: there is a mark already.
 
-        It stands or falls with the handler's effects, so it says of them what the other store cannot know.
+        The mark stands or falls with the handler's effects, so it shows what the lease store cannot know: whether they stand.
         """
         row = held.row
         named = {
@@ -201,7 +202,7 @@ class SqlLeases:
         return in_our_name(connection, self._remarking, named) == 1
 
     def stands_in(self, connection: Connection, held: HeldLease) -> bool:
-        """Say whether another run has left its mark: asked by a change of nothing, which goes in our name as `mark_in` does."""
+        """Whether another run has left its mark. Uses an UPDATE that changes nothing, sent with our role like `mark_in`."""
         row = held.row
         named = {"b_consumer_group": row.group, "b_handler": row.handler, "b_business_key": row.key}
         return self._dialect.in_our_name(connection, self._touching, named) == 1
@@ -215,7 +216,7 @@ class SqlLeases:
 
     @cached_property
     def _remarking(self) -> Update:
-        """For a row that is there already, of a lease in this database that nobody has now, or of a mark that was taken back."""
+        """Writes the mark into an existing row: of a lease in this database that no run has now, or of a mark taken back."""
         t = self._t
         names = ("consumer_group", "handler", "business_key")
         named = [t.c[name] == bindparam(f"b_{name}", type_=t.c[name].type) for name in names]
@@ -245,30 +246,30 @@ class SqlLeases:
         return self._changed(lambda connection: _one(connection, free))
 
     def leave_unfinished(self, held: HeldLease) -> bool:
-        """Let no other run have a message whose effects may be committed; its failure row is written next.
+        """Prevent other runs of a message whose effects may be committed. Its failure row is written next.
 
-        A crash between the two: the next claim finds it unfinished, and the message is *broken* all the same.
+        After a crash between the two the next claim finds it unfinished, and the message is *broken* all the same.
         """
         left = update(self._t).where(self._ours(held))
         done = left.values(status=UNFINISHED, consumed_at=utcnow(), lease_until=None)
         return self._changed(lambda connection: _one(connection, done))
 
     def renew(self, held: Sequence[HeldLease]) -> Sequence[HeldLease]:
-        """See `LeaseStore.renew`. Rows that are locked by their own steps are left alone: whoever locks them is alive."""
+        """See `LeaseStore.renew`. A locked row is skipped: a step of the run has locked it, so the run is alive."""
         if len(held) > AT_ONCE:
             return [*self.renew(held[:AT_ONCE]), *self.renew(held[AT_ONCE:])]
         t, by_token = self._t, {each.token: each for each in held}
         lease = held[0].lease
         ours = and_(
             t.c.consumer_group == held[0].row.group,
-            # by the primary key's parts, then exactly: tokens are never used twice
+            # the parts of the primary key use the index; the token then decides, because no token is used twice
             t.c.handler.in_(sorted({each.row.handler for each in held})),
             t.c.business_key.in_(sorted({each.row.key for each in held})),
             t.c.token.in_(sorted(by_token)),
             t.c.status == CONSUMING,
         )
         until = {"lease_until": utcnow(lease.total_seconds())}
-        asked = clock()  # not when it is answered: a process that stands still in between would take it for fresh
+        asked = clock()  # not when the answer comes: a process that was paused before it would think the lease fresh
         with self._speaking() as connection, self._begun(connection):
             match self._dialect.name:
                 case "postgresql":
@@ -279,17 +280,17 @@ class SqlLeases:
                     renewed = set(
                         connection.execute(update(t).where(same).values(until).returning(t.c.token)).scalars()
                     )
-                case "sqlite":  # one writer, and no row is ever locked
+                case "sqlite":  # one writer, so no row is ever locked
                     renewed = set(
                         connection.execute(update(t).where(ours).values(until).returning(t.c.token)).scalars()
                     )
-                case _:  # no UPDATE there skips what is locked
+                case _:  # UPDATE cannot skip locked rows there
                     unlocked = self._all(select(t.c.token).where(ours).with_for_update(skip_locked=True))
                     renewed = set(connection.execute(unlocked).scalars())
                     if renewed:
                         connection.execute(update(t).where(ours, t.c.token.in_(sorted(renewed))).values(until))
             missing = by_token.keys() - renewed
-            if missing:  # locked, or lost: a plain look tells
+            if missing:  # locked or lost: a read without a lock shows which
                 missing -= set(connection.execute(self._all(select(t.c.token).where(ours))).scalars())
         for token in renewed:
             by_token[token].renewed = asked
@@ -304,23 +305,23 @@ class SqlLeases:
             except Exception as error:
                 if not is_taken(error):
                     raise
-                # there is a row: this very one, whose answer was lost, or a stranger's
+                # the step has a row: the one sent before, whose answer was lost, or that of another run
             else:
                 return recorded
         return self._changed(lambda connection: self._finish(connection, held, step))
 
     def record_in(self, connection: Connection, held: HeldLease, step: StepRow, *, fenced: bool = True) -> Recorded:
-        """Insert a step's row, in whichever transaction the connection is in.
+        """Insert a step's row in the connection's transaction.
 
         Args:
-            connection: Where.
-            held: Under which lease.
-            step: What.
-            fenced: The lease is a row of this database, which is locked for it: whoever takes the message over comes
-                before or after, and then sees it. Else nothing is stored of a message that is settled in this database.
+            connection: The connection.
+            held: The lease.
+            step: The step.
+            fenced: The lease is a row of this database. That row is locked, so a takeover happens either before, or after this
+                and then sees the step. False: nothing is stored if the message is settled in this database.
 
         Raises:
-            Exception: The step has a row, of which `is_taken` tells.
+            Exception: The step has a row already; `is_taken` recognises this error.
         """
         t, s = self._t, self._steps
         values: dict[str, Any] = {
@@ -344,14 +345,14 @@ class SqlLeases:
             lock = t if self._is_postgresql else None
             source = select(*columns).select_from(t).where(self._ours(held)).with_for_update(of=lock)
         else:
-            # a person has discarded the message meanwhile, or another run has left its mark: the other store does not know
+            # a person may have discarded the message, or another run may have left its mark: the lease store does not know
             settled = exists().where(self._of(t, held.row), t.c.status != CONSUMING)
             source = select(*columns).where(~settled)
         stored = self._dialect.in_our_name(connection, insert(s).from_select(list(values), source), {})
         return Recorded.STORED if stored else Recorded.LOST
 
     def _finish(self, connection: Connection, held: HeldLease, step: StepRow) -> Recorded:
-        """Write the result to the row that this attempt began, in one round trip; look only where it changed nothing."""
+        """Write the result to the row that this attempt began, in one round trip. Read the row only if nothing was changed."""
         s = self._steps
         mine = and_(self._of(s, held.row), s.c.step == step.name)
         if step.finished:
@@ -365,7 +366,7 @@ class SqlLeases:
         return Recorded.STORED if (row.status == STEP_FINISHED) == step.finished else Recorded.LOST
 
     def finished(self, row: ClaimRow, step: str) -> bytes | None:
-        """Return the result of a finished step, None where it has none."""
+        """Return the result of a finished step, or None."""
         s = self._steps
         of_step = select(s.c.result).where(self._of(s, row), s.c.step == step, s.c.status == STEP_FINISHED)
         return self._seen(lambda connection: connection.execute(self._all(of_step)).scalar_one_or_none())
@@ -416,13 +417,13 @@ class SqlLeases:
         return self._dialect.trail(connection.connection.dbapi_connection, row)
 
     def handlers(self, group: str, key: str) -> Sequence[str]:
-        """Return the handlers that have a claim on a key."""
+        """Return the names of the handlers that have a claim on a key."""
         t = self._t
         named = select(t.c.handler).where(t.c.consumer_group == group, t.c.business_key == key).order_by(t.c.handler)
         return self._seen(lambda connection: connection.execute(self._all(named)).scalars().all())
 
     def clear_in(self, connection: Connection, row: ClaimRow) -> bool:
-        """Delete a claim that is not consumed and under no lease that runs, in the caller's transaction; False if it is."""
+        """Delete a claim in the caller's transaction. False: it is consumed, or its lease still runs."""
         return _one(connection, delete(self._t).where(self._free(row)))
 
     def resolve(self, row: ClaimRow, step: str, result: bytes) -> bool:
@@ -433,7 +434,7 @@ class SqlLeases:
             if connection.execute(free).one_or_none() is None:
                 return False
             mine = and_(self._of(s, row), s.c.step == step)
-            # without the token of the run that began it: should that one still live, it changes nothing any more
+            # the token of the run that began the step is removed: if that run still lives, it can change nothing any more
             done = {"status": STEP_FINISHED, "result": result, "token": None, "finished_at": utcnow()}
             if not _one(connection, update(s).where(mine).values(done)):
                 last = connection.execute(
@@ -445,7 +446,7 @@ class SqlLeases:
             return True
 
     def _say_if_crowded(self) -> None:
-        """Say at once that a step's connection must be waited for: mostly by whoever holds another one with a session."""
+        """Log at once if a step must wait for a connection: mostly its own handler's session holds another one."""
         most = all_taken(self._engine)
         if most is None or not is_news(self._engine):
             return
@@ -458,7 +459,7 @@ class SqlLeases:
             most,
         )
 
-    # -- how it is asked ---------------------------------------------------------------------------------------------
+    # -- how statements are sent -------------------------------------------------------------------------------------
 
     @property
     def _is_postgresql(self) -> bool:
@@ -479,7 +480,7 @@ class SqlLeases:
         return and_(self._of(t, held.row), t.c.status == CONSUMING, t.c.token == held.token)
 
     def _changed(self, do: Callable[[Connection], T]) -> T:
-        """Do it as a transaction of its own, and return what it says. A crash before its end leaves nothing of it."""
+        """Call `do` in a transaction of its own, and return its result. A crash before the end leaves nothing of it."""
 
         def change(connection: Connection) -> T:
             done = do(connection)
@@ -490,11 +491,11 @@ class SqlLeases:
         return self._by_itself(change)
 
     def _seen(self, do: Callable[[Connection], T]) -> T:
-        """Look at what is committed; nothing is written."""
+        """Call `do` to read what is committed. Writes nothing."""
 
         def look(connection: Connection) -> T:
             if self._dialect.asks_around_calls:
-                # before SQLAlchemy begins: a listener of the user's may send statements then, and it is refused behind them
+                # before SQLAlchemy begins: a listener of the user's may then send statements, after which this is refused
                 see_committed(connection.connection.dbapi_connection)
             return do(connection)
 
@@ -517,35 +518,36 @@ class SqlLeases:
                     if not self._was_begun(connection):
                         connection.execution_options(isolation_level="AUTOCOMMIT")
                         return do(connection)
-                    # the driver refuses to change it inside a transaction, and what was set for that one is to be had
+                    # the driver refuses autocommit inside a transaction, and we need what the listener set in this one
                     done = do(connection)
-                    # of the driver's: what is sent on it alone begins nothing that SQLAlchemy would commit
+                    # the driver's commit, because SQLAlchemy does not know of a transaction begun on the driver alone
                     connection.connection.commit()
                     return done
             except Exception as error:
                 if pooled and left < _LEFT and _may_be_left(error):
-                    # alone it left the server's connection as it found it; in a transaction the pooler throws that one away
+                    # a statement alone left the server's connection as it was; after an error in a transaction the pooler
+                    # closes that connection
                     left += 1
                     continue
                 if is_taken(error) or isinstance(error, StoreUnavailable):
                     raise
                 trouble = self._dialect.error_kind(error)
                 if trouble is ErrorKind.TRANSIENT and tries < _TRIES:
-                    # rolled back as a whole, so nothing else is lost with it: a deadlock's victim may simply ask again
+                    # the whole transaction was rolled back, so the victim of a deadlock can simply try again
                     tries += 1
                 elif believed or trouble in (ErrorKind.TRANSIENT, ErrorKind.UNAVAILABLE) or interrupted(error):
                     raise
-                # else whoever had the connection, which is closed now, may have left a role or a time limit in it
+                # else an earlier user may have left a role or a time limit in the connection, which is closed now: try again
 
     def _was_begun(self, connection: Connection) -> bool:
-        """Say whether a listener of the user's has begun a transaction as the connection was made or taken: a ping will do."""
+        """Whether a transaction is open already: a listener of the user's may send a statement, even a ping, at a checkout."""
         if connection.in_transaction():
             return True
         return self._dialect.state(connection.connection.dbapi_connection) is not State.IDLE
 
     @contextmanager
     def _begun(self, connection: Connection) -> Iterator[None]:
-        """A transaction of ours; where something fails in it the connection is closed before anything is rolled back."""
+        """A transaction of our own. After an error in it the connection is closed before anything is rolled back."""
         with connection.begin():
             kept_firsthand(connection)
             begin_bounded(connection)
@@ -557,8 +559,8 @@ class SqlLeases:
 
     def _throw_away(self, connection: Connection, error: BaseException) -> None:
         if not is_taken(error) and self._dialect.error_kind(error) is not ErrorKind.TRANSIENT:
-            # a raw error passes SQLAlchemy by, which would hand the connection out again; whoever had it before may have
-            # left it changed; and what was cancelled is in the middle of a statement
+            # SQLAlchemy does not see a driver's own error, and would reuse the connection. An earlier user may have left it
+            # changed, and after a cancellation it is in the middle of a statement
             connection.invalidate(error)
 
     @contextmanager
@@ -582,6 +584,6 @@ def _may_be_left(error: BaseException) -> bool:
 
 
 def _one(connection: Connection, change: Any) -> bool:
-    """Carry out a change of one row at most, and say whether there was one to change."""
-    # asked to keep it: of an INSERT the driver forgets how many rows it made, and says -1
+    """Execute a change of at most one row, and return whether it changed one."""
+    # preserve_rowcount, because after an INSERT the row count is otherwise lost, and is -1
     return connection.execute(change, execution_options={"preserve_rowcount": True}).rowcount == 1

@@ -1,7 +1,7 @@
-"""Where the leases of each handler are: its own database, another one, or Redis; each opened once, with its renewal.
+"""Finds the lease store of each handler: its own database, another database, or Redis. Each is opened once, with its renewal.
 
-Made by the router, and asked by each handler's `Processor` when it is put together. The worker asks it which of the stores
-that are no database of the application's answer.
+Made by the facade. Called by each handler's `Processor` when it is made, and by the router, which asks whether a store answers
+that is no database of the application.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,19 +39,19 @@ _REDIS: Final = ("redis", "rediss", "unix")
 
 @dataclass(frozen=True, slots=True)
 class LeasePlacement:
-    """Where one handler's leases are."""
+    """Where the leases of one handler are kept."""
 
     store: LeaseStore
-    """In the handler's colour."""
+    """Called from threads or from the event loop, as the handler is."""
     local: SqlLeases
     """The handler's own database, for steps that are a transaction in it."""
     own: bool
-    """Both are one, so what the handler commits is fenced."""
+    """Both are the same database, so the handler's transaction is fenced."""
     renewal: Renewal
     pause: "Callable[[float], None]"
 
     def guard(self, plan: Plan, store: Store) -> LeaseGuard:
-        """Return the guard of a handler whose leases are here."""
+        """Return the guard of a handler whose leases are kept here."""
         assert isinstance(plan.guard, Lease)
         return LeaseGuard(
             self.store,
@@ -67,14 +67,14 @@ class LeasePlacement:
 
 
 class LeaseStores:
-    """The stores of leases of one application.
+    """The lease stores of one application.
 
     Args:
         connections: Its Redis connections, by URL.
-        redis: The URL that the setting `redis` names.
+        redis: The URL of the setting `redis`.
         schema: The database schema of our tables.
         alert: The application's hook.
-        pooler: A pooler stands before PostgreSQL, also where none is seen.
+        pooler: Assume a pooler between us and PostgreSQL, even if none is detected.
     """
 
     def __init__(
@@ -93,10 +93,10 @@ class LeaseStores:
         self._used: dict[str, RedisConnection] = {}
 
     def placed(self, plan: Plan, store: Store) -> LeasePlacement:
-        """Say where a handler's leases are. Opens nothing.
+        """Return where a handler's leases are kept. Opens nothing.
 
         Raises:
-            ConfigurationError: It wants the setting `redis`, and there is none; or the URL is no store's.
+            ConfigurationError: The handler wants the setting `redis`, which is not set. Or the URL is not that of a store.
         """
         assert isinstance(plan.guard, Lease)
         local = sql_leases(store, is_async=plan.is_async)
@@ -109,16 +109,16 @@ class LeaseStores:
             return self._in_redis(plan, self._connection(url), local, pause)
         other = self._databases.get(url)
         if other is None:
-            # a lease takes one connection for a moment, not one for each handler that runs
+            # a lease uses a connection for a moment only, not for the whole run of a handler
             other = self._databases[url] = Store(
                 redacted(url), url, schema=self._schema, pool_size=store.pool_size, pooler=self._pooler
             )
-        # by its URL: two that differ behind a password alone are printed alike
+        # known by its URL: without passwords, two different URLs may print alike
         renewal = self._renewal(url, None, lambda: _renewed_in(other))
         return LeasePlacement(sql_leases(other, is_async=plan.is_async), local, False, renewal, pause)
 
     def at_rest(self, plan: Plan, store: Store) -> LeaseStore:
-        """Return where a handler's leases are, spoken to from a thread: for the command line."""
+        """Return the lease store of a handler for use in a thread: for the command line."""
         return self.placed(plan, store).renewal.store
 
     def lock_guard(self, plan: Plan, store: Store) -> "LockGuard":
@@ -131,7 +131,7 @@ class LeaseStores:
         return LockGuard(self._connection(url), store.dialect, plan.guard, awaiting=plan.is_async)
 
     def url(self, store: str | None) -> str | None:
-        """Return the URL a guard's `store=` means; None for the handler's own database."""
+        """Return the URL that a guard's `store=` means. None: the handler's own database."""
         if store != SETTING:
             return store
         if self._redis is None:
@@ -163,18 +163,18 @@ class LeaseStores:
 
     @property
     def redises(self) -> "Sequence[RedisConnection]":
-        """Every Redis that a handler's guard is in."""
+        """Every Redis that a handler's guard uses."""
         return tuple(self._used.values())
 
     def answers(self, name: str) -> bool | None:
-        """Say whether the store of this name answers; None where it is none of these."""
+        """Whether the store of this name answers. None: it is not one of these stores."""
         if name in self._used:
             return self._used[name].answers()
         alike = [store.answers() for store in self._databases.values() if store.name == name]
         return all(alike) if alike else None
 
     def problems(self) -> "Iterator[tuple[str, Callable[[], str | None]]]":
-        """Give each store that is no database of the application's, and what looks whether it can be used."""
+        """Yield each store that is no database of the application, with a function that checks whether it can be used."""
         for name, redis in self._used.items():
             yield name, redis.problem
         for store in self._databases.values():
@@ -185,23 +185,23 @@ class LeaseStores:
         return [RedisLeases(redis.name, redis.script, timedelta(days=7)) for redis in self._used.values()]
 
     def databases(self) -> Sequence[Store]:
-        """Return the databases of leases that are none of the application's."""
+        """Return the databases of leases that are not the application's own."""
         return tuple(self._databases.values())
 
     def close(self) -> None:
-        """Close what was opened here; the Redis connections are the application's."""
+        """Close the databases opened here. The Redis connections belong to the application."""
         for store in self._databases.values():
             store.close()
 
 
 def sql_leases(store: Store, *, is_async: bool = False) -> SqlLeases:
-    """Return the leases in a database, spoken to from threads or from the loop."""
+    """Return the leases in a database, for use from threads or from the event loop."""
     engine = store.async_engine.sync_engine if is_async else store.engine
     return SqlLeases(store.name, engine, store.dialect, lambda: store.tables)
 
 
 def _renewed_in(store: Store) -> SqlLeases:
-    """Return the leases in a database through a connection of their own, so that no full pool lets healthy ones run out."""
+    """Return the leases in a database through a separate engine, so that a full pool cannot let healthy leases run out."""
     return SqlLeases(store.name, store.engine_apart, store.dialect, lambda: store.tables)
 
 
