@@ -1,1 +1,1 @@
-"""The failure store: what failed, whole, until it is resolved or a person decides."""
+"""The failure store: keeps failed messages whole until they are resolved or a person decides."""

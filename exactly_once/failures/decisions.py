@@ -1,12 +1,12 @@
-"""A person's decision about many failures: in parts, each a transaction of its own, one after the other.
+"""Carries out a person's decision about many failures in parts, one after the other, each in a transaction of its own.
 
-All at once would hold thousands of rows and claims for minutes, and a copy of one of those messages would wait in its handler's
-transaction for as long. A crash between two parts leaves the earlier ones decided and the later ones as they were; the same
-command goes on from there. What a part does is in `triage`. Called by the command line.
+A single transaction would lock thousands of rows and claims for minutes, and a copy of one of these messages would wait as long
+in its handler's transaction. After a crash between two parts, the earlier parts are decided and the later are unchanged: the same
+command continues. `triage` does the work of a part. Called by the command line.
 
-A worker may be running one of them. A discard takes the claim first and the failure row after it, as that run does, so it waits
-for the run's end and finds what became of it. Where a deadlock or a wait ends a part, the part is tried again, then each of its
-rows alone, so that one message that is being run keeps no other from being decided.
+A worker may be running one of these messages. A discard locks the claim first and the failure row second, in the order of a run:
+so it waits for the run's end, and finds its result. If a deadlock or a timeout ends a part, the part is tried again, and then
+each row alone. So one message that is being run does not keep the others from being decided.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,36 +23,36 @@ from exactly_once.failures.triage import Chosen
 
 __all__ = ["Database", "Part", "discard", "requeue"]
 
-_ROWS: Final = 200  # of a part: a copy of one of these messages waits for less than a second
-_TRIES: Final = 2  # of a part, and then of each of its rows: the victim of a deadlock succeeds at its second one
-_WAIT_S: Final = 5  # for a message that is being run; it is left, and named, rather than that its run is waited for
+_ROWS: Final = 200  # rows of a part: a copy of one of these messages waits for less than a second
+_TRIES: Final = 2  # for a part, and then for each of its rows: the victim of a deadlock succeeds at its second try
+_WAIT_S: Final = 5  # for a message that is being run; after that it is left as it is, and its id is reported
 
 
 @dataclass(frozen=True, slots=True)
 class Database:
-    """Where the failures are."""
+    """The database of the failures."""
 
     begin: Callable[[], AbstractContextManager[Connection]]
     """Begins a transaction, which is committed at the end of the block."""
     tables: Tables
     passes: Callable[[BaseException], bool]
-    """Whether an error may pass: a deadlock, a wait that took too long."""
+    """Whether an error is temporary: a deadlock, or a wait that took too long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """What became of some of the chosen."""
+    """The result for some of the chosen failures."""
 
     count: int = 0
     """How many were decided as the person wanted."""
     broken: int = 0
-    """How many of these were broken: what their handler committed before is still there."""
+    """How many of these were broken: what their handler had committed is still there."""
     left_out: int = 0
-    """Broken ones that would have matched, and were not named."""
+    """How many broken failures matched, but were left out because they were not named."""
     settled: int = 0
-    """No longer as they were chosen when their turn came: processed meanwhile, or decided by somebody else."""
+    """How many had changed since they were chosen: processed meanwhile, or decided by another person."""
     running: tuple[int, ...] = ()
-    """Left as they are, by id: a worker was running each of them."""
+    """The ids of failures left as they are: a worker was running each of them."""
 
     def __add__(self, other: "Part") -> "Part":
         return Part(
@@ -67,15 +67,15 @@ class Part:
 def requeue(
     database: Database, chosen: Chosen, ids: Sequence[int], *, by: str, why: str | None, per_second: float | None
 ) -> Iterator[Part]:
-    """Let the pump run these again, oldest first; yields after each transaction.
+    """Let the pump run these failures again, oldest first. Yields after each transaction.
 
     Args:
-        database: Where they are.
-        chosen: Which.
-        ids: Of `triage.ids`: what was chosen as the command began. What fails after that is not meant.
+        database: Their database.
+        chosen: Which failures.
+        ids: The result of `triage.ids` when the command began. Later failures are not meant.
         by: Who decided.
-        why: For what reason.
-        per_second: At most so many a second fall due, by the server's clock; None is all at once.
+        why: The reason.
+        per_second: How many fall due in a second, by the server's clock. None: all at once.
 
     Raises:
         ConfigurationError: A settled state was chosen.
@@ -84,7 +84,7 @@ def requeue(
     began, before = monotonic(), 0
 
     def decide(connection: Connection, part: Chosen) -> Part:
-        # each time counts from when the first of all fell due
+        # due times are counted from the time when the very first fell due
         later = 0.0 if per_second is None else before / per_second - (monotonic() - began)
         done = triage.requeue(
             connection, database.tables, part, by=by, why=why, per_second=per_second, later=max(0.0, later)
@@ -98,14 +98,14 @@ def requeue(
 
 
 def discard(database: Database, chosen: Chosen, ids: Sequence[int], *, by: str, why: str | None) -> Iterator[Part]:
-    """Settle these for good: they do not run again, and neither does another copy of them; yields after each transaction.
+    """Settle these failures for good: neither they nor other copies run again. Yields after each transaction.
 
     Args:
-        database: Where they are.
-        chosen: Which.
-        ids: Of `triage.ids`.
+        database: Their database.
+        chosen: Which failures.
+        ids: The result of `triage.ids`.
         by: Who decided.
-        why: For what reason.
+        why: The reason.
     """
 
     def decide(connection: Connection, part: Chosen) -> Part:
@@ -123,7 +123,7 @@ def _parts(ids: Sequence[int]) -> Iterator[Sequence[int]]:
 def _decided(
     database: Database, chosen: Chosen, ids: Sequence[int], decide: Callable[[Connection, Chosen], Part]
 ) -> Iterator[Part]:
-    """Decide on these in one transaction; where that does not succeed, on each in one of its own."""
+    """Decide these in one transaction. If that does not succeed, decide each in a transaction of its own."""
     part = replace(chosen, part=ids)
     for _ in range(_TRIES):
         try:
@@ -148,9 +148,9 @@ def _decided(
 
 
 def _wait_a_little(connection: Connection) -> None:
-    """Bound the waits of this transaction. SQLite waits for its only writer, as its URL says."""
+    """Limit the waits of this transaction. On SQLite the URL says how long it waits for the other writer."""
     match connection.dialect.name:
         case "postgresql":
             connection.execute(text(f"SET LOCAL lock_timeout = '{_WAIT_S}s'"))
-        case "mysql" | "mariadb":  # there is none for a transaction alone; the session is the command's own
+        case "mysql" | "mariadb":  # only per session there; this session is the command's own
             connection.execute(text(f"SET innodb_lock_wait_timeout = {_WAIT_S}"))

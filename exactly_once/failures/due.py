@@ -1,7 +1,7 @@
-"""What is due of the failure store: taken for running, pushed on, closed. The pump's side of the rows.
+"""The due rows of the failure store, for the pump: takes them for a run, postpones them, and closes them.
 
-Each method is a part of the caller's transaction. What became of a message is written by `processor`, in
-`FailureStore.record` and `resolve`; here a row is closed only where nothing else would. Called by the pump.
+Each method is a part of the caller's transaction. `processing` writes what became of a message, by `FailureStore.record` and
+`resolve`; here a row is closed only if nothing else would close it. Called by the pump, and by the `maintenance` job (`sweep`).
 """
 
 import json
@@ -34,12 +34,12 @@ from exactly_once.message import Message
 
 __all__ = ["DueFailures", "Taken", "message_of"]
 
-_SWEPT_AT_ONCE: Final = 1000  # the rest half a minute later
+_SWEPT_AT_ONCE: Final = 1000  # the next sweep, half a minute later, takes the rest
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What a row was when the pump took it, apart from its time."""
+    """The state of a row when the pump took it, except its due time."""
 
     id: int
     attempts: int
@@ -52,7 +52,7 @@ class Taken:
 
 
 class DueFailures:
-    """The failure rows of one database, as the pump sees them."""
+    """The failure rows of one database, for the pump."""
 
     def __init__(self, tables: Callable[[], Tables]) -> None:
         self._tables = tables
@@ -76,9 +76,9 @@ class DueFailures:
         limit: int,
         lease: timedelta,
     ) -> Sequence[Row[Any]]:
-        """Take due rows for running and push their time on by `lease`, so that no other pump takes them meanwhile.
+        """Take due rows for a run, and postpone them by `lease`, so that no other pump takes them meanwhile.
 
-        Of an ordering key only the oldest open row is taken; the rule is on rows, so a restart changes nothing.
+        Of an ordering key only the oldest open row is taken. This rule depends on rows only, so a restart changes nothing.
         """
         t, older = self._t, self._t.alias("older")
         first_of_key = not_(
@@ -91,7 +91,7 @@ class DueFailures:
                     blocking(older, after_dead_wait=False),
                     and_(blocking(older, after_dead_wait=True), _among(t.c.handler, waits)),
                 ),
-                # but not one of its own, from before the handler's key= was changed; the delivery looks closer
+                # but not a row of the same message, from before the handler's key= was changed; `place` checks this exactly
                 or_(
                     older.c.message_id.is_(None),
                     t.c.message_id.is_(None),
@@ -119,7 +119,7 @@ class DueFailures:
         return rows
 
     def postpone(self, connection: Connection, ids: Sequence[int], delay: timedelta) -> None:
-        """Let these rows be due `delay` from now; rows decided meanwhile are left alone."""
+        """Let these rows be due `delay` from now. Rows that a person decided meanwhile are left alone."""
         t = self._t
         connection.execute(
             update(t)
@@ -128,7 +128,7 @@ class DueFailures:
         )
 
     def close(self, connection: Connection, rows: Sequence[Taken]) -> None:
-        """Close rows that nobody has written to since they were taken; a recorded failure moves `last_failed_at`."""
+        """Close rows that were not written since they were taken. (A recorded failure would change `last_failed_at`.)"""
         t = self._t
         for row in rows:
             connection.execute(
@@ -144,19 +144,19 @@ class DueFailures:
             )
 
     def sweep(self, begin: Callable[[], AbstractContextManager[Connection]], group: str) -> int:
-        """Close open rows whose message was processed on another path (a producer's resend), and say how many.
+        """Close open rows whose message was processed on another path (a producer's resend). Returns how many.
 
         Args:
-            begin: Begins a transaction: one to read in, one to change in.
-            group: Whose rows.
+            begin: Begins a transaction. Called once to read, and once to change.
+            group: The consumer group of the rows.
         """
         t, c = self._t, self._claims
         consumed = exists().where(
             c.c.consumer_group == t.c.consumer_group,
             c.c.handler == t.c.handler,
             c.c.business_key == t.c.business_key,
-            # one that says nothing of its payload, as another program writes it, is compared with nothing: what is to run
-            # again would be its duplicate. A dead one may be another payload's, and a person has not looked yet.
+            # a claim without a fingerprint, as another program writes it, is compared with nothing: a failure that is to run
+            # again would be its duplicate. But a dead failure may have another payload, and a person has not looked yet
             or_(
                 c.c.fingerprint == t.c.fingerprint,
                 and_(func.length(c.c.fingerprint) == 0, t.c.state.in_(RUNNABLE)),
@@ -166,8 +166,8 @@ class DueFailures:
         processed = select(t.c.id).where(
             t.c.consumer_group == group, t.c.state.in_(RESOLVABLE), t.c.business_key.is_not(None), consumed
         )
-        # read first, without a lock: on InnoDB an UPDATE that reads the claims waits for every running handler whose key
-        # has failed before, with the failure rows locked that those handlers need in the end: a deadlock
+        # read first, without a lock: on InnoDB an UPDATE that reads the claims waits for each running handler whose key has
+        # failed before. Meanwhile it locks the failure rows that these handlers need at their end: a deadlock
         with begin() as connection:
             if connection.dialect.name in ("mysql", "mariadb"):
                 see_committed(connection.connection.dbapi_connection)
@@ -182,12 +182,12 @@ class DueFailures:
 
 
 def _among(column: Column[str], names: Sequence[str]) -> ColumnElement[bool]:
-    """Say that it is one of these. Of none SQLAlchemy makes a text that means another thing where values are sent as digits."""
+    """The condition that the column is one of these names. No names: false, as an empty IN has another meaning if we send hex."""
     return column.in_(names) if names else false()
 
 
 def message_of(row: Row[Any]) -> Message:
-    """Return the message a failure row keeps, as it was."""
+    """Return the message that a failure row keeps."""
     kept = json.loads(row.properties)
     unread, properties = kept if isinstance(kept, list) else (None, kept)
     return Message(

@@ -1,6 +1,7 @@
-"""Bodies that one statement does not carry: MySQL and MariaDB limit it, and our bytes travel as digits, two a byte.
+"""Writes bodies that are too large for one statement: MySQL and MariaDB limit its size, and we send each byte as two digits.
 
-They are written in parts, in the transaction of their row. A crash in between leaves no row, as it does with a small one.
+Such a body is written in parts, in the transaction of its row. A crash in between leaves no row, as with a small body. Called by
+`store`.
 """
 
 from typing import Any, Final
@@ -9,22 +10,22 @@ from sqlalchemy import Connection, Table, func, literal, update
 
 __all__ = ["TooLarge", "append", "parts_of"]
 
-_AT_ONCE: Final = 256 * 1024  # its digits and all that goes with them fit wherever a server takes a mebibyte
+_AT_ONCE: Final = 256 * 1024  # its digits and the rest of the statement fit into a mebibyte
 _BESIDE: Final = 16 * 1024  # for the rest of the statement
 _LIMIT: Final = "SELECT CAST(@@max_allowed_packet AS BINARY) LIMIT 1"
 
 
 class TooLarge(Exception):
-    """The server takes no value of this size, in however many statements."""
+    """The server takes no value of this size, in any number of statements."""
 
 
 def parts_of(connection: Connection, body: bytes | None, *, beside: int) -> list[bytes | None]:
-    """Return what to write of a body with its row, and what to append to it then.
+    """Return the part of a body to insert with its row, and then the parts to append.
 
     Args:
-        connection: To its database.
-        body: Of a message.
-        beside: The size of what stands in the row with it, for the row is read in one piece.
+        connection: A connection to its database.
+        body: The body of a message.
+        beside: The size of the rest of the row: a row is read as a whole, so the limit applies to all of it.
 
     Raises:
         TooLarge: No row can hold it.

@@ -1,16 +1,15 @@
-"""What becomes of a message that was not finished: try again by whom and when, or keep it for a person. Pure.
+"""Decides what becomes of a message that was not finished: who tries it again and when, or park it for a person. Pure.
 
     error of the handler -> decide -> Park | ByBroker | ByPump              counted as a failure
     in progress, unknown, waiting -> wait_delay -> ByBroker | ByPump        not counted: the message itself is sound
     arrives with no delivery left -> spent                                  look the claim up, else park without running
 
-Each retry has one owner. `ByBroker`: the delivery is given back and the broker brings it again. `ByPump`: the failure
-store keeps the message with a time, the broker is told it is done, and the pump runs it then; chosen where the broker's
-redelivery is missing or unsafe, cannot wait that long, or where the broker would soon take the message away for good.
-A foreign consumer loop (`process()`) only ever gives back: whoever runs no worker of ours may run no pump either.
+Each retry has one owner. `ByBroker`: the delivery is given back, and the broker redelivers it. `ByPump`: the failure store keeps
+the message with a due time, the delivery is acknowledged, and the pump runs the message at that time. `ByPump` is chosen if the
+broker's redelivery is missing or unsafe, if it cannot wait that long, or if the broker would soon drop the message for good. For
+a foreign consumer loop (`process()`) it is always `ByBroker`: without a worker of ours there may be no pump either.
 
-Nothing here reads a clock, a store or a message. Called by `processor`, which has the failure store ask it with
-the number of failures.
+Never reads a clock, a store or a message. Called by `processing`: the failure store calls `decide` with the number of failures.
 """
 
 from collections.abc import Callable
@@ -46,17 +45,18 @@ __all__ = [
     "wait_delay",
 ]
 
-# for uncounted waits; each one spends one of the broker's deliveries
+# for waits that are not counted; each spends one delivery of the broker
 LEAST_WAIT: Final = timedelta(seconds=1)
-FARTHEST: Final = timedelta(days=36_500)  # every database, broker and clock has that date
-LONGEST_WAIT: Final = timedelta(seconds=30)  # where nothing says how long the other run may last
+FARTHEST: Final = timedelta(days=36_500)  # every database, broker and clock can store that date
+LONGEST_WAIT: Final = timedelta(seconds=30)  # if it is not known how long the other run may last
 
 
 def counts_as(error: BaseException, spec: RetrySpec) -> BaseException:
-    """Return the one of a group's exceptions that decides for all of it: the one after which the message has most tries left.
+    """Return the exception that decides for a whole exception group: the one that leaves the message the most tries.
 
-    That is a `RetryLater`, of several the one with the longest delay; else the first of those whose policy allows most attempts;
-    and what no retry mends only where there is nothing else. A group that `retry=` names itself is none of its exceptions.
+    First choice is a `RetryLater`, the one with the longest delay. Else the exception whose policy allows the most attempts, the
+    first of several. An exception that no retry can help decides only if there is no other. If `retry=` names the exception group
+    itself, the group is returned.
     """
     found = leaves(error)
     if len(found) == 1 and found[0] is error:
@@ -71,7 +71,7 @@ def counts_as(error: BaseException, spec: RetrySpec) -> BaseException:
     return max(mended or found, key=lambda each: retry_for(spec, each).max_attempts)
 
 
-_NOT_MENDED: Final = (Reject, BadKey, BadBody, PayloadConflict, StepError)  # by any retry
+_NOT_MENDED: Final = (Reject, BadKey, BadBody, PayloadConflict, StepError)  # no retry can help
 
 
 def _is_not_mended(error: BaseException) -> bool:
@@ -80,9 +80,9 @@ def _is_not_mended(error: BaseException) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Park:
-    """Keep it whole in the failure store, in this state, for this reason; the broker is done with it.
+    """Keep the message whole in the failure store, in this state, for this reason, and acknowledge it.
 
-    Discarded and resolved are what was found there: it stays so.
+    With `discarded` and `resolved` the stored row has that state already, and keeps it.
     """
 
     state: Literal["dead", "broken", "waiting", "discarded", "resolved"]
@@ -91,14 +91,14 @@ class Park:
 
 @dataclass(frozen=True, slots=True)
 class ByBroker:
-    """Give the delivery back; the broker brings it again after `delay`. The failure's row has no next time."""
+    """Give the delivery back; the broker redelivers it after `delay`. The failure row has no due time."""
 
     delay: timedelta
 
 
 @dataclass(frozen=True, slots=True)
 class ByPump:
-    """Store it with the time it is due, and acknowledge once it is stored; the pump runs it."""
+    """Store the message with its due time, and acknowledge it once it is stored. The pump runs it."""
 
     delay: timedelta
 
@@ -119,16 +119,16 @@ def decide(
 
     Args:
         error: What the handler, the decoding or the claim raised.
-        attempts: Failures recorded of this message for this handler, this one included.
+        attempts: The recorded failures of this message for this handler, this one included.
         retry: The handler's policy.
         features: What the broker can do.
         delivery_attempt: The broker's count for this delivery, from 1.
         foreign: The caller owns the consumer loop; it can only give back.
 
     Returns:
-        `Park` at once for what no retry mends (`Reject`, no key, no readable body, another payload under a
-        known key, a step that must not be guessed, a mistake of the handler's that each run makes)
-        and after `max_attempts`; else who tries again, and when. Of a group `counts_as` says which of its exceptions decides.
+        `Park` at once if no retry can help (`Reject`, no key, no readable body, another payload with a known key, a step that
+        must not be guessed, a mistake of the handler that each run makes), and after `max_attempts`. Else who tries again, and
+        when. In an exception group `counts_as` chooses the exception that decides.
     """
     one = counts_as(error, retry)
     if isinstance(one, Reject):
@@ -145,13 +145,13 @@ def decide(
 
 
 def _delay_of(policy: Retry, error: BaseException, attempts: int) -> timedelta:
-    """What the error asks for, else what the policy says; a class of the application's own may say anything, or raise."""
+    """The delay of the error, else of the policy. A class of the application's own may return anything, or raise."""
     asked: tuple[Callable[[], object], ...] = (
         lambda: error.delay if isinstance(error, RetryLater) else None,
         lambda: policy.delay(attempts),
     )
     for ask in asked:
-        with suppress(Exception):  # raised from here, the failure would be neither counted nor stored
+        with suppress(Exception):  # if this raised, the failure would be neither counted nor stored
             if isinstance(delay := ask(), timedelta):
                 return delay
     return DEFAULT.delay(attempts)
@@ -165,20 +165,20 @@ def wait_delay(
     remaining: timedelta | None = None,
     foreign: bool = False,
 ) -> ByBroker | ByPump:
-    """Decide when to look again at a message that nothing is wrong with; never counted as a failure.
+    """Decide when to look again at a message without a fault of its own. Never counted as a failure.
 
     Args:
         outcome: IN_PROGRESS, UNKNOWN or WAITING.
         features: What the broker can do.
-        delivery_attempt: The broker's count for this delivery, from 1; it grows with each wait, and the waits with it.
-        remaining: For IN_PROGRESS: how long the other run's lease still lasts, if it has one. A run that died keeps
-            its key until then, and each look before it would spend a delivery to see just that.
+        delivery_attempt: The broker's count for this delivery, from 1. It grows with each wait, and so do the waits.
+        remaining: For IN_PROGRESS: how long the lease of the other run still lasts, if it has one. A run that died keeps its key
+            until then, and each earlier look would only spend a delivery.
         foreign: The caller owns the consumer loop; it can only give back.
 
     Returns:
-        Who looks again, and when: as `remaining` ends, at least after a second; without it after a second, then twice
-        as long with each delivery, at most 30 s. Never later than the broker can wait. `ByPump` also near the broker's
-        limit: the message is then kept as *waiting*, not dead.
+        Who looks again, and when. With `remaining`: at its end, but at least after a second. Without: after a second, then twice
+        as long with each delivery, at most 30 s. Never later than the broker can wait. `ByPump` also near the broker's limit: the
+        message is then kept as *waiting*, not dead.
     """
     if outcome not in (Outcome.IN_PROGRESS, Outcome.UNKNOWN, Outcome.WAITING):
         raise ValueError(f"{outcome} is not waited for")
@@ -187,26 +187,25 @@ def wait_delay(
     else:
         delay = min(LEAST_WAIT * 2 ** min(max(delivery_attempt, 1) - 1, 10), LONGEST_WAIT)
     if features.max_redelivery_delay is not None:
-        delay = min(delay, features.max_redelivery_delay)  # sooner is as good: the next look decides again
+        delay = min(delay, features.max_redelivery_delay)  # an earlier look does no harm: it decides again
     return _owner(delay, features, delivery_attempt, foreign=foreign)
 
 
 def _owner(delay: timedelta, features: Features, delivery_attempt: int, *, foreign: bool) -> ByBroker | ByPump:
-    # the one place every delay goes through: a time that no database has is stored as none by SQLite, and never comes
+    # every delay passes here. It is limited, because SQLite stores a date beyond its range as NULL: it would never be due
     delay = min(max(delay, AT_ONCE), FARTHEST)
     if foreign:
         return ByBroker(delay)
     too_long = features.max_redelivery_delay is not None and delay > features.max_redelivery_delay
-    # one delivery short of the last: if this process dies before the row is stored, the last one still finds us
+    # hand over one delivery early: if this process dies before the row is stored, one delivery remains
     near_limit = features.max_attempts is not None and delivery_attempt >= features.max_attempts - 1
     return ByPump(delay) if not features.redelivers or too_long or near_limit else ByBroker(delay)
 
 
 def spent(delivery_attempt: int, features: Features) -> bool:
-    """Tell whether this is the last delivery the broker will make.
+    """Whether this is the broker's last delivery.
 
-    Such a message never gets here while its handlers can finish or fail: it ended the process each time, or its
-    acknowledgements got lost. The attempt looks its claim up first (consumed: acknowledge) and else parks it without
-    running it again.
+    A message whose handlers finish or fail never comes so far: it ended the process each time, or its acknowledgements were lost.
+    The processor looks up the claim first (consumed: acknowledge). Else it parks the message without another run.
     """
     return features.counts_attempts and features.max_attempts is not None and delivery_attempt >= features.max_attempts

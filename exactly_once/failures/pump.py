@@ -1,9 +1,8 @@
-"""The pump: brings failed messages back when they are due. One more consumer of the worker, with the database as broker.
+"""The pump: redelivers failed messages when they are due. One more consumer of the worker, with the database as its broker.
 
-It takes rows of the failure store whose `next_attempt_at` has come, leases them for a while by pushing that time on, and
-hands them out for the one handler that failed. What became of a message is written to its row by the delivery itself, so
-`settle` has something to do only where nothing was decided. A crash anywhere here lets the lease run out, and the claim
-decides between two runs. The worker is the only caller.
+It takes rows of the failure store whose `next_attempt_at` has come, postpones that time for a while (a lease on the row), and
+hands them out for the one handler that failed. The run itself writes the result to the row, so `settle` acts only if nothing was
+decided. After a crash anywhere here the lease runs out, and the claim decides between two runs. Called by the worker alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from exactly_once.wording.text import escaped
 __all__ = ["Pump"]
 
 _LEASE: Final = timedelta(seconds=60)
-_POLL_S: Final = 0.5  # how long a due row may wait unseen; one indexed query each
+_POLL_S: Final = 0.5  # how long a due row may wait unseen; each poll is one indexed query
 _FEATURES: Final = Features(redelivers=False, counts_attempts=False, ordered=True, tags=False, properties=True)
 
 
@@ -34,20 +33,20 @@ _log = steady("exactly_once.pump")
 
 
 class _NotRead(Exception):
-    """A row that was taken is no message."""
+    """A row that was taken cannot be read as a message."""
 
 
 class Pump:
-    """The due failures of one group in one database, as a `Consumer`.
+    """The due failures of one consumer group in one database, as a `Consumer`.
 
     Args:
-        engine: The database.
+        engine: The engine of the database.
         failures: Its failure rows.
         group: The consumer group.
-        handlers: Names of the handlers this process can run.
-        ordered: Those among them that keep order behind a failed message.
-        waits: Those among `ordered` that wait behind a dead message too.
-        name: The database's name among several, for the delivery to find its way back.
+        handlers: The names of the handlers that this process can run.
+        ordered: Those of them that keep order behind a failed message.
+        waits: Those of `ordered` that also wait behind a dead message.
+        name: The database's name, so that the delivery runs on this database again.
     """
 
     def __init__(
@@ -71,12 +70,12 @@ class Pump:
 
     @property
     def features(self) -> Features:
-        """A retry from here is due from here again."""
+        """The features of the pump: what fails again is stored for the pump again."""
         return _FEATURES
 
     @property
     def invisible(self) -> timedelta | None:
-        """How long a taken row is left alone by other pumps."""
+        """How long other pumps leave a taken row alone."""
         return _LEASE
 
     def receive(self, limit: int, wait: timedelta) -> Sequence[Delivery]:
@@ -91,7 +90,7 @@ class Pump:
                         if (told := self._gone(error)) is not None:
                             raise told from error
                         raise
-                    got = []  # the worker learns of the outage from its own messages; here there is just nothing due
+                    got = []  # the worker learns of the outage from its messages; here nothing is due
                 if got:
                     return got
             left = until - monotonic()
@@ -104,15 +103,15 @@ class Pump:
     def _take(self, limit: int) -> list[Delivery]:
         try:
             return self._taken(limit, every=True)
-        except _NotRead:  # the connection is closed: whoever had it may have left it so that texts come as bytes
+        except _NotRead:  # the connection is closed: an earlier user may have set it so that texts come as bytes
             return self._taken(limit, every=False)
 
     def _taken(self, limit: int, *, every: bool) -> list[Delivery]:
-        """Take rows and read them, in one transaction; one that cannot be read does not keep the others.
+        """Take rows and read them, in one transaction. A row that cannot be read does not stop the others.
 
         Args:
-            limit: The most.
-            every: Raise where one cannot be read; nothing is taken then.
+            limit: The most rows to take.
+            every: Raise if a row cannot be read; then nothing is taken.
         """
         got: list[Delivery] = []
         with own_transaction(self._engine) as connection:
@@ -138,11 +137,11 @@ class Pump:
         return got
 
     def settle(self, verdicts: Sequence[tuple[Delivery, Settlement]]) -> None:
-        """Put back what was not decided; a decided row says for itself when it is due.
+        """Postpone rows that were not decided. A decided row has its due time already.
 
-        A finished message's row that is still as it was taken is closed: the message was processed or kept under another
-        identity (its handler's key= or fingerprint= was mended meanwhile) or in the database that route= names now, and
-        nothing but this row would bring it again, for ever.
+        If a message is finished and its row is unchanged since it was taken, the row is closed. The message was processed or kept
+        under another identity (its handler's key= or fingerprint= was changed meanwhile), or in the database that route= names
+        now. Otherwise this row would bring the message again for ever.
         """
         back: dict[timedelta, list[int]] = {}
         done: list[Taken] = []
@@ -152,7 +151,7 @@ class Pump:
             else:
                 done.append(delivery.receipt[1])
         if done:
-            # a crash before this: the lease runs out, and the next run is a duplicate that ends here again
+            # after a crash before this the lease runs out, and the next run is a duplicate that ends here again
             self._change(len(done), lambda connection: self._failures.close(connection, done))
         for delay, ids in back.items():
             self._postpone(ids, delay)
@@ -168,7 +167,7 @@ class Pump:
         try:
             with own_transaction(self._engine) as connection:
                 change(connection)
-        except Exception as error:  # the lease runs out by itself, and the row is due again
+        except Exception as error:  # harmless: the lease runs out, and the row is due again
             _log.warning("pump_settle_failed rows=%d error=%s", rows, type(error).__name__)
 
     def stop(self) -> None:
@@ -178,4 +177,4 @@ class Pump:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Nothing is held open between calls."""
+        """Nothing to do: nothing is held open between calls."""

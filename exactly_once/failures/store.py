@@ -1,11 +1,11 @@
-"""The failure store: every message that failed, whole, with its reason, until it is resolved or a person decides.
+"""The failure store: keeps every failed message whole, with its reason, until it is resolved or a person decides.
 
-Rows are written in a transaction of their own, after the handler's was rolled back; where that fails, nothing is
-acknowledged. A row has one owner of its next try: `next_attempt_at` NULL means the broker brings the message again, a
-time means the pump does. Called by `processor`; the `pump` takes what is `due`, and a person's decisions are in `triage`.
+A row is written in a transaction of its own, after the handler's was rolled back. If that fails, nothing is acknowledged. The
+next try has one owner: `next_attempt_at` NULL means that the broker redelivers the message, a time means that the pump does.
+Called by `processing`. The pump takes due rows by `due`, and a person's decisions are in `triage`.
 
-States: retrying, waiting (not failed, only not yet: it does not count), requeued -> resolved; dead, broken -> requeued or
-discarded by a person.
+States: retrying, waiting (not failed, only not run yet: not counted), requeued -> resolved; dead, broken -> requeued or discarded
+by a person.
 """
 
 import json
@@ -74,7 +74,7 @@ RUNNABLE: Final = ("retrying", "waiting", "requeued")
 RESOLVABLE: Final = (*RUNNABLE, "dead")
 CLOSED: Final = ("resolved", "discarded")
 _OVERDUE: Final = timedelta(hours=13)
-"""No broker is asked for a longer delay than 12 hours: what takes longer is due from here."""
+"""No broker is asked for a longer delay than 12 hours: for a longer delay the pump is the owner."""
 
 MESSAGE_ID_BYTES: Final = 255
 _ERROR_TEXT_CHARACTERS: Final = 4000  # enough for a person; a validation error of a large body can be megabytes
@@ -92,7 +92,7 @@ _WITHOUT_BODY: Final = (
 
 
 class Form(Enum):
-    """How much of a failure is written, from all of it to what any database takes. The body is whole or left out."""
+    """How much of a failure is written: from everything to what any database takes. The body is written whole or not at all."""
 
     WHOLE = "everything; what the database's character set lacks is escaped"
     SHORT = "texts in ASCII, the error cut short, no time of birth; the key as it is, so that the row is found again"
@@ -101,7 +101,7 @@ class Form(Enum):
 
     @property
     def shorter(self) -> "Form | None":
-        """What to try where this one was refused."""
+        """The form to try if the database refused this one."""
         return {Form.WHOLE: Form.SHORT, Form.SHORT: Form.ASCII, Form.ASCII: Form.WITHOUT_BODY}.get(self)
 
 
@@ -109,7 +109,7 @@ class Form(Enum):
 class Failure:
     """One message of one handler that was not processed.
 
-    `key` is None where the message has no usable business key; it is then known by its message id.
+    `key` is None if the message has no usable business key; then its message id identifies it.
     """
 
     group: str
@@ -120,19 +120,19 @@ class Failure:
     error: BaseException
     counted: bool = True
     claim_owner: str | None = None
-    """Of a broken one: the attempt whose claim stands for it, or is to."""
+    """For a broken message: the attempt that owns the claim that stands, or is to be written."""
     block: bool = False
-    """That claim is to be written where none stands."""
+    """Write that claim if none stands."""
     form: Form = Form.WHOLE
-    """How much is written; the shorter ones are for what was refused whole."""
+    """How much is written. The shorter forms are for a failure that the database refused to take whole."""
 
     @property
     def failure_key(self) -> str:
-        """By what this failure is the same as an earlier one."""
+        """The key by which this failure is found to be the same as an earlier one."""
         return self.failure_key_in(EVERY)
 
     def failure_key_in(self, characters: str) -> str:
-        """The same, as a database of this character set keeps it."""
+        """The same key, as a database with this character set stores it."""
         if self.key is not None:
             return "k:" + _known_by(self.key, characters)
         return "m:" + _known_by(self.message.message_id or "", characters)
@@ -140,21 +140,21 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a message stands among those of its ordering key."""
+    """The place of a message among the messages of its ordering key."""
 
     blocked: bool
-    """An older one must come first."""
+    """An older message must come first."""
     known: bool
-    """It has a row of its own, under whichever identity: it failed before."""
+    """The message has a row, with its present or an earlier identity: it failed before."""
     former: Sequence[int] = ()
-    """Its rows from before its handler's key= or fingerprint= was changed."""
+    """Its rows from before the handler's key= or fingerprint= was changed."""
 
 
 def blocking(t: FromClause, *, after_dead_wait: bool) -> ColumnElement[bool]:
-    """The rows that younger ones of their ordering key wait for.
+    """The condition for rows that later messages of the same ordering key wait for.
 
-    One that runs by itself, brought by the broker or taken by the pump. One that a person must decide, only where the handler
-    waits for dead ones: also a *waiting* one without a time, whose COMMIT was never answered.
+    These are rows that run again by themselves, redelivered by the broker or taken by the pump. With `after_dead_wait` also rows
+    that a person must decide: dead, broken, and *waiting* without a due time, whose COMMIT was never answered.
     """
     if after_dead_wait:
         return t.c.state.in_(OPEN)
@@ -162,13 +162,13 @@ def blocking(t: FromClause, *, after_dead_wait: bool) -> ColumnElement[bool]:
 
 
 def overdue(t: FromClause) -> ColumnElement[bool]:
-    """The rows whose broker was to bring the message again, and has not for longer than it ever waits.
+    """The condition for rows that the broker was to redeliver, and has not for longer than any broker waits.
 
-    Another program of the group did it (a Java listener, which writes nothing here), or no worker ran, or the broker has
-    given up. Nobody can tell these apart from here, and closing one that was not done would lose it: a person decides.
+    Another program of the consumer group processed the message (a Java listener, which writes nothing here), or no worker ran, or
+    the broker has given up. The rows do not show which, and closing a row that was not processed would lose it: a person decides.
 
-    A *waiting* one without a time is no broker's: its COMMIT was never answered, so it was kept whole for a person, and
-    acknowledged. Only one whose body the database did not take stayed with its broker.
+    A *waiting* row without a due time is not the broker's: its COMMIT was never answered, so it was kept whole for a person, and
+    acknowledged. Only a message whose body the database did not take stays with its broker.
     """
     return and_(
         or_(t.c.state == "retrying", and_(t.c.state == "waiting", t.c.properties == _NO_PROPERTIES)),
@@ -178,29 +178,29 @@ def overdue(t: FromClause) -> ColumnElement[bool]:
 
 
 def _tag(t: Table) -> Any:
-    """By which `fingerprint=` a row's fingerprint was made; of an empty one SQLite says NULL."""
+    """The tag of a row's fingerprint, which says by which `fingerprint=` it was made. For an empty one SQLite returns NULL."""
     type_ = t.c.fingerprint.type
     return func.coalesce(func.substr(t.c.fingerprint, 1, TAG_BYTES, type_=type_), literal(b"", type_), type_=type_)
 
 
 def _bodiless(t: Table) -> Any:
-    """Whether a row was written `WITHOUT_BODY`."""
+    """The column that says whether a row was written `WITHOUT_BODY`."""
     return (t.c.properties == _NO_PROPERTIES).label("bodiless")
 
 
 def _known_by(text: str, characters: str, most: int = KEY_BYTES) -> str:
-    """Return a text by which rows are found again, in so many bytes. Of what is returned it returns that very text."""
+    """Return a text of at most `most` bytes by which rows are found again. Idempotent."""
     kept = storable(text, None, characters) or ""
     if len(kept.encode()) <= most:
         return kept
-    # two that begin alike are two: of messages taken for one a requeue would lose the other, and of ordering keys taken for
-    # one the messages of the other would wait
+    # two long texts with the same beginning must stay different. If two messages were taken for one, a requeue would lose one
+    # of them; if two ordering keys were, the messages of one would wait for the other
     digest = sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:_DIGEST_CHARACTERS]
     return f"{storable(kept, most - _DIGEST_CHARACTERS - 1)}~{digest}"
 
 
 def _order_of(message: Message, t: Table, characters: str) -> str | None:
-    """Return what stands for a message's ordering key in its column."""
+    """Return what the column stores for a message's ordering key."""
     most: int = t.c.ordering_key.type.bytes  # type: ignore[attr-defined]
     return None if message.ordering_key is None else _known_by(message.ordering_key, characters, most)
 
@@ -216,16 +216,16 @@ class FailureStore:
         return self._tables().failure
 
     def record(self, session: Session, failure: Failure, decide: Callable[[int], Decision]) -> tuple[Decision, int]:
-        """Write one failure down, counting it, with what is to happen next; commits.
+        """Record one failure, count it, and store the decision about it. Commits.
 
         Args:
-            session: A fresh session, whose transaction has sent nothing yet.
-            failure: What failed.
-            decide: From the number of failures, this one included, what is to happen.
+            session: A new session, whose transaction has sent nothing yet.
+            failure: The failure.
+            decide: Returns the decision for a number of failures, this one included.
 
         Returns:
-            The decision that was stored, and the number of failures. A message that a person discarded stays discarded, and one
-            that is only to wait stays resolved where it was processed meanwhile.
+            The decision that was stored, and the number of failures. A message that a person discarded stays discarded. A message
+            that only had to wait stays resolved if it was processed meanwhile.
         """
         for last in (False, True):
             try:
@@ -235,7 +235,7 @@ class FailureStore:
             except Exception as error:
                 if last or not is_taken(error):
                     raise
-                # two deliveries of one message failed at the same moment; now the row is there to be updated
+                # two deliveries of one message failed at the same moment: now the row exists and can be updated
                 session.rollback()
             else:
                 return recorded
@@ -253,8 +253,8 @@ class FailureStore:
         )
         row = session.execute(known.where(identity)).one_or_none()
         if row is not None:
-            # locked by its id, and only when it is there: on InnoDB a locking read of nothing locks the gap around it,
-            # and two messages that fail for the first time would deadlock on each other's gap
+            # lock by id, and only an existing row: on InnoDB a locking read that finds nothing locks the gap, and two messages
+            # that fail for the first time would deadlock on each other's gap
             row = session.execute(known.where(t.c.id == row.id).with_for_update()).one_or_none()
         if row is not None and row.state in CLOSED:
             again = row.message_id == storable(failure.message.message_id, MESSAGE_ID_BYTES, texts)
@@ -262,15 +262,15 @@ class FailureStore:
                 return Park("discarded", "a person discarded this message"), row.attempts
             if row.state == "resolved" and not failure.counted and self._is_consumed(session, failure):
                 return Park("resolved", "another run has processed it"), row.attempts
-            # under a lock, or once its claim was purged, a key comes another day: another message, with a place in the order,
-            # and an id, of its own
+            # under a lock guard, or after its claim was purged, the same key may come again as another message, which needs its
+            # own id and its own place in the order
             session.execute(delete(t).where(t.c.id == row.id))
             row = None
         earlier = row.attempts if row is not None else 0
         attempts = earlier + 1 if failure.counted else earlier
-        # written once; or now, where it was not taken before
+        # the content is written once; again only if the database did not take it before
         first, *more = self._content(session.connection(), failure, texts) if row is None or row.bodiless else (None,)
-        # nowhere but with the broker: it is not acknowledged, whoever would bring it again or keep it else
+        # only the broker has the whole message: never acknowledge it, whatever the decision would be
         bodiless = first is not None and "body" not in first
         decision = ByBroker(_BROUGHT_AGAIN) if bodiless else decide(attempts)
         said = _WITHOUT_BODY.format(size=len(failure.message.body or b"")) if bodiless else ""
@@ -296,7 +296,7 @@ class FailureStore:
         return decision, attempts
 
     def _is_claimed(self, session: Session, failure: Failure) -> bool:
-        """Of a discarded key: as long as the claim that was written for it stands, a resend under another id is a copy."""
+        """Whether a discarded key still has the claim that was written for it: then a resend with another id is a copy."""
         if failure.key is None:
             return False
         claims = self._tables().idempotent
@@ -305,25 +305,25 @@ class FailureStore:
         return session.execute(all_rows(known, session.connection().dialect.name)).first() is not None
 
     def _is_consumed(self, session: Session, failure: Failure) -> bool:
-        """Of a message that was only to wait: whether the run that it was to wait for has ended, and done it.
+        """Whether the run that this message waited for has processed it meanwhile.
 
-        That run has closed the row and committed, both before this could have the row; opened once more it would be shown
-        to a person, whose discard would be of what took effect.
+        That run closed the row and committed before this transaction got the row. If the row were opened again, a person would
+        see it, and might discard a message that took effect.
         """
         if failure.key is None:
             return False
         claims = self._tables().idempotent
         stands = claim_rows.of(claims, failure.group, failure.handler, failure.key)
         same = and_(stands, claims.c.status == CONSUMED, claims.c.fingerprint == failure.fingerprint)
-        # locked, for a plain look of InnoDB is at what stood there as this transaction began
+        # a locking read: a plain read on InnoDB shows what was there when this transaction began
         known = select(claims.c.status).where(same).with_for_update(read=True)
         return session.execute(all_rows(known, session.connection().dialect.name)).first() is not None
 
     def _claim(self, session: Session, failure: Failure) -> None:
-        """Let the claim of a broken message stand, so that no copy of it runs before a person has looked.
+        """Make sure that a broken message has a consumed claim, so that no copy runs before a person has looked.
 
-        Mostly it stands, and is finished here; where its transaction was lost and something else was committed after it, it
-        is written.
+        Mostly the claim stands, and is set to consumed here. If its transaction was lost and something else was committed after
+        it, the claim is written.
         """
         if failure.key is None:
             return
@@ -349,14 +349,14 @@ class FailureStore:
     def resolve(
         self, session: Session, dialect: Dialect, row: ClaimRow, message_id: str | None, former: Sequence[int] = ()
     ) -> None:
-        """Close the row of a message that was processed, in the handler's transaction.
+        """Close the failure row of a processed message, in the handler's transaction.
 
         Args:
-            session: In that transaction.
-            dialect: How its database is spoken to.
-            row: Who was processed.
-            message_id: As it came.
-            former: What `place` found of an ordered one.
+            session: The session in that transaction.
+            dialect: The dialect of its database.
+            row: The claim of the processed message.
+            message_id: The message id of this delivery.
+            former: For an ordered message: the rows that `place` found.
         """
         connection = session.connection()
         characters = characters_of(connection)
@@ -374,9 +374,9 @@ class FailureStore:
 
     @cached_property
     def _resolving_former(self) -> Update:
-        """Of an ordered message, a row from before its handler's key= was changed: its followers would wait for ever.
+        """Closes an ordered message's row from before the handler's key= was changed: later messages would wait for ever.
 
-        Only one that its broker was to bring again, and has brought now; what the pump brings, it closes itself.
+        Only a row whose message the broker was to redeliver, and has redelivered now. The pump closes its rows itself.
         """
         t = self._t
         return (
@@ -396,7 +396,7 @@ class FailureStore:
         same = or_(
             t.c.fingerprint == bindparam("b_fingerprint", type_=t.c.fingerprint.type),
             t.c.message_id == bindparam("b_message_id", type_=t.c.message_id.type),
-            # the handler's fingerprint= was changed since it failed: another one, and yet this very message
+            # the handler's fingerprint= was changed since it failed: another fingerprint, but the same message
             _tag(t) != bindparam("b_tag", type_=t.c.fingerprint.type),
         )
         return (
@@ -404,7 +404,7 @@ class FailureStore:
             .where(
                 *(column == bindparam(name, type_=column.type) for name, column in named.items()),
                 same,
-                # not a broken one: its claim stands, so its next copy is a duplicate, and half of its effects are missing
+                # not a broken row: its claim stands, so its next copy is a duplicate, but half of its effects are missing
                 or_(*(t.c.state == state for state in RESOLVABLE)),
             )
             .values(state="resolved", next_attempt_at=None)
@@ -413,13 +413,13 @@ class FailureStore:
     def place(
         self, session: Session, failure: Failure, *, after_dead_wait: bool, is_its_own: Callable[[Row[Any]], bool]
     ) -> Place:
-        """Say where a message stands among the open rows of its ordering key; in the caller's transaction.
+        """Return the place of a message among the open rows of its ordering key, in the caller's transaction.
 
         Args:
-            session: In that transaction.
-            failure: Of the message.
-            after_dead_wait: It waits behind dead ones, too.
-            is_its_own: Whether a row that has its id, or its key, and its body keeps this very message.
+            session: The session in that transaction.
+            failure: A failure made of the message.
+            after_dead_wait: The message also waits behind dead messages.
+            is_its_own: Whether a row with the same body, and the same id or key, keeps this very message.
         """
         t = self._t
         characters = characters_of(session.connection())
@@ -449,20 +449,20 @@ class FailureStore:
         characters: str,
         is_its_own: Callable[[Row[Any]], bool],
     ) -> Sequence[int]:
-        """Rows of this message from before the handler's key= or fingerprint= was changed: it would wait for itself, for ever."""
+        """Find rows of this message from before the handler's key= or fingerprint= was changed: it would wait for itself."""
         t, message = self._t, failure.message
         alike = and_(t.c.failure_key == key, _tag(t) != failure.fingerprint[:TAG_BYTES])
         if message.message_id:
-            # an id alone says little: producers give that of the order, of the request, of the batch
+            # an id alone proves little: producers may use the id of the order, the request or the batch
             alike = or_(t.c.message_id == storable(message.message_id, MESSAGE_ID_BYTES, characters), alike)
-        # the body itself would be sent with each look, and a server refuses statements that are too long
+        # compare lengths first: to compare bodies, each query would send the body, and servers refuse long statements
         as_long = func.length(t.c.body) == len(message.body) if message.body is not None else t.c.body.is_(None)
         found = select(t).where(others, t.c.state.in_(OPEN), as_long, alike).order_by(t.c.id).limit(_MOST_FORMER)
         rows = session.execute(all_rows(found, session.connection().dialect.name)).all()
         return tuple(row.id for row in rows if row.body == message.body and is_its_own(row))
 
     def begun(self, session: Session, group: str, handler: str, key: str, message_id: str) -> bool:
-        """Say whether a message of this id has a claim, or a failure, under this key."""
+        """Whether a message with this id has a claim or a failure with this key."""
         claims, t = self._tables().idempotent, self._t
         characters = characters_of(session.connection())
         claimed = select(claims.c.status).where(
@@ -478,7 +478,7 @@ class FailureStore:
         return any(session.execute(found.limit(1)).first() is not None for found in (claimed, failed))
 
     def any_blocking(self, session: Session, group: str, handler: str, *, after_dead_wait: bool) -> bool:
-        """Say whether any ordering key of this handler may be blocked: mostly none is, and one look tells for all."""
+        """Whether any ordering key of this handler may be blocked. Mostly none is, and one query answers for all messages."""
         t = self._t
         found = select(t.c.id).where(
             t.c.consumer_group == group,
@@ -498,9 +498,9 @@ class FailureStore:
         )
 
     def _content(self, connection: Connection, failure: Failure, characters: str) -> tuple[Any, ...]:
-        """Return the columns of a message's content, and the rest of its body, which is to be appended then."""
+        """Return the columns of a message's content, then the parts of its body that must be appended."""
         if failure.form is Form.WITHOUT_BODY:
-            # no properties of any message: nobody takes such a row for one whose body is empty, and runs it
+            # a value that no message's properties have, so that the row is never taken for a message with an empty body, and run
             return ({"properties": _NO_PROPERTIES},)
         properties = _properties_of(failure.message, characters)
         first, *more = parts_of(connection, failure.message.body, beside=len(properties))
@@ -519,7 +519,7 @@ class FailureStore:
             "message_key": _fitting(m.key, t.message_key, characters),
             "ordering_key": _order_of(m, self._t, characters),
             "message_id": storable(m.message_id, MESSAGE_ID_BYTES, characters),
-            # one that no server takes (year 1, no time zone) is no reason to lose the message
+            # a time that no server takes (year 1, no time zone) is no reason to lose the message
             "born_at": m.born_at if form is Form.WHOLE else None,
             "first_failed_at": utcnow(),
         }
@@ -540,7 +540,7 @@ def _fitting(text: str | None, column: Column[str], characters: str) -> str | No
 
 
 def _properties_of(message: Message, characters: str) -> str:
-    """Return an object of texts; of a message whose body is not read a list of why, and that object: no sender can write one."""
+    """Return the properties as a JSON object. For an unread body: a list of the reason and that object, as no sender can make."""
     properties: Any = dict(message.properties)
     if message.unread is not None:
         properties = [message.unread, properties]
@@ -552,11 +552,11 @@ def _properties_of(message: Message, characters: str) -> str:
             pass
         else:
             return text
-    return json.dumps(properties, default=repr)  # less readable, but as it was, in any character set
+    return json.dumps(properties, default=repr)  # less readable, but complete in any character set
 
 
 def text_of(error: BaseException) -> str:
-    """Return what an error says and where it was raised; never raises, whatever the error's own code does."""
+    """Return an error's text and where it was raised. Never raises, whatever the error's own code does."""
     return f"{words_of(error)}{place_of(error)}"
 
 

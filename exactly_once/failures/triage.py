@@ -1,12 +1,12 @@
-"""What a person decides about failed messages: list, look, requeue, discard.
+"""A person's commands for failed messages: list, show, requeue, discard.
 
-Each is a part of the caller's transaction; `decisions` makes several of many rows. `requeue` only sets a time: a running
-worker's pump runs the message then, under its claim like any other. `discard` writes the claim row beside the decision, or the
-broker's next copy would run what a person settled. Neither reads a body.
+Each is a part of the caller's transaction; `decisions` divides many rows into several. `requeue` only sets a due time: then the
+pump of a running worker runs the message, under its claim like any other. `discard` also writes the claim row, or the broker's
+next copy would run a message that a person settled. Neither reads a body.
 
-A *broken* message's claim was committed by its handler, with half of its effects. Requeued, it would pass for a duplicate
-and be closed without having run, so `requeue` takes that claim back; therefore it touches broken ones only where a person
-names them. Called by `decisions` and by the command line.
+The claim of a *broken* message was committed together with half of its effects. A requeued message would be taken for a duplicate
+and closed without a run, so `requeue` removes that claim. Therefore it takes broken messages only if a person names them. Called
+by `decisions` and the command line.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,20 +38,20 @@ __all__ = [
 ]
 
 _IDENTITY: Final = ("id", "state", "consumer_group", "handler", "business_key", "claim_owner", "last_failed_at")
-_LOOKS: Final = 3  # for a claim that comes or goes in between; then the whole is tried again
+_LOOKS: Final = 3  # for a claim that appears or disappears meanwhile; then the whole part is tried again
 _CLAIMED: Final = (*_IDENTITY, "message_id", "fingerprint", "attempts", "born_at")
 
 
 class ChangedMeanwhile(Exception):
-    """A failure that was to be discarded is no longer as it was chosen. Its claim is written already: roll back."""
+    """A failure to be discarded has changed since it was chosen. Its claim is written already: roll back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
-    """Which failures a command is about; what is None does not narrow.
+    """Which failures a command is about. A field that is None does not filter.
 
     Raises:
-        ConfigurationError: There is no such state: a misspelled one would match nothing, in silence.
+        ConfigurationError: There is no such state. A misspelled state would silently match nothing.
     """
 
     group: str
@@ -60,10 +60,10 @@ class Chosen:
     error_class: str | None = None
     key: str | None = None
     overdue: bool = False
-    """Only those that their broker was to bring again, and has not for so long that it never will."""
+    """Only failures that the broker was to redeliver, and has not for so long that it never will."""
     states: Sequence[str] = OPEN
     part: Sequence[int] = ()
-    """Those among them, by id, that one transaction is about; else all."""
+    """The ids of those that one transaction is about. Empty: all."""
 
     def __post_init__(self) -> None:
         for state in self.states:
@@ -74,7 +74,7 @@ class Chosen:
                 )
 
     def where(self, connection: Connection, t: Table) -> ColumnElement[bool]:
-        """Return the condition, in the characters of that database: there a key stands as it was recorded."""
+        """Return the condition, with texts in the database's character set: keys were recorded in it."""
         characters = characters_of(connection)
         narrow: list[ColumnElement[bool]] = [t.c.consumer_group == self.group, t.c.state.in_(self.states)]
         if self.ids:
@@ -93,7 +93,7 @@ class Chosen:
 
 
 def listed(connection: Connection, tables: Tables, chosen: Chosen, *, limit: int) -> Sequence[Row[Any]]:
-    """Return failures, newest first, without their bodies; and of each whether it is overdue."""
+    """Return failures, newest first, without their bodies, each with the flag `overdue`."""
     t = tables.failure
     columns: list[Any] = [column for column in t.c if column.name not in ("body", "properties", "fingerprint")]
     columns.append(overdue(t).label("overdue"))
@@ -103,7 +103,7 @@ def listed(connection: Connection, tables: Tables, chosen: Chosen, *, limit: int
 
 
 def count(connection: Connection, tables: Tables, chosen: Chosen) -> int:
-    """Return how many there are."""
+    """Return how many failures match."""
     t = tables.failure
     return connection.execute(
         all_rows(select(func.count()).select_from(t).where(chosen.where(connection, t)), connection.dialect.name)
@@ -111,13 +111,13 @@ def count(connection: Connection, tables: Tables, chosen: Chosen) -> int:
 
 
 def other_groups(connection: Connection, tables: Tables, group: str, *, most: int) -> Sequence[str]:
-    """Return the groups there are, where there is no row of `group`: its name is misspelt, or it never ran."""
+    """Return the existing consumer groups if `group` has no row: its name is misspelt, or it never ran."""
     found: set[str] = set()
     for t in (tables.idempotent, tables.failure):
         if connection.execute(select(t.c.consumer_group).where(t.c.consumer_group == group).limit(1)).first():
             return ()
         last: str | None = ""
-        # one step of the index for each name, however many rows each has
+        # one index step for each name, however many rows it has
         while len(found) < most:
             after = select(func.min(t.c.consumer_group)).where(t.c.consumer_group > last)
             if (last := connection.execute(after).scalar_one_or_none()) is None:
@@ -127,14 +127,14 @@ def other_groups(connection: Connection, tables: Tables, group: str, *, most: in
 
 
 def ids(connection: Connection, tables: Tables, chosen: Chosen) -> Sequence[int]:
-    """Return their ids, oldest first."""
+    """Return the ids of the failures that match, oldest first."""
     t = tables.failure
     found = select(t.c.id).where(chosen.where(connection, t)).order_by(t.c.id)
     return connection.execute(all_rows(found, connection.dialect.name)).scalars().all()
 
 
 def shown(connection: Connection, tables: Tables, group: str, id_: int) -> Row[Any] | None:
-    """Return one failure, whole, in whichever state."""
+    """Return one failure whole, in any state."""
     t = tables.failure
     one = select(t).where(t.c.consumer_group == group, t.c.id == id_)
     return connection.execute(all_rows(one, connection.dialect.name)).one_or_none()
@@ -142,18 +142,18 @@ def shown(connection: Connection, tables: Tables, group: str, id_: int) -> Row[A
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requeued:
-    """What a requeue did."""
+    """The result of a requeue."""
 
     count: int
-    """How many run again, broken ones included."""
+    """How many run again, broken messages included."""
     broken: int
-    """How many of them were broken: what their handler committed before is still there."""
+    """How many of these were broken: what their handler had committed is still there."""
     left_out: int
-    """Broken ones that would have matched, and were not named."""
+    """How many broken failures matched, but were left out because they were not named."""
 
 
 def refuse_settled(chosen: Chosen) -> None:
-    """Refuse to requeue what is settled.
+    """Refuse to requeue settled failures.
 
     Raises:
         ConfigurationError: A settled state was chosen: its claim stands, so it would not run.
@@ -175,18 +175,18 @@ def requeue(
     per_second: float | None,
     later: float = 0.0,
 ) -> Requeued:
-    """Let the pump run these again, oldest first.
+    """Let the pump run these failures again, oldest first.
 
-    Broken ones are left out unless they are chosen by id, or by the state "broken" alone or among others that were named.
+    Broken failures are left out unless a person names their ids, or names states that include "broken".
 
     Args:
         connection: In a transaction of the caller's.
-        tables: Ours.
-        chosen: Which.
+        tables: Our tables.
+        chosen: Which failures.
         by: Who decided.
-        why: For what reason.
-        per_second: At most so many a second fall due, by the server's clock; None is all at once.
-        later: In so many seconds the first of them falls due.
+        why: The reason.
+        per_second: How many fall due in a second, by the server's clock. None: all at once.
+        later: The seconds until the first of them falls due.
 
     Raises:
         ConfigurationError: A settled state was chosen: its claim stands, so it would not run.
@@ -219,20 +219,20 @@ def requeue(
 
 
 def discard(connection: Connection, tables: Tables, chosen: Chosen, *, by: str, why: str | None) -> int:
-    """Settle these for good, and return how many: they do not run again, and neither does another copy of them.
+    """Settle these failures for good, and return how many. Neither they nor other copies run again.
 
-    One that took effect meanwhile (another run or another copy has its claim) is closed as processed, and not counted.
+    A message that took effect meanwhile (another run or another copy has its claim) is closed as processed, and not counted.
 
-    The claims come first and the failures after them, in the order in which a run of the message writes both: the other way
-    round each would wait for the other.
+    Claims are written first and failures second, in the order of a run of the message: in the other order each would wait for
+    the other.
 
     Raises:
-        ChangedMeanwhile: One of them was processed, or decided by somebody else, while this waited for its claim.
+        ChangedMeanwhile: A message was processed, or decided by another person, while this waited for its claim.
     """
     t = tables.failure
     meant = select(*(t.c[name] for name in _CLAIMED)).where(chosen.where(connection, t))
     rows = connection.execute(all_rows(meant, connection.dialect.name)).all()
-    # by key, as groups of messages claim
+    # sorted by key, the order in which batches claim
     known = sorted((row for row in rows if row.business_key is not None), key=lambda row: row.business_key.encode())
     done = [row.id for row in known if not _claim(connection, tables.idempotent, row)]
     found = [row.id for row in rows]
@@ -253,10 +253,10 @@ def _write(connection: Connection, t: Table, ids_: Sequence[int], values: Mappin
 
 
 def _claim(connection: Connection, claims: Table, row: Row[Any]) -> bool:
-    """Write the claim unless the key has one, and say whether the message is to be discarded: False where it took effect.
+    """Write the claim unless the key has one. Return whether to discard the message; False: it took effect.
 
-    A lease that was begun is finished so, and taken from whoever still runs under it. One that is begun between the look for it
-    and the writing is found at the second look; nobody lets go of it then, for its row is locked.
+    A lease on the key is ended by this, and taken from a run that still has it. A lease that begins between the look and the
+    write is found at the second look. It cannot be released then, because its row is locked.
     """
     settled = {"status": CONSUMED, "owner": DISCARDED, "token": None, "lease_until": None, "consumed_at": utcnow()}
     stands = claim_rows.of(claims, row.consumer_group, row.handler, row.business_key)
@@ -276,7 +276,7 @@ def _claim(connection: Connection, claims: Table, row: Row[Any]) -> bool:
             return True
         if claim_rows.write(connection, claims, values):
             return True
-        # as it is now: a plain look may be at what stood there as this transaction began
+        # a locking read: a plain read may show what was there when this transaction began
         there = select(claims.c.status, claims.c.fingerprint, claims.c.owner).where(stands).with_for_update(read=True)
         claim = connection.execute(all_rows(there, connection.dialect.name)).one_or_none()
         if claim is not None and claim.status == CONSUMED:
@@ -285,9 +285,9 @@ def _claim(connection: Connection, claims: Table, row: Row[Any]) -> bool:
 
 
 def _took_effect(row: Row[Any], fingerprint: bytes) -> bool:
-    """Say whether a consumed claim is that of this failure's message, as the pump's sweep says it."""
+    """Whether a consumed claim is that of this failure's message, by the rule of `DueFailures.sweep`."""
     if row.state not in RESOLVABLE:
-        return False  # a broken one: the claim stands with half of its effects
+        return False  # broken: the claim stands with half of its effects
     return fingerprint == row.fingerprint or (not fingerprint and row.state in RUNNABLE)
 
 
