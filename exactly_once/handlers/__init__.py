@@ -1,1 +1,1 @@
-"""What a decorated function is: checked and prepared once, before its first message."""
+"""Checks and prepares a decorated function once, before its first message."""

@@ -1,8 +1,8 @@
 """The body of a message: parsed once for key, fingerprint and handler, then read as the handler's annotation says.
 
-pydantic is imported here only, and only when a handler is decorated that needs it. Nothing here runs a handler or
-decides what becomes of a bad body: a `BadBody` is raised, whose text never holds the body's values, for it goes to logs
-and into the failure store's reason. Called by the handler's plan.
+pydantic is imported only here and in `steps`, and only when a handler needs it. Never runs a handler, and never decides what
+becomes of a bad body: it raises a `BadBody`. Its text never has the body's values, because it goes to logs and into the reason in
+the failure store. Called by the handler's plan.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -25,19 +25,19 @@ class _NotJson:
 
 
 NOT_JSON: Final = _NotJson()
-"""What `parse_json` returns for a body that is no JSON, since None is JSON's null."""
+"""The result of `parse_json` for a body that is not JSON. (None is JSON's null.)"""
 
 _DEEPEST: Final = 200
 _read_value: Final = JSONDecoder().raw_decode
-"""What `loads` calls between its looks at white space, which cost as much again where there is none."""
+"""The inner function of `loads`, without its search for white space, which would double the cost."""
 
 
 def parse_json(body: bytes | None) -> Any:
-    """Return the body as JSON (UTF-8), or `NOT_JSON`; never raises.
+    """Return the body as JSON (UTF-8), or `NOT_JSON`. Never raises.
 
-    Numbers become Python's int and float, here as in pydantic: two that differ only beyond a double's 15 to 17 digits are
-    one. Amounts that need more belong in JSON texts. A body nested deeper than 200 levels is no JSON to us, as to pydantic:
-    how deep Python itself can read depends on who calls, and a copy of a message must be read as the first one was.
+    Numbers become Python's int and float, as in pydantic: two numbers that differ only beyond the 15 to 17 digits of a double are
+    equal. Amounts that need more digits belong in JSON strings. A body nested deeper than 200 levels is not JSON here, as in
+    pydantic: how deep Python can read depends on the depth of the call stack, and all copies of a message must be read alike.
     """
     if body is None:
         return NOT_JSON
@@ -47,7 +47,7 @@ def parse_json(body: bytes | None) -> Any:
             value, end = _read_value(text)
         except JSONDecodeError:
             end = -1
-        if end != len(text):  # it has white space around it, or is no JSON
+        if end != len(text):  # there is white space around it, or it is not JSON
             value = loads(text)
     except (ValueError, RecursionError):
         return NOT_JSON
@@ -56,7 +56,7 @@ def parse_json(body: bytes | None) -> Any:
 
 def _too_deep(text: str, value: Any) -> bool:
     if text.count("{") + text.count("[") <= _DEEPEST:
-        return False  # nearly every one, and nothing of it was walked over
+        return False  # true for nearly every body, and cheap: the value is not walked through
     level = [value]
     for _ in range(_DEEPEST + 1):
         level = [inner for outer in level if isinstance(outer, (dict, list)) for inner in _inside(outer)]
@@ -70,7 +70,7 @@ def _inside(outer: Any) -> Iterable[Any]:
 
 
 def why_not_json(body: bytes | None) -> BadBody:
-    """Say why a body is no JSON, without quoting it."""
+    """Return the error that says why a body is not JSON, without quoting it."""
     if body is None:
         return BadBody("the message has no body; JSON was expected")
     try:
@@ -87,27 +87,27 @@ def why_not_json(body: bytes | None) -> BadBody:
 
 
 class Decoder(NamedTuple):
-    """How a handler's body is made of a message's."""
+    """Reads a message's body into what the handler gets."""
 
     read: Callable[[bytes | None, Any], Any]
-    """Called with the raw body and, if `needs_json`, its parsed form; raises `BadBody`."""
+    """Called with the raw body and, if `needs_json`, its parsed form. Raises `BadBody`."""
     needs_json: bool
 
 
 def decoder(annotation: Any, names: Callable[[], Mapping[str, Any]]) -> Decoder:
-    """Decide how bodies become what a parameter is annotated with.
+    """Return how a body is read for a parameter with this annotation.
 
     Args:
-        annotation: bytes (raw), str (UTF-8 text, raw), dict or Any (parsed JSON), or whatever pydantic can build from
-            JSON: models, dataclasses, TypedDicts, lists, numbers. `X | None` takes a message without a body as None.
-        names: What forward references inside local models may mean; asked only when pydantic could not resolve one.
+        annotation: bytes (raw), str (UTF-8 text, raw), dict or Any (parsed JSON), or anything that pydantic can build from JSON:
+            models, dataclasses, TypedDicts, lists, numbers. For `X | None` a message without a body gives None.
+        names: Returns the names for forward references inside local models. Called only if pydantic could not resolve one.
 
     Raises:
-        ConfigurationError: pydantic can make nothing of it.
+        ConfigurationError: pydantic cannot read this annotation.
 
     Source:
-        https://docs.pydantic.dev/latest/concepts/type_adapter/ ; the raw bytes are validated, by pydantic's rules for
-        JSON: a date is a text there, and a tuple a list.
+        https://docs.pydantic.dev/latest/concepts/type_adapter/ ; pydantic validates the raw bytes by its rules for JSON: there a
+        date is a string, and a tuple a list.
     """
     plain, optional = without_none(annotation)
     read, needs_json = _read(plain, annotation, names)
@@ -117,7 +117,7 @@ def decoder(annotation: Any, names: Callable[[], Mapping[str, Any]]) -> Decoder:
 
 
 def without_none(annotation: Any) -> tuple[Any, bool]:
-    """Split `X | None` into X and True; anything else into itself and False. `Annotated` is looked through."""
+    """Split `X | None` into X and True, and anything else into itself and False. `Annotated` is ignored."""
     inner = annotation
     while get_origin(inner) is Annotated:
         inner = get_args(inner)[0]
@@ -148,7 +148,7 @@ def _read(
         try:
             return validate(body)
         except ValidationError as error:
-            raise BadBody(_without_values(error)) from None  # the cause would print the body's values into logs
+            raise BadBody(_without_values(error)) from None  # the cause would put the body's values into logs
 
     return read, False
 
@@ -194,10 +194,10 @@ def _adapter(annotation: Any, names: Callable[[], Mapping[str, Any]]) -> "TypeAd
     from pydantic import TypeAdapter
     from pydantic.errors import PydanticUserError
 
-    # PydanticUndefinedAnnotation, SchemaError and plain TypeErrors all mean the same here: no reading this annotation
+    # PydanticUndefinedAnnotation, SchemaError and TypeError all mean the same here: pydantic cannot read this annotation
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(annotation)
-        if not adapter.pydantic_complete:  # it refers to a class that only the handler's surroundings know
+        if not adapter.pydantic_complete:  # it refers to a class that is known only where the handler is defined
             adapter.rebuild(raise_errors=True, _types_namespace=dict(names()))
     except (PydanticUserError, NameError, TypeError, AttributeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -206,7 +206,7 @@ def _adapter(annotation: Any, names: Callable[[], Mapping[str, Any]]) -> "TypeAd
 
 
 def shown(annotation: Any) -> str:
-    """An annotation as its author wrote it, nearly."""
+    """Return an annotation nearly as its author wrote it."""
     return annotation.__qualname__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
 
 
@@ -219,7 +219,7 @@ def _without_values(error: "ValidationError") -> str:
     return f"the body is not a valid {escaped(error.title, 60)}: {told}{more}"
 
 
-_PROBLEMS_TOLD: Final = 5  # a list of a thousand wrong lines must not become a thousand lines of log
+_PROBLEMS_TOLD: Final = 5  # a list of a thousand wrong items must not become a thousand log lines
 
 
 def _told(problem: Mapping[str, Any]) -> str:

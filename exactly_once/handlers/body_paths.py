@@ -1,8 +1,8 @@
-"""Checks, when a handler is decorated, that a dotted path into the JSON body can exist in the model of that body.
+"""Checks at the decorator that a dotted path into the JSON body can exist in the model of that body.
 
-The names are those of the JSON: aliases where the model has them. What cannot be known (dict, Any, a model that allows
-extra members or reshapes its input before validating it) is believed. Nothing here reads a message. Called by the
-handler's plan, for key and fingerprint paths.
+Names are those in the JSON: aliases, if the model has them. A path that cannot be checked (dict, Any, a model that allows extra
+members or changes its input before validation) is accepted. Never reads a message. Called by the handler's plan, for the paths of
+`key=`, `batch_order=` and `fingerprint=`.
 """
 
 import dataclasses
@@ -33,16 +33,16 @@ _LISTS: Final = (list, tuple, set, frozenset)
 
 
 def check_paths(annotation: Any, paths: Iterable[Path], *, option: str, as_key: bool) -> None:
-    """Check each path against what the body parameter is annotated with.
+    """Check each path against the annotation of the body parameter.
 
     Args:
         annotation: The resolved annotation.
         paths: Paths into the JSON.
-        option: "key" or "fingerprint", for the error.
-        as_key: The path must lead to something that can be a key, not to a float, a flag, a list or an object.
+        option: "key", "batch_order" or "fingerprint", for the error.
+        as_key: The path must lead to a possible key, not to a float, a bool, a list or an object.
 
     Raises:
-        ConfigurationError: A path leads nowhere in this model; the sentence names what is close.
+        ConfigurationError: A path leads nowhere in this model; the text names similar members.
     """
     for path in paths:
         here = [OPEN if plain in (bytes, str) else plain for plain in _alternatives(annotation)]  # raw: any JSON
@@ -86,7 +86,7 @@ def _alternatives(annotation: Any) -> Iterator[Any]:
 
 
 def _into(annotation: Any, step: str) -> list[Any]:
-    """What stands at `step` inside; empty where nothing can."""
+    """Return what can stand at `step` inside. Empty: nothing can."""
     base = get_origin(annotation) or annotation
     arguments = get_args(annotation)
     if not isinstance(base, type):
@@ -110,7 +110,7 @@ def _is_object(base: Any) -> bool:
 
 
 def _is_typed_dict(base: Any) -> bool:
-    # by its marks: typing.is_typeddict does not know the class of typing_extensions, which pydantic wants before 3.12
+    # by attributes: typing.is_typeddict does not know the class of typing_extensions, which pydantic needs before 3.12
     return isinstance(base, type) and hasattr(base, "__required_keys__") and hasattr(base, "__total__")
 
 
@@ -127,7 +127,7 @@ def _config(base: Any) -> Mapping[str, Any]:
 
 
 def _takes_anything(base: Any) -> bool:
-    """Members that the class does not name may be in its JSON, by its own will."""
+    """Whether the class accepts members in its JSON that it does not name."""
     if _config(base).get("extra") == "allow":
         return True
     if not hasattr(base, "__pydantic_fields__") and "alias_generator" in _config(base):
@@ -144,7 +144,7 @@ def _is_pydantics_own(cls: type) -> bool:
 
 
 def _members(annotation: Any) -> dict[str, tuple[str, Any]]:
-    """Each name in the JSON, with the field's name in Python and its annotation."""
+    """Return each name in the JSON, with the field's name in Python and its annotation."""
     base = get_origin(annotation) or annotation
     if not isinstance(base, type) or not _is_object(base):
         return {}
@@ -162,7 +162,7 @@ def _fields(base: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         return
     try:
         hints: Mapping[str, Any] = get_type_hints(base, include_extras=True)
-    except (NameError, TypeError, AttributeError):  # pydantic found them another way, or will say so itself
+    except (NameError, TypeError, AttributeError):  # pydantic resolves them in another way, or reports it
         hints = {}
     if dataclasses.is_dataclass(base):
         for part in dataclasses.fields(base):
@@ -182,7 +182,7 @@ def _metadata(hint: Any) -> tuple[Any, ...]:
 
 
 def _json_names(base: Any, name: str, information: tuple[Any, ...]) -> Iterator[tuple[str, bool]]:
-    """The names a field has in the JSON; True where an alias reaches deeper than one step."""
+    """Return the names of a field in the JSON. True: an alias path with more than one step."""
     aliases = [
         alias
         for told in information

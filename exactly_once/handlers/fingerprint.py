@@ -1,19 +1,19 @@
-"""Fingerprints: how a second message with a known key is told to carry the same payload, or another.
+"""Fingerprints: they show whether a second message with a known key has the same payload or another.
 
     tag (4 bytes)                        digest (16 bytes)         sketch (0 to 100 bytes)
     format, 3 bytes of what is chosen    BLAKE2b of the canonical  2 bytes that stand for the set of member names, then
                                          form of what is chosen    2 bytes a member: a checksum of its name and value
 
-The digest alone decides. Another tag (the handler's `fingerprint=` was changed, or this format) is *not compared*: late
-duplicates of messages consumed before the change must not become dead letters by the thousand. The sketch only names,
-for the person who reads the dead letter, which members of the JSON object differ, without the old body being kept. With
-the same names, each checksum belongs to one; else a member whose checksum is not among the stored ones is new or has
-changed. A member that is gone cannot be named, since nothing of its name was kept. Checksums of 2 bytes may agree by
-chance: the digest still tells that something differs, and the name is missing from the list.
+The digest alone decides. Fingerprints with different tags (the handler's `fingerprint=` was changed, or this format) are *not
+compared*: late duplicates of messages consumed before the change must not become thousands of dead letters. The sketch is only
+for the person who reads the dead letter: it shows which members of the JSON object differ, although the old body is not kept. If
+both objects have the same names, each checksum belongs to one name. Else a member whose checksum is not among the stored ones is
+new or changed. A member that is gone cannot be named, because its name was not kept. Checksums of 2 bytes may be equal by chance:
+the digest still shows that something differs, but the name is missing from the list.
 
-The canonical form is JSON with sorted names and no white space: order of members and spaces do not matter, 1 and 1.0
-differ. A body that is no JSON counts by its bytes. Nothing here opens, waits or decides: the handler's plan
-makes them, and the guards compare.
+The canonical form is JSON with sorted names and no white space: the order of members and spaces do not matter; 1 and 1.0 differ.
+Of a body that is not JSON the bytes count. Never opens, waits or decides. The handler's plan makes fingerprints, and the guards
+compare them.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,7 +51,7 @@ FORMAT: Final = 1
 TAG_BYTES: Final = 4
 DIGEST_BYTES: Final = 16
 HEAD_BYTES: Final = TAG_BYTES + DIGEST_BYTES
-MEMBERS: Final = (FINGERPRINT_BYTES - HEAD_BYTES) // 2 - 1  # 49; the first two bytes stand for the names
+MEMBERS: Final = (FINGERPRINT_BYTES - HEAD_BYTES) // 2 - 1  # 49; the first two bytes are for the set of names
 
 GONE: Final = "(a member that is no longer there)"
 BEYOND: Final = f"(a member after the first {MEMBERS}, which are remembered)"
@@ -67,7 +67,7 @@ class Same:
 
 @dataclass(frozen=True, slots=True)
 class NotCompared:
-    """No comparison is possible: another selection or format, or fingerprints are off. Treat as the same."""
+    """The payloads cannot be compared: another selection or format, or fingerprints are off. Treat them as the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,23 +80,23 @@ Comparison: TypeAlias = Same | NotCompared | Differs
 
 @dataclass(frozen=True, slots=True)
 class FingerprintRule:
-    """How one handler's messages are told apart, decided once."""
+    """How one handler's fingerprints are made, decided once."""
 
     tag: bytes
     """Empty when fingerprints are off."""
     of: Callable[[Message, object], bytes]
-    """Called with the message and its parsed JSON (or `NOT_JSON`); raises `BadBody` when the function fails."""
+    """Called with the message and its parsed JSON (or `NOT_JSON`). Raises `BadBody` if the user's function fails."""
     needs_json: bool
     paths: tuple[Path, ...]
-    """The chosen members; empty means all."""
+    """The chosen members. Empty: all."""
 
 
 def maker(spec: FingerprintSpec = "body") -> FingerprintRule:
     """Decide how a handler's fingerprints are made.
 
     Args:
-        spec: "body", a list or tuple of dotted paths into the JSON body, a function of the message that returns bytes
-            or text, or None for no comparison at all.
+        spec: "body", a list or tuple of dotted paths into the JSON body, a function of the message that returns bytes or text,
+            or None for no comparison at all.
 
     Raises:
         ConfigurationError: It is none of these.
@@ -159,7 +159,7 @@ def _chosen(paths: tuple[Path, ...], parsed: object) -> dict[str, Any]:
 
 
 def _of_function(function: Callable[[Message], bytes | str]) -> FingerprintRule:
-    # by its bare name: a script and an import of one file must agree, and what it does cannot be known anyway
+    # the bare name: it must be the same when the file is a script and when it is imported. What it does cannot be known anyway
     name = getattr(function, "__name__", type(function).__name__)
     tag = _tag(b"function " + name.encode())
 
@@ -181,7 +181,7 @@ def _digest(material: bytes) -> bytes:
     return blake2b(material, digest_size=DIGEST_BYTES).digest()
 
 
-# ensure_ascii: half a surrogate pair in a text would otherwise have no UTF-8; the C encoder does the rest
+# ensure_ascii, because half of a surrogate pair cannot be encoded in UTF-8. The C encoder is fast
 _encode = JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, check_circular=False).encode
 
 
@@ -204,13 +204,13 @@ _SLOTS: Final = tuple(Struct(f"<{count}H").pack for count in range(MEMBERS + 2))
 
 
 _shapes: dict[tuple[str, ...], tuple[tuple[tuple[str, str], ...], int]] = {}
-"""Of objects seen: their names in order, each with how its text begins, and the checksum of all."""
+"""For the names of objects seen: the sorted names, each with the beginning of its text, and the checksum of all names."""
 _SHAPES: Final = 256
 _SHAPE_CHARACTERS: Final = 2_000
 
 
 def _of_object(value: dict[str, Any]) -> bytes:
-    """Digest and sketch of a JSON object: each member's text serves both."""
+    """Return digest and sketch of a JSON object. Both are made from the texts of its members."""
     names = tuple(value)
     shape = _shapes.get(names) or _shape(names)
     if shape is None:
@@ -239,25 +239,25 @@ def _flat(value: Any) -> str:
 
 
 def _shape(names: tuple[str, ...]) -> tuple[tuple[tuple[str, str], ...], int] | None:
-    """Work out once what objects of the same names have in common, and remember it; None where that is not worth it."""
+    """Compute once what objects with the same names have in common, and cache it. None: the names are too many or too long."""
     if len(names) > MEMBERS or sum(map(len, names)) > _SHAPE_CHARACTERS:
         return None
     quoted = [(name, encode_basestring_ascii(name)) for name in sorted(names)]
     checksum = 0
     for _, text in quoted:
         checksum = crc32(text.encode("ascii"), checksum)
-    if len(_shapes) >= _SHAPES:  # names that are data, such as numbers of orders
+    if len(_shapes) >= _SHAPES:  # the names may be data, such as order numbers
         _shapes.clear()
     found = _shapes[names] = tuple((name, text + ":") for name, text in quoted), checksum & 0xFFFF
     return found
 
 
 def _of_any_object(value: dict[str, Any]) -> bytes:
-    """The same where members may be objects, from one walk."""
+    """The same for an object whose members may be objects, in one pass."""
     texts: list[bytes] = []
     slots: list[int] = [0]
     names = 0
-    room = MEMBERS - len(value)  # what is left for going one level deeper
+    room = MEMBERS - len(value)  # slots left for members one level deeper
     for name in sorted(value):
         member = value[name]
         quoted = encode_basestring_ascii(name)
@@ -283,11 +283,11 @@ def _of_any_object(value: dict[str, Any]) -> bytes:
 
 
 def compare(stored: bytes, now: bytes) -> Comparison:
-    """Tell whether two fingerprints of one handler stand for the same payload.
+    """Compare two fingerprints of one handler: are they of the same payload?
 
     Args:
-        stored: The one kept with the consumed key.
-        now: The one of the message at hand.
+        stored: The fingerprint stored with the consumed key.
+        now: The fingerprint of the present message.
 
     Example:
         >>> compare(b"", maker("body").of(Message("orders", b"x"), NOT_JSON))
@@ -304,13 +304,13 @@ def differing_paths(
     """Name the members of the JSON body that differ from the payload whose fingerprint was stored.
 
     Args:
-        stored: The fingerprint kept with the consumed key.
+        stored: The fingerprint stored with the consumed key.
         now_rule: The handler's rule.
-        message: The message at hand, and `parsed` its JSON.
+        message: The present message; `parsed` is its JSON.
 
     Returns:
-        Dotted paths that were added or changed, then at most one entry in brackets for what has no name any more. None
-        when nothing can be named: one of the two is not a JSON object, or they are not comparable.
+        Dotted paths that were added or changed, then at most one entry in brackets for what cannot be named. None: nothing can
+        be named, because one of the two is not a JSON object, or they cannot be compared.
     """
     if stored[:TAG_BYTES] != now_rule.tag or len(stored) <= HEAD_BYTES or parsed is NOT_JSON:
         return None
@@ -319,12 +319,12 @@ def differing_paths(
         return None
     now = _of_object(chosen)[DIGEST_BYTES:]
     before, after = _slots(stored[HEAD_BYTES:]), _slots(now)
-    if len(before) == len(after) and before[0] == after[0]:  # the same names: slot by slot, each has its name
+    if len(before) == len(after) and before[0] == after[0]:  # the same names: each slot has its name
         named = zip(_sketched(chosen), before[1:], after[1:], strict=True)
         changed = tuple(name for name, old, new in named if old != new)
         return changed or ((BEYOND,) if len(before) > MEMBERS else None)
     if len(before) > MEMBERS:
-        return (OTHER_SET,)  # a member that is not among the remembered ones may have been there all the same
+        return (OTHER_SET,)  # a member that was not remembered may have been there all the same
     return _added_or_changed(chosen, set(before[1:]))
 
 
@@ -333,7 +333,7 @@ def _slots(sketch: bytes) -> tuple[int, ...]:
 
 
 def _sketched(value: dict[str, Any]) -> list[str]:
-    """The paths that `_of_object` gives a slot, in its order; the arithmetic of `room` must stay the same."""
+    """Return the paths to which `_of_object` gives a slot, in its order. The arithmetic of `room` must be the same."""
     paths: list[str] = []
     room = MEMBERS - len(value)
     for name in sorted(value):
@@ -347,9 +347,9 @@ def _sketched(value: dict[str, Any]) -> list[str]:
 
 
 def _added_or_changed(value: dict[str, Any], before: set[int]) -> tuple[str, ...]:
-    """Name what has no stored checksum; an object may have been stored whole or a level deeper, so both are tried."""
+    """Name the members without a stored checksum. An object may be stored whole or by its members, so both are tried."""
     unknown: list[str] = []
-    slots = 0  # that the unknown ones may have had before, if they were there
+    slots = 0  # how many slots the unknown members may have had before
     for name in sorted(value):
         member = value[name]
         quoted = encode_basestring_ascii(name)

@@ -1,4 +1,4 @@
-"""How a handler says what guards it: `Transaction`, `Lease` or `Lock`. Checked when it is decorated; opens nothing."""
+"""The options of `guard=`: `Transaction`, `Lease` or `Lock`. Checked at the decorator. Never opens anything."""
 
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,7 +18,7 @@ class Transaction:
     """The default guard: claim, handler and completion commit in one transaction of the handler's database.
 
     Args:
-        claim_wait: How long to wait for another run that holds the same key, before it is *in progress*.
+        claim_wait: How long to wait for another run that holds the same key. Then the outcome is *in progress*.
 
     Raises:
         ConfigurationError: A time is not positive.
@@ -31,27 +31,28 @@ class Transaction:
 
     @property
     def told(self) -> str:
-        """In a few words, for a person."""
+        """The option in a few words, for a person."""
         return f"Transaction, claim_wait {self.claim_wait.total_seconds():g} s"
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """For handlers that call other services or run for minutes: one run at a time, renewed while it lives, taken over when not.
+    """For handlers that call other services or run for minutes: one run at a time, under a lease that is renewed while it lives.
 
-    A message that was consumed never runs again. With the leases in the handler's own database its SQL effects happen
-    exactly once, too; a call to the outside may be repeated after a crash, unless it is a step `at_most_once`. A process
-    that stood still for longer than the lease can finish the one outside call it was in.
+    After a crash the lease runs out, and another run takes the message over. A consumed message never runs again. If the leases
+    are in the handler's own database, its SQL effects happen exactly once, too. A call to the outside may be repeated after a
+    crash, unless it is a step with `at_most_once`. A process that was paused for longer than the lease can finish the one outside
+    call it was in.
 
     Args:
-        lease: How long it holds without being renewed; renewed at a third. At least as long as a machine may stand still.
-        store: None: in the handler's database. A redis:// or database URL: there; then it is completed after the commit.
-            "redis": where the setting `redis` says.
-        max_run: After this it is not renewed any more, and an alert is raised. None: as long as the handler runs.
-        retention: In Redis, how long a message is remembered after its last change; longer than a copy may come late.
+        lease: How long a lease lasts without renewal. It is renewed after each third. At least as long as a machine may pause.
+        store: None: in the handler's database. A redis:// or database URL: there; then the claim is completed after the commit.
+            "redis": the Redis of the setting `redis`.
+        max_run: After this time the lease is not renewed any more, and an alert is raised. None: as long as the handler runs.
+        retention: In Redis, how long a message is remembered after its last change. Longer than a copy may be late.
 
     Raises:
-        ConfigurationError: A time is out of range, or the store is no URL.
+        ConfigurationError: A time is out of range, or the store is not a URL.
 
     Example:
         @eo.handler("orders", tag="created", key="order_no", guard=Lease(timedelta(minutes=10)))
@@ -82,16 +83,16 @@ class Lease:
 class Lock:
     """A plain lock in Redis around each run: for work that is idempotent by itself and only must not overlap.
 
-    It remembers nothing: a message that was handled is handled again when it comes again. It does not fence: a process that
-    stood still for longer than `expires` overlaps with the next.
+    It remembers nothing: a redelivered message runs again. It does not fence: a run that was paused for longer than `expires`
+    overlaps with the next run.
 
     Args:
-        expires: How long it holds; it is not renewed, so longer than the handler runs.
-        store: A redis:// URL. None: where the setting `redis` says.
-        wait: How long to wait for another run of the same key, before it is *in progress*.
+        expires: How long the lock lasts. It is not renewed, so it must be longer than the handler runs.
+        store: A redis:// URL. None: the Redis of the setting `redis`.
+        wait: How long to wait for another run of the same key. Then the outcome is *in progress*.
 
     Raises:
-        ConfigurationError: A time is out of range, or the store is no URL.
+        ConfigurationError: A time is out of range, or the store is not a URL.
     """
 
     expires: timedelta = timedelta(seconds=30)
@@ -113,10 +114,10 @@ GuardOption: TypeAlias = Transaction | Lease | Lock
 
 
 def check_guard(guard: object) -> GuardOption:
-    """Return the guard, the default one for None.
+    """Return the guard option. None: the default.
 
     Raises:
-        ConfigurationError: It is no guard of ours, or a class that was not called.
+        ConfigurationError: It is not one of our guard options, or a class that was not called.
     """
     if guard is None:
         return Transaction()
@@ -151,7 +152,7 @@ def _store(what: str, given: object) -> None:
     if given is None:
         return
     if not isinstance(given, str) or ("://" not in given and given != "redis"):
-        # never repeated: it may be a URL with a password and a misspelled scheme
+        # the value is never shown: it may be a URL with a password and a misspelled scheme
         raise ConfigurationError(
             f"{what}(store=...): give a URL such as redis://127.0.0.1:6379/0, or 'redis' for the setting"
         )

@@ -1,8 +1,8 @@
-"""What a handler's parameters are annotated with, as real classes, at the moment the handler is decorated.
+"""Resolves the annotations of a handler's parameters to real classes, when the decorator runs.
 
-Annotations may be texts (`from __future__ import annotations`, quotes), may name classes that exist only in the function
-around the handler, or only under `if TYPE_CHECKING:`. Parameters with a default are not looked at: we never fill them,
-so their hints may stay unresolvable. Nothing here decides what a parameter is for. Called by the handler's plan.
+An annotation may be a string (`from __future__ import annotations`, quotes). It may name a class that exists only in the function
+around the handler, or only under `if TYPE_CHECKING:`. Parameters with a default are ignored: we never fill them, so their
+annotations need not resolve. Never decides what a parameter is for. Called by the handler's plan.
 """
 
 import ast
@@ -21,11 +21,9 @@ __all__ = ["Hints", "innermost", "signature"]
 
 
 def innermost(function: Callable[..., object]) -> FunctionType | None:
-    """Return the plain function inside partials, bound methods, callable objects and `functools.wraps`; None if there
-    is none.
-    """
+    """Return the plain function inside partials, bound methods, callable objects and `functools.wraps`, or None."""
     at: Any = function
-    for _ in range(100):  # a cycle of __wrapped__ must not hang an import
+    for _ in range(100):  # a cycle of __wrapped__ must not hang the import
         if isinstance(at, partial):
             at = at.func
         elif isinstance(at, MethodType):
@@ -40,13 +38,13 @@ def innermost(function: Callable[..., object]) -> FunctionType | None:
 
 
 def signature(function: Callable[..., object]) -> inspect.Signature:
-    """Return the parameters a caller sees, without evaluating hints that only a type checker can.
+    """Return the parameters that a caller sees, without evaluating annotations that only a type checker can.
 
     Raises:
-        ConfigurationError: It has no signature (a built-in).
+        ConfigurationError: The function has no signature (a built-in).
     """
     try:
-        if sys.version_info >= (3, 14):  # hints are evaluated late there, and would raise for names of TYPE_CHECKING
+        if sys.version_info >= (3, 14):  # annotations are evaluated late there, and names of TYPE_CHECKING would raise
             from annotationlib import Format
 
             return inspect.signature(function, annotation_format=Format.FORWARDREF)
@@ -60,7 +58,7 @@ class Hints:
 
     Args:
         function: The handler as it was decorated.
-        caller_locals: The local names where the decorator stands: models defined in a function.
+        caller_locals: The local names at the place of the decorator: models defined in a function.
         caller_globals: The global names there.
     """
 
@@ -69,17 +67,17 @@ class Hints:
     ) -> None:
         plain = innermost(function)
         self._globals: dict[str, Any] = plain.__globals__ if plain is not None else dict(caller_globals)
-        # a function of another module, registered here, means its own names, not ours
+        # the annotations of a function from another module use the names of that module
         self._locals: dict[str, Any] = dict(caller_locals) if self._globals is caller_globals or plain is None else {}
         if plain is not None:
             self._locals |= _enclosed(plain)
         self._hidden = _Hidden(plain.__code__ if plain is not None else None, self._globals)
 
     def resolve(self, annotation: object) -> Any:
-        """Return what an annotation stands for.
+        """Return the class or type that an annotation names.
 
         Raises:
-            ConfigurationError: A name in it cannot be found; the sentence says which, and what to do.
+            ConfigurationError: A name in it cannot be found; the text says which, and what to do.
         """
         missing: set[str] = set()
         while True:
@@ -95,7 +93,7 @@ class Hints:
                 missing.add(name)
                 self._locals[name] = self._hidden.value(name)
             except AttributeError as error:
-                # `import shop` is real and `import shop.models` is not: importing the second completes the first
+                # `import shop` runs, but `import shop.models` is under TYPE_CHECKING: importing it completes `shop`
                 if "" in missing:
                     raise _unreadable(annotation, error) from error
                 missing.add("")
@@ -104,9 +102,9 @@ class Hints:
                 raise _unreadable(annotation, error) from error
 
     def known(self, annotation: object) -> Any:
-        """Return what an annotation stands for, or None where that is not known; nothing is imported for it.
+        """Return what an annotation names, or None if that is not known. Imports nothing.
 
-        For what a handler returns: importing what only a type checker needs may run a module twice, and nothing hangs on it.
+        Used for return annotations: an import that only a type checker needs may run a module twice, and this check is optional.
         """
         try:
             return self._evaluated(annotation)
@@ -118,7 +116,7 @@ class Hints:
         return get_type_hints(holder, self._globals, self._locals, include_extras=True)["it"]
 
     def names(self) -> Mapping[str, Any]:
-        """Every name a forward reference inside a model defined here may mean."""
+        """Return every name that a forward reference inside a model defined here may use."""
         return {**self._globals, **self._locals}
 
 
@@ -135,10 +133,10 @@ def _enclosed(function: FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 class _Hidden:
-    """What a module imports or defines for type checkers only, brought in when a handler's hint names it.
+    """The names that a module imports or defines for type checkers only. Evaluated when a handler's annotation uses them.
 
-    Only the statements that bind the wanted name run, with the module's own names (and package, for relative imports),
-    and the module itself is not changed.
+    Only the statements that bind the wanted name run, with the names of the module (and its package, for relative imports). The
+    module itself is not changed.
     """
 
     def __init__(self, code: CodeType | None, module: dict[str, Any]) -> None:
@@ -190,7 +188,7 @@ def _hidden_statements(code: CodeType | None, module: dict[str, Any]) -> Iterato
         return
     try:
         tree = ast.parse("".join(linecache.getlines(code.co_filename, module)))
-    except (SyntaxError, ValueError):  # not the source of this code; then nothing is known
+    except (SyntaxError, ValueError):  # the source is not that of this code, so nothing is known
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.If):
@@ -217,7 +215,7 @@ def _bound(top: ast.stmt) -> Iterator[tuple[str, ast.stmt]]:
                 for alias in aliases:
                     yield alias.asname or alias.name.partition(".")[0], ast.copy_location(ast.Import([alias]), node)
             case ast.ImportFrom(names=aliases):
-                # one at a time: a neighbour may exist in stub files only
+                # one name at a time: another name of the statement may exist in stub files only
                 for alias in aliases:
                     single = ast.ImportFrom(node.module, [alias], node.level)
                     yield alias.asname or alias.name, ast.copy_location(single, node)

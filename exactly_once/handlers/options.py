@@ -48,7 +48,7 @@ def check_topic(topic: object) -> str:
 
 
 def check_tags(tag: object) -> tuple[str, ...]:
-    """Return the tags, sorted, each once; empty means every tag, and messages without one."""
+    """Return the tags, sorted, each once. Empty: every tag, and messages without a tag."""
     given = (tag,) if tag is None or isinstance(tag, str) else tag
     if not isinstance(given, (tuple, list, set, frozenset)) or not given:
         raise ConfigurationError(f"tag={tag!r}: give None for every tag, one tag, or a tuple of tags")
@@ -63,14 +63,14 @@ def check_tags(tag: object) -> tuple[str, ...]:
 
 
 def check_flag(name: str, value: object) -> bool:
-    """Return a switch."""
+    """Return a boolean option."""
     if not isinstance(value, bool):
         raise ConfigurationError(f"{name}={value!r}: give True or False")
     return value
 
 
 def check_after_dead(value: object) -> Literal["wait", "go on"]:
-    """Return what messages behind a dead one do."""
+    """Return what messages behind a dead message do."""
     if value == "wait":
         return "wait"
     if value == "go on":
@@ -79,21 +79,21 @@ def check_after_dead(value: object) -> Literal["wait", "go on"]:
 
 
 def check_concurrency(value: object) -> int | None:
-    """Return how many runs at a time a process may have; None for no limit of its own."""
+    """Return the most runs at a time in a process. None: no limit of the handler's own."""
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
     raise ConfigurationError(f"concurrency={value!r}: give a whole number of at least 1, or None")
 
 
 def check_batch(value: object) -> int | None:
-    """Return how many messages share one transaction; None for one each."""
+    """Return the most messages in one transaction. None: each message has its own."""
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and 2 <= value <= _MOST_IN_A_GROUP):
         return value
     raise ConfigurationError(f"batch={value!r}: give a whole number from 2 to {_MOST_IN_A_GROUP:,}, or None")
 
 
 def check_linger(value: object) -> timedelta | None:
-    """Return how long a message waits for others to share its transaction; None where nobody says."""
+    """Return how long a message waits for others that share its transaction. None: the default."""
     if value is None or (isinstance(value, timedelta) and timedelta(0) <= value <= _LONGEST_LINGER):
         return value
     raise ConfigurationError(

@@ -1,7 +1,7 @@
-"""What each parameter of a handler is for, decided from its annotation when the handler is decorated.
+"""Decides, at the decorator, what each parameter of a handler is filled with, from its annotation.
 
-`Session`, `AsyncSession`, `Message`, `Steps` and `AsyncSteps` are known by class; exactly one other parameter without a
-default is the body; a parameter with a default is never filled. Nothing here calls a handler. Called by the handler's plan.
+`Session`, `AsyncSession`, `Message`, `Steps` and `AsyncSteps` are known by class. One other parameter without a default is the
+body. A parameter with a default is never filled. Never calls a handler. Called by the handler's plan.
 """
 
 import inspect
@@ -27,19 +27,19 @@ Values = tuple[Any, Any, Message, Any]
 _SESSION, _BODY, _MESSAGE, _STEPS = range(4)
 _VARIABLE: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 NO_BODY: Final = inspect.Parameter.empty
-"""The body annotation of a handler that wants none."""
+"""The body annotation of a handler without a body parameter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """The parameters of one handler, decided."""
+    """What was decided about the parameters of one handler."""
 
     is_async: bool
     session_type: type[Any] | None
-    """What the session parameter is annotated with; None without one."""
+    """The annotation of the session parameter. None: no such parameter."""
     body_name: str
     body_annotation: Any
-    """`NO_BODY` without one."""
+    """`NO_BODY`: no such parameter."""
     positional: Callable[[Values], Sequence[Any]]
     named: tuple[tuple[str, int], ...]
     """Keyword-only parameters, each with its place in `Values`."""
@@ -52,13 +52,13 @@ def parameters(function: Callable[..., object], hints: Hints, *, in_lists: bool 
     Args:
         function: The handler.
         hints: Its annotations.
-        in_lists: It takes bodies and messages in lists; what is decided then is of their elements.
+        in_lists: The handler takes lists of bodies and messages. The result then describes their elements.
 
     Raises:
         ConfigurationError: A parameter cannot be filled, or the function can never run as a handler.
     """
     is_async = _is_async(function)
-    if not hasattr(next(_layers(function)), "__wrapped__"):  # else a decorator stands around it, which returns its own
+    if not hasattr(next(_layers(function)), "__wrapped__"):  # else a decorator wraps it, and has a result of its own
         check_returns(function, hints, is_async=is_async)
     places: list[int] = []
     named: list[tuple[str, int]] = []
@@ -84,7 +84,7 @@ def parameters(function: Callable[..., object], hints: Hints, *, in_lists: bool 
 
 
 def _wanted(function: Callable[..., object], hints: Hints) -> list[inspect.Parameter]:
-    """The parameters we fill: those without a default. Defaults, partials and closures are the user's own injection."""
+    """Return the parameters that we fill: those without a default. The user may inject others by defaults or partials."""
     every = list(signature(function).parameters.values())
     wanted = [each for each in every if each.default is inspect.Parameter.empty and each.kind not in _VARIABLE]
     _check_defaults(function, every, hints)
@@ -101,9 +101,9 @@ def _wanted(function: Callable[..., object], hints: Hints) -> list[inspect.Param
 
 
 def _check_defaults(function: Callable[..., object], every: Iterable[inspect.Parameter], hints: Hints) -> None:
-    """Refuse a default that cannot be meant: what only we can fill, with the mark of another framework in its place.
+    """Refuse a default for a parameter that only we can fill, such as the marker object of another framework.
 
-    None and an object of the class itself are the user's own choice, and so is all that a partial binds.
+    None, an object of the annotated class, and everything that a partial binds are the user's own choice.
     """
     bound: set[str] = set()
     at = function
@@ -116,7 +116,7 @@ def _check_defaults(function: Callable[..., object], every: Iterable[inspect.Par
             continue
         if parameter.annotation is inspect.Parameter.empty:
             continue
-        plain, _ = without_none(hints.known(parameter.annotation))  # it is never filled, so nothing is imported for it
+        plain, _ = without_none(hints.known(parameter.annotation))  # never filled, so nothing is imported for it
         try:
             place, kind = _place(parameter.name, plain)
         except ConfigurationError:
@@ -129,7 +129,7 @@ def _check_defaults(function: Callable[..., object], every: Iterable[inspect.Par
 
 
 def _check_empty_handed(function: Callable[..., object], in_lists: bool) -> None:
-    """Refuse what would be handed nothing of its messages, and most likely means to be: it would acknowledge them unread."""
+    """Refuse a handler that gets neither body nor message, but seems to want one: it would acknowledge messages unread."""
     for name, parameter in signature(function).parameters.items():
         if parameter.kind in _VARIABLE:
             stars = "*" if parameter.kind is inspect.Parameter.VAR_POSITIONAL else "**"
@@ -165,7 +165,7 @@ def _purpose(parameter: inspect.Parameter, hints: Hints, in_lists: bool) -> tupl
 
 
 def _listed(name: str, annotation: Any) -> tuple[int, Any]:
-    """The same for a batch handler: what is decided of bodies and messages is of the elements of their lists."""
+    """The same for a batch handler: for bodies and messages the elements of the lists decide."""
     listed = get_origin(annotation) in (list, Sequence) and bool(get_args(annotation))
     place, kind = _place(name, get_args(annotation)[0] if listed else annotation)
     if place == _STEPS:
@@ -184,9 +184,9 @@ def _listed(name: str, annotation: Any) -> tuple[int, Any]:
 
 
 def _element(annotation: Any) -> str:
-    """What the elements of the list should be, where a single one stands, or something else that holds several."""
+    """Return what the list's elements should be, from an annotation of a single one or of another collection."""
     plain, _ = without_none(annotation)
-    while get_origin(plain) is Annotated or hasattr(plain, "__value__"):  # the latter: a `type X = ...` alias
+    while get_origin(plain) is Annotated or hasattr(plain, "__value__"):  # or a `type X = ...` alias
         plain = plain.__value__ if hasattr(plain, "__value__") else get_args(plain)[0]
     holder, inside = get_origin(plain) or plain, get_args(plain)
     if holder not in (list, set, frozenset, Sequence, Iterable, Iterator, Collection) and inside[1:] != (...,):
@@ -195,7 +195,7 @@ def _element(annotation: Any) -> str:
 
 
 def _place(name: str, annotation: Any) -> tuple[int, Any]:
-    """What a parameter of this annotation is filled with, and the class or annotation that decides how."""
+    """Return what a parameter with this annotation is filled with, and the class or annotation that decides how."""
     plain, optional = without_none(annotation)
     base = get_origin(plain) or plain
     if not isinstance(base, type):
@@ -217,7 +217,7 @@ def _place(name: str, annotation: Any) -> tuple[int, Any]:
 
 
 def _is_async_session(base: type) -> bool:
-    # by name first, so that programs without async handlers do not pay for importing sqlalchemy.ext.asyncio
+    # by name first, so that programs without async handlers do not import sqlalchemy.ext.asyncio
     if not any(cls.__name__ == "AsyncSession" for cls in base.__mro__):
         return False
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -241,12 +241,12 @@ def _is_async(function: Callable[..., object]) -> bool:
         raise ConfigurationError(
             "it is a generator (it has `yield`): calling it would run nothing. Use a plain function"
         )
-    # also a plain decorator around an async function, which hands its coroutine on
+    # also a sync decorator around an async function, which returns the coroutine
     return any(inspect.iscoroutinefunction(layer) for layer in layers)
 
 
 def _layers(function: Callable[..., object]) -> Iterator[Any]:
-    """The callable without its partials and binding, then what each decorator wrapped."""
+    """Yield the callable without partials and binding, then the function inside each decorator."""
     at: Any = function
     for _ in range(100):
         while isinstance(at, partial):

@@ -4,9 +4,9 @@
     message --> Plan.read --> Reading          per message: business key, fingerprint, body; never raises for a bad one
     Reading --> Plan.call --> the handler      arguments in the places decided before
 
-A mistake in the program is a `ConfigurationError` at import, with what to write instead. Nothing here opens, claims,
-commits, retries or logs; the function itself is kept as it was. Called by the facade (plan), the router (matches),
-`config` (moved) and `processor` (the rest).
+A mistake in the program is a `ConfigurationError` at import, which says what to write instead. Never opens, claims, commits,
+retries or logs, and never changes the function. Called by `registry` (plan), the router (matches), `configuration` (moved)
+and `processing` (the rest).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,40 +42,40 @@ __all__ = ["Lease", "Lock", "Plan", "Reading", "Transaction", "check_result", "p
 
 
 class Reading(NamedTuple):
-    """What a handler's plan makes of one message. With an `error` the handler must not run."""
+    """One message as a handler's plan reads it. With an `error` the handler must not run."""
 
     key: str | None
     fingerprint: bytes
     body: Any
     error: ExactlyOnceError | None
     order: str = ""
-    """Its place in a batch, by `batch_order=`; "" where it has none."""
+    """Its place in a batch, by `batch_order=`. Empty: none."""
 
 
 LINGER: Final = timedelta(milliseconds=5)
-"""How long a message waits for others in its batch where nobody says."""
+"""How long a message waits for others in its batch, by default."""
 _NO_BODY: Final = Decoder(lambda body, parsed: None, False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Plan:
-    """One handler, decided. Made by `plan`."""
+    """All that was decided about one handler. Made by `plan`."""
 
     function: Callable[..., object]
-    """As it was decorated."""
+    """The function as it was decorated."""
     name: str
     topic: str
     tags: tuple[str, ...]
-    """Sorted; empty means every tag, and messages without one."""
+    """Sorted. Empty: every tag, and messages without a tag."""
     guard: GuardOption
     retry: RetrySpec
     ordered: bool
     after_dead: Literal["wait", "go on"]
     concurrency: int | None
     batch: int | None
-    """The most messages in one transaction; None: one each."""
+    """The most messages in one transaction. None: each message has its own transaction."""
     batch_order: KeyRule | None
-    """What the messages of one transaction are handled in the order of."""
+    """The value by which the messages of one transaction are sorted."""
     linger: timedelta
     in_lists: bool
     """One call handles the whole batch."""
@@ -84,7 +84,7 @@ class Plan:
     _parameters: Parameters
     _decoder: Decoder
     _needs_json: bool = field(init=False)
-    """Something of a message is read from its JSON."""
+    """Whether anything is read from the JSON of a message."""
 
     def __post_init__(self) -> None:
         readers = (self.key, self.fingerprint, self._decoder, self.batch_order)
@@ -92,41 +92,41 @@ class Plan:
 
     @property
     def is_async(self) -> bool:
-        """The handler's result is to be awaited."""
+        """Whether the handler's result must be awaited."""
         return self._parameters.is_async
 
     @property
     def session_type(self) -> type[Any] | None:
-        """What the session parameter is annotated with: Session, AsyncSession or a class made of one; None without one."""
+        """The annotation of the session parameter: Session, AsyncSession or a subclass. None: no such parameter."""
         return self._parameters.session_type
 
     @property
     def body_annotation(self) -> Any:
-        """What the body parameter is annotated with; `NO_BODY` without one."""
+        """The annotation of the body parameter. `NO_BODY`: no such parameter."""
         return self._parameters.body_annotation
 
     @property
     def takes_session(self) -> bool:
-        """The handler wants a session."""
+        """Whether the handler asks for a session."""
         return self.session_type is not None
 
     @property
     def takes_steps(self) -> bool:
-        """The handler wants recovery points."""
+        """Whether the handler asks for steps."""
         return self._parameters.takes_steps
 
     @property
     def key_has_tag(self) -> bool:
-        """The tag is part of the business key."""
+        """Whether the tag is part of the business key."""
         return self.key.has_tag
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is allowed and probably wrong; said once, at start."""
+        """What is allowed but probably wrong. Logged once, at start."""
         return tuple(_warnings(self))
 
     def matches(self, message: Message) -> bool:
-        """Tell whether this handler wants the message."""
+        """Whether this handler wants the message."""
         return message.topic == self.topic and (not self.tags or message.tag in self.tags)
 
     def moved(
@@ -137,7 +137,7 @@ class Plan:
         retry: RetrySpec | None = None,
         concurrency: int | None = None,
     ) -> "Plan":
-        """Return this plan as the settings file wants it; None keeps what the code says."""
+        """Return this plan with the values of the settings file. None keeps the value from the code."""
         return replace(
             self,
             topic=self.topic if topic is None else check_topic(topic),
@@ -147,11 +147,11 @@ class Plan:
         )
 
     def read(self, message: Message) -> Reading:
-        """Return key, fingerprint and body of a message; what is wrong with it is in `error`, never raised.
+        """Return key, fingerprint and body of a message. If it cannot be read, the reason is in `error`; nothing is raised.
 
-        Where the body is not valid but its JSON yields the key, key and fingerprint are there beside the error: the
-        dead letter is then kept under its key. Without a key the fingerprint is of the whole body, whatever the handler's
-        is: a message is then known by its id, which others may share.
+        If the body is not valid but its JSON has the key, the reading has key and fingerprint beside the error: the dead letter
+        is then kept under its key. Without a key the fingerprint is of the whole body, whatever `fingerprint=` is: the message is
+        then known by its id, which other messages may share.
         """
         parsed = parse_json(message.body) if self._needs_json else NOT_JSON
         error: ExactlyOnceError | None = None
@@ -161,7 +161,7 @@ class Plan:
             made = self.fingerprint.of(message, parsed)
         except BadBody as bad:
             error = bad
-        except RecursionError:  # parsed just below the limit; how deep C code may call differs between Python versions
+        except RecursionError:  # parsed, but near the limit of nesting: that of C code differs between Python versions
             error = BadBody("the body is JSON that is nested too deeply")
         try:
             key = self.key.of(message, parsed)
@@ -174,7 +174,7 @@ class Plan:
                 body = self._decoder.read(message.body, parsed)
             except BadBody as bad:
                 error = bad
-            except BaseException as failed:  # a validator of the user's model broke; the message is kept all the same
+            except BaseException as failed:  # a validator of the user's model raised; the message is kept all the same
                 if asked_from_outside(failed):
                     raise
                 error = BadBody(f"reading the body failed with {type(failed).__name__}, raised by the body's own model")
@@ -184,18 +184,18 @@ class Plan:
             return Reading(key, made, body, error)
         try:
             place = order.of(message, parsed)
-        except BadKey:  # it locks nothing that has a name
+        except BadKey:  # the message names no row that it locks
             place = ""
         return Reading(key, made, body, error, place)
 
     def call(self, session: Any, reading: Reading, message: Message, steps: Any = None) -> object:
-        """Call the handler with what it asks for; for an async handler the result is to be awaited."""
+        """Call the handler with what it asks for. The caller must await the result of an async handler."""
         if self.in_lists:
             return self.call_with_lists(session, [(reading, message)])
         return self._filled((session, reading.body, message, steps))
 
     def call_with_lists(self, session: Any, batch: Sequence[tuple[Reading, Message]]) -> object:
-        """Call a batch handler once for several messages; for an async one the result is to be awaited."""
+        """Call a batch handler once for several messages. The caller must await the result of an async handler."""
         messages: Any = [message for _, message in batch]
         return self._filled((session, [reading.body for reading, _ in batch], messages, None))
 
@@ -207,11 +207,11 @@ class Plan:
         return self.function(*parameters.positional(values))
 
     def explain_conflict(self, stored: bytes, message: Message, key: str) -> str:
-        """Say what differs between a message and the one its key was consumed with, and which setting would accept it.
+        """Return what differs between a message and the one its key was consumed with, and which setting would accept it.
 
         Args:
-            stored: The fingerprint kept with the consumed key.
-            message: The message at hand.
+            stored: The fingerprint stored with the consumed key.
+            message: The present message.
             key: Its business key.
         """
         parsed = parse_json(message.body)
@@ -263,22 +263,22 @@ def plan(
         topic: The topic it consumes.
         tag: None for every tag, one tag, several, or "a || b".
         key: Where the business key stands; see `exactly_once.keys`.
-        name: What identifies it in the tables; the function's own name by default.
+        name: Identifies the handler in the tables. By default the function's own name.
         guard: `Transaction()` by default, `Lease(...)` or `Lock(...)`.
         retry: `Retry()` by default, or one for each of several exception classes.
         fingerprint: What makes two messages of one key the same; see `exactly_once.handlers.fingerprint`.
         ordered: Keep the messages of one ordering key in order.
-        after_dead: For ordered handlers: what the messages behind a dead one do.
-        concurrency: At most so many runs at a time in one process.
+        after_dead: For ordered handlers: whether messages wait behind a dead message.
+        concurrency: The most runs at a time in one process.
         batch: The most messages in one transaction.
-        batch_order: What names the row a message locks.
-        linger: How long a message waits for others; None: `LINGER`.
+        batch_order: Names the row that a message locks.
+        linger: How long a message waits for others. None: `LINGER`.
         in_lists: One call handles a whole batch.
-        caller_locals: The local names where the decorator stands.
+        caller_locals: The local names at the place of the decorator.
         caller_globals: The global names there.
 
     Raises:
-        ConfigurationError: The function or an option is wrong; the sentence says what to write instead.
+        ConfigurationError: The function or an option is wrong; the text says what to write instead.
     """
     found = check_handler_name(function, name)
     try:
@@ -301,7 +301,7 @@ def plan(
             in_lists=in_lists,
         )
     except ConfigurationError as error:
-        # of what that was made of, if anything: its own traceback would print the same text once more, over lines of ours
+        # chained to the original cause, if any: the traceback of `error` would print the same text again, with lines of ours
         raise ConfigurationError(f"handler {found!r}: {error}") from error.__cause__
 
 

@@ -1,6 +1,6 @@
-"""Registering handlers: the two decorators, and the plans they make. The facade is built on it.
+"""Registers handlers: the two decorators, and the plans that they make. The facade is a subclass.
 
-A plan is made where the decorator stands, so that a mistake is an error at import, with the line in the traceback.
+A plan is made when the decorator runs, so that a mistake is an error at import, with its line in the traceback.
 """
 
 import sys
@@ -48,31 +48,31 @@ class Registrations:
         batch_order: "KeySpec | None" = None,
         linger: timedelta | None = None,
     ) -> Callable[[F], F]:
-        """Register a function to run once for each message of a topic; returns it unchanged.
+        """Register a function to run once for each message of a topic. Returns the function unchanged.
 
-        What the function asks for is read from its annotations, now: a `Session` or `AsyncSession` in the message's
-        transaction, the `Message`, `Steps` or `AsyncSteps` under a lease, and one other parameter without a default, which
-        is the body. A parameter with a default is never filled.
+        Its annotations, which are read now, say what it asks for: a `Session` or `AsyncSession` in the message's transaction, the
+        `Message`, `Steps` or `AsyncSteps` under a lease, and one other parameter without a default, which is the body. A
+        parameter with a default is never filled.
 
         Args:
             topic: The topic.
             key: What names the *event*: a path into the JSON body, or a tuple of parts (`exactly_once.keys`).
-            tag: Only messages with this tag, or one of these.
-            name: The handler's name, part of every claim's identity; None is the function's `__name__`.
+            tag: Only messages with this tag, or with one of these.
+            name: The handler's name, a part of every claim's identity. None: the function's `__name__`.
             guard: `Transaction(claim_wait=...)`; `Lease(...)` for work outside the database; `Lock(...)`.
             retry: `Retry(...)`, or one for each exception class.
-            fingerprint: What two copies of one event must agree on: "body", paths, a function, or None.
-            ordered: Handle the messages of one ordering key in order, also behind a failed one.
+            fingerprint: What two copies of one event must have in common: "body", paths, a function, or None.
+            ordered: Handle the messages of one ordering key in order, also behind a failed message.
             after_dead: With `ordered`: "wait" behind a dead message until a person decides, or "go on".
-            concurrency: At most so many of this handler at once in a process.
-            batch: In a worker, up to so many waiting messages share one transaction and one commit; each is still a call
-                of its own, one after the other on one session. One that fails is run alone, and the others without it.
-            batch_order: What names the row a message locks: the calls of a batch come in its order, so that two batches
-                do not deadlock on each other's rows.
-            linger: How long a message waits for others to share its transaction with; None: 5 ms.
+            concurrency: The most runs of this handler at a time in a process.
+            batch: In a worker, up to so many waiting messages share one transaction and one commit. Each message is still a call
+                of its own, one after the other on one session. If one fails, it runs alone, and the others without it.
+            batch_order: Names the row that a message locks. The calls of a batch are sorted by it, so that two batches do not
+                deadlock on each other's rows.
+            linger: How long a message waits for others that share its transaction. None: 5 ms.
 
         Raises:
-            ConfigurationError: The function or an argument is wrong; the text says how to mend it.
+            ConfigurationError: The function or an argument is wrong; the text says what to write instead.
 
         Example:
             >>> eo = ExactlyOnce(group="inventory")
@@ -112,26 +112,26 @@ class Registrations:
         batch_order: "KeySpec | None" = None,
         linger: timedelta | None = None,
     ) -> Callable[[F], F]:
-        """Register a function that handles a whole batch of messages in one call: for set-based SQL; returns it unchanged.
+        """Register a function that handles a whole batch in one call, for set-based SQL. Returns the function unchanged.
 
-        It gets lists, of the messages that are new, without duplicates: `list[Order]` is the bodies, `list[Message]` the
-        messages, both in one order. If it raises, everything of the batch is rolled back, and smaller batches run, down to
-        single messages: a list may have one element. Elsewhere than in a worker (`eo.process`) it always has.
+        The function gets lists of the new messages, without duplicates: `list[Order]` has the bodies, `list[Message]` the
+        messages, both in the same order. If it raises, the whole batch is rolled back, and smaller batches run, down to single
+        messages. So a list may have one element. Outside a worker (`eo.process`) it always has one.
 
         Args:
-            topic: As for `handler`, like those that are not explained here.
+            topic: As for `handler`, like all arguments that are not explained here.
             key: What names the event.
-            tag: Only messages with this tag, or one of these.
+            tag: Only messages with this tag, or with one of these.
             name: The handler's name.
             guard: `Transaction(claim_wait=...)`; leases and locks are for single messages.
             retry: For a message that fails alone.
-            fingerprint: What two copies of one event must agree on.
+            fingerprint: What two copies of one event must have in common.
             batch: The most messages in a call.
-            batch_order: What the lists are sorted by: the row a message locks.
-            linger: How long a message waits for others; None: 5 ms.
+            batch_order: The value by which the lists are sorted: names the row that a message locks.
+            linger: How long a message waits for others. None: 5 ms.
 
         Raises:
-            ConfigurationError: The function or an argument is wrong; the text says how to mend it.
+            ConfigurationError: The function or an argument is wrong; the text says what to write instead.
 
         Example:
             >>> eo = ExactlyOnce(group="inventory")
@@ -169,4 +169,4 @@ class Registrations:
         return register
 
     def _registered(self) -> None:
-        """A handler was added."""
+        """Called after a handler was added. A subclass may override it."""

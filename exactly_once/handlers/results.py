@@ -1,8 +1,8 @@
-"""What a handler may return: nothing. It says "done" by returning and "not done" by raising, and nothing else is read.
+"""Checks what a handler returns: it must be nothing. Returning means "done", raising means "not done"; nothing else is read.
 
-Elsewhere a listener says "no" with False, with a number, a text or a member of an Enum. Taken for "done" here, the message
-would be lost, so such a value is refused: when the handler is decorated, if it is annotated so; else when it is returned.
-Called by the handler's parameters and by whoever calls handlers.
+In other frameworks a listener returns False, a number, a text or an Enum member to say "no". Here that would count as "done", and
+the message would be lost. So such a value is refused: at the decorator if the annotation says so, else when it is returned.
+Called by `parameters` and by `processing`.
 """
 
 import inspect
@@ -26,7 +26,7 @@ from exactly_once.wording.text import escaped
 __all__ = ["check_result", "check_returns"]
 
 _ANSWERS: Final = (bool, Number, str, bytes, bytearray, memoryview, Enum, BaseException)
-"""An exception, too: returned, it was meant to be raised."""
+"""Types that are answers. Also exceptions: a returned exception was meant to be raised."""
 _INSTEAD: Final = "raise an exception to have the message tried again, Reject(reason) to keep it for a person"
 _MOST_LAYERS: Final = 100  # an alias may mean itself
 
@@ -35,19 +35,19 @@ _told: set[str] = set()
 
 
 def check_result(result: object, *, in_lists: bool = False, handler: str = "") -> None:
-    """Refuse what a handler returned, if it shows that nothing ran, or that it means to say how it went.
+    """Refuse a handler's result if it shows that nothing ran, or if it looks like an answer.
 
     Args:
-        result: What a plain handler returned, or what an async one gave when awaited.
+        result: The result of a sync handler, or the awaited result of an async handler.
         in_lists: A batch handler returned it.
-        handler: Its name. Of each, one warning is logged for a result that nobody reads.
+        handler: The handler's name. One warning for each handler is logged for any other result, which nobody reads.
 
     Raises:
-        Misuse: It is an awaitable, a generator or another iterator, the future of a thread, or a statement of SQLAlchemy's: the
-            work in it has not been done, and acknowledging would lose it. Or a batch handler returned any other object:
-            elsewhere that names the messages to bring again, here nobody reads it.
-        RefusedResult: It is a bool, a number, text, bytes, a member of an Enum, an exception or a scalar of numpy's (as
-            `(amounts >= 0).all()` is): an answer that nobody reads.
+        Misuse: It is an awaitable, a generator or another iterator, the future of a thread, or a statement of SQLAlchemy: its
+            work has not been done, and acknowledging would lose it. Or a batch handler returned any other object: in other
+            frameworks that names the messages to redeliver, here nobody reads it.
+        RefusedResult: It is a bool, a number, text, bytes, an Enum member, an exception or a numpy scalar (such as
+            `(amounts >= 0).all()`): an answer that nobody reads.
     """
     if result is None:
         return
@@ -97,21 +97,21 @@ def check_result(result: object, *, in_lists: bool = False, handler: str = "") -
 
 
 def _is_answer(kind: type[Any]) -> bool:
-    """One of these, or a scalar of numpy's, of which not all are registered as numbers: its bools and dates are not."""
+    """Whether the type is one of `_ANSWERS`, or a numpy scalar (numpy's bools and dates are not registered as numbers)."""
     return issubclass(kind, _ANSWERS) or any(
         each.__name__ == "generic" and each.__module__ == "numpy" for each in kind.__mro__
     )
 
 
 def _is_lazy(kind: type[Any]) -> bool:
-    """An iterator: map, filter, zip. Not what a statement gave that was executed, a file, nor a mock of a test's."""
+    """Whether the type is a lazy iterator (map, filter, zip). Not: the result of an executed statement, a file, a mock."""
     if not issubclass(kind, (Iterator, AsyncIterator)) or issubclass(kind, IOBase):
         return False
     return not any(str(each.__module__).startswith(("sqlalchemy.", "unittest.mock")) for each in kind.__mro__)
 
 
 def _is_made_of_a_generator(result: object) -> bool:
-    """What a function under @contextmanager returns: it runs when it is entered."""
+    """Whether it is the result of a function under @contextmanager, which runs only when it is entered."""
     if not isinstance(result, (AbstractContextManager, AbstractAsyncContextManager)):
         return False
     made = getattr(result, "gen", None)
@@ -119,12 +119,12 @@ def _is_made_of_a_generator(result: object) -> bool:
 
 
 def check_returns(function: Callable[..., object], hints: Hints, *, is_async: bool) -> None:
-    """Refuse a handler that is annotated to return what `check_result` refuses.
+    """Refuse a handler whose return annotation allows what `check_result` refuses.
 
-    An annotation that cannot be resolved is left alone: what is then really returned is looked at.
+    An annotation that cannot be resolved is ignored: the real result is checked later.
 
     Raises:
-        ConfigurationError: The sentence says what to write instead.
+        ConfigurationError: The text says what to write instead.
     """
     annotation = signature(function).return_annotation
     if annotation is inspect.Signature.empty:
@@ -160,7 +160,7 @@ def _members(annotation: Any, is_async: bool) -> Iterator[type[Any]]:
         elif origin is Literal:
             waiting.extend(type(value) for value in arguments)
         elif is_async and isinstance(origin or at, type) and issubclass(origin or at, Awaitable):
-            waiting.extend(arguments[-1:])  # what it gives when awaited
+            waiting.extend(arguments[-1:])  # the type of the awaited result
         elif hasattr(at, "__supertype__"):  # a NewType
             waiting.append(at.__supertype__)
         elif hasattr(at, "__value__") and type(at).__name__ == "TypeAliasType":
@@ -173,4 +173,4 @@ def _value(result: object) -> str:
     if isinstance(result, (bool, Enum)):
         return str(result)
     article = "an" if type(result).__name__[0] in "aeiouAEIOU" else "a"
-    return f"{article} {type(result).__name__}"  # not the value: it may be a customer's
+    return f"{article} {type(result).__name__}"  # not the value, which may be a customer's data

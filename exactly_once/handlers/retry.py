@@ -1,4 +1,4 @@
-"""How often and how soon a handler's failed messages are tried again: `retry=`, checked when it is decorated. Pure."""
+"""How often and how soon a handler's failed messages are tried again: `retry=`, checked at the decorator. Pure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ class Retry:
     """How often and how soon a failed message is tried again.
 
     Args:
-        immediate: So many more tries at once, in fresh transactions within the same delivery; only the last one's
-            failure is recorded and counted.
-        delays: What to wait after each recorded failure, as timedelta or seconds; the last one repeats.
+        immediate: How many more tries follow at once, in new transactions within the same delivery. Only the failure of the last
+            try is recorded and counted.
+        delays: The wait after each recorded failure, as timedelta or seconds. The last one repeats.
         max_attempts: After so many failures the message is kept for a person.
 
     Raises:
@@ -51,7 +51,7 @@ class Retry:
     def delay(self, attempts: int) -> timedelta:
         """Return how long to wait after the failure number `attempts`, counted from 1."""
         delay = self.delays[min(attempts, len(self.delays)) - 1]
-        assert isinstance(delay, timedelta)  # __post_init__ made it one
+        assert isinstance(delay, timedelta)  # converted by __post_init__
         return delay
 
 
@@ -65,7 +65,7 @@ def _whole(name: str, value: object, least: int) -> None:
 
 def _delay(given: object) -> timedelta:
     if isinstance(given, (int, float)) and not isinstance(given, bool):
-        # also turns away nan, which compares with nothing
+        # also refuses nan, for which every comparison is false
         if not 0 <= given <= LONGEST_DELAY.total_seconds():
             raise ConfigurationError(
                 f"Retry(delays=...): {given!r} seconds is not between 0 and {LONGEST_DELAY.days} days"
@@ -79,7 +79,7 @@ def _delay(given: object) -> timedelta:
 
 
 def check_retry(spec: object) -> RetrySpec:
-    """Return `retry=` if it is one `Retry`, or one for each of several exception classes.
+    """Return `retry=` if it is a `Retry`, or a mapping of exception classes to `Retry`.
 
     Raises:
         ConfigurationError: It is something else.
@@ -101,9 +101,9 @@ def check_retry(spec: object) -> RetrySpec:
 
 
 def retry_for(spec: RetrySpec, error: BaseException) -> Retry:
-    """Return the policy for an error: of several, that of the class nearest to it by inheritance.
+    """Return the policy for an error. In a mapping: the policy of its nearest base class.
 
-    An error that no class of the mapping covers gets the default, `Retry()`: it is never lost for want of a policy.
+    An error that no class of the mapping covers gets the default, `Retry()`: a missing policy never loses a message.
 
     Example:
         >>> spec = {OSError: Retry(max_attempts=3), Exception: Retry(max_attempts=5)}

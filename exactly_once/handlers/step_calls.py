@@ -1,10 +1,10 @@
-"""What a step is given to call, and what that gave back: whether it can be a step at all, as a sentence. Pure.
+"""Checks the function that a step is to call, and what it returned. Returns what is wrong as a sentence. Pure.
 
     steps.run("charge", charge())                 called before the step begins, and again at each try
     steps.run("charge", lambda: charge())         it is called with the key
     steps.run("charge", lambda key: acharge())    in a plain handler, which cannot await it
 
-Asked before anything of the step is recorded, where it can be. Called by `steps`; the ledger refuses.
+Checked before anything of the step is recorded, where that is possible. Called by `steps` and the ledger; the ledger refuses.
 """
 
 import inspect
@@ -15,20 +15,20 @@ from typing import Any, Final
 __all__ = ["KEY", "SESSION", "never_awaited", "not_awaited", "not_to_be_called", "nothing_to_await"]
 
 KEY: Final = "key"
-"""What `run` calls with."""
+"""The argument that `run` passes."""
 SESSION: Final = "session"
-"""What `transaction` calls with."""
+"""The argument that `transaction` passes."""
 _MEANT: Final = {KEY: "the idempotency key", SESSION: "a session"}
 
 
 def not_to_be_called(name: object, call: object, argument: str, *, awaited: bool) -> str | None:
-    """Say why a step cannot call this, None where it can.
+    """Return why a step cannot call this, or None.
 
     Args:
-        name: The step's.
-        call: What it was given.
+        name: The name of the step.
+        call: What the step was given to call.
         argument: KEY or SESSION.
-        awaited: It awaits what that gives.
+        awaited: Whether the step awaits what the call returns.
     """
     write = f"Write `lambda {argument}: ...` around the call"
     if not callable(call):
@@ -52,13 +52,13 @@ def not_to_be_called(name: object, call: object, argument: str, *, awaited: bool
             f"calls its function with one argument, {_MEANT[argument]}, and this one cannot be called so: nothing ran."
             f" {write}"
         )
-    except ValueError:  # of a function that is not written in Python
+    except ValueError:  # the function is not written in Python
         return None
     return None
 
 
 def not_awaited(result: object) -> str | None:
-    """Say what is wrong with a result that a plain handler's step was given, None if nothing is; nothing of it ran then."""
+    """Return what is wrong with the result of a sync handler's step, or None. If something is, nothing of the step ran."""
     if not inspect.isawaitable(result):
         return None
     if inspect.iscoroutine(result):
@@ -67,14 +67,14 @@ def not_awaited(result: object) -> str | None:
 
 
 def nothing_to_await(result: object) -> str | None:
-    """Say what is wrong with a result that an async handler's step cannot await, None if it can."""
+    """Return why an async handler's step cannot await this result, or None."""
     if inspect.isawaitable(result):
         return None
     return f"was given a function that returned no awaitable ({_kind(result)}), and AsyncSteps awaits it"
 
 
 def never_awaited(made: list[tuple[str, Coroutine[Any, Any, Any]]]) -> str | None:
-    """Return the first step that was asked for without `await`; none of these can begin any more."""
+    """Return the first step that was not awaited, or None. Closes all such steps, so that none can begin any more."""
     found: str | None = None
     for name, coroutine in made:
         if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:

@@ -1,14 +1,14 @@
-"""Steps: recovery points of a handler under a lease, whose finished parts are not repeated on the next attempt.
+"""Steps: recovery points of a handler under a lease. A finished step is not repeated on the next attempt.
 
     hold = steps.run("lock stock", lambda key: inventory.lock(order.no, idempotency_key=key), returns=Hold)
     order_id = steps.transaction("create order", lambda session: create(session, hold))
     receipt = steps.run("charge", lambda key: bank.charge(hold.amount, key), returns=Receipt, at_most_once=True)
 
-A step's result is stored before the next step begins; on the next attempt it is read, not run. What is returned is always
-the decoded stored form, so that the first attempt sees what the second would. Where it ends: a crash between an outside
-call and its record repeats that call, with the same key, unless it is `at_most_once`: then a person decides.
+A step's result is stored before the next step begins. On the next attempt it is read, and the step does not run. A step always
+returns the decoded stored form, so that the first attempt sees the same value as the second. The limit: a crash between a call
+to the outside and its record repeats that call, with the same key. With `at_most_once` it is not repeated, and a person decides.
 
-`Steps` and `AsyncSteps` are what a handler may ask for by annotation; the work is behind `Ledger` (`guards.step_ledger`).
+A handler asks for `Steps` or `AsyncSteps` by annotation. The work is done behind `Ledger` (`guards.lease.ledger`).
 """
 
 from collections.abc import Awaitable, Callable, Coroutine
@@ -33,18 +33,18 @@ _KEY_CHARACTERS: Final = 40
 
 @dataclass(frozen=True, slots=True)
 class Coder:
-    """How a step's result becomes what is stored, and back."""
+    """Encodes a step's result for storage, and decodes it."""
 
     encode: Callable[[Any], bytes]
-    """Raises ValueError or TypeError for what is no JSON."""
+    """Raises ValueError or TypeError for a value that JSON cannot hold."""
     decode: Callable[[bytes], Any]
     alike: Callable[[Any, Any], bool]
-    """Whether what is read back is what was returned."""
+    """Whether the value read back equals the value returned."""
 
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A step as it is asked for: finished before, or to be run now."""
+    """A step that the handler asks for: finished before, or to be run now."""
 
     name: str
     ordinal: int
@@ -61,35 +61,35 @@ class Ledger(Protocol):
 
     @property
     def attempt(self) -> int:
-        """Which claim of the message this is, from 1."""
+        """The number of this claim of the message, from 1."""
 
     def begin(self, name: str, returns: Any, *, at_most_once: bool = False) -> Begun:
-        """Look the step up, and record its beginning where it must not be run twice."""
+        """Look the step up, and record its beginning if it must not run twice."""
 
     def finish(self, begun: Begun, value: Any) -> Any:
-        """Store what the step returned, and return it as it is stored."""
+        """Store what the step returned, and return the stored form, decoded."""
 
     def failed(self, begun: Begun) -> None:
-        """Note that the step raised."""
+        """Record in memory that the step raised."""
 
     def transact(self, name: str, returns: Any, work: Callable[[Any], Any]) -> Any:
         """Run work(session) and store its result in one transaction."""
 
     def refuse(self, name: str, why: str) -> Exception:
-        """Return what is raised where a step cannot begin; the message is kept for a person."""
+        """Return the error to raise if a step cannot begin. The message is kept for a person."""
 
     def misfit(self, begun: Begun, why: str, *, ran: bool) -> Exception:
-        """Return what is raised where a step's call gave back what is no result: of one that ran, or of which nothing did."""
+        """Return the error to raise if a step's call did not return a result. `ran`: whether the call ran."""
 
     def undone(self, name: str, why: str) -> Exception:
-        """Return what is raised where the work of a transaction gave back what is no result; it is rolled back."""
+        """Return the error to raise if a transaction's work did not return a result. The transaction is rolled back."""
 
     def asked(self, name: str, coroutine: Coroutine[Any, Any, Any]) -> None:
-        """Note what is to be awaited before the handler returns."""
+        """Remember a coroutine that the handler must await before it returns."""
 
 
 class Steps:
-    """Recovery points of a plain handler under `guard=Lease(...)`; ask for them with a parameter `steps: Steps`."""
+    """Recovery points of a sync handler under `guard=Lease(...)`. Ask for them with a parameter `steps: Steps`."""
 
     __slots__ = ("_ledger",)
 
@@ -98,26 +98,26 @@ class Steps:
 
     @property
     def attempt(self) -> int:
-        """Which claim of this message this is, from 1: send it along, and a service can refuse a run that was taken over."""
+        """The number of this claim of the message, from 1. A service that gets it can refuse a run that was taken over."""
         return self._ledger.attempt
 
     def run(self, name: str, call: Callable[[str], T], *, returns: Any = None, at_most_once: bool = False) -> T:
         """Run a step, or return what it returned on an earlier attempt.
 
         Args:
-            name: Its name, used once in a run: at most 64 bytes. Steps must come in the same order on every attempt.
-            call: Called with an idempotency key that is the same on every attempt, to be handed to the service.
-            returns: What the result is read back as: a pydantic model, a dataclass, a type. None: plain JSON.
-            at_most_once: Record the beginning first. If it is found without a result on the next attempt, the message is
-                kept for a person, who looks and says: `exactly-once steps resolve KEY STEP --result JSON`.
+            name: The name of the step, used once in a run; at most 64 bytes. Steps must have the same order on every attempt.
+            call: Called with an idempotency key that is the same on every attempt. Pass it to the service.
+            returns: The type of the result when it is read back: a pydantic model, a dataclass, any type. None: plain JSON.
+            at_most_once: Record the beginning first. If the next attempt finds it without a result, the message is kept for a
+                person, who looks and types: `exactly-once steps resolve KEY STEP --result JSON`.
 
         Returns:
-            The result, decoded from what is stored.
+            The result, decoded from its stored form.
 
         Raises:
-            LeaseLost: Another run has the message; stop.
-            StepError: It cannot go on by itself; the message is kept for a person.
-            StoreUnavailable: The store stays away; nothing is acknowledged.
+            LeaseLost: Another run has the message: stop.
+            StepError: The run cannot go on by itself; the message is kept for a person.
+            StoreUnavailable: The store does not answer; nothing is acknowledged.
 
         Example:
             hold = steps.run("lock stock", lambda key: inventory.lock(order.no, idempotency_key=key), returns=Hold)
@@ -143,7 +143,7 @@ class Steps:
 
         Args:
             name: As for `run`.
-            work: Gets a session of its own in the handler's database; it may not commit.
+            work: Called with a session of its own in the handler's database. It must not commit.
             returns: As for `run`.
 
         Example:
@@ -163,7 +163,7 @@ class Steps:
 
 
 class AsyncSteps:
-    """The same for an `async def` handler; ask for them with a parameter `steps: AsyncSteps`."""
+    """Recovery points of an `async def` handler under `guard=Lease(...)`. Ask for them with a parameter `steps: AsyncSteps`."""
 
     __slots__ = ("_ledger",)
 
@@ -178,7 +178,7 @@ class AsyncSteps:
     def run(
         self, name: str, call: Callable[[str], Awaitable[T]], *, returns: Any = None, at_most_once: bool = False
     ) -> Coroutine[Any, Any, T]:
-        """See `Steps.run`; `call` is awaited. To be awaited itself before the handler returns, or the message fails.
+        """See `Steps.run`. `call` is awaited. Await `run` itself before the handler returns, or the message fails.
 
         Example:
             hold = await steps.run("lock stock", lambda key: inventory.lock(order.no, key), returns=Hold)
@@ -209,7 +209,7 @@ class AsyncSteps:
     def transaction(
         self, name: str, work: Callable[[Any], Awaitable[T]], *, returns: Any = None
     ) -> Coroutine[Any, Any, T]:
-        """See `Steps.transaction`; `work` gets an AsyncSession and is awaited. To be awaited itself, as `run`."""
+        """See `Steps.transaction`. `work` gets an AsyncSession and is awaited. Await `transaction` itself, like `run`."""
         coroutine = self._transaction(name, work, returns)
         self._ledger.asked(name, coroutine)
         return coroutine
@@ -231,7 +231,7 @@ class AsyncSteps:
 
 
 def step_key(group: str, handler: str, key: str, step: str) -> str:
-    """Return the idempotency key of a step: the same on every attempt, another for every other step of any message.
+    """Return the idempotency key of a step: the same on every attempt, and different for every other step of any message.
 
     Example:
         >>> len(step_key("shop", "checkout", "A-1", "charge"))
@@ -241,7 +241,7 @@ def step_key(group: str, handler: str, key: str, step: str) -> str:
 
 
 def coder(returns: Any) -> Coder:
-    """Decide how results are stored that are to be read back as `returns`; None is plain JSON."""
+    """Return how results are stored and read back as `returns`. None: plain JSON."""
     if returns is None:
         return _PLAIN
     try:
@@ -257,7 +257,7 @@ def _encode(value: Any) -> bytes:
 
 
 def _check_names(value: Any) -> None:
-    """Refuse what JSON would rename: `{1: "a", "1": "b"}` would be read back with one of the two."""
+    """Refuse keys that JSON would change: `{1: "a", "1": "b"}` would be read back with only one of the two."""
     if isinstance(value, dict):
         for name in value:
             if not isinstance(name, str):
@@ -286,14 +286,14 @@ def _typed(returns: Any) -> Coder:
     adapter: TypeAdapter[Any] = TypeAdapter(returns)
 
     def encode(value: Any) -> bytes:
-        # strictly what it says: a result of another kind would be stored, and read back as something else
+        # strict: a result of another type would be stored, and read back as another value
         encoded = adapter.dump_json(value, warnings="error")
         loads(encoded, object_pairs_hook=_once_each)
         return encoded
 
     def alike(value: Any, read_back: Any) -> bool:
         if isinstance(value, BaseModel):
-            # all that it shows; what it has for itself, a client or a cache, is no result
+            # compare public fields only: private ones, such as a client or a cache, are no result
             return isinstance(read_back, BaseModel) and alike(dict(value), dict(read_back))
         if isinstance(value, dict) and isinstance(read_back, dict):
             return value.keys() == read_back.keys() and all(alike(each, read_back[key]) for key, each in value.items())
@@ -303,10 +303,10 @@ def _typed(returns: Any) -> Coder:
             return all(alike(getattr(value, each.name), getattr(read_back, each.name)) for each in fields(value))
         compares: object = type(value).__eq__
         if compares is object.__eq__:
-            return True  # nobody can say
+            return True  # the class defines no comparison
         try:
             return bool(value == read_back)
-        except Exception:  # of the value's own class: an array compares item by item
+        except Exception:  # raised by the value's own class: an array compares item by item
             return True
 
     return Coder(encode, adapter.validate_json, alike)

@@ -1,6 +1,6 @@
-"""A call of ours with wrong arguments is told with what to write, in place of Python's own words about them. Pure.
+"""Explains a call of our interface with wrong arguments: says what to write, in place of Python's own message. Pure.
 
-Used by the facade and by the decorators.
+Called by the facade and by the decorators.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +18,10 @@ Wrong: TypeAlias = Callable[[str, Signature, Sequence[object], Mapping[str, obje
 
 
 def explained(wrong: Wrong) -> Callable[[F], F]:
-    """Have a call with wrong arguments told with what to write, in place of Python's own words about them.
+    """Make a decorator that explains calls with wrong arguments: says what to write, in place of Python's own message.
 
     Args:
-        wrong: Says what to write, given the function's name, what it takes, and what it was given; None where it cannot.
+        wrong: Returns what to write, from the function's name, its signature and the arguments. None: it cannot say.
     """
 
     def decorate(function: F) -> F:
@@ -33,7 +33,7 @@ def explained(wrong: Wrong) -> Callable[[F], F]:
                 takes.bind(*arguments, **named)
             except TypeError as error:
                 told = wrong(function.__name__, takes, arguments[1:], named) or str(error)
-                raise ConfigurationError(told) from None  # Python's own words say the same once more
+                raise ConfigurationError(told) from None  # Python's own message would only repeat it
             return function(*arguments, **named)
 
         return cast("F", call)
@@ -42,7 +42,7 @@ def explained(wrong: Wrong) -> Callable[[F], F]:
 
 
 def of_a_decorator(name: str, takes: Signature, arguments: Sequence[object], named: Mapping[str, object]) -> str | None:
-    """See `explained`; of `@eo.handler` and `@eo.batch_handler`."""
+    """See `explained`. For `@eo.handler` and `@eo.batch_handler`."""
     known = [each for each in takes.parameters if each != "self"]
     example = f'@eo.{name}("orders", key="order_no")'
     if unknown := [each for each in named if each not in known]:
@@ -64,7 +64,7 @@ def of_a_decorator(name: str, takes: Signature, arguments: Sequence[object], nam
 
 
 def of_making_one(_: str, takes: Signature, arguments: Sequence[object], named: Mapping[str, object]) -> str | None:
-    """See `explained`; of `ExactlyOnce(...)`."""
+    """See `explained`. For `ExactlyOnce(...)`."""
     known = [name for name in takes.parameters if name != "self"]
     unknown = next((name for name in named if name not in known), None)
     if unknown is None:
