@@ -1,1 +1,1 @@
-"""What happened to each delivery, as frozen records; who counts or shows it reads them, and changes nothing of what happens."""
+"""Frozen records of what happened to each delivery. Code that counts or shows them changes nothing of what happens."""

@@ -1,7 +1,6 @@
 """The record of one delivery that has its result, and the counts that the progress line and the screen show.
 
-Emitted in one place for each of the two who run deliveries: the worker, and `exactly-once process`. Knows no transport and
-no database.
+Made in two places, which run deliveries: the worker, and the command `exactly-once process`. Knows no transport and no database.
 """
 
 from collections import defaultdict
@@ -22,12 +21,12 @@ class Settled(NamedTuple):
 
 
 class OutcomeCounts:
-    """How many deliveries ended how; read by other threads without a lock, so the numbers may differ by what is under way.
+    """Counts deliveries by outcome. Read without a lock, so the numbers may differ by the deliveries under way.
 
-    A delivery that waits for its key has not ended, however often it is looked at.
+    A delivery that waits for its key has not ended, however often it runs again to look.
 
     Args:
-        handlers: Names of handlers, for the counts of those that have run nothing yet.
+        handlers: The names of the handlers, so that the counts include those that have run nothing yet.
 
     Example:
         >>> from exactly_once.outcome import Ack
@@ -45,7 +44,7 @@ class OutcomeCounts:
         self._lock = Lock()
 
     def add(self, event: Settled) -> None:
-        """Count it; called by whichever thread ended the run."""
+        """Count a delivery. Called by the thread that ended the run."""
         result = event.result
         ended = type(result.verdict) is not WaitForKey
         with self._lock:
@@ -56,12 +55,12 @@ class OutcomeCounts:
 
     @property
     def outcomes(self) -> Mapping[str, int]:
-        """Deliveries by outcome; of several handlers the outcome that says most."""
+        """Deliveries by outcome. A delivery of several handlers counts once, with the outcome of its combined result."""
         return _by_name(self._counts)
 
     @property
     def handlers(self) -> Mapping[str, Mapping[str, int]]:
-        """The same for each handler by itself: what became of each delivery that it wanted."""
+        """Deliveries by outcome, for each handler that wanted them."""
         return {name: _by_name(counts) for name, counts in self._of_handlers.copy().items()}
 
 

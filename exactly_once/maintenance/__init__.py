@@ -1,1 +1,1 @@
-"""Work by the clock that is no handler's: what would otherwise grow or stand for ever is swept."""
+"""Jobs by the clock that are no handler's: they clean up rows that would otherwise stay for ever."""

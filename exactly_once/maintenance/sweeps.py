@@ -1,7 +1,7 @@
-"""The sweeps of a worker, as jobs: failures of messages that were processed since, and messages that nobody will take.
+"""The sweeps of a worker, as jobs: close failures of messages processed since, and delete messages that nobody will take.
 
-Each of several processes sweeps: two that meet take different rows, or the second finds nothing. Receives nothing and runs no
-handler. The service gives them to the executor.
+Each of several processes sweeps: two at the same time take different rows, or the second finds nothing. Never receives, and never
+runs a handler. Called by `service`, which gives the jobs to the executor.
 """
 
 from datetime import timedelta
@@ -36,7 +36,7 @@ def failures_job(store: Store, group: str) -> Job:
             closed = failures.sweep(partial(own_transaction, store.engine), group)
         except Exception as error:
             if store.away(error):
-                return  # the worker learns of the outage from its own messages
+                return  # the worker learns of the outage from its messages
             if (told := store.gone(error)) is not None:
                 raise told from error
             raise
@@ -47,10 +47,10 @@ def failures_job(store: Store, group: str) -> Job:
 
 
 def queue_job(consumer: Consumer) -> Job | None:
-    """Return the job that deletes what lies in a queue and no handler of the group will take; None where nothing can.
+    """Return the job that deletes queued messages that no handler of the group will take. None: this consumer has no such.
 
     Args:
-        consumer: Whose queue.
+        consumer: The consumer of the queue.
     """
     if not isinstance(consumer, Tidied) or consumer.tidy_every is None:
         return None

@@ -1,1 +1,1 @@
-"""What a person does to claims, steps and leases: each is one transaction, asked for at the command line."""
+"""Commands of a person that change claims, steps and leases. Each is one transaction. Called by the command line."""

@@ -1,4 +1,4 @@
-"""A handler got another name: its claims, steps, failures and leases follow, or all that it has processed would be new.
+"""Renames a handler in its claims, steps, failures and leases. Otherwise every message that it has processed would be new.
 
 Called by the command line, while no worker of the handler runs.
 """
@@ -15,14 +15,14 @@ from exactly_once.wording.text import escaped
 
 __all__ = ["rename_leases", "rename_rows"]
 
-_NAMED: Final = 5  # keys in a sentence; the rest is counted
+_NAMED: Final = 5  # keys named in an error; the rest is counted
 
 
 def rename_rows(connection: Connection, tables: Tables, group: str, old: str, new: str) -> Mapping[str, int]:
-    """Give all rows of a handler to its new name, in the caller's transaction; returns how many, by table.
+    """Rename a handler in all its rows, in the caller's transaction. Returns how many rows, by table.
 
     Raises:
-        ConfigurationError: Both names have claims on one key: which of the two was meant cannot be known.
+        ConfigurationError: Both names have claims on one key: it cannot be known which of the two to keep.
     """
     moved: dict[str, int] = {}
     for table in (tables.idempotent, tables.step, tables.failure):
@@ -47,7 +47,7 @@ def rename_rows(connection: Connection, tables: Tables, group: str, old: str, ne
 def _twice(
     connection: Connection, table: Table, group: str, old: str, new: str, number: int, keys: Sequence[str]
 ) -> str:
-    """Say which keys have rows of both names, and which of them to delete."""
+    """Return the text that says which keys have rows of both names, and which rows to delete."""
     more = f" and {number - len(keys)} more" if number > len(keys) else ""
     column = "failure_key" if "failure_key" in table.c else "business_key"
     named_rows = {"consumer_group": group, "handler": old}
@@ -58,7 +58,7 @@ def _twice(
             for name, value in (named_rows | {column: key}).items()
         )
         for key in keys
-        if key.isprintable()  # what steers a terminal is not written to one
+        if key.isprintable()  # control characters must not reach a terminal
     ]
     return (
         f"{number} key(s) have rows of both {old!r} and {new!r} in {table.name}: {', '.join(map(escaped, keys))}{more}. Each was"
@@ -75,7 +75,7 @@ def _quoted(value: str, server: str) -> str:
 
 
 def rename_leases(leases: LeaseStores, group: str, old: str, new: str) -> Iterator[tuple[str, int]]:
-    """Give what other stores than the application's databases hold of a handler to its new name; gives how much, by store.
+    """Rename a handler in lease stores outside the application's databases. Yields how many were renamed, by store.
 
     Raises:
         ConfigurationError: Both names have claims on one key.
