@@ -1,6 +1,6 @@
-"""Up, down, check and print: each opens the database that it is given, or uses the connection of the caller's.
+"""Upgrades, downgrades, checks and prints our tables. Each function opens the given database, or uses the caller's connection.
 
-The names are those of `exactly_once.alembic`, whose docstring says what holds for all of them.
+The functions are those of `exactly_once.alembic`. The docstring of that package says what holds for all of them.
 """
 
 import os
@@ -43,26 +43,24 @@ T = TypeVar("T")
 
 
 def head() -> str:
-    """Return the version this package brings, as `current` gives it: "0002"."""
+    """Return the newest version in this package, in the form of `current`: "0002"."""
     return name_of(HEAD)
 
 
 def upgrade(database: "Database | None" = None, *, schema: str | None = None, version: Version = "head") -> None:
-    """Bring our tables to `version`; do nothing where they are there already.
+    """Upgrade our tables to `version`. Does nothing if they have that version already.
 
-    Safe to call from many programs at once: one works, the others wait and find it done. A connection that is in a
-    transaction stays in it: the caller commits. (MySQL and MariaDB commit at every CREATE all the same; a run that was
-    killed there is finished by the next.)
+    Many programs may call this at the same time: one works, the others wait and find it done. If the connection is in a
+    transaction, it stays open: the caller commits. (MySQL and MariaDB commit at every CREATE all the same. If a run is killed
+    there, the next run finishes it.)
 
     Args:
-        database: URL, Engine or Connection. None: inside a migration of your own Alembic history, whose connection is
-            used.
-        schema: The named schema, made on PostgreSQL where it is missing. None: where the connection looks first.
+        database: URL, Engine or Connection. None: inside a migration of your own Alembic history; its connection is used.
+        schema: The named schema. On PostgreSQL it is created if it is missing. None: the first schema in the connection's path.
         version: A number, or "head".
 
     Raises:
-        SchemaError: A table of one of our names is there that we did not make; or the database is newer than `version`
-            can say.
+        SchemaError: There is a table with one of our names that we did not make. Or the database is newer than this package.
         ConfigurationError: `version` does not exist, or no database was given outside a migration.
 
     Example:
@@ -83,13 +81,13 @@ def upgrade(database: "Database | None" = None, *, schema: str | None = None, ve
 
 
 def downgrade(database: "Database | None" = None, *, version: Version, schema: str | None = None) -> None:
-    """Take our tables back to `version`; 0 drops them all, with every claim, failure and queued message in them.
+    """Downgrade our tables to `version`. 0 drops all of them, with every claim, failure and queued message.
 
-    The named schema itself stays: it may hold tables of others.
+    The named schema itself stays: it may have tables of others.
 
     Args:
         database: As for `upgrade`.
-        version: A number. Versions above it are undone, newest first.
+        version: A number. Versions above it are undone, the newest first.
         schema: As for `upgrade`.
     """
     target = _number(version)
@@ -107,7 +105,7 @@ def downgrade(database: "Database | None" = None, *, version: Version, schema: s
 
 
 def current(database: "Database", *, schema: str | None = None) -> str | None:
-    """Return the version of our tables in this database, "0001"; None where there are none."""
+    """Return the version of our tables in this database, such as "0001". None: there are none."""
 
     def work(connection: "Connection") -> str | None:
         found = recorded(connection, schema)
@@ -117,10 +115,10 @@ def current(database: "Database", *, schema: str | None = None) -> str | None:
 
 
 def check(connection: "Connection", schema: str | None = None) -> str | None:
-    """Return None where our tables are ready for this package, else a sentence that ends in the command to type.
+    """Return None if our tables are ready for this package, else a text that ends in the command to type.
 
-    One version ahead is ready too: a migration stays usable by the release before it, so that the database can be
-    upgraded while old workers run.
+    One version ahead is ready, too: a migration stays usable by the release before it, so that the database can be upgraded while
+    old workers run.
     """
     found = recorded(connection, schema)
     place = f"the schema {schema} of {_place(connection)}" if schema else _place(connection)
@@ -150,16 +148,16 @@ def check(connection: "Connection", schema: str | None = None) -> str | None:
 def include_name(
     name: str | None, type_: str, parent_names: Mapping[str, str | None], *, schema: str | None = "anywhere"
 ) -> bool:
-    """Tell `alembic revision --autogenerate` not to see our tables, which your models do not have.
+    """Hide our tables, which your models do not have, from `alembic revision --autogenerate`.
 
-    Without it Alembic proposes to drop them.
+    Without this Alembic proposes to drop them.
 
     Args:
-        name: What Alembic passes.
-        type_: What Alembic passes: "schema", "table", "column" and so on.
-        parent_names: What Alembic passes.
-        schema: Where our tables are. Left out, our names are not seen in any schema; say it (with functools.partial)
-            if a table of yours has one of our names in another schema.
+        name: Passed by Alembic.
+        type_: Passed by Alembic: "schema", "table", "column" and so on.
+        parent_names: Passed by Alembic.
+        schema: The schema of our tables. Without it our names are hidden in every schema. Give it (with functools.partial) if a
+            table of yours has one of our names in another schema.
 
     Example:
         context.configure(..., include_name=exactly_once.alembic.include_name)
@@ -178,10 +176,10 @@ def sql(
 
     Args:
         dialect_name: "postgresql", "mysql", "mariadb" or "sqlite".
-        schema: The named schema, made on PostgreSQL where it is missing.
-        grants_role: Who the workers log in as. It gets the least that is enough: rows of our tables, no tables. On
-            MySQL and MariaDB a role, or an account as "name@host".
-        only_grants: The tables are there: return only what gives the role its rights.
+        schema: The named schema. On PostgreSQL it is created if it is missing.
+        grants_role: The role as which workers log in. It gets the smallest rights that are enough: to read and write rows of our
+            tables, not to create or change tables. On MySQL and MariaDB a role, or an account such as "name@host".
+        only_grants: The tables exist: return only the statements that give the role its rights.
 
     Raises:
         ConfigurationError: We have no tables for this dialect, or it has no roles, or no role is named.
@@ -199,17 +197,17 @@ def revision(
     down_revision: str | None = None,
     version: Version = "head",
 ) -> Path:
-    """Write one file into your own Alembic history that brings our tables, and return its path.
+    """Write a file into your own Alembic history that upgrades our tables, and return its path.
 
     Args:
-        directory: The folder that has your env.py and versions/. None: as `config` says.
+        directory: The folder with your env.py and versions/. None: the folder that `config` names.
         config: Your alembic.ini.
         schema: The named schema.
-        down_revision: The revision it follows. None: your one head.
-        version: The version of our tables to bring.
+        down_revision: The revision that it follows. None: your only head.
+        version: The version of our tables.
 
     Raises:
-        ConfigurationError: Your history was not found, has several heads, or brings this version already.
+        ConfigurationError: Your history was not found, has several heads, or has this version already.
     """
     from exactly_once.alembic.offline import history_file
 

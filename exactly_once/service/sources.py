@@ -1,4 +1,4 @@
-"""What a worker receives from, and what is done by the clock beside it: made here for an application and a transport."""
+"""Makes, for an application and a transport, a worker's pumps and the jobs that run by the clock beside it."""
 
 from collections.abc import Sequence
 
@@ -36,7 +36,7 @@ def jobs(router: Router, consumers: Sequence[Consumer]) -> Sequence[Job]:
 
     Args:
         router: The application's handlers and databases.
-        consumers: Of the transport.
+        consumers: The transport's consumers.
     """
     failures = [failures_job(store, router.group) for store in router.stores.values()]
     return failures + [job for consumer in consumers if (job := queue_job(consumer)) is not None]

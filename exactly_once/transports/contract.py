@@ -1,7 +1,7 @@
 """The contract with a broker: a delivery, a subscription, what a broker can do, and four small protocols.
 
-Nothing here opens, waits or decides. The implementations are the other modules of `transports`; the worker knows this module
-alone. All calls are synchronous and block their own thread.
+Never opens, waits or decides. The implementations are the other modules of `transports`; the worker knows this module alone. All
+calls are synchronous and block their own thread.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,11 +31,11 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Delivery:
-    """A message that we hold until it is settled, once.
+    """A message that is in hand until it is settled, once.
 
-    `receipt` is the transport's own (a receipt handle, a row id); nobody else looks inside. `handler` is None for a
-    broker's delivery, which every matching handler sees, and a name when the failure store of `database` brings a message
-    back for that handler alone. `unread` says why the body could not be read: it stands there as it came, and no handler runs.
+    `receipt` belongs to the transport (a receipt handle, a row id); nothing else reads it. `handler` is None for a broker's
+    delivery, which goes to every matching handler. It is a name if the failure store of `database` redelivers a message for that
+    handler alone. `unread` says why the body could not be read: the body is then kept as it came, and no handler runs.
     """
 
     message: Message
@@ -97,18 +97,18 @@ class Features:
 
 @runtime_checkable
 class Tidied(Protocol):
-    """A consumer of a transport that keeps messages until somebody deletes them; others need nothing of it."""
+    """A consumer of a transport that keeps messages until they are deleted. Other consumers do not implement this."""
 
     @property
     def topic(self) -> str:
-        """Whose messages."""
+        """The topic of the messages."""
 
     @property
     def tidy_every(self) -> timedelta | None:
-        """The time between two calls of `tidy`; None where nothing can lie there."""
+        """The time between two calls of `tidy`. None: no message can be left there."""
 
     def tidy(self) -> None:
-        """Delete what no handler of the group will take; called by a thread of its own."""
+        """Delete messages that no handler of the group will take. Called in a thread of its own."""
 
 
 class Consumer(Protocol):

@@ -1,4 +1,7 @@
-"""A transaction of ours on a connection of the pool's, for work that is done again by itself where it fails."""
+"""A transaction of our own on a connection from the pool, for work that its caller repeats after a failure.
+
+Called by the pump and the sweeps. Never repeats the work itself.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +16,13 @@ __all__ = ["own_transaction"]
 
 @contextmanager
 def own_transaction(engine: Engine) -> Iterator[Connection]:
-    """Begin a transaction, and commit it in the end; a connection on which something fails is closed.
+    """Begin a transaction, and commit it at the end. After an error the connection is closed.
 
-    A handler may have left the connection changed: a role, a time limit, another text factory. What fails on such a
-    connection is done again on another one, the next time that the caller comes.
+    A handler may have left the connection changed: a role, a time limit, another text factory. Work that fails on such a
+    connection is repeated on another one, at the caller's next call.
 
     Args:
-        engine: The database.
+        engine: The engine of the database.
     """
     with engine.connect() as connection, connection.begin():
         kept_firsthand(connection)
@@ -27,5 +30,5 @@ def own_transaction(engine: Engine) -> Iterator[Connection]:
         try:
             yield connection
         except Exception:
-            connection.invalidate()  # before it is rolled back: else a pooler keeps the server's as it is
+            connection.invalidate()  # before the rollback: else a pooler keeps the server's connection as it is
             raise
