@@ -1,8 +1,8 @@
 """What `alembic upgrade head` runs in a checkout; programs call `exactly_once.alembic` instead.
 
-The database is `-x url=...`, else `sqlalchemy.url`, else EXACTLY_ONCE_DATABASE (or what else the settings say); the schema
-is `-x schema=...`, else EXACTLY_ONCE_SCHEMA. An async URL is run on its own loop. The version table is ours alone, so that a
-program's own Alembic history in the same database is not mixed with this one.
+The database is `-x url=...`, else `sqlalchemy.url`, else EXACTLY_ONCE_DATABASE (or another source of the settings). The schema is
+`-x schema=...`, else EXACTLY_ONCE_SCHEMA. An async URL runs on an event loop of its own. The version table is ours alone, so that
+this history is not mixed with a program's own Alembic history in the same database.
 """
 
 from alembic import context
@@ -20,7 +20,7 @@ given = context.get_x_argument(as_dictionary=True)
 try:
     settings = load()
 except ConfigurationError as error:
-    raise CommandError(str(error)) from error  # what Alembic tells as one line
+    raise CommandError(str(error)) from error  # Alembic shows this error as one line
 schema = given.get("schema") or settings.schema.value
 database = given.get("url") or context.config.get_main_option("sqlalchemy.url") or settings.database.value
 if not isinstance(database, str):
@@ -40,7 +40,7 @@ def online(connection: Connection) -> None:
             version_table=VERSION_TABLE,
             version_table_schema=schema,
             include_schemas=schema is not None,
-            # only our own tables are compared: others may live in the same database
+            # compare only our own tables: there may be others in the same database
             include_name=lambda name, type_, parents: (
                 type_ != "table" or f"{parents['schema_qualified_table_name']}" in tables(schema).metadata.tables
             ),

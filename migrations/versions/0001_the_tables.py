@@ -1,10 +1,10 @@
 """The tables of exactly_once 0.1: claims, steps, failures, outbox, queue, queue groups, cutover.
 
-Immutable once released: a later change is a later file. That is why the types stand here in full and nothing is
-imported from `exactly_once.database.schema`, which moves on; a test holds the newest migration and that module together.
+Immutable once released: a later change is a later file. Therefore the types are written here in full, and nothing is imported
+from `exactly_once.database.schema`, which changes. A test compares the newest migration with that module.
 
-MySQL and MariaDB commit at every CREATE, so a run that was killed leaves some of the tables. On those servers what is
-already there is stepped over, and the next run finishes the work.
+MySQL and MariaDB commit at every CREATE, so a run that was killed leaves some of the tables. On those servers existing tables are
+skipped, and the next run finishes the work.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
-# utf8mb4_bin: the columns that are not keys still hold tokens and names, and any character a person can type
+# utf8mb4_bin: columns that are not keys hold tokens and names, and any character that a person can type
 MYSQL = {
     f"{server}_{option}": value
     for server in ("mysql", "mariadb")
@@ -28,7 +28,7 @@ MYSQL = {
 
 
 def key(bytes_: int) -> sa.types.TypeEngine[str]:
-    """Text compared byte by byte."""
+    """Text that is compared byte by byte."""
     return (
         sa.Text()
         .with_variant(pg.TEXT(collation="C"), "postgresql")
@@ -77,7 +77,7 @@ def upgrade(*, schema: str | None = None, operations: Any = op) -> None:
     there = _left_by_a_killed_run(operations, schema)
 
     def primary(table: str, *columns: str) -> sa.PrimaryKeyConstraint:
-        # named, and by f() kept from a naming convention of the user whose history calls this; MySQL warns of any name
+        # named, and f() protects the name from a naming convention of the user's own history; MySQL warns about any name
         name = None if mysql_or_mariadb else operations.f(f"{table}_pkey")
         return sa.PrimaryKeyConstraint(*columns, name=name)
 
@@ -157,7 +157,7 @@ def upgrade(*, schema: str | None = None, operations: Any = op) -> None:
             "ix_message_failure_due": ["consumer_group", "state", "next_attempt_at"],
             "ix_message_failure_order": ["consumer_group", "handler", "ordering_key", "id"],
         },
-        # people type these ids: one that was deleted must not come back as another message
+        # people type these ids: the id of a deleted row must not be given to another message
         sqlite_autoincrement=True,
     )
     create(
@@ -227,7 +227,7 @@ def downgrade(*, schema: str | None = None, operations: Any = op) -> None:
 
 
 def _left_by_a_killed_run(operations: Any, schema: str | None) -> dict[str, set[str | None]]:
-    """Return the tables that stand already, each with its indexes; always empty where DDL is transactional."""
+    """Return the existing tables, each with its indexes. Always empty on servers with transactional DDL."""
     context = operations.get_context()
     if context.as_sql or context.dialect.name not in ("mysql", "mariadb"):
         return {}

@@ -1,6 +1,6 @@
-"""A broken failure remembers the owner of the claim that stands for it.
+"""A broken failure keeps the owner of the claim that stands for it.
 
-`requeue` takes that claim back. It was known by its time until now, and a server's clock may go back.
+`requeue` removes that claim. Until now it was found by its time, and a server's clock may go back.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ def downgrade(*, schema: str | None = None, operations: Any = op) -> None:
 
 
 def _is_there(operations: Any, schema: str | None) -> bool | None:
-    """Say whether a run that was killed has made the column; None where nobody can be asked, or none is left by it."""
+    """Whether a run that was killed has added the column. None: there is no database to ask, or DDL is transactional."""
     context = operations.get_context()
     if context.as_sql or context.dialect.name not in ("mysql", "mariadb"):
         return None
