@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measure, print, write. 0: measured, whatever the figures. 1: rows were wrong. 2: wrong usage."""
+"""`python -m benchmarks`: measure, print, write. 0: measured, whatever the figures are. 1: rows were wrong. 2: usage."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""The bare clients of RocketMQ, which receive and acknowledge and do nothing else; and how fast a count rises."""
+"""The bare clients of RocketMQ, which only receive and acknowledge; and a function that measures how fast a count rises."""
 
 from collections.abc import Callable
 from threading import Event, Lock, Thread
@@ -11,11 +11,11 @@ __all__ = ["THREADS", "Count", "bare4", "bare5", "rate_of"]
 
 THREADS: Final = 16
 PATIENCE_S: Final = 120.0
-FIRST_SHARE: Final = 0.1  # of a turn's messages, not counted: joining the group is not what is measured
+FIRST_SHARE: Final = 0.1  # of a turn's messages, not counted: joining the group is not measured
 
 
 def rate_of(done: Callable[[], int], each: int) -> float:
-    """Return how many a second, from when the first share is done until all are."""
+    """Return how many are done in a second, from the end of the first share to the end of all."""
     began_at = perf_counter()
     start = 0
     began = 0.0
@@ -31,10 +31,10 @@ def rate_of(done: Callable[[], int], each: int) -> float:
 
 
 def bare5(endpoint: str, topic: str, group: str, each: int) -> float:
-    """RocketMQ 5's own SimpleConsumer: each thread receives up to 16 and acknowledges one after the other."""
+    """RocketMQ 5's own SimpleConsumer: each thread receives up to 16 messages and acknowledges them one after the other."""
     from exactly_once.transports.rocketmq5 import wall
 
-    wall.build()  # keeps the client's import from closing every log handler
+    wall.build()  # so that the client's import does not close every log handler
     from rocketmq import ClientConfiguration, Credentials, FilterExpression, SimpleConsumer
 
     consumer = SimpleConsumer(ClientConfiguration(endpoint, Credentials()), group, {topic: FilterExpression()}, 2)
@@ -46,7 +46,7 @@ def bare5(endpoint: str, topic: str, group: str, each: int) -> float:
         while not stopped.is_set():
             try:
                 received = consumer.receive(16, 30)
-            except Exception:  # the group's settings take a moment to arrive
+            except Exception:  # the group's settings arrive after a moment
                 sleep(0.1)
                 continue
             for message in received or ():
@@ -80,7 +80,7 @@ def bare4(name_servers: str, topic: str, group: str, each: int) -> float:
         return client.ConsumeStatus.CONSUME_SUCCESS
 
     consumer = client.PushConsumer(group)
-    _kept.append(consumer)  # collected while its threads run, it would end the process
+    _kept.append(consumer)  # if it were garbage collected while its threads run, the process would end
     consumer.set_name_server_address(name_servers)
     consumer.set_thread_count(THREADS)
     consumer.set_instance_name(f"bare-{topic}")

@@ -1,7 +1,7 @@
-"""Everything that can be given a pile of messages and say how long it took over them, by name.
+"""The contenders, by name: each takes a number of messages and reports how long it took to handle them.
 
-A contender is made inside the process it runs in: in this one, or in one of a `crew`. What is not measured (making the
-messages, filling the broker, connecting) is done by `take`, before `run`.
+A contender is made in the process in which it runs: this one, or a process of a `crew`. `take` does what is not measured (making
+the messages, filling the broker, connecting), before `run`.
 """
 
 import json
@@ -25,21 +25,21 @@ GROUP: Final = 100
 SET: Final = 500
 THREADS: Final = 8
 PATIENCE_S: Final = 120.0
-POLL_S: Final = 0.01  # each look takes the interpreter from the worker
-FIRST_SHARE: Final = 0.1  # of a turn's messages, not counted: starting a worker and its checks are not what is measured
+POLL_S: Final = 0.01  # each look takes the interpreter away from the worker
+FIRST_SHARE: Final = 0.1  # of a turn's messages, not counted: a worker's start and its checks are not measured
 
 
 class Contender(Protocol):
     """One way to handle messages."""
 
     def take(self, given: Sequence[Message], new: int) -> None:
-        """Take the messages of the next turn, of which so many were never seen before."""
+        """Take the messages of the next turn. `new`: how many of them were never seen before."""
 
     def run(self) -> Span:
-        """Handle them all.
+        """Handle all messages.
 
         Raises:
-            WrongRows: Another number than the new ones was handled.
+            WrongRows: The number of handled messages is not that of the new messages.
         """
 
 
@@ -65,11 +65,11 @@ class OneByOne:
 
 
 class Fed:
-    """Our worker, fed from a broker in this process that was filled before.
+    """Our worker, fed by a broker in this process that was filled before.
 
     Args:
-        eo: The application; its engine is kept from turn to turn, the worker is not.
-        threads: How many messages, or groups, run at once.
+        eo: The application. Its engine is kept from turn to turn; the worker is new in each turn.
+        threads: How many messages, or batches, run at once.
     """
 
     def __init__(self, eo: ExactlyOnce, threads: int = 1) -> None:
@@ -97,13 +97,13 @@ class Fed:
             handled = worker.counts.outcomes["processed"]
         if handled != self._new:
             raise WrongRows(f"{handled} messages were handled as new, not {self._new}")
-        if not start:  # a handful, all done between two looks
+        if not start:  # a few messages, all done between two looks
             began = entered
         return Span(self._given - start, began, ended)
 
 
 class HandlersAlone:
-    """The handler's calls in groups of one commit with no deduplication: no group with such calls can be faster."""
+    """The handler's calls in batches of one commit, without deduplication: no batch with such calls can be faster."""
 
     def __init__(self, url: str) -> None:
         self._sessions = sessionmaker(create_engine(url), expire_on_commit=False)
@@ -157,4 +157,4 @@ BY_NAME: Final[Mapping[str, Callable[[str], Contender]]] = {
     "DBOS": _dbos,
     "DBOS, 8 in the background": _dbos_in_background,
 }
-"""Made with the URL of a database that has all tables."""
+"""The contenders. Each is made with the URL of a database that has all tables."""

@@ -1,10 +1,10 @@
-"""Worker processes that begin together, and how many messages they handle in a second between them.
+"""Worker processes that begin together. Measures how many messages they handle in a second, all together.
 
     python -m benchmarks.crew CONTENDER SKUS MAKER
 
-Each is a process with one contender and lives through all rounds, so that its connections, plans and caches are warm. It
-reads the database's URL (whose password would be seen among a process's arguments), then how many messages to take, answers
-when it has them, and runs at the next line. The clock runs from when the first began until the last is done.
+Each process has one contender and lives through all rounds, so that its connections, plans and caches are warm. It reads the
+database's URL from its input, because other users could see a password among the arguments. Then it reads how many messages to
+take, answers when it has them, and runs at the next line. The time is from the first begin to the last end.
 """
 
 import argparse
@@ -41,9 +41,9 @@ class Crew:
     Args:
         contender: Its name.
         url: The database.
-        log: Where their standard error goes.
+        log: The file for their standard error.
         size: How many processes.
-        skus: Stock rows their orders take from.
+        skus: How many stock rows their orders use.
     """
 
     def __init__(self, contender: str, url: str, log: Path, *, size: int = 1, skus: int = SKUS) -> None:
@@ -82,7 +82,7 @@ class Crew:
                 process.wait()
 
     def rate(self, each: int, *, workers: int | None = None) -> float:
-        """Let the first `workers` of them (None: all) handle `each` messages between them; messages a second."""
+        """Let the first `workers` processes (None: all) handle `each` messages together. Returns messages a second."""
         at_work = self._processes[: workers or self._size]
         share = each // len(at_work)
         for process in at_work:
@@ -123,7 +123,7 @@ class Crew:
 def crews(
     stage: Stage, database: Database, *contenders: str, size: int = 1, skus: int = SKUS
 ) -> Iterator[dict[str, Crew]]:
-    """Start a crew of each contender on one database; they end together."""
+    """Start a crew of each contender on one database. All end together."""
     found: dict[str, Crew] = {}
     try:
         for contender in contenders:
@@ -139,7 +139,7 @@ def crews(
 
 
 def main() -> None:
-    """Take messages and run, until there is nothing more to read."""
+    """Take messages and run, until the input ends."""
     from benchmarks.contenders import BY_NAME
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.crew")
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("skus", type=int)
     parser.add_argument("maker")
     given = parser.parse_args()
-    # what a library prints must not stand among the answers
+    # what a library prints must not mix with the answers
     answers, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
     os.dup2(2, 1)
 
@@ -160,7 +160,7 @@ def main() -> None:
         how_many = int(line)
         contender.take(messages(how_many, skus=given.skus, maker=given.maker), how_many)
         gc.collect()
-        gc.freeze()  # a pile of messages that waits in memory is no part of what is measured, nor is walking over it
+        gc.freeze()  # the garbage collector must not walk over the messages that wait in memory
         answer(READY)
         if not wait():
             break
@@ -168,7 +168,7 @@ def main() -> None:
             answer(astuple(contender.run()))
         except WrongRows as error:
             answer({WRONG: str(error)})
-    os._exit(0)  # what threads a contender has left are nobody's concern now
+    os._exit(0)  # do not wait for threads that a contender has left
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""The same handler under DBOS, as its documentation has it for events that are to be processed exactly once.
+"""The same handler under DBOS, as its documentation recommends for events that must be processed exactly once.
 
-A workflow for each message, with the business key as its workflow id (`SetWorkflowID`); in it one transaction of a
-`SQLAlchemyDatasource`, which writes the handler's rows and the step's checkpoint in one commit. READ COMMITTED, as ours and
-the hand-written one run: its own default, SERIALIZABLE, costs more. Its system tables are in the same database, and fsync
-is on for both. A message is five commits then (counted in DBOS 3.4): the workflow's begin, the handler's rows with the
-checkpoint, the step's record, the checkpoint's deletion, the workflow's end. What it does more than we do, it can resume a
-workflow of many steps, is not needed here, and cannot be left out.
+Each message has a workflow, with the business key as its workflow id (`SetWorkflowID`). The workflow has one transaction of a
+`SQLAlchemyDatasource`, which writes the handler's rows and the step's checkpoint in one commit. The isolation is READ COMMITTED,
+as for our code and the hand-written code: DBOS's default, SERIALIZABLE, costs more. Its system tables are in the same database,
+and fsync is on for both. A message then needs five commits (counted in DBOS 3.4): the workflow's begin, the handler's rows with
+the checkpoint, the step's record, the checkpoint's deletion, the workflow's end. DBOS can also resume a workflow of many steps:
+that is not needed here, but cannot be switched off.
 
-Called directly, one message after the other, as ours is. `InBackground` starts workflows ahead and takes their results
-afterwards, on DBOS's own threads: the other way its documentation shows.
+Workflows are called directly, one message after the other, as in our measurement. `InBackground` starts several workflows and
+takes their results later, on DBOS's own threads: the other way in its documentation.
 """
 
 import json
@@ -26,11 +26,11 @@ from exactly_once import Message
 
 __all__ = ["InBackground", "Workflows"]
 
-AHEAD: Final = 8  # workflows in flight; more threads do not help two cores
+AHEAD: Final = 8  # workflows in flight; on two cores more threads do not help
 
 
 class Workflows:
-    """DBOS launched in this process.
+    """DBOS, launched in this process.
 
     Args:
         url: The database, for its tables and the shop's.
@@ -41,7 +41,7 @@ class Workflows:
             "name": "benchmark",
             "system_database_url": url,
             "log_level": "ERROR",
-            "executor_id": f"benchmark-{os.getpid()}",  # or the other one's launch takes our workflows for left behind
+            "executor_id": f"benchmark-{os.getpid()}",  # else another launch takes our workflows for abandoned
         }
         DBOS(config=config)
         datasource = SQLAlchemyDatasource.create(url)

@@ -1,6 +1,6 @@
-"""What duplicates cost, by their share: none, one in a hundred, every second, nothing else; against hand-written.
+"""What duplicates cost, by their share: none, one in a hundred, every second, all; against hand-written code.
 
-They come mixed among new messages, in an order drawn anew; each was handled before by the same contender.
+Duplicates are mixed with new messages, in a new random order each time. Each was handled before by the same contender.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,11 +50,11 @@ def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
 
 
 class _Mixed:
-    """A contender that is given duplicates among its messages.
+    """A contender that gets duplicates among its messages.
 
     Args:
-        contender: Whom.
-        times: Messages in its turn for each of the others'.
+        contender: The contender.
+        times: How many messages it has in a turn for each message of the others.
     """
 
     def __init__(self, contender: Contender, times: int) -> None:
@@ -64,12 +64,12 @@ class _Mixed:
         self.new = 0
 
     def handle_first(self, each: int) -> None:
-        """Handle what will come again."""
+        """Handle the messages that will come again."""
         self._handled = messages(each * self._times, skus=SKUS)
         self._run(self._handled, len(self._handled))
 
     def with_share(self, share: int) -> Callable[[int], float]:
-        """Return its turn with so many duplicates in a hundred: seconds for one message."""
+        """Return its turn with so many duplicates in a hundred messages. The turn returns the seconds for one message."""
 
         def turn(each: int) -> float:
             total = each * self._times

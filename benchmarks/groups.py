@@ -1,9 +1,9 @@
-"""Up to a hundred messages in one commit, each a call of its own, against hand-written deduplication one by one: throughput.
+"""Throughput of batches: up to a hundred messages in one commit, each a call of its own, against hand-written code one by one.
 
-On a cold table each message takes from another stock row, on a hot one from one of 200. There a group holds many of the
-rows until it commits: several workers wait for one another, and without `batch_order` they deadlock. Each worker is a
-process of its own, by hand too; all are fed from memory, so that no broker's pace is measured. The handler's ORM insert is
-flushed before its update, each time: that, and not the commit, is what is left of a message in a group.
+On a cold table each message uses another stock row, on a hot table one of 200. There a batch locks many of the rows until it
+commits: several workers wait for one another, and without `batch_order` they deadlock. Each worker is a process of its own, also
+for the hand-written code. All are fed from memory, so that no broker is measured. The handler's ORM insert is flushed before each
+update: that, and not the commit, is the cost of a message in a batch.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ ALONE: Final = "handlers alone"
 HOT_GROUPS: Final = ("groups", "sorted groups")
 TIMES: Final = {BY_HAND: 1}
 USUAL: Final = 10
-"""Messages in groups for each one by hand: turns of about the same length."""
+"""Messages in batches for each hand-written message, so that turns have about the same length."""
 
 
 def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
@@ -58,7 +58,7 @@ Rates = dict[tuple[str, int], list[float]]
 
 
 def _rates(stage: Stage, skus: int, grouped: tuple[str, ...], sizes: tuple[int, ...], rounds: int, each: int) -> Rates:
-    """Let all take turns: each contender with each number of workers."""
+    """Let each contender take its turns with each number of workers."""
     names = (BY_HAND, *grouped)
     with (
         stage.database(skus=skus) as database,

@@ -1,6 +1,6 @@
 """What it costs to import the package and to ask the command line for help, against importing SQLAlchemy's ORM.
 
-Fresh processes in turn. Processor time, for importing is nothing else, and a busy neighbour does not count in it.
+New processes in turn. Processor time is measured: an import needs nothing else, and a busy neighbour does not change it.
 """
 
 import resource
@@ -33,7 +33,7 @@ def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
             "help": _whole(["-m", "exactly_once", "--help"]),
             "sqlalchemy": _whole(["-c", SQLALCHEMY]),
         }
-        if turn:  # the first fills the file cache
+        if turn:  # the first turn fills the file cache
             for statement, value in took.items():
                 inside[statement].append(value)
             for what, value in took_whole.items():

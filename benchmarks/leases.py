@@ -1,6 +1,6 @@
-"""What leases cost: a message under one against the same message under the transaction guard, and keeping a thousand alive.
+"""What leases cost: a message under a lease against a message under the transaction guard, and the renewal of a thousand.
 
-Renewal is measured as the processor time of this process over the time between two renewals: the share of one core.
+Renewal is measured as the processor time of this process divided by the time between two renewals: the share of one core.
 """
 
 from collections.abc import Callable, Iterator
@@ -75,7 +75,7 @@ def _renewed(where: str, store: LeaseStore, beats: int) -> Figure:
     return Figure(
         name="leases",
         what=f"{HELD:,} leases of {LEASE.total_seconds():g} s renewed in {where} / one core",
-        rounds=[each / third for each in took[1:]],  # the first one makes statements and connections
+        rounds=[each / third for each in took[1:]],  # the first renewal makes statements and connections
         target=SHARE,
         measured={
             "processor time of one renewal": f"{sorted(took[1:])[beats // 2] * 1000:.1f} ms",

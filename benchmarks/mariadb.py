@@ -1,6 +1,6 @@
-"""The same on MariaDB: what being sure costs a message alone, in a transaction of its own, and in a group.
+"""The same on MariaDB: the cost for a single message in a transaction of its own, and in a batch.
 
-There the claim takes a savepoint along, and a second statement at the end. Skipped where no MariaDB can be started.
+There the claim needs a savepoint, and a second statement at the end. Skipped if no MariaDB can be started.
 """
 
 from collections.abc import Iterator

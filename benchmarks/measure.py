@@ -1,4 +1,4 @@
-"""Rounds, turns and ratios. Measures nothing by itself; the measurements are made of these."""
+"""Rounds, turns and ratios, of which the measurements are made. Measures nothing by itself."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ US: Final = 1e6
 
 
 class WrongRows(Exception):
-    """A measurement lost or doubled a message: there is no number to give."""
+    """A message was lost or doubled in a measurement, so there is no number to report."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,14 +21,14 @@ class Figure:
 
     name: str
     what: str
-    """What is divided by what."""
+    """The two quantities of the ratio, in words."""
     rounds: Sequence[float] = ()
     """The ratio of each round."""
     target: float | None = None
     least: bool = False
-    """The target is the least the ratio may be; else the most."""
+    """True: the target is the smallest allowed ratio. False: the largest."""
     measured: Mapping[str, str] = field(default_factory=dict)
-    """The medians behind it, with units: information."""
+    """The medians behind the ratio, with units: information only."""
     note: str = ""
     skipped: str = ""
     """Why it was not measured."""
@@ -40,13 +40,13 @@ class Figure:
 
     @property
     def reached(self) -> bool | None:
-        """Whether the target is reached; None where there is none, or no measurement."""
+        """Whether the target is reached. None: there is no target, or no measurement."""
         if self.target is None or not self.rounds:
             return None
         return self.ratio >= self.target if self.least else self.ratio <= self.target
 
     def as_json(self) -> dict[str, Any]:
-        """Return everything in it, for a file."""
+        """Return all its values, for a file."""
         told: dict[str, Any] = {"name": self.name, "what": self.what}
         if self.rounds:
             told |= {
@@ -61,11 +61,11 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """So many messages handled from here to there."""
+    """How many messages were handled between two times."""
 
     handled: int
     began: float
-    """By `perf_counter`, which all processes of a machine share."""
+    """By `perf_counter`, which is the same in all processes of a machine."""
     ended: float
 
     @property
@@ -86,13 +86,13 @@ def take_turns(
     each: int,
     warm_up: bool = True,
 ) -> dict[str, list[float]]:
-    """Let each competitor do `each` units of work, one after the other in an order drawn anew, `rounds` times.
+    """Let each competitor do `each` units of work, one after the other in a new random order, `rounds` times.
 
     Args:
-        competitors: By name; each is told how many units to do and returns how long they took, or how much.
+        competitors: By name. Each is called with the number of units, and returns its measurement (a time or a rate).
         rounds: How many rounds count.
-        each: Units in one turn.
-        warm_up: One round more comes before them and does not count: it warms caches, plans and connections.
+        each: The units in one turn.
+        warm_up: Run one more round first, which does not count: it warms caches, plans and connections.
 
     Returns:
         For each competitor what it returned in each round.

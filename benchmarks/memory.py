@@ -1,7 +1,7 @@
 """A worker's resident memory early and late: does it keep something of every message?
 
-A process of its own, with a worker over `memory://`, PostgreSQL behind it and a handler that does nothing, in groups of a
-hundred, so that a million messages fit in a few minutes. The server runs with fsync off here: it is not what is measured.
+The worker is in a process of its own, over `memory://` with PostgreSQL. Its handler does nothing, in batches of a hundred, so
+that a million messages take a few minutes. The server runs with fsync off, because it is not measured here.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
         engine = create_engine(url)
         make_tables(engine)
         command = [sys.executable, "-m", "benchmarks.memory", str(early), str(late)]
-        # its password would be seen among a process's arguments
+        # the URL goes to the input: other users could see its password among the arguments
         ran = subprocess.run(command, input=url, capture_output=True, text=True, cwd=ROOT)
         if ran.returncode != 0:
             raise RuntimeError(f"the worker whose memory is measured failed:\n{ran.stderr[-2000:]}")
@@ -78,7 +78,7 @@ def _acknowledged(worker: WorkerService, count: int) -> bool:
 
 
 def _work(url: str, early: int, late: int) -> dict[str, Any]:
-    """Run the worker, and look twice."""
+    """Run the worker, and read its memory twice."""
     eo = application(url, cheap=True, batch=contenders.GROUP)
     found: dict[str, Any] = {}
     with (
@@ -87,7 +87,7 @@ def _work(url: str, early: int, late: int) -> dict[str, Any]:
     ):
         for sent in range(BATCH, late + 1, BATCH):
             producer.send_all(messages(BATCH))
-            # not `drain`, which looks on for a quiet moment: this is done many times
+            # not `drain`, which also waits for an empty receive: this is done many times
             wait_until(partial(_acknowledged, worker, sent), what=f"{sent} messages are finished", patience_s=60)
             if sent == early:
                 found["early"] = _resident()

@@ -1,4 +1,4 @@
-"""One message per transaction: a first delivery and a duplicate, ours against hand-written SQLAlchemy."""
+"""One message in a transaction: a first delivery and a duplicate, against hand-written SQLAlchemy."""
 
 from collections.abc import Iterator
 from datetime import timedelta
@@ -22,8 +22,8 @@ DUPLICATE_BY_HAND: Final = 0.60
 
 
 def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
-    """Measure all of it, near and through a slower network."""
-    # short turns: what else the machine does then weighs on both alike
+    """Measure both, with the server near and through a slower network."""
+    # short turns, so that other work of the machine slows both alike
     rounds, each = (10, 40) if quick else (200, 20)
     with stage.database() as database:
         trips = _round_trips(database)
@@ -114,7 +114,7 @@ def _duplicates(database: Database, url: str, rounds: int, each: int, name: str)
 
 
 def _round_trips(database: Database) -> dict[str, int]:
-    """Count how often each way speaks to the server for one message: what any network charges for."""
+    """Count the round trips of each way for one message: what costs time on any network."""
     found = {}
     with Proxy(database.url) as proxy:
         engine = create_engine(proxy.url)

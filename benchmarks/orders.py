@@ -1,4 +1,4 @@
-"""The messages that are handled: orders as JSON, each with a number of its own and one stock row."""
+"""The messages: orders as JSON, each with a number of its own and one stock row."""
 
 import json
 import os
@@ -29,14 +29,14 @@ def _shuffled(size: int) -> Iterator[int]:
 def messages(
     how_many: int, *, topic: str = TOPIC, skus: int = SKUS, maker: str = "A", scattered: bool = False
 ) -> list[Message]:
-    """Return messages of as many new orders.
+    """Return messages of new orders.
 
     Args:
         how_many: How many.
         topic: Their topic.
-        skus: How many stock rows they are spread over, in an order shuffled anew each time all had their turn.
-        maker: Begins the order numbers: processes that work side by side have one each.
-        scattered: The order numbers come in no order, as UUIDs do: their keys go all over an index.
+        skus: The number of stock rows that they use. The rows are shuffled again each time all were used.
+        maker: The beginning of the order numbers: different in each process that works at the same time.
+        scattered: The order numbers have no order, like UUIDs: their keys are spread over the whole index.
     """
     deck = _decks.setdefault(skus, _shuffled(skus))
     made = []

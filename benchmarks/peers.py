@@ -1,7 +1,7 @@
-"""Against DBOS, which is asked for the same: effects of a handler once for each message, in the transaction of the handler.
+"""Against DBOS, for the same task: effects of a handler once for each message, in the transaction of the handler.
 
-What of DBOS is used, and how, is in `dbos_workflow`. Like is compared with like: one message after the other on both sides,
-or eight at once on both; a set against the better of DBOS's two.
+`dbos_workflow` says what of DBOS is used, and how. Equal ways are compared: one message after the other on both sides, or eight
+at once on both. A set is compared with the better of DBOS's two ways.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,9 +21,9 @@ IN_SETS: Final = 200.0
 DBOS, DBOS_AHEAD = "DBOS", "DBOS, 8 in the background"
 OURS, OURS_AT_ONCE, SETS = "ours", "ours, in 8 threads", "in sets"
 PAIRS: Final = {"one after the other": (OURS, DBOS), "8 at once": (OURS_AT_ONCE, DBOS_AHEAD)}
-SKUS: Final = 20_000  # so that what runs at once does not wait for one another's stock rows
+SKUS: Final = 20_000  # so that messages at the same time do not wait for each other's stock rows
 TIMES: Final = {OURS: 4, OURS_AT_ONCE: 4, SETS: 100}
-"""Messages for each one of DBOS: a turn of a few milliseconds would be over before it has begun."""
+"""Messages for each message of DBOS: otherwise our turns would last only a few milliseconds."""
 
 
 def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:

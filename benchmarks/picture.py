@@ -1,6 +1,6 @@
-"""Draws every figure that has a target: its median, the range over the rounds, and the target, as an SVG.
+"""Draws every figure with a target as an SVG: its median, the range over the rounds, and the target.
 
-Ratios up to two stand on one axis from zero, larger ones below on one that goes up tenfold by tenfold.
+Ratios up to two are on one axis that begins at zero. Larger ratios are below it, on a logarithmic axis.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -59,7 +59,7 @@ def picture(figures: Sequence[Figure], about: Mapping[str, str]) -> str:
 def _panel(
     parts: list[str], top: int, figures: Sequence[Figure], ticks: Sequence[float], place: Callable[[float], float]
 ) -> int:
-    """Draw figures on one axis, and return where the next thing may begin; `place` says where from 0 to 1 a ratio is."""
+    """Draw figures on one axis, and return where the next part may begin. `place` maps a ratio to a place from 0 to 1."""
 
     def x(value: float) -> float:
         return LEFT + place(value) * (RIGHT - LEFT)

@@ -1,6 +1,6 @@
-"""Two processes against one: what a second core brings, for single messages and for groups.
+"""Two processes against one: what a second core brings, for single messages and for batches.
 
-The database needs a core too. On a machine with two, two busy workers and the server share them.
+The database needs a core, too. On a machine with two cores, two busy workers and the server share them.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""The same work with nothing but psycopg: how fast it could be.
+"""The same work with psycopg alone: how fast it could be.
 
-Messages come out of a plain list, and nothing is kept of a failure; a deadlock or a bad message ends it. Each claims the
-rows that `exactly_once` writes, in `message_idempotent`, so that the database has the same to do; but for the fingerprint,
-which is a constant. What is left between these and ours is what a broker, a worker and the care for failures cost.
+Messages come from a plain list. Failures are not recorded: a deadlock or a bad message ends the run. Each way writes the same
+rows as `exactly_once` into `message_idempotent`, so that the database has the same work; only the fingerprint is a constant. The
+rest of the difference is the cost of a broker, a worker and the handling of failures.
 """
 
 import json
@@ -39,7 +39,7 @@ TAKE: Final = 'UPDATE stock SET "left" = "left" - %s WHERE sku = %s'
 
 
 def _named(statement: str) -> str:
-    """Write psycopg's placeholders for SQLAlchemy's."""
+    """Replace SQLAlchemy's placeholders by those of psycopg."""
     for name in ("order_nos", "quantities", "skus"):
         statement = statement.replace(f":{name}", f"%({name})s")
     return statement
@@ -50,7 +50,7 @@ TAKE_ALL: Final = _named(STOCK_TAKEN)
 
 
 class _Raw:
-    """A connection and a list."""
+    """A connection, and a list of messages."""
 
     def __init__(self, url: str) -> None:
         conninfo = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
@@ -136,7 +136,7 @@ class _Many(_Raw):
 
 
 class Grouped(_Many):
-    """Groups with one claim and one commit; in between a statement for each row, in the order of the stock rows."""
+    """Batches with one claim and one commit; between them a statement for each row, in the order of the stock rows."""
 
     def _reserve(self, cursor: "psycopg.Cursor[Any]", orders: list[dict[str, Any]]) -> None:
         orders.sort(key=lambda order: str(order["sku"]))
@@ -145,7 +145,7 @@ class Grouped(_Many):
 
 
 class InSets(_Many):
-    """Groups with one claim, one insert, one update and one commit: what `reserve_all` does, with nothing around it."""
+    """Batches with one claim, one insert, one update and one commit: the work of `reserve_all`, and nothing else."""
 
     def _reserve(self, cursor: "psycopg.Cursor[Any]", orders: list[dict[str, Any]]) -> None:
         quantities = [order["quantity"] for order in orders]

@@ -1,17 +1,17 @@
-"""RocketMQ end to end: receive, transaction, acknowledge; ours against what the parts can do alone.
+"""RocketMQ end to end: receive, transaction, acknowledge. Our worker against what its parts can do alone.
 
-Rates, in turn, each over a topic that was filled before; one message at a time with the same number of threads:
+These rates are measured in turn, each over a topic that was filled before, one message at a time with the same number of threads:
 
 * `worker`: our worker over the broker, with the one-insert-one-update handler;
-* `client`: the bare client, receiving and acknowledging only;
-* `memory`: the same worker and handler fed from `memory://`;
+* `client`: the bare client, which only receives and acknowledges;
+* `memory`: the same worker and handler, fed from `memory://`;
 * `sets`, and `sets, memory`: the same with a handler that takes lists;
-* `acks`: our consumer of that broker alone, which acknowledges what came together in one call where the broker has one.
+* `acks`: our consumer of that broker alone, which acknowledges a whole receive in one call if the broker can.
 
-The first figure is worker / min(client, memory). Both halves share one interpreter here, as they do in a worker: where both are
-bound by the processor, one cannot come near the smaller of the two.
+The first figure is worker / min(client, memory). Both halves share one interpreter, as in a worker: if the processor limits both,
+the worker cannot come near the smaller of the two.
 
-Each client needs an environment of its own, so a client's part is a process of its own: `python -m benchmarks.rocketmq`.
+Each client needs an environment of its own, so each is measured in a process of its own: `python -m benchmarks.rocketmq`.
 """
 
 import argparse
@@ -45,10 +45,10 @@ SETS_SHARE: Final = 0.80
 ACKS: Final = 1.5
 UPDATE_CONSUMER_OFFSET: Final = 15
 USUAL: Final = 16
-ENDLESS: Final = 2147483647  # the old client loses what was sent back more often than that
+ENDLESS: Final = 2147483647  # the old client loses messages that were sent back more often than this
 QUEUES: Final = 8
 SETS_TIMES: Final = 5
-"""Messages in sets for each one alone: turns of about the same length."""
+"""Messages in sets for each single message, so that turns have about the same length."""
 SECOND_PYTHON: Final = "EXACTLY_ONCE_ROCKETMQ4_PYTHON"
 
 
@@ -69,7 +69,7 @@ def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
             command = [str(python), "-m", "benchmarks.rocketmq", place, server.broker]
             ran = subprocess.run(
                 [*command, server.name_server, str(rounds), str(each)],
-                input=database.url,  # its password would be seen among a process's arguments
+                input=database.url,  # other users could see its password among the arguments
                 capture_output=True,
                 text=True,
                 cwd=ROOT,
@@ -146,7 +146,7 @@ class _Turns:
         return self.memory(SETS_TIMES * each, in_sets=True)
 
     def acks(self, each: int) -> float:
-        """Run our consumer alone: receive, and acknowledge all that came at once."""
+        """Run our consumer alone: receive, and acknowledge all messages of a receive together."""
         topic, group = self._filled(SETS_TIMES * each)
         transport = transport_from(self._url, Surroundings())
         count = Count()
@@ -178,7 +178,7 @@ class _Turns:
         return bare(self._url.partition("://")[2], topic, group, each)
 
     def _filled(self, each: int) -> tuple[str, str]:
-        """Make a topic and a group that starts at its beginning, and send."""
+        """Make a topic, make a group that starts at the beginning of the topic, and send."""
         from tests.services.rocketmq_admin import Admin
 
         self._number += 1
@@ -190,7 +190,7 @@ class _Turns:
                 wait_until(lambda: names.has_route(topic), what="the topic has a route", patience_s=30)
             if self._url.startswith(
                 "rocketmq4:"
-            ):  # this client starts behind the last message of a topic new to its group
+            ):  # this client starts after the last message of a topic that is new to its group
                 for queue in range(QUEUES):
                     place = {"consumerGroup": group, "topic": topic, "queueId": queue, "commitOffset": 0}
                     broker.demand(UPDATE_CONSUMER_OFFSET, place)
@@ -229,10 +229,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         },
         rounds=given.rounds,
         each=given.each,
-        warm_up=False,  # each turn leaves its own beginning out
+        warm_up=False,  # each turn does not count its own beginning
     )
     print(json.dumps(rates), flush=True)
-    os._exit(0)  # native clients of both kinds have been seen to crash while the interpreter is torn down
+    os._exit(0)  # the native clients of both kinds have crashed while the interpreter ended
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A handler that takes 500 messages at once and speaks to the database in sets: how near it comes to what is possible.
+"""A handler that takes 500 messages at once and uses set-based SQL: how near it comes to what is possible.
 
-`@eo.batch_handler` with one INSERT and one UPDATE, out of a broker in memory, through the worker; against hand-written
-deduplication one by one, and against the limit: the same statements through psycopg alone, out of a plain list (`raw`).
+It is an `@eo.batch_handler` with one INSERT and one UPDATE, run by the worker over a broker in memory. It is compared with
+hand-written deduplication one by one, and with the limit: the same statements by psycopg alone, from a plain list (`raw`).
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ SKUS: Final = 20_000
 SETS, BY_HAND, LIMIT = "in sets", "by hand", "raw, in sets"
 OTHERS: Final = ("raw", "raw, pipelined", "raw, grouped")
 TIMES: Final = {SETS: 50, LIMIT: 50, "raw, grouped": 5}
-"""Messages for each one by hand: turns of about the same length."""
+"""Messages for each hand-written message, so that turns have about the same length."""
 
 
 def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:

@@ -1,12 +1,12 @@
 """The work that is measured: one ORM insert and one ORM-enabled update for each message, with and without deduplication.
 
-`reserve` is the handler, and `reserve_all` the same for a list of orders, in two statements. Three ways to run the first for
-a message of `orders`:
+`reserve` is the handler, and `reserve_all` does the same for a list of orders, in two statements. There are three ways to run
+`reserve` for a message of `orders`:
 
-* `Ours`: `eo.process(message)`, an attempt's whole path: body, key and fingerprint, claim, handler, COMMIT.
-* `HandWritten`: what one would write: `insert(Seen).on_conflict_do_nothing()` in the handler's own session, first, then the
+* `Ours`: `eo.process(message)`, the whole path of an attempt: body, key and fingerprint, claim, handler, COMMIT.
+* `HandWritten`: what you would write: `insert(Seen).on_conflict_do_nothing()` first, in the handler's own session, then the
   handler, then COMMIT. It is right, as far as it goes.
-* `Bare`: no deduplication at all; wrong, and shown as information.
+* `Bare`: no deduplication at all. It is wrong, and shown as information.
 """
 
 import json
@@ -82,7 +82,7 @@ RESERVATIONS: Final = (
     "INSERT INTO reservation (order_no, quantity)"
     " SELECT * FROM unnest(CAST(:order_nos AS text[]), CAST(:quantities AS integer[]))"
 )
-# locked in one order, whatever the plan: two groups that want the same rows wait for each other and cannot deadlock
+# locks the rows in one order, whatever the plan is: two batches that need the same rows wait, but cannot deadlock
 STOCK_TAKEN: Final = (
     "WITH wanted AS (SELECT sku, sum(quantity) AS quantity"
     " FROM unnest(CAST(:skus AS text[]), CAST(:quantities AS integer[])) AS ordered (sku, quantity) GROUP BY sku),"
@@ -94,7 +94,7 @@ _RESERVATIONS, _STOCK_TAKEN = text(RESERVATIONS), text(STOCK_TAKEN)
 
 
 def reserve_all(session: Session, orders: list[dict[str, Any]]) -> None:
-    """Handle a list of orders: one INSERT of arrays, one UPDATE of what each stock row loses in all."""
+    """Handle a list of orders: one INSERT of arrays, and one UPDATE that subtracts the total from each stock row."""
     quantities = [order["quantity"] for order in orders]
     session.execute(_RESERVATIONS, {"order_nos": [order["order_no"] for order in orders], "quantities": quantities})
     session.execute(_STOCK_TAKEN, {"skus": [order["sku"] for order in orders], "quantities": quantities})
@@ -109,7 +109,7 @@ def make_tables(engine: Engine, *, skus: int = SKUS) -> None:
 
 
 def clear(engine: Engine) -> None:
-    """Empty what the work has written."""
+    """Delete what the work has written."""
     with engine.begin() as connection:
         connection.execute(delete(Reservation))
         connection.execute(update(Stock).values(left=STOCK))
@@ -142,13 +142,13 @@ def application(
     """Return an application with the one handler.
 
     Args:
-        database: Where.
-        topic: What it listens to.
+        database: Its database.
+        topic: Its topic.
         group: The consumer group.
         cheap: The handler does nothing.
-        batch: Messages of one commit; None: each has its own.
-        batch_order: The path of the body that a group is sorted by.
-        in_sets: The handler takes a whole group at once.
+        batch: The messages of one commit. None: each has its own.
+        batch_order: The path in the body by which a batch is sorted.
+        in_sets: The handler takes a whole batch at once.
     """
     eo = ExactlyOnce(database, group=group)
 
@@ -167,13 +167,13 @@ def application(
         handler = nothing if cheap else reserve_stock
         eo.handler(topic, key="order_no", batch=batch, batch_order=batch_order)(handler)
     with _nothing_set():
-        assert eo.config.group.value == group  # read now, once: the code alone says what is measured
+        assert eo.config.group.value == group  # reads the settings now: only the code says what is measured
     return eo
 
 
 @contextmanager
 def _nothing_set() -> Iterator[None]:
-    """Hide the environment's settings, which belong to whoever runs this, and not to what is measured."""
+    """Hide the settings in the environment, so that they cannot change what is measured."""
     hidden = {name: value for name, value in os.environ.items() if name.startswith("EXACTLY_ONCE_")}
     for name in hidden:
         del os.environ[name]
@@ -211,18 +211,18 @@ class Ours:
 
 
 class HandWritten:
-    """Runs messages as one would write it by hand."""
+    """Runs messages by hand-written code."""
 
     def __init__(self, engine: Engine) -> None:
         self._sessions = sessionmaker(engine, expire_on_commit=False)
         self.handled: list[Message] = []
 
     def process(self, message: Message) -> bool:
-        """Handle it, and say whether it was new."""
+        """Handle a message, and return whether it was new."""
         order = json.loads(message.body or b"")
         with self._sessions.begin() as session:
             statement = postgresql.insert(Seen).values(order_no=order["order_no"]).on_conflict_do_nothing()
-            # RETURNING, because `rowcount` of an ORM insert is -1 whatever happened, and every duplicate would run
+            # RETURNING, because `rowcount` of an ORM insert is always -1, and every duplicate would run
             if session.scalar(statement.returning(Seen.order_no)) is None:
                 return False
             reserve(session, order)
@@ -247,7 +247,7 @@ class HandWritten:
 
 
 class Bare:
-    """Runs messages with no deduplication."""
+    """Runs messages without deduplication."""
 
     def __init__(self, engine: Engine) -> None:
         self._sessions = sessionmaker(engine, expire_on_commit=False)

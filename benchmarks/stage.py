@@ -1,4 +1,4 @@
-"""What the measurements run on: the embedded PostgreSQL with fsync on, and what machine it is."""
+"""What the measurements run on: the embedded PostgreSQL with fsync on, and a description of the machine."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ from exactly_once.testing.postgres import EmbeddedPostgres
 
 __all__ = ["Database", "Stage", "machine"]
 
-# what a shop would run with: a commit that returned is on the disk
+# as in production: a commit that returned is on the disk
 SETTINGS: Final = {"fsync": "on", "full_page_writes": "on", "synchronous_commit": "on", "shared_buffers": "256MB"}
 PACKAGES: Final = ("sqlalchemy-exactly-once", "sqlalchemy", "psycopg", "pydantic", "rocketmq-python-client", "dbos")
 
@@ -34,12 +34,12 @@ class Database:
 
 @dataclass
 class Stage:
-    """The server, where files may be left, and what was asked for on the command line.
+    """The server, a folder for files, and the options of the command line.
 
     Args:
         server: PostgreSQL.
-        folder: For logs; deleted in the end.
-        rows: How many retained rows the large table has; None: as many as usual.
+        folder: For logs. Deleted at the end.
+        rows: How many retained rows the large table has. None: the usual number.
     """
 
     server: EmbeddedPostgres
@@ -62,7 +62,7 @@ class Stage:
 
 
 def machine(stage: Stage) -> dict[str, str]:
-    """Say what it runs on."""
+    """Return a description of the machine."""
     told = {
         "machine": f"{_processor()}, {os.cpu_count()} cores, {_memory_gb():.0f} GB",
         "system": platform.platform(terse=True),

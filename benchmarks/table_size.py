@@ -1,9 +1,9 @@
 """Does a claim slow down as the table grows, and while its oldest rows are deleted?
 
-Throughput with ten million retained rows against ten thousand, and while another connection deletes the oldest of the ten
-million in small batches, which is what pruning is. Keys are scattered, in the retained rows as in the new messages: in an
-index with keys in order a claim would only ever touch its last page. Before the turns the large table is analysed,
-vacuumed and on the disk: that work is not a claim's.
+Measures throughput with ten million retained rows against ten thousand, and while another connection deletes the oldest of the
+ten million in small batches, as pruning does. The keys of retained rows and of new messages are scattered: in an index with keys
+in order, a claim would touch only the last page. Before the turns the large table is analysed, vacuumed and written to the disk:
+that work is not part of a claim.
 
     python -m benchmarks --only table_size --rows 100000000      # by hand: 30 GB, and half an hour to fill
 """
@@ -46,7 +46,7 @@ FILL: Final = (
 
 
 def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
-    """Fill two tables and measure single messages on both in turn, and on the larger while it is pruned."""
+    """Fill two tables. Measure single messages on both in turn, and on the larger table while it is pruned."""
     rows = stage.rows or (MANY_QUICKLY if quick else MANY)
     rounds, each = (4, 50) if quick else (60, 100)
     with stage.database(skus=SKUS) as large, stage.database(skus=SKUS) as small:
@@ -81,7 +81,7 @@ def measure(stage: Stage, *, quick: bool) -> Iterator[Figure]:
 
 
 class Pruner:
-    """Deletes the oldest rows of a database while it is asked to, on a connection of its own."""
+    """Deletes the oldest rows of a database during `at_work`, on a connection of its own."""
 
     def __init__(self, database: Database) -> None:
         self._engine = database.engine
@@ -89,11 +89,11 @@ class Pruner:
             self._reached: datetime = connection.execute(_OLDEST).scalar_one()
         self.deleted = 0
         self.seconds = 0.0
-        """Spent at work, pauses included."""
+        """The time spent at work, pauses included."""
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Delete until the block is left."""
+        """Delete until the block ends."""
         done, began = Event(), perf_counter()
         thread = Thread(target=self._until, args=(done,), name="pruner")
         thread.start()
@@ -109,8 +109,8 @@ class Pruner:
             while True:
                 with connection.begin():
                     to = self._reached + WINDOW
-                    # a window of time, not "the oldest 1,000": a BRIN index finds a window, and would walk all that is
-                    # deleted and not yet vacuumed to find the oldest
+                    # a window of time, not "the oldest 1,000": a BRIN index finds a window. To find the oldest rows, it would
+                    # read all rows that are deleted and not yet vacuumed
                     self.deleted += connection.execute(_PRUNE, {"from": self._reached, "to": to}).rowcount
                     self._reached = to
                 if done.wait(PAUSE_S):
@@ -140,7 +140,7 @@ def _fill(database: Database, rows: int) -> None:
         name = connection.exec_driver_sql(
             "SELECT conname FROM pg_constraint WHERE conrelid = 'message_idempotent'::regclass AND contype = 'p'"
         ).scalar_one()
-        # the index made in the end, sorted: row by row, ten million scattered keys take a quarter of an hour
+        # build the index at the end, sorted: row by row, ten million scattered keys take a quarter of an hour
         connection.exec_driver_sql(f"ALTER TABLE message_idempotent DROP CONSTRAINT {name}")
         connection.exec_driver_sql(FILL.format(rows=rows, rows_a_second=ROWS_A_SECOND))
         connection.exec_driver_sql("SET maintenance_work_mem = '512MB'")

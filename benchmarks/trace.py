@@ -1,8 +1,8 @@
 """`make trace`: which files of the package one delivery goes through, for six trips. Prints the table; measures no time.
 
-A profiler hook writes down the file of each call into the package, in every thread, from the receive of one message to the end
-of its settlement, over `memory://` and a SQLite file. A message of the same trip goes before it, so that nothing is counted
-that is done once a process.
+A profiler hook records the file of each call into the package, in every thread, from the receive of one message to the end of its
+settlement, over `memory://` and a SQLite file. Another message of the same trip goes first, so that work done once in a process
+is not counted.
 """
 
 import sys
@@ -32,13 +32,13 @@ class Way:
     """The files of one trip."""
 
     calls: dict[int, list[str]] = field(default_factory=dict)
-    """By thread, in the order entered."""
+    """The files by thread, in the order entered."""
 
     under_way: int = 0
-    """How many of its messages were received, and are not settled."""
+    """How many of its messages were received and are not settled."""
 
     def note(self, frame: FrameType, event: str, _: Any) -> None:
-        """The profiler hook. What the threads do before the receive and behind the settlement is no part of the trip."""
+        """The profiler hook. What threads do before the receive and after the settlement is not part of the trip."""
         code = frame.f_code
         if not code.co_filename.startswith(PACKAGE) or "Pump" in threading.current_thread().name:
             return
@@ -99,11 +99,11 @@ TRIPS: Final[dict[str, tuple[Callable[[ExactlyOnce], None], Sequence[int], Seque
     "duplicate": (_sync, [1, 1], [1]),
     "lease and one step": (_lease, [1], [2]),
 }
-"""Handler, messages that go before, messages of the trip."""
+"""For each trip: the handler, the messages that go first, the messages of the trip."""
 
 
 def travel(register: Callable[[ExactlyOnce], None], before: Sequence[int], numbers: Sequence[int], folder: Path) -> Way:
-    """Bring messages through a worker, and write down the way of the last ones."""
+    """Send messages through a worker, and record the way of the last ones."""
     way, url = Way(), f"sqlite:///{folder}/trace.db"
     upgrade(url)
     eo = ExactlyOnce(url, group="trace")
