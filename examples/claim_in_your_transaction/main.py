@@ -1,4 +1,4 @@
-"""Door 1: a claim in the transaction you have. Nothing else of your program changes.
+"""Entry point 1: a claim in the transaction that you have. Nothing else of your program changes.
 
 The claim and the order's effects are one commit: a crash between them leaves neither. Acknowledge after the commit.
 """
@@ -31,15 +31,15 @@ class Reservation(Base):
 
 
 def reserve(session: Session, order_no: str) -> None:
-    """The work of the shop; it knows of no messages."""
+    """The work of the shop. It does not know about messages."""
     session.add(Reservation(order_no=order_no))
     session.execute(update(Stock).where(Stock.sku == "chair").values(left=Stock.left - 1))
 
 
 def on_message(order_no: str, body: bytes) -> str:
-    """What a consumer does with one delivery; returning means that it may acknowledge."""
+    """What a consumer does with one delivery. When this returns, the consumer may acknowledge it."""
     with Session(engine) as session, session.begin():
-        # payload= is optional: with it, another body under a known key is told apart from a duplicate
+        # payload= is optional: with it, another body with a known key is an error, and not a duplicate
         if not eo.claim(session, "reserve_stock", order_no, payload=body):
             return "done before"
         reserve(session, order_no)
@@ -54,11 +54,11 @@ def main() -> None:
     for order_no, body in [
         ("A-1", b'{"quantity": 1}'),
         ("A-2", b'{"quantity": 1}'),
-        ("A-1", b'{"quantity": 1}'),  # the broker brings it again
+        ("A-1", b'{"quantity": 1}'),  # the broker redelivers it
     ]:
         print(order_no, on_message(order_no, body))
     try:
-        on_message("A-2", b'{"quantity": 7}')  # another order under a known number: nobody's duplicate
+        on_message("A-2", b'{"quantity": 7}')  # another order with a known number: not a duplicate
     except PayloadConflict:
         print("A-2 refused: known with another payload")
     with Session(engine) as session:

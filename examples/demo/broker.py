@@ -1,6 +1,6 @@
-"""What carries the demonstration's messages: a table in the database, or a real RocketMQ that is started here.
+"""The broker of the demonstration: a table in the database, or a real RocketMQ that is started here.
 
-Each gives a transport URL, says when the groups have joined, and says when a group has nothing left to receive. Called by
+Each has a transport URL, reports when the consumer groups have joined, and how many messages a group has not finished. Called by
 `run`.
 """
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["TRANSPORTS", "Broker", "Missing", "broker"]
 
 TRANSPORTS: Final = ("sql", "rocketmq", "rocketmq4")
-USUAL: Final = 16  # what RocketMQ gives a group that asks for nothing
-ENDLESS: Final = 2147483647  # rocketmq4's client loses what is sent back more often than a group's retryMaxTimes
-# what a killed worker had in hand comes back after so long; short, for nobody wants to watch a demonstration wait
+USUAL: Final = 16  # RocketMQ's default for a group
+ENDLESS: Final = 2147483647  # rocketmq4's client loses messages sent back more often than a group's retryMaxTimes
+# what a killed worker had in hand comes back after this time; short, because nobody wants to watch a demonstration wait
 INVISIBLE_S: Final = 5
 
 
@@ -38,10 +38,10 @@ class Broker(Protocol):
 
     @property
     def quiet_s(self) -> float:
-        """How long a ledger must stay as it is, with nothing left to receive, before it is believed to be the last."""
+        """How long a ledger must stay unchanged, with nothing left to receive, before it counts as final."""
 
     def joined(self, groups: Sequence[str]) -> bool:
-        """Say whether what is sent from now on reaches each of these groups."""
+        """Whether messages sent from now on reach each of these groups."""
 
     def left(self, group: str) -> int:
         """Return how many messages this group has not finished."""
@@ -53,7 +53,7 @@ class _Table:
 
     engine: Engine
     url: str = f"sql://?invisible_s={INVISIBLE_S}"
-    quiet_s: float = 0.0  # a row that is gone is gone for good
+    quiet_s: float = 0.0  # a deleted row does not come back
 
     def joined(self, groups: Sequence[str]) -> bool:
         with self.engine.connect() as connection:
@@ -68,10 +68,10 @@ class _Table:
 
 @contextmanager
 def broker(transport: str, engine: Engine, groups: Sequence[str]) -> Iterator[Broker]:
-    """Start what carries the messages, with the topic and the groups made.
+    """Start the broker, and create the topic and the groups.
 
     Raises:
-        Missing: It cannot run here.
+        Missing: It cannot run on this machine.
     """
     if transport == "sql":
         yield _Table(engine)
@@ -115,8 +115,8 @@ class _RocketMQ:
 
     def joined(self, groups: Sequence[str]) -> bool:
         if self._five:
-            return True  # a group that was made before the first message sees it
-        with self._server.admin() as admin:  # the transport gives a new group its place when it joins
+            return True  # a group that was created before the first message receives it
+        with self._server.admin() as admin:  # the transport sets the position of a new group when it joins
             return all(admin.group_offset(group, TOPIC, queue) is not None for group in groups for queue in range(4))
 
     def left(self, group: str) -> int:

@@ -1,4 +1,4 @@
-"""What stands in the database, and how far it is from the truth. Reads only."""
+"""Reads what is in the database, and compares it with the truth. Writes nothing."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ _TOTALS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """One shop's books."""
+    """The numbers of one shop."""
 
     orders: int
     """Different orders that have a reservation."""
@@ -32,17 +32,17 @@ class Ledger:
 
     @classmethod
     def read(cls, connection: Connection, schema: str) -> "Ledger":
-        """Read one shop's books, all of them at one moment."""
+        """Read the numbers of one shop, all at the same moment."""
         orders, reservations, payments, cents, repeated = connection.execute(text(_TOTALS.format(s=schema))).one()
         left = connection.execute(text(f'SELECT sku, "left" FROM {schema}.stock'))
         return cls(orders, reservations, payments, int(cents), repeated, {row.sku: row.left for row in left})
 
     def doubled(self) -> int:
-        """Reservations too many."""
+        """How many reservations are too many."""
         return self.reservations - self.orders
 
     def lost(self, truth: Truth) -> int:
-        """Orders that have none."""
+        """How many orders have no reservation."""
         return truth.orders - self.orders
 
     def right(self, truth: Truth) -> bool:
@@ -65,7 +65,7 @@ class Line:
         return self.found - self.true
 
     def shown(self, number: int, *, signed: bool = False) -> str:
-        """Write one of its numbers as a person would."""
+        """Format a number for people."""
         sign = "+" if signed else ""
         return f"{number / 100:{sign},.2f}" if self.is_money else f"{number:{sign},}"
 
@@ -86,7 +86,7 @@ def _lines(ledger: Ledger, truth: Truth) -> Iterator[Line]:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Both shops at one moment of the run."""
+    """The ledgers of both shops at one moment of the run."""
 
     at_s: float
     sent: int

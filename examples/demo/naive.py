@@ -4,21 +4,21 @@
         handle(order)
         mark_as_handled(order_no)
 
-It is meant to be a fair one. It keys on the order number, not on a message id that changes with a resend; the mark has a
-primary key; the work itself is one transaction; it acknowledges only after all of it; a failure is given back to the
-broker. Nothing in it is slowed down or delayed. It is wrong through two windows all the same:
+The comparison is fair. It uses the order number as its key, not a message id that changes with a resend. The mark has a primary
+key. The work itself is one transaction. It acknowledges only after all of this, and gives a failed message back to the broker.
+Nothing in it is slowed down. All the same it is wrong, for two reasons:
 
-1. **the race**: two copies of an order are in hand at one moment, in two threads or two processes. Both SELECTs find
-   nothing, for the other's INSERT is not there yet, and both do the work. One mark fails on its primary key; the work
-   behind it is committed already, so that error is rightly taken for "somebody else has marked it". The window is as
-   long as the work and its commit, a few milliseconds; some 750 of the 5,000 orders have a duplicate close behind them.
-2. **the crash**: the process dies between the commit of the work and the commit of the mark. The broker brings the message
-   again, nothing is marked, and the work is done again.
+1. **the race**: two copies of an order are in hand at the same time, in two threads or two processes. Both SELECTs find nothing,
+   because neither INSERT has happened yet, and both do the work. One mark then fails on its primary key. By then its work is
+   committed, so the error is rightly taken for "another copy has marked it". The window is as long as the work and its commit, a
+   few milliseconds. Some 750 of the 5,000 orders have a duplicate close behind them.
+2. **the crash**: the process dies between the commit of the work and the commit of the mark. The broker redelivers the message,
+   nothing is marked, and the work is done again.
 
-(Marking first turns doubled work into lost work. Mark and work in one transaction, with the mark inserted first, is
-right; that is what exactly_once does.)
+(If the mark comes first, work is lost instead of doubled. Mark and work in one transaction, with the mark inserted first, is
+right: that is what exactly_once does.)
 
-It runs over the same transport as the shop beside it, in a group of its own: `python -m examples.demo.naive`.
+It runs over the same transport as the other shop, in a consumer group of its own: `python -m examples.demo.naive`.
 """
 
 import logging
@@ -62,7 +62,7 @@ class NaiveShop:
         self._sessions = sessions
 
     def on_message(self, body: bytes) -> None:
-        """Handle one message; a plain return acknowledges it."""
+        """Handle one message. A normal return acknowledges it."""
         order = OrderCreated.model_validate_json(body)
         if self._already_handled(order.order_no):
             return
@@ -83,7 +83,7 @@ class NaiveShop:
 
 
 class _Loop:
-    """Receives, runs on threads, settles. It uses exactly_once's transports, and nothing else of it."""
+    """Receives, runs on threads, and settles. Uses only the transports of exactly_once."""
 
     def __init__(self, consumer: Consumer, shop: NaiveShop) -> None:
         self._consumer, self._shop = consumer, shop

@@ -1,16 +1,16 @@
-"""The stream of the demonstration: orders, duplicates, resends, and what is true of them. Sends nothing.
+"""The stream of the demonstration: orders, duplicates, resends, and the true numbers. Sends nothing.
 
-The sender knows the truth because it made the orders; no database is asked for it. Everything follows from a seed, so
-two runs send the same messages.
+The truth is known because the orders are made here; no database is asked. Everything follows from a seed, so two runs send the
+same messages.
 
-What repeats, and where it comes from in real life:
+Which messages repeat, and what causes that in real life:
 
-* **duplicates**, 30 % of the orders: the same bytes a second time. Half of them come close behind the first, as after a
-  double click or a web server's retry, the others up to some 1,500 messages later, as after an upstream job ran twice.
-* **resends**, 1 %: the producer got no receipt in time and sent again. The event is the same, but every id of the sending
-  is new and the JSON is written anew, here with its members in another order.
+* **duplicates**, 30 % of the orders: the same bytes a second time. Half of them come close behind the first, as after a double
+  click or a web server's retry. The others come up to some 1,500 messages later, as after an upstream job that ran twice.
+* **resends**, 1 %: the producer got no receipt in time and sent again. The event is the same, but every id of the sending is new,
+  and the JSON is written again, here with its members in another order.
 
-The third kind of repeat is made by nobody here: what a killed worker had in hand, the broker brings again.
+A third kind of repeat is not made here: the broker redelivers what a killed worker had in hand.
 """
 
 import json
@@ -40,13 +40,13 @@ STOCK: Final = 10_000
 
 DUPLICATES: Final = 0.30
 RESENDS: Final = 0.01
-CLOSE: Final = 6  # messages between an order and a duplicate that comes close behind it, at most
+CLOSE: Final = 6  # the most messages between an order and a duplicate close behind it
 FAR: Final = 1500
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One order, as it was placed."""
+    """One order, as the customer placed it."""
 
     order_no: str
     sku: str
@@ -54,7 +54,7 @@ class Order:
     amount_cents: int
 
     def message(self, request_id: str, *, anew: bool = False) -> Message:
-        """Return the message that announces it; `anew` writes the same event with its members in another order."""
+        """Return the message about this order. `anew` writes the same event with its members in another order."""
         event = {
             "order_no": self.order_no,
             "sku": self.sku,
@@ -67,7 +67,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """What must be in the ledger after these orders, each of them once."""
+    """What must be in the ledger after these orders, each handled once."""
 
     orders: int
     units: dict[str, int]
@@ -76,7 +76,7 @@ class Truth:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """The messages in the order they are sent, and what is true of them."""
+    """The messages in the order in which they are sent, and the true numbers."""
 
     messages: Sequence[Message]
     truth: Truth
@@ -87,7 +87,7 @@ class Stream:
 
     @classmethod
     def of(cls, orders: int, *, seed: int = 20) -> "Stream":
-        """Make the stream of so many orders."""
+        """Make a stream with so many orders."""
         dice = random.Random(seed)
         placed: list[tuple[float, Order, Message]] = []
         made: list[Order] = []
@@ -106,7 +106,7 @@ class Stream:
             if dice.random() < RESENDS:
                 resends += 1
                 placed.append((number + dice.uniform(0, CLOSE), order, order.message(_id(dice), anew=True)))
-        placed.sort(key=lambda one: one[0])  # stable: an order stands before its repeats
+        placed.sort(key=lambda one: one[0])  # stable: an order comes before its repeats
         seen: set[str] = set()
         orders_by = []
         for _, order, _ in placed:

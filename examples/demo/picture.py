@@ -1,8 +1,8 @@
 """Draws the two ledgers over the run, as an SVG: no plotting library, nothing fetched, readable in any browser.
 
-Three parts: the reservations of both shops against the true number of orders, with a mark for every SIGKILL; what each
-shop has doubled or lost at each moment; and, at the end, how far each product's stock is from the truth.
-Decides nothing; `run` hands it the samples.
+It has three parts: the reservations of both shops against the true number of orders, with a mark for every SIGKILL; what each
+shop has doubled or lost at each moment; and, at the end, how far each product's stock is from the truth. Decides nothing. Called
+by `run` with the samples.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,11 +27,11 @@ class Picture:
     """One run's picture.
 
     Args:
-        stream: What was sent.
-        carried_by: What carried it, for the heading.
+        stream: The messages that were sent.
+        carried_by: The name of the broker, for the heading.
         samples: Both ledgers over the run.
-        kills: When a worker was killed, and whose.
-        ours: The name under which `kills` knows our shop.
+        kills: The time of each kill, and the shop of the killed worker.
+        ours: The name of our shop in `kills`.
     """
 
     def __init__(
@@ -235,13 +235,13 @@ def _scale(low: float, high: float, at_low: float, at_high: float) -> Scale:
 
 
 def _ticks(end: float, *, most: int = 6) -> list[float]:
-    """Round numbers from 0 to the end, not many."""
+    """Return a few round numbers from 0 to the end."""
     step = _step(end, most)
     return [step * n for n in range(int(end / step) + 1)]
 
 
 def _round_up(end: float, *, most: int = 6) -> float:
-    """The end of an axis: a little above the highest value."""
+    """Return the end of an axis: a little above the highest value."""
     step = _step(end, most) / 2
     return step * (int(end / step) + 1)
 

@@ -1,4 +1,4 @@
-"""What a person reads while it runs and when it has run: bars on a terminal, plain lines elsewhere, then both ledgers."""
+"""Prints progress during the run (bars on a terminal, plain lines elsewhere), and both ledgers at the end."""
 
 import os
 import sys
@@ -25,12 +25,12 @@ NAMES: Final = {
     "rocketmq4": "RocketMQ, remoting protocol",
 }
 
-# elsewhere than on a terminal rich believes in 80 columns, and cuts numbers short
+# without a terminal rich assumes 80 columns, and truncates numbers
 _console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
 def opening(stream: Stream, transport: str) -> None:
-    """Say what is going to happen."""
+    """Print what is going to happen."""
     _console.out(
         f"{stream.truth.orders:,} orders in {len(stream.messages):,} messages ({stream.duplicates:,} duplicates,"
         f" {stream.resends:,} resends under new ids),\n"
@@ -40,11 +40,11 @@ def opening(stream: Stream, transport: str) -> None:
 
 
 class Progress:
-    """How far the run is.
+    """The progress of the run.
 
     Args:
-        stream: What is sent.
-        kills: How many there will be.
+        stream: The messages that are sent.
+        kills: How many kills there will be.
     """
 
     def __init__(self, stream: Stream, kills: int) -> None:
@@ -76,7 +76,7 @@ class Progress:
             self._bars.stop()
 
     def show(self, sent: int, sample: Sample, kills: int) -> None:
-        """Show how far it is at this moment."""
+        """Show the present progress."""
         ours, naive = sample.ours, sample.naive
         if self._bars is not None:
             values = (sent, ours.orders, naive.orders, kills)

@@ -1,8 +1,8 @@
 """The demonstration from the first server to the last number.
 
-One PostgreSQL (fsync on) as our child; two schemas in it, one for each shop; one stream of messages, which both shops
-receive, each in its own group and with two processes. While the stream is sent, each process is killed with SIGKILL
-several times, at moments spread over the run, while it is in the middle of a transaction. Then both ledgers are read.
+It starts one PostgreSQL (fsync on), with one schema for each shop. Both shops receive the same stream of messages, each in its
+own consumer group and with two processes. While the stream is sent, each process is killed with SIGKILL several times, spread
+over the run, and each time in the middle of a transaction. Then both ledgers are read.
 """
 
 import tempfile
@@ -39,8 +39,8 @@ SAMPLE_EVERY_S: Final = 0.25
 JOIN_PATIENCE_S: Final = 60.0
 PATIENCE_S: Final = 60.0
 BATCH: Final = 50  # messages sent at once
-MOST_BEHIND: Final = 300  # orders sent that the slower shop has not handled
-# a crash of the machine loses nothing either: what a shop would run with
+MOST_BEHIND: Final = 300  # the most orders sent that the slower shop has not handled
+# as in production: a crash of the machine loses nothing either
 SETTINGS: Final = {"fsync": "on", "full_page_writes": "on", "synchronous_commit": "on"}
 
 
@@ -51,10 +51,10 @@ class Demo:
     Args:
         transport: sql, rocketmq or rocketmq4.
         orders: How many orders.
-        send_s: Over how long they are sent.
+        send_s: The time over which they are sent.
         kills: How often each process is killed.
         picture: The SVG to write.
-        logs: Where the workers' logs stay; None: they are deleted.
+        logs: The folder for the workers' logs. None: they are deleted.
     """
 
     transport: str
@@ -65,10 +65,10 @@ class Demo:
     logs: Path | None = None
     samples: list[Sample] = field(default_factory=list)
     killed_at: list[tuple[float, str]] = field(default_factory=list)
-    """When, and which shop's worker."""
+    """The time of each kill, and the shop of the worker."""
 
     def run(self) -> int:
-        """Run it all, and return the exit code: 0 where our ledger is right to the unit, else 1."""
+        """Run everything, and return the exit code: 0 if every number of our ledger is right, else 1."""
         stream = Stream.of(self.orders)
         report.opening(stream, self.transport)
         with ExitStack() as stack:
@@ -101,7 +101,7 @@ class Demo:
         report.closing(stream, ours, theirs, kills=len(self.killed_at), picture=self.picture, right=right)
         return 0 if right else 1
 
-    # -- the stage ---------------------------------------------------------------------------------------------------
+    # -- servers -----------------------------------------------------------------------------------------------------
 
     def _workers(self, engine: Engine, url: str, directory: Path) -> list[Worker]:
         def made(side: str, arguments: Sequence[str], number: int) -> Worker:
@@ -119,7 +119,7 @@ class Demo:
             for side, arguments in ((OURS, ours), (NAIVE, ["-m", "examples.demo.naive"]))
         ]
 
-    # -- the play ----------------------------------------------------------------------------------------------------
+    # -- the run -----------------------------------------------------------------------------------------------------
 
     def _play(self, stream: Stream, engine: Engine, carrier: Broker, workers: Sequence[Worker]) -> None:
         for worker in workers:
@@ -171,8 +171,8 @@ class Demo:
     def _sendable(self, stream: Stream, sent: int, now: float) -> int:
         """Return how many messages may have been sent by now.
 
-        No faster than planned, and never far ahead of the slower shop: on a slow machine everything would else be sent,
-        and every kill be over, before much was handled.
+        Not faster than planned, and never far ahead of the slower shop. Otherwise, on a slow machine, everything would be sent
+        and every kill would be over before much was handled.
         """
         planned = min(len(stream.messages), int(len(stream.messages) * now / self.send_s))
         if not self.samples or not sent:
@@ -181,7 +181,7 @@ class Demo:
         return sent if behind > MOST_BEHIND else min(planned, sent + BATCH)
 
     def _victims(self, workers: Sequence[Worker]) -> list[Sequence[Worker]]:
-        """Who is killed, in turns: the first process of both shops, then the second of both."""
+        """Return which workers are killed in each turn: the first process of both shops, then the second of both."""
         return [workers[0:2] if turn % 2 == 0 else workers[2:4] for turn in range(len(PROCESSES) * self.kills)]
 
     def _look(self, connection: Connection, at_s: float, stream: Stream, sent: int) -> None:
@@ -189,12 +189,12 @@ class Demo:
         self.samples.append(Sample(at_s, orders, Ledger.read(connection, OURS), Ledger.read(connection, NAIVE)))
 
     def _changed_at(self) -> float:
-        """Return when a ledger was last seen to differ from what it is now."""
+        """Return the latest time when a ledger differed from its present state."""
         last = self.samples[-1]
         return next((s.at_s for s in reversed(self.samples) if (s.ours, s.naive) != (last.ours, last.naive)), 0.0)
 
     def _finished(self, carrier: Broker, stream: Stream, now: float) -> bool:
-        """Say whether every order is in both ledgers, every message finished, and nothing has changed for a while."""
+        """Whether every order is in both ledgers, every message is finished, and nothing has changed for a while."""
         last = self.samples[-1]
         if min(last.ours.orders, last.naive.orders) < stream.truth.orders:
             return False
@@ -214,19 +214,19 @@ def _make_tables(engine: Engine) -> None:
 
 
 def _url(engine: Engine, schema: str, name: str) -> str:
-    """The database as one worker sees it: exactly_once's tables first, then its own shop's."""
+    """Return a worker's database URL, with a search path: first the tables of exactly_once, then those of its shop."""
     url = engine.url.update_query_dict({"options": f"-csearch_path=public,{schema}", "application_name": name})
     return url.render_as_string(hide_password=False)
 
 
 def _at_work(connection: Connection, worker: Worker) -> bool:
-    """Say whether one of its connections is inside a transaction; a process that just started needs a second for that."""
+    """Whether one of the worker's connections is inside a transaction. A process that just started needs a second for that."""
     query = text("SELECT count(*) FROM pg_stat_activity WHERE application_name = :name AND xact_start IS NOT NULL")
     return bool(connection.execute(query, {"name": worker.name}).scalar_one())
 
 
 def _claims(connection: Connection) -> tuple[int, int]:
-    """Claims of exactly_once, and messages in its failure store."""
+    """Return the number of claims of exactly_once, and of messages in its failure store."""
     claims, failures = connection.execute(
         text("SELECT (SELECT count(*) FROM message_idempotent), (SELECT count(*) FROM message_failure)")
     ).one()

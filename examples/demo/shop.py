@@ -1,10 +1,10 @@
 """The shop: its tables, its work for one order, and the handler that exactly_once runs once for each order.
 
-`reserve` is the shop's own code and knows no messages; the naive consumer beside this one calls the very same. No table
-has a unique constraint on the order number: such a constraint would stop the second reservation here, but there is none
-that stops the second `UPDATE stock`, and few shops have one on every effect.
+`reserve` is the shop's own code and does not know about messages; the naive consumer calls the same function. No table has a
+unique constraint on the order number. Such a constraint would stop the second reservation here, but no constraint can stop the
+second `UPDATE stock`, and few shops have one for every effect.
 
-Run by `exactly-once run examples.demo.shop:eo`; the database and the transport come from the environment.
+Run by `exactly-once run examples.demo.shop:eo`. The database and the transport come from the environment.
 """
 
 from pydantic import BaseModel
@@ -51,7 +51,7 @@ class Payment(Base):
 
 
 class OrderCreated(BaseModel):
-    """What the message says."""
+    """The body of the message."""
 
     order_no: str
     sku: str
@@ -60,7 +60,7 @@ class OrderCreated(BaseModel):
 
 
 def reserve(session: Session, order: OrderCreated) -> None:
-    """Set units aside, take them from the stock, take the money."""
+    """Reserve units, take them from the stock, and take the money."""
     session.add(Reservation(order_no=order.order_no, sku=order.sku, quantity=order.quantity))
     session.add(Payment(order_no=order.order_no, amount_cents=order.amount_cents))
     session.execute(update(Stock).where(Stock.sku == order.sku).values(left=Stock.left - order.quantity))
@@ -71,5 +71,5 @@ eo = ExactlyOnce(group=GROUP)
 
 @eo.handler(TOPIC, tag=TAG, key="order_no")
 def reserve_stock(session: Session, order: OrderCreated) -> None:
-    """Do the shop's work for an order; what makes it happen once stands in the decorator."""
+    """Do the shop's work for an order. The decorator makes it happen once."""
     reserve(session, order)

@@ -1,7 +1,7 @@
-"""The worker processes of one shop: started as a supervisor would, killed with SIGKILL, started again.
+"""The worker processes of one shop: starts them as a supervisor would, kills them with SIGKILL, and starts them again.
 
-A kill is the kernel's: no handler runs, nothing is flushed, what was in hand stays unsettled. Both shops' workers are
-killed alike, by `run`, and each while it is at work, in the middle of a transaction.
+The kernel does the kill: no signal handler runs, nothing is flushed, and messages in hand stay unsettled. `run` kills the workers
+of both shops in the same way, each in the middle of a transaction.
 """
 
 import os
@@ -17,23 +17,23 @@ __all__ = ["Worker", "worker_name"]
 
 ROOT: Final = Path(__file__).parents[2]
 STOP_PATIENCE_S: Final = 30.0
-KEPT: Final = "EXACTLY_ONCE_LIBROCKETMQ"  # where the machine's librocketmq is; everything else is ours to say
+KEPT: Final = "EXACTLY_ONCE_LIBROCKETMQ"  # the path of librocketmq; all other settings are set here
 
 
 def worker_name(side: str, number: int) -> str:
-    """Return the name a worker's database connections carry (`application_name`)."""
+    """Return the `application_name` of a worker's database connections."""
     return f"demo-{side}-{number}"
 
 
 class Worker:
-    """One place for a process of one shop, and whichever process fills it at present.
+    """One worker of a shop. Each time it is killed, a new process takes its place.
 
     Args:
         side: The shop it belongs to.
-        number: Its place among the shop's processes.
-        arguments: What follows the interpreter, such as `["-m", "examples.demo.naive"]`.
+        number: Its number among the shop's processes.
+        arguments: The arguments of the interpreter, such as `["-m", "examples.demo.naive"]`.
         settings: Its environment, by names of exactly_once's settings.
-        directory: Where its log goes.
+        directory: The folder for its log.
     """
 
     def __init__(
@@ -62,19 +62,19 @@ class Worker:
         self._child.start()
 
     def kill_and_start(self) -> None:
-        """SIGKILL, and a new process in its place."""
+        """Kill the process with SIGKILL, and start a new one in its place."""
         self._child.end(signal.SIGKILL)
         self._child.start()
 
     def stop(self) -> None:
-        """Let it finish (SIGTERM); SIGKILL when it takes too long."""
+        """Let it finish (SIGTERM). SIGKILL if it takes too long."""
         self._child.end(signal.SIGTERM, patience_s=STOP_PATIENCE_S)
 
     def kill(self) -> None:
-        """SIGKILL, for good."""
+        """Kill the process with SIGKILL, and start no other."""
         self._child.end(signal.SIGKILL)
 
     def require_alive(self) -> None:
-        """Raise `ServerFailed` with the last lines of its log if it has ended by itself."""
+        """Raise `ServerFailed`, with the last lines of its log, if the process has ended by itself."""
         if not self._child.running:
             raise self._child.failure("ended by itself")

@@ -1,10 +1,10 @@
 """A FastAPI application that stores an order and then sends it, and the worker that handles it.
 
-There is no outbox here: the order is committed first and its message is sent after. What that leaves open:
+There is no outbox here: the order is committed first, and its message is sent afterwards. Two cases to know:
 
-* A crash between commit and send: the order is stored, and nobody is told. Here the customer's repeated POST mends it,
-  because it finds the order and sends again; without a repeat the message is lost.
-* A send whose receipt never came is sent again, and so is a repeated POST: the same key, so the handler runs once.
+* After a crash between commit and send, the order is stored but no message was sent. Here a repeated POST of the customer repairs
+  it, because it finds the order and sends again. Without a repeated POST the message is lost.
+* A message whose receipt never came is sent again, also by a repeated POST. It has the same key, so the handler runs once.
 """
 
 import os
@@ -47,7 +47,7 @@ class Order(BaseModel):
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     Base.metadata.create_all(engine)
-    with eo.producer() as producer:  # to EXACTLY_ONCE_TRANSPORT; one for the whole application
+    with eo.producer() as producer:  # sends to EXACTLY_ONCE_TRANSPORT; one producer for the whole application
         app.state.producer = producer
         yield
 
@@ -57,15 +57,15 @@ app = FastAPI(lifespan=lifespan)
 
 @app.post("/orders", status_code=201)
 def create_order(order: Order) -> dict[str, str]:
-    # not in a dependency with `yield`: FastAPI ends it after the answer is sent, and a COMMIT that is refused would have been
-    # answered with 201. Depends(a_session, scope="function") ends before it, as this block does
+    # not in a dependency with `yield`: FastAPI ends it after the response is sent, so a refused COMMIT would already have been
+    # answered with 201. Depends(a_session, scope="function") ends before the response, like this block
     with Session(engine) as session, session.begin():
         stored = session.get(OrderRow, order.order_no)
         if stored is None:
             session.add(OrderRow(order_no=order.order_no, quantity=order.quantity))
         elif stored.quantity != order.quantity:
             raise HTTPException(409, "this order number is taken by another order")
-    # committed; from here to the receipt is the gap this module's first lines speak of
+    # committed; a crash between here and the receipt is the first case above
     body = order.model_dump_json().encode()
     try:
         app.state.producer.send(Message("orders", body, tag="created", key=order.order_no))
@@ -85,5 +85,5 @@ def parcels() -> list[str]:
 
 @eo.handler("orders", tag="created", key="order_no")
 def pack(session: Session, order: Order) -> None:
-    """Runs in the worker beside: exactly-once run main:eo."""
+    """Runs in the worker, a process of its own: exactly-once run main:eo."""
     session.add(Parcel(order_no=order.order_no, pieces=order.quantity))

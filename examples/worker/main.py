@@ -1,7 +1,7 @@
-"""Door 3: the worker. Two handlers on one topic, a body of pydantic's, Reject and RetryLater; `sql://` is the broker.
+"""Entry point 3: the worker. Two handlers on one topic, a pydantic body, Reject and RetryLater. The broker is `sql://`.
 
-Each handler has its own claim and its own transaction: one may fail while the other is done. `python main.py` sends a few
-orders, works until nothing is left, and prints what stands in the database. In production: `exactly-once run main:eo`.
+Each handler has its own claim and its own transaction: one may fail while the other is done. `python main.py` sends a few orders,
+works until nothing is left, and prints what is in the database. In production: `exactly-once run main:eo`.
 """
 
 from datetime import timedelta
@@ -40,18 +40,18 @@ class Order(BaseModel):
 
 @eo.handler("orders", tag="created", key="order_no")
 def reserve_stock(session: Session, order: Order) -> None:
-    """Taken once for each order, however often its message comes."""
+    """Runs once for each order, however often its message comes."""
     if order.quantity < 1:
-        raise Reject(f"{order.quantity} pieces cannot be reserved")  # no retry mends it: kept for a person at once
+        raise Reject(f"{order.quantity} pieces cannot be reserved")  # no retry can help: kept for a person at once
     stock = session.get(Stock, order.sku)
     if stock is None:
-        raise RetryLater(timedelta(seconds=0.5))  # the catalogue may be late: ask again
+        raise RetryLater(timedelta(seconds=0.5))  # the catalogue may be late: try again
     session.execute(update(Stock).where(Stock.sku == order.sku).values(left=Stock.left - order.quantity))
 
 
 @eo.handler("orders", tag=["created", "cancelled"], key=(keys.tag(), "order_no"))
 def write_letter(session: Session, order: Order, message: Message) -> None:
-    """Two events of one order: the tag is part of the key, or the second would be taken for a duplicate."""
+    """An order has two events: the tag is part of the key, or the second event would be taken for a duplicate."""
     session.add(Letter(order_no=order.order_no, text=f"Your order was {message.tag}."))
 
 

@@ -1,7 +1,7 @@
-"""Door 2: the consumer loop you have, sync and async. It asks one thing: may the broker forget this message?
+"""Entry point 2: the consumer loop that you have, sync and async. It asks one question: may it acknowledge this message?
 
-The list below stands in for your broker: it brings a message again until it is acknowledged. `process` never raises for
-what is wrong with a message, a handler or the database. It schedules nothing either: the retry is your broker's.
+The list below plays the role of your broker: it redelivers a message until it is acknowledged. `process` never raises because of
+an error in a message, a handler or the database. It also schedules nothing: your broker makes the retry.
 """
 
 import asyncio
@@ -70,7 +70,7 @@ def sync_loop(broker: deque[Message]) -> None:
         outcome = eo.process(message)
         told(message, outcome.value)
         if not outcome.acknowledge:
-            broker.append(message)  # not acknowledged: it comes again
+            broker.append(message)  # not acknowledged: redeliver it
 
 
 async def async_loop(broker: deque[Message]) -> None:
