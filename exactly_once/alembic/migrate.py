@@ -56,11 +56,11 @@ def upgrade(database: "Database | None" = None, *, schema: str | None = None, ve
 
     Args:
         database: URL, Engine or Connection. None: inside a migration of your own Alembic history; its connection is used.
-        schema: The named schema. On PostgreSQL it is created if it is missing. None: the first schema in the connection's path.
+        schema: The named schema. On PostgreSQL it is created if it is missing. None: the connection's default schema.
         version: A number, or "head".
 
     Raises:
-        SchemaError: There is a table with one of our names that we did not make. Or the database is newer than this package.
+        SchemaError: There is a table with one of our names that we did not make, or another program held the lock too long.
         ConfigurationError: `version` does not exist, or no database was given outside a migration.
 
     Example:

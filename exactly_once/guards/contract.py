@@ -1,7 +1,7 @@
 """The contract of a guard: the possible answers to a claim, and the methods called around a handler.
 
-Called in a thread, or in SQLAlchemy's greenlet under asyncio: never async itself. Called by `attempt`, and by `processor` for a
-message that must not run before its claim is looked up.
+Called in a thread, or in SQLAlchemy's greenlet under asyncio: never async itself. Called by `attempt`, and by `processor`, which
+looks up a claim without a run (for a message with its last delivery, or behind others of its ordering key).
 """
 
 from collections.abc import Callable

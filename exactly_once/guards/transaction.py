@@ -194,9 +194,9 @@ class TransactionGuard:
 
         Two kinds of error must not be blamed on the message. First, an earlier user of the connection may have left a role, a
         time limit or AUTOCOMMIT in it: the claim is sent again on another connection. The error counts if the connection had no
-        earlier user, or if a signal handler raised it. Second, the table may refuse every claim: a trial claim of a message that
-        does not exist shows that. If the table takes the trial, this claim is sent once more, because a person may have repaired
-        the table in between. `row` is this claim before the trial, and None after it.
+        earlier user, or if a signal handler raised it. Second, the table may refuse every claim: a test claim of a message that
+        does not exist shows that. If the table takes the test claim, this claim is sent once more, because a person may have
+        repaired the table in between. `row` is this claim before the test claim, and None after it.
 
         An outage is not checked here: `processor` does that.
 
@@ -220,7 +220,7 @@ class TransactionGuard:
         raise error
 
     def _tried(self, session: Session, row: ClaimRow) -> None:
-        """Send a trial claim. Return if the table takes it: then it refused a value of this message.
+        """Send a test claim. Return if the table takes it: then it refused a value of this message.
 
         Raises:
             StoreUnavailable: The table takes no claim, or the server does not answer.

@@ -74,7 +74,7 @@ class Lease:
 
     @property
     def told(self) -> str:
-        """In a few words, for a person."""
+        """The option in a few words, for a person."""
         most = "" if self.max_run is None else f", max_run {self.max_run}"
         return f"Lease of {self.lease} in {_place(self.store, _OWN)}{most}"
 
@@ -106,7 +106,7 @@ class Lock:
 
     @property
     def told(self) -> str:
-        """In a few words, for a person."""
+        """The option in a few words, for a person."""
         return f"Lock of {self.expires} in {_place(self.store, _SETTING)}, wait {self.wait.total_seconds():g} s"
 
 

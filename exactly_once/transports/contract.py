@@ -132,8 +132,8 @@ class Consumer(Protocol):
     def settle(self, verdicts: Sequence[tuple[Delivery, Settlement]]) -> None:
         """Carry out each settlement, in the order given.
 
-        A settlement that fails is logged: its message comes back by itself. If ordered, `Redeliver` holds
-        the key back from this call on.
+        A settlement that fails is logged: its message comes back by itself. If ordered, `Redeliver` holds the key back from this
+        call on.
         """
 
     def extend(self, deliveries: Sequence[Delivery]) -> None:

@@ -137,7 +137,7 @@ class SqlLeases:
                     connection.invalidate()
 
     def _tried(self, connection: Connection, row: ClaimRow, *, steps: bool) -> None:
-        """After a claim was refused on a connection without an earlier user: send a trial claim. Return if the table takes it.
+        """After a claim was refused on a connection without an earlier user: send a test claim. Return if the table takes it.
 
         Raises:
             StoreUnavailable: The table takes no claim, or the server does not answer.
