@@ -29,19 +29,19 @@ OpenOurs = Callable[[], tuple[Session, Any]]
 class Won:
     """The key is ours.
 
-    `first_watch` watches from the claim on that the handler does not end the transaction; `late` does so from the session's first
+    `first_watch` watches from the claim on that the handler does not end the transaction; `deferred_watch` does so from the session's first
     statement on. `held` is the lease and `lock` the lock, if the key was taken by one.
     """
 
     first_watch: "Watch | None" = None
-    late: "DeferredWatch | None" = None
+    deferred_watch: "DeferredWatch | None" = None
     held: HeldLease | None = None
     lock: "RedisLock | None" = None
 
     @property
     def watch(self) -> "Watch | None":
         """The watch, once there is a transaction."""
-        return self.first_watch if self.late is None else self.late.watch
+        return self.first_watch if self.deferred_watch is None else self.deferred_watch.watch
 
 
 @dataclass(frozen=True, slots=True)

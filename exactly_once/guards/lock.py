@@ -43,7 +43,7 @@ class LockGuard:
             lock.acquire(awaiting=self._awaiting)
         except errors.InProgress:
             return Busy(remaining=self._option.expires)
-        return Won(late=DeferredWatch(session, self._dialect, None), lock=lock)
+        return Won(deferred_watch=DeferredWatch(session, self._dialect, None), lock=lock)
 
     def complete(self, session: Session, won: Won) -> None:
         """Nothing to write."""

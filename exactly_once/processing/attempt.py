@@ -83,7 +83,7 @@ def attempt(
             return found
         # enforce=False, for a trial before use: the duplicate runs and is watched as any message, but without a claim
         session.rollback()
-        return Won(late=DeferredWatch(session, context.dialect, None)), ()
+        return Won(deferred_watch=DeferredWatch(session, context.dialect, None)), ()
 
     match _attempt(context, claim, lambda _, handed, won: handle(handed, won), told, also):
         case AttemptResult() as ended:
@@ -187,7 +187,7 @@ def _attempt(
             raise fork.inside()  # before anything else: only the parent may end its session, claim and lease
         if won is not None:
             context.guard.end(won)  # first, because it waits for nothing: the next lines may be cancelled again
-        used = None if won is None else won.late or won.watch
+        used = None if won is None else won.deferred_watch or won.watch
         try:
             if used is not None:
                 used.end(session)
@@ -199,7 +199,7 @@ def _attempt(
                 with suppress(Exception):
                     finished(partial(context.guard.release, won))
     released = True
-    if ended.how is not AttemptEnd.PROCESSED and not ended.kept:
+    if ended.how is not AttemptEnd.PROCESSED and not ended.keep_lease:
         # only after the session's end: its transaction may hold the lock on our own row
         released, cancelled = finish(partial(context.guard.release, won, broken=ended.how is AttemptEnd.BROKEN))
         ended = ended.stopped_by(cancelled)
@@ -243,13 +243,13 @@ def _to_commit(
     guard, dialect = context.guard, context.dialect
     process, ended = fork.here, PROCESSED
     try:
-        if won.late is not None:
-            won.late.begin()
+        if won.deferred_watch is not None:
+            won.deferred_watch.begin()
         # a handler under a lease locks the file with its first write, and nothing tells us when that happens
-        with holding(session.info.get(HOME)) if dialect.embedded and won.late is None else nullcontext():
+        with holding(session.info.get(HOME)) if dialect.embedded and won.deferred_watch is None else nullcontext():
             handle()
-        if won.late is not None:
-            won.late.check()
+        if won.deferred_watch is not None:
+            won.deferred_watch.check()
         if also is not None:
             if won.watch is not None:
                 won.watch.check(session)
@@ -266,7 +266,7 @@ def _to_commit(
         if process is not fork.here:
             raise fork.inside() from error  # a child that the handler forked: only the parent may end all this
         # only for a claim's transaction, which locks the file from the claim on: under a lease it begins later, and may only read
-        if dialect.embedded and won.late is None and (watch := won.watch) is not None and not watch.sent:
+        if dialect.embedded and won.deferred_watch is None and (watch := won.watch) is not None and not watch.sent:
             error = locked_out(error, watch.connection) or error
         # shielded: a second cancellation in here would skip the ROLLBACK, and nobody would notice what was committed
         ended, cancelled = finish(partial(result_of, context, session, rows, won, told(error)))
@@ -284,11 +284,11 @@ def _consumed(guard: Guard, won: Won, ended: AttemptResult) -> AttemptResult:
         else:
             finish(partial(guard.consume, won))
     except StoreUnavailable as error:
-        return AttemptResult(AttemptEnd.AWAY, error, kept=True, stop=ended.stop)
+        return AttemptResult(AttemptEnd.AWAY, error, keep_lease=True, stop=ended.stop)
     except LeaseLost as error:
         return AttemptResult(AttemptEnd.LOST, error, stop=ended.stop)
     except Exception as error:  # committed, but perhaps not marked as consumed: the redelivery finds out
-        return AttemptResult(AttemptEnd.UNKNOWN, error, kept=True, stop=ended.stop)
+        return AttemptResult(AttemptEnd.UNKNOWN, error, keep_lease=True, stop=ended.stop)
     return ended
 
 

@@ -84,7 +84,7 @@ class AttemptResult:
     again: bool = False
     remaining: timedelta | None = None
     """How long the lease of another run still lasts."""
-    kept: bool = False
+    keep_lease: bool = False
     """The effects may have happened: the lease is not released."""
     owner: str | None = None
     """The owner of the claim. DUPLICATE or BROKEN: of the claim that stands. AWAY: of a claim that may stand."""
@@ -120,7 +120,7 @@ def result_of(
         return _raised(context, won, error)
     if watch.committed and watch.left is not TransactionEnd.BROKEN:
         # a hook of the user's raised after the server confirmed COMMIT: the message is processed
-        return AttemptResult(AttemptEnd.STOPPED, error, kept=True) if stops(error) else PROCESSED
+        return AttemptResult(AttemptEnd.STOPPED, error, keep_lease=True) if stops(error) else PROCESSED
     unsure = watch.sent and not watch.refused and not watch.committed
     if not watch.sent:
         watch.ask()
@@ -129,7 +129,9 @@ def result_of(
     if unsure:
         # embedded: the end of the connection decides the COMMIT. So a lease may be released: that waits for this end, and
         # changes no finished claim
-        found = _look_up(context, rows, AttemptResult(AttemptEnd.UNKNOWN, error, kept=not context.dialect.embedded))
+        found = _look_up(
+            context, rows, AttemptResult(AttemptEnd.UNKNOWN, error, keep_lease=not context.dialect.embedded)
+        )
         return found.stopped_by(error if stops(error) else None)
     ended = _seen(context, won, watch, error, why)
     if ended.how is not AttemptEnd.BROKEN and watch.rows and not watch.whole:
@@ -186,7 +188,7 @@ def _raised_alone(context: AttemptContext, won: Won, error: BaseException) -> At
         return AttemptResult(AttemptEnd.REFUSED, error)
     if isinstance(error, LeaseLost):
         return AttemptResult(AttemptEnd.LOST, error)
-    if won.late is not None and isinstance(error, StoreUnavailable) and not error.asked_by_handler:
+    if won.deferred_watch is not None and isinstance(error, StoreUnavailable) and not error.asked_by_handler:
         return AttemptResult(AttemptEnd.AWAY, error)  # raised by a step, or by the session's first statement
     if isinstance(error, (OSError, EOFError)):
         # a network error of the handler's own: an error of the database is in `lost`, or wrapped
@@ -241,7 +243,7 @@ def _look_up(context: AttemptContext, rows: Sequence[ClaimRow], ended: AttemptRe
     try:
         found = [context.guard.look(context.open_ours, row) for row in rows]
     except StoreUnavailable as error:
-        return AttemptResult(AttemptEnd.AWAY, error, kept=True)
+        return AttemptResult(AttemptEnd.AWAY, error, keep_lease=True)
     except Exception:  # the look-up failed: the outcome stays unknown
         return ended
     if rows and all(isinstance(each, Consumed) for each in found):

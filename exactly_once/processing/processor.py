@@ -388,7 +388,7 @@ class Processor:
         check_result(given, in_lists=self.plan.in_lists, handler=self.plan.name)
 
     def _ledger(self, won: Won) -> StepLedger | None:
-        placed, held, late = self._placed, won.held, won.late
+        placed, held, late = self._placed, won.held, won.deferred_watch
         if placed is None or held is None or late is None or not self.plan.takes_steps:
             return None
         return StepLedger(

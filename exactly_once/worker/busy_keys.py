@@ -17,7 +17,7 @@ from time import monotonic
 from exactly_once.outcome import WaitForKey
 from exactly_once.transports.contract import Delivery
 from exactly_once.worker.in_hand import InHand
-from exactly_once.worker.outages import Parked
+from exactly_once.worker.outages import WaitingDeliveries
 
 __all__ = ["BusyKeys"]
 
@@ -75,9 +75,9 @@ class BusyKeys:
         """How many deliveries are kept now."""
         return len(self._heap)
 
-    def give_up(self) -> Parked:
+    def give_up(self) -> WaitingDeliveries:
         """Return all waiting deliveries, and forget them: the worker stops."""
-        waiting: Parked = {delivery: unsettled for _, _, unsettled, delivery, _ in sorted(self._heap)}
+        waiting: WaitingDeliveries = {delivery: unsettled for _, _, unsettled, delivery, _ in sorted(self._heap)}
         self._heap = []
         return waiting
 

@@ -15,12 +15,12 @@ from exactly_once.wording.steady_log import steady
 from exactly_once.worker.in_hand import InHand
 from exactly_once.worker.log_throttle import ThrottledLog
 
-__all__ = ["Outages", "Parked"]
+__all__ = ["Outages", "WaitingDeliveries"]
 
 PROBE_S: Final = (0.2, 5.0)
 """The first pause before a store is asked, and the longest. Each pause is twice as long as the one before."""
 
-Parked = dict[Delivery, InHand]
+WaitingDeliveries = dict[Delivery, InHand]
 
 _log = steady("exactly_once.worker")
 
@@ -29,7 +29,7 @@ _log = steady("exactly_once.worker")
 class _Outage:
     store: str
     pause: float
-    waiting: Parked = field(default_factory=dict)
+    waiting: WaitingDeliveries = field(default_factory=dict)
     ended: float = 0.0
 
 
@@ -46,7 +46,7 @@ class Outages:
     def __init__(
         self,
         answers: Callable[[str], bool],
-        run_again: Callable[[Parked], None],
+        run_again: Callable[[WaitingDeliveries], None],
         changed: Condition,
         stopping: Callable[[], bool],
     ) -> None:
@@ -86,9 +86,9 @@ class Outages:
             return True
         return False
 
-    def give_up(self) -> Parked:
+    def give_up(self) -> WaitingDeliveries:
         """Return all waiting deliveries, and forget them: the worker stops."""
-        waiting: Parked = {}
+        waiting: WaitingDeliveries = {}
         for outage in self._now.values():
             waiting |= outage.waiting
             outage.waiting = {}

@@ -32,7 +32,7 @@ from exactly_once.worker.capacity import Capacity
 from exactly_once.worker.in_hand import InHand
 from exactly_once.worker.lane import Lane, join, lasting, on_each
 from exactly_once.worker.log_throttle import ThrottledLog
-from exactly_once.worker.outages import Outages, Parked
+from exactly_once.worker.outages import Outages, WaitingDeliveries
 
 __all__ = ["Counts", "Run", "Worker"]
 
@@ -351,7 +351,7 @@ class Worker:
             if run := unsettled.running.pop(delivery, None):
                 run.cancel()
 
-    def _run_again(self, waiting: Parked) -> None:
+    def _run_again(self, waiting: WaitingDeliveries) -> None:
         """Start the runs of deliveries that waited for a store. Called by the outage's thread when the store answers."""
         held = [
             (batch.received, delivery, lane.unsettled)

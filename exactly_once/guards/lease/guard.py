@@ -95,7 +95,7 @@ class LeaseGuard:
                 if not self._own and (settled := self._settled(held)) is not None:
                     return settled
                 self._renewal.add(held)
-                return Won(late=DeferredWatch(session, self._dialect, held), held=held)
+                return Won(deferred_watch=DeferredWatch(session, self._dialect, held), held=held)
             case LeaseState.CONSUMED:
                 return Consumed()
             case LeaseState.UNFINISHED:
