@@ -29,8 +29,8 @@ OpenOurs = Callable[[], tuple[Session, Any]]
 class Won:
     """The key is ours.
 
-    `first_watch` watches from the claim on that the handler does not end the transaction; `deferred_watch` does so from the session's first
-    statement on. `held` is the lease and `lock` the lock, if the key was taken by one.
+    `first_watch` watches from the claim on that the handler does not end the transaction. `deferred_watch` does so from the
+    session's first statement on. `held` is the lease, `lock` the lock, if the key was taken by one.
     """
 
     first_watch: "Watch | None" = None
