@@ -331,6 +331,8 @@ class ExactlyOnce(Registrations):
         """Return an executor, which runs deliveries without a worker; for the command line. Stop it after use."""
         router = self._router
         router.require_handlers()
+        from exactly_once.executor.executor import Executor
+
         return Executor(router.find, router.plans, threads=concurrency)
 
     # -- work that must not overlap ------------------------------------------------------------------------------------
