@@ -248,6 +248,8 @@ def _to_commit(
         # a handler under a lease locks the file with its first write, and nothing tells us when that happens
         with holding(session.info.get(HOME)) if dialect.embedded and won.deferred_watch is None else nullcontext():
             handle()
+        if won.watch is not None:
+            won.watch.returned(session)
         if won.deferred_watch is not None:
             won.deferred_watch.check()
         if also is not None:

@@ -308,13 +308,14 @@ class BatchProcessor(Processor):
                 reached.append(member)
                 watch.current = member.work.row
                 call(handed, reading, member.work.message, None)
-                # before the next call, which may refresh, expire or expunge what this call has changed
-                flush(session)
-                watch.check(session)
+                # asked first: an event loop may end it while the flush is awaited, and what was written in it would be missing
                 if session.in_nested_transaction():
                     raise Misuse(
                         "The handler left a savepoint open, and the next message's work would stand inside it."
                     )
+                # before the next call, which may refresh, expire or expunge what this call has changed
+                flush(session)
+                watch.check(session)
             return
         given = [(member.unchanged(plan), member.work.message) for member in ordered]
         reached.extend(ordered)

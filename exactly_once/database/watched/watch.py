@@ -139,9 +139,10 @@ class Watch:
     """
 
     __slots__ = (
-        "begun", "busy", "call", "changed", "committed", "connection", "current", "dbapi", "dialect", "error", "held",
-        "info", "last", "left", "locked", "lost", "mark", "meanwhile", "met", "ours", "owner", "pooled", "refused", "replaced",
-        "rolled_back", "root", "rows", "rows_as", "sent", "server_session", "shut", "stopped", "streams", "trace", "whole"
+        "at_return", "begun", "busy", "call", "changed", "committed", "connection", "current", "dbapi", "dialect",
+        "error", "held", "info", "last", "left", "left_open", "locked", "lost", "mark", "meanwhile", "met", "ours",
+        "owner", "pooled", "refused", "replaced", "rolled_back", "root", "rows", "rows_as", "sent", "server_session",
+        "shut", "stopped", "streams", "trace", "whole"
     )  # fmt: skip
 
     def __init__(
@@ -165,6 +166,9 @@ class Watch:
         self.current: ClaimRow | None = None
         """In a batch: the message that is being handled; None while all are handled at once."""
         self.begun: SessionTransaction | None = None
+        self.left_open: SessionTransaction | None = None
+        """The savepoint that the handler had left open when it returned, if `returned` was called."""
+        self.at_return = False
         self.left = TransactionEnd.NOT
         self.error: Misuse | None = None
         self.stopped = False
@@ -391,9 +395,15 @@ class Watch:
             DBAPIError: The handler's last statement failed after its first rows.
         """
         misuse = self.verify(session)
+        if misuse is None and self.at_return and session.get_nested_transaction() is not self.left_open:
+            misuse = self.leave(TransactionEnd.REFUSED, _SAVEPOINT_ENDED)
         if misuse is not None:
             raise misuse
         self.settle()
+
+    def returned(self, session: Session) -> None:
+        """The handler has returned: from now on nothing but our COMMIT may end a savepoint that it left open."""
+        self.left_open, self.at_return = session.get_nested_transaction(), True
 
     @property
     def given_back(self) -> bool:
@@ -750,6 +760,11 @@ _STILL_USED: Final = (
     "The handler has returned, and something still uses its session: a task, a thread, or rows that are still read. What it"
     " writes now would be committed in part, or not at all; nothing was committed. Await the task, join the thread, or read"
     " the rows to their end before the handler returns."
+)
+_SAVEPOINT_ENDED: Final = (
+    "The handler has returned, and then something ended a savepoint that it had left open: a task, or an async generator that"
+    " the handler left by break or return, which the event loop closes later. What was written in the savepoint may be gone, so"
+    " nothing was committed. End the savepoint before the handler returns; of a generator with contextlib.aclosing."
 )
 _TOO_LATE: Final = (
     "The session was used while the COMMIT of its message, or of its steps.transaction, was under way: the handler had returned,"

@@ -259,6 +259,8 @@ class StepLedger:
                 session.connection().exec_driver_sql(_LOCK_WAIT)
             late.begin()
             value = self._worked(work, handed, session)
+            if late.watch is not None:
+                late.watch.returned(session)
             late.check()
             if late.watch is not None:
                 late.watch.check(session)
