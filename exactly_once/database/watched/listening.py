@@ -87,7 +87,8 @@ def _sending(statement: str, values: object, context: ExecutionContext, send: Ca
     if watch.call is not None:
         watch.called(sends=True)
     watch.last = statement
-    if context.execution_options.get("stream_results"):
+    # of SQLite's own driver every one, for any may leave rows unread; aiosqlite reads them at once
+    if context.execution_options.get("stream_results") or (dialect.embedded and not hasattr(context.cursor, "_cursor")):
         watch.reads(context)
     read = dialect.read(dbapi, watch.info, statement)
     if read.refused is not None:

@@ -404,6 +404,19 @@ class Watch:
     def returned(self, session: Session) -> None:
         """The handler has returned: from now on nothing but our COMMIT may end a savepoint that it left open."""
         self.left_open, self.at_return = session.get_nested_transaction(), True
+        self._close_cursors()
+
+    def _close_cursors(self) -> None:
+        """On SQLite, end the statements whose rows nobody has read.
+
+        A result that the application keeps (an attribute, a cache) keeps its statement, and that keeps the file's lock: our
+        savepoint could not be released, and nobody else could write until Python collects the result. What the statement
+        wrote is written: SQLite does all of it before the first row (sqlite.org/lang_returning.html).
+        """
+        if self.dialect.embedded and self.streams is not None:
+            for context in tuple(self.streams):
+                if not hasattr(context.cursor, "_cursor"):
+                    context.cursor.close()
 
     @property
     def given_back(self) -> bool:
@@ -595,6 +608,7 @@ class Watch:
 
     def _give_back(self, session: Session) -> None:
         self._forget()
+        self._close_cursors()
         connection = self.connection
         if not connection.closed and not connection.invalidated and not self.given_back:
             # Whatever ended the transaction may have left something behind: autocommit, a procedure's locks,
