@@ -14,7 +14,7 @@ import typer
 from exactly_once.app import ExactlyOnce
 from exactly_once.cli.recorded import BadLine, Progressing, messages, opened, size_of
 from exactly_once.cli.reference import AppOption, application, usable
-from exactly_once.events.settled import OutcomeCounts, Settled
+from exactly_once.events.run_ended import OutcomeCounts, RunEnded
 from exactly_once.exceptions.words import words_of
 from exactly_once.message import Message
 from exactly_once.outcome import Ack, Outcome, RunFuture, WaitForStore
@@ -107,7 +107,7 @@ class _Feeding:
             self.leave(line, f"{type(error).__name__}: {escaped(words_of(error), 300)}")
         else:
             result = future.result()
-            self._outcomes.add(Settled(topic, result))
+            self._outcomes.add(RunEnded(topic, result))
             if isinstance(result.verdict, WaitForStore):
                 self.away = True
                 self.leave(line, "the database does not answer")

@@ -3,7 +3,7 @@
 With one owner for a whole process, an attempt would take another attempt's row for its own: that of a copy of
 the message which ran a moment before in the same process. So each attempt has its own name. The name is in the claim's row, and
 in the name of the savepoint by which MySQL and MariaDB tell whether the claim's transaction still exists. Called by
-`processing.attempt`, `guards.claiming` and `store`.
+`processing.attempt`, `guards.claiming`, `probe` and what watches or tries a claim.
 """
 
 import os

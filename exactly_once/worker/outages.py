@@ -39,7 +39,7 @@ class Outages:
     Args:
         answers: Whether the store of this name answers. Called in the outage's thread; may block or raise.
         run_again: Starts the runs of these deliveries. Does not wait for them.
-        changed: The worker's condition. `hold`, `park` and `give_up` are called with its lock held.
+        changed: The worker's condition. `hold`, `hold_all` and `give_up` are called with its lock held.
         stopping: Whether the worker stops. The worker then takes over the waiting deliveries.
     """
 
@@ -75,7 +75,7 @@ class Outages:
             outage = self._begin(store)
         outage.waiting[delivery] = unsettled
 
-    def park(self, deliveries: Sequence[Delivery], unsettled: InHand) -> bool:
+    def hold_all(self, deliveries: Sequence[Delivery], unsettled: InHand) -> bool:
         """Keep the deliveries of a receive that was under way when an outage began: to run them would only ask a dead store.
 
         Returns:

@@ -22,7 +22,7 @@ from time import monotonic
 from typing import Final
 
 from exactly_once.errors import ConfigurationError, ExactlyOnceError
-from exactly_once.events.settled import OutcomeCounts, Settled
+from exactly_once.events.run_ended import OutcomeCounts, RunEnded
 from exactly_once.outcome import Ack, Redeliver, RunFuture, WaitForKey, WaitForStore
 from exactly_once.transports.contract import Consumer, Delivery, Features
 from exactly_once.wording.steady_log import steady
@@ -276,7 +276,7 @@ class Worker:
                 elif booked:
                     lane.quiet = began
                 self._changed.notify_all()
-                if self._outages.park(got, unsettled):
+                if self._outages.hold_all(got, unsettled):
                     continue
             for delivery in got:
                 self._begin(unsettled, delivery)
@@ -298,7 +298,7 @@ class Worker:
         unsettled.running.pop(delivery, None)
         try:
             result = done.result()
-            self._outcomes.add(Settled(delivery.message.topic, result))
+            self._outcomes.add(RunEnded(delivery.message.topic, result))
             verdict = result.verdict
         except BaseException as error:  # noqa: BLE001, RUF100  (cancellation too: it is not acknowledged)
             self._broke(unsettled, delivery, error)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from exactly_once.events.settled import OutcomeCounts, Settled
+from exactly_once.events.run_ended import OutcomeCounts, RunEnded
 from exactly_once.executor.executor import Executor
 from exactly_once.executor.fanout import combine
 from exactly_once.message import Message
@@ -105,7 +105,7 @@ def test_a_message_is_counted_when_it_ends_and_not_each_time_it_is_looked_at(is_
     assert [result.verdict for result in results] == [KEEP, KEEP, Ack()]
     counts = OutcomeCounts()
     for result in results:
-        counts.add(Settled("t", result))
+        counts.add(RunEnded("t", result))
     assert {name: number for name, number in counts.outcomes.items() if number} == {"processed": 1}
 
 

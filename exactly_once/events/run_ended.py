@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from exactly_once.outcome import Outcome, Result, WaitForKey
 
-__all__ = ["OutcomeCounts", "Settled"]
+__all__ = ["OutcomeCounts", "RunEnded"]
 
 
-class Settled(NamedTuple):
+class RunEnded(NamedTuple):
     """A delivery has its result."""
 
     topic: str
@@ -31,7 +31,7 @@ class OutcomeCounts:
     Example:
         >>> from exactly_once.outcome import Ack
         >>> counts = OutcomeCounts(["reserve"])
-        >>> counts.add(Settled("orders", Result(Outcome.PROCESSED, Ack(), handlers=[("reserve", Outcome.PROCESSED)])))
+        >>> counts.add(RunEnded("orders", Result(Outcome.PROCESSED, Ack(), handlers=[("reserve", Outcome.PROCESSED)])))
         >>> counts.handlers["reserve"]["processed"]
         1
     """
@@ -43,7 +43,7 @@ class OutcomeCounts:
         )
         self._lock = Lock()
 
-    def add(self, event: Settled) -> None:
+    def add(self, event: RunEnded) -> None:
         """Count a delivery. Called by the thread that ended the run."""
         result = event.result
         ended = type(result.verdict) is not WaitForKey
