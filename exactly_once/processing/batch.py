@@ -28,7 +28,8 @@ from exactly_once.message import Message
 from exactly_once.outcome import Outcome, Result, WaitForStore
 from exactly_once.processing.attempt import BatchAttemptResult, attempt_batch
 from exactly_once.processing.attempt_result import AttemptEnd, AttemptResult
-from exactly_once.processing.processor import Processor, as_mistake
+from exactly_once.processing.handler_errors import reported
+from exactly_once.processing.processor import Processor
 from exactly_once.processing.recording import Unrecorded
 from exactly_once.processing.work import BatchResults, Member, Work
 from exactly_once.transports.contract import Features
@@ -261,7 +262,7 @@ class BatchProcessor(Processor):
             try:
                 self._call_all(session, handed, self._in_order(ours), watch, run)
             except BaseException as error:
-                if (told := as_mistake(error)) is not error:
+                if (told := reported(error)) is not error:
                     raise told from error
                 if not stops(error):
                     raise
@@ -273,9 +274,7 @@ class BatchProcessor(Processor):
         began = monotonic()
         patient = not run.waited_s
         try:
-            tried = attempt_batch(
-                self._context, rows, handle, told=as_mistake, patient=patient, meanwhile=run.meanwhile
-            )
+            tried = attempt_batch(self._context, rows, handle, told=reported, patient=patient, meanwhile=run.meanwhile)
         except ConfigurationError as error:
             error.store = self.store.name
             raise

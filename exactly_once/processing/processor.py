@@ -48,23 +48,19 @@ from exactly_once.message import Message
 from exactly_once.outcome import Outcome, Result
 from exactly_once.processing.attempt import UNFINISHED, attempt
 from exactly_once.processing.attempt_result import AttemptContext, AttemptEnd, AttemptResult, Open
-from exactly_once.processing.begun import begun_already
+from exactly_once.processing.handler_errors import reported
 from exactly_once.processing.recording import ACK, UNRECORDED, Recording, Unrecorded
 from exactly_once.processing.work import Work
 from exactly_once.transports.contract import Features
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped, storable
 
-__all__ = ["FOREIGN", "Processor", "as_mistake"]
+__all__ = ["FOREIGN", "Processor"]
 
 FOREIGN: Final = Features(redelivers=True, counts_attempts=False)
 """The features of a consumer loop that is not ours: it redelivers by itself, and nothing else is known about it."""
 
 _TRANSIENT_TRIES: Final = 4  # the victim of a deadlock succeeds at its second try; four are enough for a hot row
-_EXITED: Final = (
-    "The handler called sys.exit({code!r}), which would end the worker for every message; it was rolled back. Raise an"
-    " exception to have it retried, Reject to park it."
-)
 _LEARNT_LATE: Final = (
     "An earlier attempt's claim stands, and that attempt failed: something committed its transaction before it ended, and the"
     " database went away before this could be seen. What the handler had written until then is there, and the rest is missing."
@@ -240,7 +236,7 @@ class Processor:
 
         def told_of(error: BaseException) -> BaseException:
             # in a foreign loop the thread is the caller's, and a signal may have asked the thread to end
-            return (begun_already(error) or error) if foreign and not work.beside else as_mistake(error)
+            return reported(error, exits=work.beside or not foreign)
 
         def handle(handed: Any, won: Won) -> None:
             nonlocal sent
@@ -494,15 +490,6 @@ class Processor:
         except Exception:  # the row was changed by hand, or is damaged
             return False
         return (kept.key, kept.fingerprint) == (reading.key, reading.fingerprint)
-
-
-def as_mistake(error: BaseException) -> BaseException:
-    """Return the error to report for a handler's `sys.exit` or second begin(). Any other exception is returned as it is."""
-    if (left := exit_in(error)) is None:
-        return begun_already(error) or error
-    told = Misuse(_EXITED.format(code=left.code)).with_traceback(error.__traceback__)
-    told.__cause__ = error
-    return told
 
 
 def _exit_behind(error: BaseException) -> BaseException | None:
