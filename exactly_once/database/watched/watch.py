@@ -416,7 +416,8 @@ class Watch:
         if self.dialect.embedded and self.streams is not None:
             for context in tuple(self.streams):
                 if not hasattr(context.cursor, "_cursor"):
-                    context.cursor.close()
+                    with suppress(Exception):  # a thread still uses it, which the driver's state shows next
+                        context.cursor.close()
 
     @property
     def given_back(self) -> bool:
