@@ -38,11 +38,19 @@ class Beside:
             fork.pin(self._pool)
         self._pool = None
 
-    def run(self, run: Callable[[], T]) -> T:
-        """Run it in a thread, in the context of the task; called in a greenlet of the loop, which goes on meanwhile."""
+    def run(self, run: Callable[[], T], ended: Callable[[], None] | None = None) -> T:
+        """Run it in a thread, in the context of the task; called in a greenlet of the loop, which goes on meanwhile.
+
+        Args:
+            run: What runs. Its thread goes on when the task is cancelled.
+            ended: Called when that thread has really ended it, or will never begin it.
+        """
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._most, "beside the handlers' loop")
-        found: T = await_only(asyncio.wrap_future(self._pool.submit(copy_context().run, _unless_forked, run)))
+        future = self._pool.submit(copy_context().run, _unless_forked, run)
+        if ended is not None:
+            future.add_done_callback(lambda _: ended())
+        found: T = await_only(asyncio.wrap_future(future))
         return found
 
     def close(self) -> None:

@@ -182,9 +182,16 @@ class Executor:
 
     def _run_one(self, delivery: Delivery, features: Features, one: Processor, future: SmallFuture | None) -> Result:
         run = partial(one.run, delivery.message, features, pumped=delivery.handler is not None)
+        limit = self._limits.get(one.plan.name)
         if future is None and not one.plan.is_async:
-            run = partial(self._beside.run, run)
-        if (limit := self._limits.get(one.plan.name)) is None:
+            if limit is None:
+                return self._beside.run(run)
+            # the thread gives the place back: cancelled, the task ends before its handler does
+            if limit.acquire(on_loop=True) and self._stopping:
+                limit.release()
+                raise CancelledError
+            return self._beside.run(run, limit.release)
+        if limit is None:
             return run()
         with limit.place(on_loop=future is None) as waited:
             if waited and (self._stopping or (future is not None and future.given_back)):

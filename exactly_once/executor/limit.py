@@ -39,6 +39,14 @@ class Limit:
         Args:
             on_loop: We are in a greenlet of an event loop: await. Else the thread waits.
         """
+        waited = self.acquire(on_loop=on_loop)
+        try:
+            yield waited
+        finally:
+            self.release()
+
+    def acquire(self, *, on_loop: bool) -> bool:
+        """Wait for a place; returns whether it had to be waited for. `release` gives it back, from any thread."""
         turn = self._take()
         if turn is not None:
             try:
@@ -51,12 +59,9 @@ class Limit:
             except BaseException:
                 # cancelled; the place may have been given to us in that very moment
                 if not turn.cancel():
-                    self._give()
+                    self.release()
                 raise
-        try:
-            yield turn is not None
-        finally:
-            self._give()
+        return turn is not None
 
     def _take(self) -> "Future[None] | None":
         with self._lock:
@@ -67,7 +72,8 @@ class Limit:
             self._waiting.append(turn)
             return turn
 
-    def _give(self) -> None:
+    def release(self) -> None:
+        """Give a place back."""
         while True:
             with self._lock:
                 if not self._waiting:

@@ -24,7 +24,8 @@ from exactly_once.message import Message
 from exactly_once.outcome import Outcome, Result
 from exactly_once.processing.batch import BatchProcessor
 from exactly_once.processing.processor import FOREIGN, Processor
-from exactly_once.transports.contract import Delivery, Features, Subscription
+from exactly_once.processing.work import Work
+from exactly_once.transports.contract import Delivery, Subscription
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped
 
@@ -34,7 +35,8 @@ Route = Callable[[Message], str]
 """Return the name of the database that a message belongs to."""
 
 _NONE: Final[tuple[Processor, ...]] = ()
-_MOST_BESIDE: Final = 256  # sync handlers that a caller's loop awaits at once; the next one waits
+# as many as asyncio's own at most: more would only wait for connections, and give up after `pool_timeout`
+_MOST_BESIDE: Final = 32
 _MOST_TOLD: Final = 100  # topics that no handler takes: each is remembered, and the names come from outside
 
 _log = steady("exactly_once.routing")
@@ -47,16 +49,8 @@ class _Parked(Processor):
         super().__init__(inner.plan, inner.store, inner.group, leases=inner.leases, alert=inner.alert)
         self._error = error
 
-    def run(
-        self,
-        message: Message,
-        features: Features,
-        *,
-        pumped: bool = False,
-        foreign: bool = False,
-        beside: bool = False,
-    ) -> Result:
-        work = self.read(message, features, pumped=pumped, foreign=foreign, beside=beside)
+    def process(self, work: Work) -> Result:
+        """See `Processor.process`."""
         return self.recording.failed(work, self._error)
 
 

@@ -175,14 +175,17 @@ class Processor:
         """
         if self.recording.refused is not None:
             return self.recording.refuse(foreign=foreign)
-        work = self.read(message, features, pumped=pumped, foreign=foreign, beside=beside)
+        return self.process(self.read(message, features, pumped=pumped, foreign=foreign, beside=beside))
+
+    def process(self, work: Work) -> Result:
+        """Process a message that was read; as `run`."""
         if work.row is None:
             assert work.reading.error is not None
             return self.recording.failed(work, work.reading.error)
         try:
-            if message.former is not None:
-                work = self._as_begun(work, message.former)
-            return self._process(work)
+            if work.message.former is not None:
+                work = self._as_begun(work, work.message.former)
+            return self._checked(work)
         except StoreUnavailable as error:
             return self.recording.away(error)
         except BadKey as error:  # the database cannot store the characters of this key
@@ -195,7 +198,7 @@ class Processor:
             _log.error("message_not_run handler=%s key=%s\n%s", self.plan.name, key, trace_of(error))
             return self.recording.again(work, Outcome.WAITING)
 
-    def _process(self, work: Work) -> Result:
+    def _checked(self, work: Work) -> Result:
         """Check first whether the message was processed, must wait, or was given up. Then try it."""
         message, row = work.message, work.row
         assert row is not None

@@ -1,6 +1,7 @@
 """Makes, for an application and a transport, a worker's pumps and the jobs that run by the clock beside it."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from exactly_once.executor.background import Job
 from exactly_once.executor.routing import Router
@@ -18,7 +19,7 @@ def pumps(router: Router) -> Sequence[Consumer]:
     return [
         Pump(
             store.engine,
-            DueFailures(lambda store=store: store.tables),  # type: ignore[misc]
+            DueFailures(partial(getattr, store, "tables")),
             router.group,
             handlers=[plan.name for plan in router.plans],
             ordered=[plan.name for plan in ordered],
