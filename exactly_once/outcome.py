@@ -92,7 +92,9 @@ Settlement = Ack | Redeliver
 
 @dataclass(frozen=True, slots=True)
 class WaitForKey:
-    """Not run, because another run holds its key: run it again after `again`. After `longest` carry out `then` instead.
+    """Not finished, because another run holds its key, or because nothing could be written down: run it again after `again`.
+
+    After `longest` carry out `then` instead.
 
     `longest` counts from the moment when it was first kept, not from its receive: a delivery that was behind others has
     not yet waited for its own key. Each run that keeps it gives all three values again, so that `then` knows how long the

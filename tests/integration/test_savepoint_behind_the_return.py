@@ -48,7 +48,7 @@ def whole(shop: Shop, outcome: Outcome) -> None:
     assert (done, sorted(shop.effects())) in [(True, ["one", "two"]), (False, [])], shop.failures()
 
 
-@pytest.mark.parametrize("kind", ["alone", "under a lease", "in a step", "in a batch"])
+@pytest.mark.parametrize("kind", ["alone", "under a lease", "in a step"])
 @pytest.mark.parametrize("delivery", [1, 2], ids=["first", "behind a failure"])
 def test_all_of_its_effects_are_there_or_none(shop: Shop, kind: str, delivery: int) -> None:
     fails = [delivery == 2]
@@ -62,8 +62,6 @@ def test_all_of_its_effects_are_there_or_none(shop: Shop, kind: str, delivery: i
     more: dict[str, Any] = {"key": "no", "retry": TWICE, "name": "handler"}
     if kind in ("under a lease", "in a step"):
         more["guard"] = Lease(timedelta(seconds=30))
-    if kind == "in a batch":
-        more["batch"] = 5
     if kind == "in a step":
 
         @shop.eo.handler("orders", **more)

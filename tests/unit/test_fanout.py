@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from datetime import timedelta
 from queue import SimpleQueue
-from threading import Lock
+from threading import Event, Lock
 from time import sleep
 from typing import Any
 
@@ -153,3 +153,35 @@ def test_a_limit_of_a_sync_handler_holds_over_threads_and_beside_the_loop() -> N
     finally:
         executor.stop()
     assert limited.most == 1
+
+
+def test_a_place_is_held_until_the_thread_beside_the_loop_has_ended() -> None:
+    """Cancelled, a task ends at once, and the sync handler that it waits for goes on."""
+    begun, go_on, running = Event(), Event(), [0, 0]
+
+    class Slow(Handler):
+        def run(self, *_: Any, **__: Any) -> Result:
+            running[0] += 1
+            running[1] = max(running)
+            begun.set()
+            go_on.wait(10)
+            running[0] -= 1
+            return PROCESSED
+
+    slow: Any = Slow([], False)
+    slow.plan.name, slow.plan.concurrency = "slow", 1
+    other: Any = Counting("other", is_async=True, concurrency=None)
+    executor = Executor(lambda delivery: [slow, other], [slow.plan, other.plan], threads=4)
+    try:
+        first = executor.submit(Delivery(Message("t", b""), None), FEATURES)
+        ended: SimpleQueue[RunFuture] = SimpleQueue()
+        assert begun.wait(10)
+        executor.submit(Delivery(Message("t", b""), None), FEATURES).add_done_callback(ended.put)
+        first.cancel()
+        sleep(0.1)
+        assert running[1] == 1
+        go_on.set()
+        assert ended.get(timeout=10).result().outcome is Outcome.PROCESSED
+    finally:
+        executor.stop()
+    assert running[1] == 1
