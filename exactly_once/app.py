@@ -5,7 +5,6 @@ program may have several. The work is done in other modules: claims in `guards`,
 receiving in `worker`.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import cached_property
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from sqlalchemy.orm import Session, scoped_session
 
-from exactly_once.configuration.settings import SUPERVISED
+from exactly_once.configuration.supervised import is_supervised
 from exactly_once.database.connections import forked as forked_engines
 from exactly_once.database.schema import GROUP_BYTES
 from exactly_once.errors import ConfigurationError, StoreUnavailable
@@ -523,8 +522,7 @@ class ExactlyOnce(Registrations):
         def store() -> "Store":
             return next(iter(self._stores(self._store_binding).values()))
 
-        supervised = bool(os.environ.get(SUPERVISED))
-        around = Surroundings(lambda: store().engine, lambda: store().place, one_of_several=supervised)
+        around = Surroundings(lambda: store().engine, lambda: store().place, one_of_several=is_supervised())
         return transport_from(url or self._transport_url(), around)
 
 

@@ -6,7 +6,6 @@ child, before anything else runs there, and begins anew. Telling it sends nothin
 references, so this keeps none of them alive. `database.connections.forked` owns SQLAlchemy's pools.
 """
 
-import ctypes
 import os
 from typing import Any, Final, NoReturn, Protocol
 from weakref import ref
@@ -37,6 +36,8 @@ def tell(owner: Owner) -> None:
 
     Before the fork call `owner.forking()` in this process, if it has that method.
     """
+    import ctypes  # noqa: F401  (for `pin`: costs an import, and in a child an import could wait for a lock of the parent's)
+
     _owners.add(ref(owner, _owners.discard))
 
 
@@ -48,6 +49,8 @@ def forget(owner: Owner) -> None:
 def pin(thing: object) -> None:
     """Keep an object of the parent for ever, also during the interpreter's exit: its end would send or unlock something
     that belongs to the parent."""
+    import ctypes  # `tell` imported it
+
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 

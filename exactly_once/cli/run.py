@@ -1,7 +1,6 @@
 """`exactly-once run`: a worker, or several processes of it, until a stop signal."""
 
 import logging
-import os
 import sys
 from contextlib import ExitStack
 from datetime import timedelta
@@ -75,12 +74,12 @@ def command(
                 child_command(sys.argv[1:]), processes=number, drain_timeout=serving.drain_timeout, health=address
             )
         )
-    from exactly_once.configuration.settings import SUPERVISED
+    from exactly_once.configuration.supervised import is_supervised
     from exactly_once.daemon.health import Health
     from exactly_once.daemon.progress import Progress
     from exactly_once.daemon.signals import leave, run_until_signal
 
-    supervised = bool(os.environ.get(SUPERVISED))
+    supervised = is_supervised()
     with ExitStack() as beside:
         if address and not supervised:  # one port answers for all processes, and the supervisor has it
             beside.enter_context(Health(serving, address))

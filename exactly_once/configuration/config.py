@@ -22,8 +22,9 @@ from typing import Any, Final, Generic, TypeVar
 from sqlalchemy import URL
 
 from exactly_once.configuration.service_links import service_links
-from exactly_once.configuration.settings import SECRET, SETTINGS, SUPERVISED
+from exactly_once.configuration.settings import SECRET, SETTINGS
 from exactly_once.configuration.settings_file import CONFIG_VARIABLE, settings_table, told
+from exactly_once.configuration.supervised import SUPERVISED
 from exactly_once.errors import ConfigurationError
 from exactly_once.handlers.plan import Plan
 from exactly_once.handlers.retry import Retry

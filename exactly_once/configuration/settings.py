@@ -9,14 +9,7 @@ from exactly_once.database.schema import GROUP_BYTES
 from exactly_once.keys import check_name
 from exactly_once.redis.connection import checked
 
-__all__ = ["SECRET", "SETTINGS", "SUPERVISED"]
-
-SUPERVISED: Final = "EXACTLY_ONCE_SUPERVISED"
-"""Set in the environment of a supervisor's children, which stop gently, however many signals they get.
-
-A terminal and systemd send a signal to every process of a process group, and the supervisor forwards its own: two would reach
-a child that should get one. Only the supervisor ends a child at once, with SIGKILL.
-"""
+__all__ = ["SECRET", "SETTINGS"]
 
 
 def _text(value: object) -> str:

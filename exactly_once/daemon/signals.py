@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any, Final, Generic, NoReturn, Protocol, TypeVar
 
 from exactly_once import fork
-from exactly_once.configuration.settings import SUPERVISED
+from exactly_once.configuration.supervised import is_supervised
 from exactly_once.daemon.heartbeat import HeartbeatSender
 from exactly_once.errors import ConfigurationError
 from exactly_once.wording.steady_log import steady
@@ -64,7 +64,7 @@ def run_until_signal(
     Example:
         sys.exit(run_until_signal(worker, start=worker.start))
     """
-    supervised = bool(os.environ.get(SUPERVISED))
+    supervised = is_supervised()
     heartbeat = HeartbeatSender(worker)
 
     def received(number: int, count: int) -> None:

@@ -21,7 +21,7 @@ from datetime import timedelta
 from time import monotonic
 from typing import Final
 
-from exactly_once.configuration.settings import SUPERVISED
+from exactly_once.configuration.supervised import SUPERVISED
 from exactly_once.daemon.health import Health
 from exactly_once.daemon.heartbeat import REPORT_TO, HeartbeatReader, open_heartbeat
 from exactly_once.daemon.signals import KILLED, leave, signals_wake
