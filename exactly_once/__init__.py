@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from exactly_once import keys
-    from exactly_once.alert import Alert
     from exactly_once.app import ExactlyOnce
     from exactly_once.errors import (
         BadBody,
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
         StoreUnavailable,
         TransportError,
     )
+    from exactly_once.events.alert import Alert
     from exactly_once.handlers.guard_options import Lease, Lock, Transaction
     from exactly_once.handlers.retry import Retry
     from exactly_once.handlers.steps import AsyncSteps, Steps
@@ -74,7 +74,7 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "Alert": "alert",
+    "Alert": "events.alert",
     "AsyncSteps": "handlers.steps",
     "ExactlyOnce": "app",
     "Lease": "handlers.guard_options",

@@ -26,9 +26,9 @@ from exactly_once.outcome import Outcome
 
 # What runs messages is imported when the first message comes: a program that only sends should not wait for it.
 if TYPE_CHECKING:
-    from exactly_once.alert import Hook
     from exactly_once.configuration.config import Config
     from exactly_once.database.store import Store
+    from exactly_once.events.alert import Hook
     from exactly_once.executor.executor import Executor
     from exactly_once.executor.routing import Route, Router
     from exactly_once.guards.claiming import Claimer
@@ -108,7 +108,7 @@ class ExactlyOnce(Registrations):
         if group is not None:
             check_name(group, GROUP_BYTES, "group")
         if alert is not None:
-            from exactly_once.alert import check_hook
+            from exactly_once.events.alert import check_hook
 
             check_hook(alert)
         said = {

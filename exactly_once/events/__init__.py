@@ -1,1 +1,1 @@
-"""Frozen records of what happened to each delivery. Code that counts or shows them changes nothing of what happens."""
+"""What is told of deliveries: a frozen record of each run that ended, and the alert for what only a person can mend."""

@@ -10,10 +10,10 @@ from typing import Final
 
 from sqlalchemy.util import greenlet_spawn
 
-from exactly_once.alert import Hook
 from exactly_once.database.connections.one_writer import anyone_holds, refuse_inside
 from exactly_once.database.store import Store
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, Reject
+from exactly_once.events.alert import Hook
 from exactly_once.exceptions.stops import asked_from_outside
 from exactly_once.exceptions.words import words_of
 from exactly_once.executor.beside import Beside

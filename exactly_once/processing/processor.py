@@ -14,7 +14,6 @@ from sqlalchemy import Row
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
-from exactly_once.alert import Hook
 from exactly_once.claim import ClaimRow
 from exactly_once.database.store import Store
 from exactly_once.database.watched.watch import BrokenTransaction
@@ -28,6 +27,7 @@ from exactly_once.errors import (
     StepError,
     StoreUnavailable,
 )
+from exactly_once.events.alert import Hook
 from exactly_once.exceptions.finishing import finish
 from exactly_once.exceptions.other_queues import advice_on
 from exactly_once.exceptions.stops import exit_in, is_the_callers, stops

@@ -17,10 +17,10 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
-from exactly_once.alert import Alert, Hook, raise_alert
 from exactly_once.database.dialects.contract import ErrorKind
 from exactly_once.database.store import Store
 from exactly_once.errors import Reject, StoreUnavailable
+from exactly_once.events.alert import Alert, Hook, raise_alert
 from exactly_once.exceptions.words import words_of
 from exactly_once.failures.policy import ByBroker, ByPump, Decision, Park, decide, wait_delay
 from exactly_once.failures.store import Failure, FailureStore, text_of

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from exactly_once import Alert, ConfigurationError, ExactlyOnce, Outcome, Retry
-from exactly_once.alert import raise_alert
+from exactly_once.events.alert import raise_alert
 from tests.integration.shop import GROUP, Shop, order
 from tests.integration.test_ends_badly import Panic
 from tests.waiting import until

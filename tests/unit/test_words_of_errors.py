@@ -13,9 +13,9 @@ import pytest
 from sqlalchemy import column, select
 from sqlalchemy.exc import ArgumentError, IntegrityError, InvalidRequestError, PendingRollbackError, StatementError
 
-from exactly_once.alert import Alert, raise_alert
 from exactly_once.database.errors.drivers_own import original
 from exactly_once.errors import Reject
+from exactly_once.events.alert import Alert, raise_alert
 from exactly_once.exceptions.drivers import is_drivers
 from exactly_once.exceptions.struck import (
     bound,

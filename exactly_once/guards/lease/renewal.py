@@ -13,8 +13,8 @@ from time import monotonic
 from typing import Final
 
 from exactly_once import fork
-from exactly_once.alert import Alert, Hook, raise_alert
 from exactly_once.errors import StoreUnavailable
+from exactly_once.events.alert import Alert, Hook, raise_alert
 from exactly_once.exceptions.words import trace_of
 from exactly_once.guards.lease.contract import HeldLease, LeaseStore, clock
 from exactly_once.wording.steady_log import steady

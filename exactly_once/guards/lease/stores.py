@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy.util import await_only
 
 from exactly_once.alembic import ready
-from exactly_once.alert import Hook
 from exactly_once.database.store import Store
 from exactly_once.errors import ConfigurationError
+from exactly_once.events.alert import Hook
 from exactly_once.guards.lease.contract import LeaseStore
 from exactly_once.guards.lease.guard import LeaseGuard
 from exactly_once.guards.lease.redis import RedisLeases
