@@ -22,7 +22,7 @@ help:
 	@echo 'make demo [TRANSPORT=sql|rocketmq|rocketmq4]   see it: duplicates, SIGKILLs, and the ledger is right'
 	@echo '                  shorter: DEMO_OPTIONS="--orders 500 --seconds 5 --kills 1"'
 	@echo 'make test         all tests this machine can carry; or one tier: unit, integration, acceptance, alone, rocketmq4'
-	@echo 'make one TEST=tests/integration/test_claims.py::test_name   one test, with the servers it needs'
+	@echo 'make one TEST=tests/integration/guards/test_claims.py::test_name   one test, with the servers it needs'
 	@echo 'make nightly      the long versions of tests, by hand, with their figures (two hours)'
 	@echo 'make lint         ruff, mypy --strict, what users type, import contracts; make format mends what ruff can'
 	@echo 'make bench        the figures, against dedupe written by hand'
@@ -67,9 +67,9 @@ unit: $(VENV)/.made
 coverage: $(VENV)/.made
 	$(PY) -m pytest -q tests/unit tests/integration $(BY_FILE) $(COVERED) --cov-report=html:build/coverage --cov-report=term:skip-covered
 
-# One test, with the servers it needs: make one TEST=tests/integration/test_claims.py::test_name
+# One test, with the servers it needs: make one TEST=tests/integration/guards/test_claims.py::test_name
 one: $(if $(findstring rocketmq4,$(TEST)),$(VENV4)/.made,$(VENV)/.made)
-	@[ -n "$(TEST)" ] || { echo 'Name it: make one TEST=tests/integration/test_claims.py::test_name'; exit 2; }
+	@[ -n "$(TEST)" ] || { echo 'Name it: make one TEST=tests/integration/guards/test_claims.py::test_name'; exit 2; }
 	EXACTLY_ONCE_TEST_FULL=1 $(if $(findstring rocketmq4,$(TEST)),$(PY4),$(PY)) -m pytest '$(TEST)' $(TEST_OPTIONS)
 
 # in the order of tests/integration/conftest.py
@@ -97,22 +97,26 @@ test: venvs
 	@$(MAKE) --no-print-directory tally
 
 # What is done differently where test databases come from elsewhere: the doors, and the fixtures that make them.
-SOURCED := test_testing_fixtures test_process_door
+SOURCED := testing/test_testing_fixtures guards/test_process_door
 on-url on-container: TESTS = $(SOURCED:%=tests/integration/%.py) -k 'not mariadb and not sqlite' -n 2 --dist loadfile
 
 on-url: $(VENV)/.made
 	$(call TIER,$(PY) -m tests.services.postgres_debian $(PY),$(TESTS))
 
 # MySQL in MariaDB's place, fetched from Debian's unstable: what is worded for the server, and what ends transactions
-ON_MYSQL := test_claims test_claim_door test_claim_in_an_open_transaction test_hidden_commits test_misuse \
-	test_session_still_used test_batches test_failures test_error_words test_storable test_connection_settings \
-	test_left_in_the_pool test_leases_sql test_lease_guard test_lease_stores test_lease_traces test_lease_round_trips \
-	test_left_before_us test_commits_of_the_applications test_listeners_that_ping test_time_limits test_used_after_the_end \
-	test_given_back test_hooks_that_prepare test_hooks_of_our_rows test_hooks_of_the_users test_large_bodies \
-	test_calls_on_the_driver test_procedures_that_log test_ends_badly test_errors_that_are_translated test_refused_commits \
-	test_unreached test_other_databases test_read_uncommitted test_clock_of_a_session test_completion_type test_cancelled_claims \
-	test_not_enforced test_what_stands_before_us test_character_sets test_rows_before_an_error test_driver_connects_anew \
-	test_stopped_in_a_step test_wrong_while_running
+ON_MYSQL := guards/test_claims guards/test_claim_door guards/test_claim_in_an_open_transaction watched/test_hidden_commits \
+	watched/test_misuse watched/test_session_still_used executor/test_batches failures/test_failures failures/test_error_words \
+	failures/test_storable connections/test_connection_settings connections/test_left_in_the_pool leases/test_leases_sql \
+	leases/test_lease_guard leases/test_lease_stores leases/test_lease_traces leases/test_lease_round_trips \
+	connections/test_left_before_us watched/test_commits_of_the_applications connections/test_listeners_that_ping \
+	dialects/test_time_limits watched/test_used_after_the_end watched/test_given_back connections/test_hooks_that_prepare \
+	connections/test_hooks_of_our_rows connections/test_hooks_of_the_users failures/test_large_bodies \
+	watched/test_calls_on_the_driver watched/test_procedures_that_log failures/test_ends_badly \
+	failures/test_errors_that_are_translated watched/test_refused_commits outages/test_unreached outages/test_other_databases \
+	dialects/test_read_uncommitted dialects/test_clock_of_a_session watched/test_completion_type guards/test_cancelled_claims \
+	guards/test_not_enforced connections/test_what_stands_before_us dialects/test_character_sets \
+	watched/test_rows_before_an_error watched/test_driver_connects_anew leases/test_stopped_in_a_step \
+	outages/test_wrong_while_running
 on-mysql: TESTS = $(ON_MYSQL:%=tests/integration/%.py) -k "mariadb or rows_before or connects_anew or stopped_in or wrong_while" \
 	-n 2 --dist loadfile
 on-mysql: $(VENV)/.made
@@ -134,7 +138,7 @@ nightly: export EXACTLY_ONCE_TEST_FULL := 1
 nightly: venvs
 	@rm -rf build/nightly; code=0; \
 	for transport in rocketmq rocketmq4; do $(NIGHTLY) demo TRANSPORT=$$transport || code=1; done; \
-	for source in on-url on-container; do $(NIGHTLY) $$source SOURCED='$(SOURCED) test_claims test_claim_door test_sql_queue' || code=1; done; \
+	for source in on-url on-container; do $(NIGHTLY) $$source SOURCED='$(SOURCED) guards/test_claims guards/test_claim_door transports/test_sql_queue' || code=1; done; \
 	$(NIGHTLY) on-mysql || code=1; \
 	$(NIGHTLY) whole || code=1; \
 	$(NIGHTLY) long || code=1; \

@@ -27,7 +27,7 @@ def work() -> int:
     from exactly_once.daemon.signals import run_until_signal
     from exactly_once.outcome import Ack, Outcome, Result
     from exactly_once.worker.worker import Worker
-    from tests.unit.worker_doubles import Shelf
+    from tests.unit.worker.worker_doubles import Shelf
 
     pool = ThreadPoolExecutor(1)
 

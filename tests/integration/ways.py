@@ -18,8 +18,8 @@ from sqlalchemy.util import await_only
 
 from exactly_once import AsyncSteps, Lease, Message, Outcome, Steps
 from exactly_once.failures.triage import Chosen, requeue
+from tests.integration.executor.test_batches import told
 from tests.integration.shop import GROUP, ONE_TRY, Shop
-from tests.integration.test_batches import told
 
 __all__ = ["ALONE", "IN_A_BATCH", "IN_A_LIST", "IN_A_STEP", "UNDER_A_LEASE", "WAYS", "Way", "accounted", "requeued"]
 
