@@ -6,10 +6,11 @@ import time
 from itertools import count
 
 import pytest
-from sqlalchemy import String, create_engine, insert, select, text, update
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy import create_engine, insert, text
+from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Message, Reject, Retry
+from tests.acceptance.orders import Reservation, ledger, open_shop, take
 from tests.services.rocketmq import RocketMQ
 from tests.waiting import until
 
@@ -18,31 +19,13 @@ MORE_THAN_A_PULL = 32  # messages that either client brings at once
 _numbers = count(1)
 
 
-class Base(DeclarativeBase):
-    pass
-
-
-class Reservation(Base):
-    __tablename__ = "story_reservation"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    order_no: Mapped[str] = mapped_column(String(64))
-
-
-class Stock(Base):
-    __tablename__ = "story_stock"
-    sku: Mapped[str] = mapped_column(String(64), primary_key=True)
-    left: Mapped[int]
-
-
 class Shop:
     """One application on a topic and a group of its own."""
 
     def __init__(self, database: str, topic: str, group: str) -> None:
         self.database, self.topic = database, topic
         engine = create_engine(database)
-        Base.metadata.create_all(engine)
-        with Session(engine) as session, session.begin():
-            session.add(Stock(sku="one", left=10_000))
+        open_shop(engine)
         engine.dispose()
         self.eo = eo = ExactlyOnce(database, group=group)
         failed: set[str] = set()
@@ -50,7 +33,7 @@ class Shop:
         @eo.handler(topic, tag="created", key="order_no", retry=Retry(immediate=0, delays=[0.5], max_attempts=8))
         def reserve(session: Session, order: dict[str, str]) -> None:
             session.add(Reservation(order_no=order["order_no"]))
-            session.execute(update(Stock).where(Stock.sku == "one").values(left=Stock.left - 1))
+            session.execute(take())
             if order["order_no"].endswith("3") and order["order_no"] not in failed:
                 failed.add(order["order_no"])
                 raise ValueError("fails once, after it has written")
@@ -72,11 +55,9 @@ class Shop:
 
     def ledger(self) -> tuple[list[str], int]:
         engine = create_engine(self.database)
-        with Session(engine) as session:
-            orders = sorted(session.scalars(select(Reservation.order_no)))
-            taken = 10_000 - session.get_one(Stock, "one").left
+        found = ledger(engine)
         engine.dispose()
-        return orders, taken
+        return found
 
 
 class BrokerStory:
@@ -129,8 +110,7 @@ class BrokerStory:
             assert sent.wait(PATIENCE_S)
             sizes.append(len(orders))
             session.execute(insert(Reservation), orders)
-            taken = Stock.left - len(orders)
-            session.execute(update(Stock).where(Stock.sku == "one").values(left=taken))
+            session.execute(take(len(orders)))
             if any(order["order_no"].startswith("poison") for order in orders):
                 raise Reject("never")
 

@@ -14,29 +14,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import String, update
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Message, Retry
+from tests.acceptance.orders import Reservation, take
 
 VICTIM = "order-5"  # the message at which the process dies
 FAILING = "order-7"  # the message whose handler fails twice before it succeeds
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Reservation(Base):
-    __tablename__ = "crash_reservation"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    order_no: Mapped[str] = mapped_column(String(64))
-
-
-class Stock(Base):
-    __tablename__ = "crash_stock"
-    sku: Mapped[str] = mapped_column(String(64), primary_key=True)
-    left: Mapped[int]
 
 
 BETWEEN = "between two messages of a batch"
@@ -56,7 +40,7 @@ def reserve(session: Session, order: dict[str, str], message: Message) -> None:
     session.add(Reservation(order_no=order["order_no"]))
     session.flush()
     _die("between the handler's statements", order["order_no"])
-    session.execute(update(Stock).where(Stock.sku == "one").values(left=Stock.left - 1))
+    session.execute(take())
     _die("handler ends", order["order_no"])
     if order["order_no"] == FAILING and _failed.setdefault(FAILING, 0) < 2:
         _failed[FAILING] += 1

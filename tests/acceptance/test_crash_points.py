@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, select, text
-from sqlalchemy.orm import Session
+from sqlalchemy import Engine, text
 
 from exactly_once import Message, Outcome
 from exactly_once.database.schema import tables
@@ -19,7 +18,8 @@ from exactly_once.failures.triage import Chosen, requeue
 from exactly_once.testing import bound
 from exactly_once.testing.databases import DatabaseServer
 from tests.acceptance import crash_shop
-from tests.acceptance.crash_shop import BETWEEN, FAILING, POINTS, PUMP_POINTS, VICTIM, Reservation, Stock
+from tests.acceptance.crash_shop import BETWEEN, FAILING, POINTS, PUMP_POINTS, VICTIM
+from tests.acceptance.orders import ledger, open_shop
 
 ORDERS = 12
 PATIENCE_S = 120  # for a process to start and to do its work, with neighbours
@@ -29,9 +29,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def database(eo_server: DatabaseServer) -> Iterator[Engine]:
     with eo_server.fresh() as engine:
-        crash_shop.Base.metadata.create_all(engine)
-        with Session(engine) as session, session.begin():
-            session.add(Stock(sku="one", left=1000))
+        open_shop(engine)
         yield engine
 
 
@@ -51,12 +49,6 @@ def _until(what: Callable[[], bool], patience_s: float, told: Callable[[], objec
     while not what():
         assert time.monotonic() < deadline, told()
         time.sleep(0.05)
-
-
-def _ledger(database: Engine) -> tuple[list[str], int]:
-    with Session(database) as session:
-        orders = list(session.scalars(select(Reservation.order_no)))
-        return sorted(orders), 1000 - (session.get_one(Stock, "one").left)
 
 
 def _left(database: Engine) -> int:
@@ -91,12 +83,12 @@ def test_killed_at_this_step_nothing_is_lost_and_nothing_doubled(
     assert marker.exists()
     second = _worker(database, url, point, marker, mode)
     try:
-        _until(lambda: _left(database) == 0, PATIENCE_S, lambda: (_ledger(database), _left(database)))
+        _until(lambda: _left(database) == 0, PATIENCE_S, lambda: (ledger(database), _left(database)))
         second.send_signal(signal.SIGTERM)
         assert second.wait(PATIENCE_S) == 0
     finally:
         second.kill()
-    orders, taken = _ledger(database)
+    orders, taken = ledger(database)
     assert orders == sorted(wanted)
     assert taken == ORDERS
     with database.connect() as connection:
@@ -129,12 +121,12 @@ def test_killed_while_the_pump_brings_it_back_it_runs_once_all_the_same(
         connection.execute(text("UPDATE message_failure SET next_attempt_at = now() WHERE next_attempt_at IS NOT NULL"))
     second = _worker(database, url, point, marker)
     try:
-        _until(lambda: _states(database) == ["resolved"], PATIENCE_S, lambda: (_ledger(database), _states(database)))
+        _until(lambda: _states(database) == ["resolved"], PATIENCE_S, lambda: (ledger(database), _states(database)))
         second.send_signal(signal.SIGTERM)
         assert second.wait(PATIENCE_S) == 0
     finally:
         second.kill()
-    assert _ledger(database) == ([FAILING], 1)
+    assert ledger(database) == ([FAILING], 1)
 
 
 def _states(database: Engine) -> list[str]:
@@ -160,8 +152,8 @@ def test_a_message_that_kills_its_process_every_time_ends_parked(database: Engin
             worker.kill()
             worker.wait()
     assert deaths == 2, "delivered three times: run twice, then parked without running"
-    assert _ledger(database) == ([], 0)
+    assert ledger(database) == ([], 0)
     with bound(crash_shop.eo, database) as eo, eo.worker(url) as worker_here, eo.producer(url) as producer:
         producer.send(Message("crash-orders", json.dumps({"order_no": "order-2"}).encode(), key="order-2"))
         worker_here.drain()
-    assert _ledger(database) == (["order-2"], 1)
+    assert ledger(database) == (["order-2"], 1)

@@ -8,33 +8,19 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import String, create_engine, select, text, update
+from sqlalchemy import create_engine, text
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import Session
 
 import exactly_once.alembic
 from exactly_once import ExactlyOnce, Message, Outcome
 from exactly_once.service.worker_service import IN_HAND
 from exactly_once.testing.postgres import EmbeddedPostgres
+from tests.acceptance.orders import Reservation, open_shop, take
+from tests.acceptance.orders import ledger as orders_and_stock
 from tests.waiting import until
 
 PATIENCE_S = 60.0
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Reservation(Base):
-    __tablename__ = "outage_reservation"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    order_no: Mapped[str] = mapped_column(String(64))
-
-
-class Stock(Base):
-    __tablename__ = "outage_stock"
-    sku: Mapped[str] = mapped_column(String(64), primary_key=True)
-    left: Mapped[int]
 
 
 def application(database: str) -> ExactlyOnce:
@@ -45,13 +31,13 @@ def application(database: str) -> ExactlyOnce:
         session.add(Reservation(order_no=order["order_no"]))
         session.flush()
         time.sleep(0.005)  # long enough in the middle that a kill finds some here
-        session.execute(update(Stock).where(Stock.sku == "one").values(left=Stock.left - 1))
+        session.execute(take())
 
     @eo.handler("async-orders", key="order_no")
     async def areserve(session: AsyncSession, order: dict[str, str]) -> None:
         session.add(Reservation(order_no=order["order_no"]))
         await session.flush()
-        await session.execute(update(Stock).where(Stock.sku == "one").values(left=Stock.left - 1))
+        await session.execute(take())
 
     return eo
 
@@ -59,19 +45,16 @@ def application(database: str) -> ExactlyOnce:
 def prepare(database: str) -> None:
     engine = create_engine(database)
     exactly_once.alembic.upgrade(engine)
-    Base.metadata.create_all(engine)
-    with Session(engine) as session, session.begin():
-        session.add(Stock(sku="one", left=10_000))
+    open_shop(engine)
     engine.dispose()
 
 
 def ledger(database: str) -> tuple[list[str], int, int]:
     """Orders reserved, stock taken, failure rows."""
     engine = create_engine(database)
-    with Session(engine) as session:
-        orders = sorted(session.scalars(select(Reservation.order_no)))
-        taken = 10_000 - session.get_one(Stock, "one").left
-        failures = session.execute(text("SELECT count(*) FROM message_failure")).scalar_one()
+    orders, taken = orders_and_stock(engine)
+    with engine.connect() as connection:
+        failures = connection.execute(text("SELECT count(*) FROM message_failure")).scalar_one()
     engine.dispose()
     return orders, taken, int(failures)
 

@@ -17,17 +17,15 @@ import signal
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from exactly_once.testing.child import Child, ServerFailed
+from exactly_once.testing.child import ServerFailed
 from exactly_once.testing.databases import engine_missing
+from tests.services.server import Server
 
 __all__ = ["ContainerEngine", "container_tests", "missing"]
 
@@ -74,46 +72,31 @@ def missing() -> str | None:
     return None
 
 
-class ContainerEngine:
+class ContainerEngine(Server):
     """A dockerd of our own, on a socket of its own, with everything it keeps in a temporary folder."""
 
+    name = "Docker"
+    start_patience_s = 60.0
+    stop_patience_s = 30.0
+
     def __init__(self) -> None:
-        # short, and not below pytest's folders: a socket's path may have 107 characters
-        self.directory = Path(tempfile.mkdtemp(prefix="eo-docker-"))
+        super().__init__(missing())
         self.host = f"unix://{self.directory}/docker.sock"
         command = ["dockerd", "-H", self.host, "--data-root", f"{self.directory}/data"]
         command += ["--exec-root", f"{self.directory}/run", "--pidfile", f"{self.directory}/pid"]
         # every dockerd hands out the same addresses on the same bridge: a container that an earlier one could not end
         # would answer in the place of ours
         command += ["--bip", f"172.30.{secrets.randbelow(255)}.1/24"]
-        self._child = Child("dockerd", command, output=self.directory / "log")
+        self._runs(*command)
 
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    def start(self) -> None:
-        """Start it and wait until it answers."""
-        try:
-            self._child.start()
-            self._child.wait_until(self._answers, what="answering", patience_s=60)
-        except BaseException:
-            self.stop()
-            raise
-
-    def stop(self) -> None:
+    def close(self) -> None:
         """End it with its containers, and delete what it kept."""
         # in order: only dockerd itself takes its containers, mounts and its containerd with it
-        self._child.end(signal.SIGTERM, patience_s=30)
+        self.stop()
         for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
             if (place := line.split()[1]).startswith(f"{self.directory}/"):  # what it left when it was killed
                 subprocess.run(["umount", "--lazy", place], capture_output=True)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        super().close()
 
     def _answers(self) -> bool:
         return _docker(self.host, "version") is not None

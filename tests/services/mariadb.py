@@ -6,21 +6,17 @@ that server stands in MariaDB's place (`mysql_debian` fetches one).
 
 import os
 import shutil
-import signal
 import subprocess
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import pymysql
 
-from exactly_once.testing.child import Account, Child, ServerFailed, free_ports
+from exactly_once.testing.child import ServerFailed, free_ports
+from tests.services.server import Server, no_program, program
 
 __all__ = ["MariaDB", "missing"]
 
-PLACES = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin", "/usr/libexec"))
 SETTINGS = {
     "bind-address": "127.0.0.1",
     "skip-name-resolve": "1",
@@ -41,13 +37,10 @@ def missing() -> str | None:
     """Say why MariaDB cannot run here, or return None."""
     if MYSQLD:
         return None if shutil.which(MYSQLD) else f"EXACTLY_ONCE_TEST_MYSQLD names no program: {MYSQLD}"
-    for program in ("mariadbd", "mariadb-install-db"):
-        if shutil.which(program, path=PLACES) is None:
-            return f"there is no `{program}` here (Debian: apt-get install mariadb-server)"
-    return None
+    return no_program("mariadbd", "mariadb-server") or no_program("mariadb-install-db", "mariadb-server")
 
 
-class MariaDB:
+class MariaDB(Server):
     """One MariaDB server; `root` without a password, reachable on loopback only.
 
     Args:
@@ -55,12 +48,12 @@ class MariaDB:
         settings: Options of mariadbd on top of ours, such as `{"innodb-lock-wait-timeout": "5"}`.
     """
 
+    name = "MariaDB"
+    start_patience_s = 60.0
+    stop_patience_s = 30.0
+
     def __init__(self, directory: Path | None = None, *, settings: Mapping[str, str] | None = None) -> None:
-        if reason := missing():
-            raise ServerFailed(f"MariaDB cannot run: {reason}.")
-        self._account = Account.unprivileged("mysql", "nobody")
-        self._temporary = directory is None
-        self.directory = directory or Path(tempfile.mkdtemp(prefix="exactly-once-mariadb-"))
+        super().__init__(missing(), directory=directory, users=("mysql", "nobody"))
         self._data = self.directory / "data"
         (self.port,) = free_ports()
         if not self._data.exists():
@@ -70,56 +63,13 @@ class MariaDB:
         options |= {"pid-file": str(self.directory / "pid"), "tmpdir": str(self.directory)}
         if MYSQLD:
             options["tls-version"] = ""  # PyMySQL would take the TLS it offers, and a proxy between them reads nothing
-        program = MYSQLD or shutil.which("mariadbd", path=PLACES) or "mariadbd"
-        self._child = Child(
-            "MariaDB",
-            [program, "--no-defaults", *(f"--{name}={value}" for name, value in options.items())],
-            output=self.directory / "log",
-            account=self._account,
-        )
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        given = (f"--{name}={value}" for name, value in options.items())
+        self._runs(MYSQLD or program("mariadbd"), "--no-defaults", *given)
 
     @property
     def url(self) -> str:
         """The SQLAlchemy URL of the server, without a database; sync, by PyMySQL."""
         return f"mysql+pymysql://root@127.0.0.1:{self.port}"
-
-    @property
-    def pid(self) -> int | None:
-        """The server's process id, or None while it does not run."""
-        return self._child.pid
-
-    def start(self) -> None:
-        """Start the server and wait until it accepts a connection."""
-        self._child.start()
-        self._child.wait_until(self._accepts, what="accepting connections", patience_s=60)
-
-    def stop(self) -> None:
-        """Stop in order (SIGTERM); the data stay. Twice is once."""
-        self._child.end(signal.SIGTERM, patience_s=30)
-
-    def kill(self) -> None:
-        """SIGKILL the server (one process); `start` recovers the data."""
-        self._child.end(signal.SIGKILL)
-
-    def restart(self) -> None:
-        """SIGKILL and start again, on the same port and data."""
-        self.kill()
-        self.start()
-
-    def close(self) -> None:
-        """End the server; delete its directory if it was temporary. Twice is once."""
-        self.kill()
-        if self._temporary:
-            shutil.rmtree(self.directory, ignore_errors=True)
 
     def create_database(self, name: str) -> str:
         """Create a database and return its SQLAlchemy URL."""
@@ -138,7 +88,7 @@ class MariaDB:
         finally:
             connection.close()
 
-    def _accepts(self) -> bool:
+    def _answers(self) -> bool:
         try:
             pymysql.connect(host="127.0.0.1", port=self.port, user="root", connect_timeout=5).close()
         except pymysql.err.OperationalError:
@@ -147,9 +97,13 @@ class MariaDB:
 
     def _initialise(self) -> None:
         self._data.mkdir(parents=True)
-        program = MYSQLD or shutil.which("mariadb-install-db", path=PLACES) or ""
         # a server that starts deletes the temporary tables it finds there, also those of another that is being made
-        command = [program, "--no-defaults", f"--datadir={self._data}", f"--tmpdir={self.directory}"]
+        command = [
+            MYSQLD or program("mariadb-install-db"),
+            "--no-defaults",
+            f"--datadir={self._data}",
+            f"--tmpdir={self.directory}",
+        ]
         if MYSQLD:
             accounts = self.directory / "accounts.sql"  # root is at localhost alone there, which is a name
             accounts.write_text(
@@ -158,9 +112,8 @@ class MariaDB:
             command += ["--initialize-insecure", f"--init-file={accounts}"]
         else:
             command += ["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-log-bin"]
+        self._own(self.directory, self._data)
         if self._account:
-            for path in (self.directory, self._data):
-                os.chown(path, self._account.uid, self._account.gid)
             command.append("--user=mysql")
         made = subprocess.run(command, capture_output=True, text=True)
         if made.returncode != 0:

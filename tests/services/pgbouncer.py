@@ -4,32 +4,21 @@ What a session keeps (prepared statements, settings) is then another client's by
 tests are for. Our child, on loopback. Called by tests.
 """
 
-import os
-import shutil
-import signal
-import tempfile
-from pathlib import Path
-from types import TracebackType
-from typing import Self
-
 import psycopg
 from sqlalchemy import make_url
 
-from exactly_once.testing.child import Account, Child, ServerFailed, free_ports
+from exactly_once.testing.child import free_ports
+from tests.services.server import Server, no_program, program
 
 __all__ = ["PgBouncer", "missing"]
-
-PLACES = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"))
 
 
 def missing() -> str | None:
     """Say why PgBouncer cannot run here, or return None."""
-    if shutil.which("pgbouncer", path=PLACES) is None:
-        return "there is no `pgbouncer` here (Debian: apt-get install pgbouncer)"
-    return None
+    return no_program("pgbouncer", "pgbouncer")
 
 
-class PgBouncer:
+class PgBouncer(Server):
     """Pooling in front of one database.
 
     Args:
@@ -39,14 +28,13 @@ class PgBouncer:
         clients: How many it takes.
     """
 
+    name = "PgBouncer"
+
     def __init__(self, url: str, *, server_connections: int, mode: str = "transaction", clients: int = 200) -> None:
-        if reason := missing():
-            raise ServerFailed(f"PgBouncer cannot run: {reason}.")
+        super().__init__(missing(), users=("postgres", "nobody"))
         behind = make_url(url)
         (self.port,) = free_ports()
-        self._directory = Path(tempfile.mkdtemp(prefix="exactly-once-pgbouncer-"))
-        account = Account.unprivileged("postgres", "nobody")
-        file = self._directory / "pgbouncer.ini"
+        file = self.directory / "pgbouncer.ini"
         file.write_text(
             "[databases]\n"
             f"{behind.database} = host={behind.host} port={behind.port} dbname={behind.database}"
@@ -55,25 +43,11 @@ class PgBouncer:
             f"listen_addr = 127.0.0.1\nlisten_port = {self.port}\nunix_socket_dir =\nauth_type = any\n"
             f"pool_mode = {mode}\ndefault_pool_size = {server_connections}\nmax_client_conn = {clients}\n"
         )
-        if account:
-            for path in (self._directory, file):
-                os.chown(path, account.uid, account.gid)
-        program = shutil.which("pgbouncer", path=PLACES) or "pgbouncer"
-        self._child = Child("PgBouncer", [program, str(file)], output=self._directory / "log", account=account)
+        self._own(file)
+        self._runs(program("pgbouncer"), str(file))
         self.url = behind.set(host="127.0.0.1", port=self.port, password=None).render_as_string(hide_password=False)
 
-    def __enter__(self) -> Self:
-        self._child.start()
-        self._child.wait_until(self._accepts, what="accepting connections", patience_s=30)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._child.end(signal.SIGKILL)
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-    def _accepts(self) -> bool:
+    def _answers(self) -> bool:
         try:
             psycopg.connect(self.url.replace("+psycopg", ""), connect_timeout=5).close()
         except psycopg.OperationalError:
