@@ -42,9 +42,9 @@ class Way:
         code = frame.f_code
         if not code.co_filename.startswith(PACKAGE) or "Pump" in threading.current_thread().name:
             return
-        if event == "call" and code.co_qualname == "InHand.take":
+        if event == "call" and code.co_qualname == "Lane.take":
             self.under_way += len(frame.f_locals["deliveries"])
-        if event == "return" and code.co_qualname == "InHand._settle":
+        if event == "return" and code.co_qualname == "Lane._settle":
             self.under_way -= len(frame.f_locals["batch"])
         if event == "call" and self.under_way > 0 and not code.co_name.startswith("<"):
             self.calls.setdefault(threading.get_ident(), []).append(code.co_filename[len(PACKAGE) + 1 : -3])

@@ -12,8 +12,8 @@ from time import monotonic
 from typing import Final
 
 from exactly_once import fork
+from exactly_once.events.throttled_log import ThrottledLog
 from exactly_once.wording.steady_log import steady
-from exactly_once.worker.log_throttle import ThrottledLog
 
 __all__ = ["Background", "Job"]
 

@@ -1,8 +1,8 @@
 """Keeps deliveries in hand whose key another run holds, and has each run again when it is due.
 
 One thread runs from the first kept delivery until none is left. Never receives, settles or redelivers: a look spends no delivery
-attempt. A kept delivery is unsettled, so it is extended like all in hand, and no later message of its ordering key is handed out.
-Called by the worker.
+attempt. A kept delivery is not settled, so it is extended like all in hand, and no later message of its ordering key is handed
+out. Called by the worker.
 
 The time since a delivery was first kept is passed to its run and back, and stored nowhere else. So nothing is left to clean up
 when the delivery is settled. An outage in between, which returns `WaitForStore`, starts this time anew.
@@ -16,7 +16,7 @@ from time import monotonic
 
 from exactly_once.outcome import WaitForKey
 from exactly_once.transports.contract import Delivery
-from exactly_once.worker.in_hand import InHand
+from exactly_once.worker.lane import Lane
 from exactly_once.worker.outages import WaitingDeliveries
 
 __all__ = ["BusyKeys"]
@@ -33,22 +33,22 @@ class BusyKeys:
 
     def __init__(
         self,
-        run_again: Callable[[InHand, Delivery, float], None],
+        run_again: Callable[[Lane, Delivery, float], None],
         changed: Condition,
         stopping: Callable[[], bool],
     ) -> None:
         self._run_again, self._changed, self._stopping = run_again, changed, stopping
         # due time, unique number (deliveries cannot be compared), consumer's deliveries, delivery, first kept at
-        self._heap: list[tuple[float, int, InHand, Delivery, float]] = []
+        self._heap: list[tuple[float, int, Lane, Delivery, float]] = []
         self._numbers = count()
         self._turning = False
 
-    def keep(self, keep: WaitForKey, unsettled: InHand, delivery: Delivery, since: float | None) -> bool:
+    def keep(self, keep: WaitForKey, lane: Lane, delivery: Delivery, since: float | None) -> bool:
         """Keep a delivery until its next look.
 
         Args:
             keep: The verdict of its run.
-            unsettled: The deliveries in hand of its consumer.
+            lane: The lane of its consumer.
             delivery: The delivery to keep.
             since: When it was first kept, on the monotonic clock. None: now.
 
@@ -62,7 +62,7 @@ class BusyKeys:
             return False
         # the last look is exactly at the end, whatever the interval is
         due = min(now + keep.again.total_seconds(), end)
-        heappush(self._heap, (due, next(self._numbers), unsettled, delivery, since))
+        heappush(self._heap, (due, next(self._numbers), lane, delivery, since))
         if not self._turning:
             Thread(target=self._turn, daemon=True, name="kept").start()
             self._turning = True
@@ -77,7 +77,7 @@ class BusyKeys:
 
     def give_up(self) -> WaitingDeliveries:
         """Return all waiting deliveries, and forget them: the worker stops."""
-        waiting: WaitingDeliveries = {delivery: unsettled for _, _, unsettled, delivery, _ in sorted(self._heap)}
+        waiting: WaitingDeliveries = {delivery: lane for _, _, lane, delivery, _ in sorted(self._heap)}
         self._heap = []
         return waiting
 
@@ -89,6 +89,6 @@ class BusyKeys:
                 if self._stopping() or not self._heap:
                     self._turning = False
                     return
-                _, _, unsettled, delivery, since = heappop(self._heap)
+                _, _, lane, delivery, since = heappop(self._heap)
             # a `stop` right here does not find this delivery among the kept: like any run, it finishes or is given back
-            self._run_again(unsettled, delivery, since)
+            self._run_again(lane, delivery, since)

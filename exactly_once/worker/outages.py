@@ -10,17 +10,17 @@ from threading import Condition, Thread
 from time import monotonic
 from typing import Final
 
+from exactly_once.events.throttled_log import ThrottledLog
 from exactly_once.transports.contract import Delivery
 from exactly_once.wording.steady_log import steady
-from exactly_once.worker.in_hand import InHand
-from exactly_once.worker.log_throttle import ThrottledLog
+from exactly_once.worker.lane import Lane
 
 __all__ = ["Outages", "WaitingDeliveries"]
 
 PROBE_S: Final = (0.2, 5.0)
 """The first pause before a store is asked, and the longest. Each pause is twice as long as the one before."""
 
-WaitingDeliveries = dict[Delivery, InHand]
+WaitingDeliveries = dict[Delivery, Lane]
 
 _log = steady("exactly_once.worker")
 
@@ -68,21 +68,21 @@ class Outages:
         """How many deliveries wait. May be read without the lock."""
         return sum(len(outage.waiting) for outage in self._now.copy().values())
 
-    def hold(self, store: str, delivery: Delivery, unsettled: InHand) -> None:
+    def hold(self, store: str, delivery: Delivery, lane: Lane) -> None:
         """Keep a delivery until this store answers."""
         outage = self._now.get(store)
         if outage is None:
             outage = self._begin(store)
-        outage.waiting[delivery] = unsettled
+        outage.waiting[delivery] = lane
 
-    def hold_all(self, deliveries: Sequence[Delivery], unsettled: InHand) -> bool:
+    def hold_all(self, deliveries: Sequence[Delivery], lane: Lane) -> bool:
         """Keep the deliveries of a receive that was under way when an outage began: to run them would only ask a dead store.
 
         Returns:
             False if there is no outage: the caller must run them.
         """
         for outage in self._now.values():
-            outage.waiting.update(dict.fromkeys(deliveries, unsettled))
+            outage.waiting.update(dict.fromkeys(deliveries, lane))
             return True
         return False
 

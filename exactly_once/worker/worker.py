@@ -1,7 +1,7 @@
 """Receives deliveries, has them run, settles them, and stops. Knows no broker, no database and no event loop.
 
 `run` returns a future, and the worker does not know what runs it. Each consumer has one thread that receives, here, and one that
-settles and extends, in `in_hand`. Order is the consumers' duty: they never hand out a message behind an unsettled message of its
+settles and extends (`lane`). Order is the consumers' duty: they never hand out a message behind an unsettled message of its
 ordering key. At most `capacity` messages are in hand, from the receive that asks for them to the end of the settle. That also
 limits memory.
 
@@ -23,16 +23,16 @@ from typing import Final
 
 from exactly_once.errors import ConfigurationError, ExactlyOnceError
 from exactly_once.events.run_ended import OutcomeCounts, RunEnded
+from exactly_once.events.throttled_log import ThrottledLog
 from exactly_once.outcome import Ack, Redeliver, RunFuture, WaitForKey, WaitForStore
 from exactly_once.transports.contract import Consumer, Delivery, Features
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped
 from exactly_once.worker.busy_keys import BusyKeys
 from exactly_once.worker.capacity import Capacity
-from exactly_once.worker.in_hand import InHand
-from exactly_once.worker.lane import Lane, join, lasting, on_each
-from exactly_once.worker.log_throttle import ThrottledLog
+from exactly_once.worker.lane import Lane
 from exactly_once.worker.outages import Outages, WaitingDeliveries
+from exactly_once.worker.threads import join, lasting, on_each
 
 __all__ = ["Counts", "Run", "Worker"]
 
@@ -120,15 +120,15 @@ class Worker:
         self._lanes: list[Lane] = []
         for n, consumer in enumerate(consumers, 1):
             name = f"consumer {n} ({type(consumer).__name__})"
-            lane = Lane(InHand(consumer, name, self._has_settled))
+            lane = Lane(consumer, name, self._has_settled)
             lane.receiver = lasting(f"receive: {name}", partial(self._receive, lane), self._breathe, self._throttled)
-            lane.settler = lasting(f"settle: {name}", lane.unsettled.work, self._breathe, self._throttled)
+            lane.settler = lasting(f"settle: {name}", lane.settle, self._breathe, self._throttled)
             self._lanes.append(lane)
 
     def start(self) -> None:
         """Begin to receive."""
         for lane in self._lanes:
-            lane.turned = lane.unsettled.turned = monotonic()
+            lane.receiver_turned = lane.settler_turned = monotonic()
             lane.settler.start()
             lane.receiver.start()
 
@@ -152,15 +152,15 @@ class Worker:
             join(lane.receiver, deadline)
         with self._changed:
             waiting = self._outages.give_up() | self._kept.give_up()
-        for delivery, unsettled in waiting.items():  # waiting cannot finish these
-            self._give_back(unsettled, delivery)
+        for delivery, lane in waiting.items():  # waiting cannot finish these
+            self._give_back(lane, delivery)
         with self._changed:
             self._changed.wait_for(lambda: not self._in_hand(), max(0.0, deadline - monotonic()))
             self._done = True  # from now on what a receive returns is ignored: the broker redelivers it
         for lane in self._lanes:
-            for delivery in tuple(lane.unsettled.held):
-                self._give_back(lane.unsettled, delivery)
-            lane.unsettled.verdicts.put(None)
+            for delivery in tuple(lane.in_hand):
+                self._give_back(lane, delivery)
+            lane.decided.put(None)
         deadline = monotonic() + LAST_SETTLE_S
         for lane in self._lanes:
             join(lane.settler, deadline)
@@ -168,15 +168,15 @@ class Worker:
         self._stopped.set()
         return self._given_back
 
-    def drain(self, timeout: timedelta, held: Callable[[], str | None] = lambda: None) -> None:
+    def drain(self, timeout: timedelta, blocked_by: Callable[[], str | None] = lambda: None) -> None:
         """Wait until each consumer had a whole receive without messages, with nothing in hand since it began. For tests.
 
         Args:
             timeout: How long to wait. Each try takes as long as an empty receive, `poll`.
-            held: Returns the reason if messages are kept that waiting cannot finish, else None.
+            blocked_by: Returns the reason if messages are kept that waiting cannot finish, else None.
 
         Raises:
-            ConfigurationError: All messages left are kept, and `held` returned the reason.
+            ConfigurationError: All messages left are kept, and `blocked_by` returned the reason.
             TimeoutError: Messages are still in hand; the text names them.
             RuntimeError: The worker stops, or is not started.
         """
@@ -184,16 +184,16 @@ class Worker:
             self._events += 1  # a receive that began before this call proves nothing
             if self.unready() != "not started":
                 self._changed.wait_for(
-                    lambda: self._stopping or self._quiet() or (self._only_keeps() and held() is not None),
+                    lambda: self._stopping or self._quiet() or (self._only_keeps() and blocked_by() is not None),
                     timeout.total_seconds(),
                 )
             if self.unready() in ("not started", "stopping", "stopped"):
                 raise RuntimeError("Only a worker that runs comes to rest: drain it after start and before stop.")
             if self._quiet():
                 return
-            if self._only_keeps() and (why := held()) is not None:
+            if self._only_keeps() and (why := blocked_by()) is not None:
                 raise ConfigurationError(f"What is left, {self._in_hand()} message(s), cannot be done: {why}")
-            some_held = [delivery.message for lane in self._lanes for delivery in lane.unsettled.held.copy()]
+            some_held = [delivery.message for lane in self._lanes for delivery in lane.in_hand.copy()]
         some = ", ".join(f"{message.topic} {message.key or message.message_id or '?'}" for message in some_held[:10])
         away = f" No answer from: {', '.join(self._outages.stores)}." if self._outages else ""
         raise TimeoutError(
@@ -204,11 +204,11 @@ class Worker:
     @property
     def counts(self) -> Counts:
         """The present counts."""
-        unsettled = [lane.unsettled for lane in self._lanes]
+        lanes = self._lanes
         return Counts(
-            received=sum(each.received for each in unsettled),
-            acked=sum(each.acked for each in unsettled),
-            redelivered=sum(each.redelivered for each in unsettled),
+            received=sum(lane.received for lane in lanes),
+            acked=sum(lane.acked for lane in lanes),
+            redelivered=sum(lane.redelivered for lane in lanes),
             given_back=self._given_back,
             in_hand=self._in_hand(),
             held=self._outages.held,
@@ -222,8 +222,8 @@ class Worker:
         if self._stopping or self.unready() == "not started":
             return ()
         oldest = monotonic() - after.total_seconds()
-        turns = [(lane.receiver, lane.turned) for lane in self._lanes]
-        turns += [(lane.settler, lane.unsettled.turned) for lane in self._lanes]
+        turns = [(lane.receiver, lane.receiver_turned) for lane in self._lanes]
+        turns += [(lane.settler, lane.settler_turned) for lane in self._lanes]
         return [thread.name for thread, turned in turns if turned < oldest or not thread.is_alive()]
 
     def unready(self) -> str | None:
@@ -241,21 +241,21 @@ class Worker:
 
     def _receive(self, lane: Lane) -> None:
         """Receive until the worker stops, whatever a consumer raises. The receiving thread runs only this."""
-        unsettled, retry = lane.unsettled, RETRY_S[0]
+        retry = RETRY_S[0]
         while True:
-            lane.turned = monotonic()
+            lane.receiver_turned = monotonic()
             booked = self._capacity.book(lane.seat, self._poll.total_seconds(), lambda: self._stopping)
             if self._stopping:
                 return
             began = self._events
             try:
-                got = unsettled.consumer.receive(booked, self._wait if booked else timedelta(0))
+                got = lane.consumer.receive(booked, self._wait if booked else timedelta(0))
             except BaseException as error:  # noqa: BLE001, RUF100  (clients raise CancelledError and worse)
                 known = isinstance(error, ExactlyOnceError)  # its text is enough, without a traceback
                 self._throttled.warning(
-                    f"receive {unsettled.name}",
+                    f"receive {lane.name}",
                     "%s could not receive; trying until it can." + (" %s" if known else ""),
-                    unsettled.name,
+                    lane.name,
                     *((error,) if known else ()),
                     error=None if known else error,
                 )
@@ -272,98 +272,98 @@ class Worker:
                 self._capacity.used(lane.seat, booked, len(got))
                 if got:
                     self._events += 1
-                    unsettled.take(got)
+                    lane.take(got)
                 elif booked:
                     lane.quiet = began
                 self._changed.notify_all()
-                if self._outages.hold_all(got, unsettled):
+                if self._outages.hold_all(got, lane):
                     continue
             for delivery in got:
-                self._begin(unsettled, delivery)
+                self._begin(lane, delivery)
 
-    def _begin(self, unsettled: InHand, delivery: Delivery, since: float | None = None) -> None:
+    def _begin(self, lane: Lane, delivery: Delivery, since: float | None = None) -> None:
         """Start a delivery's run. `since` is when it was first kept, if it was."""
         if self._done:
             return
         try:
-            future = self._run(delivery, unsettled.features)
+            future = self._run(delivery, lane.features)
         except BaseException as error:  # noqa: BLE001, RUF100
-            self._broke(unsettled, delivery, error)
+            self._broke(lane, delivery, error)
         else:
-            unsettled.running[delivery] = future
-            future.add_done_callback(partial(self._finish, unsettled, delivery, since))
+            lane.running[delivery] = future
+            future.add_done_callback(partial(self._finish, lane, delivery, since))
 
-    def _finish(self, unsettled: InHand, delivery: Delivery, since: float | None, done: RunFuture) -> None:
+    def _finish(self, lane: Lane, delivery: Delivery, since: float | None, done: RunFuture) -> None:
         """Act on the result of a run. Called by the thread that ended it. Never blocks, never raises."""
-        unsettled.running.pop(delivery, None)
+        lane.running.pop(delivery, None)
         try:
             result = done.result()
             self._outcomes.add(RunEnded(delivery.message.topic, result))
             verdict = result.verdict
         except BaseException as error:  # noqa: BLE001, RUF100  (cancellation too: it is not acknowledged)
-            self._broke(unsettled, delivery, error)
+            self._broke(lane, delivery, error)
             return
         if type(verdict) is Ack or type(verdict) is Redeliver:
-            unsettled.finish(delivery, verdict)
+            lane.decide(delivery, verdict)
         elif type(verdict) is WaitForStore:
             with self._changed:
                 if not self._stopping:
-                    self._outages.hold(verdict.store, delivery, unsettled)
+                    self._outages.hold(verdict.store, delivery, lane)
                     return
-            self._give_back(unsettled, delivery)
+            self._give_back(lane, delivery)
         elif type(verdict) is WaitForKey:
             with self._changed:
                 stopping = self._stopping
-                kept = not stopping and self._kept.keep(verdict, unsettled, delivery, since)
+                kept = not stopping and self._kept.keep(verdict, lane, delivery, since)
             if stopping:
-                self._give_back(unsettled, delivery)
+                self._give_back(lane, delivery)
             elif not kept:
-                unsettled.finish(delivery, verdict.then)
+                lane.decide(delivery, verdict.then)
         else:
-            self._broke(unsettled, delivery, TypeError(f"a run ended with {verdict!r}, which is not a verdict"))
+            self._broke(lane, delivery, TypeError(f"a run ended with {verdict!r}, which is not a verdict"))
 
-    def _broke(self, unsettled: InHand, delivery: Delivery, error: BaseException) -> None:
+    def _broke(self, lane: Lane, delivery: Delivery, error: BaseException) -> None:
         if isinstance(error, ConfigurationError) and error.store is not None:
             with self._changed:
                 held = not self._stopping
                 if held:  # the server is wrong, or lacks our tables: an outage, which spends no delivery attempt
-                    self._outages.hold(error.store, delivery, unsettled)
+                    self._outages.hold(error.store, delivery, lane)
             if held:
                 self._throttled.warning("wrong", "%s", error)
                 return
         if self._stopping:
-            self._give_back(unsettled, delivery)
-        elif unsettled.finish(delivery, Redeliver(AGAIN)):
+            self._give_back(lane, delivery)
+        elif lane.decide(delivery, Redeliver(AGAIN)):
             message = delivery.message
             text = "A run broke; its message will be brought again: topic=%s message_id=%s"
             self._throttled.warning(
                 "run", text, escaped(message.topic), escaped(message.message_id or "none"), error=error
             )
 
-    def _give_back(self, unsettled: InHand, delivery: Delivery) -> None:
+    def _give_back(self, lane: Lane, delivery: Delivery) -> None:
         """Redeliver at once. Called without the lock, because a run's callbacks may take locks of their own.
 
         A run that has not begun never begins. A coroutine is cancelled. A thread ends by itself, and its result is ignored.
         """
-        if unsettled.finish(delivery, Redeliver()):
+        if lane.decide(delivery, Redeliver()):
             with self._changed:
                 self._given_back += 1
-            if run := unsettled.running.pop(delivery, None):
+            if run := lane.running.pop(delivery, None):
                 run.cancel()
 
     def _run_again(self, waiting: WaitingDeliveries) -> None:
         """Start the runs of deliveries that waited for a store. Called by the outage's thread when the store answers."""
         held = [
-            (batch.received, delivery, lane.unsettled)
+            (batch.received, delivery, lane)
             for lane in self._lanes
-            for delivery, batch in lane.unsettled.held.copy().items()  # in the order received
+            for delivery, batch in lane.in_hand.copy().items()  # in the order received
             if delivery in waiting
         ]
-        for _, delivery, unsettled in sorted(held, key=lambda each: each[0]):
+        for _, delivery, lane in sorted(held, key=lambda each: each[0]):
             if self._stopping:  # `stop` could not find these: they were neither waiting nor running
-                self._give_back(unsettled, delivery)
+                self._give_back(lane, delivery)
             else:
-                self._begin(unsettled, delivery)
+                self._begin(lane, delivery)
 
     def _has_settled(self, number: int) -> None:
         with self._changed:
@@ -372,8 +372,8 @@ class Worker:
             self._changed.notify_all()
 
     def _in_hand(self) -> int:
-        settled = sum(lane.unsettled.settled for lane in self._lanes)  # read first: the difference is never negative
-        return sum(lane.unsettled.received for lane in self._lanes) - settled
+        settled = sum(lane.settled for lane in self._lanes)  # read first: the difference is never negative
+        return sum(lane.received for lane in self._lanes) - settled
 
     def _quiet(self) -> bool:
         return not self._outages and not self._in_hand() and self._nothing_comes()

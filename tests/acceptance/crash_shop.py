@@ -122,7 +122,7 @@ def install() -> None:
     from exactly_once.guards.transaction import TransactionGuard
     from exactly_once.processing.batch import BatchProcessor
     from exactly_once.processing.processor import Processor
-    from exactly_once.worker.in_hand import InHand
+    from exactly_once.worker.lane import Lane
 
     current: dict[int, str] = {}
     import threading
@@ -175,9 +175,9 @@ def install() -> None:
         "after a failure is recorded",
         lambda self, session, failure, decide: failure.key,
     )
-    real_settle = InHand.__init__
+    real_settle = Lane.__init__
 
-    def made(self: InHand, consumer: Any, *args: Any, **kwargs: Any) -> None:
+    def made(self: Lane, consumer: Any, *args: Any, **kwargs: Any) -> None:
         real = consumer.settle
 
         def settle(verdicts: Any) -> None:
@@ -195,7 +195,7 @@ def install() -> None:
         consumer.settle = settle
         real_settle(self, consumer, *args, **kwargs)
 
-    InHand.__init__ = made  # type: ignore[method-assign]
+    Lane.__init__ = made  # type: ignore[method-assign]
 
 
 def main() -> int:

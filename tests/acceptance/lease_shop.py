@@ -187,7 +187,7 @@ def install(point: str, how: str, marker: Path) -> None:
     from exactly_once.guards.lease.guard import LeaseGuard
     from exactly_once.guards.lease.ledger import StepLedger
     from exactly_once.processing.processor import Processor
-    from exactly_once.worker.in_hand import InHand
+    from exactly_once.worker.lane import Lane
 
     assert point in (*POINTS, RENEWING), point
     _wanted, _how, _marker = point, {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how], marker
@@ -256,9 +256,9 @@ def install(point: str, how: str, marker: Path) -> None:
             _point("before COMMIT", self.held.row.key)
 
     Watch.committing = committing  # type: ignore[method-assign]
-    real_made = InHand.__init__
+    real_made = Lane.__init__
 
-    def made(self: InHand, consumer: Any, *args: Any, **kwargs: Any) -> None:
+    def made(self: Lane, consumer: Any, *args: Any, **kwargs: Any) -> None:
         real_settle = consumer.settle
 
         def settle(verdicts: Any) -> None:
@@ -272,7 +272,7 @@ def install(point: str, how: str, marker: Path) -> None:
         consumer.settle = settle
         real_made(self, consumer, *args, **kwargs)
 
-    InHand.__init__ = made  # type: ignore[method-assign]
+    Lane.__init__ = made  # type: ignore[method-assign]
 
 
 # -- what is left ------------------------------------------------------------------------------------------------------

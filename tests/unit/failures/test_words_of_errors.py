@@ -16,6 +16,7 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, InvalidRequestError, P
 from exactly_once.database.errors.drivers_own import original
 from exactly_once.errors import Reject
 from exactly_once.events.alert import Alert, raise_alert
+from exactly_once.events.throttled_log import ThrottledLog
 from exactly_once.exceptions.drivers import is_drivers
 from exactly_once.exceptions.struck import (
     bound,
@@ -28,7 +29,6 @@ from exactly_once.exceptions.struck import (
     without_quoted,
 )
 from exactly_once.exceptions.words import place_of, trace_of, words_of
-from exactly_once.worker.log_throttle import ThrottledLog
 
 CARD = "4111111111111111"
 

@@ -16,7 +16,7 @@ import pytest
 from exactly_once.message import Message
 from exactly_once.outcome import Ack, Redeliver, Result, Settlement
 from exactly_once.transports.contract import Consumer, Delivery, Features
-from exactly_once.worker import in_hand as unsettled
+from exactly_once.worker import lane
 from exactly_once.worker.worker import Run, Worker
 from tests.unit.worker.worker_doubles import FEATURES, Hand, InHand, Shelf, done, ended
 from tests.waiting import until
@@ -77,7 +77,7 @@ def test_settles_are_grouped() -> None:
 
 
 def test_a_verdict_waits_for_others_while_most_of_what_is_in_hand_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unsettled, "GATHER_S", 60.0)
+    monkeypatch.setattr(lane, "GATHER_S", 60.0)
     shelf, hand = Shelf(numbered(40)), Hand()
     with working([shelf], hand, capacity=60, drain_timeout=5 * SECOND):
         until(lambda: len(hand.begun) == 40, "all are in hand")

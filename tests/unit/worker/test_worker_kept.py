@@ -19,7 +19,7 @@ from exactly_once.transports.contract import Consumer, Delivery, Features, Subsc
 from exactly_once.transports.memory import forget
 from exactly_once.transports.registry import transport_from
 from exactly_once.worker.busy_keys import BusyKeys
-from exactly_once.worker.in_hand import InHand
+from exactly_once.worker.lane import Lane
 from exactly_once.worker.worker import Run, Worker
 from tests.unit.worker.worker_doubles import Hand, Shelf, done, ended
 from tests.waiting import until
@@ -137,8 +137,8 @@ def test_the_one_that_is_due_first_runs_first_whenever_it_came() -> None:
 
 
 def test_two_that_are_due_at_the_same_moment_both_run() -> None:
-    ran, changed, mine = list[Delivery](), Condition(), InHand(Shelf(), "consumer 1", lambda number: None)
-    kept = BusyKeys(lambda unsettled, delivery, since: ran.append(delivery), changed, lambda: False)
+    ran, changed, mine = list[Delivery](), Condition(), Lane(Shelf(), "consumer 1", lambda number: None)
+    kept = BusyKeys(lambda lane, delivery, since: ran.append(delivery), changed, lambda: False)
     since, keep = monotonic(), WaitForKey(60 * SECOND, SECOND / 5, LATER)
     both = [Delivery(Message("t", body), None) for body in numbered(2)]
     with changed:
