@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from threading import Lock
 from typing import NamedTuple
 
-from exactly_once.outcome import Outcome, Result, WaitForKey
+from exactly_once.outcome import Outcome, Result, WaitForKey, WaitForStore
 
 __all__ = ["OutcomeCounts", "RunEnded"]
 
@@ -23,7 +23,7 @@ class RunEnded(NamedTuple):
 class OutcomeCounts:
     """Counts deliveries by outcome. Read without a lock, so the numbers may differ by the deliveries under way.
 
-    A delivery that waits for its key has not ended, however often it runs again to look.
+    A delivery that stays in hand, for its key or its store, has not ended, however often it runs again to look.
 
     Args:
         handlers: The names of the handlers, so that the counts include those that have run nothing yet.
@@ -46,7 +46,7 @@ class OutcomeCounts:
     def add(self, event: RunEnded) -> None:
         """Count a delivery. Called by the thread that ended the run."""
         result = event.result
-        ended = type(result.verdict) is not WaitForKey
+        ended = not isinstance(result.verdict, (WaitForKey, WaitForStore))
         with self._lock:
             if ended:
                 self._counts[result.outcome] += 1

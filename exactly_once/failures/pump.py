@@ -147,9 +147,9 @@ class Pump:
         done: list[Taken] = []
         for delivery, verdict in verdicts:
             if isinstance(verdict, Redeliver):
-                back.setdefault(verdict.delay, []).append(delivery.receipt[0])
+                back.setdefault(verdict.delay, []).append(delivery.receipt_handle[0])
             else:
-                done.append(delivery.receipt[1])
+                done.append(delivery.receipt_handle[1])
         if done:
             # after a crash before this the lease runs out, and the next run is a duplicate that ends here again
             self._change(len(done), lambda connection: self._failures.close(connection, done))
@@ -158,7 +158,7 @@ class Pump:
 
     def extend(self, deliveries: Sequence[Delivery]) -> None:
         """Keep the rows of running messages away from other pumps."""
-        self._postpone([delivery.receipt[0] for delivery in deliveries], _LEASE)
+        self._postpone([delivery.receipt_handle[0] for delivery in deliveries], _LEASE)
 
     def _postpone(self, ids: Sequence[int], delay: timedelta) -> None:
         self._change(len(ids), lambda connection: self._failures.postpone(connection, ids, delay))

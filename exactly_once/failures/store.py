@@ -461,7 +461,7 @@ class FailureStore:
         rows = session.execute(all_rows(found, session.connection().dialect.name)).all()
         return tuple(row.id for row in rows if row.body == message.body and is_its_own(row))
 
-    def begun(self, session: Session, group: str, handler: str, key: str, message_id: str) -> bool:
+    def under_former_key(self, session: Session, group: str, handler: str, key: str, message_id: str) -> bool:
         """Whether a message with this id has a claim or a failure with this key."""
         claims, t = self._tables().idempotent, self._t
         characters = characters_of(session.connection())

@@ -28,7 +28,7 @@ from exactly_once.database.dialects.registry import batch_claims_for
 from exactly_once.database.errors.interrupted import interrupted
 from exactly_once.database.errors.unreached import unreached
 from exactly_once.database.schema import CONSUMED, UNFINISHED
-from exactly_once.database.watched.watch import Watch, begin, elsewhere
+from exactly_once.database.watched.watch import Watch, attach, elsewhere
 from exactly_once.errors import Misuse
 from exactly_once.exceptions.stops import asked_from_outside
 from exactly_once.guards.contract import Busy, Claim, Conflict, Consumed, HookRaised, OpenOurs, Unfinished, Won
@@ -98,7 +98,7 @@ class TransactionGuard:
             session.rollback()
             return Busy(again=True)
         watch = Watch(connection, dialect, dbapi, row.owner, (row,))
-        begin(session, watch)
+        attach(session, watch)
         return Won(watch)
 
     def claim_batch(
@@ -151,7 +151,7 @@ class TransactionGuard:
             return BatchClaim(None, others)
         ours = [row for row in rows if row.key not in others] if others else rows
         watch = Watch(connection, self._dialect, dbapi, owner, ours)
-        begin(session, watch)
+        attach(session, watch)
         return BatchClaim(Won(watch), others)
 
     @cached_property

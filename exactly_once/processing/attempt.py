@@ -93,7 +93,7 @@ def attempt(
         case Unfinished(owner):
             return AttemptResult(AttemptEnd.BROKEN, Misuse(UNFINISHED), owner=owner)
         case Busy(again, remaining):
-            return AttemptResult(AttemptEnd.IN_PROGRESS, again=again, remaining=remaining)
+            return AttemptResult(AttemptEnd.IN_PROGRESS, retry_now=again, remaining=remaining)
         case Conflict(fingerprint):
             return AttemptResult(AttemptEnd.CONFLICT, fingerprint=fingerprint)
 
@@ -181,7 +181,7 @@ def _attempt(
         won, rows = claimed
         ended = _to_commit(context, session, rows, won, lambda: handle(session, handed, won), told, also)
         if not rows and ended.how is AttemptEnd.PROCESSED:
-            ended = replace(ended, again=True)
+            ended = replace(ended, ran_anyway=True)
     finally:
         if process is not fork.here:
             raise fork.inside()  # before anything else: only the parent may end its session, claim and lease

@@ -81,7 +81,10 @@ class AttemptResult:
     how: AttemptEnd
     error: BaseException | None = None
     fingerprint: bytes = b""
-    again: bool = False
+    retry_now: bool = False
+    """For IN_PROGRESS: the server threw this run away, and the key may be free."""
+    ran_anyway: bool = False
+    """For PROCESSED: it was a duplicate, and ran because the handler does not enforce."""
     remaining: timedelta | None = None
     """How long the lease of another run still lasts."""
     keep_lease: bool = False

@@ -100,7 +100,7 @@ class BatchProcessor(Processor):
                 or waits
                 or message.former is not None
                 or self.recording.came_before(message, row.key)
-                or self._owes(row)
+                or self._is_unrecorded(row)
             ):
                 alone.append(member)
             elif row.key in together:
@@ -122,8 +122,8 @@ class BatchProcessor(Processor):
                 self._alone(member, run)
         return BatchResults([member.result for member in members if member.result is not None], run.deadlocked)
 
-    def _owes(self, row: ClaimRow) -> bool:
-        return self.recording.owes and self.recording.owed(row.key) is not None
+    def _is_unrecorded(self, row: ClaimRow) -> bool:
+        return self.recording.has_unrecorded and self.recording.unrecorded(row.key) is not None
 
     def member(self, message: Message, features: Features) -> Member:
         """Read a message.
@@ -214,7 +214,7 @@ class BatchProcessor(Processor):
         if ended.owner is not None:  # it is not known whether their claims stand
             for member in members:
                 assert member.work.row is not None
-                self.recording.owe(member.work.row.key, Unrecorded(ended.owner))
+                self.recording.remember(member.work.row.key, Unrecorded(ended.owner))
         self._raise_on(ended, run)
 
     def _raise_on(self, ended: AttemptResult, run: _Run) -> None:
@@ -334,7 +334,7 @@ class BatchProcessor(Processor):
             standing = others.get(row.key)
             if standing is None:
                 member.result = ours or self._told_of(member, ended, run.reached)
-            elif isinstance(standing, Consumed) and not self._owes(row):
+            elif isinstance(standing, Consumed) and not self._is_unrecorded(row):
                 member.result = self.recording.duplicate
             else:
                 self._alone(member, run)

@@ -184,7 +184,7 @@ class Processor:
             return self.recording.failed(work, work.reading.error)
         try:
             if work.message.former is not None:
-                work = self._as_begun(work, work.message.former)
+                work = self._under_former_key(work, work.message.former)
             return self._checked(work)
         except StoreUnavailable as error:
             return self.recording.away(error)
@@ -196,7 +196,7 @@ class Processor:
         except Exception as error:  # a statement of ours failed before the attempt: nothing ran, so no acknowledgement
             key = escaped(work.reading.key or "")
             _log.error("message_not_run handler=%s key=%s\n%s", self.plan.name, key, trace_of(error))
-            return self.recording.again(work, Outcome.WAITING)
+            return self.recording.run_again(work, Outcome.WAITING)
 
     def _checked(self, work: Work) -> Result:
         """Check first whether the message was processed, must wait, or was given up. Then try it."""
@@ -204,7 +204,11 @@ class Processor:
         assert row is not None
         if not work.pumped and spent(message.attempt, work.features):
             return self._spent(work, row)
-        if self.recording.owes and (owed := self.recording.owed(row.key)) is not None and owed.error is not None:
+        if (
+            self.recording.has_unrecorded
+            and (owed := self.recording.unrecorded(row.key)) is not None
+            and owed.error is not None
+        ):
             # broken, but not recorded, because the store went away: another run would repeat what was committed
             return self._broken(work, owed.error, owed.owner, block=owed.block)
         before = work.pumped or self.recording.came_before(message, row.key)
@@ -281,31 +285,31 @@ class Processor:
                 raise ended.stop
             match ended.how:
                 case AttemptEnd.PROCESSED:
-                    self.recording.paid(row.key)
-                    self.recording.known(row.key)
+                    self.recording.forget(row.key)
+                    self.recording.commit_known(row.key)
                     if before:
-                        self.recording.succeeded(row.key)
-                    if ended.again:
+                        self.recording.forget_failed(row.key)
+                    if ended.ran_anyway:
                         _log.warning("duplicate_ran handler=%s key=%s enforce=False", row.handler, escaped(row.key))
                     if ended.stop is not None:
                         raise ended.stop
                     return self.recording.processed
                 case AttemptEnd.DUPLICATE:
-                    if self.recording.owes and ended.owner is not None and self.recording.is_owed(row.key, ended.owner):
+                    if ended.owner is not None and self.recording.is_unrecorded(row.key, ended.owner):
                         error = Misuse(_LEARNT_LATE)
                         return self._broken(work, error, ended.owner)
-                    self.recording.paid(row.key)
-                    self.recording.known(row.key)
+                    self.recording.forget(row.key)
+                    self.recording.commit_known(row.key)
                     if ended.stop is not None:
                         raise ended.stop
                     return self.recording.duplicate
                 case AttemptEnd.AWAY:
                     if ended.owner is not None:
-                        self.recording.owe(row.key, Unrecorded(ended.owner))
+                        self.recording.remember(row.key, Unrecorded(ended.owner))
                     if ended.stop is not None:
                         raise ended.stop
                     return self.recording.away(ended.error)
-                case AttemptEnd.IN_PROGRESS if ended.again and transient < 1:
+                case AttemptEnd.IN_PROGRESS if ended.retry_now and transient < 1:
                     transient += 1
                 case AttemptEnd.TRANSIENT if transient < _TRANSIENT_TRIES:
                     transient += 1
@@ -328,9 +332,9 @@ class Processor:
     def _ended(self, work: Work, ended: AttemptResult) -> Result:
         reading, recording = work.reading, self.recording
         if ended.how is not AttemptEnd.BROKEN and reading.key is not None:
-            self.recording.paid(reading.key)  # the key was claimed anew, so no claim of an earlier attempt stands
+            self.recording.forget(reading.key)  # the key was claimed anew, so no claim of an earlier attempt stands
         if ended.how not in (AttemptEnd.UNKNOWN, AttemptEnd.IN_PROGRESS) and reading.key is not None:
-            self.recording.known(reading.key)
+            self.recording.commit_known(reading.key)
         match ended.how:
             case AttemptEnd.IN_PROGRESS:
                 return recording.wait(work, Outcome.IN_PROGRESS, ended.remaining, ended.error)
@@ -439,15 +443,15 @@ class Processor:
         """Park the message for a person, with the claim that stands for it. Remembered in memory until it is recorded."""
         key = work.reading.key
         assert key is not None
-        self.recording.owe(key, Unrecorded(owner, error, block))
+        self.recording.remember(key, Unrecorded(owner, error, block))
         told = self.recording.record(
             work, error, lambda attempts: Park("broken", words_of(error)), claim_owner=owner, block=block
         )
         if told.verdict == ACK:
-            self.recording.paid(key)
+            self.recording.forget(key)
         return told
 
-    def _as_begun(self, work: Work, former: Mapping[str, Any]) -> Work:
+    def _under_former_key(self, work: Work, former: Mapping[str, Any]) -> Work:
         """Return the message as the previous release read it, if that release began it: its claim and failures have that key."""
         message, reading = work.message, work.reading
         if message.message_id is None:
@@ -457,7 +461,7 @@ class Processor:
         key, id_ = read.key, message.message_id
         if key is None or key == reading.key:
             return work
-        begun = self.recording.failures.begun
+        begun = self.recording.failures.under_former_key
         try:
             found = in_our_session(
                 self._ours, self.store.dialect, lambda session: begun(session, self.group, self.plan.name, key, id_)

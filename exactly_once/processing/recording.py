@@ -82,8 +82,8 @@ class Recording:
         self._handler, self._retry, self._is_async = plan.name, plan.retry, plan.is_async
         self._store, self._group, self._open, self._alert = store, group, open_session, alert
         self.failures = FailureStore(lambda: store.tables)
-        self._seen: dict[str, None] = {}
-        self._owed: dict[str, Unrecorded] = {}
+        self._failed_keys: dict[str, None] = {}
+        self._pending: dict[str, Unrecorded] = {}
         self._unknown: dict[str, int] = {}
         self.processed, self.duplicate = (self.result(each, ACK) for each in (Outcome.PROCESSED, Outcome.DUPLICATE))
         self.refused: BaseException | None = None
@@ -91,11 +91,11 @@ class Recording:
         self._tell_away_at = self._cannot_until = 0.0
 
     def result(self, outcome: Outcome, verdict: Verdict, *, in_handler: bool = False) -> Result:
-        """Make the result of a message for this handler. It is counted, unless the message waits for its key."""
-        counted = () if type(verdict) is WaitForKey else ((self._handler, outcome),)
+        """Make the result of a message for this handler. It is counted, unless the message stays in hand and runs again."""
+        counted = () if isinstance(verdict, (WaitForKey, WaitForStore)) else ((self._handler, outcome),)
         return Result(outcome, verdict, in_handler=in_handler, handlers=counted)
 
-    def again(self, work: Work, outcome: Outcome) -> Result:
+    def run_again(self, work: Work, outcome: Outcome) -> Result:
         """Nothing of this run is written down: run it again, without spending the broker's deliveries on it at first.
 
         At the broker's last delivery the message would be parked, and nothing would say what had failed.
@@ -105,36 +105,36 @@ class Recording:
 
     def came_before(self, message: Message, key: str) -> bool:
         """Whether the message came before. Only then can a failure row exist; others save the statement that closes it."""
-        return message.attempt > 1 or key in self._seen
+        return message.attempt > 1 or key in self._failed_keys
 
-    def succeeded(self, key: str) -> None:
+    def forget_failed(self, key: str) -> None:
         """Forget that this key failed in this process."""
-        self._seen.pop(key, None)
+        self._failed_keys.pop(key, None)
 
     # -- what could not be written ------------------------------------------------------------------------------------
 
     @property
-    def owes(self) -> bool:
+    def has_unrecorded(self) -> bool:
         """Whether anything is still to be recorded."""
-        return bool(self._owed)
+        return bool(self._pending)
 
-    def owed(self, key: str) -> Unrecorded | None:
+    def unrecorded(self, key: str) -> Unrecorded | None:
         """Return what is still to be recorded for this key."""
-        return self._owed.get(key)
+        return self._pending.get(key)
 
-    def is_owed(self, key: str, owner: str) -> bool:
+    def is_unrecorded(self, key: str, owner: str) -> bool:
         """Whether the claim that stands belongs to an attempt whose end is not known."""
-        owed = self._owed.get(key)
-        return owed is not None and owed.owner == owner
+        what = self._pending.get(key)
+        return what is not None and what.owner == owner
 
-    def owe(self, key: str, owed: Unrecorded) -> None:
+    def remember(self, key: str, what: Unrecorded) -> None:
         """Remember what is to be recorded. Never evicted: the message would be taken for a duplicate."""
-        self._owed[key] = owed
+        self._pending[key] = what
 
-    def paid(self, key: str) -> None:
+    def forget(self, key: str) -> None:
         """Forget it: it is recorded, or nothing was to be recorded."""
-        if self._owed:
-            self._owed.pop(key, None)
+        if self._pending:
+            self._pending.pop(key, None)
 
     def wait(
         self,
@@ -192,7 +192,7 @@ class Recording:
             if len(self._unknown) > _REMEMBERED:
                 self._unknown.clear()
             return self.wait(work, Outcome.UNKNOWN)
-        self.known(key)
+        self.commit_known(key)
         reason = (
             f"COMMIT was sent {times} times, and each time the connection ended without an answer and nothing of it was"
             f" there afterwards; the last time: {words}. Look for what ends it: a timeout of the server (wait_timeout,"
@@ -201,7 +201,7 @@ class Recording:
         )
         return self.record(work, error or Reject(reason), lambda attempts: Park("waiting", reason), counted=False)
 
-    def known(self, key: str) -> None:
+    def commit_known(self, key: str) -> None:
         """Reset the count: the end of this key's COMMIT is known. Only unknown ends in a row are counted."""
         if self._unknown:
             self._unknown.pop(key, None)
@@ -275,7 +275,7 @@ class Recording:
                     failure, tries = replace(failure, form=shorter), 1
                 else:
                     self._unrecorded(failure, problem)
-                    return self.again(work, outcome)
+                    return self.run_again(work, outcome)
         _log.log(
             logging.WARNING if counted else logging.INFO,
             "message_failed handler=%s key=%s attempts=%d next=%s error=%s: %s",
@@ -298,9 +298,9 @@ class Recording:
                 return self.result(outcome, ACK)  # stored with a time: the pump makes the next try, the broker none
             case ByBroker(delay):
                 if failure.key is not None:
-                    if len(self._seen) >= _REMEMBERED:
-                        self._seen.clear()
-                    self._seen[failure.key] = None
+                    if len(self._failed_keys) >= _REMEMBERED:
+                        self._failed_keys.clear()
+                    self._failed_keys[failure.key] = None
                 return self.result(outcome, Redeliver(delay))
 
     def _pause(self, tries: int) -> None:

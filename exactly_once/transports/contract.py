@@ -33,13 +33,14 @@ __all__ = [
 class Delivery:
     """A message that is in hand until it is settled, once.
 
-    `receipt` belongs to the transport (a receipt handle, a row id); nothing else reads it. `handler` is None for a broker's
-    delivery, which goes to every matching handler. It is a name if the failure store of `database` redelivers a message for that
-    handler alone. `unread` says why the body could not be read: the body is then kept as it came, and no handler runs.
+    `receipt_handle` belongs to the transport (a broker's receipt handle, a row id); nothing else reads it. `handler` is None
+    for a broker's delivery, which goes to every matching handler. It is a name if the failure store of `database` redelivers
+    a message for that handler alone. `unread` says why the body could not be read: the body is then kept as it came, and no
+    handler runs.
     """
 
     message: Message
-    receipt: Any
+    receipt_handle: Any
     handler: str | None = None
     unread: BadBody | None = None
     database: str | None = None
@@ -129,7 +130,7 @@ class Consumer(Protocol):
         due later. An unavailable broker is not an error: wait, reconnect, return nothing.
         """
 
-    def settle(self, verdicts: Sequence[tuple[Delivery, Settlement]]) -> None:
+    def settle(self, settlements: Sequence[tuple[Delivery, Settlement]]) -> None:
         """Carry out each settlement, in the order given.
 
         A settlement that fails is logged: its message comes back by itself. If ordered, `Redeliver` holds the key back from this

@@ -119,22 +119,22 @@ class Handoff:
                 return chosen
         return []
 
-    def settle(self, verdicts: Sequence[tuple[Delivery, Settlement]]) -> None:
+    def settle(self, settlements: Sequence[tuple[Delivery, Settlement]]) -> None:
         """Let the client's thread go, or keep it with its message until the delay has passed."""
         done: list[_Held] = []
         with self._lock:
             wake = bool(self._suspects) or self._alone
-            for delivery, verdict in verdicts:
-                held: _Held = delivery.receipt
+            for delivery, settlement in settlements:
+                held: _Held = delivery.receipt_handle
                 if held.place is None:
                     continue  # settled before; the contract says once, and a place in the journal has one owner
                 self._in_flight.give(held.place)
                 held.place = None
                 self._in_hand -= 1
-                if not isinstance(verdict, Redeliver):
+                if not isinstance(settlement, Redeliver):
                     done.append(held)
                 elif not self._stopped:
-                    heappush(self._later, (monotonic() + verdict.delay.total_seconds(), next(self._numbers), held))
+                    heappush(self._later, (monotonic() + settlement.delay.total_seconds(), next(self._numbers), held))
                     wake = True
             if not self._in_hand:
                 self._alone = False

@@ -242,24 +242,24 @@ class _MemoryConsumer:
             message = replace(message, attempt=entry.attempts)
         return Delivery(message, (queue, entry, holder))
 
-    def settle(self, verdicts: Sequence[tuple[Delivery, Settlement]]) -> None:
+    def settle(self, settlements: Sequence[tuple[Delivery, Settlement]]) -> None:
         with self._broker.changed:
-            for delivery, verdict in verdicts:
-                queue, entry, holder = delivery.receipt
+            for delivery, settlement in settlements:
+                queue, entry, holder = delivery.receipt_handle
                 if entry.holder is not holder:
                     continue  # it is settled, or its time was over and there is another delivery of it
                 entry.holder = None
-                if isinstance(verdict, Ack):
+                if isinstance(settlement, Ack):
                     del queue[entry]
                 else:
-                    entry.due = monotonic() + verdict.delay.total_seconds()
+                    entry.due = monotonic() + settlement.delay.total_seconds()
             self._broker.changed.notify_all()
 
     def extend(self, deliveries: Sequence[Delivery]) -> None:
         with self._broker.changed:
             due = monotonic() + self._invisible.total_seconds()
             for delivery in deliveries:
-                _, entry, holder = delivery.receipt
+                _, entry, holder = delivery.receipt_handle
                 if entry.holder is holder:
                     entry.due = due
 

@@ -78,7 +78,7 @@ class Lane:
         for delivery in deliveries:
             self.in_hand[delivery] = batch
 
-    def decide(self, delivery: Delivery, verdict: Settlement) -> bool:
+    def decide(self, delivery: Delivery, settlement: Settlement) -> bool:
         """Have the delivery settled with this settlement, unless it has one already. Never blocks.
 
         Returns:
@@ -86,7 +86,7 @@ class Lane:
         """
         if self.in_hand.pop(delivery, None) is None:
             return False
-        self.decided.put((delivery, verdict))
+        self.decided.put((delivery, settlement))
         return True
 
     def settle(self) -> None:
@@ -110,7 +110,7 @@ class Lane:
                     break
             if None in taken:
                 end = monotonic() + _LAST_WAIT_S
-            if batch := [verdict for verdict in taken if verdict is not None]:
+            if batch := [each for each in taken if each is not None]:
                 self._settle(batch)
 
     def _gather(self) -> None:
@@ -131,7 +131,7 @@ class Lane:
                 len(batch),
                 error=error,
             )
-        acked = sum(type(verdict) is Ack for _, verdict in batch)
+        acked = sum(type(settlement) is Ack for _, settlement in batch)
         self.acked += acked
         self.redelivered += len(batch) - acked
         self.settled += len(batch)

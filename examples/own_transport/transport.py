@@ -72,16 +72,16 @@ class FolderConsumer:
             self.stopped.wait(0.05)
         return []
 
-    def settle(self, verdicts: Sequence[tuple[Delivery, Settlement]]) -> None:
-        for delivery, verdict in verdicts:
-            if isinstance(verdict, Ack):
-                delivery.receipt.unlink(missing_ok=True)
+    def settle(self, settlements: Sequence[tuple[Delivery, Settlement]]) -> None:
+        for delivery, settlement in settlements:
+            if isinstance(settlement, Ack):
+                delivery.receipt_handle.unlink(missing_ok=True)
             else:
-                spool.later(delivery.receipt, verdict.delay)
+                spool.later(delivery.receipt_handle, settlement.delay)
 
     def extend(self, deliveries: Sequence[Delivery]) -> None:
         for delivery in deliveries:
-            spool.later(delivery.receipt, self.invisible)
+            spool.later(delivery.receipt_handle, self.invisible)
 
     def stop(self) -> None:
         self.stopped.set()

@@ -450,7 +450,7 @@ def test_a_refused_renewal_does_not_erase_the_receipt_handle(broker: Broker) -> 
             bare.change_invisible_duration(message, 24 * 3600)  # over the limit of 12 h
         assert not message.receipt_handle  # and it can be neither acknowledged nor renewed any more
         [delivery] = receive(ours)
-        grip = delivery.receipt
+        grip = delivery.receipt_handle
         before = grip.handle
         session = ours._member.session  # type: ignore[attr-defined]
         from exactly_once.transports.rocketmq5.answers import refused_renewals

@@ -64,12 +64,12 @@ __all__ = [
     "bounded",
     "busy_of",
     "driver_of",
-    "listen",
+    "ignore_driver_begin",
+    "note_driver_begin",
     "opened",
     "opening",
     "send",
     "template",
-    "unlisten",
 ]
 
 CLAIM: Final = (
@@ -159,8 +159,7 @@ _STATES: Final = {
     TransactionStatus.INERROR: State.ABORTED,
     TransactionStatus.UNKNOWN: State.ABORTED,
 }
-_BUSY: Final = frozenset({"55P03", "40001", "40P01"})
-_CUT: Final = "57014"  # query_canceled: statement_timeout, or somebody's pg_cancel_backend
+_CANCELED: Final = "57014"  # query_canceled: statement_timeout, or somebody's pg_cancel_backend
 # Classes of an ERROR after which the transaction is certainly gone. 40003 says itself that it does not know.
 _REFUSING_CLASSES: Final = frozenset({"21", "22", "23", "25", "2B", "40", "42", "44", "54", "55", "P0", "HV"})
 _READ_ONLY: Final = "25006"
@@ -185,16 +184,15 @@ _UNAVAILABLE: Final = frozenset(
 # connection_exception; insufficient_resources: disk, memory, connections, a configured limit; system_error: reading, writing.
 _UNAVAILABLE_CLASSES: Final = frozenset({"08", "53", "58"})
 _DISK_FULL: Final = "53100"
-_CANCELED: Final = "57014"  # by statement_timeout, or by somebody
 # untranslatable_character; character_not_in_repertoire.
 _UNSTORABLE: Final = frozenset({"22P05", "22021"})
 
 
 def busy_of(error: errors.Error) -> ClaimBusy | None:
     """Return ClaimBusy if an error of a claim means that another run holds the key; a claim waits for nothing else."""
-    if error.sqlstate == _CUT:
+    if error.sqlstate == _CANCELED:
         return ClaimBusy(again=False, cut=True)
-    return ClaimBusy(again=error.sqlstate != "55P03") if error.sqlstate in _BUSY else None
+    return ClaimBusy(again=error.sqlstate != "55P03") if error.sqlstate in contended.POSTGRESQL else None
 
 
 class _Learnt(NamedTuple):
@@ -405,10 +403,10 @@ class PostgreSQL:
                 send(driver, b"ROLLBACK TO SAVEPOINT %s" % savepoint_of(row.owner).encode())
             raise busy from error
         if not savepoint:
-            listen(driver)
+            note_driver_begin(driver)
             seen.begins(driver, begins, results)
         elif begin:
-            unlisten(driver)
+            ignore_driver_begin(driver)
         return bool(results[-3 if savepoint else -2].command_tuples)
 
     def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
@@ -418,7 +416,7 @@ class PostgreSQL:
             seen.vary()
         begins = opening(driver, seen)
         results = send(driver, begins)
-        listen(driver)
+        note_driver_begin(driver)
         seen.begins(driver, begins, results)
 
     def commit(
@@ -649,7 +647,7 @@ def _sqlstate(error: BaseException) -> str | None:
     return own.sqlstate if isinstance(own, errors.Error) else None
 
 
-def listen(driver: Any) -> None:
+def note_driver_begin(driver: Any) -> None:
     """From here on, show whether the driver begins a transaction: our transactions are begun by us.
 
     After a COMMIT or ROLLBACK on the driver itself, the driver sends BEGIN before its next statement. The transaction
@@ -659,7 +657,7 @@ def listen(driver: Any) -> None:
     driver._begin_statement = b""  # noqa: SLF001
 
 
-def unlisten(driver: Any) -> None:
+def ignore_driver_begin(driver: Any) -> None:
     """Mark that a transaction begun now is not one that a handler is given, so that it is not taken for a handler's."""
     driver._begin_statement = _begin(driver).rstrip(b";")  # noqa: SLF001  # what the driver itself would send
 

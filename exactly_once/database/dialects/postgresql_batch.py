@@ -19,7 +19,7 @@ from exactly_once.database.dialects.postgresql import (
     bounded,
     busy_of,
     driver_of,
-    listen,
+    note_driver_begin,
     opened,
     opening,
     send,
@@ -93,7 +93,7 @@ class Claims:
             if busy is None:
                 raise
             raise busy from error
-        listen(driver)
+        note_driver_begin(driver)
         seen.begins(driver, first, results)
         claimed = results[-2]
         if claimed.ntuples == len(rows):

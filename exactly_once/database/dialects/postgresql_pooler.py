@@ -15,7 +15,7 @@ from psycopg import errors
 from sqlalchemy import Engine
 
 from exactly_once.database.connections.pooler import IDLE_MS, LINK, SAID, Link
-from exactly_once.database.dialects.postgresql import DURABLE, Seen, driver_of, opening, send, unlisten
+from exactly_once.database.dialects.postgresql import DURABLE, Seen, driver_of, ignore_driver_begin, opening, send
 from exactly_once.database.errors.drivers_own import original
 from exactly_once.database.listeners import listen
 
@@ -106,5 +106,5 @@ class _Begin:
         text = opening(driver, self._seen) + DURABLE.encode()
         if not (driver.pgconn.parameter_status(b"DateStyle") or b"ISO").startswith(b"ISO"):
             text += _ISO
-        unlisten(driver)
+        ignore_driver_begin(driver)
         send(driver, text)

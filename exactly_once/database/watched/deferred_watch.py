@@ -15,7 +15,7 @@ from exactly_once.database.dialects.firsthand import moment, ready, varies
 from exactly_once.database.errors.interrupted import interrupted
 from exactly_once.database.errors.unreached import unreached
 from exactly_once.database.owner import new_owner
-from exactly_once.database.watched.watch import WATCHED, Shut, UnderLease, Watch, begin, elsewhere, let_go, over
+from exactly_once.database.watched.watch import WATCHED, Shut, UnderLease, Watch, attach, elsewhere, let_go, over
 from exactly_once.errors import Misuse
 
 __all__ = ["DeferredWatch"]
@@ -94,7 +94,7 @@ class DeferredWatch:
             raise
         dbapi = connection.connection.dbapi_connection
         self.watch = Watch(connection, dialect, dbapi, owner, held=held, trace=trace)
-        begin(session, self.watch)
+        attach(session, self.watch)
 
     def _begun_on(self, connection: Connection, owner: str, trace: Trace | None, *, exchange: bool, since: int) -> bool:
         """Begin the transaction. False: an earlier user had changed the connection, and it was exchanged for another.

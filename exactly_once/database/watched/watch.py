@@ -45,7 +45,7 @@ __all__ = [
     "TransactionEnd",
     "UnderLease",
     "Watch",
-    "begin",
+    "attach",
     "elsewhere",
     "flush",
     "let_go",
@@ -139,10 +139,10 @@ class Watch:
     """
 
     __slots__ = (
-        "at_return", "begun", "busy", "call", "changed", "committed", "connection", "current", "dbapi", "dialect",
+        "at_return", "busy", "call", "changed", "committed", "connection", "current", "dbapi", "dialect",
         "error", "held", "info", "last", "left", "left_open", "locked", "lost", "mark", "meanwhile", "met", "ours",
         "owner", "pooled", "refused", "replaced", "rolled_back", "root", "rows", "rows_as", "sent", "server_session",
-        "shut", "stopped", "streams", "trace", "whole"
+        "session_transaction", "shut", "stopped", "streams", "trace", "whole"
     )  # fmt: skip
 
     def __init__(
@@ -165,7 +165,7 @@ class Watch:
         self.root = connection.get_transaction()
         self.current: ClaimRow | None = None
         """In a batch: the message that is being handled; None while all are handled at once."""
-        self.begun: SessionTransaction | None = None
+        self.session_transaction: SessionTransaction | None = None
         self.left_open: SessionTransaction | None = None
         """The savepoint that the handler had left open when it returned, if `returned` was called."""
         self.at_return = False
@@ -373,7 +373,9 @@ class Watch:
             return self.ended()
         if state is State.CLOSED:
             return self.closed()
-        if session.get_transaction() is not self.begun:  # another transaction, on whatever connection; or none
+        if (
+            session.get_transaction() is not self.session_transaction
+        ):  # another transaction, on whatever connection; or none
             return self.leave(TransactionEnd.ROLLED_BACK, LEFT)
         return None
 
@@ -524,12 +526,12 @@ class Watch:
     def committing(self) -> None:
         """From here on COMMIT is ours. Hooks may still write; a later use that SQLAlchemy refuses is noted."""
         self.ours = True
-        if self.begun is not None:
+        if self.session_transaction is not None:
             # A private method of SQLAlchemy, which has no event for it. If it is renamed, SQLAlchemy refuses with its own text.
-            self.begun._raise_for_prerequisite_state = self._not_now  # type: ignore[assignment, method-assign]  # noqa: SLF001
+            self.session_transaction._raise_for_prerequisite_state = self._not_now  # type: ignore[assignment, method-assign]  # noqa: SLF001
 
     def _not_now(self, operation: str, state: Any) -> NoReturn:
-        begun = self.begun
+        begun = self.session_transaction
         assert begun is not None
         if state is not SessionTransactionState.PREPARED:
             type(begun)._raise_for_prerequisite_state(begun, operation, state)  # noqa: SLF001
@@ -586,8 +588,8 @@ class Watch:
         return self.met or Misuse(UNCOMMITTED)
 
     def _forget(self) -> None:
-        if self.begun is not None:  # it refers to us, and we to it: not left to garbage collection
-            self.begun.__dict__.pop("_raise_for_prerequisite_state", None)
+        if self.session_transaction is not None:  # it refers to us, and we to it: not left to garbage collection
+            self.session_transaction.__dict__.pop("_raise_for_prerequisite_state", None)
         for info in (
             self.info,
             self.pooled.info,
@@ -706,9 +708,9 @@ def elsewhere(session: Session, connection: Connection) -> str | None:
     return _ELSEWHERE.format(chosen=redacted(connection.engine.url), home=redacted(home.url))
 
 
-def begin(session: Session, watch: Watch) -> None:
+def attach(session: Session, watch: Watch) -> None:
     """Connect a session with its watch; the claim has begun its transaction."""
-    watch.begun = session.get_transaction()
+    watch.session_transaction = session.get_transaction()
     session.info[WATCHED] = watch
 
 

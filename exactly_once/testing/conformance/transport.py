@@ -284,9 +284,9 @@ class Listening:
 
     def _settle(self, consumer: Consumer, delivery: Delivery) -> None:
         try:
-            verdict = self._decide(delivery)
-            if verdict is not None:
-                consumer.settle([(delivery, verdict)])
+            settlement = self._decide(delivery)
+            if settlement is not None:
+                consumer.settle([(delivery, settlement)])
             with self._changed:  # a test may wait for what `decide` wrote down
                 self._changed.notify_all()
         except BaseException as error:

@@ -178,9 +178,9 @@ class RocketMQ4Consumer:
             self._join_group()
         return self._handoff.receive(limit, wait)
 
-    def settle(self, verdicts: Sequence[tuple[Delivery, Settlement]]) -> None:
+    def settle(self, settlements: Sequence[tuple[Delivery, Settlement]]) -> None:
         """Let native threads go with success, or keep them with their message until it is due again."""
-        self._handoff.settle(verdicts)
+        self._handoff.settle(settlements)
 
     def extend(self, deliveries: Sequence[Delivery]) -> None:
         """Never needed: see `invisible`."""

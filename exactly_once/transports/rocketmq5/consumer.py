@@ -114,22 +114,22 @@ class RocketMQ5Consumer:
                 return found
         return ()
 
-    def settle(self, verdicts: Sequence[tuple[Delivery, Settlement]]) -> None:
+    def settle(self, settlements: Sequence[tuple[Delivery, Settlement]]) -> None:
         """Carry out each settlement; acknowledgements share requests. See `contract.Consumer`."""
         session, topic = self._member.session, self._mine.topic
         if session is None:
-            if verdicts:
-                away = {"RocketMQ is away": [delivery.receipt.message_id for delivery, _ in verdicts]}
+            if settlements:
+                away = {"RocketMQ is away": [delivery.receipt_handle.message_id for delivery, _ in settlements]}
                 tell(topic, away, "settled")
             return
         acks: dict[Any, list[Grip]] = {}
         later: list[tuple[Grip, int]] = []
-        for delivery, verdict in verdicts:
-            grip: Grip = delivery.receipt
-            if isinstance(verdict, Ack):
+        for delivery, settlement in settlements:
+            grip: Grip = delivery.receipt_handle
+            if isinstance(settlement, Ack):
                 acks.setdefault(grip.endpoints, []).append(grip)
             else:
-                later.append((grip, _whole_seconds(verdict.delay)))
+                later.append((grip, _whole_seconds(settlement.delay)))
         parts = [all_[i : i + MOST_ENTRIES] for all_ in acks.values() for i in range(0, len(all_), MOST_ENTRIES)]
         # All are begun before any is awaited: one round trip to the broker, not one for each.
         acknowledged = [(part, begun(session.acknowledge, topic, part)) for part in parts]
@@ -139,7 +139,9 @@ class RocketMQ5Consumer:
 
     def extend(self, deliveries: Sequence[Delivery]) -> None:
         """Keep these invisible for another `invisible`; see `contract.Consumer`."""
-        self._hide([delivery.receipt for delivery in deliveries], _whole_seconds(self._invisible), "kept invisible")
+        self._hide(
+            [delivery.receipt_handle for delivery in deliveries], _whole_seconds(self._invisible), "kept invisible"
+        )
 
     def stop(self) -> None:
         """Hand out nothing more, and give back what was fetched; see `contract.Consumer`."""

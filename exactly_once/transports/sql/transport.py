@@ -326,23 +326,23 @@ class _SqlConsumer:
             connection.execute(sql.hold([row.id for row in rows], token, self._invisible))
         return rows
 
-    def settle(self, verdicts: Sequence[tuple[Delivery, Settlement]]) -> None:
+    def settle(self, settlements: Sequence[tuple[Delivery, Settlement]]) -> None:
         sql = self._database.sql
-        finished = [delivery.receipt for delivery, verdict in verdicts if isinstance(verdict, Ack)]
+        finished = [delivery.receipt_handle for delivery, settlement in settlements if isinstance(settlement, Ack)]
         again: dict[timedelta, list[tuple[int, str]]] = {}
-        for delivery, verdict in verdicts:
-            if not isinstance(verdict, Ack):
-                again.setdefault(verdict.delay, []).append(delivery.receipt)
+        for delivery, settlement in settlements:
+            if not isinstance(settlement, Ack):
+                again.setdefault(settlement.delay, []).append(delivery.receipt_handle)
         changes: list[Any] = [sql.finish(finished)] if finished else []
         changes += [sql.bring_again(held, delay) for delay, held in again.items()]
         # A crash before this transaction commits: all these messages come again when their invisible time is over.
-        self._change(changes, f"settle {len(verdicts)} messages; they come again by themselves")
+        self._change(changes, f"settle {len(settlements)} messages; they come again by themselves")
         if self._wanted.ordered or any(not delay for delay in again):
             self._bell.ring()  # the next message of the key is free now, or the same message
 
     def extend(self, deliveries: Sequence[Delivery]) -> None:
         if deliveries:
-            held = [delivery.receipt for delivery in deliveries]
+            held = [delivery.receipt_handle for delivery in deliveries]
             self._change([self._database.sql.extend(held, self._invisible)], f"extend {len(held)} messages")
 
     def stop(self) -> None:
