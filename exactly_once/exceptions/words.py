@@ -46,6 +46,7 @@ _NOT_THE_USERS: Final = tuple(
 _MOST_ERRORS: Final = 50  # in one chain; a cycle must not hang
 _MOST_MEMBERS: Final = 10  # of a group, in one text
 _MEMBER_CHARACTERS: Final = 300
+_MOST_CHARACTERS: Final = 65_536  # of a text that is looked through; a row keeps far fewer
 
 # The form in which SQLAlchemy and the drivers write their errors into a text; the same in every language.
 _CLASS_IN_TEXT: Final = re.compile(r"(\((?:[A-Za-z_]\w*\.)+[A-Za-z_]\w*\)) .*", re.DOTALL)
@@ -108,13 +109,23 @@ def _own_words(error: BaseException, beside: Sought | None = None) -> str:
             return _of_statement(error, _is_too_much(beside))
         if is_drivers(error):
             return of_driver(error)
-        words = struck(_without_values(str(error), error, beside))
+        words = struck(_without_values(_looked_through(str(error), error), error, beside))
         advice = advice_on(error)
         return f"{words} ({advice})".strip() if advice else words
     except KeyboardInterrupt:
         raise
     except BaseException as problem:  # noqa: BLE001, RUF100  (its own __str__, which may raise anything)
         return f"(its text cannot be read: {type(problem).__name__})"
+
+
+def _looked_through(text: str, error: BaseException) -> str:
+    """Return the part of a very long text that is looked through: none if it may repeat a value, whose end would be missed."""
+    if len(text) <= _MOST_CHARACTERS:
+        return text
+    part = (
+        _CUT if any(_behind(error)) else text[:_MOST_CHARACTERS].rpartition(" ")[0]
+    )  # not within a word: it may be a URL
+    return f"{part} [cut: the text has {len(text):,} characters]"
 
 
 def _is_too_much(values: Sought | None) -> bool:

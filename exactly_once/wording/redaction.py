@@ -6,6 +6,9 @@ redacted in the drivers' texts.
 
 An unescaped `&` in a secret of the query cuts it in two, and the rest is read as an option. What follows a secret there cannot be
 told from the secret, so it is not printed, and it is redacted in the driver's text about an unknown option.
+
+Libraries write the URLs of other services into their errors (`raise_for_status()` of an HTTP client does). In each text the
+secrets of all URLs are redacted, as far as they stand where a URL has them.
 """
 
 import re
@@ -25,6 +28,11 @@ _SECRET_NAME: Final = re.compile(
 _CUTS: Final = re.compile(r"[@:/?#&=\[\],]")
 _SHORT: Final = 4
 """A part with fewer characters is redacted only as a whole word: else each sentence would lose its letters."""
+# A scheme has few characters: without that limit a long text would be searched from each of its letters.
+_URL_IN_TEXT: Final = re.compile(
+    r"""(?<![\w+.-])([A-Za-z][\w+.-]{0,30}://)([^\s/?#'"<>]*@)?([^\s?'"<>]*\??)([^\s'"<>]*)"""
+)
+_PAIR: Final = re.compile(r"([^&=#?]+)=([^&#]*)")
 _remembered: set[str] = set()
 
 
@@ -100,18 +108,36 @@ def remember(url: str | _Url, read: str | None, parts: Iterable[str] = ()) -> No
 
 
 def struck(text: str) -> str:
-    """Return a driver's text without any part of the misread secrets.
+    """Return a driver's or a library's text without any part of the misread secrets, and without the secrets of URLs in it.
 
     Example:
         >>> remember("postgresql://me:pa@ss@db/shop", "pa")
         >>> struck("failed to resolve host 'ss@db'")
         "failed to resolve host '***@db'"
+        >>> struck("500 for url 'https://me:word@bank.test/v1?api_key=7&page=2'")
+        "500 for url 'https://me:***@bank.test/v1?api_key=***&page=2'"
     """
+    if "://" in text:
+        text = _URL_IN_TEXT.sub(_without_its_secrets, text)
     for part in sorted(_remembered, key=len, reverse=True):
         for form in {part, repr(part)[1:-1]}:  # as drivers quote it
             alone = rf"(?<!\w){re.escape(form)}(?!\w)"
             text = text.replace(form, HIDDEN) if len(form) >= _SHORT else re.sub(alone, HIDDEN, text)
     return text
+
+
+def _without_its_secrets(url: re.Match[str]) -> str:
+    scheme, userinfo, place, query = url.groups(default="")
+    user, colon, _ = userinfo.partition(":")
+    if colon:
+        userinfo = f"{user}:{HIDDEN}@"
+    elif userinfo and scheme.lower().startswith("http"):  # a token: nobody's name stands alone there
+        userinfo = f"{HIDDEN}@"
+    return f"{scheme}{userinfo}{place}{_PAIR.sub(_pair_without_secret, query)}"
+
+
+def _pair_without_secret(pair: re.Match[str]) -> str:
+    return f"{pair[1]}={HIDDEN}" if _is_secret(unquote(pair[1])) else pair[0]
 
 
 def _text_of(url: str | _Url) -> str:

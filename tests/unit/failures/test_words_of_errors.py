@@ -286,6 +286,58 @@ def raised(error: BaseException, cause: BaseException | None = None) -> BaseExce
         return caught
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "Server error '500' for url 'https://me:hunter2@bank.test/v1?api_key=k1&page=2'",
+            "Server error '500' for url 'https://me:***@bank.test/v1?api_key=***&page=2'",
+        ),
+        (
+            "clone of https://ghp_abc123@example.test/shop.git failed",
+            "clone of https://***@example.test/shop.git failed",
+        ),
+        ("redis://:s3cret@cache:6379/0 refused", "redis://:***@cache:6379/0 refused"),
+        ("(amqps://me:p@ss@mq:5671/) timed out", "(amqps://me:***@mq:5671/) timed out"),
+        (
+            "GET http://x.test/cb?state=1&access_token=t0k#top: 401",
+            "GET http://x.test/cb?state=1&access_token=***#top: 401",
+        ),
+        (
+            "https://a.test/?X-Amz-Signature=abc&X-Amz-Date=2 late",
+            "https://a.test/?X-Amz-Signature=***&X-Amz-Date=2 late",
+        ),
+        # no secret stands in these
+        ("http://registry:4873/@scope/pkg: 404", "http://registry:4873/@scope/pkg: 404"),
+        ("see https://shop.test/orders?figure=1&no=7 or mail me@shop.test", None),
+        ("postgresql://me@db:5432/shop: refused", None),
+    ],
+)
+def test_a_secret_in_a_url_that_a_library_writes_into_its_error_is_not_told(text: str, says: str | None) -> None:
+    error = RuntimeError(text)
+    assert words_of(error) == (text if says is None else says)
+    assert (text if says is None else says) in trace_of(error)
+    assert (text if says is None else says) in words_of(ExceptionGroup("calls", [error]))
+
+
+def test_a_text_of_many_megabytes_is_told_in_part_and_soon() -> None:
+    began = process_time()
+    told = words_of(ValueError("no such article: " + "body " * 6_000_000))
+    assert process_time() - began < 1
+    assert told.startswith("no such article: body body")
+    assert len(told) < 100_000
+    assert "30,000,017 characters" in told
+
+
+def test_of_a_text_of_many_megabytes_behind_a_database_error_nothing_is_told() -> None:
+    """Where a value ends that it repeats cannot be seen in a part of it."""
+    value = "4111111111111111 " * 100_000
+    behind = IntegrityError("INSERT INTO card VALUES (:a)", {"a": value}, Exception("refused"))
+    told = words_of(raised(ValueError(f"could not keep {value}"), behind))
+    assert "4111" not in told
+    assert "cut" in told
+
+
 def test_a_traceback_names_every_line_and_no_value() -> None:
     database = raised(statement_error(pymysql.err.IntegrityError(1062, f"Duplicate entry '{CARD}' for key 'no'")))
     group = ExceptionGroup("several", [database, ValueError("other")])  # type: ignore[list-item]
