@@ -2,7 +2,7 @@
 
 A profiler hook records the file of each call into the package, in every thread, from the receive of one message to the end of its
 settlement, over `memory://` and a SQLite file. Another message of the same trip goes first, so that work done once in a process
-is not counted.
+is not counted; and of several trips the shortest counts, for the pump may have taken the connection that was used before.
 """
 
 import sys
@@ -91,42 +91,43 @@ def _lease(eo: ExactlyOnce) -> None:
         steps.run("charge", lambda key: 1)
 
 
-TRIPS: Final[dict[str, tuple[Callable[[ExactlyOnce], None], Sequence[int], Sequence[int]]]] = {
-    "one message, sync": (_sync, [1], [2]),
-    "async": (_async, [1], [2]),
-    "batch of 3": (_batch, [1, 2, 3], [4, 5, 6]),
-    "failure, parked": (_parked, [1], [2]),
-    "duplicate": (_sync, [1, 1], [1]),
-    "lease and one step": (_lease, [1], [2]),
+TRIPS: Final[dict[str, tuple[Callable[[ExactlyOnce], None], int, bool]]] = {
+    "one message, sync": (_sync, 1, True),
+    "async": (_async, 1, True),
+    "batch of 3": (_batch, 3, True),
+    "failure, parked": (_parked, 1, True),
+    "duplicate": (_sync, 1, False),
+    "lease and one step": (_lease, 1, True),
 }
-"""For each trip: the handler, the messages that go first, the messages of the trip."""
+"""For each trip: the handler, how many messages go together, and whether they are new."""
+_TIMES: Final = 4
 
 
-def travel(register: Callable[[ExactlyOnce], None], before: Sequence[int], numbers: Sequence[int], folder: Path) -> Way:
-    """Send messages through a worker, and record the way of the last ones."""
-    way, url = Way(), f"sqlite:///{folder}/trace.db"
+def travel(register: Callable[[ExactlyOnce], None], together: int, new: bool, folder: Path) -> Way:
+    """Send messages through a worker, and record the shortest way."""
+    way, url, ways = Way(), f"sqlite:///{folder}/trace.db", list[Way]()
     upgrade(url)
     eo = ExactlyOnce(url, group="trace")
     register(eo)
     threading.setprofile(way.note)
     try:
         with eo.worker("memory://trace", concurrency=1) as worker, eo.producer("memory://trace") as producer:
-            producer.send_all([_message(number) for number in before])
-            worker.drain(MOST)
-            way.calls.clear()
-            producer.send_all([_message(number) for number in numbers])
-            worker.drain(MOST)
+            for turn in range(_TIMES + 1):
+                way.calls = {}
+                producer.send_all([_message(number + turn * together * new) for number in range(together)])
+                worker.drain(MOST)
+                ways.append(Way(way.calls))
     finally:
         threading.setprofile(None)
-    return way
+    return min(ways[1:], key=lambda way: way.changes)
 
 
 def main() -> None:
     """Print the table, or with a trip's name its files in the order entered."""
     print("| trip | files entered | changes of file |\n|---|---|---|")
-    for name, (register, before, numbers) in TRIPS.items():
+    for name, (register, together, new) in TRIPS.items():
         with TemporaryDirectory() as folder:
-            way = travel(register, before, numbers, Path(folder))
+            way = travel(register, together, new, Path(folder))
         print(f"| {name} | {len(way.files)} | {way.changes} |")
         if name in sys.argv[1:]:
             print(*way.files, sep="\n")

@@ -11,7 +11,8 @@ from sqlalchemy import Connection, make_url
 from sqlalchemy.schema import CreateSchema
 
 from exactly_once.alembic.lock import schema_lock, with_connection
-from exactly_once.alembic.versions import VERSION_TABLE, refuse_strangers, sweep
+from exactly_once.alembic.version_table import VERSION_TABLE
+from exactly_once.alembic.versions import refuse_strangers, sweep
 from exactly_once.configuration.config import load
 from exactly_once.database.schema import tables
 from exactly_once.errors import ConfigurationError

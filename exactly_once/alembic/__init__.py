@@ -14,7 +14,7 @@ Importing this module costs nothing: Alembic and SQLAlchemy are imported when a 
 """
 
 from exactly_once.alembic.migrate import check, current, downgrade, head, include_name, revision, sql, upgrade
-from exactly_once.alembic.versions import VERSION_TABLE
+from exactly_once.alembic.version_table import VERSION_TABLE
 
 __all__ = [
     "VERSION_TABLE",

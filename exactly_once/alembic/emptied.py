@@ -7,7 +7,7 @@ Decides nothing else. Called by `check`, `climb`, and the command line.
 
 from typing import TYPE_CHECKING
 
-from exactly_once.alembic.versions import HEAD, TABLES, VERSION_TABLE, name_of, recorded
+from exactly_once.alembic.version_table import HEAD, TABLES, VERSION_TABLE, name_of, recorded
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection

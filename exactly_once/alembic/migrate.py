@@ -8,16 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from exactly_once.alembic.versions import (
-    HEAD,
-    TABLES,
-    climb,
-    descend,
-    name_of,
-    operations_on,
-    recorded,
-    write,
-)
+from exactly_once.alembic.version_table import HEAD, TABLES, name_of, recorded
+from exactly_once.alembic.versions import climb, descend, operations_on, write
 from exactly_once.errors import ConfigurationError
 from exactly_once.wording.redaction import redacted
 

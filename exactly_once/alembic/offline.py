@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from exactly_once.alembic.versions import HEAD, TABLES, VERSION_TABLE, name_of, write
+from exactly_once.alembic.version_table import HEAD, TABLES, VERSION_TABLE, name_of
+from exactly_once.alembic.versions import write
 from exactly_once.errors import ConfigurationError
 from exactly_once.wording.text import stopped
 

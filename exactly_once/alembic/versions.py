@@ -7,47 +7,24 @@ user's migration that called us, or another thread, would lose its own. Inside a
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-from exactly_once.database.errors.unusable import nameless, no_schemas
+from exactly_once.alembic import emptied
+from exactly_once.alembic.version_table import HEAD, TABLES, VERSION_TABLE, name_of, recorded, version_table
 from exactly_once.errors import SchemaError
 from exactly_once.wording.redaction import redacted
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Table
+    from sqlalchemy import Connection
 
 __all__ = [
-    "HEAD",
-    "TABLES",
-    "VERSION_TABLE",
     "climb",
     "descend",
-    "name_of",
     "operations_on",
-    "recorded",
     "refuse_strangers",
     "sweep",
     "write",
 ]
-
-VERSION_TABLE: Final = "exactly_once_version"
-HEAD: Final = 2
-TABLES: Final = frozenset(
-    {
-        "message_idempotent",
-        "message_step",
-        "message_failure",
-        "message_outbox",
-        "message_queue",
-        "message_queue_group",
-        "message_cutover",
-        VERSION_TABLE,
-    }
-)
-
-
-def name_of(version: int) -> str:
-    return f"{version:04d}"
 
 
 def _folder() -> Path:
@@ -90,11 +67,10 @@ def climb(operations: Any, schema: str | None, target: int) -> None:
 
 def _put_back(connection: "Connection", schema: str | None) -> int:
     """If the row of the version was deleted, restore it and return the version; 0 if there are no tables of ours."""
-    from exactly_once.alembic import emptied
     from exactly_once.database.errors.not_made import upgrade_command
 
     if emptied.emptied_of_head(connection, schema):
-        connection.execute(_version_table(schema).insert().values(version_num=name_of(HEAD)))
+        connection.execute(version_table(schema).insert().values(version_num=name_of(HEAD)))
         return HEAD
     if emptied.emptied(connection, schema):
         place = redacted(connection.engine.url)
@@ -116,23 +92,10 @@ def descend(operations: Any, schema: str | None, target: int) -> None:
         _step_down(operations, schema, version)
 
 
-def recorded(connection: "Connection", schema: str | None) -> int | None:
-    dialect = connection.dialect
-    if schema is None and dialect.name in ("mysql", "mariadb") and dialect.default_schema_name is None:
-        raise nameless(connection.engine.url)
-    if schema is not None and dialect.name == "sqlite" and schema not in dialect.get_schema_names(connection):
-        raise no_schemas(schema)  # nor is it the name of an attached file
-    # The catalog is asked first: on PostgreSQL a failed SELECT would abort the caller's transaction.
-    if not dialect.has_table(connection, VERSION_TABLE, schema=schema):
-        return None
-    found = connection.execute(_version_table(schema).select()).scalar()
-    return int(found) if found is not None else None
-
-
 def _step_up(operations: Any, schema: str | None, version: int) -> None:
     from sqlalchemy.schema import CreateTable
 
-    table = _version_table(schema)
+    table = version_table(schema)
     if version == 1:
         operations.execute(CreateTable(table, if_not_exists=True))
     _migration(version).upgrade(schema=schema, operations=operations)
@@ -147,7 +110,7 @@ def _step_up(operations: Any, schema: str | None, version: int) -> None:
 def _step_down(operations: Any, schema: str | None, version: int) -> None:
     from sqlalchemy.schema import DropTable
 
-    table = _version_table(schema)
+    table = version_table(schema)
     # Recorded first: if the run is killed after this, MySQL has lost some tables, and an upgrade must know that it
     # has to make them.
     if version == 1:
@@ -170,19 +133,6 @@ def _migration(version: int) -> Any:
     from alembic.script import ScriptDirectory
 
     return ScriptDirectory(str(_folder())).get_revision(name_of(version)).module
-
-
-def _version_table(schema: str | None) -> "Table":
-    # In the form of Alembic's own, so that either may write it.
-    from sqlalchemy import Column, MetaData, PrimaryKeyConstraint, String, Table
-
-    return Table(
-        VERSION_TABLE,
-        MetaData(),
-        Column("version_num", String(32), nullable=False),
-        PrimaryKeyConstraint("version_num", name=f"{VERSION_TABLE}_pkc"),
-        schema=schema,
-    )
 
 
 def refuse_strangers(connection: "Connection", schema: str | None) -> None:
@@ -212,4 +162,4 @@ def sweep(connection: "Connection", schema: str | None) -> None:
     if recorded(connection, schema) is None and TABLES & set(inspect(connection).get_table_names(schema=schema)) == {
         VERSION_TABLE
     }:
-        _version_table(schema).drop(connection)
+        version_table(schema).drop(connection)

@@ -19,7 +19,7 @@ from exactly_once import alembic
 from exactly_once.alembic.emptied import emptied_of_head
 from exactly_once.alembic.lock import with_connection
 from exactly_once.alembic.offline import histories_that_show_our_tables, shows_our_tables
-from exactly_once.alembic.versions import VERSION_TABLE
+from exactly_once.alembic.version_table import VERSION_TABLE
 from exactly_once.configuration.config import Config, load
 from exactly_once.database.driver_choice import check_driver
 from exactly_once.database.errors.not_made import no_file, of_the_settings

@@ -19,18 +19,16 @@ COMMIT.
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Generator, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
-from selectors import EVENT_READ, DefaultSelector
 from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 import psycopg
-from psycopg import AsyncClientCursor, AsyncConnection, ClientCursor, errors, generators
-from psycopg.pq import Escaping, ExecStatus, TransactionStatus
+from psycopg import AsyncClientCursor, AsyncConnection, ClientCursor, errors
+from psycopg.pq import Escaping, TransactionStatus
 from sqlalchemy import Connection, Insert, Update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -41,6 +39,26 @@ from exactly_once.database.connections.pooler import LINK, Link
 from exactly_once.database.dialects.contract import LEARNT, ClaimBusy, ErrorKind, Gone, State, Trace, Trail
 from exactly_once.database.dialects.firsthand import varies
 from exactly_once.database.dialects.keywords import Read, reader
+from exactly_once.database.dialects.postgresql_pooler import look
+from exactly_once.database.dialects.postgresql_settings import (
+    DURABLE,
+    SessionSettings,
+    limits,
+    opened,
+    opening,
+)
+from exactly_once.database.dialects.postgresql_wire import (
+    driver_begun,
+    driver_of,
+    encoding_of,
+    ignore_driver_begin,
+    note_driver_begin,
+    refuse_autocommit,
+    send,
+    speaks_utf8,
+    template,
+    user_of,
+)
 from exactly_once.database.dialects.statements import POSTGRESQL
 from exactly_once.database.errors import contended
 from exactly_once.database.errors.drivers_own import original
@@ -48,29 +66,7 @@ from exactly_once.database.errors.whose import mark_origin
 from exactly_once.database.owner import savepoint_of
 from exactly_once.errors import ConfigurationError, Misuse
 
-__all__ = [
-    "AS_OUR_USER",
-    "BOUND",
-    "BOUND_IN_OPEN",
-    "CLAIM",
-    "DURABLE",
-    "EXECUTE",
-    "IN_OUR_NAME",
-    "KNOWN",
-    "LOOK",
-    "OWN_ROLE",
-    "PostgreSQL",
-    "Seen",
-    "bounded",
-    "busy_of",
-    "driver_of",
-    "ignore_driver_begin",
-    "note_driver_begin",
-    "opened",
-    "opening",
-    "send",
-    "template",
-]
+__all__ = ["CLAIM", "EXECUTE", "KNOWN", "LOOK", "PostgreSQL", "busy_of"]
 
 CLAIM: Final = (
     "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, message_content, fingerprint,"
@@ -84,15 +80,6 @@ EXECUTE: Final = (
     " {retry_times}, {owner}, {born_at})"
 )
 TYPES: Final = "text, text, text, text, bytea, bytea, integer, text, timestamptz"
-# In a transaction of our own we know the session's setting; in one that is already open, the setting may be another.
-BOUND: Final = ("SET LOCAL lock_timeout = {wait_ms};", ";SET LOCAL lock_timeout = {own_wait}")
-BOUND_IN_OPEN: Final = (
-    (
-        "SELECT set_config('exactly_once.lock_timeout', current_setting('lock_timeout'), true),"
-        " set_config('lock_timeout', '{wait_ms}', true);"
-    ),
-    ";SELECT set_config('lock_timeout', current_setting('exactly_once.lock_timeout'), true)",
-)
 LOOK: Final = (
     "SELECT setting, reset_val, current_setting('role'), current_setting('synchronous_commit'),"
     " current_setting('statement_timeout'),"
@@ -105,37 +92,10 @@ LOOK: Final = (
 )
 LIMIT: Final = "SELECT pg_catalog.current_setting('statement_timeout')"
 _LENT_LIMIT: Final = b"ROLLBACK;BEGIN;SELECT setting <> reset_val FROM pg_settings WHERE name = 'statement_timeout'"
-# A role that the handler has set (by SET LOCAL ROLE, or by a function) is not ours.
-IN_OUR_NAME: Final = (
-    (
-        "SELECT pg_catalog.set_config('exactly_once.role', pg_catalog.current_setting('role'), true),"
-        " pg_catalog.set_config('role', {role}, true);"
-    ),
-    ";SELECT pg_catalog.set_config('role', pg_catalog.current_setting('exactly_once.role'), true)",
-)
-# The same if the handler has also set another user for its session. Setting the user resets the role, so the user comes first.
-AS_OUR_USER: Final = (
-    (
-        "SELECT pg_catalog.set_config('exactly_once.role', pg_catalog.current_setting('role'), true),"
-        " pg_catalog.set_config('session_authorization', {user}, true), pg_catalog.set_config('role', {role}, true);"
-    ),
-    (
-        ";SELECT pg_catalog.set_config('session_authorization', {theirs}, true),"
-        " pg_catalog.set_config('role', pg_catalog.current_setting('exactly_once.role'), true)"
-    ),
-)
-# If the application sets a role for each transaction, our role is the one with which this transaction began. It
-# is read with BEGIN and kept in this process: a value kept in a setting would be lost by the handler's RESET ALL.
-OWN_ROLE: Final = "SELECT pg_catalog.current_setting('role');"
 # For a statement with keys: the handler may have set another client encoding for its own statements.
 IN_UTF8: Final = (
     b"SELECT pg_catalog.set_config('client_encoding', 'UTF8', true)",
     b";SELECT pg_catalog.set_config('client_encoding', '%s', true)",
-)
-# Stronger values stay, and so do `local` and `remote_write`: they keep acknowledged commits when this server stops.
-DURABLE: Final = (
-    "SELECT pg_catalog.set_config('synchronous_commit', 'on', true)"
-    " WHERE pg_catalog.current_setting('synchronous_commit') = 'off';"
 )
 KNOWN: Final = (
     "SELECT status, encode(fingerprint, 'hex'), owner FROM {table}"
@@ -145,7 +105,6 @@ KNOWN: Final = (
 _VALUES: Final = (
     "group", "handler", "key", "message_id", "content", "fingerprint", "retry_times", "owner", "born_at"
 )  # fmt: skip
-_UTF8: Final = frozenset({b"UTF8", b"UNICODE"})
 # After these we do not know whether COMMIT happened: the connection ended, or the error is not the server's.
 _UNSURE: Final = ("08", "40003", "57P", "58")
 _NOTICED_S: Final = 1.0  # seconds; who waits for a connection that is cut sees it at once
@@ -211,56 +170,6 @@ class _Learnt(NamedTuple):
     """It was in a transaction that others had begun, so it may have reported what they set for that transaction alone."""
 
 
-@dataclass(slots=True)
-class Seen:
-    """What a connection reported when we first saw it."""
-
-    own_wait: bytes
-    role: bytes
-    """The role for what we write in our name, as the server reads it."""
-    user: bytes | None
-    """The session's user as the server reports it; None if it does not."""
-    prepared: bool
-    encoding: bytes | None
-    """The client encoding at that time."""
-    limit: bytes | None
-    """The longest that a statement may take."""
-    settings: bytes
-    """Sent with BEGIN: see `Link.settings`, and `vary`."""
-    varies: bool = False
-    """Role and lock limit differ between transactions: each transaction keeps those it began with, and finds them again."""
-
-    def vary(self) -> None:
-        """Do not use the learnt role and lock limit any more: the application sets them for each transaction."""
-        if not self.varies:
-            self.varies, self.role, self.settings = True, _ROLE_NOW, self.settings + _OWN_ROLE
-
-    def begins(self, driver: Any, first: bytes, results: Sequence[Any]) -> None:
-        """Learn from the answers the role with which the transaction began, which is our role in it.
-
-        Args:
-            driver: The driver's connection.
-            first: What was sent first, as returned by `opening` or `opened`.
-            results: The answers.
-        """
-        if self.varies:
-            answer = results[
-                first.count(b";") - 1
-            ]  # no string sent with BEGIN contains ";"; this is its last statement
-            self.role = Escaping(driver.pgconn).escape_literal(answer.get_value(0, 0) or b"none")
-            self.user = _user(driver)
-
-    def as_ours(self, driver: Any) -> tuple[bytes, bytes]:
-        """Return what goes before and after a statement that we write in our name in the handler's transaction."""
-        if self.varies and _replaced(driver):  # it did not begin with a claim: its present role is ours
-            return _IN_OUR_NAME[0] % _ROLE_NOW, _IN_OUR_NAME[1]
-        theirs = _user(driver)
-        if theirs == self.user or theirs is None or self.user is None:
-            return _IN_OUR_NAME[0] % self.role, _IN_OUR_NAME[1]
-        quote = Escaping(driver.pgconn).escape_literal
-        return _AS_OUR_USER[0] % (quote(self.user), self.role), _AS_OUR_USER[1] % quote(theirs)
-
-
 class PostgreSQL:
     """See the module."""
 
@@ -302,18 +211,16 @@ class PostgreSQL:
         results = send(driver, b"BEGIN;" + LOOK.encode() + b";ROLLBACK" if begin else LOOK.encode())
         told = [results[1 if begin else 0].get_value(0, n) for n in range(6)]
         waits, waits_by_default, role, durable, limit, role_by_default = told
-        return _Learnt(waits, waits_by_default, role, role_by_default, durable, limit, _encoding(driver), not begin)
+        return _Learnt(waits, waits_by_default, role, role_by_default, durable, limit, encoding_of(driver), not begin)
 
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int, varies: bool = False) -> None:
-        from exactly_once.database.dialects.postgresql_pooler import look
-
         driver = driver_of(dbapi)
-        _refuse_autocommit(driver)
+        refuse_autocommit(driver)
         # For a connection that was made before we saw its engine. From here on neither psycopg nor we prepare statements on it.
         link = info.get(LINK) or look(dbapi, info)
         told: _Learnt | None = info.get(LEARNT)
-        encoding = _encoding(driver)
-        if not _speaks_utf8(encoding) and encoding != b"SQL_ASCII":
+        encoding = encoding_of(driver)
+        if not speaks_utf8(encoding) and encoding != b"SQL_ASCII":
             raise ConfigurationError(
                 f"The connection's client_encoding is {(encoding or b'?').decode()}; business keys are compared as UTF-8."
                 " Take client_encoding out of the engine's connect_args, or set it to utf8."
@@ -322,13 +229,13 @@ class PostgreSQL:
         begin = driver.pgconn.transaction_status == TransactionStatus.IDLE
         varies = varies or learnt.open
         durable = self.durable if varies else b"SET LOCAL synchronous_commit = on;"
-        seen = info[self.kept_as] = Seen(
+        seen = info[self.kept_as] = SessionSettings(
             # DEFAULT, so that it follows the server's configuration.
             own_wait=b"DEFAULT" if link.pooled or learnt.waits == learnt.waits_by_default else b"%s" % learnt.waits,
             role=Escaping(driver.pgconn).escape_literal(
                 (learnt.role_by_default if link.pooled else learnt.role) or b"none"
             ),
-            user=_user(driver),
+            user=user_of(driver),
             prepared=begin and driver.prepare_threshold is not None and self._is_prepared(driver),
             encoding=learnt.encoding,
             limit=learnt.limit,
@@ -339,7 +246,7 @@ class PostgreSQL:
 
     def strange(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
         driver = driver_of(dbapi)
-        return bool(driver.autocommit) or _encoding(driver) != info[self.kept_as].encoding
+        return bool(driver.autocommit) or encoding_of(driver) != info[self.kept_as].encoding
 
     def _is_prepared(self, driver: Any) -> bool:
         try:
@@ -356,9 +263,9 @@ class PostgreSQL:
         self, dbapi: Any, info: MutableMapping[Any, Any], row: ClaimRow, *, wait_ms: int, savepoint: bool
     ) -> bool:
         driver = driver_of(dbapi)
-        _refuse_autocommit(driver)
+        refuse_autocommit(driver)
         pgconn = driver.pgconn
-        seen: Seen = info[self.kept_as]
+        seen: SessionSettings = info[self.kept_as]
         begin = pgconn.transaction_status == TransactionStatus.IDLE
         quote = Escaping(pgconn).escape_literal
         values = (
@@ -378,12 +285,9 @@ class PostgreSQL:
             save, release = b"SAVEPOINT %s;" % name, b";RELEASE SAVEPOINT %s" % name
         durable = self.durable if savepoint else b""
         begins = first = opening(driver, seen) if begin else b"" if savepoint else opened(seen)
-        if begin and not seen.varies:
-            first += durable + save + _BOUND % wait_ms
-            last = _UNBOUND % seen.own_wait + release
-        else:
-            first += durable + save + _BOUND_IN_OPEN % wait_ms
-            last = _UNBOUND_IN_OPEN + release
+        limit, unlimit = limits(seen, wait_ms, begins=begin)
+        first += durable + save + limit
+        last = unlimit + release
         # A prepared statement belongs to the connection. In a transaction that is already open, a missing one would abort it.
         prepared = begin and seen.prepared
         text = first + (self._prepared[1] if prepared else self._claim) % values + last
@@ -411,7 +315,7 @@ class PostgreSQL:
 
     def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
         driver = driver_of(dbapi)
-        seen: Seen = info[self.kept_as]
+        seen: SessionSettings = info[self.kept_as]
         if driver.pgconn.transaction_status != TransactionStatus.IDLE:  # a hook of the application has sent something
             seen.vary()
         begins = opening(driver, seen)
@@ -429,7 +333,7 @@ class PostgreSQL:
         send_commit: Callable[[], None],
     ) -> None:
         driver = driver_of(dbapi)
-        if _replaced(driver):
+        if driver_begun(driver):
             raise Gone
         # Not the driver's own COMMIT: the statement that makes it durable travels with it. After a crash before
         # the answer, a look-up tells.
@@ -447,7 +351,7 @@ class PostgreSQL:
 
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
         # No procedure or function can end the transaction block in which it is called (2D000); a call on the driver can.
-        return False if _replaced(driver_of(dbapi)) else None
+        return False if driver_begun(driver_of(dbapi)) else None
 
     def rows_as(self, dbapi: Any) -> tuple[Any, ...]:
         driver = driver_of(dbapi)
@@ -482,7 +386,7 @@ class PostgreSQL:
         return True
 
     def sent_since(self, dbapi: Any, mark: Any) -> bool:
-        return _replaced(driver_of(dbapi))
+        return driver_begun(driver_of(dbapi))
 
     def read_claim(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> ExistingClaim | None:
         driver = driver_of(dbapi)
@@ -540,12 +444,12 @@ class PostgreSQL:
             if self.kept_as not in connection.info:  # after a duplicate: nothing was claimed on this connection
                 used = connection.connection.dbapi_connection
                 self.prepare(used, connection.info, wait_ms=0, varies=varies(connection))
-            seen: Seen = connection.info[self.kept_as]
+            seen: SessionSettings = connection.info[self.kept_as]
             first, behind = seen.as_ours(driver)
             last = [behind]
         cursor = (AsyncClientCursor if isinstance(driver, AsyncConnection) else ClientCursor)(driver)
         try:
-            if not _speaks_utf8(spoken := _encoding(driver)):
+            if not speaks_utf8(spoken := encoding_of(driver)):
                 # The handler has set another encoding. Needs a round trip of its own: the server reads a whole
                 # text in one encoding.
                 send(driver, IN_UTF8[0] if last else IN_UTF8[0].replace(b"true", b"false"))
@@ -624,141 +528,9 @@ def _may_write(driver: Any, *, pooled: bool) -> bool:
     return all(driver.pgconn.parameter_status(name) == b"off" for name in names)
 
 
-def _encoding(driver: Any) -> bytes | None:
-    """Return this connection's client encoding. The server reports each change of it, so this asks nothing."""
-    told: bytes | None = driver.pgconn.parameter_status(b"client_encoding")
-    return told
-
-
-def _user(driver: Any) -> bytes | None:
-    """Return the session's user. The server reports it like the encoding; a pooler need not forward it."""
-    told: bytes | None = driver.pgconn.parameter_status(b"session_authorization")
-    return told
-
-
-def _speaks_utf8(encoding: bytes | None) -> bool:
-    return (
-        encoding in _UTF8 or (encoding or b"").upper().replace(b"-", b"") in _UTF8
-    )  # a pooler repeats what the client wrote
-
-
 def _sqlstate(error: BaseException) -> str | None:
     own = original(error)  # an attribute of another exception may be anything
     return own.sqlstate if isinstance(own, errors.Error) else None
-
-
-def note_driver_begin(driver: Any) -> None:
-    """From here on, show whether the driver begins a transaction: our transactions are begun by us.
-
-    After a COMMIT or ROLLBACK on the driver itself, the driver sends BEGIN before its next statement. The transaction
-    looks open, and is not ours. But the driver keeps the text of its BEGIN once it has made one. Looking there
-    costs nothing; to ask the server would cost each message one more statement.
-    """
-    driver._begin_statement = b""  # noqa: SLF001
-
-
-def ignore_driver_begin(driver: Any) -> None:
-    """Mark that a transaction begun now is not one that a handler is given, so that it is not taken for a handler's."""
-    driver._begin_statement = _begin(driver).rstrip(b";")  # noqa: SLF001  # what the driver itself would send
-
-
-def _replaced(driver: Any) -> bool:
-    return bool(driver._begin_statement)  # noqa: SLF001
-
-
-def opening(driver: Any, seen: Seen) -> bytes:
-    """Return the text that begins a transaction of ours on this connection."""
-    _refuse_autocommit(driver)
-    return _begin(driver) + seen.settings
-
-
-def opened(seen: Seen) -> bytes:
-    """The same if a listener or a hook of the application has begun it: what they set for it counts as its beginning."""
-    seen.vary()
-    return _OWN_ROLE
-
-
-def bounded(text: bytes, seen: Seen, wait_ms: int, *, begins: bool = True) -> bytes:
-    """Limit the lock waits of a statement, and restore the session's own limit for the handler.
-
-    Args:
-        text: The statement.
-        seen: What is known of the connection.
-        wait_ms: The limit.
-        begins: It is the first in a transaction of ours; else a limit may have been set in it before.
-    """
-    if seen.varies or not begins:
-        return _BOUND_IN_OPEN % wait_ms + text + _UNBOUND_IN_OPEN
-    return _BOUND % wait_ms + text + _UNBOUND % seen.own_wait
-
-
-def _begin(driver: Any) -> bytes:
-    """BEGIN as psycopg itself would send it on this connection."""
-    level, read_only, deferrable = driver.isolation_level, driver.read_only, driver.deferrable
-    if level is None and read_only is None and deferrable is None:
-        return b"BEGIN;"
-    words = [b"BEGIN"]
-    if level is not None:
-        words.append(b"ISOLATION LEVEL " + level.name.replace("_", " ").encode())
-    if read_only is not None:
-        words.append(b"READ ONLY" if read_only else b"READ WRITE")
-    if deferrable is not None:
-        words.append(b"DEFERRABLE" if deferrable else b"NOT DEFERRABLE")
-    return b" ".join(words) + b";"
-
-
-def template(text: str, order: tuple[str, ...]) -> bytes:
-    """Turn named places into %s, after a check that they are in this `order`. Bytes formatting costs least for each message."""
-    places = sorted(order, key=lambda name: text.index("{" + name + "}"))
-    assert places == list(order)
-    text = text.replace("%", "%%")
-    for name in order:
-        text = text.replace("{" + name + "}", "%s")
-    return text.encode()
-
-
-_BOUND: Final = BOUND[0].replace("{wait_ms}", "%d").encode()
-_UNBOUND: Final = template(BOUND[1], ("own_wait",))
-_BOUND_IN_OPEN: Final = BOUND_IN_OPEN[0].replace("{wait_ms}", "%d").encode()
-_UNBOUND_IN_OPEN: Final = BOUND_IN_OPEN[1].encode()
-_IN_OUR_NAME: Final = template(IN_OUR_NAME[0], ("role",)), IN_OUR_NAME[1].encode()
-_AS_OUR_USER: Final = template(AS_OUR_USER[0], ("user", "role")), template(AS_OUR_USER[1], ("theirs",))
-_OWN_ROLE: Final = OWN_ROLE.encode()
-_ROLE_NOW: Final = b"pg_catalog.current_setting('role')"
-
-
-def driver_of(dbapi: Any) -> Any:
-    """The psycopg connection below SQLAlchemy: `dbapi` itself if sync, inside the adapter if async."""
-    return getattr(dbapi, "driver_connection", None) or getattr(dbapi, "_connection", dbapi)
-
-
-def _refuse_autocommit(driver: Any) -> None:
-    if driver.autocommit:
-        raise ConfigurationError(
-            "The engine is in AUTOCOMMIT: a claim would be kept although its handler failed, and the message lost."
-            " Take isolation_level='AUTOCOMMIT' off the engine (or session) given to exactly_once."
-        )
-
-
-def send(driver: Any, text: bytes, meanwhile: Iterable[object] = ()) -> list[Any]:
-    """Send one simple-query string and return a result for each of its statements. One round trip.
-
-    Args:
-        driver: psycopg's connection.
-        text: The statements.
-        meanwhile: Work to do while the server works: a step for each element, until the answer begins to arrive.
-    """
-
-    results: list[Any]
-    if isinstance(driver, AsyncConnection):
-        results = await_only(_talk(driver, text, meanwhile))
-    else:
-        with driver.lock:
-            results = driver.wait(_sent(driver.pgconn, text, meanwhile))
-    for result in results:
-        if result.status == ExecStatus.FATAL_ERROR:
-            raise errors.error_from_result(result, encoding="utf-8")
-    return results
 
 
 async def _until_noticed(driver: Any) -> None:
@@ -767,23 +539,3 @@ async def _until_noticed(driver: Any) -> None:
         if driver.pgconn.transaction_status != TransactionStatus.ACTIVE:
             return
         await asyncio.sleep(_NOTICED_S / _LOOKS)
-
-
-def _sent(pgconn: Any, text: bytes, meanwhile: Iterable[object]) -> Generator[Any, Any, list[Any]]:
-    """Send a text. The result waits for its answers."""
-    pgconn.send_query(text)
-    if meanwhile and not pgconn.flush():  # the whole text is sent
-        # If no descriptor is free for the selector, the answer is waited for all the same.
-        with suppress(OSError), DefaultSelector() as look:
-            look.register(pgconn.socket, EVENT_READ)
-            for _ in meanwhile:
-                if look.select(0):
-                    break
-    answers: Generator[Any, Any, list[Any]] = generators.execute(pgconn)
-    return answers
-
-
-async def _talk(driver: Any, text: bytes, meanwhile: Iterable[object]) -> list[Any]:
-    async with driver.lock:
-        results: list[Any] = await driver.wait(_sent(driver.pgconn, text, meanwhile))
-    return results

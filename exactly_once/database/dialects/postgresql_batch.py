@@ -14,17 +14,9 @@ from psycopg.pq import Escaping, TransactionStatus
 
 from exactly_once.claim import ClaimRow, ExistingClaim
 from exactly_once.database.dialects.contract import Dialect
-from exactly_once.database.dialects.postgresql import (
-    Seen,
-    bounded,
-    busy_of,
-    driver_of,
-    note_driver_begin,
-    opened,
-    opening,
-    send,
-    template,
-)
+from exactly_once.database.dialects.postgresql import busy_of
+from exactly_once.database.dialects.postgresql_settings import SessionSettings, limits, opened, opening
+from exactly_once.database.dialects.postgresql_wire import driver_of, note_driver_begin, send, template
 
 __all__ = ["CLAIM", "KNOWN", "Claims"]
 
@@ -67,7 +59,7 @@ class Claims:
     ) -> Mapping[str, ExistingClaim | None]:
         """See `BatchClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
         driver = driver_of(dbapi)
-        seen: Seen = info[self._dialect.kept_as]
+        seen: SessionSettings = info[self._dialect.kept_as]
         # Else a hook of the application has sent something, and the driver has begun a transaction.
         begins = driver.pgconn.transaction_status == TransactionStatus.IDLE
         quote = Escaping(driver.pgconn).escape_literal
@@ -86,7 +78,8 @@ class Claims:
         try:
             bound_ms = max(1, wait_ms)  # 0 would mean for ever
             first = opening(driver, seen) if begins else opened(seen)
-            text = bounded(self._claim % values, seen, bound_ms, begins=begins)
+            limit, unlimit = limits(seen, bound_ms, begins=begins)
+            text = limit + self._claim % values + unlimit
             results = send(driver, first + text, meanwhile)
         except errors.Error as error:
             busy = busy_of(error)

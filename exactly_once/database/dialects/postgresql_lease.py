@@ -16,7 +16,9 @@ from psycopg.pq import Escaping
 
 from exactly_once.claim import ClaimRow, LeaseAnswer, StepRow
 from exactly_once.database.dialects.contract import ClaimBusy, steps_of
-from exactly_once.database.dialects.postgresql import PostgreSQL, Seen, busy_of, driver_of, send, template
+from exactly_once.database.dialects.postgresql import PostgreSQL, busy_of
+from exactly_once.database.dialects.postgresql_settings import SessionSettings
+from exactly_once.database.dialects.postgresql_wire import driver_of, send, template
 from exactly_once.database.schema import UNFINISHED
 
 __all__ = ["CLAIM", "LOOK", "STEPS", "TAKE", "Claims"]
@@ -92,7 +94,7 @@ class Claims:
         born_at = b"NULL" if row.born_at is None else b"timestamptz " + quote(row.born_at.isoformat().encode())
         claim = self._claim % (*identity, *run, born_at)
         take = self._take % (*run, *identity, _bytea(row.fingerprint), _bytea(also))
-        seen: Seen = info[self._dialect.kept_as]
+        seen: SessionSettings = info[self._dialect.kept_as]
         read = self._look % identity + (self._steps % identity if steps else b"")
         text = _BEGIN % wait_ms + self._dialect.durable + seen.settings + claim + take + read + b"COMMIT"
         try:

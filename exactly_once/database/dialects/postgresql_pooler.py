@@ -15,7 +15,8 @@ from psycopg import errors
 from sqlalchemy import Engine
 
 from exactly_once.database.connections.pooler import IDLE_MS, LINK, SAID, Link
-from exactly_once.database.dialects.postgresql import DURABLE, Seen, driver_of, ignore_driver_begin, opening, send
+from exactly_once.database.dialects.postgresql_settings import DURABLE, SessionSettings, opening
+from exactly_once.database.dialects.postgresql_wire import driver_of, ignore_driver_begin, send
 from exactly_once.database.errors.drivers_own import original
 from exactly_once.database.listeners import listen
 
@@ -99,7 +100,9 @@ class _Begin:
     __slots__ = ("_seen",)
 
     def __init__(self, settings: bytes) -> None:
-        self._seen = Seen(b"DEFAULT", b"'none'", None, prepared=False, encoding=None, limit=None, settings=settings)
+        self._seen = SessionSettings(
+            b"DEFAULT", b"'none'", None, prepared=False, encoding=None, limit=None, settings=settings
+        )
 
     def __call__(self, dbapi: Any) -> None:
         driver = driver_of(dbapi)

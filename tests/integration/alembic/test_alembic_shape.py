@@ -12,7 +12,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, insert, inspect, select, text
 
 import exactly_once.alembic
-from exactly_once.alembic.versions import TABLES
+from exactly_once.alembic.version_table import TABLES
 from exactly_once.database.schema import Tables, tables, utcnow
 from tests.integration.user_project import (
     OURS,

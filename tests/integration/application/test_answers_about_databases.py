@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from exactly_once import ConfigurationError, ExactlyOnce, Message, StoreUnavailable, alembic
 from exactly_once.alembic import ready
-from exactly_once.alembic.versions import HEAD
+from exactly_once.alembic.version_table import HEAD
 from exactly_once.cli.db import app as db
 from exactly_once.database.store import Store
 from exactly_once.doctor.looking import examine

@@ -43,19 +43,19 @@ def approve(name: str, sections: dict[str, list[str]]) -> None:
 def claim_texts(dialect: str) -> dict[str, list[str]]:
     """The texts that go below SQLAlchemy, as the dialect's module has them."""
     if dialect == "postgres":
-        from exactly_once.database.dialects import postgresql, postgresql_batch
+        from exactly_once.database.dialects import postgresql, postgresql_batch, postgresql_settings
 
         return {
             "look": [postgresql.LOOK],
-            "bound, in a transaction of our own": list(postgresql.BOUND),
-            "bound, in one that is open": list(postgresql.BOUND_IN_OPEN),
+            "bound, in a transaction of our own": list(postgresql_settings.BOUND),
+            "bound, in one that is open": list(postgresql_settings.BOUND_IN_OPEN),
             "claim": [postgresql.CLAIM],
             "claim, prepared": [postgresql.EXECUTE],
             "known": [postgresql.KNOWN],
-            "with COMMIT": [postgresql.DURABLE],
-            "around a statement of ours in a handler's transaction": list(postgresql.IN_OUR_NAME),
-            "the same where the handler took another user for its session": list(postgresql.AS_OUR_USER),
-            "where the application sets a role anew: asked with BEGIN": [postgresql.OWN_ROLE],
+            "with COMMIT": [postgresql_settings.DURABLE],
+            "around a statement of ours in a handler's transaction": list(postgresql_settings.IN_OUR_NAME),
+            "the same where the handler took another user for its session": list(postgresql_settings.AS_OUR_USER),
+            "where the application sets a role anew: asked with BEGIN": [postgresql_settings.OWN_ROLE],
             "claim of a batch": [postgresql_batch.CLAIM],
             "known of a batch": [postgresql_batch.KNOWN],
         }
