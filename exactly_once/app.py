@@ -522,7 +522,7 @@ class ExactlyOnce(Registrations):
         def store() -> "Store":
             return next(iter(self._stores(self._store_binding).values()))
 
-        around = Surroundings(lambda: store().engine, lambda: store().place, one_of_several=is_supervised())
+        around = Surroundings(lambda: store().engine, lambda: store().resolved_schema, one_of_several=is_supervised())
         return transport_from(url or self._transport_url(), around)
 
 

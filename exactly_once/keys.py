@@ -15,7 +15,7 @@ from json import dumps, loads
 from typing import Any, Final, TypeAlias
 from uuid import UUID
 
-from exactly_once.clients.foreign import keys_of
+from exactly_once.clients.values import keys_of
 from exactly_once.database.schema import KEY_BYTES
 from exactly_once.errors import BadKey, ConfigurationError
 from exactly_once.exceptions.stops import asked_from_outside

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any, Final, NoReturn
 
 from exactly_once.clients import kafka, rocketmq5
-from exactly_once.clients.foreign import AS_HEX, formerly
+from exactly_once.clients.values import AS_HEX, formerly
 
 __all__ = ["Message", "with_former"]
 

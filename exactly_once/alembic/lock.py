@@ -98,7 +98,7 @@ async def _on_async(url: URL, work: Callable[[Connection], T]) -> T:
 def _begin_as_sessions_do(engine: Engine) -> None:
     """Behind a pooler, ignore the role and the search path that strangers left. A caller's engine is not changed."""
     if _is_psycopg(engine.dialect):
-        from exactly_once.database.dialects.place import as_sessions_begin
+        from exactly_once.database.dialects.schema_lookup import as_sessions_begin
 
         event.listen(engine, "begin", as_sessions_begin)
 

@@ -5,7 +5,7 @@ Imports no client library. Called by `Message.from_kafka`.
 
 from typing import Any, Final
 
-from exactly_once.clients.foreign import moment_of, text_of
+from exactly_once.clients.values import moment_of, text_of
 
 __all__ = ["NO_RECORD", "fields_of"]
 

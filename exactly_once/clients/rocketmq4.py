@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, Final
 
-from exactly_once.clients.foreign import keys_of, moment_of, text_of
 from exactly_once.clients.rocketmq_properties import ORDERING_PROPERTY, named_properties
+from exactly_once.clients.values import keys_of, moment_of, text_of
 from exactly_once.errors import ConfigurationError
 
 __all__ = ["body_reader", "fields_of", "whole_body"]

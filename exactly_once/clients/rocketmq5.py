@@ -5,8 +5,8 @@ Imports no client library. Called by `Message.from_rocketmq`.
 
 from typing import Any
 
-from exactly_once.clients.foreign import keys_of, moment_of, text_of
 from exactly_once.clients.rocketmq_properties import listed_properties
+from exactly_once.clients.values import keys_of, moment_of, text_of
 from exactly_once.errors import BadBody
 
 __all__ = ["fields_of"]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, Final
 
-from exactly_once.clients.foreign import text_of
+from exactly_once.clients.values import text_of
 
 __all__ = ["ORDERING_PROPERTY", "internal", "listed_properties", "named_properties", "with_names"]
 

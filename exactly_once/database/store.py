@@ -18,9 +18,9 @@ from exactly_once.database.connections import loops
 from exactly_once.database.connections.replaced_file import watch_file
 from exactly_once.database.dialects.contract import Dialect, ErrorKind
 from exactly_once.database.dialects.firsthand import watch_pool
-from exactly_once.database.dialects.place import schema_in
 from exactly_once.database.dialects.refusing import tried
 from exactly_once.database.dialects.registry import dialect_for
+from exactly_once.database.dialects.schema_lookup import schema_in
 from exactly_once.database.engines import async_engine, engine_of, sides, sync_engine, url_of
 from exactly_once.database.errors.drivers_own import original
 from exactly_once.database.errors.not_made import not_made
@@ -254,10 +254,10 @@ class Store:
     def dialect(self) -> Dialect:
         """The statements and error codes of this database's server."""
         kept_as = f"{self.schema} {self.pooler}"
-        return dialect_for(self.engine, lambda: self.place, durable=self._durable, kept_as=kept_as)
+        return dialect_for(self.engine, lambda: self.resolved_schema, durable=self._durable, kept_as=kept_as)
 
     @cached_property
-    def place(self) -> str | None:
+    def resolved_schema(self) -> str | None:
         """The database schema of our tables. Looked up at first use, which connects.
 
         Raises:
@@ -268,8 +268,8 @@ class Store:
 
     @cached_property
     def tables(self) -> Tables:
-        """Our tables in that schema. Looked up like `place`."""
-        return tables(self.place)
+        """Our tables in that schema. Looked up like `resolved_schema`."""
+        return tables(self.resolved_schema)
 
     def seen(self, error: BaseException) -> None:
         """Remember what the next look must check after this error: for example, whether the disk has room again."""
@@ -384,7 +384,7 @@ class Store:
         """Return the error to report if an error means that our tables were dropped; None for any other error."""
         if not self._lacks_table(error):
             return None
-        told = SchemaError(not_made(self.engine, schema=self.place))
+        told = SchemaError(not_made(self.engine, schema=self.resolved_schema))
         told.store = self.name
         return told
 
@@ -392,7 +392,7 @@ class Store:
         """Say whether an error was raised while anybody was getting a connection to this database."""
         return unreached(error, self._engines())
 
-    def is_foreign(self, error: BaseException) -> bool:
+    def of_another_database(self, error: BaseException) -> bool:
         """Say whether a database error came from another database, used by the handler. It says nothing about this database."""
         return not came_through(error, self._engines())
 

@@ -23,7 +23,7 @@ from exactly_once.handlers.plan import Plan
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome, Result
 from exactly_once.processing.batch import BatchProcessor
-from exactly_once.processing.processor import FOREIGN, Processor
+from exactly_once.processing.processor import CALLERS_LOOP, Processor
 from exactly_once.processing.work import Work
 from exactly_once.transports.contract import Delivery, Subscription
 from exactly_once.wording.steady_log import steady
@@ -179,7 +179,7 @@ class Router:
         """Run a message for a consumer loop that is not ours."""
         for each in found if anyone_holds() else ():
             refuse_inside(each.store.engine, "eo.process")
-        return _outcome(combine([each.run(message, FOREIGN, foreign=True) for each in found]))
+        return _outcome(combine([each.run(message, CALLERS_LOOP, callers_loop=True) for each in found]))
 
     async def arun(self, found: Sequence[Processor], message: Message) -> Outcome:
         """The same in an event loop."""
@@ -193,8 +193,8 @@ class Router:
 
         def run(each: Processor) -> Result:
             if each.plan.is_async:
-                return each.run(message, FOREIGN, foreign=True)
-            return self._beside.run(partial(each.run, message, FOREIGN, foreign=True, beside=True))
+                return each.run(message, CALLERS_LOOP, callers_loop=True)
+            return self._beside.run(partial(each.run, message, CALLERS_LOOP, callers_loop=True, beside=True))
 
         return combine([run(each) for each in found])
 

@@ -7,7 +7,7 @@
 Each retry has one owner. `ByBroker`: the delivery is given back, and the broker redelivers it. `ByPump`: the failure store keeps
 the message with a due time, the delivery is acknowledged, and the pump runs the message at that time. `ByPump` is chosen if the
 broker's redelivery is missing or unsafe, if it cannot wait that long, or if the broker would soon drop the message for good. For
-a foreign consumer loop (`process()`) it is always `ByBroker`: without a worker of ours there may be no pump either.
+a consumer loop of the caller's (`process()`) it is always `ByBroker`: without a worker of ours there may be no pump either.
 
 Never reads a clock, a store or a message. Called by `processing`: the failure store calls `decide` with the number of failures.
 """
@@ -113,7 +113,7 @@ def decide(
     retry: RetrySpec,
     features: Features,
     delivery_attempt: int,
-    foreign: bool = False,
+    callers_loop: bool = False,
 ) -> Decision:
     """Decide what becomes of a message whose attempt failed.
 
@@ -123,7 +123,7 @@ def decide(
         retry: The handler's policy.
         features: What the broker can do.
         delivery_attempt: The broker's count for this delivery, from 1.
-        foreign: The caller owns the consumer loop; it can only give back.
+        callers_loop: The caller owns the consumer loop; it can only give back.
 
     Returns:
         `Park` at once if no retry can help (`Reject`, no key, no readable body, another payload with a known key, a step that
@@ -141,7 +141,7 @@ def decide(
         told = f"{type(error).__name__}: {escaped(words, 500)}" if words else type(error).__name__
         times = "once" if attempts == 1 else f"{attempts} times"
         return Park("dead", f"failed {times}, of {policy.max_attempts} allowed; the last error was {told}")
-    return _owner(_delay_of(policy, one, attempts), features, delivery_attempt, foreign=foreign)
+    return _owner(_delay_of(policy, one, attempts), features, delivery_attempt, callers_loop=callers_loop)
 
 
 def _delay_of(policy: Retry, error: BaseException, attempts: int) -> timedelta:
@@ -163,7 +163,7 @@ def wait_delay(
     features: Features,
     delivery_attempt: int,
     remaining: timedelta | None = None,
-    foreign: bool = False,
+    callers_loop: bool = False,
 ) -> ByBroker | ByPump:
     """Decide when to look again at a message without a fault of its own. Never counted as a failure.
 
@@ -173,7 +173,7 @@ def wait_delay(
         delivery_attempt: The broker's count for this delivery, from 1. It grows with each wait, and so do the waits.
         remaining: For IN_PROGRESS: how long the lease of the other run still lasts, if it has one. A run that died keeps its key
             until then, and each earlier look would only spend a delivery.
-        foreign: The caller owns the consumer loop; it can only give back.
+        callers_loop: The caller owns the consumer loop; it can only give back.
 
     Returns:
         Who looks again, and when. With `remaining`: at its end, but at least after a second. Without: after a second, then twice
@@ -188,13 +188,13 @@ def wait_delay(
         delay = min(LEAST_WAIT * 2 ** min(max(delivery_attempt, 1) - 1, 10), LONGEST_WAIT)
     if features.max_redelivery_delay is not None:
         delay = min(delay, features.max_redelivery_delay)  # an earlier look does no harm: it decides again
-    return _owner(delay, features, delivery_attempt, foreign=foreign)
+    return _owner(delay, features, delivery_attempt, callers_loop=callers_loop)
 
 
-def _owner(delay: timedelta, features: Features, delivery_attempt: int, *, foreign: bool) -> ByBroker | ByPump:
+def _owner(delay: timedelta, features: Features, delivery_attempt: int, *, callers_loop: bool) -> ByBroker | ByPump:
     # every delay passes here. It is limited, because SQLite stores a date beyond its range as NULL: it would never be due
     delay = min(max(delay, AT_ONCE), FARTHEST)
-    if foreign:
+    if callers_loop:
         return ByBroker(delay)
     too_long = features.max_redelivery_delay is not None and delay > features.max_redelivery_delay
     # hand over one delivery early: if this process dies before the row is stored, one delivery remains

@@ -16,8 +16,8 @@ from exactly_once.database.connections import forked as forked_engines
 from exactly_once.database.connections.pooler import SAID
 from exactly_once.database.dialects.contract import ClaimBusy, Dialect, ErrorKind, State, raise_for_the_store
 from exactly_once.database.dialects.firsthand import is_firsthand
-from exactly_once.database.dialects.place import schema_in
 from exactly_once.database.dialects.registry import dialect_for
+from exactly_once.database.dialects.schema_lookup import schema_in
 from exactly_once.database.owner import new_owner
 from exactly_once.database.schema import HANDLER_BYTES
 from exactly_once.database.watched.unread import read_out

@@ -42,7 +42,7 @@ class AttemptContext:
     """Decides whether a message may run."""
     dialect: Dialect
     """Classifies the database's errors."""
-    is_foreign: Callable[[BaseException], bool]
+    of_another_database: Callable[[BaseException], bool]
     """Whether a database error came from another database, which the handler uses by itself."""
     enforce: bool = True
     """False: duplicates run all the same, and are logged."""
@@ -197,7 +197,7 @@ def _raised_alone(context: AttemptContext, won: Won, error: BaseException) -> At
         # a network error of the handler's own: an error of the database is in `lost`, or wrapped
         return AttemptResult(AttemptEnd.FAILED, error)
     match context.dialect.error_kind(error):
-        case ErrorKind.UNAVAILABLE if context.is_foreign(error) and not context.dialect.locked(error):
+        case ErrorKind.UNAVAILABLE if context.of_another_database(error) and not context.dialect.locked(error):
             # counts as a failure. If our store is away as well, the failure cannot be recorded, and the delivery is held. A
             # lock of another database is repeated at once, like a lock of ours
             return AttemptResult(AttemptEnd.FAILED, error)

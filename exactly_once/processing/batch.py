@@ -159,7 +159,7 @@ class BatchProcessor(Processor):
             member.result = run.held
             return
         if self.recording.refused is not None:
-            member.result = self.recording.refuse(foreign=False)
+            member.result = self.recording.refuse(callers_loop=False)
             return
         if member.work.row is not None and run.waited_s > _WAITS_S:
             member.result = self._in_progress(member)
@@ -200,7 +200,7 @@ class BatchProcessor(Processor):
                     self._if_free(member, run)
             case AttemptEnd.REFUSED:
                 for member in members:
-                    member.result = self.recording.refuse(ended.error, foreign=False)
+                    member.result = self.recording.refuse(ended.error, callers_loop=False)
             case how:
                 if how is AttemptEnd.AWAY:
                     self._away(members, ended, run)

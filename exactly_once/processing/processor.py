@@ -55,9 +55,9 @@ from exactly_once.transports.contract import Features
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped, storable
 
-__all__ = ["FOREIGN", "Processor"]
+__all__ = ["CALLERS_LOOP", "Processor"]
 
-FOREIGN: Final = Features(redelivers=True, counts_attempts=False)
+CALLERS_LOOP: Final = Features(redelivers=True, counts_attempts=False)
 """The features of a consumer loop that is not ours: it redelivers by itself, and nothing else is known about it."""
 
 _TRANSIENT_TRIES: Final = 4  # the victim of a deadlock succeeds at its second try; four are enough for a hot row
@@ -105,7 +105,7 @@ class Processor:
         self._ours: Open = store.open_ours_async if plan.is_async else store.open_ours
         self.recording = Recording(plan, store, group, self._ours, alert)
         self._context = AttemptContext(
-            self._open, self._ours, self._guard, store.dialect, store.is_foreign, enforce=enforce
+            self._open, self._ours, self._guard, store.dialect, store.of_another_database, enforce=enforce
         )
         self._call = self._call_awaited if plan.is_async else self._call_plain
 
@@ -133,7 +133,7 @@ class Processor:
         features: Features,
         *,
         pumped: bool = False,
-        foreign: bool = False,
+        callers_loop: bool = False,
         beside: bool = False,
     ) -> Work:
         """Read a message. If it cannot be read, the reason is in the reading's `error`; nothing is raised.
@@ -142,12 +142,12 @@ class Processor:
             message: The delivered message.
             features: What the source of the delivery can do.
             pumped: The message comes from the failure store.
-            foreign: The caller is a consumer loop that is not ours; no retry is scheduled.
+            callers_loop: The caller is a consumer loop that is not ours; no retry is scheduled.
             beside: The caller is in an event loop, and this thread is ours, not the caller's.
         """
         reading = self.plan.read(message)
         row = self._row(message, reading) if reading.key is not None and reading.error is None else None
-        return Work(message, reading, row, features, pumped, foreign, beside)
+        return Work(message, reading, row, features, pumped, callers_loop, beside)
 
     def run(
         self,
@@ -155,7 +155,7 @@ class Processor:
         features: Features,
         *,
         pumped: bool = False,
-        foreign: bool = False,
+        callers_loop: bool = False,
         beside: bool = False,
     ) -> Result:
         """Process one delivery. Blocks (in a greenlet: awaits) until there is a result.
@@ -164,7 +164,7 @@ class Processor:
             message: As of `read`.
             features: As of `read`.
             pumped: As of `read`.
-            foreign: As of `read`.
+            callers_loop: As of `read`.
             beside: As of `read`.
 
         Returns:
@@ -174,8 +174,8 @@ class Processor:
             ConfigurationError: The database is set up so that no claim can be trusted.
         """
         if self.recording.refused is not None:
-            return self.recording.refuse(foreign=foreign)
-        return self.process(self.read(message, features, pumped=pumped, foreign=foreign, beside=beside))
+            return self.recording.refuse(callers_loop=callers_loop)
+        return self.process(self.read(message, features, pumped=pumped, callers_loop=callers_loop, beside=beside))
 
     def process(self, work: Work) -> Result:
         """Process a message that was read; as `run`."""
@@ -238,12 +238,12 @@ class Processor:
     # -- the tries ---------------------------------------------------------------------------------------------------
 
     def _try(self, work: Work, row: ClaimRow, before: bool, former: Sequence[int]) -> Result:
-        message, foreign = work.message, work.foreign
+        message, callers_loop = work.message, work.callers_loop
         sent = False  # whether the COMMIT of a step was sent
 
         def told_of(error: BaseException) -> BaseException:
-            # in a foreign loop the thread is the caller's, and a signal may have asked the thread to end
-            return reported(error, exits=work.beside or not foreign)
+            # in a loop of the caller's the thread is the caller's, and a signal may have asked the thread to end
+            return reported(error, exits=work.beside or not callers_loop)
 
         def handle(handed: Any, won: Won) -> None:
             nonlocal sent
@@ -319,7 +319,7 @@ class Processor:
                     # the store works now, but may not have worked a moment ago. If the error comes once more, this message
                     # has failed
                     looked, transient = True, _TRANSIENT_TRIES
-                case AttemptEnd.FAILED if ended.stop is None and immediate < self._immediate(ended.error, foreign):
+                case AttemptEnd.FAILED if ended.stop is None and immediate < self._immediate(ended.error, callers_loop):
                     immediate += 1
                 case AttemptEnd.IN_PROGRESS if ended.stop is None:
                     return self._ended(work, ended)
@@ -343,7 +343,7 @@ class Processor:
             case AttemptEnd.UNKNOWN:
                 return recording.unknown(work, ended.error)
             case AttemptEnd.REFUSED:
-                return recording.refuse(ended.error, foreign=work.foreign)
+                return recording.refuse(ended.error, callers_loop=work.callers_loop)
             case AttemptEnd.CONFLICT:
                 assert reading.key is not None
                 error = PayloadConflict(self.plan.explain_conflict(ended.fingerprint, work.message, reading.key))
@@ -356,13 +356,13 @@ class Processor:
                 assert ended.error is not None
                 told = recording.failed(work, ended.error)
                 raised = _exit_behind(ended.error) or ended.error
-                raises = work.foreign and told.outcome is Outcome.FAILED and is_the_callers(raised)
+                raises = work.callers_loop and told.outcome is Outcome.FAILED and is_the_callers(raised)
                 return replace(told, raises=raised) if raises else told
 
     def _works(self, ended: AttemptResult, sent: bool) -> bool | None:
         return None if ended.error is None else self.recording.works(ended.error, spoken=ended.answered or sent)
 
-    def _immediate(self, error: BaseException | None, foreign: bool) -> int:
+    def _immediate(self, error: BaseException | None, callers_loop: bool) -> int:
         if error is None:
             return 0
         one = counts_as(error, self.plan.retry)
@@ -370,7 +370,7 @@ class Processor:
             return 0
         if isinstance(one, Misuse) and one.at_each_run:
             return 0
-        if foreign and is_the_callers(error):  # a time limit of the caller: a second run would have no limit
+        if callers_loop and is_the_callers(error):  # a time limit of the caller: a second run would have no limit
             return 0
         # the server still runs the statement: a second run would wait for it
         if self.store.dialect.gave_up(error):

@@ -101,7 +101,7 @@ class Recording:
         At the broker's last delivery the message would be parked, and nothing would say what had failed.
         """
         then = Redeliver(UNRECORDED)
-        return self.result(outcome, then if work.foreign else WaitForKey(UNRECORDED, _UNRECORDED_LONGEST, then))
+        return self.result(outcome, then if work.callers_loop else WaitForKey(UNRECORDED, _UNRECORDED_LONGEST, then))
 
     def came_before(self, message: Message, key: str) -> bool:
         """Whether the message came before. Only then can a failure row exist; others save the statement that closes it."""
@@ -156,7 +156,7 @@ class Recording:
             features=work.features,
             delivery_attempt=work.message.attempt,
             remaining=remaining,
-            foreign=work.foreign,
+            callers_loop=work.callers_loop,
         )
         if said is not None:
             # only this line names a part whose holder never releases it, such as another session of the same handler
@@ -169,7 +169,7 @@ class Recording:
         if isinstance(decision, ByBroker):
             then = Redeliver(decision.delay)
             # under a lease the other run may end at any moment: the worker looks for a while, which spends no broker's attempt
-            kept = remaining is not None and not work.foreign
+            kept = remaining is not None and not work.callers_loop
             return self.result(
                 outcome, WaitForKey(_LOOK_AGAIN, _LOOK_LONGEST, then) if kept else then, in_handler=said is not None
             )
@@ -206,12 +206,12 @@ class Recording:
         if self._unknown:
             self._unknown.pop(key, None)
 
-    def refuse(self, error: BaseException | None = None, *, foreign: bool) -> Result:
+    def refuse(self, error: BaseException | None = None, *, callers_loop: bool) -> Result:
         """Hold a handler that is wrong. Until it is repaired its messages are not counted, stored or acknowledged.
 
         Args:
             error: What shows that the handler is wrong. None: that is known already.
-            foreign: The caller's loop has the message, so it cannot be kept in hand here.
+            callers_loop: The caller's loop has the message, so it cannot be kept in hand here.
         """
         if self.refused is None:
             self.refused = error
@@ -221,7 +221,7 @@ class Recording:
                 error,
             )
         again = Redeliver(UNRECORDED)
-        return self.result(Outcome.WAITING, again if foreign else WaitForKey(UNRECORDED, _FOR_GOOD, again))
+        return self.result(Outcome.WAITING, again if callers_loop else WaitForKey(UNRECORDED, _FOR_GOOD, again))
 
     def failed(self, work: Work, error: BaseException) -> Result:
         """Record a failure that counts. The handler's policy decides: tried again, or parked for a person."""
@@ -234,7 +234,7 @@ class Recording:
                 retry=retry,
                 features=work.features,
                 delivery_attempt=work.message.attempt,
-                foreign=work.foreign,
+                callers_loop=work.callers_loop,
             )
 
         return self.record(work, error, by_policy)

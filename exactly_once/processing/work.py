@@ -25,7 +25,7 @@ class Work(NamedTuple):
     """What the source of the delivery can do."""
     pumped: bool = False
     """The message comes from the failure store."""
-    foreign: bool = False
+    callers_loop: bool = False
     """The caller is a consumer loop that is not ours; no retry is scheduled."""
     beside: bool = False
     """The caller is in an event loop, and this thread is ours, not the caller's."""

@@ -82,7 +82,7 @@ class _Broker:
         """Runs in a forked child: this is a copy, and a thread of the parent may have held the lock."""
         self.changed = Condition()
 
-    def foreign(self) -> ForkedProcess | None:
+    def of_parent(self) -> ForkedProcess | None:
         """Return an error if the broker belongs to another process: a message that is put into a copy reaches nobody there."""
         if self._process is fork.here:
             return None
@@ -164,8 +164,8 @@ class MemoryTransport:
 
     def check(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
         """Return nothing, except for a parent's broker: topics and groups are created when they are named."""
-        foreign = self._broker.foreign()
-        return () if foreign is None else (str(foreign),)
+        error = self._broker.of_parent()
+        return () if error is None else (str(error),)
 
     def concerns(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[str]:
         """In one of several processes, say that other processes cannot reach it. Else a message waits until a member takes it."""
@@ -173,8 +173,8 @@ class MemoryTransport:
 
     def subscribe(self, group: str, subscriptions: Sequence[Subscription]) -> Sequence[Consumer]:
         """Join the group. One consumer for all topics."""
-        if (foreign := self._broker.foreign()) is not None:
-            raise foreign
+        if (error := self._broker.of_parent()) is not None:
+            raise error
         for subscription in subscriptions:
             self._broker.join(subscription.topic, group)
         return [_MemoryConsumer(self._broker, group, tuple(subscriptions), self._invisible)]
@@ -200,8 +200,8 @@ class _MemoryConsumer:
 
     def receive(self, limit: int, wait: timedelta) -> Sequence[Delivery]:
         deadline = monotonic() + wait.total_seconds()
-        if (foreign := self._broker.foreign()) is not None:
-            raise foreign
+        if (error := self._broker.of_parent()) is not None:
+            raise error
         with self._broker.changed:
             while limit > 0 and not self._stopped:
                 found, next_due = self._take(limit)
@@ -280,8 +280,8 @@ class _MemoryProducer:
     def send(self, messages: Sequence[Message], *, delay: timedelta | None = None) -> Sequence[Receipt | Exception]:
         if self._closed:
             return [TransportError("this producer is closed; make another one") for _ in messages]
-        if (foreign := self._broker.foreign()) is not None:
-            return [foreign for _ in messages]
+        if (error := self._broker.of_parent()) is not None:
+            return [error for _ in messages]
         due = monotonic() + (delay.total_seconds() if delay else 0.0)
         receipts = []
         with self._broker.changed:

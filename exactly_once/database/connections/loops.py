@@ -72,18 +72,18 @@ def is_of_several(error: BaseException) -> bool:
 
 
 def _of_this_loop(dbapi: Any, record: Any, fairy: Any) -> None:
-    if _foreign(dbapi):
+    if _of_another_loop(dbapi):
         _end(dbapi)
         raise DisconnectionError("a connection of another event loop")
 
 
 def _closes(dbapi: Any, record: Any) -> None:
     """Runs before the pool closes it: a connection of another loop cannot be awaited."""
-    if _foreign(dbapi):
+    if _of_another_loop(dbapi):
         _end(dbapi)
 
 
-def _foreign(dbapi: Any) -> bool:
+def _of_another_loop(dbapi: Any) -> bool:
     driver = dbapi.driver_connection
     # The public name, without underscore, raises outside of a loop.
     return not isinstance(driver, _Forgotten) and driver.loop is not asyncio._get_running_loop()  # noqa: SLF001

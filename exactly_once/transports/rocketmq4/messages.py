@@ -12,8 +12,8 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import Final
 
-from exactly_once.clients.foreign import keys_of, moment_of, text_of
 from exactly_once.clients.rocketmq_properties import ORDERING_PROPERTY, internal, named_properties, with_names
+from exactly_once.clients.values import keys_of, moment_of, text_of
 from exactly_once.errors import ConfigurationError
 from exactly_once.message import Message, with_former
 from exactly_once.transports.rocketmq4.library import Library

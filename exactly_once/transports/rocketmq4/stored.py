@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Final, NamedTuple
 
 from exactly_once.clients import packed
-from exactly_once.clients.foreign import keys_of, moment_of, text_of
 from exactly_once.clients.rocketmq_properties import ORDERING_PROPERTY, named_properties
+from exactly_once.clients.values import keys_of, moment_of, text_of
 from exactly_once.errors import BadBody
 from exactly_once.message import Message, with_former
 from exactly_once.transports import packed_messages

@@ -67,7 +67,7 @@ def test_a_consumer_takes_extends_and_settles_whatever_was_left_in_the_whole_poo
     shop, statement = left
     leave(shop, statement)
     store = shop.eo.stores["default"]
-    transport = SqlTransport(lambda: store.engine, schema=lambda: store.place)
+    transport = SqlTransport(lambda: store.engine, schema=lambda: store.resolved_schema)
     assert transport.check("group", [Subscription("orders")]) == []
     leave(shop, statement)
     [consumer] = transport.subscribe("group", [Subscription("orders")])
@@ -93,7 +93,7 @@ def test_a_consumer_takes_extends_and_settles_whatever_was_left_in_the_whole_poo
 def test_on_mariadb_no_statement_of_the_queue_commits_by_itself(left: tuple[Shop, str]) -> None:
     shop, statement = left
     store = shop.eo.stores["default"]
-    database = Database(lambda: store.engine, schema=lambda: store.place)
+    database = Database(lambda: store.engine, schema=lambda: store.resolved_schema)
     leave(shop, statement)
     with pytest.raises(ZeroDivisionError):
         database.write(lambda connection: [connection.execute(insert(STOCK).values(item=77, amount=0)), 1 // 0])

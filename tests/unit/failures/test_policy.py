@@ -79,19 +79,19 @@ def test_the_nearest_class_of_an_error_decides() -> None:
     "error", [Reject("no such sku"), BadKey("no key"), BadBody("no JSON"), PayloadConflict("other")]
 )
 @pytest.mark.parametrize("features", [BROKER, ENDLESS, UNSAFE])
-@pytest.mark.parametrize("foreign", [True, False])
-def test_what_no_retry_mends_is_parked_at_once(error: Exception, features: Features, foreign: bool) -> None:
-    parked = decided(error, features=features, foreign=foreign)
+@pytest.mark.parametrize("callers_loop", [True, False])
+def test_what_no_retry_mends_is_parked_at_once(error: Exception, features: Features, callers_loop: bool) -> None:
+    parked = decided(error, features=features, callers_loop=callers_loop)
     assert isinstance(parked, Park)
     assert parked.state == "dead"
     assert str(error) in parked.reason
 
 
-@pytest.mark.parametrize("foreign", [True, False])
-def test_after_its_attempts_a_message_is_parked_with_its_last_error(foreign: bool) -> None:
+@pytest.mark.parametrize("callers_loop", [True, False])
+def test_after_its_attempts_a_message_is_parked_with_its_last_error(callers_loop: bool) -> None:
     retry = Retry(max_attempts=3)
-    assert isinstance(decided(ValueError("x"), 2, retry=retry, foreign=foreign), ByBroker)
-    parked = decided(ValueError("stock is -1"), 3, retry=retry, foreign=foreign)
+    assert isinstance(decided(ValueError("x"), 2, retry=retry, callers_loop=callers_loop), ByBroker)
+    parked = decided(ValueError("stock is -1"), 3, retry=retry, callers_loop=callers_loop)
     assert isinstance(parked, Park)
     assert "3 times" in parked.reason
     assert "ValueError: stock is -1" in parked.reason
@@ -121,12 +121,14 @@ def test_before_the_brokers_last_delivery_the_pump_takes_over() -> None:
     assert owners == ["ByBroker", "ByBroker", "ByPump", "ByPump"]
 
 
-def test_a_foreign_loop_never_schedules() -> None:
+def test_a_loop_of_the_callers_never_schedules() -> None:
     for features in (BROKER, ENDLESS, UNSAFE, Features(redelivers=True, counts_attempts=True, max_attempts=1)):
         for attempts in (1, 5, 15):
-            assert isinstance(decided(ValueError(), attempts, features, foreign=True, delivery_attempt=15), ByBroker)
+            assert isinstance(
+                decided(ValueError(), attempts, features, callers_loop=True, delivery_attempt=15), ByBroker
+            )
         for outcome in (Outcome.IN_PROGRESS, Outcome.UNKNOWN, Outcome.WAITING):
-            assert isinstance(wait_delay(outcome, features=features, delivery_attempt=15, foreign=True), ByBroker)
+            assert isinstance(wait_delay(outcome, features=features, delivery_attempt=15, callers_loop=True), ByBroker)
 
 
 def test_a_handler_may_name_its_own_delay_and_it_counts() -> None:
@@ -161,7 +163,7 @@ def test_behind_a_lease_the_next_look_is_as_it_ends_and_not_sooner(attempt: int)
 def test_behind_a_lease_the_brokers_limits_hold() -> None:
     assert leased(55, attempt=15) == ByPump(seconds(55)), "kept as waiting, not dead"
     assert leased(55, UNSAFE) == ByPump(seconds(55))
-    assert leased(55, attempt=15, foreign=True) == ByBroker(seconds(55))
+    assert leased(55, attempt=15, callers_loop=True) == ByBroker(seconds(55))
 
 
 def test_a_wait_is_no_longer_than_the_broker_can_wait() -> None:
@@ -176,7 +178,7 @@ def test_a_wait_is_no_longer_than_the_broker_can_wait() -> None:
     longest=st.none() | st.timedeltas(seconds(1), timedelta(days=1)),
     most=st.none() | st.integers(2, 100),
     redelivers=st.booleans(),
-    foreign=st.booleans(),
+    callers_loop=st.booleans(),
 )
 def test_every_wait_is_between_a_second_and_what_it_waits_for(
     attempt: int,
@@ -184,18 +186,18 @@ def test_every_wait_is_between_a_second_and_what_it_waits_for(
     longest: timedelta | None,
     most: int | None,
     redelivers: bool,
-    foreign: bool,
+    callers_loop: bool,
 ) -> None:
     features = Features(redelivers=redelivers, counts_attempts=True, max_attempts=most, max_redelivery_delay=longest)
     waits = wait_delay(
-        Outcome.IN_PROGRESS, features=features, delivery_attempt=attempt, remaining=remaining, foreign=foreign
+        Outcome.IN_PROGRESS, features=features, delivery_attempt=attempt, remaining=remaining, callers_loop=callers_loop
     )
     most_s = seconds(30) if remaining is None else max(remaining, seconds(1))
     assert seconds(1) <= waits.delay <= min(most_s, longest or most_s)
     if remaining is not None:
         assert waits.delay == min(most_s, longest or most_s), "nothing is gained by an earlier look"
     near = most is not None and attempt >= most - 1
-    assert isinstance(waits, ByBroker if foreign or (redelivers and not near) else ByPump)
+    assert isinstance(waits, ByBroker if callers_loop or (redelivers and not near) else ByPump)
 
 
 def test_only_what_waits_is_waited_for() -> None:
