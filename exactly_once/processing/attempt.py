@@ -34,9 +34,9 @@ from exactly_once.processing.attempt_result import PROCESSED, AttemptContext, At
 
 __all__ = ["UNFINISHED", "BatchAttemptResult", "attempt", "attempt_batch"]
 
-Tell = Callable[[BaseException], BaseException]
+Translate = Callable[[BaseException], BaseException]
 """Return the exception to report in place of the one raised: for a `sys.exit` of the handler, or of a session's hook."""
-Also = Callable[[Session, int], object]
+WriteMore = Callable[[Session, int], object]
 """Write more in the handler's transaction, after the handler. Called with the session and the number of the claim."""
 Others = Mapping[str, Consumed | Busy | Conflict | Unfinished]
 """The keys of a batch that this attempt did not win, each with what its claim found."""
@@ -51,8 +51,8 @@ def attempt(
     row: ClaimRow,
     handle: Callable[[Any, Won], object],
     *,
-    told: Tell,
-    also: Also | None = None,
+    translate: Translate,
+    write_more: WriteMore | None = None,
     failed_before: bool = False,
 ) -> AttemptResult:
     """Run one message once.
@@ -61,9 +61,9 @@ def attempt(
         context: The handler's.
         row: Identity and fingerprint of the message. The owner is made here.
         handle: Calls the handler, with the session that the handler gets.
-        told: Returns the exception to report in place of the one raised.
-        also: Writes more in the same transaction.
-        failed_before: The message may have a failure row: `also` is called for a duplicate, too.
+        translate: Returns the exception to report in place of the one raised.
+        write_more: Writes more in the same transaction.
+        failed_before: The message may have a failure row: `write_more` is called for a duplicate, too.
 
     Returns:
         How the attempt ended. After cancellation, KeyboardInterrupt or SystemExit there is no result: the transaction is rolled
@@ -85,11 +85,11 @@ def attempt(
         session.rollback()
         return Won(deferred_watch=DeferredWatch(session, context.dialect, None)), ()
 
-    match _attempt(context, claim, lambda _, handed, won: handle(handed, won), told, also):
+    match _attempt(context, claim, lambda _, handed, won: handle(handed, won), translate, write_more):
         case AttemptResult() as ended:
             return ended if ended.how is not AttemptEnd.BROKEN or ended.owner else replace(ended, owner=row.owner)
         case Consumed(owner):
-            return _duplicate(context, also if failed_before else None, owner)
+            return _duplicate(context, write_more if failed_before else None, owner)
         case Unfinished(owner):
             return AttemptResult(AttemptEnd.BROKEN, Misuse(UNFINISHED), owner=owner)
         case Busy(again, remaining):
@@ -112,7 +112,7 @@ def attempt_batch(
     rows: Sequence[ClaimRow],
     handle: Callable[[Session, Any, Others, Won], object],
     *,
-    told: Tell,
+    translate: Translate,
     patient: bool = True,
     meanwhile: Iterable[object] = (),
 ) -> BatchAttemptResult:
@@ -123,7 +123,7 @@ def attempt_batch(
         rows: Identity and fingerprint of each message; each key once, sorted by key.
         handle: Calls the handler for the messages that may run. Its arguments: the session, the session as the handler gets it,
             the keys that may not run, and what was won.
-        told: Returns the exception to report in place of the one raised.
+        translate: Returns the exception to report in place of the one raised.
         patient: Wait a moment for keys that another run holds. False: do not wait.
         meanwhile: Work to do while the server executes the claim; one step for each element.
 
@@ -149,7 +149,7 @@ def attempt_batch(
         assert found.won.watch is not None
         return found.won, found.won.watch.rows
 
-    ended = _attempt(context, claim, lambda session, handed, won: handle(session, handed, others, won), told, None)
+    ended = _attempt(context, claim, lambda session, handed, won: handle(session, handed, others, won), translate, None)
     assert isinstance(ended, AttemptResult)
     if ended.stop is not None and ended.how in _NOTHING_KEPT:
         raise ended.stop
@@ -166,8 +166,8 @@ def _attempt(
     context: AttemptContext,
     claim: Callable[[Session], _Claimed | _Standing],
     handle: Callable[[Session, Any, Won], object],
-    told: Tell,
-    also: Also | None,
+    translate: Translate,
+    write_more: WriteMore | None,
 ) -> AttemptResult | _Standing:
     """Claim and run. A claim that was not won is returned as it is."""
     process = fork.here
@@ -175,11 +175,11 @@ def _attempt(
     won: Won | None = None
     ended: AttemptResult | None = None
     try:
-        claimed = _claimed(session, claim, told)
+        claimed = _claimed(session, claim, translate)
         if not isinstance(claimed, tuple):
             return claimed
         won, rows = claimed
-        ended = _to_commit(context, session, rows, won, lambda: handle(session, handed, won), told, also)
+        ended = _to_commit(context, session, rows, won, lambda: handle(session, handed, won), translate, write_more)
         if not rows and ended.how is AttemptEnd.PROCESSED:
             ended = replace(ended, ran_anyway=True)
     finally:
@@ -212,7 +212,7 @@ def _attempt(
 
 
 def _claimed(
-    session: Session, claim: Callable[[Session], _Claimed | _Standing], told: Tell
+    session: Session, claim: Callable[[Session], _Claimed | _Standing], translate: Translate
 ) -> _Claimed | AttemptResult | _Standing:
     try:
         return claim(session)
@@ -222,7 +222,7 @@ def _claimed(
         raise  # the program or the server is wrong (an engine in AUTOCOMMIT): as a failure it would park every message
     except HookRaised as hook:
         session.invalidate()
-        return AttemptResult(AttemptEnd.FAILED, told(hook.error))
+        return AttemptResult(AttemptEnd.FAILED, translate(hook.error))
     except Exception as error:
         return AttemptResult(AttemptEnd.FAILED, error)
     except BaseException:
@@ -236,8 +236,8 @@ def _to_commit(
     rows: Sequence[ClaimRow],
     won: Won,
     handle: Callable[[], object],
-    told: Tell,
-    also: Also | None,
+    translate: Translate,
+    write_more: WriteMore | None,
 ) -> AttemptResult:
     """Handle, complete, commit, consume."""
     guard, dialect = context.guard, context.dialect
@@ -252,13 +252,13 @@ def _to_commit(
             won.watch.returned(session)
         if won.deferred_watch is not None:
             won.deferred_watch.check()
-        if also is not None:
+        if write_more is not None:
             if won.watch is not None:
                 won.watch.check(session)
-            also(session, 1 if won.held is None else won.held.attempt)
+            write_more(session, 1 if won.held is None else won.held.attempt)
         flush(session)
-        if (settled := guard.complete(session, won)) is not None:
-            return AttemptResult(AttemptEnd.DUPLICATE, owner=settled.owner)
+        if (consumed := guard.complete(session, won)) is not None:
+            return AttemptResult(AttemptEnd.DUPLICATE, owner=consumed.owner)
         if (watch := won.watch) is not None:
             watch.check(session)
             watch.committing()
@@ -271,7 +271,7 @@ def _to_commit(
         if dialect.embedded and won.deferred_watch is None and (watch := won.watch) is not None and not watch.sent:
             error = locked_out(error, watch.connection) or error
         # shielded: a second cancellation in here would skip the ROLLBACK, and nobody would notice what was committed
-        ended, cancelled = finish(partial(result_of, context, session, rows, won, told(error)))
+        ended, cancelled = finish(partial(result_of, context, session, rows, won, translate(error)))
         ended = ended.stopped_by(cancelled)
         if ended.how is not AttemptEnd.PROCESSED:
             return ended
@@ -294,12 +294,12 @@ def _consumed(guard: Guard, won: Won, ended: AttemptResult) -> AttemptResult:
     return ended
 
 
-def _duplicate(context: AttemptContext, also: Also | None, owner: str | None) -> AttemptResult:
+def _duplicate(context: AttemptContext, write_more: WriteMore | None, owner: str | None) -> AttemptResult:
     """Nothing ran. If the message may have a failure row, that row is closed."""
-    if also is not None:
+    if write_more is not None:
 
         def close(ours: Session) -> None:
-            also(ours, 1)
+            write_more(ours, 1)
             ours.commit()
 
         try:

@@ -274,7 +274,9 @@ class BatchProcessor(Processor):
         began = monotonic()
         patient = not run.waited_s
         try:
-            tried = attempt_batch(self._context, rows, handle, told=reported, patient=patient, meanwhile=run.meanwhile)
+            tried = attempt_batch(
+                self._context, rows, handle, translate=reported, patient=patient, meanwhile=run.meanwhile
+            )
         except ConfigurationError as error:
             error.store = self.store.name
             raise

@@ -270,7 +270,7 @@ class Processor:
                 ledger.end()
 
         # under a lease the claim's number shows earlier claims, too: one may have failed in another process
-        also = self._resolving(row, message, before, former) if before or self._placed is not None else None
+        write_more = self._resolving(row, message, before, former) if before or self._placed is not None else None
         transient = immediate = 0
         looked = False
         while True:
@@ -278,7 +278,7 @@ class Processor:
                 work = work._replace(
                     reading=self.plan.read(message)
                 )  # the handler may have changed the body, so it is read again
-            ended = attempt(self._context, row, handle, told=told_of, also=also, failed_before=before)
+            ended = attempt(self._context, row, handle, translate=told_of, write_more=write_more, failed_before=before)
             if ended.how is AttemptEnd.FAILED and ended.error is not None and self.store.unreached(ended.error):
                 ended = replace(ended, how=AttemptEnd.TRANSIENT)  # the error alone does not show that the store is away
             if ended.stop is not None and ended.how is AttemptEnd.TRANSIENT:
