@@ -7,7 +7,8 @@ to nothing until first used, and imports `redis` then. Called by `guards.lease.r
 If a server or a network falls silent, a command waits for at most ten seconds: five for the answer, and the same once more on
 a new connection, because a firewall may have cut an idle connection without notice. Then the result of the first
 command is unknown, so scripts are written to do nothing the second time. A server that accepts no connection is not
-asked twice.
+asked twice. A server that answers that it takes no writes now is asked once more on a new connection: after a planned switchover
+the old one keeps its connections, and the address leads to another.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import Any, Final
 
 from exactly_once import fork
 from exactly_once.errors import ConfigurationError, ExactlyOnceError, StoreUnavailable
-from exactly_once.redis.errors import code, dropped, meaning, secrets, unfit
+from exactly_once.redis.errors import awaited, code, dropped, meaning, secrets, unfit
 from exactly_once.redis.pools import Pools, Side
 from exactly_once.redis.url import checked
 from exactly_once.wording.redaction import redacted
@@ -163,9 +164,12 @@ class RedisConnection:
             try:
                 return _exchanged(side, connection, words)
             except Exception as error:
-                if not dropped(error):
+                if not dropped(error) and not awaited(error):
                     raise
-            side.wait(connection.connect())  # the other connections of the pool may be as dead as this one
+            # The other connections of the pool may be as dead as this one. Or a server that takes no writes has kept its
+            # connections, and the address leads to its successor by now.
+            side.wait(connection.disconnect())
+            side.wait(connection.connect())
             return _exchanged(side, connection, words)
         finally:
             side.wait(side.pool.release(connection))

@@ -13,7 +13,7 @@ from exactly_once.errors import ConfigurationError, ExactlyOnceError, StoreUnava
 from exactly_once.wording.redaction import HIDDEN
 from exactly_once.wording.text import escaped
 
-__all__ = ["code", "dropped", "meaning", "secrets", "unfit"]
+__all__ = ["awaited", "code", "dropped", "meaning", "secrets", "unfit"]
 
 _AWAY: Final = {
     "BUSY": "it is busy with a script of somebody else's: SCRIPT KILL",
@@ -23,7 +23,7 @@ _AWAY: Final = {
     "MISCONF": "it cannot write to its disk and takes no writes: look at its log",
     "NOREPLICAS": "it has fewer replicas than min-replicas-to-write wants and takes no writes",
     "OOM": "its memory is full and it takes no writes: give it more, CONFIG SET maxmemory 1gb",
-    "READONLY": "it is a read only replica, as after a failover: point the URL at the primary",
+    "READONLY": "it is a read only replica, also on a new connection: point the URL, or what is behind it, at the primary",
     "TRYAGAIN": "its cluster moves keys",
 }
 _WRONG: Final = {
@@ -79,6 +79,11 @@ def dropped(error: BaseException) -> bool:
     from redis import exceptions as e
 
     return isinstance(error, (e.ConnectionError, e.TimeoutError, OSError)) and not code(error)
+
+
+def awaited(error: BaseException) -> bool:
+    """Say whether the server answered that it cannot do this now. It has done nothing."""
+    return code(error) in _AWAY
 
 
 def meaning(error: Exception, name: str, hidden: frozenset[str], *, connecting: bool = False) -> ExactlyOnceError:

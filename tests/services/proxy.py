@@ -107,6 +107,11 @@ class Proxy:
         self.resume()
         self.cut_all()
 
+    def lead_to(self, url: str) -> None:
+        """Lead new connections to another server, as the address of a planned switchover does; the others stay."""
+        target = make_url(url)
+        self._target = (target.host or "127.0.0.1", target.port or 0)
+
     def cut_before_commit(self, nth: int = 1) -> None:
         """Cut the connection that sends the nth COMMIT from now, instead of forwarding it."""
         self.cut_at(COMMIT, "before", nth)
