@@ -254,7 +254,13 @@ class Store:
     def dialect(self) -> Dialect:
         """The statements and error codes of this database's server."""
         kept_as = f"{self.schema} {self.pooler}"
-        return dialect_for(self.engine, lambda: self.resolved_schema, durable=self._durable, kept_as=kept_as)
+        return dialect_for(
+            self.engine,
+            lambda: self.resolved_schema,
+            looked_up=self.schema is None,
+            durable=self._durable,
+            kept_as=kept_as,
+        )
 
     @cached_property
     def resolved_schema(self) -> str | None:

@@ -52,6 +52,7 @@ from exactly_once.claim import ClaimRow, ExistingClaim
 from exactly_once.database.dialects.contract import LEARNT, ClaimBusy, ErrorKind, Gone, State, Trace, Trail, steps_of
 from exactly_once.database.dialects.keywords import Read, reader
 from exactly_once.database.dialects.mysql_trail import trail_of
+from exactly_once.database.dialects.schema_lookup import FoundIn, refuse_elsewhere
 from exactly_once.database.dialects.statements import MARIADB, MYSQL
 from exactly_once.database.errors import contended
 from exactly_once.database.errors.drivers_own import original
@@ -145,7 +146,7 @@ KNOWN: Final = (
 BEGIN: Final = "START TRANSACTION"
 # Each SELECT has a LIMIT: else sql_select_limit applies, which an earlier user may have left in the session.
 PREPARE: Final = (
-    "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode, @@completion_type, @@log_bin"
+    "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode, @@completion_type, @@log_bin, DATABASE()"
     "/*!80000 , CURRENT_ROLE()*//*M!100005 , CURRENT_ROLE()*//*M!100100 , @@max_statement_time*/ LIMIT 1"
 )
 ROLE: Final = ("SELECT CURRENT_ROLE() LIMIT 1", "SET ROLE {role}")
@@ -290,8 +291,8 @@ class MySQL:
     embedded = False
     learns = True
 
-    def __init__(self, table: Callable[[], str], *, durable: bool, kept_as: str) -> None:
-        self._table, self.kept_as = table, kept_as
+    def __init__(self, table: Callable[[], str], found_in: FoundIn, *, durable: bool, kept_as: str) -> None:
+        self._table, self._found_in, self.kept_as = table, found_in, kept_as
 
     @cached_property
     def table(self) -> str:
@@ -341,7 +342,10 @@ class MySQL:
         limit_s = getattr(_driver(dbapi), "_read_timeout", None)
         patience_s = _ENDLESS_S if limit_s is None else max(0, ceil(limit_s) - 1)
         seconds = min(max(1, -(-wait_ms // 1000)), patience_s)
-        version, rollback_on_timeout, modes, completion, log_bin, *more = info.get(LEARNT) or self.learn(dbapi)
+        told = info.get(LEARNT)
+        version, rollback_on_timeout, modes, completion, log_bin, database, *more = told or self.learn(dbapi)
+        if told is not None and not varies:
+            refuse_elsewhere(self._found_in, database)
         cursor = dbapi.cursor()
         try:
             if "STRICT" not in str(modes):

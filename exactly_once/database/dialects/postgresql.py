@@ -59,6 +59,7 @@ from exactly_once.database.dialects.postgresql_wire import (
     template,
     user_of,
 )
+from exactly_once.database.dialects.schema_lookup import FoundIn, refuse_elsewhere
 from exactly_once.database.dialects.statements import POSTGRESQL
 from exactly_once.database.errors import contended
 from exactly_once.database.errors.drivers_own import original
@@ -87,7 +88,9 @@ LOOK: Final = (
     " (SELECT substr(given, 6) FROM pg_db_role_setting, unnest(setconfig) AS given WHERE given LIKE 'role=%'"
     " AND (setrole = 0 OR setrole = (SELECT oid FROM pg_roles WHERE rolname = session_user))"
     " AND (setdatabase = 0 OR setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database()))"
-    " ORDER BY setrole = 0, setdatabase = 0 LIMIT 1)"
+    " ORDER BY setrole = 0, setdatabase = 0 LIMIT 1),"
+    " (SELECT nspname FROM pg_namespace AS known JOIN pg_class AS found ON found.relnamespace = known.oid"
+    " WHERE found.oid = to_regclass('message_idempotent'))"
     " FROM pg_settings WHERE name = 'lock_timeout'"
 )
 LIMIT: Final = "SELECT pg_catalog.current_setting('statement_timeout')"
@@ -166,6 +169,8 @@ class _Learnt(NamedTuple):
     durable: bytes | None
     limit: bytes | None
     encoding: bytes | None
+    schema: bytes | None
+    """Where its search path finds our tables."""
     open: bool
     """It was in a transaction that others had begun, so it may have reported what they set for that transaction alone."""
 
@@ -178,8 +183,9 @@ class PostgreSQL:
     embedded = False
     learns = True
 
-    def __init__(self, table: Callable[[], str], *, durable: bool, kept_as: str) -> None:
-        self._table, self.durable, self.kept_as = table, DURABLE.encode() if durable else b"", kept_as
+    def __init__(self, table: Callable[[], str], found_in: FoundIn, *, durable: bool, kept_as: str) -> None:
+        self._table, self._found_in, self.kept_as = table, found_in, kept_as
+        self.durable = DURABLE.encode() if durable else b""
         self._compiled: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
     @cached_property
@@ -209,9 +215,11 @@ class PostgreSQL:
         driver = driver_of(dbapi)
         begin = driver.pgconn.transaction_status == TransactionStatus.IDLE
         results = send(driver, b"BEGIN;" + LOOK.encode() + b";ROLLBACK" if begin else LOOK.encode())
-        told = [results[1 if begin else 0].get_value(0, n) for n in range(6)]
-        waits, waits_by_default, role, durable, limit, role_by_default = told
-        return _Learnt(waits, waits_by_default, role, role_by_default, durable, limit, encoding_of(driver), not begin)
+        told = [results[1 if begin else 0].get_value(0, n) for n in range(7)]
+        waits, waits_by_default, role, durable, limit, role_by_default, schema = told
+        return _Learnt(
+            waits, waits_by_default, role, role_by_default, durable, limit, encoding_of(driver), schema, not begin
+        )
 
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int, varies: bool = False) -> None:
         driver = driver_of(dbapi)
@@ -228,6 +236,8 @@ class PostgreSQL:
         learnt = told or self.learn(dbapi)
         begin = driver.pgconn.transaction_status == TransactionStatus.IDLE
         varies = varies or learnt.open
+        if told is not None and not varies and not link.pooled:
+            refuse_elsewhere(self._found_in, None if told.schema is None else told.schema.decode())
         durable = self.durable if varies else b"SET LOCAL synchronous_commit = on;"
         seen = info[self.kept_as] = SessionSettings(
             # DEFAULT, so that it follows the server's configuration.

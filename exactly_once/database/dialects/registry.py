@@ -30,13 +30,20 @@ _KNOWN: Final = frozenset(
 
 
 def dialect_for(
-    engine: Engine, schema: Callable[[], str | None], *, durable: bool = True, kept_as: str = ""
+    engine: Engine,
+    schema: Callable[[], str | None],
+    *,
+    looked_up: bool = False,
+    durable: bool = True,
+    kept_as: str = "",
 ) -> Dialect:
     """Return the dialect for `engine`'s server and driver.
 
     Args:
         engine: An engine of the application, or ours.
         schema: Returns the database schema of our tables. Asked at the first claim, and may connect.
+        looked_up: It is where a new connection finds our tables, and nobody has named it: a later connection that finds them
+            elsewhere is refused.
         durable: Commits wait for the disk, whatever the session says.
         kept_as: The key under which a connection's details are kept; see `Dialect.kept_as`.
 
@@ -55,7 +62,8 @@ def dialect_for(
         named = schema()
         return f"{quote(named)}.message_idempotent" if named else "message_idempotent"
 
-    return _class_of(name)(table, durable=durable, kept_as=intern(f"exactly_once.seen {kept_as} {durable}"))
+    found_in = schema if looked_up else None
+    return _class_of(name)(table, found_in, durable=durable, kept_as=intern(f"exactly_once.seen {kept_as} {durable}"))
 
 
 def _class_of(name: str) -> Callable[..., Dialect]:

@@ -10,7 +10,7 @@ Behind a pooler a new connection is not a new session: strangers have used it. T
 of this login begin. What is set in the session itself counts only if the program may have set it while connecting.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, text
@@ -21,7 +21,10 @@ from exactly_once.database.errors.not_made import not_made, other_schemas
 from exactly_once.database.errors.unusable import nameless
 from exactly_once.errors import ConfigurationError, SchemaError
 
-__all__ = ["as_sessions_begin", "schema_in"]
+__all__ = ["FoundIn", "as_sessions_begin", "refuse_elsewhere", "schema_in"]
+
+FoundIn = Callable[[], str | None] | None
+"""Returns the schema that was looked up. None: somebody has named it, and no search path counts."""
 
 _PATH: Final = text(
     "SELECT place.name FROM unnest(current_schemas(false)) WITH ORDINALITY AS place (name, number)"
@@ -80,6 +83,30 @@ def schema_in(engine: Engine) -> str | None:
             f" EXACTLY_ONCE_SCHEMA={found[0]}. Until now it was the first of them."
         )
     return found[0]
+
+
+def refuse_elsewhere(found_in: FoundIn, now: str | None) -> None:
+    """Refuse a new connection that finds our tables in another schema than the one that was looked up.
+
+    Statements of ours name the schema, and a handler's do not: claims and effects would part, and the next start, which looks
+    along the new path, would take copies for new messages.
+
+    Args:
+        found_in: The schema that was looked up.
+        now: Where the new connection finds them. None: nowhere, or it was not asked.
+
+    Raises:
+        ConfigurationError: They differ.
+    """
+    then = None if found_in is None or now is None else found_in()
+    if then is not None and then != now:
+        raise ConfigurationError(
+            f"The claims of this program are in {then}.message_idempotent, and a new connection finds that table in {now}: the"
+            " search path of its login, or the database that it connects to, was changed while the program runs. Claims would"
+            f" stay in {then}, and what handlers write would go to {now}, so nothing ran. To move to {now}: copy the claims"
+            f" there, and restart the program. To stay: put the path back, or say it: ExactlyOnce(schema={then!r}), or"
+            f" EXACTLY_ONCE_SCHEMA={then}."
+        )
 
 
 def as_sessions_begin(connection: Connection) -> None:

@@ -26,6 +26,7 @@ from sqlalchemy.util import await_only
 from exactly_once.claim import ClaimRow, ExistingClaim
 from exactly_once.database.dialects.contract import ErrorKind, Gone, State, Trace, Trail
 from exactly_once.database.dialects.keywords import Read, reader
+from exactly_once.database.dialects.schema_lookup import FoundIn
 from exactly_once.database.dialects.statements import SQLITE
 from exactly_once.database.errors.contended import SQLITE as SQLITE_CONTENDED
 from exactly_once.database.errors.drivers_own import original
@@ -85,7 +86,7 @@ class SQLite:
     embedded = True
     learns = False
 
-    def __init__(self, table: Callable[[], str], *, durable: bool, kept_as: str) -> None:
+    def __init__(self, table: Callable[[], str], _: FoundIn, *, durable: bool, kept_as: str) -> None:
         self._table, self._durable, self.kept_as = table, durable, kept_as
 
     @cached_property
