@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from exactly_once.configuration.config import Config
     from exactly_once.database.store import Store
     from exactly_once.events.alert import Hook
+    from exactly_once.executor.callers_loop import CallersLoop
     from exactly_once.executor.executor import Executor
     from exactly_once.executor.routing import Route, Router
     from exactly_once.guards.claiming import Claimer
@@ -52,6 +53,7 @@ class _Binding:
         self.stores: dict[str, Store] | None = None
         self.leases: LeaseStores | None = None
         self.router: Router | None = None
+        self.callers_loop: CallersLoop | None = None
 
     def close(self) -> None:
         """Close what was opened for it."""
@@ -59,7 +61,7 @@ class _Binding:
             store.close()
         if self.leases is not None:
             self.leases.close()
-        self.stores = self.leases = self.router = None
+        self.stores = self.leases = self.router = self.callers_loop = None
 
 
 class ExactlyOnce(Registrations):
@@ -134,7 +136,7 @@ class ExactlyOnce(Registrations):
         )
 
     def _registered(self) -> None:
-        self._store_binding.router = None  # made again with the new handler
+        self._store_binding.router = self._store_binding.callers_loop = None  # made again with the new handler
 
     def bind(self, database: Any, *, async_database: Any = None) -> None:
         """Say where the claims are, before first use.
@@ -237,14 +239,7 @@ class ExactlyOnce(Registrations):
         Example:
             return SUCCESS if eo.process(Message.from_rocketmq(m)).acknowledge else LATER
         """
-        router = self._router
-        found = router.matching(_checked(message))
-        for each in found:
-            if each.plan.is_async:
-                raise ConfigurationError(
-                    f"The handler {each.plan.name!r} is async: use `await eo.aprocess(message)` instead of eo.process."
-                )
-        return router.run(found, message)
+        return self._callers_loop.run(_checked(message))
 
     async def aprocess(self, message: Message) -> Outcome:
         """The same in an event loop: async handlers run in the loop, sync handlers in a thread.
@@ -252,8 +247,7 @@ class ExactlyOnce(Registrations):
         Example:
             outcome = await eo.aprocess(Message.from_kafka(m))
         """
-        router = self._router
-        return await router.arun(router.matching(_checked(message)), message)
+        return await self._callers_loop.arun(_checked(message))
 
     # -- entry point 3: the worker --------------------------------------------------------------------------------------------
 
@@ -446,6 +440,16 @@ class ExactlyOnce(Registrations):
                 alert=self._alert,
             )
         return binding.router
+
+    @property
+    def _callers_loop(self) -> "CallersLoop":
+        """The same for messages that a loop of the caller's brings."""
+        binding = self._store_binding
+        if binding.callers_loop is None:
+            from exactly_once.executor.callers_loop import CallersLoop
+
+            binding.callers_loop = CallersLoop(self._router.matching)
+        return binding.callers_loop
 
     @property
     def leases(self) -> "LeaseStores":

@@ -5,26 +5,19 @@ Made at first use from the handlers registered at the facade, and fixed from the
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Final
 
-from sqlalchemy.util import greenlet_spawn
-
-from exactly_once.database.connections.one_writer import anyone_holds, refuse_inside
 from exactly_once.database.store import Store
-from exactly_once.errors import ConfigurationError, ExactlyOnceError, Reject
+from exactly_once.errors import ConfigurationError, Reject
 from exactly_once.events.alert import Hook
 from exactly_once.exceptions.stops import asked_from_outside
 from exactly_once.exceptions.words import words_of
-from exactly_once.executor.beside import Beside
-from exactly_once.executor.fanout import combine
 from exactly_once.guards.lease.stores import LeaseStores
 from exactly_once.handlers.plan import Plan
 from exactly_once.message import Message
-from exactly_once.outcome import Outcome, Result
 from exactly_once.processing.batch import BatchProcessor
-from exactly_once.processing.processor import CALLERS_LOOP, Processor
-from exactly_once.processing.work import Work
+from exactly_once.processing.parked import ParkingProcessor
+from exactly_once.processing.processor import Processor
 from exactly_once.transports.contract import Delivery, Subscription
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped
@@ -35,23 +28,9 @@ Route = Callable[[Message], str]
 """Return the name of the database that a message belongs to."""
 
 _NONE: Final[tuple[Processor, ...]] = ()
-# as many as asyncio's own at most: more would only wait for connections, and give up after `pool_timeout`
-_MOST_BESIDE: Final = 32
 _MOST_TOLD: Final = 100  # topics that no handler takes: each is remembered, and the names come from outside
 
 _log = steady("exactly_once.routing")
-
-
-class _Parked(Processor):
-    """Parks a message that could not be routed (in the first database) or could not be read. Never runs the handler."""
-
-    def __init__(self, inner: Processor, error: ExactlyOnceError) -> None:
-        super().__init__(inner.plan, inner.store, inner.group, leases=inner.leases, alert=inner.alert)
-        self._error = error
-
-    def process(self, work: Work) -> Result:
-        """See `Processor.process`."""
-        return self.recording.failed(work, self._error)
 
 
 class Router:
@@ -97,12 +76,11 @@ class Router:
                 topics[each.plan.topic] = (*topics.get(each.plan.topic, ()), each)
         self._only = self._topics[self._first] if route is None else None
         self._told: set[str] = set()
-        self._beside = Beside(_MOST_BESIDE)
 
     def find(self, delivery: Delivery) -> Sequence[Processor]:
         """Return the handlers that a delivery is for. From the failure store: only the handler that failed."""
         if delivery.unread is not None:
-            return [_Parked(each, delivery.unread) for each in self._of_unread(delivery)]
+            return [ParkingProcessor(each, delivery.unread) for each in self._of_unread(delivery)]
         if delivery.handler is not None:
             return self._failed_before(delivery, delivery.handler)
         return self.matching(delivery.message)
@@ -124,7 +102,7 @@ class Router:
         found = self._names[kept_in if unknown else str(name)].get(handler)
         if found is None:
             return _NONE
-        return (_Parked(found, Reject(self._unknown(name))),) if unknown else (found,)
+        return (ParkingProcessor(found, Reject(self._unknown(name))),) if unknown else (found,)
 
     def matching(self, message: Message) -> Sequence[Processor]:
         """Return the handlers of a message on the database it is routed to.
@@ -137,7 +115,10 @@ class Router:
             name = self._named(message)
             if name not in self._topics:
                 reason = self._unknown(name)
-                return [_Parked(each, Reject(reason)) for each in self._matching(self._topics[self._first], message)]
+                return [
+                    ParkingProcessor(each, Reject(reason))
+                    for each in self._matching(self._topics[self._first], message)
+                ]
             topics = self._topics[name]
         return self._matching(topics, message)
 
@@ -174,29 +155,6 @@ class Router:
             if asked_from_outside(error):
                 raise
             return f"(it raised {type(error).__name__}: {words_of(error)})"
-
-    def run(self, found: Sequence[Processor], message: Message) -> Outcome:
-        """Run a message for a consumer loop that is not ours."""
-        for each in found if anyone_holds() else ():
-            refuse_inside(each.store.engine, "eo.process")
-        return _outcome(combine([each.run(message, CALLERS_LOOP, callers_loop=True) for each in found]))
-
-    async def arun(self, found: Sequence[Processor], message: Message) -> Outcome:
-        """The same in an event loop."""
-        for each in found if anyone_holds() else ():
-            refuse_inside(each.store.engine, "eo.aprocess")
-
-        return _outcome(await greenlet_spawn(self._run_on_loop, found, message))
-
-    def _run_on_loop(self, found: Sequence[Processor], message: Message) -> Result:
-        """In a greenlet of the caller's loop."""
-
-        def run(each: Processor) -> Result:
-            if each.plan.is_async:
-                return each.run(message, CALLERS_LOOP, callers_loop=True)
-            return self._beside.run(partial(each.run, message, CALLERS_LOOP, callers_loop=True, beside=True))
-
-        return combine([run(each) for each in found])
 
     def subscriptions(self) -> Sequence[Subscription]:
         """Return the group's subscriptions: for each topic the union of its handlers' tags, sorted, alike in every process.
@@ -258,9 +216,3 @@ _NO_HANDLERS: Final = (
     "No handlers are registered. Import the module that decorates them before the first message:"
     " ExactlyOnce(imports=['shop.consumers']), or EXACTLY_ONCE_IMPORTS=shop.consumers."
 )
-
-
-def _outcome(told: Result) -> Outcome:
-    if told.raises is not None:
-        raise told.raises
-    return told.outcome
