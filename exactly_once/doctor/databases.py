@@ -10,7 +10,8 @@ from sqlalchemy import Engine, select, text
 from sqlalchemy.util import greenlet_spawn
 
 from exactly_once.alembic import ready
-from exactly_once.database.connections.pooler import LINK, Link, begin_bounded
+from exactly_once.database.connections.beginning import begin_ours
+from exactly_once.database.connections.pooler import LINK, Link
 from exactly_once.database.errors.unusable import read_only
 from exactly_once.database.probe import claims_twice, lacking_characters
 from exactly_once.database.renamed import claimed_names
@@ -145,7 +146,7 @@ def _postgresql(where: str, connection: Any) -> Iterator[Finding]:
         )
     # The value inside a transaction of ours: behind a pooler it is set with BEGIN.
     connection.rollback()
-    begin_bounded(connection)
+    begin_ours(connection)
     idle = connection.execute(text("SHOW idle_in_transaction_session_timeout")).scalar_one()
     if idle == "0":
         yield Finding(

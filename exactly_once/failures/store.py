@@ -42,7 +42,7 @@ from sqlalchemy.orm import Session
 from exactly_once.claim import ClaimRow
 from exactly_once.database import claim_rows
 from exactly_once.database.characters import characters_of
-from exactly_once.database.connections.pooler import begin_bounded
+from exactly_once.database.connections.beginning import begin_ours
 from exactly_once.database.dialects.contract import Dialect
 from exactly_once.database.errors.drivers_own import is_taken
 from exactly_once.database.schema import CONSUMED, KEY_BYTES, UNFINISHED, Tables, all_rows, utcnow
@@ -229,7 +229,7 @@ class FailureStore:
         """
         for last in (False, True):
             try:
-                begin_bounded(session.connection())
+                begin_ours(session.connection())
                 recorded = self._record(session, failure, decide)
                 session.commit()
             except Exception as error:

@@ -29,7 +29,7 @@ __all__ = ["given", "made", "seen", "used"]
 
 _STOP_S: Final = 1.0  # seconds; an idle connection's thread only has to close it
 
-_SEEN: "WeakKeyDictionary[Engine, _Seen]" = WeakKeyDictionary()
+_KNOWN: "WeakKeyDictionary[Engine, _KnownEngine]" = WeakKeyDictionary()
 _HELD: Final[set[str]] = set()
 """SQLite files in which a transaction was open when this process was forked."""
 
@@ -47,8 +47,8 @@ def made(engine: Engine) -> Engine:
 def seen(engine: Engine) -> None:
     """Give children a new pool of this engine. Does nothing the second time. Its older connections are learnt by `used`."""
     engine = made(engine)
-    if engine not in _SEEN and not _in_memory(engine):
-        _SEEN[engine] = _Seen(engine)
+    if engine not in _KNOWN and not _in_memory(engine):
+        _KNOWN[engine] = _KnownEngine(engine)
 
 
 def given(database: Any) -> None:
@@ -69,12 +69,12 @@ def used(engine: Engine, connection: PoolProxiedConnection) -> None:
     engine = made(engine)
     seen(engine)
     record = getattr(connection, "_connection_record", None)
-    known = _SEEN.get(engine)
+    known = _KNOWN.get(engine)
     if known is not None and record is not None:
         known.connected(None, record)
 
 
-class _Seen:
+class _KnownEngine:
     """One engine, and the connections that it has opened."""
 
     def __init__(self, engine: Engine) -> None:

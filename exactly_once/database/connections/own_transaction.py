@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 from sqlalchemy import Connection, Engine
 
+from exactly_once.database.connections.beginning import begin_ours
 from exactly_once.database.connections.had_before import kept_firsthand
-from exactly_once.database.connections.pooler import begin_bounded
 
 __all__ = ["own_transaction"]
 
@@ -26,7 +26,7 @@ def own_transaction(engine: Engine) -> Iterator[Connection]:
     """
     with engine.connect() as connection, connection.begin():
         kept_firsthand(connection)
-        begin_bounded(connection)
+        begin_ours(connection)
         try:
             yield connection
         except Exception:

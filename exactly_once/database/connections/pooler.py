@@ -5,8 +5,7 @@ connection, and a stranger gets ours. A statement that was prepared by name is m
 would bind the stranger. So we prepare nothing by name, and send settings with BEGIN, for one transaction. What a stranger left
 (a mode, a role, a time limit) ends only with the server connection. A pooler throws a server connection away if its client
 disappears in a transaction: so after a failure of ours we close the connection before it is rolled back. This module has the
-data for that, and the BEGIN. It asks the server nothing: `dialects.postgresql_pooler` does, once for each connection. Modules
-that begin transactions of their own on PostgreSQL call `begin_bounded`.
+data for that. It asks the server nothing: `dialects.postgresql_pooler` does, once for each connection, and `beginning` uses it.
 """
 
 from collections.abc import Callable
@@ -14,13 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from sqlalchemy import URL, Connection
-from sqlalchemy.exc import OperationalError
 
-from exactly_once.database.mysql_session import put_right
 from exactly_once.errors import ConfigurationError
 from exactly_once.wording.text import escaped
 
-__all__ = ["IDLE_MS", "LINK", "SAID", "Link", "begin_bounded", "is_pooled", "prepare_threshold"]
+__all__ = ["IDLE_MS", "LINK", "SAID", "Link", "is_pooled", "prepare_threshold"]
 
 IDLE_MS: Final = 600_000
 """Milliseconds after which the server ends an idle transaction: a program that vanished keeps its locks no longer."""
@@ -46,29 +43,6 @@ def is_pooled(connection: Connection) -> bool:
     """Say whether a connection reaches its server through a pooler, as far as we know."""
     link: Link | None = connection.info.get(LINK)
     return link is not None and link.pooled
-
-
-def begin_bounded(connection: Connection) -> None:
-    """Begin the transaction of a connection that has sent nothing yet: durable, with the settings that its session cannot keep.
-
-    It replaces the driver's own BEGIN: no extra round trip. On a connection that was never examined, and on
-    servers other than PostgreSQL, the driver begins by itself. On MySQL and MariaDB the session's clock is checked, because
-    such a transaction writes times.
-
-    Raises:
-        OperationalError: The connection is dead; it is thrown away.
-    """
-    if connection.dialect.name in ("mysql", "mariadb"):
-        put_right(connection)
-        return
-    link: Link | None = connection.info.get(LINK)
-    if link is None:
-        return
-    try:
-        link.begin(connection.connection.dbapi_connection)
-    except connection.dialect.loaded_dbapi.Error as error:
-        connection.invalidate(error)  # the raw error did not pass SQLAlchemy, which would reuse the connection
-        raise OperationalError("BEGIN", None, error, connection_invalidated=True) from error
 
 
 def prepare_threshold(url: URL) -> dict[str, int | None]:

@@ -28,7 +28,7 @@ _log = steady("exactly_once.store")
 _File = tuple[str, int, int]
 
 
-class _Seen:
+class _OpenedFile:
     """For one engine: which file was opened last, and how often it was a different one."""
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class _Seen:
 
 
 # All copies of an engine share its dialect.
-_seen: WeakKeyDictionary[Dialect, _Seen] = WeakKeyDictionary()
+_opened_files: WeakKeyDictionary[Dialect, _OpenedFile] = WeakKeyDictionary()
 
 
 def watch_file(engine: Engine, *, ours: bool) -> None:
@@ -47,9 +47,9 @@ def watch_file(engine: Engine, *, ours: bool) -> None:
         engine: An engine of any database.
         ours: We made the engine, and make no tables through it: connecting must not create a missing file.
     """
-    if file_of(engine.url) is None or engine.dialect in _seen:
+    if file_of(engine.url) is None or engine.dialect in _opened_files:
         return
-    seen = _seen[engine.dialect] = _Seen()
+    seen = _opened_files[engine.dialect] = _OpenedFile()
     listen(engine, "do_connect", lambda *_: _still_there(engine, seen, ours=ours))
     listen(engine, "connect", lambda _, record: _opened(engine, seen, record))
     listen(engine, "checkout", lambda _, record, __: _compared(seen, record))
@@ -57,17 +57,17 @@ def watch_file(engine: Engine, *, ours: bool) -> None:
 
 def replaced(engine: Engine) -> int:
     """Return how often another file had replaced this engine's file."""
-    seen = _seen.get(engine.dialect)
+    seen = _opened_files.get(engine.dialect)
     return 0 if seen is None else seen.times
 
 
-def _opened(engine: Engine, seen: _Seen, record: Any) -> None:
+def _opened(engine: Engine, seen: _OpenedFile, record: Any) -> None:
     path = os.path.abspath(file_of(engine.url) or "")  # absolute: the program may change its folder
     if (found := _found(path)) is not None:  # else a connect function of the application's leads elsewhere
         record.info[_FILE] = seen.opened = found
 
 
-def _still_there(engine: Engine, seen: _Seen, *, ours: bool) -> None:
+def _still_there(engine: Engine, seen: _OpenedFile, *, ours: bool) -> None:
     """Runs before connecting, which would make an empty file."""
     if seen.opened is not None:
         if not os.path.exists(seen.opened[0]):
@@ -76,7 +76,7 @@ def _still_there(engine: Engine, seen: _Seen, *, ours: bool) -> None:
         raise told
 
 
-def _compared(seen: _Seen, record: Any) -> None:
+def _compared(seen: _OpenedFile, record: Any) -> None:
     opened: _File | None = record.info.get(_FILE)
     if opened is None or (now := _found(opened[0])) == opened:
         return

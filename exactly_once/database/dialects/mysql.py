@@ -82,7 +82,7 @@ __all__ = [
     "TRACE_STANDS",
     "UNTRACE",
     "MySQL",
-    "Seen",
+    "SessionSettings",
     "bound",
     "busy_of",
     "digits",
@@ -126,7 +126,7 @@ TRACE_STANDS: Final = (
 _MISSED: Final = 21644
 _FINISHED: Final = f"IF ROW_COUNT() <> {{count}} THEN SIGNAL SQLSTATE '45000' SET MYSQL_ERRNO = {_MISSED}; END IF"
 BOUND: Final = "SET STATEMENT innodb_lock_wait_timeout = {seconds} FOR "
-# Travels with the statement that begins a transaction of ours. `begin_bounded` and the claim with a lease check for themselves.
+# Travels with the statement that begins a transaction of ours. `begin_ours` and the claim with a lease check for themselves.
 RIGHT: Final = f"IF NOT ({SESSION_IS_RIGHT}) THEN {RIGHT_SESSION}; END IF"
 # For `logged_since`, on MariaDB: the last commit of this session in the binary log, and whether the log has any of its commits.
 LOGGED: Final = (
@@ -255,7 +255,7 @@ def busy_of(error: BaseException, *, lost: bool = False) -> ClaimBusy | None:
 
 
 @dataclass(slots=True)
-class Seen:
+class SessionSettings:
     """What a connection reported when we first saw it."""
 
     bound: str
@@ -369,7 +369,7 @@ class MySQL:
             ansi_quotes="ANSI" in str(modes), version=_version(str(version))
         )
         compound = is_mariadb and "ORACLE" not in str(modes)  # Oracle mode has another grammar
-        info[self.kept_as] = Seen(
+        info[self.kept_as] = SessionSettings(
             bound=_bound(seconds) if is_mariadb else "",
             patience_s=patience_s,
             rollback_on_timeout=bool(rollback_on_timeout),
@@ -390,7 +390,7 @@ class MySQL:
         self, dbapi: Any, info: MutableMapping[Any, Any], row: ClaimRow, *, wait_ms: int, savepoint: bool
     ) -> bool:
         refuse_autocommit(dbapi)
-        seen: Seen = info[self.kept_as]
+        seen: SessionSettings = info[self.kept_as]
         # With a savepoint the caller commits, and cannot set the claim to consumed later.
         insert = bound(seen, wait_ms) + self._claim.replace("{status}", "1" if savepoint else "2")
         values = (
@@ -418,7 +418,7 @@ class MySQL:
             cursor.close()
 
     def begin(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, trace: Trace | None = None) -> None:
-        seen: Seen = info[self.kept_as]
+        seen: SessionSettings = info[self.kept_as]
         # START TRANSACTION would commit what a hook of the application has already written in this transaction.
         first = [BEGIN] if self.state(dbapi) is State.IDLE else []
         values: list[Any] = []
@@ -440,7 +440,7 @@ class MySQL:
         trace: Trace | None,
         send_commit: Callable[[], None],
     ) -> None:
-        seen: Seen = info[self.kept_as]
+        seen: SessionSettings = info[self.kept_as]
         release = f"RELEASE SAVEPOINT {savepoint_of(owner)}"
         finish, values = self._finishing(owner, rows, trace)
         count = len(rows) + (trace is not None)
@@ -504,7 +504,7 @@ class MySQL:
 
     def before_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> Any:
         self.read_out(dbapi)
-        seen: Seen = info[self.kept_as]
+        seen: SessionSettings = info[self.kept_as]
         cursor = dbapi.cursor()
         try:
             together(cursor, seen, f"SAVEPOINT {_inner(owner)}", seen.commits)
@@ -528,7 +528,7 @@ class MySQL:
         if before is None:
             return None
         self._pass_over(dbapi)
-        seen: Seen = info[self.kept_as]
+        seen: SessionSettings = info[self.kept_as]
         cursor = dbapi.cursor()
         try:
             cursor.execute(seen.commits)
@@ -537,7 +537,7 @@ class MySQL:
             cursor.close()
 
     def logged_since(self, dbapi: Any, info: MutableMapping[Any, Any], trace: Trace | None) -> bool | None:
-        seen: Seen = info[self.kept_as]
+        seen: SessionSettings = info[self.kept_as]
         if LOGGED not in seen.right:
             return None
         self._pass_over(dbapi)
@@ -635,7 +635,7 @@ class MySQL:
         return True
 
     def in_our_name(self, connection: Connection, statement: Insert | Update, values: Mapping[str, Any]) -> int:
-        seen: Seen | None = connection.info.get(self.kept_as)
+        seen: SessionSettings | None = connection.info.get(self.kept_as)
 
         def executed() -> int:
             # preserve_rowcount: without it the driver forgets the row count of an INSERT, and says -1.
@@ -703,7 +703,7 @@ class MySQL:
         return read(statement)
 
 
-def bound(seen: Seen, wait_ms: int) -> str:
+def bound(seen: SessionSettings, wait_ms: int) -> str:
     """Return the prefix that limits one statement's lock wait, in whole seconds; empty if only the session can be limited."""
     return _bound(min(-(-wait_ms // 1000), seen.patience_s)) if seen.bound else ""
 
@@ -713,7 +713,7 @@ def _bound(seconds: int) -> str:
     return BOUND.replace("{seconds}", f"{seconds:d}")
 
 
-def together(cursor: Any, seen: Seen, *statements: str, values: Sequence[Any] = ()) -> None:
+def together(cursor: Any, seen: SessionSettings, *statements: str, values: Sequence[Any] = ()) -> None:
     """Execute several statements, in one round trip if the server can. `values` are for the one that has placeholders.
 
     Afterwards the cursor has the rows of the last statement.
@@ -734,7 +734,7 @@ def digits(value: str | bytes | None) -> str | None:
     return None if value is None else (value.encode() if isinstance(value, str) else value).hex()
 
 
-def _took_another_role(cursor: Any, seen: Seen, error: BaseException) -> str:
+def _took_another_role(cursor: Any, seen: SessionSettings, error: BaseException) -> str:
     """After a denial, set our own role if the handler has changed it. Return the statement that restores the handler's role.
 
     Empty if there is no other role to set. Called after a denial alone, because it costs round trips; a denied statement

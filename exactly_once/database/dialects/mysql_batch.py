@@ -14,7 +14,7 @@ from exactly_once.claim import ClaimRow, ExistingClaim
 from exactly_once.database.dialects.contract import Dialect
 from exactly_once.database.dialects.mysql import (
     KEY,
-    Seen,
+    SessionSettings,
     bound,
     busy_of,
     digits,
@@ -62,7 +62,7 @@ class Claims:
         """See `BatchClaims.claim`. A crash before the COMMIT of the handlers' work leaves nothing of it."""
         refuse_autocommit(dbapi)
         # In whole seconds. If only the session can be limited, its limit applies here too.
-        seen: Seen = info[self._dialect.kept_as]
+        seen: SessionSettings = info[self._dialect.kept_as]
         bounded = bound(seen, wait_ms)
         group, handler, _ = identity(rows[0])
         keys = [row.key.encode().hex() for row in rows]

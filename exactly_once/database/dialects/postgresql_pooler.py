@@ -28,7 +28,7 @@ _OWN: Final = b"SELECT reset_val FROM pg_settings WHERE name = 'idle_in_transact
 _BY_WHAT_WAS_LEFT: Final = (errors.ReadOnlySqlTransaction, errors.InsufficientPrivilege, errors.QueryCanceled)
 # Another style may be set for the database, or left by a handler: psycopg reads times in this style alone.
 _ISO: Final = b"SET LOCAL datestyle = ISO;"
-_seen: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()  # by dialect: `said` of `look_at_each`
+_looked_at: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()  # by dialect: `said` of `look_at_each`
 
 
 def look_at_each(engine: Engine, *, ours: bool, said: bool) -> None:
@@ -39,10 +39,10 @@ def look_at_each(engine: Engine, *, ours: bool, said: bool) -> None:
         ours: We made it, so its transactions are limited in time.
         said: The setting says that there is a pooler, even if we detect none.
     """
-    known = _seen.get(engine.dialect)
+    known = _looked_at.get(engine.dialect)
     if known is not None and known >= said:
         return
-    _seen[engine.dialect] = said
+    _looked_at[engine.dialect] = said
 
     def seen(dbapi: Any, record: Any, *_: Any) -> None:
         link: Link | None = record.info.get(LINK)
@@ -97,16 +97,16 @@ def _stricter(own_ms: int) -> int:
 class _Begin:
     """See `Link.begin`."""
 
-    __slots__ = ("_seen",)
+    __slots__ = ("_settings",)
 
     def __init__(self, settings: bytes) -> None:
-        self._seen = SessionSettings(
+        self._settings = SessionSettings(
             b"DEFAULT", b"'none'", None, prepared=False, encoding=None, limit=None, settings=settings
         )
 
     def __call__(self, dbapi: Any) -> None:
         driver = driver_of(dbapi)
-        text = opening(driver, self._seen) + DURABLE.encode()
+        text = opening(driver, self._settings) + DURABLE.encode()
         if not (driver.pgconn.parameter_status(b"DateStyle") or b"ISO").startswith(b"ISO"):
             text += _ISO
         ignore_driver_begin(driver)

@@ -33,7 +33,8 @@ from sqlalchemy import (
 
 from exactly_once.claim import ClaimRow, LeaseAnswer, StepRow
 from exactly_once.database import claim_rows
-from exactly_once.database.connections.pooler import begin_bounded, is_pooled
+from exactly_once.database.connections.beginning import begin_ours
+from exactly_once.database.connections.pooler import is_pooled
 from exactly_once.database.dialects.contract import WAIT_MS, ClaimBusy, Dialect, ErrorKind, LeaseClaims, State, Trail
 from exactly_once.database.dialects.contract import raise_for_the_store as raise_for
 from exactly_once.database.dialects.firsthand import is_firsthand, kept_firsthand, moment, ready
@@ -550,7 +551,7 @@ class SqlLeases:
         """A transaction of our own. After an error in it the connection is closed before anything is rolled back."""
         with connection.begin():
             kept_firsthand(connection)
-            begin_bounded(connection)
+            begin_ours(connection)
             try:
                 yield
             except BaseException as error:

@@ -24,8 +24,9 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 
 from exactly_once import fork
 from exactly_once.database.characters import characters_of
+from exactly_once.database.connections.beginning import begin_ours
 from exactly_once.database.connections.had_before import is_firsthand, kept_firsthand, moment
-from exactly_once.database.connections.pooler import begin_bounded, is_pooled
+from exactly_once.database.connections.pooler import is_pooled
 from exactly_once.database.errors.contended import is_contended
 from exactly_once.database.errors.drivers_own import is_taken
 from exactly_once.database.errors.interrupted import interrupted
@@ -173,7 +174,7 @@ class Database:
                 # As a writer from the start: a reader that becomes a writer fails where it should wait.
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
             elif self.dialect == "postgresql":
-                begin_bounded(connection)
+                begin_ours(connection)
             try:
                 yield
             except DBAPIError:
