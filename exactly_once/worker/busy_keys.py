@@ -38,7 +38,7 @@ class BusyKeys:
         stopping: Callable[[], bool],
     ) -> None:
         self._run_again, self._changed, self._stopping = run_again, changed, stopping
-        # due time, unique number (deliveries cannot be compared), consumer's deliveries, delivery, first kept at
+        # due time, unique number (deliveries cannot be compared), lane, delivery, first kept at
         self._heap: list[tuple[float, int, Lane, Delivery, float]] = []
         self._numbers = count()
         self._turning = False

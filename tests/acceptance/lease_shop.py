@@ -252,8 +252,8 @@ def install(point: str, how: str, marker: Path) -> None:
         real_committing(self)
         if hasattr(_here, "step"):
             _point("before the transaction step's COMMIT", _here.step)
-        elif self.held is not None:
-            _point("before COMMIT", self.held.row.key)
+        elif self.lease is not None:
+            _point("before COMMIT", self.lease.row.key)
 
     Watch.committing = committing  # type: ignore[method-assign]
     real_made = Lane.__init__

@@ -4,7 +4,7 @@ for its own caller.
 SQLite has one writer for a whole file, and a run is that writer from its claim to its commit. If its handler calls `eo.process`,
 the call waits for the handler, and the handler for the call. SQLite does not detect that: it waits for half a minute, then says
 that the file is locked. We know only what this thread or task began; other threads and tasks get their turn. `processing.attempt`
-records who holds the file; `executor.routing` and `transports.sql` ask.
+records who holds the file; `executor.callers_loop` and `transports.sql` ask.
 """
 
 import asyncio

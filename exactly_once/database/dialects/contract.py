@@ -194,7 +194,7 @@ class Dialect(Protocol):
             owner: The attempt that should own the transaction.
             rows: What was claimed in it; none after `begin`.
             trace: What `begin` was given.
-            send_commit: Sends the driver's own COMMIT.
+            send_commit: Sends the driver's own COMMIT. A dialect may send its own text instead.
 
         Raises:
             Gone: It is another transaction by now; nothing was sent. Any other refusal is the driver's error.
@@ -261,14 +261,14 @@ class Dialect(Protocol):
     def server_session(self, dbapi: Any) -> object:
         """Return an object that stands for the driver's session with its server. After a reconnect it is another object. Free."""
 
-    def mark(self, dbapi: Any) -> Any:
+    def position(self, dbapi: Any) -> Any:
         """Prepare to see what is sent on the driver directly. The result is for `sent_since`, and never None.
 
         Called when the transaction is over and nothing is open. Free, no round trip.
         """
 
-    def sent_since(self, dbapi: Any, mark: Any) -> bool:
-        """Say whether anything that may have been committed was sent since `mark` returned `mark`. Free, no round trip."""
+    def sent_since(self, dbapi: Any, position: Any) -> bool:
+        """Say whether anything that may have been committed was sent since that position. Free, no round trip."""
 
     def read_claim(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> ExistingClaim | None:
         """Read the row under the key.

@@ -558,17 +558,17 @@ class MySQL:
         thread_id: object = _driver(dbapi).server_thread_id
         return thread_id
 
-    def mark(self, dbapi: Any) -> Any:
+    def position(self, dbapi: Any) -> Any:
         driver = _driver(dbapi)
         driver.server_status |= _MARKED
         return _Mark(driver._result)  # noqa: SLF001
 
-    def sent_since(self, dbapi: Any, mark: Any) -> bool:
+    def sent_since(self, dbapi: Any, position: Any) -> bool:
         driver = _driver(dbapi)
         if not driver.server_status & _MARKED:
             return True
         # asyncmy does not take over a status of 0: then the result tells. After an error there is no result.
-        return driver._result is not None and driver._result is not mark.result  # noqa: SLF001
+        return driver._result is not None and driver._result is not position.result  # noqa: SLF001
 
     def read_claim(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> ExistingClaim | None:
         if not wait:

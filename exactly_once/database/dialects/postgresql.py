@@ -392,10 +392,10 @@ class PostgreSQL:
     def server_session(self, dbapi: Any) -> object:
         return None  # the driver does not reconnect
 
-    def mark(self, dbapi: Any) -> Any:
+    def position(self, dbapi: Any) -> Any:
         return True
 
-    def sent_since(self, dbapi: Any, mark: Any) -> bool:
+    def sent_since(self, dbapi: Any, position: Any) -> bool:
         return driver_begun(driver_of(dbapi))
 
     def read_claim(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> ExistingClaim | None:

@@ -230,12 +230,12 @@ class SQLite:
     def server_session(self, dbapi: Any) -> object:
         return None  # the driver does not reconnect
 
-    def mark(self, dbapi: Any) -> Any:
+    def position(self, dbapi: Any) -> Any:
         return _driver(dbapi).total_changes
 
-    def sent_since(self, dbapi: Any, mark: Any) -> bool:
+    def sent_since(self, dbapi: Any, position: Any) -> bool:
         driver = _driver(dbapi)
-        return bool(driver.in_transaction or driver.total_changes != mark)
+        return bool(driver.in_transaction or driver.total_changes != position)
 
     def read_claim(self, dbapi: Any, row: ClaimRow, *, end: bool, wait: bool = True) -> ExistingClaim | None:
         cursor = dbapi.cursor()

@@ -24,10 +24,10 @@ __all__ = ["DeferredWatch"]
 class DeferredWatch:
     """Waits for a session's first statement, and watches its transaction from there on."""
 
-    __slots__ = ("_dialect", "_session", "_unwritten", "failed", "held", "shut", "watch")
+    __slots__ = ("_dialect", "_session", "_unwritten", "failed", "lease", "shut", "watch")
 
-    def __init__(self, session: Session, dialect: Dialect, held: UnderLease | None) -> None:
-        self._dialect, self._session, self.held = dialect, session, held
+    def __init__(self, session: Session, dialect: Dialect, lease: UnderLease | None) -> None:
+        self._dialect, self._session, self.lease = dialect, session, lease
         self.watch: Watch | None = None
         self.shut: Shut | None = None
         self.failed: BaseException | None = None
@@ -72,13 +72,13 @@ class DeferredWatch:
         """Watch this connection's transaction from here on."""
         if self.shut is not None:
             raise self.shut.refusal()
-        if self.held is not None:
-            self.held.check()
-        dialect, held, trace = self._dialect, self.held, None
-        if held is not None:
+        if self.lease is not None:
+            self.lease.check()
+        dialect, lease, trace = self._dialect, self.lease, None
+        if lease is not None:
             # One trace for each transaction: a step's transaction may be open beside the handler's.
-            trace = Trace(held.row, new_owner(), held.attempt, held.token)
-        owner = (held.row.owner if held is not None else "") or new_owner()
+            trace = Trace(lease.row, new_owner(), lease.attempt, lease.token)
+        owner = (lease.row.owner if lease is not None else "") or new_owner()
         # If a hook may have set something on the connection, or it has an option of its own, it is not exchanged for another.
         idle = dialect.state(connection.connection.dbapi_connection) is State.IDLE
         hooked = len(session.dispatch.after_begin) > 1 or bool(connection.dispatch.begin)  # one of them is ours
@@ -93,7 +93,7 @@ class DeferredWatch:
             over(session, _NOT_BEGUN)
             raise
         dbapi = connection.connection.dbapi_connection
-        self.watch = Watch(connection, dialect, dbapi, owner, held=held, trace=trace)
+        self.watch = Watch(connection, dialect, dbapi, owner, lease=lease, trace=trace)
         attach(session, self.watch)
 
     def _begun_on(self, connection: Connection, owner: str, trace: Trace | None, *, exchange: bool, since: int) -> bool:

@@ -92,7 +92,7 @@ def _sending(statement: str, values: object, context: ExecutionContext, send: Ca
         watch.reads(context)
     read = dialect.read(dbapi, watch.info, statement)
     if read.refused is not None:
-        raise watch.leave(
+        raise watch.record_leaving(
             TransactionEnd.REFUSED,
             f"The handler sent {read.refused}, which ends the transaction it was given; it was not sent. Delete that"
             " statement: the transaction is committed for you when the handler returns.",
@@ -190,7 +190,7 @@ def _refusing_commit(send: _Send) -> _Send:
             send(dbapi_connection)
             return
         if not watch.ours:
-            raise watch.leave(TransactionEnd.REFUSED, _COMMITTED)
+            raise watch.record_leaving(TransactionEnd.REFUSED, _COMMITTED)
         if watch.error is not None:
             raise watch.error  # the error of a hook that swallowed it
         # The last look, after every hook of the application: COMMIT of an aborted transaction succeeds, and keeps nothing.
@@ -201,7 +201,7 @@ def _refusing_commit(send: _Send) -> _Send:
             raise watch.closed()
         if state is not State.OPEN:
             raise watch.swallowed()
-        watch.settle()  # of a hook's statement
+        watch.read_to_its_end()  # of a hook's statement
         watch.commit(lambda: send(dbapi_connection))
 
     return do_commit
@@ -220,7 +220,7 @@ def _marking_rollback(send: _Send) -> _Send:
         watch.rolled_back = True
         if not watch.ours:
             first = watch.error is None
-            misuse = watch.leave(TransactionEnd.ROLLED_BACK, LEFT)
+            misuse = watch.record_leaving(TransactionEnd.ROLLED_BACK, LEFT)
             if first:  # it may be raised on another line
                 misuse.place = place_here()
         send(dbapi_connection)
@@ -243,7 +243,7 @@ def _begun(session: Session, transaction: SessionTransaction, connection: Connec
     if isinstance(watch, DeferredWatch):
         watch.began(session, connection)
     elif watch is not None and (connection is not watch.connection or watch.left is not TransactionEnd.NOT):
-        raise watch.leave(TransactionEnd.REFUSED, _SECOND)
+        raise watch.record_leaving(TransactionEnd.REFUSED, _SECOND)
 
 
 _COMMITTED: Final = (

@@ -134,15 +134,15 @@ class Watch:
         dbapi: The driver's connection.
         owner: This attempt.
         rows: The claims in this transaction.
-        held: The lease under which it runs, if there is one.
+        lease: The lease under which it runs, if there is one.
         trace: The row that it wrote in place of a claim.
     """
 
     __slots__ = (
-        "at_return", "busy", "call", "changed", "committed", "connection", "current", "dbapi", "dialect",
-        "error", "held", "info", "last", "left", "left_open", "locked", "lost", "mark", "meanwhile", "met", "ours",
-        "owner", "pooled", "refused", "replaced", "rolled_back", "root", "rows", "rows_as", "sent", "server_session",
-        "session_transaction", "shut", "stopped", "streams", "trace", "whole"
+        "at_return", "busy", "call", "changed", "committed", "connection", "current", "dbapi", "dialect", "error",
+        "info", "last", "lease", "left", "left_open", "locked", "lost", "met", "ours", "owner", "pooled", "position",
+        "refused", "replaced", "rolled_back", "root", "rows", "rows_as", "sent", "server_session",
+        "session_transaction", "shut", "stopped", "streams", "trace", "used_during_commit", "whole",
     )  # fmt: skip
 
     def __init__(
@@ -152,7 +152,7 @@ class Watch:
         dbapi: Any,
         owner: str,
         rows: Sequence[ClaimRow] = (),
-        held: UnderLease | None = None,
+        lease: UnderLease | None = None,
         trace: Trace | None = None,
     ) -> None:
         self.connection = connection
@@ -160,7 +160,7 @@ class Watch:
         self.dbapi = dbapi
         self.owner = owner
         self.rows = rows
-        self.held = held
+        self.lease = lease
         self.trace = trace
         self.root = connection.get_transaction()
         self.current: ClaimRow | None = None
@@ -175,8 +175,8 @@ class Watch:
         """`error` is about a try to leave, the first that was noticed. Later errors are consequences of it."""
         self.lost: BaseException | None = None
         """The error with which the server rolled the transaction back."""
-        self.mark: Any = None
-        """What `Dialect.mark` returned when the transaction was over, with nothing committed until then."""
+        self.position: Any = None
+        """What `Dialect.position` returned when the transaction was over, with nothing committed until then."""
         self.last = ""
         self.busy = 0
         """The number of running statements on this connection."""
@@ -200,7 +200,7 @@ class Watch:
         """COMMIT was answered with an error that says for certain that nothing was committed."""
         self.committed = False
         """COMMIT was answered."""
-        self.meanwhile = False
+        self.used_during_commit = False
         """The session was used while COMMIT was running. That use was refused, and its work is missing."""
         self.replaced = False
         """The transaction was lost, and something else may have been committed in its place."""
@@ -220,7 +220,7 @@ class Watch:
 
     # -- what is noticed ---------------------------------------------------------------------------------------------
 
-    def leave(self, how: TransactionEnd, text: str) -> Misuse:
+    def record_leaving(self, how: TransactionEnd, text: str) -> Misuse:
         """Record the worst that happened. The first error is kept, because it names the line."""
         if self.error is None:
             self.error = Misuse(text)
@@ -251,7 +251,7 @@ class Watch:
 
     def closed(self) -> Misuse:
         """The handler closed the driver's connection. If there is a claim's row, it tells what was committed before."""
-        misuse = self.leave(TransactionEnd.ROLLED_BACK if self.rows else TransactionEnd.BROKEN, _CLOSED)
+        misuse = self.record_leaving(TransactionEnd.ROLLED_BACK if self.rows else TransactionEnd.BROKEN, _CLOSED)
         self.stopped = (
             True  # what is raised after that says that the connection is closed, as if the server had ended it
         )
@@ -278,9 +278,9 @@ class Watch:
     def _over(self, since: bool | None, text: str) -> Misuse:
         text = _ANEW if self.connected_anew else text + self._shown(_LAST)
         if since is not False:
-            return self.leave(TransactionEnd.BROKEN, text)
+            return self.record_leaving(TransactionEnd.BROKEN, text)
         self.mark_over()
-        return self.leave(TransactionEnd.GONE, text)
+        return self.record_leaving(TransactionEnd.GONE, text)
 
     def lose(self, error: BaseException) -> None:
         """The server rolled the transaction back with this error."""
@@ -290,7 +290,7 @@ class Watch:
     def mark_over(self) -> None:
         """Nothing of it was committed until now. What is sent on the driver from here on does not belong to it. Never raises."""
         with suppress(Exception):  # the connection is lost, or the parent's: nothing more is sent on it
-            self.mark = self.dialect.mark(self.dbapi)
+            self.position = self.dialect.position(self.dbapi)
 
     def swallowed(self) -> Misuse:
         """The transaction is lost, and the handler went on.
@@ -298,7 +298,7 @@ class Watch:
         Return that error, or a worse one if something was committed since.
         """
         self.ask()
-        return self.error or self.leave(TransactionEnd.ROLLED_BACK, SWALLOWED)
+        return self.error or self.record_leaving(TransactionEnd.ROLLED_BACK, SWALLOWED)
 
     def reads(self, context: ExecutionContext) -> None:
         """Note a statement whose rows are read one by one."""
@@ -324,7 +324,7 @@ class Watch:
         if survived:
             self.call = None
 
-    def settle(self) -> None:
+    def read_to_its_end(self) -> None:
         """Before a statement of ours, read the rest of the handler's last answer. Else its error would be taken for ours.
 
         A round trip after a CALL whose rows were not read to their end; else nothing.
@@ -358,12 +358,12 @@ class Watch:
         if self.lost is not None:  # before the look at the driver, which would take it for somebody else's commit
             return self.swallowed()
         if self.cut_off:
-            return self.leave(TransactionEnd.ROLLED_BACK, CUT_OFF)
+            return self.record_leaving(TransactionEnd.ROLLED_BACK, CUT_OFF)
         root = self.connection.get_transaction() if not self.connection.closed else None
         if self.given_back:
-            return self.leave(TransactionEnd.ROLLED_BACK, LEFT)
+            return self.record_leaving(TransactionEnd.ROLLED_BACK, LEFT)
         if root is None or root is not self.root or not root.is_active:
-            return self.leave(TransactionEnd.ROLLED_BACK, LEFT)
+            return self.record_leaving(TransactionEnd.ROLLED_BACK, LEFT)
         state = State.BUSY if self.busy or self._reads() else self.dialect.state(self.dbapi)
         if state is State.BUSY:
             return self.still_used()
@@ -376,12 +376,12 @@ class Watch:
         if (
             session.get_transaction() is not self.session_transaction
         ):  # another transaction, on whatever connection; or none
-            return self.leave(TransactionEnd.ROLLED_BACK, LEFT)
+            return self.record_leaving(TransactionEnd.ROLLED_BACK, LEFT)
         return None
 
     def still_used(self) -> Misuse:
         """The session is in use by another task or thread."""
-        return self.leave(TransactionEnd.REFUSED, _STILL_USED + self._shown(" The last statement: "))
+        return self.record_leaving(TransactionEnd.REFUSED, _STILL_USED + self._shown(" The last statement: "))
 
     def _reads(self) -> bool:
         """Rows are being read one by one. For an async driver, whose cursor forgets its inner cursor meanwhile."""
@@ -398,10 +398,10 @@ class Watch:
         """
         misuse = self.verify(session)
         if misuse is None and self.at_return and session.get_nested_transaction() is not self.left_open:
-            misuse = self.leave(TransactionEnd.REFUSED, _SAVEPOINT_ENDED)
+            misuse = self.record_leaving(TransactionEnd.REFUSED, _SAVEPOINT_ENDED)
         if misuse is not None:
             raise misuse
-        self.settle()
+        self.read_to_its_end()
 
     def returned(self, session: Session) -> None:
         """The handler has returned: from now on nothing but our COMMIT may end a savepoint that it left open."""
@@ -458,7 +458,7 @@ class Watch:
 
     def _ask_again(self) -> None:
         """The transaction was over with nothing committed. Learn whether anything was sent and committed on the driver since."""
-        if self.mark is None or not self.dialect.sent_since(self.dbapi, self.mark):
+        if self.position is None or not self.dialect.sent_since(self.dbapi, self.position):
             return
         if self._committed_since() is False:
             return
@@ -491,13 +491,13 @@ class Watch:
             LeaseLost: Another run has the message.
         """
         if self.committed:
-            raise self.leave(TransactionEnd.BROKEN, AFTER)
+            raise self.record_leaving(TransactionEnd.BROKEN, AFTER)
         if self.error is not None:
             raise self.error  # it has left already: what it sends now would be outside, or undone
         if self.shut is not None:
             raise self.shut.refusal()
-        if self.held is not None:
-            self.held.check()
+        if self.lease is not None:
+            self.lease.check()
         if self.lost is not None:
             # The server rolled the transaction back, and this statement would begin another, without the claim.
             raise self.swallowed()
@@ -505,8 +505,8 @@ class Watch:
     def is_of(self, row: ClaimRow) -> bool:
         """Say whether this is the claim or the lease of the running handler."""
         ours = self.rows if self.current is None else (self.current,)
-        if self.held is not None:
-            ours = (self.held.row,)
+        if self.lease is not None:
+            ours = (self.lease.row,)
         return any((own.key, own.handler, own.group) == (row.key, row.handler, row.group) for own in ours)
 
     @property
@@ -536,10 +536,10 @@ class Watch:
         if state is not SessionTransactionState.PREPARED:
             type(begun)._raise_for_prerequisite_state(begun, operation, state)  # noqa: SLF001
         if not self.sent:
-            raise self.leave(TransactionEnd.REFUSED, _STILL_USED)
-        self.meanwhile = True
+            raise self.record_leaving(TransactionEnd.REFUSED, _STILL_USED)
+        self.used_during_commit = True
         if self.committed:
-            self.leave(TransactionEnd.BROKEN, _MEANWHILE)
+            self.record_leaving(TransactionEnd.BROKEN, _MEANWHILE)
         raise Misuse(_TOO_LATE)
 
     def commit(self, send: Callable[[], None]) -> None:
@@ -564,8 +564,8 @@ class Watch:
                 # Closed at its next checkout. At once if it holds a lock that others may wait for.
                 self.connection.connection.invalidate(soft=not self.locked)
         self.committed = True
-        if self.meanwhile:
-            self.leave(TransactionEnd.BROKEN, _MEANWHILE)
+        if self.used_during_commit:
+            self.record_leaving(TransactionEnd.BROKEN, _MEANWHILE)
 
     def confirm(self) -> None:
         """After `session.commit()` has returned: raise if the commit was not complete.
@@ -576,7 +576,7 @@ class Watch:
         """
         if not self.committed:
             raise self.uncommitted()
-        if self.left is TransactionEnd.BROKEN and self.meanwhile:
+        if self.left is TransactionEnd.BROKEN and self.used_during_commit:
             assert self.error is not None
             raise self.error
 
