@@ -8,7 +8,7 @@ from typing import Final
 from sqlalchemy import create_engine
 
 from benchmarks.measure import US, Figure, ratios, take_turns
-from benchmarks.shop import Bare, HandWritten, Ours, clear, require
+from benchmarks.shop import Bare, Floor, HandWritten, Ours, clear, require
 from benchmarks.stage import Database, Stage
 from tests.services.proxy import Proxy, far_away
 
@@ -45,17 +45,18 @@ def _measured(
     target: float,
 ) -> Iterator[Figure]:
     engine = create_engine(url)
-    ours, by_hand, bare = Ours(url), HandWritten(engine), Bare(engine)
+    ours, by_hand, bare, floor = Ours(url), HandWritten(engine), Bare(engine), Floor(engine)
     times = take_turns(
         {
             "ours": ours.first,
             "by hand": by_hand.first,
             "no deduplication": bare.first,
+            "the claim alone": floor.first,
         },
         rounds=rounds,
         each=each,
     )
-    require(database.engine, 3 * (rounds + 1) * each)
+    require(database.engine, 4 * (rounds + 1) * each)
     engine.dispose()
 
     def shown(*names: str) -> dict[str, str]:
@@ -75,6 +76,13 @@ def _measured(
         what="ours / no deduplication",
         rounds=ratios(times["ours"], times["no deduplication"]),
         measured=shown("no deduplication"),
+        note="information",
+    )
+    yield Figure(
+        name=f"{name}: of it, the server's share",
+        what="claim and COMMIT alone / no deduplication",
+        rounds=ratios(times["the claim alone"], times["no deduplication"]),
+        measured=shown("the claim alone"),
         note="information",
     )
     yield from _duplicates(database, url, rounds, each, name)
@@ -122,6 +130,7 @@ def _round_trips(database: Database) -> dict[str, int]:
             ("ours", Ours(proxy.url)),
             ("by hand", HandWritten(engine)),
             ("no deduplication", Bare(engine)),
+            ("the claim alone", Floor(engine)),
         ):
             runner.first(20)  # connected, prepared
             before = proxy.round_trips

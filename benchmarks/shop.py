@@ -7,6 +7,8 @@
 * `HandWritten`: what you would write: `insert(Seen).on_conflict_do_nothing()` first, in the handler's own session, then the
   handler, then COMMIT. It is right, as far as it goes.
 * `Bare`: no deduplication at all. It is wrong, and shown as information.
+* `Floor`: `Bare` with the two texts that PostgreSQL gets for a message of ours, and nothing else of ours: no key is read, no
+  transaction watched. What that costs is the server's, and the least that a claim in the handler's transaction can cost.
 """
 
 import json
@@ -25,11 +27,15 @@ import exactly_once.alembic
 from benchmarks.measure import WrongRows
 from benchmarks.orders import SKUS, TOPIC, messages
 from exactly_once import ExactlyOnce, Message, Outcome
+from exactly_once.database.dialects.postgresql import CLAIM, TYPES
+from exactly_once.database.dialects.postgresql_settings import DURABLE
+from exactly_once.database.dialects.postgresql_wire import send
 
 __all__ = [
     "RESERVATIONS",
     "STOCK_TAKEN",
     "Bare",
+    "Floor",
     "HandWritten",
     "Ours",
     "application",
@@ -261,3 +267,42 @@ class Bare:
             with self._sessions.begin() as session:
                 reserve(session, order)
         return perf_counter() - began
+
+
+class Floor:
+    """Sends what a claim sends, around the same work, on PostgreSQL."""
+
+    def __init__(self, engine: Engine, table: str = "public.message_idempotent") -> None:
+        self._sessions = sessionmaker(engine, expire_on_commit=False)
+        claim = (
+            "BEGIN;SET LOCAL lock_timeout = 2000;EXECUTE floor('benchmark', 'floor', '%s', NULL, NULL,"
+            " decode('%s', 'hex'), 0, '%s', NULL);SET LOCAL lock_timeout = DEFAULT"
+        )
+        self._prepare = f"PREPARE floor({TYPES}) AS {_numbered(CLAIM.replace('{table}', table))}".encode()
+        self._claim, self._commit = claim, (DURABLE + "COMMIT").encode()
+        self._prepared: set[int] = set()
+
+    def first(self, how_many: int) -> float:
+        """Handle so many new messages and return the seconds it took."""
+        fresh = messages(how_many)
+        began = perf_counter()
+        for message in fresh:
+            order = json.loads(message.body or b"")
+            with self._sessions() as session:
+                driver: Any = session.connection().connection.dbapi_connection
+                if id(driver) not in self._prepared:
+                    send(driver, self._prepare)
+                    self._prepared.add(id(driver))
+                send(driver, (self._claim % (order["order_no"], "00" * 32, "0" * 32)).encode())
+                reserve(session, order)
+                session.flush()
+                send(driver, self._commit)
+                session.commit()
+        return perf_counter() - began
+
+
+def _numbered(claim: str) -> str:
+    names = ("group", "handler", "key", "message_id", "content", "fingerprint", "retry_times", "owner", "born_at")
+    for number, name in enumerate(names, 1):
+        claim = claim.replace("{" + name + "}", f"${number}")
+    return claim

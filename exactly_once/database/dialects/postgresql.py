@@ -67,7 +67,7 @@ from exactly_once.database.errors.whose import mark_origin
 from exactly_once.database.owner import savepoint_of
 from exactly_once.errors import ConfigurationError, Misuse
 
-__all__ = ["CLAIM", "EXECUTE", "KNOWN", "LOOK", "PostgreSQL", "busy_of"]
+__all__ = ["CLAIM", "EXECUTE", "KNOWN", "LOOK", "TYPES", "PostgreSQL", "busy_of"]
 
 CLAIM: Final = (
     "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, message_content, fingerprint,"
