@@ -21,6 +21,8 @@ from tests.integration.shop import COLOURS, order
 from tests.services.pgbouncer import PgBouncer
 from tests.waiting import until
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 READ_ONLY = "SET default_transaction_read_only = on"
 GUARDS: dict[str, dict[str, Any]] = {
     "transaction": {},

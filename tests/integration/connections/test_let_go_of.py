@@ -24,6 +24,8 @@ from tests.integration.ways import WAYS, Way
 from tests.services.mariadb import MYSQLD
 from tests.waiting import until
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 P, F = Outcome.PROCESSED, Outcome.FAILED
 MANY = 6
 

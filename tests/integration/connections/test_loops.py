@@ -20,6 +20,8 @@ from exactly_once import Outcome
 from tests.integration.shop import DIALECTS, ONE_TRY, Shop, order, put, shops
 from tests.waiting import until
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 PATIENCE_S = 120
 _OPEN = {
     "postgres": "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()",

@@ -22,6 +22,8 @@ from tests.integration.ways import ALONE, IN_A_BATCH, IN_A_LIST, UNDER_A_LEASE, 
 from tests.services.mariadb import MYSQLD
 from tests.waiting import until
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 BUSY, P = Outcome.IN_PROGRESS, Outcome.PROCESSED
 THREE = Retry(immediate=0, delays=[0.01], max_attempts=3)
 GROUNDS = [(dialect, colour) for dialect in ("postgres", "mariadb")[: 1 if MYSQLD else 2] for colour in COLOURS]

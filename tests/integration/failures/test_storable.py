@@ -21,6 +21,8 @@ from exactly_once.errors import ConfigurationError, SendFailed
 from exactly_once.testing.databases import DatabaseServer
 from tests.integration.shop import COLOURS, Shop
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 ONE = Retry(immediate=0, max_attempts=1)
 XIN, EMOJI = "鑫", "🦆"
 

@@ -24,6 +24,8 @@ from tests.integration.threads import Turn, in_thread
 from tests.integration.ways import mariadb_procedures
 from tests.waiting import until
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 
 @pytest.fixture
 def eo() -> ExactlyOnce:

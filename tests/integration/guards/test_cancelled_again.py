@@ -29,6 +29,8 @@ from tests.integration.ways import ALONE
 from tests.services.proxy import Proxy
 from tests.services.redis import Redis
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 LONG = timedelta(seconds=300)
 """What is not let go of stays held for longer than any test."""
 NOT_AT_ALL = timedelta(0)

@@ -21,6 +21,8 @@ from tests import length
 from tests.integration.guards.forking import Forked, forked
 from tests.integration.shop import GROUP, ONE_TRY, Shop, order, put
 
+pytestmark = pytest.mark.nightly(meet=2)
+
 CHILDREN, EACH = (12, 24) if length.WHOLE else (4, 8)
 ROOT = Path(__file__).parents[3]
 
