@@ -262,6 +262,7 @@ class Recording:
                 decision, attempts = in_our_session(self._open, self._store.dialect, recorded)
                 break
             except Exception as problem:
+                self._remember_failed(failure.key)  # the answer of COMMIT may be what is missing: then the row is there
                 if self.works(problem) is False:
                     return self.away(problem)
                 trouble = self._store.dialect.error_kind(problem)
@@ -297,11 +298,15 @@ class Recording:
             case ByPump():
                 return self.result(outcome, ACK)  # stored with a time: the pump makes the next try, the broker none
             case ByBroker(delay):
-                if failure.key is not None:
-                    if len(self._failed_keys) >= _REMEMBERED:
-                        self._failed_keys.clear()
-                    self._failed_keys[failure.key] = None
+                self._remember_failed(failure.key)
                 return self.result(outcome, Redeliver(delay))
+
+    def _remember_failed(self, key: str | None) -> None:
+        if key is None:
+            return
+        if len(self._failed_keys) >= _REMEMBERED:
+            self._failed_keys.clear()
+        self._failed_keys[key] = None
 
     def _pause(self, tries: int) -> None:
         seconds = _RECORD_PAUSE_S * 2**tries * random()  # noqa: S311

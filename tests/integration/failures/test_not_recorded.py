@@ -18,6 +18,7 @@ from exactly_once.processing import recording
 from exactly_once.transports.contract import Features
 from tests.integration.failures.test_failures import deliver
 from tests.integration.shop import COLOURS, GROUP, ONE_TRY, STOCK, Shop, order, put, shops
+from tests.services.proxy import Proxy
 from tests.waiting import until
 
 pytestmark = pytest.mark.nightly(meet=2)
@@ -97,3 +98,36 @@ def test_at_serializable_over_one_row_no_message_is_parked(shop: Shop) -> None:
     with shop.outside.connect() as connection:
         assert connection.execute(select(STOCK.c.amount)).scalar_one() == 30
     engine.dispose()
+
+
+class Vanishes(Proxy):
+    """The server carries a COMMIT out, and is away before its answer."""
+
+    def _was_cut(self) -> None:
+        super()._was_cut()
+        self.go_down()
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("dialect", ["postgres", "mariadb"])
+def test_a_failure_whose_commit_was_never_answered_is_closed_by_the_run_that_succeeds(
+    request: pytest.FixtureRequest, dialect: str, colour: str
+) -> None:
+    """In a loop that tells no number of deliveries, only this process knows that there may be a row."""
+    for shop in shops(request, dialect, colour):
+        with Vanishes(shop.url) as proxy, Shop(dialect, colour, proxy.url, pool_size=2) as near:
+            runs: list[int] = []
+
+            def do(session: Session, runs: list[int] = runs, proxy: Proxy = proxy) -> None:
+                runs.append(1)
+                put(session, "done")
+                if len(runs) == 1:
+                    proxy.cut_after_commit()
+                    raise ValueError("fails once")
+
+            near.handles(do, retry=Retry(immediate=0, delays=[0.01]))
+            assert near.process(order(1)) is Outcome.WAITING
+            proxy.come_up()
+            until(lambda near=near: near.process(order(1)).acknowledge, "it is done")
+            assert [row.state for row in shop.failures()] == ["resolved"]
+            assert shop.effects() == ["done"]
