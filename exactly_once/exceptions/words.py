@@ -109,7 +109,7 @@ def _own_words(error: BaseException, beside: Sought | None = None) -> str:
             return _of_statement(error, _is_too_much(beside))
         if is_drivers(error):
             return of_driver(error)
-        words = struck(_without_values(_looked_through(str(error), error), error, beside))
+        words = struck(_without_values(_looked_through(str(error), error, beside), error, beside))
         advice = advice_on(error)
         return f"{words} ({advice})".strip() if advice else words
     except KeyboardInterrupt:
@@ -118,13 +118,12 @@ def _own_words(error: BaseException, beside: Sought | None = None) -> str:
         return f"(its text cannot be read: {type(problem).__name__})"
 
 
-def _looked_through(text: str, error: BaseException) -> str:
+def _looked_through(text: str, error: BaseException, beside: Sought | None) -> str:
     """Return the part of a very long text that is looked through: none if it may repeat a value, whose end would be missed."""
     if len(text) <= _MOST_CHARACTERS:
         return text
-    part = (
-        _CUT if any(_behind(error)) else text[:_MOST_CHARACTERS].rpartition(" ")[0]
-    )  # not within a word: it may be a URL
+    # not up to within a word: it may be a URL
+    part = _CUT if beside is not None or any(_behind(error)) else text[:_MOST_CHARACTERS].rpartition(" ")[0]
     return f"{part} [cut: the text has {len(text):,} characters]"
 
 

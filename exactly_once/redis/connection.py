@@ -147,15 +147,15 @@ class RedisConnection:
                 if code(error) == "ERR":
                     # Redis before 7 reports ERR for every reason that stopped a script, also full memory, and Redis 7 for a
                     # missing right. The answer to a plain write has the reason.
-                    self._said(side, ("SET", _PROBE_KEY, "1", "PX", 1000))
+                    self._said(side, ("SET", _PROBE_KEY, "1", "PX", 1000), again=False)
                 raise
 
-    def _said(self, side: Side, words: tuple[Any, ...]) -> Any:
-        """Send one command and return its answer. If the connection broke, once more on a new one."""
+    def _said(self, side: Side, words: tuple[Any, ...], *, again: bool = True) -> Any:
+        """Send one command and return its answer. If the connection is no good, `again` on a new one."""
         with side.uninterrupted():
-            return self._tried(side, words)
+            return self._tried(side, words, again)
 
-    def _tried(self, side: Side, words: tuple[Any, ...]) -> Any:
+    def _tried(self, side: Side, words: tuple[Any, ...], again: bool) -> Any:
         try:
             connection = side.wait(side.pool.get_connection())  # may connect
         except Exception as error:
@@ -166,9 +166,11 @@ class RedisConnection:
             except Exception as error:
                 if not dropped(error) and not awaited(error):
                     raise
+                side.wait(connection.disconnect())
+                if not again:
+                    raise
             # The other connections of the pool may be as dead as this one. Or a server that takes no writes has kept its
             # connections, and the address leads to its successor by now.
-            side.wait(connection.disconnect())
             side.wait(connection.connect())
             return _exchanged(side, connection, words)
         finally:
