@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from sqlalchemy.orm import Session, scoped_session
 
 from exactly_once.configuration.supervised import is_supervised
-from exactly_once.database.connections import forked as forked_engines
+from exactly_once.database.connections import forked_engines
 from exactly_once.database.schema import GROUP_BYTES
 from exactly_once.errors import ConfigurationError, StoreUnavailable
 from exactly_once.handlers.plan import Plan
@@ -127,7 +127,7 @@ class ExactlyOnce(Registrations):
         super().__init__()
         self._store_binding = _Binding()
         for each in (database, async_database):
-            forked_engines.given(each)
+            forked_engines.register_named(each)
 
     def __reduce__(self) -> NoReturn:
         # Else pickle's error would name a lock or a function inside it.
@@ -155,7 +155,7 @@ class ExactlyOnce(Registrations):
             )
         self._store_binding = _Binding(database, async_database)
         for each in (database, async_database):
-            forked_engines.given(each)
+            forked_engines.register_named(each)
 
     # -- entry point 1: a claim in a transaction of the caller's --------------------------------------------------------------
 

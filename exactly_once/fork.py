@@ -3,7 +3,7 @@
 Python copies these into the child, and the other end still belongs to the parent: two processes on one socket take each other's
 answers, a lock that another thread held is held for ever, and the threads do not exist in the child. So an owner is told in the
 child, before anything else runs there, and begins anew. Telling it sends nothing and waits for nothing. Owners are kept as weak
-references, so this keeps none of them alive. `database.connections.forked` owns SQLAlchemy's pools.
+references, so this keeps none of them alive. `database.connections.forked_engines` owns SQLAlchemy's pools.
 """
 
 import os

@@ -5,8 +5,8 @@ Asked at a start, by the doctor and by commands. If waiting helps, it returns a 
 
 from exactly_once.alembic.migrate import check
 from exactly_once.database.characters import narrow
+from exactly_once.database.connections.had_before import is_firsthand, kept_firsthand, moment
 from exactly_once.database.dialects.contract import ErrorKind
-from exactly_once.database.dialects.firsthand import is_firsthand, kept_firsthand, moment
 from exactly_once.database.dialects.schema_lookup import as_sessions_begin
 from exactly_once.database.engines import WHERE_GIVEN, refuse_options
 from exactly_once.database.errors.drivers_own import is_of_a_database

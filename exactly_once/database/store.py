@@ -13,11 +13,10 @@ from sqlalchemy import Connection, Engine, StaticPool
 from sqlalchemy.orm import Session, sessionmaker
 
 from exactly_once.claim import ClaimRow
-from exactly_once.database.connections import forked as forked_engines
-from exactly_once.database.connections import loops
+from exactly_once.database.connections import forked_engines, loops
+from exactly_once.database.connections.had_before import watch_pool
 from exactly_once.database.connections.replaced_file import watch_file
 from exactly_once.database.dialects.contract import Dialect, ErrorKind
-from exactly_once.database.dialects.firsthand import watch_pool
 from exactly_once.database.dialects.refusing import tried
 from exactly_once.database.dialects.registry import dialect_for
 from exactly_once.database.dialects.schema_lookup import schema_in
@@ -30,7 +29,7 @@ from exactly_once.database.in_memory import in_memory
 from exactly_once.database.probe import ROOM_ROWS, try_to_write
 from exactly_once.database.schema import Tables, tables
 from exactly_once.database.url import remember_parts
-from exactly_once.database.watched.listening import install, install_session
+from exactly_once.database.watched.interception import install, install_session
 from exactly_once.database.watched.watch import HOME
 from exactly_once.errors import ConfigurationError, SchemaError, StoreUnavailable
 from exactly_once.exceptions.stops import asked_from_outside
@@ -140,7 +139,7 @@ class Store:
         """The same database with a separate pool: it goes on when handlers hold all connections of the other."""
         engine = self.engine
         apart = Engine(engine.pool.recreate(), engine.dialect, engine.url)
-        forked_engines.seen(apart)
+        forked_engines.register(apart)
         self.made.append(apart)
         return apart
 
@@ -420,5 +419,5 @@ class Store:
             from exactly_once.database.dialects.postgresql_pooler import look_at_each
 
             look_at_each(engine, ours=engine in self.made, said=self.pooler)
-        forked_engines.seen(engine)
+        forked_engines.register(engine)
         return engine

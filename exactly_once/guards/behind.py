@@ -31,7 +31,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from exactly_once.claim import ClaimRow
 from exactly_once.database.dialects.contract import Dialect, State
-from exactly_once.database.watched.listening import seeing
+from exactly_once.database.watched.interception import seeing
 from exactly_once.errors import Misuse
 from exactly_once.exceptions.words import words_of
 from exactly_once.wording.steady_log import steady

@@ -12,10 +12,10 @@ from sqlalchemy.orm import Session, scoped_session
 
 from exactly_once import errors
 from exactly_once.claim import ClaimRow
-from exactly_once.database.connections import forked as forked_engines
+from exactly_once.database.connections import forked_engines
+from exactly_once.database.connections.had_before import is_firsthand
 from exactly_once.database.connections.pooler import SAID
 from exactly_once.database.dialects.contract import ClaimBusy, Dialect, ErrorKind, State, raise_for_the_store
-from exactly_once.database.dialects.firsthand import is_firsthand
 from exactly_once.database.dialects.registry import dialect_for
 from exactly_once.database.dialects.schema_lookup import schema_in
 from exactly_once.database.owner import new_owner
@@ -75,7 +75,7 @@ class Claimer:
             b"" if payload is None else _BODY.of(message, parsed),
             owner=new_owner(),
         )
-        engine = forked_engines.made(session.get_bind().engine)
+        engine = forked_engines.base_engine(session.get_bind().engine)
         dialect = self._dialects.get(engine)
         if dialect is None:
             dialect = self._dialects[engine] = self._speaking(engine, schema)
@@ -101,7 +101,7 @@ class Claimer:
             raise errors.Misuse(_IN_THE_MIDST)
         try:
             if dialect.kept_as not in info or dialect.strange(dbapi, info):
-                forked_engines.used(engine, connection.connection)
+                forked_engines.register_connection(engine, connection.connection)
                 if self._pooler:
                     info[SAID] = True
                 # the caller may have set a role or a time limit on the connection, and may reset it later. So each claim reads

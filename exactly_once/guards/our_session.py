@@ -8,8 +8,9 @@ from typing import Any, Final, TypeVar
 
 from sqlalchemy.orm import Session
 
+from exactly_once.database.connections.had_before import is_firsthand, kept_firsthand, moment
 from exactly_once.database.dialects.contract import Dialect, ErrorKind
-from exactly_once.database.dialects.firsthand import is_changed, is_firsthand, kept_firsthand, moment
+from exactly_once.database.dialects.firsthand import is_changed
 from exactly_once.database.errors.interrupted import interrupted
 from exactly_once.database.in_memory import in_memory
 from exactly_once.database.watched.watch import let_go

@@ -14,15 +14,16 @@ from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
 from exactly_once.claim import ClaimRow, ExistingClaim
+from exactly_once.database.connections.had_before import moment
 from exactly_once.database.dialects.contract import (
     BatchClaims,
     ClaimBusy,
     Dialect,
     ErrorKind,
-    Trail,
+    TraceState,
     raise_for_the_store,
 )
-from exactly_once.database.dialects.firsthand import moment, ready
+from exactly_once.database.dialects.firsthand import ready
 from exactly_once.database.dialects.refusing import is_refusal, of_nobody, raise_for_the_table, tried
 from exactly_once.database.dialects.registry import batch_claims_for
 from exactly_once.database.errors.interrupted import interrupted
@@ -76,10 +77,10 @@ class TransactionGuard:
                     known = dialect.read_claim(dbapi, row, end=True)
                     if known is None or known.status in (CONSUMED, UNFINISHED):
                         return standing(known, row)
-                    trail = self._leases.trail_in(connection, row)
-                    if trail is Trail.RUNNING:
+                    trace_state = self._leases.trace_state_in(connection, row)
+                    if trace_state is TraceState.RUNNING:
                         return Busy()
-                    if trail is Trail.COMMITTED:
+                    if trace_state is TraceState.COMMITTED:
                         return Unfinished(known.owner or "")
                     # reading the claim ended what the session's hooks had set up, which the handler's transaction needs
                     session.rollback()

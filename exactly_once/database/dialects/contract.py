@@ -57,7 +57,7 @@ class Trace(NamedTuple):
     token: str
 
 
-class Trail(Enum):
+class TraceState(Enum):
     """What the transactions of earlier runs under a lease left behind."""
 
     NONE = "nothing that is, or can be, committed behind their backs"
@@ -281,7 +281,7 @@ class Dialect(Protocol):
                 server needs that to show it. Else this begins a transaction, and committed rows are enough.
         """
 
-    def trail(self, dbapi: Any, row: ClaimRow) -> Trail:
+    def trace_state(self, dbapi: Any, row: ClaimRow) -> TraceState:
         """Say what earlier runs of this message left behind. Free, no round trip, on servers where nothing else
         can commit for us.
 

@@ -1,7 +1,6 @@
 """Prepares a connection of a pool for a claim, or says that it must be thrown away, because others may have changed it.
 
-`connections.had_before`, whose functions are re-exported here, tells who used the connection. Called by the guards, and by every
-module that uses a session of our own.
+`connections.had_before` tells who used the connection. Called by the guards, and by every module that uses a session of our own.
 """
 
 from collections.abc import MutableMapping
@@ -9,20 +8,12 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from exactly_once.database.connections import forked as forked_engines
-from exactly_once.database.connections.had_before import (
-    is_firsthand,
-    is_lent,
-    is_made,
-    is_new,
-    kept_firsthand,
-    moment,
-    watch_pool,
-)
+from exactly_once.database.connections import forked_engines
+from exactly_once.database.connections.had_before import is_lent, is_made, is_new
 from exactly_once.database.dialects.contract import LEARNT, Dialect, ErrorKind
 from exactly_once.database.errors.interrupted import interrupted
 
-__all__ = ["is_changed", "is_firsthand", "kept_firsthand", "moment", "ready", "varies", "watch_pool"]
+__all__ = ["is_changed", "ready", "varies"]
 
 
 def varies(connection: Connection) -> bool:
@@ -70,7 +61,7 @@ def ready(dialect: Dialect, connection: Connection, *, wait_ms: int, since: int)
     info: MutableMapping[Any, Any] = connection.info
     if dialect.kept_as in info:
         return not is_made(connection, since) or is_lent(connection, since)
-    forked_engines.used(connection.engine, connection.connection)
+    forked_engines.register_connection(connection.engine, connection.connection)
     if is_new(connection, since):
         try:
             if dialect.learns:

@@ -49,9 +49,18 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.util import await_only
 
 from exactly_once.claim import ClaimRow, ExistingClaim
-from exactly_once.database.dialects.contract import LEARNT, ClaimBusy, ErrorKind, Gone, State, Trace, Trail, steps_of
+from exactly_once.database.dialects.contract import (
+    LEARNT,
+    ClaimBusy,
+    ErrorKind,
+    Gone,
+    State,
+    Trace,
+    TraceState,
+    steps_of,
+)
 from exactly_once.database.dialects.keywords import Read, reader
-from exactly_once.database.dialects.mysql_trail import trail_of
+from exactly_once.database.dialects.mysql_trace import trace_state_of
 from exactly_once.database.dialects.schema_lookup import FoundIn, refuse_elsewhere
 from exactly_once.database.dialects.statements import MARIADB, MYSQL
 from exactly_once.database.errors import contended
@@ -587,8 +596,8 @@ class MySQL:
         status, fingerprint, owner = found
         return ExistingClaim(int(status), bytes(fingerprint), None if owner is None else owner.decode())
 
-    def trail(self, dbapi: Any, row: ClaimRow) -> Trail:
-        return trail_of(dbapi, steps_of(self.table), identity(row))
+    def trace_state(self, dbapi: Any, row: ClaimRow) -> TraceState:
+        return trace_state_of(dbapi, steps_of(self.table), identity(row))
 
     def state(self, dbapi: Any) -> State:
         driver = _driver(dbapi)

@@ -10,7 +10,7 @@ from datetime import UTC, timedelta
 from typing import Any, Final
 
 from exactly_once.claim import ClaimRow, LeaseAnswer, StepRow
-from exactly_once.database.dialects.contract import ClaimBusy, Dialect, Trail, steps_of
+from exactly_once.database.dialects.contract import ClaimBusy, Dialect, TraceState, steps_of
 from exactly_once.database.dialects.mysql import DUPLICATE, bound, busy_of, digits, errno, identity
 from exactly_once.database.mysql_committed import COMMITTED_ALONE
 from exactly_once.database.mysql_session import RIGHT_SESSION, SESSION_IS_RIGHT
@@ -104,19 +104,19 @@ class Claims:
                 taken = (digits(row.message_id), fingerprint, row.owner, token, microseconds)
                 cursor.execute(bounded + self._take, (*taken, *named, fingerprint, also.hex()))
                 dbapi.commit()
-                # A crash before the trail is looked at: the lease runs out, and the next claim looks at it.
+                # A crash before the trace_state is looked at: the lease runs out, and the next claim looks at it.
                 found = self._looked(cursor, named)
             recorded = self._recorded(cursor, named) if steps else ()
             dbapi.rollback()
             if found is not None and found[1] == token and not found[0]:
-                trail = self._dialect.trail(dbapi, row)
-                if trail is not Trail.NONE:
+                trace_state = self._dialect.trace_state(dbapi, row)
+                if trace_state is not TraceState.NONE:
                     dbapi.rollback()  # nothing is written in a transaction that only looks
-                if trail is Trail.RUNNING:
+                if trace_state is TraceState.RUNNING:
                     cursor.execute(self._untake, (*named, token))
                     dbapi.commit()
                     raise ClaimBusy(again=False)  # noqa: TRY301
-                if trail is Trail.COMMITTED:
+                if trace_state is TraceState.COMMITTED:
                     # Something else has committed an earlier run's work, and that run never ended. A requeue takes this back.
                     cursor.execute(self._break, (*named, token))
                     dbapi.commit()

@@ -36,7 +36,7 @@ from sqlalchemy.util import await_only
 
 from exactly_once.claim import ClaimRow, ExistingClaim
 from exactly_once.database.connections.pooler import LINK, Link
-from exactly_once.database.dialects.contract import LEARNT, ClaimBusy, ErrorKind, Gone, State, Trace, Trail
+from exactly_once.database.dialects.contract import LEARNT, ClaimBusy, ErrorKind, Gone, State, Trace, TraceState
 from exactly_once.database.dialects.firsthand import varies
 from exactly_once.database.dialects.keywords import Read, reader
 from exactly_once.database.dialects.postgresql_pooler import look
@@ -386,8 +386,8 @@ class PostgreSQL:
     def logged_since(self, dbapi: Any, info: MutableMapping[Any, Any], trace: Trace | None) -> bool | None:
         return None
 
-    def trail(self, dbapi: Any, row: ClaimRow) -> Trail:
-        return Trail.NONE  # no procedure commits a transaction that it did not begin
+    def trace_state(self, dbapi: Any, row: ClaimRow) -> TraceState:
+        return TraceState.NONE  # no procedure commits a transaction that it did not begin
 
     def server_session(self, dbapi: Any) -> object:
         return None  # the driver does not reconnect

@@ -24,7 +24,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.util import await_only
 
 from exactly_once.claim import ClaimRow, ExistingClaim
-from exactly_once.database.dialects.contract import ErrorKind, Gone, State, Trace, Trail
+from exactly_once.database.dialects.contract import ErrorKind, Gone, State, Trace, TraceState
 from exactly_once.database.dialects.keywords import Read, reader
 from exactly_once.database.dialects.schema_lookup import FoundIn
 from exactly_once.database.dialects.statements import SQLITE
@@ -224,8 +224,8 @@ class SQLite:
     def logged_since(self, dbapi: Any, info: MutableMapping[Any, Any], trace: Trace | None) -> bool | None:
         return None
 
-    def trail(self, dbapi: Any, row: ClaimRow) -> Trail:
-        return Trail.NONE  # nothing runs after its caller is gone
+    def trace_state(self, dbapi: Any, row: ClaimRow) -> TraceState:
+        return TraceState.NONE  # nothing runs after its caller is gone
 
     def server_session(self, dbapi: Any) -> object:
         return None  # the driver does not reconnect

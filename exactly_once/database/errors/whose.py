@@ -10,7 +10,7 @@ can be written. A wrong "ours" holds the message for ever, without counting. So 
 is so for raw use of our own connection through `sqlite3`, and below SQLAlchemy's layer of asyncmy: both
 are compiled, without frames.
 
-Used after errors alone. `watched.listening` registers the engines, and `store` asks.
+Used after errors alone. `watched.interception` registers the engines, and `store` asks.
 """
 
 from collections.abc import Sequence

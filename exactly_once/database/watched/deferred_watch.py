@@ -9,9 +9,10 @@ from typing import Final
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
-from exactly_once.database.connections import forked as forked_engines
+from exactly_once.database.connections import forked_engines
+from exactly_once.database.connections.had_before import moment
 from exactly_once.database.dialects.contract import WAIT_MS, Dialect, ErrorKind, State, Trace, raise_for_the_store
-from exactly_once.database.dialects.firsthand import moment, ready, varies
+from exactly_once.database.dialects.firsthand import ready, varies
 from exactly_once.database.errors.interrupted import interrupted
 from exactly_once.database.errors.unreached import unreached
 from exactly_once.database.owner import new_owner
@@ -112,7 +113,7 @@ class DeferredWatch:
                     _exchange(connection)
                     return False
                 if dialect.kept_as not in info:
-                    forked_engines.used(connection.engine, connection.connection)
+                    forked_engines.register_connection(connection.engine, connection.connection)
                     dialect.prepare(dbapi, info, wait_ms=WAIT_MS, varies=varies(connection))
             try:
                 dialect.begin(dbapi, info, owner, trace)

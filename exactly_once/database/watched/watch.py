@@ -1,7 +1,7 @@
 """Watches one attempt's transaction: whether the handler is still in it, from the claim to our own COMMIT.
 
 A handler that ends the transaction would keep effects without their claim, or the claim without its effects. What can be
-refused is refused before it is sent (by `listening`). What can only be noticed afterwards (a call on the driver, a
+refused is refused before it is sent (by `interception`). What can only be noticed afterwards (a call on the driver, a
 procedure, an implicit commit) shows in the driver's transaction state; if not there, in the dialect's
 witness. Then the attempt is *broken*, unless we can show that nothing of it was committed. We look whenever a
 handler ends, also when it raises. Limit: of calls on the raw driver object we see only the results.

@@ -20,7 +20,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from exactly_once.claim import ClaimRow
-from exactly_once.database.dialects.contract import Dialect, Trail
+from exactly_once.database.dialects.contract import Dialect, TraceState
 from exactly_once.database.watched.deferred_watch import DeferredWatch
 from exactly_once.errors import StoreUnavailable
 from exactly_once.exceptions.finishing import finished
@@ -115,14 +115,14 @@ class LeaseGuard:
         row = held.row
         try:
             known = self._local.look(row)
-            # the trail of an earlier run, whose claim does not show what it had committed
-            trail = Trail.NONE if known is not None and known.consumed else self._local.trail(row)
+            # the trace of an earlier run, whose claim does not show what it had committed
+            trace_state = TraceState.NONE if known is not None and known.consumed else self._local.trace_state(row)
         except BaseException:
             self._let_go(held)
             raise
-        if trail is not Trail.NONE:
+        if trace_state is not TraceState.NONE:
             self._store.release(held)
-            return Unfinished(row.owner) if trail is Trail.COMMITTED else Busy()
+            return Unfinished(row.owner) if trace_state is TraceState.COMMITTED else Busy()
         if known is None or not known.consumed:
             return None
         if known.settled:
@@ -209,7 +209,7 @@ class LeaseGuard:
         seen = self._local.look(row)
         if not self._own and (seen is None or not seen.consumed):
             seen = self._store.look(row)
-        if (seen is None or not seen.consumed) and self._local.trail(row) is Trail.COMMITTED:
+        if (seen is None or not seen.consumed) and self._local.trace_state(row) is TraceState.COMMITTED:
             return Unfinished(row.owner)
         standing = None if seen is None else judge(seen, row.fingerprint)
         if standing is LeaseState.UNFINISHED and seen is not None:

@@ -34,10 +34,19 @@ from sqlalchemy import (
 from exactly_once.claim import ClaimRow, LeaseAnswer, StepRow
 from exactly_once.database import claim_rows
 from exactly_once.database.connections.beginning import begin_ours
+from exactly_once.database.connections.had_before import is_firsthand, kept_firsthand, moment
 from exactly_once.database.connections.pooler import is_pooled
-from exactly_once.database.dialects.contract import WAIT_MS, ClaimBusy, Dialect, ErrorKind, LeaseClaims, State, Trail
+from exactly_once.database.dialects.contract import (
+    WAIT_MS,
+    ClaimBusy,
+    Dialect,
+    ErrorKind,
+    LeaseClaims,
+    State,
+    TraceState,
+)
 from exactly_once.database.dialects.contract import raise_for_the_store as raise_for
-from exactly_once.database.dialects.firsthand import is_firsthand, kept_firsthand, moment, ready
+from exactly_once.database.dialects.firsthand import ready
 from exactly_once.database.dialects.refusing import is_refusal, of_nobody, raise_for_the_table, tried
 from exactly_once.database.dialects.registry import lease_claims_for
 from exactly_once.database.errors.crowded import all_taken, is_news
@@ -405,17 +414,17 @@ class SqlLeases:
 
         return self._seen(read)
 
-    def trail(self, row: ClaimRow) -> Trail:
-        """See `Dialect.trail`."""
+    def trace_state(self, row: ClaimRow) -> TraceState:
+        """See `Dialect.trace_state`."""
         return (
-            self._by_itself(lambda connection: self.trail_in(connection, row))
+            self._by_itself(lambda connection: self.trace_state_in(connection, row))
             if self._dialect.asks_around_calls
-            else Trail.NONE
+            else TraceState.NONE
         )
 
-    def trail_in(self, connection: Connection, row: ClaimRow) -> Trail:
+    def trace_state_in(self, connection: Connection, row: ClaimRow) -> TraceState:
         """The same, on this connection."""
-        return self._dialect.trail(connection.connection.dbapi_connection, row)
+        return self._dialect.trace_state(connection.connection.dbapi_connection, row)
 
     def handlers(self, group: str, key: str) -> Sequence[str]:
         """Return the names of the handlers that have a claim on a key."""

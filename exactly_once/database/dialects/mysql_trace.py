@@ -9,10 +9,10 @@ by itself. Called by `mysql`.
 from functools import lru_cache
 from typing import Any, Final
 
-from exactly_once.database.dialects.contract import Trail
+from exactly_once.database.dialects.contract import TraceState
 from exactly_once.database.mysql_committed import see_committed, see_uncommitted
 
-__all__ = ["trail_of"]
+__all__ = ["trace_state_of"]
 
 _OF: Final = (
     "WHERE consumer_group = UNHEX(%s) AND handler = UNHEX(%s) AND business_key = UNHEX(%s) AND status = 2 LIMIT "
@@ -26,7 +26,7 @@ AT_WORK: Final = (
 COMMITTED: Final = "SELECT 1 FROM {steps} " + _OF + "1"  # noqa: S608
 
 
-def trail_of(dbapi: Any, steps: str, named: tuple[str, ...]) -> Trail:
+def trace_state_of(dbapi: Any, steps: str, named: tuple[str, ...]) -> TraceState:
     """Say what was left under a key.
 
     Args:
@@ -40,7 +40,7 @@ def trail_of(dbapi: Any, steps: str, named: tuple[str, ...]) -> Trail:
         cursor.execute(_in(AT_WORK, steps), named)
         at_work = cursor.fetchall()
         if not at_work:
-            return Trail.NONE
+            return TraceState.NONE
         dbapi.rollback()
         # Asked last: a session that was at work before, and is not now, has committed or never will.
         see_committed(dbapi)
@@ -49,8 +49,8 @@ def trail_of(dbapi: Any, steps: str, named: tuple[str, ...]) -> Trail:
     finally:
         cursor.close()
     if committed:
-        return Trail.COMMITTED
-    return Trail.RUNNING if any(int(each) for (each,) in at_work) else Trail.NONE
+        return TraceState.COMMITTED
+    return TraceState.RUNNING if any(int(each) for (each,) in at_work) else TraceState.NONE
 
 
 @lru_cache(maxsize=32)

@@ -22,10 +22,11 @@ from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from exactly_once import fork
+from exactly_once.database.in_memory import in_memory
 from exactly_once.database.listeners import listen
 from exactly_once.errors import ForkedProcess
 
-__all__ = ["given", "made", "seen", "used"]
+__all__ = ["base_engine", "register", "register_connection", "register_named"]
 
 _STOP_S: Final = 1.0  # seconds; an idle connection's thread only has to close it
 
@@ -34,7 +35,7 @@ _HELD: Final[set[str]] = set()
 """SQLite files in which a transaction was open when this process was forked."""
 
 
-def made(engine: Engine) -> Engine:
+def base_engine(engine: Engine) -> Engine:
     """Return the engine that create_engine made.
 
     An engine with execution options shares its pool, and may live for one request.
@@ -44,14 +45,14 @@ def made(engine: Engine) -> Engine:
     return engine
 
 
-def seen(engine: Engine) -> None:
-    """Give children a new pool of this engine. Does nothing the second time. Its older connections are learnt by `used`."""
-    engine = made(engine)
-    if engine not in _KNOWN and not _in_memory(engine):
+def register(engine: Engine) -> None:
+    """Give children a new pool of this engine. Does nothing the second time. `register_connection` adds the older ones."""
+    engine = base_engine(engine)
+    if engine not in _KNOWN and not in_memory(engine):
         _KNOWN[engine] = _KnownEngine(engine)
 
 
-def given(database: Any) -> None:
+def register_named(database: Any) -> None:
     """Register the engines that an application names, before their first use: the program may fork before that.
 
     Args:
@@ -61,13 +62,13 @@ def given(database: Any) -> None:
         bind = getattr(each, "kw", {}).get("bind", each)
         engine = getattr(bind, "sync_engine", bind)
         if isinstance(engine, Engine):
-            seen(engine)
+            register(engine)
 
 
-def used(engine: Engine, connection: PoolProxiedConnection) -> None:
+def register_connection(engine: Engine, connection: PoolProxiedConnection) -> None:
     """Register a connection that may have been opened before its engine was registered."""
-    engine = made(engine)
-    seen(engine)
+    engine = base_engine(engine)
+    register(engine)
     record = getattr(connection, "_connection_record", None)
     known = _KNOWN.get(engine)
     if known is not None and record is not None:
@@ -191,9 +192,3 @@ def _refusing(file: str) -> Callable[..., None]:
             )
 
     return connecting
-
-
-def _in_memory(engine: Engine) -> bool:
-    return engine.dialect.name == "sqlite" and (engine.url.database or ":memory:").startswith(
-        (":memory:", "file::memory:")
-    )
