@@ -12,7 +12,7 @@ from typing import Annotated, Final
 import typer
 
 from exactly_once.app import ExactlyOnce
-from exactly_once.cli.recorded import BadLine, Progressing, messages, opened, size_of
+from exactly_once.cli.recorded import BadLine, Progressing, messages, open_input, size_of
 from exactly_once.cli.reference import AppOption, application, usable
 from exactly_once.events.run_ended import OutcomeCounts, RunEnded
 from exactly_once.exceptions.words import words_of
@@ -141,7 +141,7 @@ def command(
     eo = application(app)
     for store in eo.stores.values():
         usable(store)
-    with opened(file) as stream:
+    with open_input(file) as stream:
         feeding = _Feeding(eo, concurrency or eo.config.concurrency.value)
         try:
             with Progressing(size_of(file), "process") as progress:

@@ -17,7 +17,7 @@ from exactly_once.errors import ConfigurationError
 from exactly_once.message import Message
 from exactly_once.wording.text import escaped, listed, probably
 
-__all__ = ["BadLine", "Progressing", "messages", "opened", "size_of"]
+__all__ = ["BadLine", "Progressing", "messages", "open_input", "size_of"]
 
 NAMES: Final = (
     "topic", "body", "body_base64", "tag", "key", "ordering_key", "properties", "message_id", "born_at",
@@ -29,7 +29,7 @@ class BadLine(Exception):
 
 
 @contextmanager
-def opened(file: str) -> Iterator[IO[bytes]]:
+def open_input(file: str) -> Iterator[IO[bytes]]:
     """Open a file, or standard input for "-"."""
     if file == "-":
         yield typer.get_binary_stream("stdin")

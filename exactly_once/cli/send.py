@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from exactly_once.app import ExactlyOnce
-from exactly_once.cli.recorded import BadLine, Progressing, messages, opened, size_of
+from exactly_once.cli.recorded import BadLine, Progressing, messages, open_input, size_of
 from exactly_once.cli.reference import TransportOption
 from exactly_once.errors import ConfigurationError, TransportError
 from exactly_once.message import Message
@@ -67,7 +67,7 @@ def command(
             typer.echo(f"{receipt.topic}\t{receipt.message_id}")
             return
         assert file is not None
-        with opened(file) as stream, Progressing(size_of(file), "send") as progress:
+        with open_input(file) as stream, Progressing(size_of(file), "send") as progress:
             sent = 0
             for line, read, message in messages(stream, topic, file=file, verb="send", done="sent"):
                 answer = message if isinstance(message, BadLine) else _sent(producer, message, after)

@@ -170,10 +170,10 @@ def _made(make: Callable[..., Any], url: URL, pool_size: int) -> Any:
     try:
         return make(url, **_options(url, pool_size))
     except (ModuleNotFoundError, NoSuchModuleError) as error:
-        told = missing_driver(url, error)
-        if isinstance(told, MissingExtra):
-            raise told from error
-        raise ConfigurationError(f"{str(told).removesuffix('.')}. Mend it {WHERE_GIVEN}") from error
+        missing = missing_driver(url, error)
+        if isinstance(missing, MissingExtra):
+            raise missing from error
+        raise ConfigurationError(f"{str(missing).removesuffix('.')}. Mend it {WHERE_GIVEN}") from error
 
 
 def _options(url: URL, pool_size: int) -> dict[str, Any]:

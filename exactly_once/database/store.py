@@ -389,9 +389,9 @@ class Store:
         """Return the error to report if an error means that our tables were dropped; None for any other error."""
         if not self._lacks_table(error):
             return None
-        told = SchemaError(not_made(self.engine, schema=self.resolved_schema))
-        told.store = self.name
-        return told
+        missing = SchemaError(not_made(self.engine, schema=self.resolved_schema))
+        missing.store = self.name
+        return missing
 
     def unreached(self, error: BaseException) -> bool:
         """Say whether an error was raised while anybody was getting a connection to this database."""

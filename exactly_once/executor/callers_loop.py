@@ -69,7 +69,7 @@ class CallersLoop:
         return combine([run(each) for each in found])
 
 
-def _outcome(told: Result) -> Outcome:
-    if told.raises is not None:
-        raise told.raises
-    return told.outcome
+def _outcome(result: Result) -> Outcome:
+    if result.raises is not None:
+        raise result.raises
+    return result.outcome

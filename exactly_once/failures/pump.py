@@ -18,7 +18,7 @@ from exactly_once.exceptions.words import words_of
 from exactly_once.failures.due import DueFailures, Taken, message_of
 from exactly_once.outcome import Redeliver, Settlement
 from exactly_once.transports.contract import Delivery, Features
-from exactly_once.transports.packed_messages import opened
+from exactly_once.transports.packed_messages import unpack
 from exactly_once.wording.steady_log import steady
 from exactly_once.wording.text import escaped
 
@@ -119,7 +119,7 @@ class Pump:
                 connection, self._group, self._handlers, self._ordered, self._waits, limit=limit, lease=_LEASE
             ):
                 try:
-                    message, unread = opened(message_of(row))
+                    message, unread = unpack(message_of(row))
                 except Exception as error:
                     if every:
                         raise _NotRead from error

@@ -210,8 +210,8 @@ def _raised_alone(context: AttemptContext, won: Won, error: BaseException) -> At
 def _broken(
     error: BaseException, owner: str | None, stop: BaseException | None, *, block: bool = False
 ) -> AttemptResult:
-    told = Misuse(words_of(error)).with_traceback(error.__traceback__)
-    return AttemptResult(AttemptEnd.BROKEN, told, owner=owner, block=block, stop=stop)
+    misuse = Misuse(words_of(error)).with_traceback(error.__traceback__)
+    return AttemptResult(AttemptEnd.BROKEN, misuse, owner=owner, block=block, stop=stop)
 
 
 def _stands(context: AttemptContext, watch: Watch, ended: AttemptResult) -> AttemptResult:
@@ -225,10 +225,10 @@ def _stands(context: AttemptContext, watch: Watch, ended: AttemptResult) -> Atte
         return ended
     if isinstance(found, (Consumed, Unfinished)) and found.owner == watch.owner:
         said = ended.error
-        told = Misuse(f"{_COMMITTED} The handler ended with {type(said).__name__}.")
+        misuse = Misuse(f"{_COMMITTED} The handler ended with {type(said).__name__}.")
         if said is not None:
-            told = told.with_traceback(said.__traceback__)
-        return _broken(told, watch.owner, _stop_of(ended))
+            misuse = misuse.with_traceback(said.__traceback__)
+        return _broken(misuse, watch.owner, _stop_of(ended))
     return ended
 
 

@@ -166,17 +166,17 @@ class BatchProcessor(Processor):
             return
         began = monotonic()
         try:
-            told = self.run(member.work.message, member.work.features)
+            result = self.run(member.work.message, member.work.features)
         except Exception:
             raise
         except BaseException as error:
             run.leave(error)
             member.result = error
             return
-        member.result = told
-        if isinstance(told.verdict, WaitForStore):
-            run.held = told
-        if told.outcome is Outcome.IN_PROGRESS and not told.in_handler:
+        member.result = result
+        if isinstance(result.verdict, WaitForStore):
+            run.held = result
+        if result.outcome is Outcome.IN_PROGRESS and not result.in_handler:
             run.waited_s += monotonic() - began
 
     def _together(self, members: Sequence[Member], run: _Run) -> None:
@@ -262,8 +262,8 @@ class BatchProcessor(Processor):
             try:
                 self._call_all(session, handed, self._in_order(ours), watch, run)
             except BaseException as error:
-                if (told := reported(error)) is not error:
-                    raise told from error
+                if (translated := reported(error)) is not error:
+                    raise translated from error
                 if not stops(error):
                     raise
                 run.leave(error)

@@ -38,9 +38,9 @@ def reported(error: BaseException, *, exits: bool = True) -> BaseException:
         exits: A SystemExit is the handler's. Not in a thread of the caller's, which a signal may have asked to end.
     """
     if exits and (left := exit_in(error)) is not None:
-        told = Misuse(_EXITED.format(code=left.code)).with_traceback(error.__traceback__)
-        told.__cause__ = error
-        return told
+        misuse = Misuse(_EXITED.format(code=left.code)).with_traceback(error.__traceback__)
+        misuse.__cause__ = error
+        return misuse
     if isinstance(error, StatementError) and isinstance(error.orig, (Reject, RetryLater)):
         return error.orig
     return _begun_already(error) or error

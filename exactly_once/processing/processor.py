@@ -241,7 +241,7 @@ class Processor:
         message, callers_loop = work.message, work.callers_loop
         sent = False  # whether the COMMIT of a step was sent
 
-        def told_of(error: BaseException) -> BaseException:
+        def translate(error: BaseException) -> BaseException:
             # in a loop of the caller's the thread is the caller's, and a signal may have asked the thread to end
             return reported(error, exits=work.beside or not callers_loop)
 
@@ -252,19 +252,19 @@ class Processor:
             try:
                 self._call(handed, work.reading, message, ledger)
             except BaseException as error:
-                told = told_of(error)
+                translated = translate(error)
                 if ledger is not None:
                     ledger.close()
                     sent = ledger.sent
                     broken = isinstance(ledger.error, BrokenTransaction)
-                    if ledger.error is not None and (broken or isinstance(told, Exception)):
+                    if ledger.error is not None and (broken or isinstance(translated, Exception)):
                         # report what stopped a step. The handler's exception may wrap that error, or be the same one: then
                         # its cause may be what stops the task
-                        raise ledger.error from (told.__cause__ if told is ledger.error else told)
-                    if ledger.why is not None and not stops(told):
-                        raise ledger.why from told
-                if told is not error:
-                    raise told from error
+                        raise ledger.error from (translated.__cause__ if translated is ledger.error else translated)
+                    if ledger.why is not None and not stops(translated):
+                        raise ledger.why from translated
+                if translated is not error:
+                    raise translated from error
                 raise
             if ledger is not None:
                 ledger.end()
@@ -278,7 +278,9 @@ class Processor:
                 work = work._replace(
                     reading=self.plan.read(message)
                 )  # the handler may have changed the body, so it is read again
-            ended = attempt(self._context, row, handle, translate=told_of, write_more=write_more, failed_before=before)
+            ended = attempt(
+                self._context, row, handle, translate=translate, write_more=write_more, failed_before=before
+            )
             if ended.how is AttemptEnd.FAILED and ended.error is not None and self.store.unreached(ended.error):
                 ended = replace(ended, how=AttemptEnd.TRANSIENT)  # the error alone does not show that the store is away
             if ended.stop is not None and ended.how is AttemptEnd.TRANSIENT:
@@ -324,10 +326,10 @@ class Processor:
                 case AttemptEnd.IN_PROGRESS if ended.stop is None:
                     return self._ended(work, ended)
                 case _:
-                    told, cancelled = finish(partial(self._ended, work, ended))
+                    result, cancelled = finish(partial(self._ended, work, ended))
                     if (stop := ended.stop or cancelled) is not None:
                         raise stop
-                    return told
+                    return result
 
     def _ended(self, work: Work, ended: AttemptResult) -> Result:
         reading, recording = work.reading, self.recording
@@ -354,10 +356,10 @@ class Processor:
                 return self._broken(work, ended.error, ended.owner, block=ended.block)
             case _:
                 assert ended.error is not None
-                told = recording.failed(work, ended.error)
+                result = recording.failed(work, ended.error)
                 raised = _exit_behind(ended.error) or ended.error
-                raises = work.callers_loop and told.outcome is Outcome.FAILED and is_the_callers(raised)
-                return replace(told, raises=raised) if raises else told
+                raises = work.callers_loop and result.outcome is Outcome.FAILED and is_the_callers(raised)
+                return replace(result, raises=raised) if raises else result
 
     def _works(self, ended: AttemptResult, sent: bool) -> bool | None:
         return None if ended.error is None else self.recording.works(ended.error, spoken=ended.answered or sent)
@@ -444,12 +446,12 @@ class Processor:
         key = work.reading.key
         assert key is not None
         self.recording.remember(key, Unrecorded(owner, error, block))
-        told = self.recording.record(
+        result = self.recording.record(
             work, error, lambda attempts: Park("broken", words_of(error)), claim_owner=owner, block=block
         )
-        if told.verdict == ACK:
+        if result.verdict == ACK:
             self.recording.forget(key)
-        return told
+        return result
 
     def _under_former_key(self, work: Work, former: Mapping[str, Any]) -> Work:
         """Return the message as the previous release read it, if that release began it: its claim and failures have that key."""

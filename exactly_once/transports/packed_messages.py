@@ -6,10 +6,10 @@ from exactly_once.clients.packed import READERS, UNREADABLE, unpacked
 from exactly_once.errors import BadBody
 from exactly_once.message import Message
 
-__all__ = ["opened", "unread"]
+__all__ = ["mark_unread", "unpack"]
 
 
-def unread(message: Message, name: str) -> Message:
+def mark_unread(message: Message, name: str) -> Message:
     """Return the message, marked as one whose body is not read.
 
     Args:
@@ -19,7 +19,7 @@ def unread(message: Message, name: str) -> Message:
     return replace(message, unread=name)
 
 
-def opened(message: Message) -> tuple[Message, BadBody | None]:
+def unpack(message: Message) -> tuple[Message, BadBody | None]:
     """Return a kept message with its body read; or unchanged, with the reason why it cannot be read.
 
     Args:

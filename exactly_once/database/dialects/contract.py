@@ -439,13 +439,13 @@ def raise_for_the_store(dialect: Dialect, error: BaseException, engine: Engine, 
             f"The database does not answer ({type(error).__name__}: {first_words(error)}); nothing ran.", store=store
         ) from error
     if unreached(error, (engine,)):
-        told = StoreUnavailable(
+        unavailable = StoreUnavailable(
             f"No connection to the database was given: {type(error).__name__} was raised as one was made or taken, by a listener"
             " of the engine's, by its creator=, or by the driver; nothing ran.",
             store=store,
         )
-        told.by_application = True
-        raise told from error
+        unavailable.by_application = True
+        raise unavailable from error
     if dialect.no_table(error):
         schema = dialect.table.rpartition(".")[0].strip('"`') or None
         raise SchemaError(not_made(engine, schema=schema, ran="nothing ran")) from error

@@ -44,8 +44,8 @@ from exactly_once.database.dialects.postgresql_settings import (
     DURABLE,
     SessionSettings,
     limits,
-    opened,
-    opening,
+    text_in_theirs,
+    text_of_our_begin,
 )
 from exactly_once.database.dialects.postgresql_wire import (
     driver_begun,
@@ -294,7 +294,7 @@ class PostgreSQL:
             name = savepoint_of(row.owner).encode()
             save, release = b"SAVEPOINT %s;" % name, b";RELEASE SAVEPOINT %s" % name
         durable = self.durable if savepoint else b""
-        begins = first = opening(driver, seen) if begin else b"" if savepoint else opened(seen)
+        begins = first = text_of_our_begin(driver, seen) if begin else b"" if savepoint else text_in_theirs(seen)
         limit, unlimit = limits(seen, wait_ms, begins=begin)
         first += durable + save + limit
         last = unlimit + release
@@ -328,7 +328,7 @@ class PostgreSQL:
         seen: SessionSettings = info[self.kept_as]
         if driver.pgconn.transaction_status != TransactionStatus.IDLE:  # a hook of the application has sent something
             seen.vary()
-        begins = opening(driver, seen)
+        begins = text_of_our_begin(driver, seen)
         results = send(driver, begins)
         note_driver_begin(driver)
         seen.begins(driver, begins, results)
@@ -471,9 +471,9 @@ class PostgreSQL:
             link: Link | None = connection.info.get(LINK)
             if error.sqlstate == _READ_ONLY and _may_write(driver, pooled=link is not None and link.pooled):
                 raise Misuse(_MADE_READ_ONLY) from error
-            told = DBAPIError.instance(text, None, error, psycopg.Error, dialect=connection.dialect)
-            mark_origin(told, connection.dialect)  # SQLAlchemy has not seen this error
-            raise told from error
+            translated = DBAPIError.instance(text, None, error, psycopg.Error, dialect=connection.dialect)
+            mark_origin(translated, connection.dialect)  # SQLAlchemy has not seen this error
+            raise translated from error
         return int(results[-1 - len(last)].command_tuples or 0)
 
     def no_room(self, error: BaseException) -> bool:

@@ -15,7 +15,12 @@ from psycopg.pq import Escaping, TransactionStatus
 from exactly_once.claim import ClaimRow, ExistingClaim
 from exactly_once.database.dialects.contract import Dialect
 from exactly_once.database.dialects.postgresql import busy_of
-from exactly_once.database.dialects.postgresql_settings import SessionSettings, limits, opened, opening
+from exactly_once.database.dialects.postgresql_settings import (
+    SessionSettings,
+    limits,
+    text_in_theirs,
+    text_of_our_begin,
+)
 from exactly_once.database.dialects.postgresql_wire import driver_of, note_driver_begin, send, template
 
 __all__ = ["CLAIM", "KNOWN", "Claims"]
@@ -77,7 +82,7 @@ class Claims:
         )
         try:
             bound_ms = max(1, wait_ms)  # 0 would mean for ever
-            first = opening(driver, seen) if begins else opened(seen)
+            first = text_of_our_begin(driver, seen) if begins else text_in_theirs(seen)
             limit, unlimit = limits(seen, bound_ms, begins=begins)
             text = limit + self._claim % values + unlimit
             results = send(driver, first + text, meanwhile)

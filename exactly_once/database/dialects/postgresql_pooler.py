@@ -15,7 +15,7 @@ from psycopg import errors
 from sqlalchemy import Engine
 
 from exactly_once.database.connections.pooler import IDLE_MS, LINK, SAID, Link
-from exactly_once.database.dialects.postgresql_settings import DURABLE, SessionSettings, opening
+from exactly_once.database.dialects.postgresql_settings import DURABLE, SessionSettings, text_of_our_begin
 from exactly_once.database.dialects.postgresql_wire import driver_of, ignore_driver_begin, send
 from exactly_once.database.errors.drivers_own import original
 from exactly_once.database.listeners import listen
@@ -106,7 +106,7 @@ class _Begin:
 
     def __call__(self, dbapi: Any) -> None:
         driver = driver_of(dbapi)
-        text = opening(driver, self._settings) + DURABLE.encode()
+        text = text_of_our_begin(driver, self._settings) + DURABLE.encode()
         if not (driver.pgconn.parameter_status(b"DateStyle") or b"ISO").startswith(b"ISO"):
             text += _ISO
         ignore_driver_begin(driver)

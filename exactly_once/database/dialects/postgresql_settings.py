@@ -27,8 +27,8 @@ __all__ = [
     "OWN_ROLE",
     "SessionSettings",
     "limits",
-    "opened",
-    "opening",
+    "text_in_theirs",
+    "text_of_our_begin",
 ]
 
 # In a transaction of our own we know the session's setting; in one that is already open, the setting may be another.
@@ -106,7 +106,7 @@ class SessionSettings:
 
         Args:
             driver: The driver's connection.
-            first: What was sent first, as returned by `opening` or `opened`.
+            first: What was sent first, as returned by `text_of_our_begin` or `text_in_theirs`.
             results: The answers.
         """
         if self.varies:
@@ -126,13 +126,13 @@ class SessionSettings:
         return _AS_OUR_USER[0] % (quote(self.user), self.role), _AS_OUR_USER[1] % quote(theirs)
 
 
-def opening(driver: Any, seen: SessionSettings) -> bytes:
+def text_of_our_begin(driver: Any, seen: SessionSettings) -> bytes:
     """Return the text that begins a transaction of ours on this connection."""
     refuse_autocommit(driver)
     return text_of_begin(driver) + seen.settings
 
 
-def opened(seen: SessionSettings) -> bytes:
+def text_in_theirs(seen: SessionSettings) -> bytes:
     """The same if a listener or a hook of the application has begun it: what they set for it counts as its beginning."""
     seen.vary()
     return _OWN_ROLE

@@ -87,11 +87,11 @@ def raise_for_the_table(
                 return
         # Else a table of the application is missing, which a trigger on our table uses.
     said = refusal.__cause__ or refusal if isinstance(refusal, ClaimBusy) else refusal  # the table is locked
-    told = StoreUnavailable(
+    unavailable = StoreUnavailable(
         f"The table {dialect.table} takes no claims ({first_words(said)}): one of no message's was"
         " refused, too. Nothing ran, and nothing is counted. Look at the rights, columns, constraints and triggers of this table;"
         " exactly-once doctor says the same until it is mended.",
         store=store,
     )
-    told.claim = row
-    raise told from refusal
+    unavailable.claim = row
+    raise unavailable from refusal

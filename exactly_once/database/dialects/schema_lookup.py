@@ -74,8 +74,8 @@ def schema_in(engine: Engine) -> str | None:
     finally:
         apart.dispose()
     if not found:
-        told = not_made(engine, looked_for="message_idempotent", others=others, ran="nothing ran")
-        raise SchemaError(told + (_BY_A_LISTENER if listeners.checkout else ""))
+        reason = not_made(engine, looked_for="message_idempotent", others=others, ran="nothing ran")
+        raise SchemaError(reason + (_BY_A_LISTENER if listeners.checkout else ""))
     if len(found) > 1:
         raise ConfigurationError(
             f"Several schemas of the search path have our tables: {', '.join(found)}. Claims in one of them would not be"

@@ -23,7 +23,7 @@ from exactly_once.message import Message
 from exactly_once.transports.contract import Subscription
 from exactly_once.transports.remoting import Admin, Queue
 from exactly_once.transports.rocketmq4.messages import Names
-from exactly_once.transports.rocketmq4.stored import Stored, opened, stored_in
+from exactly_once.transports.rocketmq4.stored import Stored, read_stored, stored_in
 from exactly_once.wording.steady_log import steady
 
 __all__ = ["Ahead", "Stretch", "look_ahead"]
@@ -185,7 +185,7 @@ class Ahead:
             if stored.offset > last:
                 return last + 1
             if stretch.wanted(stored):
-                message, unread = opened(stored, self._names.inside, self._properties)
+                message, unread = read_stored(stored, self._names.inside, self._properties)
                 with self._places:
                     if not offer(message, unread):
                         return stored.offset

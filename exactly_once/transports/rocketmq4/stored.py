@@ -15,7 +15,7 @@ from exactly_once.errors import BadBody
 from exactly_once.message import Message, with_former
 from exactly_once.transports import packed_messages
 
-__all__ = ["Stored", "opened", "stored_in"]
+__all__ = ["Stored", "read_stored", "stored_in"]
 
 _MAGIC_2: Final = 0xDAA320AB
 _PACKED: Final = 0x1  # a flag: the body is compressed
@@ -78,7 +78,7 @@ def stored_in(data: bytes) -> Iterator[Stored]:
         start += size
 
 
-def opened(stored: Stored, inside: Callable[[str], str], also: tuple[str, ...]) -> tuple[Message, BadBody | None]:
+def read_stored(stored: Stored, inside: Callable[[str], str], also: tuple[str, ...]) -> tuple[Message, BadBody | None]:
     """Return the message as librocketmq would have given it to us; or with its body as it came, and the reason.
 
     Args:
@@ -104,4 +104,4 @@ def opened(stored: Stored, inside: Callable[[str], str], also: tuple[str, ...]) 
     message = with_former(message, keys)
     if not stored.is_packed:
         return message, None
-    return packed_messages.opened(packed_messages.unread(message, packed.named(stored.body)))
+    return packed_messages.unpack(packed_messages.mark_unread(message, packed.named(stored.body)))

@@ -139,8 +139,10 @@ class RocketMQ5Producer:
                 try:
                     client.startup()
                 except Exception as error:  # returned for each message, as the contract says
-                    told = not_grpc(self._proxies) or f"RocketMQ at {self._proxies} cannot be used: {describe(error)}."
-                    return TransportError(told)
+                    reason = (
+                        not_grpc(self._proxies) or f"RocketMQ at {self._proxies} cannot be used: {describe(error)}."
+                    )
+                    return TransportError(reason)
                 self._client = client
             return self._client
 
@@ -174,8 +176,8 @@ class RocketMQ5Producer:
                 endpoints, request, metadata=client.sign(), timeout=REQUEST_TIMEOUT_S
             ).result()
         except Exception as error:
-            told = not_grpc(self._proxies) or f"RocketMQ at {self._proxies} does not answer: {describe(error)}."
-            return _NoAnswerError(f"{told} Nothing was sent.")
+            reason = not_grpc(self._proxies) or f"RocketMQ at {self._proxies} does not answer: {describe(error)}."
+            return _NoAnswerError(f"{reason} Nothing was sent.")
         if status.status.code == Code.OK:  # it came back between the two requests
             return _NoAnswerError(f"RocketMQ at {self._proxies} did not answer a moment ago. Nothing was sent.")
         return about_send(self._proxies, topic, status.status)

@@ -52,18 +52,18 @@ def delivery(raw: Any, topic: str, grip: Grip) -> Delivery:
         return _damaged(raw, topic, grip, error)
     if not is_packed:
         return Delivery(message, grip)
-    message, unread = packed_messages.opened(packed_messages.unread(message, packed.named(raw.body)))
+    message, unread = packed_messages.unpack(packed_messages.mark_unread(message, packed.named(raw.body)))
     return Delivery(message, grip, unread=unread)
 
 
 def _damaged(raw: Any, topic: str, grip: Grip, error: Exception) -> Delivery:
-    told = error if isinstance(error, BadBody) else BadBody(f"The message cannot be read: {describe(error)}.")
+    reason = error if isinstance(error, BadBody) else BadBody(f"The message cannot be read: {describe(error)}.")
     try:
         received = ReceivedMessage().fromProtobuf(_as_it_came(raw))
         message = _message(raw, _Unchecked(received), topic)
     except Exception:  # not even its properties can be read: its id and its bytes are kept
         message = Message(topic, raw.body, message_id=grip.message_id)
-    return Delivery(packed_messages.unread(message, _DAMAGED), grip, unread=told)
+    return Delivery(packed_messages.mark_unread(message, _DAMAGED), grip, unread=reason)
 
 
 def _as_it_came(raw: Any) -> Any:

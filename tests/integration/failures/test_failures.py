@@ -310,7 +310,9 @@ def test_a_body_that_could_not_be_read_is_kept_beside_the_senders_properties_and
     as_it_came = replace(sent, body=ZstdCompressor().compress(sent.body or b""))
     with own_engines(shop):
         shop.eo.handler("orders", key="no")(awaited if shop.is_async else plain)
-        delivery = Delivery(packed_messages.unread(as_it_came, "zstd"), None, unread=BadBody("nothing unpacks it here"))
+        delivery = Delivery(
+            packed_messages.mark_unread(as_it_came, "zstd"), None, unread=BadBody("nothing unpacks it here")
+        )
         [keeping] = shop.eo._router.find(delivery)
         told = (
             shop.await_(greenlet_spawn(keeping.run, delivery.message, BROKER))
