@@ -36,23 +36,17 @@ import re
 import socket
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC
-from functools import cached_property, lru_cache
-from inspect import isawaitable
+from functools import cached_property
 from math import ceil
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, Insert, Update
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.util import await_only
 
 from exactly_once.claim import ClaimRow, ExistingClaim
 from exactly_once.database.dialects.contract import (
     LEARNT,
-    ClaimBusy,
-    ErrorKind,
     Gone,
     State,
     Trace,
@@ -60,23 +54,48 @@ from exactly_once.database.dialects.contract import (
     steps_of,
 )
 from exactly_once.database.dialects.keywords import Read, reader
+from exactly_once.database.dialects.mysql_errors import (
+    CONNECTION_GONE,
+    DENIED,
+    DUPLICATE,
+    ENDS_TRANSACTION,
+    LOCK_WAIT,
+    NO_SAVEPOINT,
+    NO_SUCH_TABLE,
+    UNSURE,
+    MySQLErrors,
+    busy_of,
+    errno,
+)
 from exactly_once.database.dialects.mysql_trace import trace_state_of
+from exactly_once.database.dialects.mysql_wire import (
+    SessionSettings,
+    bound,
+    bounded_by,
+    counters_of,
+    digits,
+    driver_of,
+    identity,
+    read_rest,
+    refuse_autocommit,
+    release,
+    role_as_set,
+    savepoint_of_call,
+    together,
+    took_another_role,
+    undo,
+)
 from exactly_once.database.dialects.schema_lookup import FoundIn, refuse_elsewhere
 from exactly_once.database.dialects.statements import MARIADB, MYSQL
-from exactly_once.database.errors import contended
-from exactly_once.database.errors.drivers_own import original
 from exactly_once.database.mysql_committed import see_committed
 from exactly_once.database.mysql_session import END_PLAINLY, ENDS_PLAINLY, RIGHT_SESSION, SESSION_IS_RIGHT
 from exactly_once.database.owner import savepoint_of
 from exactly_once.errors import ConfigurationError
-from exactly_once.exceptions.drivers import is_drivers
 
 __all__ = [
     "BEGIN",
-    "BOUND",
     "CLAIM",
     "COMMITS",
-    "DUPLICATE",
     "FINISH",
     "FINISH_MANY",
     "KEY",
@@ -86,19 +105,10 @@ __all__ = [
     "PREPARE",
     "READ",
     "RIGHT",
-    "ROLE",
     "TRACE",
     "TRACE_STANDS",
     "UNTRACE",
     "MySQL",
-    "SessionSettings",
-    "bound",
-    "busy_of",
-    "digits",
-    "errno",
-    "identity",
-    "refuse_autocommit",
-    "together",
 ]
 
 CLAIM: Final = (
@@ -134,7 +144,6 @@ TRACE_STANDS: Final = (
 # Our own number: SIGNAL's default is 1644, which any trigger may raise.
 _MISSED: Final = 21644
 _FINISHED: Final = f"IF ROW_COUNT() <> {{count}} THEN SIGNAL SQLSTATE '45000' SET MYSQL_ERRNO = {_MISSED}; END IF"
-BOUND: Final = "SET STATEMENT innodb_lock_wait_timeout = {seconds} FOR "
 # Travels with the statement that begins a transaction of ours. `begin_ours` and the claim with a lease check for themselves.
 RIGHT: Final = f"IF NOT ({SESSION_IS_RIGHT}) THEN {RIGHT_SESSION}; END IF"
 # For `logged_since`, on MariaDB: the last commit of this session in the binary log, and whether the log has any of its commits.
@@ -158,7 +167,6 @@ PREPARE: Final = (
     "SELECT VERSION(), @@innodb_rollback_on_timeout, @@sql_mode, @@completion_type, @@log_bin, DATABASE()"
     "/*!80000 , CURRENT_ROLE()*//*M!100005 , CURRENT_ROLE()*//*M!100100 , @@max_statement_time*/ LIMIT 1"
 )
-ROLE: Final = ("SELECT CURRENT_ROLE() LIMIT 1", "SET ROLE {role}")
 LIMIT: Final = "SELECT @@max_statement_time LIMIT 1"
 # Counters that change with each commit of this session: they count statements that may commit. The binary log would
 # be cheaper, but lacks commits that are kept out of it. MySQL has these counters in no table, and SHOW cannot add them up.
@@ -179,111 +187,10 @@ READ: Final = {
 _COMMIT: Final = "COMMIT AND NO CHAIN NO RELEASE"
 # Flags of the protocol's OK packet.
 _IN_TRANSACTION: Final = 1  # SERVER_STATUS_IN_TRANS
-_AUTOCOMMIT: Final = 2  # SERVER_STATUS_AUTOCOMMIT
 _NO_BACKSLASH_ESCAPES: Final = 512  # SERVER_STATUS_NO_BACKSLASH_ESCAPES
 # A bit that the protocol does not use, which has 16: the server's next answer clears it, and an error leaves it.
 _MARKED: Final = 1 << 24
-_NO_SAVEPOINT: Final = 1305
-DUPLICATE: Final = 1062
-_NO_SUCH_TABLE: Final = 1146
-_LOCK_WAIT: Final = 1205
-_CUT: Final = 1969  # MariaDB's max_statement_time; MySQL's limit is for SELECT alone
-_DEADLOCK: Final = 1213
-_CHANGED: Final = 1020  # MariaDB's innodb_snapshot_isolation: the row changed since this transaction's snapshot
-# Errors that say that the server cannot work now, for any message. Some may concern one statement alone, so a failure
-# counts as an outage only after a look.
-_UNAVAILABLE: Final = frozenset(
-    {
-        3,  # EE_WRITE: error writing a file
-        20,  # EE_DISK_FULL
-        1021,  # ER_DISK_FULL
-        1026,  # ER_ERROR_ON_WRITE
-        1030,  # the storage engine's number (28: no space) is in the text alone
-        1037,  # ER_OUTOFMEMORY
-        1040,  # ER_CON_COUNT_ERROR: too many connections
-        1041,  # ER_OUT_OF_RESOURCES
-        1047,  # a cut-off Galera node answers everything like this
-        1049,  # ER_BAD_DB_ERROR: being restored, or a wrong name (see `hopeless`)
-        1053,  # ER_SERVER_SHUTDOWN
-        1077,  # ER_NORMAL_SHUTDOWN
-        1079,  # ER_SHUTDOWN_COMPLETE
-        1114,  # ER_RECORD_FILE_FULL: InnoDB's answer to a full disk; also a MEMORY table that is full
-        1129,  # ER_HOST_IS_BLOCKED: after many connections that were cut
-        1135,  # ER_CANT_CREATE_THREAD
-        1152,  # ER_ABORTING_CONNECTION
-        1158,  # ER_NET_READ_ERROR
-        1159,  # ER_NET_READ_INTERRUPTED
-        1160,  # ER_NET_ERROR_ON_WRITE
-        1161,  # ER_NET_WRITE_INTERRUPTED
-        1184,  # ER_NEW_ABORTING_CONNECTION
-        1203,  # ER_TOO_MANY_USER_CONNECTIONS
-        1206,  # ER_LOCK_TABLE_FULL: no memory for one more lock
-        1226,  # ER_USER_LIMIT_REACHED
-        1290,  # ER_OPTION_PREVENTS_STATEMENT: read_only
-        1317,  # ER_QUERY_INTERRUPTED
-        1637,  # ER_TOO_MANY_CONCURRENT_TRXS: no undo slot is free
-        1792,  # ER_CANT_EXECUTE_IN_READ_ONLY_TRANSACTION
-        1820,  # ER_MUST_CHANGE_PASSWORD: it has expired, and each statement is refused
-        1836,  # ER_READ_ONLY_MODE
-        1874,  # ER_INNODB_READ_ONLY
-        1927,  # ER_CONNECTION_KILLED
-        2002,  # CR_CONNECTION_ERROR
-        2003,  # CR_CONN_HOST_ERROR
-        2006,  # CR_SERVER_GONE_ERROR
-        2013,  # CR_SERVER_LOST
-        2014,  # CR_COMMANDS_OUT_OF_SYNC
-        2055,  # CR_SERVER_LOST_EXTENDED
-        3032,  # ER_SERVER_OFFLINE_MODE
-        3168,  # ER_SERVER_ISNT_AVAILABLE
-        3169,  # ER_SESSION_WAS_KILLED
-        4031,  # ER_CLIENT_INTERACTION_TIMEOUT
-    }
-)
-# On a database, a table, a column.
-_DENIED: Final = frozenset({1044, 1142, 1143})
-# MariaDB's max_statement_time, MySQL's max_execution_time.
-_TIMED_OUT: Final = frozenset({_CUT, 3024})
-_NO_ROOM: Final = frozenset({3, 20, 1021, 1026, 1030, 1114})
-# ER_CANNOT_CONVERT_CHARACTER, ER_TRUNCATED_WRONG_VALUE_FOR_FIELD (for a text: characters that the column lacks), and MySQL's
-# ER_CANNOT_CONVERT_STRING.
-_UNSTORABLE: Final = frozenset({1366, 1977, 3854})
-# After these we do not know whether COMMIT happened: shutting down, interrupted, killed, the connection ended.
-_UNSURE: Final = frozenset({1053, 1077, 1079, 1152, 1158, 1159, 1160, 1161, 1184, 1317, 1927, 4031})
-_GONE: Final = (ConnectionError, TimeoutError, EOFError)
-# Without ER_QUERY_INTERRUPTED: KILL QUERY undoes its statement alone.
 _ENDLESS_S: Final = 31_536_000  # the driver waits without a limit
-_LOST: Final = frozenset({_DEADLOCK, _CHANGED, 1927, 2006, 2013, 2055})
-
-
-def busy_of(error: BaseException, *, lost: bool = False) -> ClaimBusy | None:
-    """Return ClaimBusy if an error of a claim means that another run holds the key; a claim waits for nothing else."""
-    code = errno(error)
-    if code == _CUT:
-        return ClaimBusy(again=False, lost=lost, cut=True)
-    return ClaimBusy(again=code != _LOCK_WAIT, lost=lost) if code in contended.MYSQL else None
-
-
-@dataclass(slots=True)
-class SessionSettings:
-    """What a connection reported when we first saw it."""
-
-    bound: str
-    """Prefix that limits the lock wait of one statement beside the claim; empty if only the session can be limited."""
-    patience_s: int
-    """The longest that a statement may wait, in whole seconds, before the driver ends the connection (`read_timeout`)."""
-    rollback_on_timeout: bool
-    compound: bool
-    """Several statements can be sent as one."""
-    right: tuple[str, ...]
-    """Statements that repair the session, if that costs no round trip, and read its log, if there is one."""
-    commits: str
-    """The statement that reads what changes with each commit of this session."""
-    limit: list[Any]
-    """The longest that a statement may take; empty on MySQL, whose limit applies to SELECT alone."""
-    role: str
-    """The role for what we write in our name, as SET ROLE takes it; empty if the server has no roles."""
-    readers: tuple[Callable[[str], Read], Callable[[str], Read]]
-    """Readers of a handler's statements: for sessions where a backslash in a string is a character, and where it escapes."""
 
 
 class _Mark(NamedTuple):
@@ -292,7 +199,7 @@ class _Mark(NamedTuple):
     result: Any
 
 
-class MySQL:
+class MySQL(MySQLErrors):
     """See the module."""
 
     name = "mysql"
@@ -348,7 +255,7 @@ class MySQL:
 
     def prepare(self, dbapi: Any, info: MutableMapping[Any, Any], *, wait_ms: int, varies: bool = False) -> None:
         refuse_autocommit(dbapi)
-        limit_s = getattr(_driver(dbapi), "_read_timeout", None)
+        limit_s = getattr(driver_of(dbapi), "_read_timeout", None)
         patience_s = _ENDLESS_S if limit_s is None else max(0, ceil(limit_s) - 1)
         seconds = min(max(1, -(-wait_ms // 1000)), patience_s)
         told = info.get(LEARNT)
@@ -362,7 +269,7 @@ class MySQL:
                     "sql_mode has no STRICT_TRANS_TABLES: the server would cut long values in silence."
                     " Type: SET GLOBAL sql_mode = CONCAT(@@sql_mode, ',STRICT_TRANS_TABLES')"
                 )
-            if "NO_BACKSLASH_ESCAPES" in str(modes) and hasattr(_driver(dbapi), "_proto"):
+            if "NO_BACKSLASH_ESCAPES" in str(modes) and hasattr(driver_of(dbapi), "_proto"):
                 raise ConfigurationError(
                     "sql_mode has NO_BACKSLASH_ESCAPES, and asyncmy escapes bytes with backslashes all the same: what a handler"
                     " puts into a BLOB would be stored otherwise. Take it out of sql_mode for this connection."
@@ -379,7 +286,7 @@ class MySQL:
         )
         compound = is_mariadb and "ORACLE" not in str(modes)  # Oracle mode has another grammar
         info[self.kept_as] = SessionSettings(
-            bound=_bound(seconds) if is_mariadb else "",
+            bound=bounded_by(seconds) if is_mariadb else "",
             patience_s=patience_s,
             rollback_on_timeout=bool(rollback_on_timeout),
             compound=compound,
@@ -388,7 +295,7 @@ class MySQL:
                 "{limit}", " LIMIT 1" if is_mariadb else ""
             ),
             limit=more[1:],
-            role=_role(more[0], is_mariadb=is_mariadb) if more else "",
+            role=role_as_set(more[0], is_mariadb=is_mariadb) if more else "",
             readers=(reader(grammar._replace(backslash=False)), reader(grammar._replace(backslash=True))),
         )
 
@@ -416,7 +323,7 @@ class MySQL:
                     together(cursor, seen, *seen.right, insert, f"SAVEPOINT {name}", values=values)
             except Exception as error:
                 code = errno(error)
-                lost = savepoint and not _undone(cursor, name)
+                lost = savepoint and not undo(cursor, name)
                 if code == DUPLICATE and not lost:
                     return False
                 if (busy := busy_of(error, lost=lost)) is not None:
@@ -461,7 +368,7 @@ class MySQL:
                 try:
                     together(cursor, seen, release, *finished, _COMMIT, values=values)
                 except Exception as error:
-                    if not _took_another_role(cursor, seen, error):
+                    if not took_another_role(cursor, seen, error):
                         raise
                     # The savepoint existed, and is released. The statements after it were not executed.
                     together(cursor, seen, *finished, _COMMIT, values=values)
@@ -471,12 +378,12 @@ class MySQL:
                 try:
                     cursor.execute(finish, values)
                 except Exception as error:
-                    if not _took_another_role(cursor, seen, error):
+                    if not took_another_role(cursor, seen, error):
                         raise
                     cursor.execute(finish, values)
                 count -= cursor.rowcount
         except Exception as error:
-            if errno(error) in (_NO_SAVEPOINT, _MISSED):
+            if errno(error) in (NO_SAVEPOINT, _MISSED):
                 raise Gone from error
             raise
         finally:
@@ -493,45 +400,45 @@ class MySQL:
 
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
         self._pass_over(dbapi)
-        return _released(dbapi, savepoint_of(owner))
+        return release(dbapi, savepoint_of(owner))
 
     def rows_as(self, dbapi: Any) -> tuple[Any, ...]:
-        driver = _driver(dbapi)
+        driver = driver_of(dbapi)
         return (driver.cursorclass if driver is dbapi else driver._cursor_cls,)  # noqa: SLF001  (PyMySQL's, asyncmy's)
 
     def make_rows(self, dbapi: Any, rows_as: tuple[Any, ...]) -> None:
-        driver = _driver(dbapi)
+        driver = driver_of(dbapi)
         setattr(driver, "cursorclass" if driver is dbapi else "_cursor_cls", *rows_as)
 
     def read_out(self, dbapi: Any) -> bool:
-        return _read_out(_driver(dbapi), streams=False)
+        return read_rest(driver_of(dbapi), streams=False)
 
     def _pass_over(self, dbapi: Any) -> None:
         """Read the rest of a statement whose error does not matter any more: it must not be taken for our statement's."""
         with suppress(Exception):
-            _read_out(_driver(dbapi), streams=True)
+            read_rest(driver_of(dbapi), streams=True)
 
     def before_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> Any:
         self.read_out(dbapi)
         seen: SessionSettings = info[self.kept_as]
         cursor = dbapi.cursor()
         try:
-            together(cursor, seen, f"SAVEPOINT {_inner(owner)}", seen.commits)
-            return _counted(cursor)
+            together(cursor, seen, f"SAVEPOINT {savepoint_of_call(owner)}", seen.commits)
+            return counters_of(cursor)
         except Exception as error:
-            if errno(error) in (1142, 1143, _NO_SUCH_TABLE):  # no right to the server's counters, or there are none
+            if errno(error) in (1142, 1143, NO_SUCH_TABLE):  # no right to the server's counters, or there are none
                 return None
             raise
         finally:
             cursor.close()
 
     def after_call(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str, *, drop: bool) -> bool | None:
-        result = _driver(dbapi)._result  # noqa: SLF001
+        result = driver_of(dbapi)._result  # noqa: SLF001
         if result is not None and (result.has_next or result.unbuffered_active):
             if not drop:
                 return None
             self.read_out(dbapi)
-        return _released(dbapi, _inner(owner))
+        return release(dbapi, savepoint_of_call(owner))
 
     def committed_since(self, dbapi: Any, info: MutableMapping[Any, Any], before: Any) -> bool | None:
         if before is None:
@@ -541,7 +448,7 @@ class MySQL:
         cursor = dbapi.cursor()
         try:
             cursor.execute(seen.commits)
-            return bool(_counted(cursor) != before)
+            return bool(counters_of(cursor) != before)
         finally:
             cursor.close()
 
@@ -564,16 +471,16 @@ class MySQL:
 
     def server_session(self, dbapi: Any) -> object:
         # The driver makes a new tuple at each connect. Its number alone could come again on another server.
-        thread_id: object = _driver(dbapi).server_thread_id
+        thread_id: object = driver_of(dbapi).server_thread_id
         return thread_id
 
     def position(self, dbapi: Any) -> Any:
-        driver = _driver(dbapi)
+        driver = driver_of(dbapi)
         driver.server_status |= _MARKED
         return _Mark(driver._result)  # noqa: SLF001
 
     def sent_since(self, dbapi: Any, position: Any) -> bool:
-        driver = _driver(dbapi)
+        driver = driver_of(dbapi)
         if not driver.server_status & _MARKED:
             return True
         # asyncmy does not take over a status of 0: then the result tells. After an error there is no result.
@@ -600,7 +507,7 @@ class MySQL:
         return trace_state_of(dbapi, steps_of(self.table), identity(row))
 
     def state(self, dbapi: Any) -> State:
-        driver = _driver(dbapi)
+        driver = driver_of(dbapi)
         if not driver.server_status & _IN_TRANSACTION:
             return State.IDLE
         waits = getattr(getattr(driver, "_proto", None), "_read_waiter", None)  # of asyncmy: a task awaits an answer
@@ -612,26 +519,9 @@ class MySQL:
         ended = result is not None and not result.server_status & _IN_TRANSACTION
         return State.IDLE if ended else State.OPEN
 
-    def error_kind(self, error: BaseException) -> ErrorKind:
-        if isinstance(error, PoolTimeout):
-            return ErrorKind.UNAVAILABLE
-        code = errno(error)
-        if code is None:
-            gone = isinstance(error, _GONE) or (isinstance(error, DBAPIError) and error.connection_invalidated)
-            gone = gone or _is_closed(error)
-            return ErrorKind.UNAVAILABLE if gone else ErrorKind.UNKNOWN
-        if code in contended.MYSQL:
-            return ErrorKind.TRANSIENT
-        if code in _UNAVAILABLE:
-            return ErrorKind.UNAVAILABLE
-        return ErrorKind.REFUSED if 1000 <= code < 2000 or code >= 3000 else ErrorKind.UNKNOWN
-
-    def no_table(self, error: BaseException) -> bool:
-        return errno(error) == _NO_SUCH_TABLE
-
     def refused(self, dbapi: Any, error: BaseException) -> bool:
         code = errno(error)
-        if code is None or (code >= 2000 and code < 3000) or code in _UNSURE:
+        if code is None or (code >= 2000 and code < 3000) or code in UNSURE:
             return False
         # The server still answers; `end` rolls back what is open.
         cursor = dbapi.cursor()
@@ -653,12 +543,12 @@ class MySQL:
         try:
             return executed()
         except DBAPIError as error:
-            if seen is None or errno(error) not in _DENIED:
+            if seen is None or errno(error) not in DENIED:
                 raise
             dbapi: Any = connection.connection.dbapi_connection
             cursor = dbapi.cursor()
             try:
-                theirs = _took_another_role(cursor, seen, error)
+                theirs = took_another_role(cursor, seen, error)
                 if not theirs:
                     raise
                 try:
@@ -667,19 +557,6 @@ class MySQL:
                     cursor.execute(theirs)
             finally:
                 cursor.close()
-
-    def no_room(self, error: BaseException) -> bool:
-        return errno(error) in _NO_ROOM
-
-    def locked(self, error: BaseException) -> bool:
-        return False
-
-    def gave_up(self, error: BaseException) -> bool:
-        # The driver's error replaces that of the socket or of the loop, which is its context.
-        return errno(error) == 2013 and isinstance(original(error).__context__, TimeoutError)
-
-    def timed_out(self, error: BaseException) -> bool:
-        return errno(error) in _TIMED_OUT
 
     def limit_was_left(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
         cursor = dbapi.cursor()
@@ -691,172 +568,19 @@ class MySQL:
         finally:
             cursor.close()
 
-    def unstorable(self, error: BaseException) -> bool:
-        return errno(error) in _UNSTORABLE
-
-    def gives_no_more(self, error: BaseException) -> bool:
-        return errno(error) in (1040, 1203, 1226)  # too many connections in all, or of this user; a limit of this user
-
-    def hopeless(self, error: BaseException) -> bool:
-        return errno(error) in (1044, 1045, 1049, 1698)  # access denied, unknown database
-
     def lost(self, dbapi: Any, info: MutableMapping[Any, Any], error: BaseException) -> bool:
         code = errno(error)
         if code is None:
-            return isinstance(error, _GONE)  # a broken connection, as asyncmy's streams raise it
-        return code in _LOST or (code == _LOCK_WAIT and info[self.kept_as].rollback_on_timeout)
+            return isinstance(error, CONNECTION_GONE)  # a broken connection, as asyncmy's streams raise it
+        return code in ENDS_TRANSACTION or (code == LOCK_WAIT and info[self.kept_as].rollback_on_timeout)
 
     def read(self, dbapi: Any, info: MutableMapping[Any, Any], statement: str) -> Read:
         plain, escaped = info[self.kept_as].readers
-        read: Callable[[str], Read] = plain if _driver(dbapi).server_status & _NO_BACKSLASH_ESCAPES else escaped
+        read: Callable[[str], Read] = plain if driver_of(dbapi).server_status & _NO_BACKSLASH_ESCAPES else escaped
         return read(statement)
-
-
-def bound(seen: SessionSettings, wait_ms: int) -> str:
-    """Return the prefix that limits one statement's lock wait, in whole seconds; empty if only the session can be limited."""
-    return _bound(min(-(-wait_ms // 1000), seen.patience_s)) if seen.bound else ""
-
-
-@lru_cache(maxsize=64)
-def _bound(seconds: int) -> str:
-    return BOUND.replace("{seconds}", f"{seconds:d}")
-
-
-def together(cursor: Any, seen: SessionSettings, *statements: str, values: Sequence[Any] = ()) -> None:
-    """Execute several statements, in one round trip if the server can. `values` are for the one that has placeholders.
-
-    Afterwards the cursor has the rows of the last statement.
-    """
-    if seen.compound:
-        cursor.execute(f"BEGIN NOT ATOMIC {'; '.join(statements)}; /* exactly_once */ END", values or None)
-        return
-    for statement in statements:
-        cursor.execute(statement, values if "%s" in statement else None)
-
-
-def identity(row: ClaimRow) -> tuple[str, str, str]:
-    return row.group.encode().hex(), row.handler.encode().hex(), row.key.encode().hex()
-
-
-def digits(value: str | bytes | None) -> str | None:
-    """Return a value for UNHEX: no character set and no mode of the session changes digits."""
-    return None if value is None else (value.encode() if isinstance(value, str) else value).hex()
-
-
-def _took_another_role(cursor: Any, seen: SessionSettings, error: BaseException) -> str:
-    """After a denial, set our own role if the handler has changed it. Return the statement that restores the handler's role.
-
-    Empty if there is no other role to set. Called after a denial alone, because it costs round trips; a denied statement
-    has done nothing.
-    """
-    if errno(error) not in _DENIED or not seen.role:
-        return ""
-    cursor.execute(ROLE[0])
-    theirs = _role(cursor.fetchone()[0], is_mariadb=bool(seen.bound))
-    if theirs == seen.role:
-        return ""
-    cursor.execute(ROLE[1].replace("{role}", seen.role))
-    return ROLE[1].replace("{role}", theirs)
-
-
-def _role(told: Any, *, is_mariadb: bool) -> str:
-    """Return the value of CURRENT_ROLE() in the form that SET ROLE takes. MySQL returns that form, also for several roles."""
-    role = told.decode() if isinstance(told, bytes) else told
-    if not is_mariadb or not role:
-        return role or "NONE"
-    return "`" + role.replace("`", "``") + "`"
 
 
 def _version(text: str) -> int:
     """Return a server's version in the form of executable comments: 101106 for 10.11.6; 0 if it cannot be read."""
     found = re.match(r"(?:5\.5\.5-)?(\d+)\.(\d+)\.(\d+)", text)
     return int(found[1]) * 10_000 + int(found[2]) * 100 + int(found[3]) if found else 0
-
-
-def _inner(owner: str) -> str:
-    """Name the savepoint around a CALL."""
-    return f"{savepoint_of(owner)}_call"
-
-
-def _counted(cursor: Any) -> tuple[Any, ...] | None:
-    """Return the counters to compare; None if there are none, which says nothing about commits."""
-    rows = tuple(cursor.fetchall())
-    return rows if rows and all(None not in row for row in rows) else None
-
-
-def _read_out(driver: Any, *, streams: bool) -> bool:
-    """Read the rest of the last answer, as the drivers do before they send.
-
-    True: its rows are being streamed, and are left alone.
-    """
-    while (result := driver._result) is not None:  # noqa: SLF001
-        if result.unbuffered_active:
-            if not streams:
-                return True
-            read = result._finish_unbuffered_query()  # noqa: SLF001
-        elif result.has_next:
-            read = driver.next_result()
-        else:
-            break
-        if isawaitable(read):
-            await_only(read)
-    return False
-
-
-def _released(dbapi: Any, name: str) -> bool:
-    cursor = dbapi.cursor()
-    try:
-        cursor.execute(f"RELEASE SAVEPOINT {name}")
-    except Exception as error:
-        if errno(error) != _NO_SAVEPOINT:
-            raise
-        return False
-    else:
-        return True
-    finally:
-        cursor.close()
-
-
-def _undone(cursor: Any, name: str) -> bool:
-    """Undo the work after a savepoint; False if the server has dropped the savepoint with the whole transaction."""
-    try:
-        cursor.execute(f"ROLLBACK TO SAVEPOINT {name}")
-    except Exception as error:
-        if errno(error) != _NO_SAVEPOINT:
-            raise
-        return False
-    return True
-
-
-def _driver(dbapi: Any) -> Any:
-    """The driver's own connection: `dbapi` itself if sync, inside the adapter if async."""
-    return getattr(dbapi, "driver_connection", None) or dbapi
-
-
-def refuse_autocommit(dbapi: Any) -> None:
-    """Refuse a connection that commits each statement by itself.
-
-    Raises:
-        ConfigurationError: It is in autocommit.
-    """
-    # The server reports it with each answer. Checked at each claim: code may have changed it in the session.
-    if _driver(dbapi).server_status & _AUTOCOMMIT:
-        raise ConfigurationError(
-            "The connection is in AUTOCOMMIT: a claim would be kept although its handler failed, and the message lost."
-            " Take isolation_level='AUTOCOMMIT' off the engine (or session) given to exactly_once."
-        )
-
-
-def _is_closed(error: BaseException) -> bool:
-    """A driver reports 0, and no more, for a connection that it closed when it was lost; so a rollback hides the loss."""
-    origin = original(error)
-    return type(origin).__name__ == "InterfaceError" and getattr(origin, "args", ())[:1] == (0,)
-
-
-def errno(error: BaseException) -> int | None:
-    """Return the number of a driver's error. An application's exception with a number, such as KeyError(1213), has none."""
-    origin = original(error)
-    if not is_drivers(origin):
-        return None
-    args: tuple[Any, ...] = getattr(origin, "args", ())
-    return (args[0] or None) if args and isinstance(args[0], int) else None

@@ -12,11 +12,11 @@ from typing import Any, Final
 
 from exactly_once.claim import ClaimRow, ExistingClaim
 from exactly_once.database.dialects.contract import Dialect
-from exactly_once.database.dialects.mysql import (
-    KEY,
+from exactly_once.database.dialects.mysql import KEY
+from exactly_once.database.dialects.mysql_errors import busy_of
+from exactly_once.database.dialects.mysql_wire import (
     SessionSettings,
     bound,
-    busy_of,
     digits,
     identity,
     refuse_autocommit,

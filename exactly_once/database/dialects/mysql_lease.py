@@ -11,7 +11,8 @@ from typing import Any, Final
 
 from exactly_once.claim import ClaimRow, LeaseAnswer, StepRow
 from exactly_once.database.dialects.contract import ClaimBusy, Dialect, TraceState, steps_of
-from exactly_once.database.dialects.mysql import DUPLICATE, bound, busy_of, digits, errno, identity
+from exactly_once.database.dialects.mysql_errors import DUPLICATE, busy_of, errno
+from exactly_once.database.dialects.mysql_wire import bound, digits, identity
 from exactly_once.database.mysql_committed import COMMITTED_ALONE
 from exactly_once.database.mysql_session import RIGHT_SESSION, SESSION_IS_RIGHT
 from exactly_once.database.schema import UNFINISHED

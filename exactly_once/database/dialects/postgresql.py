@@ -16,11 +16,7 @@ travels with our COMMIT. With a claim in a transaction of the caller, it travels
 COMMIT.
 """
 
-import asyncio
-import os
-import socket
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from contextlib import suppress
 from functools import cached_property
 from hashlib import sha256
 from typing import Any, Final, NamedTuple
@@ -31,14 +27,13 @@ from psycopg import AsyncClientCursor, AsyncConnection, ClientCursor, errors
 from psycopg.pq import Escaping, TransactionStatus
 from sqlalchemy import Connection, Insert, Update
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.util import await_only
 
 from exactly_once.claim import ClaimRow, ExistingClaim
 from exactly_once.database.connections.pooler import LINK, Link
-from exactly_once.database.dialects.contract import LEARNT, ClaimBusy, ErrorKind, Gone, State, Trace, TraceState
+from exactly_once.database.dialects.contract import LEARNT, Gone, State, Trace, TraceState
 from exactly_once.database.dialects.firsthand import varies
 from exactly_once.database.dialects.keywords import Read, reader
+from exactly_once.database.dialects.postgresql_errors import READ_ONLY, PostgreSQLErrors, busy_of
 from exactly_once.database.dialects.postgresql_pooler import look
 from exactly_once.database.dialects.postgresql_settings import (
     DURABLE,
@@ -48,6 +43,7 @@ from exactly_once.database.dialects.postgresql_settings import (
     text_of_our_begin,
 )
 from exactly_once.database.dialects.postgresql_wire import (
+    cut,
     driver_begun,
     driver_of,
     encoding_of,
@@ -61,13 +57,12 @@ from exactly_once.database.dialects.postgresql_wire import (
 )
 from exactly_once.database.dialects.schema_lookup import FoundIn, refuse_elsewhere
 from exactly_once.database.dialects.statements import POSTGRESQL
-from exactly_once.database.errors import contended
 from exactly_once.database.errors.drivers_own import original
 from exactly_once.database.errors.whose import mark_origin
 from exactly_once.database.owner import savepoint_of
 from exactly_once.errors import ConfigurationError, Misuse
 
-__all__ = ["CLAIM", "EXECUTE", "KNOWN", "LOOK", "TYPES", "PostgreSQL", "busy_of"]
+__all__ = ["CLAIM", "EXECUTE", "KNOWN", "LOOK", "TYPES", "PostgreSQL"]
 
 CLAIM: Final = (
     "INSERT INTO {table} (consumer_group, handler, business_key, status, message_id, message_content, fingerprint,"
@@ -110,8 +105,6 @@ _VALUES: Final = (
 )  # fmt: skip
 # After these we do not know whether COMMIT happened: the connection ended, or the error is not the server's.
 _UNSURE: Final = ("08", "40003", "57P", "58")
-_NOTICED_S: Final = 1.0  # seconds; who waits for a connection that is cut sees it at once
-_LOOKS: Final = 50
 _READ: Final = reader(POSTGRESQL)
 _READ_ESCAPED: Final = reader(POSTGRESQL._replace(backslash=True))
 _STATES: Final = {
@@ -121,40 +114,11 @@ _STATES: Final = {
     TransactionStatus.INERROR: State.ABORTED,
     TransactionStatus.UNKNOWN: State.ABORTED,
 }
-_CANCELED: Final = "57014"  # query_canceled: statement_timeout, or somebody's pg_cancel_backend
-# Classes of an ERROR after which the transaction is certainly gone. 40003 says itself that it does not know.
-_REFUSING_CLASSES: Final = frozenset({"21", "22", "23", "25", "2B", "40", "42", "44", "54", "55", "P0", "HV"})
-_READ_ONLY: Final = "25006"
-_NO_DATABASE: Final = "3D000"
 _MADE_READ_ONLY: Final = (
     "The handler made its transaction read only (SET TRANSACTION READ ONLY, or set_config('transaction_read_only', ...)), and"
     " what we write with its COMMIT was refused: that an earlier failure is settled, or that its lease or step is done. Nothing"
     " was committed. Take that statement out of the handler; what may only read belongs in a session of its own."
 )
-# Errors that say that the server cannot work now, for any message.
-_UNAVAILABLE: Final = frozenset(
-    {
-        _READ_ONLY,  # read_only_sql_transaction: a standby, or default_transaction_read_only
-        _NO_DATABASE,  # invalid_catalog_name: being restored, or a wrong name (see `hopeless`)
-        "57P01",  # admin_shutdown
-        "57P02",  # crash_shutdown
-        "57P03",  # cannot_connect_now
-        "57P04",  # database_dropped
-        "57P05",  # idle_session_timeout
-    }
-)
-# connection_exception; insufficient_resources: disk, memory, connections, a configured limit; system_error: reading, writing.
-_UNAVAILABLE_CLASSES: Final = frozenset({"08", "53", "58"})
-_DISK_FULL: Final = "53100"
-# untranslatable_character; character_not_in_repertoire.
-_UNSTORABLE: Final = frozenset({"22P05", "22021"})
-
-
-def busy_of(error: errors.Error) -> ClaimBusy | None:
-    """Return ClaimBusy if an error of a claim means that another run holds the key; a claim waits for nothing else."""
-    if error.sqlstate == _CANCELED:
-        return ClaimBusy(again=False, cut=True)
-    return ClaimBusy(again=error.sqlstate != "55P03") if error.sqlstate in contended.POSTGRESQL else None
 
 
 class _Learnt(NamedTuple):
@@ -175,7 +139,7 @@ class _Learnt(NamedTuple):
     """It was in a transaction that others had begun, so it may have reported what they set for that transaction alone."""
 
 
-class PostgreSQL:
+class PostgreSQL(PostgreSQLErrors):
     """See the module."""
 
     name = "postgresql"
@@ -350,14 +314,7 @@ class PostgreSQL:
         send(driver, self.durable + b"COMMIT")
 
     def cut(self, dbapi: Any) -> None:
-        driver = driver_of(dbapi)
-        # Not closed: closing a descriptor wakes none of its waiters.
-        with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(driver.pgconn.socket)) as cut:
-            cut.shutdown(socket.SHUT_RDWR)
-        if isinstance(driver, AsyncConnection):
-            await_only(_until_noticed(driver))
-        elif driver.lock.acquire(timeout=_NOTICED_S):
-            driver.lock.release()
+        cut(driver_of(dbapi))
 
     def intact(self, dbapi: Any, info: MutableMapping[Any, Any], owner: str) -> bool | None:
         # No procedure or function can end the transaction block in which it is called (2D000); a call on the driver can.
@@ -415,27 +372,6 @@ class PostgreSQL:
         state = _STATES[driver.pgconn.transaction_status]
         return State.CLOSED if state is State.ABORTED and driver.closed and not driver.broken else state
 
-    def error_kind(self, error: BaseException) -> ErrorKind:
-        if isinstance(error, PoolTimeout):
-            return ErrorKind.UNAVAILABLE
-        origin = original(error)
-        if not isinstance(origin, psycopg.Error):
-            return ErrorKind.UNKNOWN
-        code = origin.sqlstate
-        if code is None:
-            # Without SQLSTATE no server answered: psycopg lost the connection, or never had one.
-            return ErrorKind.UNAVAILABLE if isinstance(origin, psycopg.OperationalError) else ErrorKind.UNKNOWN
-        if code in contended.POSTGRESQL:
-            return ErrorKind.TRANSIENT
-        if code in _UNAVAILABLE or code[:2] in _UNAVAILABLE_CLASSES:
-            return ErrorKind.UNAVAILABLE
-        if code[:2] in _REFUSING_CLASSES and code != "40003":
-            return ErrorKind.REFUSED
-        return ErrorKind.UNKNOWN
-
-    def no_table(self, error: BaseException) -> bool:
-        return isinstance(error, (errors.UndefinedTable, errors.InvalidSchemaName))
-
     def refused(self, dbapi: Any, error: BaseException) -> bool:
         origin = original(error)
         if not isinstance(origin, psycopg.Error) or origin.sqlstate is None or origin.sqlstate.startswith(_UNSURE):
@@ -469,24 +405,12 @@ class PostgreSQL:
             results = send(driver, self.durable + first + written + b"".join(last))
         except errors.Error as error:
             link: Link | None = connection.info.get(LINK)
-            if error.sqlstate == _READ_ONLY and _may_write(driver, pooled=link is not None and link.pooled):
+            if error.sqlstate == READ_ONLY and _may_write(driver, pooled=link is not None and link.pooled):
                 raise Misuse(_MADE_READ_ONLY) from error
             translated = DBAPIError.instance(text, None, error, psycopg.Error, dialect=connection.dialect)
             mark_origin(translated, connection.dialect)  # SQLAlchemy has not seen this error
             raise translated from error
         return int(results[-1 - len(last)].command_tuples or 0)
-
-    def no_room(self, error: BaseException) -> bool:
-        return _sqlstate(error) == _DISK_FULL
-
-    def locked(self, error: BaseException) -> bool:
-        return False
-
-    def gave_up(self, error: BaseException) -> bool:
-        return False  # the driver has no such limit
-
-    def timed_out(self, error: BaseException) -> bool:
-        return _sqlstate(error) == _CANCELED
 
     def limit_was_left(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
         if info[LINK].pooled:
@@ -496,23 +420,6 @@ class PostgreSQL:
         results = send(driver_of(dbapi), b"ROLLBACK;" + LIMIT.encode())
         # 0: the session has no limit, so it was a hook's, by SET LOCAL.
         return results[-1].get_value(0, 0) not in (b"0", info[self.kept_as].limit)
-
-    def unstorable(self, error: BaseException) -> bool:
-        return _sqlstate(error) in _UNSTORABLE
-
-    def gives_no_more(self, error: BaseException) -> bool:
-        # libpq does not say why. But if a server answered, or nobody listens, an older connection reports that at once, too.
-        origin = original(error)
-        return isinstance(origin, psycopg.OperationalError) and not isinstance(origin, errors.ConnectionTimeout)
-
-    def hopeless(self, error: BaseException) -> bool:
-        from exactly_once.database.dialects.postgresql_refusal import why
-
-        origin = original(error)
-        code: str = origin.sqlstate or why(origin)
-        if code == _NO_DATABASE or not code:
-            return bool(code)
-        return code not in _UNAVAILABLE and code[:2] not in _UNAVAILABLE_CLASSES
 
     def lost(self, dbapi: Any, info: MutableMapping[Any, Any], error: BaseException) -> bool:
         return False  # an error aborts the transaction, and the status says so until it is rolled back
@@ -536,16 +443,3 @@ def _may_write(driver: Any, *, pooled: bool) -> bool:
         return bool(send(driver, b"ROLLBACK;BEGIN;SHOW transaction_read_only")[-1].get_value(0, 0) == b"off")
     names = (b"in_hot_standby", b"default_transaction_read_only")
     return all(driver.pgconn.parameter_status(name) == b"off" for name in names)
-
-
-def _sqlstate(error: BaseException) -> str | None:
-    own = original(error)  # an attribute of another exception may be anything
-    return own.sqlstate if isinstance(own, errors.Error) else None
-
-
-async def _until_noticed(driver: Any) -> None:
-    """Let the task that waits for this connection notice that it is cut."""
-    for _ in range(_LOOKS):
-        if driver.pgconn.transaction_status != TransactionStatus.ACTIVE:
-            return
-        await asyncio.sleep(_NOTICED_S / _LOOKS)

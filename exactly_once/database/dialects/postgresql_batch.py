@@ -14,7 +14,7 @@ from psycopg.pq import Escaping, TransactionStatus
 
 from exactly_once.claim import ClaimRow, ExistingClaim
 from exactly_once.database.dialects.contract import Dialect
-from exactly_once.database.dialects.postgresql import busy_of
+from exactly_once.database.dialects.postgresql_errors import busy_of
 from exactly_once.database.dialects.postgresql_settings import (
     SessionSettings,
     limits,

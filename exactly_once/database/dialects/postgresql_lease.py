@@ -16,7 +16,8 @@ from psycopg.pq import Escaping
 
 from exactly_once.claim import ClaimRow, LeaseAnswer, StepRow
 from exactly_once.database.dialects.contract import ClaimBusy, steps_of
-from exactly_once.database.dialects.postgresql import PostgreSQL, busy_of
+from exactly_once.database.dialects.postgresql import PostgreSQL
+from exactly_once.database.dialects.postgresql_errors import busy_of
 from exactly_once.database.dialects.postgresql_settings import SessionSettings
 from exactly_once.database.dialects.postgresql_wire import driver_of, send, template
 from exactly_once.database.schema import UNFINISHED

@@ -3,19 +3,24 @@
 Sync and async alike. Knows no claim and no setting of ours.
 """
 
+import asyncio
+import os
+import socket
 from collections.abc import Generator, Iterable
 from contextlib import suppress
 from selectors import EVENT_READ, DefaultSelector
 from typing import Any, Final
 
+import psycopg
 from psycopg import AsyncConnection, errors, generators
 from psycopg import Connection as PsycopgConnection
-from psycopg.pq import ExecStatus
+from psycopg.pq import ExecStatus, TransactionStatus
 from sqlalchemy.util import await_only
 
 from exactly_once.errors import ConfigurationError
 
 __all__ = [
+    "cut",
     "driver_begun",
     "driver_of",
     "encoding_of",
@@ -29,6 +34,8 @@ __all__ = [
     "user_of",
 ]
 
+_NOTICED_S: Final = 1.0  # seconds; who waits for a connection that is cut sees it at once
+_LOOKS: Final = 50
 _UTF8: Final = frozenset({b"UTF8", b"UNICODE"})
 
 
@@ -150,3 +157,22 @@ def template(text: str, order: tuple[str, ...]) -> bytes:
     for name in order:
         text = text.replace("{" + name + "}", "%s")
     return text.encode()
+
+
+def cut(driver: Any) -> None:
+    """End a connection on which somebody waits for an answer: who waits gets an error at once."""
+    # Not closed: closing a descriptor wakes none of its waiters.
+    with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(driver.pgconn.socket)) as ours:
+        ours.shutdown(socket.SHUT_RDWR)
+    if isinstance(driver, AsyncConnection):
+        await_only(_until_noticed(driver))
+    elif driver.lock.acquire(timeout=_NOTICED_S):
+        driver.lock.release()
+
+
+async def _until_noticed(driver: Any) -> None:
+    """Let the task that waits for this connection notice that it is cut."""
+    for _ in range(_LOOKS):
+        if driver.pgconn.transaction_status != TransactionStatus.ACTIVE:
+            return
+        await asyncio.sleep(_NOTICED_S / _LOOKS)

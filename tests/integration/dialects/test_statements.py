@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from exactly_once import Message
 from exactly_once.claim import ClaimRow, StepRow
-from exactly_once.database.dialects import mysql, mysql_batch, sqlite
+from exactly_once.database.dialects import mysql, mysql_batch, mysql_wire, sqlite
 from exactly_once.database.dialects.postgresql import PostgreSQL
 from exactly_once.database.schema import tables, utcnow
 from exactly_once.database.store import Store
@@ -64,7 +64,12 @@ def claim_texts(dialect: str) -> dict[str, list[str]]:
             "claim of a batch": [mysql_batch.CLAIM, mysql_batch.ROW],
             "known of a batch": [mysql_batch.KNOWN, mysql.KEY],
         }
-        single = {"prepare": [mysql.PREPARE], "bound": [mysql.BOUND], "claim": [mysql.CLAIM], "known": [mysql.KNOWN]}
+        single = {
+            "prepare": [mysql.PREPARE],
+            "bound": [mysql_wire.BOUND],
+            "claim": [mysql.CLAIM],
+            "known": [mysql.KNOWN],
+        }
         ends = {
             "with COMMIT": [mysql.FINISH, mysql.FINISH_MANY],
             "a transaction under a lease": [mysql.TRACE, mysql.UNTRACE, mysql.TRACE_STANDS],
