@@ -15,7 +15,7 @@ from exactly_once.claim import ClaimRow
 from exactly_once.database.dialects.contract import Dialect
 from exactly_once.database.owner import new_owner
 from exactly_once.database.schema import CONSUMING
-from exactly_once.database.watched.watch import elsewhere
+from exactly_once.database.watched.session import elsewhere
 from exactly_once.errors import ConfigurationError
 
 __all__ = ["ROOM_ROWS", "claims_twice", "lacking_characters", "try_to_write"]

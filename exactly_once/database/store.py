@@ -30,7 +30,7 @@ from exactly_once.database.probe import ROOM_ROWS, try_to_write
 from exactly_once.database.schema import Tables, tables
 from exactly_once.database.url import remember_parts
 from exactly_once.database.watched.interception import install, install_session
-from exactly_once.database.watched.watch import HOME
+from exactly_once.database.watched.session import HOME
 from exactly_once.errors import ConfigurationError, SchemaError, StoreUnavailable
 from exactly_once.exceptions.stops import asked_from_outside
 from exactly_once.wording.redaction import redacted

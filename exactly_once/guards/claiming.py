@@ -15,13 +15,15 @@ from exactly_once.claim import ClaimRow
 from exactly_once.database.connections import forked_engines
 from exactly_once.database.connections.had_before import is_firsthand
 from exactly_once.database.connections.pooler import SAID
-from exactly_once.database.dialects.contract import ClaimBusy, Dialect, ErrorKind, State, raise_for_the_store
+from exactly_once.database.dialects.contract import ClaimBusy, Dialect, ErrorKind, State
+from exactly_once.database.dialects.refusing import raise_for_the_store
 from exactly_once.database.dialects.registry import dialect_for
 from exactly_once.database.dialects.schema_lookup import schema_in
 from exactly_once.database.owner import new_owner
 from exactly_once.database.schema import HANDLER_BYTES
+from exactly_once.database.watched.session import WATCHED
 from exactly_once.database.watched.unread import read_out
-from exactly_once.database.watched.watch import WATCHED, Watch
+from exactly_once.database.watched.watch import Watch
 from exactly_once.errors import ConfigurationError, PayloadConflict
 from exactly_once.guards import behind
 from exactly_once.guards.contract import Conflict, Consumed, Unfinished

@@ -13,7 +13,7 @@ from exactly_once.database.dialects.contract import Dialect, ErrorKind
 from exactly_once.database.dialects.firsthand import is_changed
 from exactly_once.database.errors.interrupted import interrupted
 from exactly_once.database.in_memory import in_memory
-from exactly_once.database.watched.watch import let_go
+from exactly_once.database.watched.session import let_go
 
 __all__ = ["in_our_session"]
 

@@ -21,15 +21,21 @@ from exactly_once.database.dialects.contract import (
     Dialect,
     ErrorKind,
     TraceState,
-    raise_for_the_store,
 )
 from exactly_once.database.dialects.firsthand import ready
-from exactly_once.database.dialects.refusing import is_refusal, of_nobody, raise_for_the_table, tried
+from exactly_once.database.dialects.refusing import (
+    is_refusal,
+    of_nobody,
+    raise_for_the_store,
+    raise_for_the_table,
+    tried,
+)
 from exactly_once.database.dialects.registry import batch_claims_for
 from exactly_once.database.errors.interrupted import interrupted
 from exactly_once.database.errors.unreached import unreached
 from exactly_once.database.schema import CONSUMED, UNFINISHED
-from exactly_once.database.watched.watch import Watch, attach, elsewhere
+from exactly_once.database.watched.session import elsewhere
+from exactly_once.database.watched.watch import Watch, attach
 from exactly_once.errors import Misuse
 from exactly_once.exceptions.stops import asked_from_outside
 from exactly_once.guards.contract import Busy, Claim, Conflict, Consumed, HookRaised, OpenOurs, Unfinished, Won

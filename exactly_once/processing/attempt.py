@@ -23,7 +23,8 @@ from exactly_once.database.connections.one_writer import holding
 from exactly_once.database.dialects.contract import ErrorKind
 from exactly_once.database.owner import new_owner
 from exactly_once.database.watched.deferred_watch import DeferredWatch
-from exactly_once.database.watched.watch import HOME, flush, let_go
+from exactly_once.database.watched.session import HOME, let_go
+from exactly_once.database.watched.watch import flush
 from exactly_once.errors import ConfigurationError, LeaseLost, Misuse, StoreUnavailable
 from exactly_once.exceptions.finishing import finish, finished
 from exactly_once.guards.contract import Busy, Conflict, Consumed, Guard, HookRaised, Unfinished, Won

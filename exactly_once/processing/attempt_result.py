@@ -17,7 +17,9 @@ from sqlalchemy.orm import Session
 
 from exactly_once.claim import ClaimRow
 from exactly_once.database.dialects.contract import Dialect, ErrorKind
-from exactly_once.database.watched.watch import DOUBTFUL, BrokenTransaction, LostTransaction, TransactionEnd, Watch
+from exactly_once.database.watched.misuse_texts import DOUBTFUL
+from exactly_once.database.watched.transaction_end import BrokenTransaction, LostTransaction, TransactionEnd
+from exactly_once.database.watched.watch import Watch
 from exactly_once.errors import InProgress, LeaseLost, Misuse, RefusedResult, StoreUnavailable
 from exactly_once.exceptions.leaves import leaves
 from exactly_once.exceptions.stops import stops

@@ -11,7 +11,7 @@ from typing import Final
 from sqlalchemy.exc import InvalidRequestError, StatementError
 from sqlalchemy.orm import Session
 
-from exactly_once.database.watched.watch import HOME
+from exactly_once.database.watched.session import HOME
 from exactly_once.errors import Misuse, Reject, RetryLater
 from exactly_once.exceptions.leaves import leaves
 from exactly_once.exceptions.stops import exit_in

@@ -16,7 +16,7 @@ from sqlalchemy.util import await_only
 
 from exactly_once.claim import ClaimRow
 from exactly_once.database.store import Store
-from exactly_once.database.watched.watch import BrokenTransaction
+from exactly_once.database.watched.transaction_end import BrokenTransaction
 from exactly_once.errors import (
     BadKey,
     ConfigurationError,

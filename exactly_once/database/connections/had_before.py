@@ -8,6 +8,7 @@ us, and the look would not end. Called by `dialects.firsthand`, by the guards, b
 """
 
 from itertools import count
+from math import inf
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine
@@ -26,13 +27,15 @@ _BY_US: Final = "exactly_once.by_us"
 _MADE: Final = "exactly_once.made"
 """In the `info` of a connection: when it was made, as a number of `moment`."""
 _LENT: Final = 16  # more connections than a pooler usually gives to one program; then we trust the next one
+_ALWAYS: Final = inf
 _moments = count(1)
 
 
 def watch_pool(engine: Engine) -> None:
     """Record from here on who uses this engine's connections. Does nothing the second time. Existing connections stay unknown."""
-    if _made not in tuple(engine.pool.dispatch.connect):  # a recreated pool has the listeners of the old one
-        listen(engine, "connect", _made)
+    made = _made_in_memory if in_memory(engine) else _made
+    if made not in tuple(engine.pool.dispatch.connect):  # a recreated pool has the listeners of the old one
+        listen(engine, "connect", made)
         listen(engine, "checkin", _given_back)
         end_what_is_thrown_away(engine)
 
@@ -42,6 +45,11 @@ def _made(dbapi: Any, record: ConnectionPoolEntry) -> None:
         return
     record.info[_FIRSTHAND] = True
     record.info[_MADE] = moment()
+
+
+def _made_in_memory(dbapi: Any, record: ConnectionPoolEntry) -> None:
+    _made(dbapi, record)
+    record.info[_MADE] = _ALWAYS
 
 
 def _given_back(dbapi: Any, record: ConnectionPoolEntry) -> None:
@@ -86,5 +94,7 @@ def kept_firsthand(connection: Connection) -> None:
 
 def is_made(connection: Connection, since: int) -> bool:
     """Say whether this connection was made since that moment. True in memory, where there is no other connection to look for."""
-    made: int = connection.info.get(_MADE, 0)
-    return made > since or in_memory(connection.engine)
+    made: float | None = connection.info.get(_MADE)
+    if made is None:  # it is older than our look at its pool
+        made = connection.info[_MADE] = _ALWAYS if in_memory(connection.engine) else 0
+    return made > since

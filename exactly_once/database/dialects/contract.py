@@ -12,17 +12,10 @@ from datetime import timedelta
 from enum import Enum
 from typing import Any, Final, NamedTuple, Protocol
 
-from sqlalchemy import Connection, Engine, Insert, Update
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy import Connection, Insert, Update
 
 from exactly_once.claim import ClaimRow, ExistingClaim, LeaseAnswer
 from exactly_once.database.dialects.keywords import Read
-from exactly_once.database.errors.crowded import none_free
-from exactly_once.database.errors.drivers_own import original
-from exactly_once.database.errors.not_made import not_made
-from exactly_once.database.errors.unreached import unreached
-from exactly_once.errors import BadKey, SchemaError, StoreUnavailable
-from exactly_once.exceptions.words import words_of
 
 __all__ = [
     "LEARNT",
@@ -35,8 +28,6 @@ __all__ = [
     "LeaseClaims",
     "State",
     "Trace",
-    "first_words",
-    "raise_for_the_store",
     "steps_of",
 ]
 
@@ -414,52 +405,6 @@ class LeaseClaims(Protocol):
         Raises:
             ClaimBusy: Another transaction holds the row itself; nothing was changed. Any other refusal is the driver's error.
         """
-
-
-def raise_for_the_store(dialect: Dialect, error: BaseException, engine: Engine, store: str | None = None) -> None:
-    """Raise what an error of a claim or a look-up says about the store. Return if it says nothing: then the error itself counts.
-
-    Args:
-        dialect: The dialect of that database.
-        error: What was raised.
-        engine: The engine of the connection, or of the connection that could not be made.
-        store: The database's name, if it is not the handler's own.
-
-    Raises:
-        StoreUnavailable: The server does not answer, or no connection to it could be made.
-        SchemaError: There is no table of claims: no message is to blame, and none is to be counted.
-        BadKey: The key has characters that the database lacks; no retry repairs that.
-    """
-    if isinstance(error, StoreUnavailable):  # raised while the connection was being made
-        raise StoreUnavailable(f"{error}; nothing ran.", store=store) from error
-    if isinstance(error, PoolTimeout):
-        raise StoreUnavailable(none_free(engine), store=store) from error
-    if dialect.error_kind(error) is ErrorKind.UNAVAILABLE:
-        raise StoreUnavailable(
-            f"The database does not answer ({type(error).__name__}: {first_words(error)}); nothing ran.", store=store
-        ) from error
-    if unreached(error, (engine,)):
-        unavailable = StoreUnavailable(
-            f"No connection to the database was given: {type(error).__name__} was raised as one was made or taken, by a listener"
-            " of the engine's, by its creator=, or by the driver; nothing ran.",
-            store=store,
-        )
-        unavailable.by_application = True
-        raise unavailable from error
-    if dialect.no_table(error):
-        schema = dialect.table.rpartition(".")[0].strip('"`') or None
-        raise SchemaError(not_made(engine, schema=schema, ran="nothing ran")) from error
-    if isinstance(error, UnicodeEncodeError) or dialect.unstorable(error):
-        raise BadKey(
-            "The business key (or the name of a step) has characters that the database's character set lacks; nothing ran."
-            " Use a database in UTF8, or a key in ASCII. Type: exactly-once doctor"
-        ) from error
-
-
-def first_words(error: BaseException) -> str:
-    """Return the first line of a server's or driver's error text."""
-    words = words_of(original(error)).strip()
-    return words.splitlines()[0] if words else "no text"
 
 
 def steps_of(table: str) -> str:

@@ -1,6 +1,6 @@
-"""Whose fault it is that a claim was refused, the message's or the table's. A test claim is tried, and rolled back.
+"""Whose fault it is that a claim failed: the store's, which is away or has no table; the table's; or the message's.
 
-A revoked right, an added column that takes no NULL, a CHECK, a trigger that raises: each refuses every claim.
+To tell the last two apart, a test claim is tried, and rolled back. A revoked right, an added column that takes no NULL, a CHECK, a trigger that raises: each refuses every claim.
 Then no handler ever runs. If we counted that, each message would become a dead letter. The server's error is the same for one bad
 value of a message, and such a message must be counted. So we try the same claim with a random key and no value of the message.
 Called after a refusal only, on a trusted connection, by the guards, by `guards.lease.sql` and by `store`.
@@ -11,16 +11,21 @@ from typing import Any
 from uuid import uuid4
 
 from sqlalchemy import Engine
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from exactly_once.claim import ClaimRow
-from exactly_once.database.dialects.contract import ClaimBusy, Dialect, ErrorKind, first_words, raise_for_the_store
+from exactly_once.database.dialects.contract import ClaimBusy, Dialect, ErrorKind
+from exactly_once.database.errors.crowded import none_free
 from exactly_once.database.errors.drivers_own import original
 from exactly_once.database.errors.interrupted import interrupted
+from exactly_once.database.errors.not_made import not_made
+from exactly_once.database.errors.unreached import unreached
 from exactly_once.database.owner import new_owner
-from exactly_once.errors import StoreUnavailable
+from exactly_once.errors import BadKey, SchemaError, StoreUnavailable
 from exactly_once.exceptions.drivers import is_drivers
+from exactly_once.exceptions.words import words_of
 
-__all__ = ["is_refusal", "of_nobody", "raise_for_the_table", "tried"]
+__all__ = ["is_refusal", "of_nobody", "raise_for_the_store", "raise_for_the_table", "tried"]
 
 
 def is_refusal(dialect: Dialect, error: BaseException) -> bool:
@@ -95,3 +100,49 @@ def raise_for_the_table(
     )
     unavailable.claim = row
     raise unavailable from refusal
+
+
+def raise_for_the_store(dialect: Dialect, error: BaseException, engine: Engine, store: str | None = None) -> None:
+    """Raise what an error of a claim or a look-up says about the store. Return if it says nothing: then the error itself counts.
+
+    Args:
+        dialect: The dialect of that database.
+        error: What was raised.
+        engine: The engine of the connection, or of the connection that could not be made.
+        store: The database's name, if it is not the handler's own.
+
+    Raises:
+        StoreUnavailable: The server does not answer, or no connection to it could be made.
+        SchemaError: There is no table of claims: no message is to blame, and none is to be counted.
+        BadKey: The key has characters that the database lacks; no retry repairs that.
+    """
+    if isinstance(error, StoreUnavailable):  # raised while the connection was being made
+        raise StoreUnavailable(f"{error}; nothing ran.", store=store) from error
+    if isinstance(error, PoolTimeout):
+        raise StoreUnavailable(none_free(engine), store=store) from error
+    if dialect.error_kind(error) is ErrorKind.UNAVAILABLE:
+        raise StoreUnavailable(
+            f"The database does not answer ({type(error).__name__}: {first_words(error)}); nothing ran.", store=store
+        ) from error
+    if unreached(error, (engine,)):
+        unavailable = StoreUnavailable(
+            f"No connection to the database was given: {type(error).__name__} was raised as one was made or taken, by a listener"
+            " of the engine's, by its creator=, or by the driver; nothing ran.",
+            store=store,
+        )
+        unavailable.by_application = True
+        raise unavailable from error
+    if dialect.no_table(error):
+        schema = dialect.table.rpartition(".")[0].strip('"`') or None
+        raise SchemaError(not_made(engine, schema=schema, ran="nothing ran")) from error
+    if isinstance(error, UnicodeEncodeError) or dialect.unstorable(error):
+        raise BadKey(
+            "The business key (or the name of a step) has characters that the database's character set lacks; nothing ran."
+            " Use a database in UTF8, or a key in ASCII. Type: exactly-once doctor"
+        ) from error
+
+
+def first_words(error: BaseException) -> str:
+    """Return the first line of a server's or driver's error text."""
+    words = words_of(original(error)).strip()
+    return words.splitlines()[0] if words else "no text"

@@ -11,12 +11,15 @@ from sqlalchemy.orm import Session
 
 from exactly_once.database.connections import forked_engines
 from exactly_once.database.connections.had_before import moment
-from exactly_once.database.dialects.contract import WAIT_MS, Dialect, ErrorKind, State, Trace, raise_for_the_store
+from exactly_once.database.dialects.contract import WAIT_MS, Dialect, ErrorKind, State, Trace
 from exactly_once.database.dialects.firsthand import ready, varies
+from exactly_once.database.dialects.refusing import raise_for_the_store
 from exactly_once.database.errors.interrupted import interrupted
 from exactly_once.database.errors.unreached import unreached
 from exactly_once.database.owner import new_owner
-from exactly_once.database.watched.watch import WATCHED, Shut, UnderLease, Watch, attach, elsewhere, let_go, over
+from exactly_once.database.watched.session import WATCHED, elsewhere, let_go, over
+from exactly_once.database.watched.transaction_end import Shut, UnderLease
+from exactly_once.database.watched.watch import Watch, attach
 from exactly_once.errors import Misuse
 
 __all__ = ["DeferredWatch"]

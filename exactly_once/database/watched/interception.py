@@ -23,7 +23,10 @@ from exactly_once.database.dialects.keywords import LOCK
 from exactly_once.database.errors.whose import mark_origin, watch_made
 from exactly_once.database.listeners import listen
 from exactly_once.database.watched.deferred_watch import DeferredWatch
-from exactly_once.database.watched.watch import LEFT, WATCHED, TransactionEnd, Watch
+from exactly_once.database.watched.misuse_texts import LEFT
+from exactly_once.database.watched.session import WATCHED
+from exactly_once.database.watched.transaction_end import TransactionEnd
+from exactly_once.database.watched.watch import Watch
 from exactly_once.exceptions.words import place_here
 
 __all__ = ["install", "install_session", "seeing"]

@@ -11,118 +11,45 @@ Made by the guards, by `deferred_watch` and by steps; asked by `processing.attem
 
 from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from enum import Enum
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, NoReturn
 from weakref import WeakSet
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection
 from sqlalchemy.engine import ExecutionContext
-from sqlalchemy.exc import IllegalStateChangeError, PendingRollbackError
+from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.session import SessionTransactionState
 
 from exactly_once.claim import ClaimRow
 from exactly_once.database.dialects.contract import Dialect, Gone, State, Trace
 from exactly_once.database.in_memory import in_memory
+from exactly_once.database.watched.misuse_texts import (
+    AFTER,
+    ANEW,
+    CLOSED,
+    CUT_OFF,
+    ENDED,
+    GONE,
+    LEFT,
+    MEANWHILE,
+    SAVEPOINT_ENDED,
+    STILL_USED,
+    SWALLOWED,
+    TOO_LATE,
+    UNCOMMITTED,
+)
+from exactly_once.database.watched.session import WATCHED, let_go, over
+from exactly_once.database.watched.transaction_end import WORSE, LostTransaction, Shut, TransactionEnd, UnderLease
 from exactly_once.database.watched.unread import raise_as_sqlalchemy_does
 from exactly_once.errors import Misuse
 from exactly_once.exceptions.drivers import is_drivers
 from exactly_once.exceptions.leaves import leaves
-from exactly_once.exceptions.stops import asked_from_outside
-from exactly_once.wording.redaction import redacted
 from exactly_once.wording.text import escaped
 
-__all__ = [
-    "DOUBTFUL",
-    "HOME",
-    "LEFT",
-    "SWALLOWED",
-    "WATCHED",
-    "BrokenTransaction",
-    "LostTransaction",
-    "Shut",
-    "TransactionEnd",
-    "UnderLease",
-    "Watch",
-    "attach",
-    "elsewhere",
-    "flush",
-    "let_go",
-    "over",
-]
+__all__ = ["Watch", "attach", "flush"]
 
-WATCHED: Final = "exactly_once.watch"
-"""The key of a watch in the `info` of its connection and of its session."""
-HOME: Final = "exactly_once.home"
-"""The key, in a session's `info`, of the engine of the store that made the session."""
 _LAST: Final = " The last statement through SQLAlchemy: "
 _SHOWN: Final = 120  # characters of a statement in an error
-
-
-class TransactionEnd(Enum):
-    """How the handler left the transaction, from harmless to worst."""
-
-    NOT = "still in it"
-    REFUSED = "tried to, and was stopped: nothing was committed"
-    ROLLED_BACK = "rolled back: nothing was committed"
-    GONE = "it is not there any more, and whether it was committed or rolled back is to be found out"
-    BROKEN = "ended by something only noticed afterwards: it may have been committed"
-
-
-_WORSE: Final = tuple(TransactionEnd)
-
-
-class UnderLease(Protocol):
-    """The lease of a transaction that contains no claim: `guards.lease.contract.HeldLease`."""
-
-    @property
-    def row(self) -> ClaimRow:
-        """The claim's row."""
-
-    @property
-    def token(self) -> str:
-        """The fencing token of this attempt."""
-
-    @property
-    def attempt(self) -> int:
-        """The number of the attempt, from 1."""
-
-    def check(self) -> None:
-        """Raise if another run has the message."""
-
-
-class BrokenTransaction(Misuse):
-    """The transaction of a step was ended by something else, and earlier work may be committed.
-
-    A person must look at the message.
-    """
-
-
-class LostTransaction(Exception):
-    """The transaction was rolled back, and nothing of it committed. Worth an immediate retry, whatever the handler raised.
-
-    Args:
-        error: The error that rolled it back.
-    """
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__()
-        self.error = error
-
-
-@dataclass(slots=True)
-class Shut:
-    """The session cannot be used at the moment."""
-
-    why: str
-    tried: bool = False
-    """Whether anybody tried to use it."""
-
-    def refusal(self) -> Misuse:
-        """Note the try, and return the error to raise."""
-        self.tried = True
-        return Misuse(self.why)
 
 
 class Watch:
@@ -225,7 +152,7 @@ class Watch:
         if self.error is None:
             self.error = Misuse(text)
             self.stopped = how is TransactionEnd.REFUSED
-        if _WORSE.index(how) > _WORSE.index(self.left):
+        if WORSE.index(how) > WORSE.index(self.left):
             self.left = how
         return self.error
 
@@ -239,7 +166,7 @@ class Watch:
             with suppress(Exception):  # the connection is lost: we cannot tell
                 since = self._logged_since()
         self.replaced = since is not False  # more may have been committed since, without a claim
-        return self._over(since, _ENDED)
+        return self._over(since, ENDED)
 
     @property
     def connected_anew(self) -> bool:
@@ -251,7 +178,7 @@ class Watch:
 
     def closed(self) -> Misuse:
         """The handler closed the driver's connection. If there is a claim's row, it tells what was committed before."""
-        misuse = self.record_leaving(TransactionEnd.ROLLED_BACK if self.rows else TransactionEnd.BROKEN, _CLOSED)
+        misuse = self.record_leaving(TransactionEnd.ROLLED_BACK if self.rows else TransactionEnd.BROKEN, CLOSED)
         self.stopped = (
             True  # what is raised after that says that the connection is closed, as if the server had ended it
         )
@@ -261,7 +188,7 @@ class Watch:
         """A witness says that the claim's transaction no longer exists, although a transaction is open."""
         since = self._committed_since()
         self.replaced = since is not False
-        return self._over(since, _GONE)
+        return self._over(since, GONE)
 
     def _committed_since(self) -> bool | None:
         if self.connected_anew:
@@ -276,7 +203,7 @@ class Watch:
         return since
 
     def _over(self, since: bool | None, text: str) -> Misuse:
-        text = _ANEW if self.connected_anew else text + self._shown(_LAST)
+        text = ANEW if self.connected_anew else text + self._shown(_LAST)
         if since is not False:
             return self.record_leaving(TransactionEnd.BROKEN, text)
         self.mark_over()
@@ -381,7 +308,7 @@ class Watch:
 
     def still_used(self) -> Misuse:
         """The session is in use by another task or thread."""
-        return self.record_leaving(TransactionEnd.REFUSED, _STILL_USED + self._shown(" The last statement: "))
+        return self.record_leaving(TransactionEnd.REFUSED, STILL_USED + self._shown(" The last statement: "))
 
     def _reads(self) -> bool:
         """Rows are being read one by one. For an async driver, whose cursor forgets its inner cursor meanwhile."""
@@ -398,7 +325,7 @@ class Watch:
         """
         misuse = self.verify(session)
         if misuse is None and self.at_return and session.get_nested_transaction() is not self.left_open:
-            misuse = self.record_leaving(TransactionEnd.REFUSED, _SAVEPOINT_ENDED)
+            misuse = self.record_leaving(TransactionEnd.REFUSED, SAVEPOINT_ENDED)
         if misuse is not None:
             raise misuse
         self.read_to_its_end()
@@ -463,7 +390,7 @@ class Watch:
         if self._committed_since() is False:
             return
         self.replaced, self.whole = True, False
-        self._over(None, _GONE)
+        self._over(None, GONE)
 
     def why(self, error: BaseException) -> BaseException:
         """Return the cause of the end of the work that raised `error`. What we saw of its transaction counts more.
@@ -536,11 +463,11 @@ class Watch:
         if state is not SessionTransactionState.PREPARED:
             type(begun)._raise_for_prerequisite_state(begun, operation, state)  # noqa: SLF001
         if not self.sent:
-            raise self.record_leaving(TransactionEnd.REFUSED, _STILL_USED)
+            raise self.record_leaving(TransactionEnd.REFUSED, STILL_USED)
         self.used_during_commit = True
         if self.committed:
-            self.record_leaving(TransactionEnd.BROKEN, _MEANWHILE)
-        raise Misuse(_TOO_LATE)
+            self.record_leaving(TransactionEnd.BROKEN, MEANWHILE)
+        raise Misuse(TOO_LATE)
 
     def commit(self, send: Callable[[], None]) -> None:
         """Send our COMMIT, unless it is another transaction by now.
@@ -565,7 +492,7 @@ class Watch:
                 self.connection.connection.invalidate(soft=not self.locked)
         self.committed = True
         if self.used_during_commit:
-            self.record_leaving(TransactionEnd.BROKEN, _MEANWHILE)
+            self.record_leaving(TransactionEnd.BROKEN, MEANWHILE)
 
     def confirm(self) -> None:
         """After `session.commit()` has returned: raise if the commit was not complete.
@@ -620,10 +547,9 @@ class Watch:
             marked = (
                 self.left in (TransactionEnd.GONE, TransactionEnd.BROKEN) or self.changed is not None or self.locked
             )
-            stays = in_memory(connection.engine)
             if self.busy or self.dialect.state(self.dbapi) is State.BUSY:
                 self.dialect.cut(self.dbapi)
-                if not stays:
+                if not in_memory(connection.engine):
                     connection.invalidate()
                 let_go(session)
                 return
@@ -631,7 +557,8 @@ class Watch:
                 # Also if it is closed next: SQLite keeps its locks until the handler's last cursor is collected.
                 if self.dialect.state(self.dbapi) is not State.IDLE:
                     self.dbapi.rollback()
-                if not stays and (marked or self.dialect.state(self.dbapi) is not State.IDLE):
+                spoiled = marked or self.dialect.state(self.dbapi) is not State.IDLE
+                if spoiled and not in_memory(connection.engine):
                     connection.invalidate()
                 else:
                     self._have_rows_as_before()
@@ -659,136 +586,7 @@ def flush(session: Session) -> None:
         raise
 
 
-def over(session: Session, why: str | None = None) -> None:
-    """Refuse later uses of a session, before they take a connection that nobody would return.
-
-    Args:
-        session: A handler's session.
-        why: The text of the refusal, if it is not that the message has ended.
-    """
-
-    def refused(*_: object, **__: object) -> Any:
-        raise Misuse(_OVER if why is None else why)
-
-    session.get_bind = refused  # type: ignore[method-assign]
-
-
-def let_go(session: Session) -> None:
-    """Close a session, also if its connection is dead or was cut during a statement of ours: rolling that back may raise.
-
-    The rollback comes first, separate from close(): an error in close() would skip the return of the connection, and the
-    pool would miss it until garbage collection.
-    """
-    try:
-        try:
-            session.rollback()
-        except BaseException as error:
-            # The connection is lost: the pool, which rolls back once more, throws it away. Or a hook raised.
-            if asked_from_outside(error):
-                raise
-        session.close()
-    except BaseException as error:
-        # A task or a thread may be inside a call of the session, which then refuses to be closed. Its connection, which was cut
-        # and invalidated, is already back in the pool.
-        with suppress(IllegalStateChangeError):
-            session.invalidate()
-        if asked_from_outside(error):  # cancelled during the rollback
-            raise
-
-
-def elsewhere(session: Session, connection: Connection) -> str | None:
-    """Say what is wrong with a connection that get_bind() took from an engine that is not the store's.
-
-    Failures, the pump and look-ups use the store's database; none of them would see a claim in another one. Asked for each
-    message: an earlier claim on the connection may have been for an application that owns its engine.
-    """
-    home: Engine = session.info.get(HOME, connection.engine)
-    if home.dialect is connection.engine.dialect:
-        return None
-    return _ELSEWHERE.format(chosen=redacted(connection.engine.url), home=redacted(home.url))
-
-
 def attach(session: Session, watch: Watch) -> None:
     """Connect a session with its watch; the claim has begun its transaction."""
     watch.session_transaction = session.get_transaction()
     session.info[WATCHED] = watch
-
-
-_ELSEWHERE: Final = (
-    "The session's get_bind() chose an engine of its own, {chosen}, and exactly_once was given {home}: claims, effects and"
-    " failures belong in one database, and are watched on its engine. Nothing ran. Where a message decides on the database, give"
-    " exactly_once all of them by name, and route= (how-to: several-databases)."
-)
-UNCOMMITTED: Final = (
-    "session.commit() came back, and nothing was committed: the class of the session overrides commit(), or the handler replaced"
-    " it, and that one swallowed an error or sent no COMMIT. Nothing of this run is kept. Let commit() raise what it met, or give"
-    " exactly_once a plain sessionmaker."
-)
-LEFT: Final = (
-    "The handler left the transaction it was given: session.rollback(), session.close(), `with session:` or close() of its"
-    " pooled connection ends it, and the claim with it. Delete that line; raise an exception to roll back, use"
-    " session.begin_nested() for a part."
-)
-SWALLOWED: Final = (
-    "The handler swallowed a database error that aborted the transaction: COMMIT would keep nothing. Let the error out,"
-    " or put the statement that may fail into `with session.begin_nested():`."
-)
-CUT_OFF: Final = (
-    "The connection ended in the midst of the handler, and the handler went on: a statement was given up before its answer came"
-    " (asyncio.timeout, wait_for, a cancelled task), the server ended the connection, two threads or tasks used it at once, or"
-    " invalidate() was called. What was written before is rolled back. Let the error out of the handler, and use the session in"
-    " one thread or task; to go on without one statement, have the server limit it (statement_timeout, max_statement_time)"
-    " inside `with session.begin_nested():`."
-)
-DOUBTFUL: Final = (
-    "A procedure was called, and then its transaction was lost before anybody could ask whether the procedure had committed it"
-    " (the connection ended, or was rolled back). Look what is there of its work. Take COMMIT, START TRANSACTION and DDL out of"
-    " the procedure."
-)
-_ENDED: Final = (
-    "A statement of the handler ended the transaction behind SQLAlchemy's back (a COMMIT inside a procedure or a"
-    " multi-statement text, a call on the driver, or DDL that commits by itself). What came before it may be committed."
-    " Take it out of the handler."
-)
-_ANEW: Final = (
-    "The driver connected anew while the handler ran: ping(reconnect=True) or connect() was called on its own connection. The"
-    " transaction ended with the session before, and nobody can say what that one, or the new one, has committed. Take the call"
-    " out: where a connection is lost, let the error out of the handler, and the message runs again."
-)
-_CLOSED: Final = (
-    "The handler closed the driver's own connection (close(), or psycopg's `with connection:`, which commits and closes): its"
-    " transaction ended there. Delete that line; the connection is given back for you."
-)
-_GONE: Final = (
-    "The transaction that the claim was written in ended behind SQLAlchemy's back, and another one is open in its place:"
-    " commit() or rollback() was called on the driver's own connection; or a procedure committed, began a transaction of its"
-    " own, or swallowed the deadlock that threw it away. Take that out: an error must leave a procedure, and COMMIT, ROLLBACK,"
-    " START TRANSACTION and DDL do not belong in it."
-)
-_OVER: Final = (
-    "The session was used after what it was given for had ended: its message, or its steps.transaction. A variable, a task or a"
-    " thread kept it. Nothing was sent. Use it only until the handler (or the step) returns; await the task, join the thread."
-)
-AFTER: Final = (
-    "A hook committed the handler's transaction itself (connection().commit() in before_commit), and then something more was"
-    " sent: what came before is committed, and this is not. Take the commit out of the hook."
-)
-_STILL_USED: Final = (
-    "The handler has returned, and something still uses its session: a task, a thread, or rows that are still read. What it"
-    " writes now would be committed in part, or not at all; nothing was committed. Await the task, join the thread, or read"
-    " the rows to their end before the handler returns."
-)
-_SAVEPOINT_ENDED: Final = (
-    "The handler has returned, and then something ended a savepoint that it had left open: a task, or an async generator that"
-    " the handler left by break or return, which the event loop closes later. What was written in the savepoint may be gone, so"
-    " nothing was committed. End the savepoint before the handler returns; of a generator with contextlib.aclosing."
-)
-_TOO_LATE: Final = (
-    "The session was used while the COMMIT of its message, or of its steps.transaction, was under way: the handler had returned,"
-    " and a task or a thread went on. Nothing of this was sent. Await the task, join the thread, before the handler returns."
-)
-_MEANWHILE: Final = (
-    "The handler had returned, and a task or a thread of it used its session while COMMIT was under way. What the handler had"
-    " written until then is committed, and what that one wanted to do is not. Look what is missing. Await the task, join the"
-    " thread, before the handler returns."
-)

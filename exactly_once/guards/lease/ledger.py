@@ -18,7 +18,9 @@ from exactly_once.database.dialects.contract import Dialect
 from exactly_once.database.errors.drivers_own import is_of_a_database, is_taken, original
 from exactly_once.database.schema import STEP_BYTES
 from exactly_once.database.watched.deferred_watch import DeferredWatch
-from exactly_once.database.watched.watch import DOUBTFUL, BrokenTransaction, TransactionEnd, Watch, flush
+from exactly_once.database.watched.misuse_texts import DOUBTFUL
+from exactly_once.database.watched.transaction_end import BrokenTransaction, TransactionEnd
+from exactly_once.database.watched.watch import Watch, flush
 from exactly_once.errors import ConfigurationError, LeaseLost, Misuse, StepError
 from exactly_once.exceptions.finishing import finished
 from exactly_once.exceptions.leaves import leaves

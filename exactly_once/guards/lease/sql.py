@@ -45,9 +45,9 @@ from exactly_once.database.dialects.contract import (
     State,
     TraceState,
 )
-from exactly_once.database.dialects.contract import raise_for_the_store as raise_for
 from exactly_once.database.dialects.firsthand import ready
 from exactly_once.database.dialects.refusing import is_refusal, of_nobody, raise_for_the_table, tried
+from exactly_once.database.dialects.refusing import raise_for_the_store as raise_for
 from exactly_once.database.dialects.registry import lease_claims_for
 from exactly_once.database.errors.crowded import all_taken, is_news
 from exactly_once.database.errors.drivers_own import is_taken
