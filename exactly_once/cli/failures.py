@@ -21,7 +21,7 @@ from exactly_once.database.store import Store
 from exactly_once.errors import ConfigurationError
 from exactly_once.failures import decisions, triage
 from exactly_once.failures.decisions import Database, Part
-from exactly_once.failures.store import OPEN
+from exactly_once.failures.states import OPEN
 from exactly_once.failures.triage import Chosen
 from exactly_once.wording.text import escaped, json_line
 

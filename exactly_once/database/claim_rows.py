@@ -11,7 +11,8 @@ from sqlalchemy import Connection, Insert, Table, and_, delete, insert, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from exactly_once.database.errors.drivers_own import is_taken, original
-from exactly_once.database.schema import CONSUMED, CONSUMING, STEP_TRACE, UNFINISHED, Tables, utcnow
+from exactly_once.database.schema import CONSUMED, CONSUMING, STEP_TRACE, UNFINISHED, Tables
+from exactly_once.database.server_clock import utcnow
 
 __all__ = ["of", "take_back", "write", "writing", "written"]
 

@@ -1,34 +1,26 @@
-"""The tables, as SQLAlchemy metadata: column types, limits, and the server's own clock. Data only; nothing connects.
+"""The tables, as SQLAlchemy metadata, and their limits. Data only; nothing connects.
 
 Alembic's migrations create these tables; a test compares the two. `tables(schema)` is built on first
 use, once for each schema name. Keys are compared byte by byte on every server: case, accents and trailing spaces count.
 """
 
-from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import (
     BigInteger,
     Column,
-    DateTime,
-    Dialect,
     Index,
     Integer,
-    LargeBinary,
     MetaData,
     Select,
     SmallInteger,
-    String,
     Table,
-    Text,
-    TypeDecorator,
     UniqueConstraint,
     text,
 )
-from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.types import TypeEngine
+
+from exactly_once.database.column_types import Body, Bytes, KeyText, LongText, Moment, Words
 
 __all__ = [
     "CONSUMED",
@@ -45,7 +37,6 @@ __all__ = [
     "Tables",
     "all_rows",
     "tables",
-    "utcnow",
 ]
 
 CONSUMING: Final = 0
@@ -69,7 +60,6 @@ KEY_BYTES: Final = 255
 STEP_BYTES: Final = 64
 FINGERPRINT_BYTES: Final = 120
 
-_FARTHEST_S: Final = 36_500 * 86_400.0
 _ALL_ROWS: Final = 2**63 - 1
 _Selects = TypeVar("_Selects", bound=Select[Any])
 
@@ -79,186 +69,6 @@ MYSQL_OPTIONS: Final[dict[str, Any]] = {
     for server in ("mysql", "mariadb")
     for option, value in (("engine", "InnoDB"), ("default_charset", "utf8mb4"), ("collate", "utf8mb4_bin"))
 }
-
-
-def _text(value: Any) -> str | None:
-    """Decode a text that may come as bytes: from VARBINARY, or from PostgreSQL on a connection that was left in SQL_ASCII."""
-    return value.decode() if isinstance(value, (bytes, bytearray)) else value
-
-
-class KeyText(TypeDecorator[str]):
-    """Text that is compared byte by byte: `text COLLATE "C"` on PostgreSQL, VARBINARY on MySQL and MariaDB.
-
-    VARBINARY, because the two servers share no collation that neither folds case nor pads with spaces.
-    """
-
-    impl = Text
-    cache_ok = True
-
-    def __init__(self, bytes_: int) -> None:
-        super().__init__()
-        self.bytes = bytes_
-
-    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        if dialect.name == "postgresql":
-            # Not type_descriptor(): it would return VARCHAR, the type with which the driver binds strings.
-            from sqlalchemy.dialects.postgresql import TEXT
-
-            return TEXT(collation="C")
-        if dialect.name in ("mysql", "mariadb"):
-            from exactly_once.database.mysql_columns import DigitsVarbinary
-
-            return DigitsVarbinary(self.bytes)
-        return dialect.type_descriptor(Text())
-
-    def process_bind_param(self, value: str | None, dialect: Dialect) -> Any:
-        if value is not None and dialect.name in ("mysql", "mariadb"):
-            return value.encode()
-        return value
-
-    def process_result_value(self, value: Any, dialect: Dialect) -> str | None:
-        return _text(value)
-
-
-class Bytes(TypeDecorator[bytes]):
-    """Short bytes that may be in an index. MySQL and MariaDB need a length for that."""
-
-    impl = LargeBinary
-    cache_ok = True
-
-    def __init__(self, bytes_: int) -> None:
-        super().__init__(bytes_)
-        self.bytes = bytes_
-
-    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        if dialect.name in ("mysql", "mariadb"):
-            from exactly_once.database.mysql_columns import DigitsVarbinary
-
-            return DigitsVarbinary(self.bytes)
-        return dialect.type_descriptor(LargeBinary())
-
-
-class Body(TypeDecorator[bytes]):
-    """A message body, up to 4 GiB. The default type of MySQL and MariaDB ends at 64 KiB."""
-
-    impl = LargeBinary
-    cache_ok = True
-
-    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        if dialect.name in ("mysql", "mariadb"):
-            from exactly_once.database.mysql_columns import DigitsLongBlob
-
-            return DigitsLongBlob()
-        return dialect.type_descriptor(LargeBinary())
-
-
-class Words(TypeDecorator[str]):
-    """Short text that is not compared as keys are.
-
-    Args:
-        length: In characters.
-        ascii: We write the text ourselves, in ASCII. Not for values that come with a message.
-    """
-
-    impl = String
-    cache_ok = True
-
-    def __init__(self, length: int, *, ascii: bool = False) -> None:  # noqa: A002  (the name of the thing)
-        super().__init__(length)
-        self.length, self.ascii = length, ascii
-
-    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        if dialect.name in ("mysql", "mariadb"):
-            from exactly_once.database.mysql_columns import AsciiVarchar, DigitsVarchar
-
-            return (AsciiVarchar if self.ascii else DigitsVarchar)(self.length)
-        return dialect.type_descriptor(String(self.length))
-
-    def process_result_value(self, value: Any, dialect: Dialect) -> str | None:
-        return _text(value)
-
-
-class LongText(TypeDecorator[str]):
-    """Text of any length. The default type of MySQL and MariaDB ends at 64 KiB."""
-
-    impl = Text
-    cache_ok = True
-
-    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        if dialect.name in ("mysql", "mariadb"):
-            from exactly_once.database.mysql_columns import DigitsMediumText
-
-            return DigitsMediumText()
-        return Text()  # as it is: type_descriptor() would make VARCHAR of it on PostgreSQL
-
-    def process_result_value(self, value: Any, dialect: Dialect) -> str | None:
-        return _text(value)
-
-
-class Moment(TypeDecorator[datetime]):
-    """A moment, timezone-aware in Python; UTC without a zone where the server has no such type."""
-
-    impl = DateTime
-    cache_ok = True
-
-    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        if dialect.name == "postgresql":
-            return dialect.type_descriptor(DateTime(timezone=True))
-        if dialect.name in ("mysql", "mariadb"):
-            from sqlalchemy.dialects.mysql import DATETIME
-
-            return dialect.type_descriptor(DATETIME(fsp=6))
-        return dialect.type_descriptor(DateTime())
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        if value is None:
-            return None
-        if value.tzinfo is None:
-            raise ValueError(f"{value!r} has no time zone; a moment without one cannot be compared")
-        return value if dialect.name == "postgresql" else value.astimezone(UTC).replace(tzinfo=None)
-
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        if value is None:
-            return None
-        return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
-
-
-class utcnow(FunctionElement[datetime]):  # noqa: N801  (reads as a SQL function does)
-    """The server's clock at this instant: never the worker's clock, and not the start of the transaction.
-
-    With `seconds`, that many seconds later: `utcnow(30)`. At most a hundred years: PostgreSQL refuses a date beyond its calendar,
-    and SQLite writes it as NULL. A retry without a time would never be due.
-    """
-
-    type = Moment()
-    inherit_cache = True
-    name = "utcnow"
-
-    def __init__(self, seconds: float | None = None) -> None:
-        super().__init__(*(() if seconds is None else (float(seconds) if seconds < _FARTHEST_S else _FARTHEST_S,)))
-
-
-@compiles(utcnow, "postgresql")
-def _pg_now(element: utcnow, compiler: Any, **kw: Any) -> str:
-    if not len(element.clauses):
-        return "clock_timestamp()"
-    return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kw)}))"
-
-
-@compiles(utcnow, "mysql", "mariadb")
-def _mysql_now(element: utcnow, compiler: Any, **kw: Any) -> str:
-    if not len(element.clauses):
-        return "UTC_TIMESTAMP(6)"
-    return f"TIMESTAMPADD(MICROSECOND, 1000000 * {compiler.process(element.clauses, **kw)}, UTC_TIMESTAMP(6))"
-
-
-@compiles(utcnow, "sqlite")
-def _sqlite_now(element: utcnow, compiler: Any, **kw: Any) -> str:
-    # Three digits of milliseconds, then three zeros: SQLAlchemy's own format, so that comparing the texts compares the times.
-    if not len(element.clauses):
-        return "(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')"
-    seconds = compiler.process(element.clauses, **kw)
-    return f"(strftime('%Y-%m-%d %H:%M:%f', 'now', ({seconds}) || ' seconds') || '000')"
 
 
 def all_rows(statement: _Selects, server: str) -> _Selects:

@@ -15,7 +15,7 @@ from exactly_once.database.connections.pooler import LINK, Link
 from exactly_once.database.errors.unusable import read_only
 from exactly_once.database.probe import claims_twice, lacking_characters
 from exactly_once.database.renamed import claimed_names
-from exactly_once.database.schema import utcnow
+from exactly_once.database.server_clock import utcnow
 from exactly_once.database.store import Store
 from exactly_once.doctor.conflicts import conflicts_of_times
 from exactly_once.doctor.finding import Finding, Mark

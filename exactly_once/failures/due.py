@@ -28,8 +28,9 @@ from sqlalchemy import (
 )
 
 from exactly_once.database.mysql_committed import see_committed
-from exactly_once.database.schema import CONSUMED, Tables, utcnow
-from exactly_once.failures.store import RESOLVABLE, RUNNABLE, blocking
+from exactly_once.database.schema import CONSUMED, Tables
+from exactly_once.database.server_clock import utcnow
+from exactly_once.failures.states import RESOLVABLE, RUNNABLE, blocking
 from exactly_once.message import Message
 
 __all__ = ["DueFailures", "Taken", "message_of"]

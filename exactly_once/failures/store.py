@@ -8,20 +8,14 @@ States: retrying, waiting (not failed, only not run yet: not counted), requeued 
 by a person.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from enum import Enum
 from functools import cached_property
-from hashlib import sha256
 from typing import Any, Final
 
 from sqlalchemy import (
-    Column,
     ColumnElement,
-    Connection,
-    FromClause,
     Row,
     Select,
     Table,
@@ -45,97 +39,31 @@ from exactly_once.database.characters import characters_of
 from exactly_once.database.connections.beginning import begin_ours
 from exactly_once.database.dialects.contract import Dialect
 from exactly_once.database.errors.drivers_own import is_taken
-from exactly_once.database.schema import CONSUMED, KEY_BYTES, UNFINISHED, Tables, all_rows, utcnow
-from exactly_once.exceptions.words import place_of, words_of
-from exactly_once.failures.large import append, parts_of
+from exactly_once.database.schema import CONSUMED, UNFINISHED, Tables, all_rows
+from exactly_once.database.server_clock import utcnow
+from exactly_once.failures.failure import (
+    MESSAGE_ID_BYTES,
+    NO_PROPERTIES,
+    WITHOUT_BODY,
+    Failure,
+    Form,
+    content_of,
+    kept_text,
+    known_by,
+    new_row,
+    order_of,
+)
+from exactly_once.failures.large import append
 from exactly_once.failures.policy import ByBroker, ByPump, Decision, Park
+from exactly_once.failures.states import CLOSED, OPEN, RESOLVABLE, blocking
 from exactly_once.handlers.fingerprint import TAG_BYTES
-from exactly_once.message import Message
-from exactly_once.wording.text import EVERY, storable
+from exactly_once.wording.text import storable
 
-__all__ = [
-    "CLOSED",
-    "OPEN",
-    "RESOLVABLE",
-    "RUNNABLE",
-    "Failure",
-    "FailureStore",
-    "Form",
-    "Place",
-    "blocking",
-    "overdue",
-    "place_of",
-    "text_of",
-    "words_of",
-]
+__all__ = ["FailureStore", "Place"]
 
-OPEN: Final = ("retrying", "waiting", "requeued", "dead", "broken")
-RUNNABLE: Final = ("retrying", "waiting", "requeued")
-RESOLVABLE: Final = (*RUNNABLE, "dead")
-CLOSED: Final = ("resolved", "discarded")
-_OVERDUE: Final = timedelta(hours=13)
-"""No broker is asked for a longer delay than 12 hours: for a longer delay the pump is the owner."""
-
-MESSAGE_ID_BYTES: Final = 255
-_ERROR_TEXT_CHARACTERS: Final = 4000  # enough for a person; a validation error of a large body can be megabytes
-_SHORT_CHARACTERS: Final = 500
-_DIGEST_CHARACTERS: Final = 32
 _ASCII: Final = "ascii"
 _MOST_FORMER: Final = 100
-_NO_PROPERTIES: Final = "null"
 _BROUGHT_AGAIN: Final = timedelta(seconds=60)
-_WITHOUT_BODY: Final = (
-    "[The body of {size} bytes and the properties are not in this row: the database did not take them. On MySQL and MariaDB look"
-    " at max_allowed_packet. The message is not acknowledged: its broker has it, and brings it again, or moves it to its dead"
-    " letters.] "
-)
-
-
-class Form(Enum):
-    """How much of a failure is written: from everything to what any database takes. The body is written whole or not at all."""
-
-    WHOLE = "everything; what the database's character set lacks is escaped"
-    SHORT = "texts in ASCII, the error cut short, no time of birth; the key as it is, so that the row is found again"
-    ASCII = "the key in ASCII, too"
-    WITHOUT_BODY = "no body and no properties, which the server did not take: the message stays with its broker"
-
-    @property
-    def shorter(self) -> "Form | None":
-        """The form to try if the database refused this one."""
-        return {Form.WHOLE: Form.SHORT, Form.SHORT: Form.ASCII, Form.ASCII: Form.WITHOUT_BODY}.get(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """One message of one handler that was not processed.
-
-    `key` is None if the message has no usable business key; then its message id identifies it.
-    """
-
-    group: str
-    handler: str
-    key: str | None
-    fingerprint: bytes
-    message: Message
-    error: BaseException
-    counted: bool = True
-    claim_owner: str | None = None
-    """For a broken message: the attempt that owns the claim that stands, or is to be written."""
-    block: bool = False
-    """Write that claim if none stands."""
-    form: Form = Form.WHOLE
-    """How much is written. The shorter forms are for a failure that the database refused to take whole."""
-
-    @property
-    def failure_key(self) -> str:
-        """The key by which this failure is found to be the same as an earlier one."""
-        return self.failure_key_in(EVERY)
-
-    def failure_key_in(self, characters: str) -> str:
-        """The same key, as a database with this character set stores it."""
-        if self.key is not None:
-            return "k:" + _known_by(self.key, characters)
-        return "m:" + _known_by(self.message.message_id or "", characters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,59 +78,15 @@ class Place:
     """Its rows from before the handler's key= or fingerprint= was changed."""
 
 
-def blocking(t: FromClause, *, after_dead_wait: bool) -> ColumnElement[bool]:
-    """The condition for rows that later messages of the same ordering key wait for.
-
-    These are rows that run again by themselves, redelivered by the broker or taken by the pump. With `after_dead_wait` also rows
-    that a person must decide: dead, broken, and *waiting* without a due time, whose COMMIT was never answered.
-    """
-    if after_dead_wait:
-        return t.c.state.in_(OPEN)
-    return and_(t.c.state.in_(RUNNABLE), or_(t.c.state != "waiting", t.c.next_attempt_at.is_not(None)))
-
-
-def overdue(t: FromClause) -> ColumnElement[bool]:
-    """The condition for rows that the broker was to redeliver, and has not for longer than any broker waits.
-
-    Another program of the consumer group processed the message (a Java listener, which writes nothing here), or no worker ran, or
-    the broker has given up. The rows do not show which, and closing a row that was not processed would lose it: a person decides.
-
-    A *waiting* row without a due time is not the broker's: its COMMIT was never answered, so it was kept whole for a person, and
-    acknowledged. Only a message whose body the database did not take stays with its broker.
-    """
-    return and_(
-        or_(t.c.state == "retrying", and_(t.c.state == "waiting", t.c.properties == _NO_PROPERTIES)),
-        t.c.next_attempt_at.is_(None),
-        t.c.last_failed_at < utcnow(-_OVERDUE.total_seconds()),
-    )
+def _bodiless(t: Table) -> Any:
+    """The column that says whether a row was written `WITHOUT_BODY`."""
+    return (t.c.properties == NO_PROPERTIES).label("bodiless")
 
 
 def _tag(t: Table) -> Any:
     """The tag of a row's fingerprint, which says by which `fingerprint=` it was made. For an empty one SQLite returns NULL."""
     type_ = t.c.fingerprint.type
     return func.coalesce(func.substr(t.c.fingerprint, 1, TAG_BYTES, type_=type_), literal(b"", type_), type_=type_)
-
-
-def _bodiless(t: Table) -> Any:
-    """The column that says whether a row was written `WITHOUT_BODY`."""
-    return (t.c.properties == _NO_PROPERTIES).label("bodiless")
-
-
-def _known_by(text: str, characters: str, most: int = KEY_BYTES) -> str:
-    """Return a text of at most `most` bytes by which rows are found again. Idempotent."""
-    kept = storable(text, None, characters) or ""
-    if len(kept.encode()) <= most:
-        return kept
-    # two long texts with the same beginning must stay different. If two messages were taken for one, a requeue would lose one
-    # of them; if two ordering keys were, the messages of one would wait for the other
-    digest = sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:_DIGEST_CHARACTERS]
-    return f"{storable(kept, most - _DIGEST_CHARACTERS - 1)}~{digest}"
-
-
-def _order_of(message: Message, t: Table, characters: str) -> str | None:
-    """Return what the column stores for a message's ordering key."""
-    most: int = t.c.ordering_key.type.bytes  # type: ignore[attr-defined]
-    return None if message.ordering_key is None else _known_by(message.ordering_key, characters, most)
 
 
 class FailureStore:
@@ -269,14 +153,14 @@ class FailureStore:
         earlier = row.attempts if row is not None else 0
         attempts = earlier + 1 if failure.counted else earlier
         # the content is written once; again only if the database did not take it before
-        first, *more = self._content(session.connection(), failure, texts) if row is None or row.bodiless else (None,)
+        first, *more = content_of(session.connection(), failure, texts) if row is None or row.bodiless else (None,)
         # only the broker has the whole message: never acknowledge it, whatever the decision would be
         bodiless = first is not None and "body" not in first
         decision = ByBroker(_BROUGHT_AGAIN) if bodiless else decide(attempts)
-        said = _WITHOUT_BODY.format(size=len(failure.message.body or b"")) if bodiless else ""
+        said = WITHOUT_BODY.format(size=len(failure.message.body or b"")) if bodiless else ""
         values = {
             "error_class": storable(type(failure.error).__name__, None, texts, limit=255),
-            "error_text": said + _kept_text(failure.error, texts, short=form is not Form.WHOLE),
+            "error_text": said + kept_text(failure.error, texts, short=form is not Form.WHOLE),
             "attempts": attempts,
             "last_failed_at": utcnow(),
             **_state(decision, failure.counted),
@@ -289,7 +173,7 @@ class FailureStore:
             id_ = row.id
             session.execute(update(t).where(t.c.id == id_).values(**values))
         else:
-            inserted: Any = session.execute(insert(t).values(**values, **self._new(failure, key, texts, form)))
+            inserted: Any = session.execute(insert(t).values(**values, **new_row(t, failure, key, texts, form)))
             id_ = inserted.inserted_primary_key[0]
         for part in more:
             append(session.connection(), t, id_, part)
@@ -426,7 +310,7 @@ class FailureStore:
         of_key = and_(
             t.c.consumer_group == failure.group,
             t.c.handler == failure.handler,
-            t.c.ordering_key == _order_of(failure.message, t, characters),
+            t.c.ordering_key == order_of(failure.message, t, characters),
         )
         key = failure.failure_key_in(characters)
         known = self._identity(failure, key)
@@ -472,7 +356,7 @@ class FailureStore:
         failed = select(t.c.id).where(
             t.c.consumer_group == group,
             t.c.handler == handler,
-            t.c.failure_key == "k:" + _known_by(key, characters),
+            t.c.failure_key == "k:" + known_by(key, characters),
             t.c.message_id == storable(message_id, MESSAGE_ID_BYTES, characters),
         )
         return any(session.execute(found.limit(1)).first() is not None for found in (claimed, failed))
@@ -497,33 +381,6 @@ class FailureStore:
             t.c.fingerprint == failure.fingerprint,
         )
 
-    def _content(self, connection: Connection, failure: Failure, characters: str) -> tuple[Any, ...]:
-        """Return the columns of a message's content, then the parts of its body that must be appended."""
-        if failure.form is Form.WITHOUT_BODY:
-            # a value that no message's properties have, so that the row is never taken for a message with an empty body, and run
-            return ({"properties": _NO_PROPERTIES},)
-        properties = _properties_of(failure.message, characters)
-        first, *more = parts_of(connection, failure.message.body, beside=len(properties))
-        return {"body": first, "properties": properties}, *more
-
-    def _new(self, failure: Failure, key: str, characters: str, form: Form) -> dict[str, Any]:
-        m, t = failure.message, self._t.c
-        return {
-            "consumer_group": failure.group,
-            "handler": failure.handler,
-            "failure_key": key,
-            "fingerprint": failure.fingerprint,
-            "business_key": None if failure.key is None else key[2:],
-            "topic": _fitting(m.topic, t.topic, characters),
-            "tag": _fitting(m.tag, t.tag, characters),
-            "message_key": _fitting(m.key, t.message_key, characters),
-            "ordering_key": _order_of(m, self._t, characters),
-            "message_id": storable(m.message_id, MESSAGE_ID_BYTES, characters),
-            # a time that no server takes (year 1, no time zone) is no reason to lose the message
-            "born_at": m.born_at if form is Form.WHOLE else None,
-            "first_failed_at": utcnow(),
-        }
-
 
 def _state(decision: Decision, counted: bool) -> dict[str, Any]:
     match decision:
@@ -533,35 +390,3 @@ def _state(decision: Decision, counted: bool) -> dict[str, Any]:
             return {"state": "retrying" if counted else "waiting", "next_attempt_at": utcnow(delay.total_seconds())}
         case ByBroker():
             return {"state": "retrying" if counted else "waiting", "next_attempt_at": None}
-
-
-def _fitting(text: str | None, column: Column[str], characters: str) -> str | None:
-    return storable(text, column.type.bytes, characters)  # type: ignore[attr-defined]
-
-
-def _properties_of(message: Message, characters: str) -> str:
-    """Return the properties as a JSON object. For an unread body: a list of the reason and that object, as no sender can make."""
-    properties: Any = dict(message.properties)
-    if message.unread is not None:
-        properties = [message.unread, properties]
-    if characters == EVERY:
-        text = json.dumps(properties, ensure_ascii=False, default=repr)
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, which no server takes
-            pass
-        else:
-            return text
-    return json.dumps(properties, default=repr)  # less readable, but complete in any character set
-
-
-def text_of(error: BaseException) -> str:
-    """Return an error's text and where it was raised. Never raises, whatever the error's own code does."""
-    return f"{words_of(error)}{place_of(error)}"
-
-
-def _kept_text(error: BaseException, characters: str, *, short: bool) -> str:
-    most = _SHORT_CHARACTERS if short else _ERROR_TEXT_CHARACTERS
-    given = text_of(error)
-    text = storable(given, None, characters, limit=most) or ""
-    return f"{text} [cut]" if len(given) > most else text

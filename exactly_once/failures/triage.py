@@ -17,9 +17,10 @@ from sqlalchemy import ColumnElement, Connection, Row, Table, and_, func, select
 
 from exactly_once.database import claim_rows
 from exactly_once.database.characters import characters_of
-from exactly_once.database.schema import CONSUMED, CONSUMING, DISCARDED, KEY_BYTES, UNFINISHED, Tables, all_rows, utcnow
+from exactly_once.database.schema import CONSUMED, CONSUMING, DISCARDED, KEY_BYTES, UNFINISHED, Tables, all_rows
+from exactly_once.database.server_clock import utcnow
 from exactly_once.errors import ConfigurationError
-from exactly_once.failures.store import CLOSED, OPEN, RESOLVABLE, RUNNABLE, overdue
+from exactly_once.failures.states import CLOSED, OPEN, RESOLVABLE, RUNNABLE, overdue
 from exactly_once.wording.text import escaped, probably, storable
 from exactly_once.wording.text import listed as named
 

@@ -33,8 +33,9 @@ from exactly_once.exceptions.other_queues import advice_on
 from exactly_once.exceptions.stops import exit_in, is_the_callers, stops
 from exactly_once.exceptions.words import trace_of, words_of
 from exactly_once.failures.due import message_of
+from exactly_once.failures.failure import MESSAGE_ID_BYTES
 from exactly_once.failures.policy import Park, counts_as, spent
-from exactly_once.failures.store import MESSAGE_ID_BYTES, Place
+from exactly_once.failures.store import Place
 from exactly_once.guards.contract import Consumed, Guard, Unfinished, Won
 from exactly_once.guards.lease.ledger import StepLedger
 from exactly_once.guards.lease.stores import LeasePlacement, LeaseStores, sql_leases

@@ -22,8 +22,9 @@ from exactly_once.database.store import Store
 from exactly_once.errors import Reject, StoreUnavailable
 from exactly_once.events.alert import Alert, Hook, raise_alert
 from exactly_once.exceptions.words import words_of
+from exactly_once.failures.failure import Failure, text_of
 from exactly_once.failures.policy import ByBroker, ByPump, Decision, Park, decide, wait_delay
-from exactly_once.failures.store import Failure, FailureStore, text_of
+from exactly_once.failures.store import FailureStore
 from exactly_once.guards.our_session import in_our_session
 from exactly_once.handlers.plan import Plan
 from exactly_once.message import Message

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Retry
 from exactly_once.clients.packed import MOST_BYTES
-from exactly_once.database.schema import utcnow
+from exactly_once.database.server_clock import utcnow
 from exactly_once.failures import triage
 from exactly_once.maintenance import sweeps
 from exactly_once.message import Message

@@ -1,8 +1,9 @@
 """Whose fault it is that a claim failed: the store's, which is away or has no table; the table's; or the message's.
 
-To tell the last two apart, a test claim is tried, and rolled back. A revoked right, an added column that takes no NULL, a CHECK, a trigger that raises: each refuses every claim.
-Then no handler ever runs. If we counted that, each message would become a dead letter. The server's error is the same for one bad
-value of a message, and such a message must be counted. So we try the same claim with a random key and no value of the message.
+To tell the last two apart, a test claim is tried, and rolled back. A revoked right, an added column that takes no NULL, a CHECK,
+a trigger that raises: each refuses every claim. Then no handler ever runs. If we counted that, each message would become a dead
+letter. The server's error is the same for one bad value of a message, and such a message must be counted. So the same claim is
+tried with a random key and no value of the message.
 Called after a refusal only, on a trusted connection, by the guards, by `guards.lease.sql` and by `store`.
 """
 

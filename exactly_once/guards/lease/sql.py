@@ -63,8 +63,8 @@ from exactly_once.database.schema import (
     UNFINISHED,
     Tables,
     all_rows,
-    utcnow,
 )
+from exactly_once.database.server_clock import utcnow
 from exactly_once.errors import StoreUnavailable
 from exactly_once.guards.lease.contract import HeldLease, Recorded, clock
 from exactly_once.wording.steady_log import steady

@@ -52,7 +52,8 @@ from sqlalchemy import (
     update,
 )
 
-from exactly_once.database.schema import Tables, all_rows, tables, utcnow
+from exactly_once.database.schema import Tables, all_rows, tables
+from exactly_once.database.server_clock import utcnow
 from exactly_once.transports.contract import Subscription
 
 __all__ = ["NO_GROUP", "Look", "Statements", "statements"]

@@ -13,7 +13,8 @@ from sqlalchemy import Connection, Engine, create_engine, insert, inspect, selec
 
 import exactly_once.alembic
 from exactly_once.alembic.version_table import TABLES
-from exactly_once.database.schema import Tables, tables, utcnow
+from exactly_once.database.schema import Tables, tables
+from exactly_once.database.server_clock import utcnow
 from tests.integration.user_project import (
     OURS,
     ROOT,

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 import exactly_once.alembic
 from exactly_once.cli.db import app
-from exactly_once.database.schema import tables, utcnow
+from exactly_once.database.schema import tables
+from exactly_once.database.server_clock import utcnow
 from tests.integration.alembic.test_alembic_shape import differences
 from tests.integration.user_project import OURS, alembic, done, table_names
 

@@ -255,7 +255,7 @@ def test_times_are_the_servers_and_not_this_machines(world: World) -> None:
     world.feed("A")
     world.requeue()
     with world.engine.connect() as connection:
-        from exactly_once.database.schema import utcnow
+        from exactly_once.database.server_clock import utcnow
 
         now = connection.execute(select(utcnow())).scalar_one()
     (row,) = world.failures()

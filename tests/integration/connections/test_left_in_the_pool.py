@@ -21,7 +21,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import StaticPool
 
 from exactly_once import AsyncSteps, ExactlyOnce, Lease, Outcome, Retry, Steps
-from exactly_once.database.schema import tables, utcnow
+from exactly_once.database.schema import tables
+from exactly_once.database.server_clock import utcnow
 from exactly_once.failures.triage import Chosen, requeue
 from exactly_once.testing.databases import DatabaseServer
 from tests.integration.connections.test_connection_settings import ground_on, one_by_one, run

@@ -33,8 +33,9 @@ from exactly_once.database.connections.pooler import LINK
 from exactly_once.database.store import Store
 from exactly_once.doctor.looking import Finding, Mark, examine
 from exactly_once.errors import ConfigurationError
+from exactly_once.failures.failure import Failure
 from exactly_once.failures.policy import Decision, Park
-from exactly_once.failures.store import Failure, FailureStore
+from exactly_once.failures.store import FailureStore
 from exactly_once.guards.lease.stores import sql_leases
 from exactly_once.testing.databases import DatabaseServer
 from exactly_once.transports.sql.database import Database as QueueDatabase

@@ -16,12 +16,14 @@ from exactly_once import Message
 from exactly_once.claim import ClaimRow, StepRow
 from exactly_once.database.dialects import mysql, mysql_batch, mysql_wire, sqlite
 from exactly_once.database.dialects.postgresql import PostgreSQL
-from exactly_once.database.schema import tables, utcnow
+from exactly_once.database.schema import tables
+from exactly_once.database.server_clock import utcnow
 from exactly_once.database.store import Store
 from exactly_once.errors import Reject
 from exactly_once.failures.due import DueFailures
+from exactly_once.failures.failure import Failure
 from exactly_once.failures.policy import ByBroker, ByPump, Park
-from exactly_once.failures.store import Failure, FailureStore
+from exactly_once.failures.store import FailureStore
 from exactly_once.guards.lease.contract import HeldLease
 from exactly_once.guards.lease.sql import SqlLeases
 from tests.integration.shop import GROUP, Shop, order, shops

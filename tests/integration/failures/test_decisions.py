@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from exactly_once import ExactlyOnce, Lease, Message, Outcome, Reject, Retry
 from exactly_once.cli.failures import app as command
-from exactly_once.database.schema import tables, utcnow
+from exactly_once.database.schema import tables
+from exactly_once.database.server_clock import utcnow
 from exactly_once.failures import decisions, triage
 from exactly_once.failures.decisions import Database, Part
 from exactly_once.failures.store import FailureStore

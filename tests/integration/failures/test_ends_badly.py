@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Lease, Message, Misuse, Outcome, Retry
-from exactly_once.database.schema import utcnow
+from exactly_once.database.server_clock import utcnow
 from tests.integration.connections.test_connection_settings import column
 from tests.integration.shop import COLOURS, DIALECTS, GROUP, Shop, on, order, put, shops
 from tests.integration.ways import (

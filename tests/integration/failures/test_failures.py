@@ -212,7 +212,7 @@ def for_sync_only(shop: Shop, do: Any) -> None:
 
 def due(shop: Shop, *nos: str, ordering_key: str | None = None, state: str = "retrying", **more: Any) -> None:
     """Rows that are due now, as an earlier worker left them."""
-    from exactly_once.database.schema import utcnow
+    from exactly_once.database.server_clock import utcnow
     from exactly_once.handlers.fingerprint import maker
 
     rule = maker("body")

@@ -14,7 +14,8 @@ from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Message, Outcome, Reject, Retry
 from exactly_once.cli.command import main
-from exactly_once.database.schema import tables, utcnow
+from exactly_once.database.schema import tables
+from exactly_once.database.server_clock import utcnow
 from exactly_once.doctor.looking import Finding, Mark, examine
 
 GROUP = "shared"

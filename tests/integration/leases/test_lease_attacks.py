@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from exactly_once import AsyncSteps, ExactlyOnce, Lease, Message, Outcome, Steps, Transaction
 from exactly_once.claim import ClaimRow
-from exactly_once.database.schema import utcnow
+from exactly_once.database.server_clock import utcnow
 from exactly_once.failures import triage
 from exactly_once.guards.lease.renewal import Renewal
 from tests.integration.shop import GROUP, ONE_TRY, STOCK, Shop, order, put, shops

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
 from exactly_once import AsyncSteps, ExactlyOnce, Lease, LeaseLost, Message, Outcome, Reject, Retry, Steps
-from exactly_once.database.schema import utcnow
+from exactly_once.database.server_clock import utcnow
 from exactly_once.failures.triage import Chosen, requeue
 from exactly_once.guards.lease import contract as leases
 from exactly_once.guards.lease.ledger import RESULT_BYTES

@@ -19,7 +19,8 @@ from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Lease, Message, Outcome, Retry, Steps
 from exactly_once.claim import ClaimRow
-from exactly_once.database.schema import tables, utcnow
+from exactly_once.database.schema import tables
+from exactly_once.database.server_clock import utcnow
 from exactly_once.database.store import Store
 from exactly_once.guards.lease.sql import SqlLeases
 from exactly_once.handlers.plan import plan

@@ -7,7 +7,8 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Message, Outcome, Retry
-from exactly_once.database.schema import CONSUMED, utcnow
+from exactly_once.database.schema import CONSUMED
+from exactly_once.database.server_clock import utcnow
 from exactly_once.transports.sql import transport
 from tests.integration.shop import GROUP, Shop, order
 from tests.waiting import until

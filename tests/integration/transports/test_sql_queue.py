@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, bindparam, create_engine, func, insert, select, text, update
 
-from exactly_once.database.schema import tables, utcnow
+from exactly_once.database.schema import tables
+from exactly_once.database.server_clock import utcnow
 from exactly_once.errors import ConfigurationError
 from exactly_once.message import Message
 from exactly_once.outcome import Ack, Redeliver

@@ -19,7 +19,7 @@ from exactly_once.configuration.settings import SECRET, SETTINGS
 from exactly_once.database import schema
 from exactly_once.database.schema import tables
 from exactly_once.errors import ConfigurationError
-from exactly_once.failures.store import CLOSED, OPEN, RESOLVABLE
+from exactly_once.failures.states import CLOSED, OPEN, RESOLVABLE
 from exactly_once.outcome import Outcome, Verdict
 from exactly_once.transports.contract import Surroundings
 from exactly_once.transports.registry import SCHEMES, transport_from
