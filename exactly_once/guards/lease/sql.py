@@ -1,13 +1,12 @@
 """Leases in a database: a row of `message_idempotent` for each message, a row of `message_step` for each step.
 
-The statements are SQLAlchemy's, and the same on each server; only the claim is the dialect's. A statement alone is a transaction
-of its own: on PostgreSQL in autocommit, which the driver sets without a round trip. Methods ending in `_in` run in the handler's
-transaction, and what they write stands or falls with it. Every change names the fencing token, so a run that was taken over
+The statements are SQLAlchemy's, and the same on each server; only the claim is the dialect's. `own_connection` sends a statement
+alone, as a transaction of its own. Methods ending in `_in` run in the handler's transaction, and what they write stands or falls
+with it. Every change names the fencing token, so a run that was taken over
 changes nothing. Called by `guards.lease`, `guards.transaction` and the command line.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cached_property
 from typing import Any, Final, TypeVar
@@ -33,26 +32,21 @@ from sqlalchemy import (
 
 from exactly_once.claim import ClaimRow, LeaseAnswer, StepRow
 from exactly_once.database import claim_rows
-from exactly_once.database.connections.beginning import begin_ours
-from exactly_once.database.connections.had_before import is_firsthand, kept_firsthand, moment
-from exactly_once.database.connections.pooler import is_pooled
+from exactly_once.database.connections.had_before import moment
 from exactly_once.database.dialects.contract import (
     WAIT_MS,
     ClaimBusy,
     Dialect,
     ErrorKind,
     LeaseClaims,
-    State,
     TraceState,
 )
 from exactly_once.database.dialects.firsthand import ready
 from exactly_once.database.dialects.refusing import is_refusal, of_nobody, raise_for_the_table, tried
-from exactly_once.database.dialects.refusing import raise_for_the_store as raise_for
 from exactly_once.database.dialects.registry import lease_claims_for
 from exactly_once.database.errors.crowded import all_taken, is_news
 from exactly_once.database.errors.drivers_own import is_taken
 from exactly_once.database.errors.interrupted import interrupted
-from exactly_once.database.mysql_committed import see_committed
 from exactly_once.database.schema import (
     CONSUMED,
     CONSUMING,
@@ -65,8 +59,8 @@ from exactly_once.database.schema import (
     all_rows,
 )
 from exactly_once.database.server_clock import utcnow
-from exactly_once.errors import StoreUnavailable
 from exactly_once.guards.lease.contract import HeldLease, Recorded, clock
+from exactly_once.guards.lease.own_connection import OwnConnection
 from exactly_once.wording.steady_log import steady
 
 __all__ = ["SqlLeases"]
@@ -78,8 +72,6 @@ _log = steady("exactly_once.leases")
 AT_ONCE: Final = 5000
 """The most leases renewed by one statement: each needs three parameters, and PostgreSQL takes 65,535."""
 _MOMENT: Final = timedelta(seconds=1)
-_TRIES: Final = 3  # more tries for a statement that was the victim of a deadlock
-_LEFT: Final = 5  # more tries behind a pooler for a refused statement: others may have changed the server's connections
 _BEATS: Final = 4  # a renewal may take a quarter of the time between two renewals
 
 
@@ -96,9 +88,7 @@ class SqlLeases:
     def __init__(self, name: str, engine: Engine, dialect: Dialect, tables: Callable[[], Tables]) -> None:
         self.name = name
         self._engine, self._dialect, self._tables = engine, dialect, tables
-        # other drivers send a statement for it, also when the connection returns to the pool: a cancellation there would lose
-        # the connection's place in the pool
-        self._autocommit = dialect.name == "postgresql"
+        self._own = OwnConnection(name, engine, dialect)
 
     # made at the first claim, when the schema of the tables is known
 
@@ -118,7 +108,7 @@ class SqlLeases:
         """See `LeaseStore.claim`."""
         since, asked = moment(), False
         while True:
-            with self._speaking() as connection:
+            with self._own.connected() as connection:
                 used = ready(self._dialect, connection, wait_ms=WAIT_MS, since=since)
                 if used is None:
                     # an earlier user may have changed the connection so that a key would be stored as another key
@@ -174,7 +164,7 @@ class SqlLeases:
 
     def complete(self, held: HeldLease) -> bool:
         """See `LeaseStore.complete`."""
-        return self._changed(lambda connection: self.complete_in(connection, held))
+        return self._own.change(lambda connection: self.complete_in(connection, held))
 
     def complete_in(self, connection: Connection, held: HeldLease) -> bool:
         """The same in the handler's transaction: the last statement before its COMMIT."""
@@ -253,7 +243,7 @@ class SqlLeases:
     def release(self, held: HeldLease) -> bool:
         """See `LeaseStore.release`."""
         free = update(self._t).where(self._ours(held)).values(token=None, lease_until=None)
-        return self._changed(lambda connection: _one(connection, free))
+        return self._own.change(lambda connection: _one(connection, free))
 
     def leave_unfinished(self, held: HeldLease) -> bool:
         """Prevent other runs of a message whose effects may be committed. Its failure row is written next.
@@ -262,7 +252,7 @@ class SqlLeases:
         """
         left = update(self._t).where(self._ours(held))
         done = left.values(status=UNFINISHED, consumed_at=utcnow(), lease_until=None)
-        return self._changed(lambda connection: _one(connection, done))
+        return self._own.change(lambda connection: _one(connection, done))
 
     def renew(self, held: Sequence[HeldLease]) -> Sequence[HeldLease]:
         """See `LeaseStore.renew`. A locked row is skipped: a step of the run has locked it, so the run is alive."""
@@ -280,7 +270,7 @@ class SqlLeases:
         )
         until = {"lease_until": utcnow(lease.total_seconds())}
         asked = clock()  # not when the answer comes: a process that was paused before it would think the lease fresh
-        with self._speaking() as connection, self._begun(connection):
+        with self._own.connected() as connection, self._own.transaction(connection):
             match self._dialect.name:
                 case "postgresql":
                     bound = round(lease.total_seconds() * 1000 / 3 / _BEATS)
@@ -311,14 +301,14 @@ class SqlLeases:
         self._say_if_crowded()
         if not begun:
             try:
-                recorded = self._changed(lambda connection: self.record_in(connection, held, step))
+                recorded = self._own.change(lambda connection: self.record_in(connection, held, step))
             except Exception as error:
                 if not is_taken(error):
                     raise
                 # the step has a row: the one sent before, whose answer was lost, or that of another run
             else:
                 return recorded
-        return self._changed(lambda connection: self._finish(connection, held, step))
+        return self._own.change(lambda connection: self._finish(connection, held, step))
 
     def record_in(self, connection: Connection, held: HeldLease, step: StepRow, *, fenced: bool = True) -> Recorded:
         """Insert a step's row in the connection's transaction.
@@ -379,7 +369,7 @@ class SqlLeases:
         """Return the result of a finished step, or None."""
         s = self._steps
         of_step = select(s.c.result).where(self._of(s, row), s.c.step == step, s.c.status == STEP_FINISHED)
-        return self._seen(lambda connection: connection.execute(self._all(of_step)).scalar_one_or_none())
+        return self._own.read(lambda connection: connection.execute(self._all(of_step)).scalar_one_or_none())
 
     def look(self, row: ClaimRow) -> LeaseAnswer | None:
         """See `LeaseStore.look`."""
@@ -412,12 +402,12 @@ class SqlLeases:
                 ),
             )
 
-        return self._seen(read)
+        return self._own.read(read)
 
     def trace_state(self, row: ClaimRow) -> TraceState:
         """See `Dialect.trace_state`."""
         return (
-            self._by_itself(lambda connection: self.trace_state_in(connection, row))
+            self._own.run(lambda connection: self.trace_state_in(connection, row))
             if self._dialect.asks_around_calls
             else TraceState.NONE
         )
@@ -430,7 +420,7 @@ class SqlLeases:
         """Return the names of the handlers that have a claim on a key."""
         t = self._t
         named = select(t.c.handler).where(t.c.consumer_group == group, t.c.business_key == key).order_by(t.c.handler)
-        return self._seen(lambda connection: connection.execute(self._all(named)).scalars().all())
+        return self._own.read(lambda connection: connection.execute(self._all(named)).scalars().all())
 
     def clear_in(self, connection: Connection, row: ClaimRow) -> bool:
         """Delete a claim in the caller's transaction. False: it is consumed, or its lease still runs."""
@@ -439,7 +429,7 @@ class SqlLeases:
     def resolve(self, row: ClaimRow, step: str, result: bytes) -> bool:
         """See `LeaseStore.resolve`."""
         t, s = self._t, self._steps
-        with self._speaking() as connection, self._begun(connection):
+        with self._own.connected() as connection, self._own.transaction(connection):
             free = self._all(select(t.c.status).where(self._free(row)).with_for_update())
             if connection.execute(free).one_or_none() is None:
                 return False
@@ -488,109 +478,6 @@ class SqlLeases:
     def _ours(self, held: HeldLease) -> Any:
         t = self._t
         return and_(self._of(t, held.row), t.c.status == CONSUMING, t.c.token == held.token)
-
-    def _changed(self, do: Callable[[Connection], T]) -> T:
-        """Call `do` in a transaction of its own, and return its result. A crash before the end leaves nothing of it."""
-
-        def change(connection: Connection) -> T:
-            done = do(connection)
-            if not self._autocommit:
-                connection.commit()
-            return done
-
-        return self._by_itself(change)
-
-    def _seen(self, do: Callable[[Connection], T]) -> T:
-        """Call `do` to read what is committed. Writes nothing."""
-
-        def look(connection: Connection) -> T:
-            if self._dialect.asks_around_calls:
-                # before SQLAlchemy begins: a listener of the user's may then send statements, after which this is refused
-                see_committed(connection.connection.dbapi_connection)
-            return do(connection)
-
-        return self._by_itself(look)
-
-    def _by_itself(self, do: Callable[[Connection], T]) -> T:
-        tries = left = 0
-        since = moment()
-        while True:
-            believed, pooled = True, False
-            try:
-                with self._speaking() as connection:
-                    believed, pooled = is_firsthand(connection, since), is_pooled(connection)
-                    kept_firsthand(connection)
-                    if not self._autocommit:
-                        return do(connection)
-                    if left:
-                        with self._begun(connection):
-                            return do(connection)
-                    if not self._was_begun(connection):
-                        connection.execution_options(isolation_level="AUTOCOMMIT")
-                        return do(connection)
-                    # the driver refuses autocommit inside a transaction, and we need what the listener set in this one
-                    done = do(connection)
-                    # the driver's commit, because SQLAlchemy does not know of a transaction begun on the driver alone
-                    connection.connection.commit()
-                    return done
-            except Exception as error:
-                if pooled and left < _LEFT and _may_be_left(error):
-                    # a statement alone left the server's connection as it was; after an error in a transaction the pooler
-                    # closes that connection
-                    left += 1
-                    continue
-                if is_taken(error) or isinstance(error, StoreUnavailable):
-                    raise
-                trouble = self._dialect.error_kind(error)
-                if trouble is ErrorKind.TRANSIENT and tries < _TRIES:
-                    # the whole transaction was rolled back, so the victim of a deadlock can simply try again
-                    tries += 1
-                elif believed or trouble in (ErrorKind.TRANSIENT, ErrorKind.UNAVAILABLE) or interrupted(error):
-                    raise
-                # else an earlier user may have left a role or a time limit in the connection, which is closed now: try again
-
-    def _was_begun(self, connection: Connection) -> bool:
-        """Whether a transaction is open already: a listener of the user's may send a statement, even a ping, at a checkout."""
-        if connection.in_transaction():
-            return True
-        return self._dialect.state(connection.connection.dbapi_connection) is not State.IDLE
-
-    @contextmanager
-    def _begun(self, connection: Connection) -> Iterator[None]:
-        """A transaction of our own. After an error in it the connection is closed before anything is rolled back."""
-        with connection.begin():
-            kept_firsthand(connection)
-            begin_ours(connection)
-            try:
-                yield
-            except BaseException as error:
-                self._throw_away(connection, error)
-                raise
-
-    def _throw_away(self, connection: Connection, error: BaseException) -> None:
-        if not is_taken(error) and self._dialect.error_kind(error) is not ErrorKind.TRANSIENT:
-            # SQLAlchemy does not see a driver's own error, and would reuse the connection. An earlier user may have left it
-            # changed, and after a cancellation it is in the middle of a statement
-            connection.invalidate(error)
-
-    @contextmanager
-    def _speaking(self) -> Iterator[Connection]:
-        try:
-            with self._engine.connect() as connection:
-                try:
-                    yield connection
-                except BaseException as error:
-                    self._throw_away(connection, error)
-                    raise
-        except Exception as error:
-            raise_for(self._dialect, error, self._engine, self.name)
-            raise
-
-
-def _may_be_left(error: BaseException) -> bool:
-    from exactly_once.database.dialects.postgresql_pooler import may_be_left
-
-    return may_be_left(error.__cause__ or error if isinstance(error, StoreUnavailable) else error)
 
 
 def _one(connection: Connection, change: Any) -> bool:
