@@ -5,7 +5,7 @@ listeners when it first sees an engine. Without this module, another thread that
 then raise `deque mutated during iteration`, and the pool would lose that connection.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from threading import Lock
 from typing import Any
 
@@ -17,36 +17,37 @@ __all__ = ["listen"]
 _lock = Lock()
 
 
-class _Kept:
-    """The methods of a deque that SQLAlchemy uses. An iteration goes over the listeners that were there when it began."""
+class _Kept(tuple[Any, ...]):
+    """The methods of a deque that SQLAlchemy uses. A change puts another tuple in its place.
 
-    __slots__ = ("_listeners",)
+    A tuple, so that Python iterates over it without a call of ours: SQLAlchemy does so for each statement.
+    """
 
-    def __init__(self, listeners: Iterable[Any]) -> None:
-        self._listeners = tuple(listeners)
+    owner: Any
+    """SQLAlchemy's collection, which has the tuple as its `listeners`."""
 
     def append(self, listener: Any) -> None:
-        self._listeners = (*self._listeners, listener)
+        _keep(self.owner, (*self, listener))
 
     def appendleft(self, listener: Any) -> None:
-        self._listeners = (listener, *self._listeners)
+        _keep(self.owner, (listener, *self))
 
     def extend(self, listeners: Iterable[Any]) -> None:
-        self._listeners = (*self._listeners, *listeners)
+        _keep(self.owner, (*self, *listeners))
 
     def remove(self, listener: Any) -> None:
-        left = list(self._listeners)
+        left = list(self)
         left.remove(listener)
-        self._listeners = tuple(left)
+        _keep(self.owner, left)
 
     def clear(self) -> None:
-        self._listeners = ()
+        _keep(self.owner, ())
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._listeners)
 
-    def __len__(self) -> int:
-        return len(self._listeners)
+def _keep(owner: Any, listeners: Iterable[Any]) -> None:
+    kept = _Kept(listeners)
+    kept.owner = owner
+    owner.listeners = kept
 
 
 def listen(engine: Engine, name: str, do: Callable[..., Any], *, insert: bool = False) -> None:
@@ -65,5 +66,5 @@ def listen(engine: Engine, name: str, do: Callable[..., Any], *, insert: bool = 
     with _lock:
         listeners = getattr(dispatch, name).for_modify(dispatch)
         if not isinstance(listeners.listeners, _Kept):
-            listeners.listeners = _Kept(listeners.listeners)
+            _keep(listeners, listeners.listeners)
         event.listen(engine, name, do, insert=insert)
