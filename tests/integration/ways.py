@@ -5,12 +5,14 @@ messages as that way does (those of a batch together), `requeued` is a person's 
 message in the end, whichever way it went.
 """
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import pytest
 from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -18,10 +20,8 @@ from sqlalchemy.util import await_only
 
 from exactly_once import AsyncSteps, Lease, Message, Outcome, Steps
 from exactly_once.failures.triage import Chosen, requeue
-from tests.integration.executor.test_batches import told
-from tests.integration.shop import GROUP, ONE_TRY, Shop
-
-__all__ = ["ALONE", "IN_A_BATCH", "IN_A_LIST", "IN_A_STEP", "UNDER_A_LEASE", "WAYS", "Way", "accounted", "requeued"]
+from tests.integration.batches import told
+from tests.integration.shop import GROUP, ONE_TRY, Shop, order
 
 LEASE = Lease(timedelta(seconds=30))
 
@@ -128,7 +128,6 @@ def driver_of(session: Session) -> Any:
 
 def cancel_this_task() -> None:
     """As if the loop's owner had cancelled the task the handler runs in: it is told at its next await, which is here."""
-    import asyncio
 
     task = asyncio.current_task()
     assert task is not None
@@ -180,4 +179,37 @@ def make_anew(connection: Connection, creates: str) -> None:
     connection.execute(text(creates))
 
 
-__all__ += ["cancel_this_task", "driver_of", "make_anew", "mariadb_procedures"]
+def one_by_one(shop: Shop, way: Way, numbers: list[Any]) -> list[Outcome]:
+    """Each in a transaction of its own; in a group where that is another code, with one more of its kind."""
+    return [outcome for no in numbers for outcome in way.deliver(shop, [order(no)])]
+
+
+each_way = pytest.mark.parametrize("way", WAYS, ids=str)
+
+
+by_itself = pytest.mark.parametrize("way", [ALONE, UNDER_A_LEASE, IN_A_STEP], ids=str)
+
+
+def thrice(shop: Shop, way: Way, no: Any = 1) -> list[Outcome | BaseException]:
+    """Deliver a message three times."""
+    return [end for attempt in (1, 2, 3) for end in way.attempted(shop, [order(no, attempt=attempt)])]
+
+
+def in_session(shop: Shop, do: Callable[[Session], object]) -> Any:
+    """Do this in a session of the shop's colour, and commit; what it raises leaves the session rolled back."""
+
+    async def awaited() -> Any:
+        async with AsyncSession(shop.async_engine) as session, session.begin():
+            return await session.run_sync(do)
+
+    if shop.is_async:
+        return shop.await_(awaited())
+    with Session(shop.engine) as session, session.begin():
+        return do(session)
+
+
+def sends(session: Session, statement: str) -> None:
+    """On the driver's own cursor, past SQLAlchemy."""
+    cursor = driver_of(session).cursor()
+    cursor.execute(statement)
+    cursor.close()

@@ -6,20 +6,15 @@ import unicodedata
 from typing import Any
 
 import pytest
-from alembic.autogenerate import compare_metadata
-from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, insert, inspect, select, text
 
 import exactly_once.alembic
 from exactly_once.alembic.version_table import TABLES
-from exactly_once.database.schema import Tables, tables
+from exactly_once.database.schema import tables
 from exactly_once.database.server_clock import utcnow
-from tests.integration.user_project import (
-    OURS,
-    ROOT,
-    table_names,
-)
+from tests.integration.alembic.compared import differences
+from tests.integration.user_project import OURS, ROOT, table_names
 
 KEYS = [
     "a",
@@ -39,21 +34,6 @@ KEYS = [
     "a%s",
     "\\",
 ]
-
-
-def differences(connection: Connection, schema: str | None = None) -> list[Any]:
-    context = MigrationContext.configure(
-        connection,
-        opts={
-            "version_table": exactly_once.alembic.VERSION_TABLE,
-            "version_table_schema": schema,
-            "compare_type": True,
-            "compare_server_default": True,
-            "include_schemas": schema is not None,
-            "include_name": lambda name, type_, parents: type_ != "schema" or name == schema,
-        },
-    )
-    return list(compare_metadata(context, Tables(schema).metadata))
 
 
 def shape(engine: Engine) -> dict[str, Any]:

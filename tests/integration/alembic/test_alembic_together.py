@@ -13,7 +13,7 @@ from sqlalchemy import create_engine, text
 
 import exactly_once.alembic
 from exactly_once.errors import SchemaError
-from tests.integration.alembic.test_alembic_shape import differences
+from tests.integration.alembic.compared import differences
 from tests.integration.user_project import OURS, ROOT, async_url, done, make_project, table_names
 
 # imports first, then waits to be told: the upgrades begin within a millisecond of each other

@@ -4,7 +4,6 @@ import secrets
 from collections.abc import Iterator
 from typing import Any
 
-import psycopg
 import pytest
 from sqlalchemy import Connection, create_engine, insert, make_url, select, text, update
 from sqlalchemy.exc import DBAPIError
@@ -14,7 +13,7 @@ import exactly_once.alembic
 from exactly_once.cli.db import app
 from exactly_once.database.schema import tables
 from exactly_once.database.server_clock import utcnow
-from tests.integration.alembic.test_alembic_shape import differences
+from tests.integration.alembic.compared import differences, run
 from tests.integration.user_project import OURS, alembic, done, table_names
 
 # roles belong to the server, which another test run may be using
@@ -31,21 +30,6 @@ def printed(*arguments: str) -> str:
     result = CliRunner().invoke(app, ["sql", *arguments])
     assert result.exit_code == 0, result.output
     return result.stdout
-
-
-def run(url: str, script: str) -> None:
-    """Run a script as an administrator's client would, with the driver alone."""
-    if url.startswith("postgresql"):
-        with psycopg.connect(make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)) as pg:
-            pg.autocommit = True
-            pg.execute(script.encode())
-        return
-    engine = create_engine(url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        for statement in script.split(";\n"):
-            if statement.strip():
-                connection.exec_driver_sql(statement.replace("%", "%%") if "mysql" in url else statement)
-    engine.dispose()
 
 
 def test_the_printed_sql_makes_the_tables_of_the_newest_version(empty_url: str) -> None:

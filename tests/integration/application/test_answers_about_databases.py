@@ -23,7 +23,7 @@ from exactly_once.cli.db import app as db
 from exactly_once.database.store import Store
 from exactly_once.doctor.looking import examine
 from exactly_once.testing.databases import DatabaseServer
-from tests.integration.alembic.test_alembic_written import run
+from tests.integration.alembic.compared import run
 
 
 def said_by(verb: str, url: str, *more: str) -> tuple[int, str]:

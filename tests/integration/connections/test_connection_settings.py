@@ -19,8 +19,10 @@ from exactly_once import ConfigurationError, ExactlyOnce, Outcome
 from exactly_once.database.schema import tables
 from exactly_once.testing.databases import DatabaseServer
 from exactly_once.testing.postgres import EmbeddedPostgres
-from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
-from tests.integration.ways import ALONE, IN_A_BATCH, UNDER_A_LEASE, WAYS, Way, mariadb_procedures
+from tests.integration.grounds import ground_on
+from tests.integration.outside import column, run
+from tests.integration.shop import COLOURS, GROUP, Shop, order, put
+from tests.integration.ways import ALONE, IN_A_BATCH, UNDER_A_LEASE, WAYS, Way, mariadb_procedures, one_by_one
 from tests.services.mariadb import MYSQLD
 from tests.waiting import until
 
@@ -46,11 +48,6 @@ AT_COMMIT = (
 )
 
 
-def ground_on(request: pytest.FixtureRequest, dialect: str, colour: str) -> Iterator[Shop]:
-    """A shop of one dialect; its first connection is the next one's, too."""
-    yield from shops(request, dialect, colour, pool_size=3, options={"pool_use_lifo": True})
-
-
 @pytest.fixture(params=COLOURS)
 def postgres(request: pytest.FixtureRequest) -> Iterator[Shop]:
     """A shop whose effects note, when they are committed, what was in force then."""
@@ -62,17 +59,6 @@ def postgres(request: pytest.FixtureRequest) -> Iterator[Shop]:
 @pytest.fixture(params=COLOURS)
 def mariadb(request: pytest.FixtureRequest) -> Iterator[Shop]:
     yield from ground_on(request, "mariadb", request.param)
-
-
-def run(shop: Shop, *statements: str) -> None:
-    with shop.outside.begin() as connection:
-        for statement in statements:
-            connection.exec_driver_sql(statement)
-
-
-def column(shop: Shop, statement: str) -> list[Any]:
-    with shop.outside.connect() as connection:
-        return list(connection.exec_driver_sql(statement).scalars())
 
 
 def durable(shop: Shop) -> list[str]:
@@ -99,11 +85,6 @@ def first_then(first: Callable[[Session], object], then: Callable[[Session], obj
         put(session, str(no))
 
     return do
-
-
-def one_by_one(shop: Shop, way: Way, numbers: list[Any]) -> list[Outcome]:
-    """Each in a transaction of its own; in a group where that is another code, with one more of its kind."""
-    return [outcome for no in numbers for outcome in way.deliver(shop, [order(no)])]
 
 
 # -- durability --------------------------------------------------------------------------------------------------------

@@ -16,9 +16,8 @@ from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import Session, registry, sessionmaker
 
 from exactly_once import Outcome, Retry
-from tests.integration.failures.test_ends_badly import each_way, thrice
 from tests.integration.shop import EFFECT, Shop, order, put
-from tests.integration.ways import IN_A_STEP, WAYS, Way
+from tests.integration.ways import IN_A_STEP, WAYS, Way, each_way, thrice
 from tests.waiting import until
 
 pytestmark = pytest.mark.nightly(meet=2)

@@ -13,8 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from exactly_once import Outcome, Retry
-from tests.integration.connections.test_connection_settings import run
-from tests.integration.connections.test_left_in_the_pool import by_other_code, set_autocommit
+from tests.integration.outside import by_other_code, run, set_autocommit
 from tests.integration.shop import COLOURS, Shop, order, shops
 from tests.integration.ways import ALONE, IN_A_BATCH, UNDER_A_LEASE, Way
 from tests.waiting import until

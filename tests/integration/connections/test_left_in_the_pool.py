@@ -25,9 +25,10 @@ from exactly_once.database.schema import tables
 from exactly_once.database.server_clock import utcnow
 from exactly_once.failures.triage import Chosen, requeue
 from exactly_once.testing.databases import DatabaseServer
-from tests.integration.connections.test_connection_settings import ground_on, one_by_one, run
+from tests.integration.grounds import ground_on
+from tests.integration.outside import by_other_code, run, set_autocommit
 from tests.integration.shop import COLOURS, DIALECTS, EFFECT, GROUP, STOCK, Shop, order, put, shops
-from tests.integration.ways import ALONE, IN_A_BATCH, IN_A_LIST, LEASE, UNDER_A_LEASE, WAYS, Way
+from tests.integration.ways import ALONE, IN_A_BATCH, IN_A_LIST, LEASE, UNDER_A_LEASE, WAYS, Way, one_by_one
 from tests.services.mariadb import MYSQLD
 from tests.waiting import until
 
@@ -55,22 +56,6 @@ def postgres(request: pytest.FixtureRequest) -> Iterator[Shop]:
 @pytest.fixture(params=COLOURS)
 def mariadb(request: pytest.FixtureRequest) -> Iterator[Shop]:
     yield from ground_on(request, "mariadb", request.param)
-
-
-def by_other_code(shop: Shop, *statements: str) -> None:
-    """Code of the program that shares the pool with its handlers: in a transaction of its own, committed."""
-    if shop.is_async:
-
-        async def send() -> None:
-            async with shop.async_engine.begin() as connection:
-                for statement in statements:
-                    await connection.exec_driver_sql(statement)
-
-        shop.await_(send())
-        return
-    with shop.engine.begin() as connection:
-        for statement in statements:
-            connection.exec_driver_sql(statement)
 
 
 def in_the_end(shop: Shop, way: Way, no: Any) -> Outcome:
@@ -201,19 +186,6 @@ def test_a_raw_connection_that_was_left_in_autocommit_fails_no_message(postgres:
     assert one_by_one(postgres, way, [1]) == [P]
     set_autocommit(postgres)
     assert one_by_one(postgres, way, [2, 4]) == [P, P]
-
-
-def set_autocommit(shop: Shop) -> None:
-    async def by_await() -> None:
-        async with shop.async_engine.connect() as connection:
-            driver: Any = (await connection.get_raw_connection()).driver_connection
-            await driver.set_autocommit(True)
-
-    if shop.is_async:
-        shop.await_(by_await())
-        return
-    with shop.engine.connect() as connection:
-        connection.connection.driver_connection.autocommit = True  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("colour", COLOURS)

@@ -19,7 +19,7 @@ from exactly_once.database.schema import tables
 from exactly_once.failures.due import DueFailures
 from exactly_once.transports.contract import Receipt, Subscription
 from exactly_once.transports.sql.transport import SqlTransport
-from tests.integration.connections.test_connection_settings import run
+from tests.integration.outside import run
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
 from tests.integration.ways import ALONE, UNDER_A_LEASE, WAYS, Way
 

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import event
 
 from exactly_once import Outcome
-from tests.integration.connections.test_left_in_the_pool import by_other_code
+from tests.integration.outside import by_other_code
 from tests.integration.shop import COLOURS, DIALECTS, Shop, order, put, shops
 from tests.integration.ways import ALONE, UNDER_A_LEASE, Way
 

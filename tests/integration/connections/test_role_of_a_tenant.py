@@ -14,9 +14,9 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 
 from exactly_once import Outcome, Retry
-from tests.integration.connections.test_connection_settings import one_by_one, run
+from tests.integration.outside import run
 from tests.integration.shop import COLOURS, Shop, order, shops
-from tests.integration.ways import ALONE, IN_A_BATCH, UNDER_A_LEASE, WAYS, Way
+from tests.integration.ways import ALONE, IN_A_BATCH, UNDER_A_LEASE, WAYS, Way, one_by_one
 
 P, D, F = Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.FAILED
 each_way = pytest.mark.parametrize("way", WAYS, ids=str)

@@ -20,10 +20,10 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from exactly_once import Lease, Outcome, Retry
-from tests.integration.connections.test_connection_settings import one_by_one, run
+from tests.integration.outside import run
 from tests.integration.shop import COLOURS, Shop, order, put, shops
 from tests.integration.threads import in_thread
-from tests.integration.ways import UNDER_A_LEASE, WAYS, Way
+from tests.integration.ways import UNDER_A_LEASE, WAYS, Way, one_by_one
 from tests.services.mariadb import MYSQLD
 from tests.waiting import until
 

@@ -15,8 +15,8 @@ from sqlalchemy.orm import Session
 
 from exactly_once import Message, Outcome
 from exactly_once.failures.due import message_of
-from tests.integration.connections.test_connection_settings import ground_on
-from tests.integration.connections.test_left_in_the_pool import by_other_code
+from tests.integration.grounds import ground_on
+from tests.integration.outside import by_other_code
 from tests.integration.shop import COLOURS, Shop, put
 from tests.integration.ways import ALONE, WAYS, Way
 

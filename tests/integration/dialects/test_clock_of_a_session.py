@@ -14,10 +14,10 @@ from sqlalchemy import NullPool, create_engine, select
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Lease, Outcome, Retry, Transaction
-from tests.integration.connections.test_connection_settings import ground_on, one_by_one
-from tests.integration.connections.test_left_in_the_pool import by_other_code
+from tests.integration.grounds import ground_on
+from tests.integration.outside import by_other_code
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put
-from tests.integration.ways import ALONE, UNDER_A_LEASE, WAYS, Way
+from tests.integration.ways import ALONE, UNDER_A_LEASE, WAYS, Way, one_by_one
 from tests.services.mariadb import MYSQLD
 from tests.waiting import until
 

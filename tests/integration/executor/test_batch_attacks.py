@@ -13,7 +13,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sess
 
 from exactly_once import ExactlyOnce, Outcome, Retry
 from exactly_once.outcome import Ack
-from tests.integration.executor.test_batches import handles, orders, told
+from tests.integration.batches import handles, orders, told
 from tests.integration.shop import GROUP, ONE_TRY, ONLY, STOCK, Shop, order, put, shops
 from tests.services.proxy import Proxy
 

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from exactly_once import ExactlyOnce, Outcome
 from exactly_once.processing.batch import BatchProcessor
 from tests import length
-from tests.integration.executor.test_batches import FEATURES
+from tests.integration.batches import FEATURES
 from tests.integration.shop import GROUP, STOCK, Shop, order, put, shops
 
 SECONDS = 60 if length.WHOLE else 8

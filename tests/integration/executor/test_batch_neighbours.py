@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from exactly_once import Outcome, Retry
 from exactly_once.testing.child import wait_until
 from exactly_once.transports.contract import Features
-from tests.integration.executor.test_batches import effect, handles, orders, own_engines, told
+from tests.integration.batches import effect, handles, orders, own_engines, told
 from tests.integration.shop import GROUP, ONE_TRY, Shop, order, put, shops
 
 DIALECTS = ("postgres", "mariadb", "sqlite")

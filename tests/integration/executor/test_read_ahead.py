@@ -16,7 +16,7 @@ from exactly_once.executor.batching import Batching
 from exactly_once.executor.future import SmallFuture
 from exactly_once.processing.batch import BatchProcessor
 from exactly_once.processing.work import BatchResults
-from tests.integration.executor.test_batches import FEATURES, handles
+from tests.integration.batches import FEATURES, handles
 from tests.integration.shop import GROUP, Shop, order, put, shops
 
 P = Outcome.PROCESSED

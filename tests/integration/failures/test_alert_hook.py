@@ -12,7 +12,7 @@ import pytest
 
 from exactly_once import Alert, ConfigurationError, ExactlyOnce, Outcome, Retry
 from exactly_once.events.alert import raise_alert
-from tests.integration.failures.test_ends_badly import Panic
+from tests.integration.failing import Panic
 from tests.integration.shop import GROUP, Shop, order
 from tests.waiting import until
 

@@ -8,7 +8,7 @@ was done long ago. Nothing of it may come again for ever, pass in silence, or ha
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -22,20 +22,23 @@ from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Lease, Message, Misuse, Outcome, Retry
 from exactly_once.database.server_clock import utcnow
-from tests.integration.connections.test_connection_settings import column
-from tests.integration.shop import COLOURS, DIALECTS, GROUP, Shop, on, order, put, shops
+from tests.integration.failing import THREE, Panic
+from tests.integration.outside import column
+from tests.integration.shop import COLOURS, GROUP, Shop, on, order, put, shops
 from tests.integration.ways import (
     ALONE,
     IN_A_BATCH,
     IN_A_LIST,
     IN_A_STEP,
     UNDER_A_LEASE,
-    WAYS,
     Way,
+    by_itself,
     cancel_this_task,
     driver_of,
+    each_way,
     mariadb_procedures,
     requeued,
+    thrice,
 )
 from tests.services.proxy import Proxy
 from tests.services.redis import Redis
@@ -44,31 +47,12 @@ from tests.waiting import until
 pytestmark = pytest.mark.nightly(meet=2)
 
 P, D, F, DEAD = Outcome.PROCESSED, Outcome.DUPLICATE, Outcome.FAILED, Outcome.DEAD
-GROUNDS = [(dialect, colour) for dialect in DIALECTS for colour in COLOURS]
-THREE = Retry(immediate=0, delays=[0.01], max_attempts=3)
 
-each_way = pytest.mark.parametrize("way", WAYS, ids=str)
-by_itself = pytest.mark.parametrize("way", [ALONE, UNDER_A_LEASE, IN_A_STEP], ids=str)
 _names = count(1)
 PATIENCE_S = 10
 
 
-@pytest.fixture(scope="module", params=GROUNDS, ids=[f"{dialect}-{colour}" for dialect, colour in GROUNDS])
-def ground(request: pytest.FixtureRequest) -> Iterator[Shop]:
-    """A shop with room for a step's connection beside its handler's own."""
-    yield from shops(request, *request.param, pool_size=3, options={"pool_use_lifo": True})
-
-
-def thrice(shop: Shop, way: Way, no: Any = 1) -> list[Outcome | BaseException]:
-    """Deliver a message three times."""
-    return [end for attempt in (1, 2, 3) for end in way.attempted(shop, [order(no, attempt=attempt)])]
-
-
 # -- exceptions that are no Exception ----------------------------------------------------------------------------------
-
-
-class Panic(BaseException):
-    """As a Rust extension raises it."""
 
 
 class Timeout(BaseException):

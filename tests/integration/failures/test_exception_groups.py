@@ -19,9 +19,10 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from exactly_once import ExactlyOnce, Lease, Outcome, Reject, Retry, RetryLater, StepError, Steps
-from tests.integration.failures.test_ends_badly import Panic, by_itself, each_way, ground, thrice
+from tests.integration.failing import Panic
+from tests.integration.grounds import ground
 from tests.integration.shop import COLOURS, GROUP, ONLY, Shop, on, order, put, shops
-from tests.integration.ways import ALONE, IN_A_BATCH, IN_A_LIST, UNDER_A_LEASE, Way
+from tests.integration.ways import ALONE, IN_A_BATCH, IN_A_LIST, UNDER_A_LEASE, Way, by_itself, each_way, thrice
 from tests.waiting import until
 
 __all__ = ["ground"]

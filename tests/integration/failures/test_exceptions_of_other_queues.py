@@ -11,9 +11,9 @@ from sqlalchemy.orm import Session
 
 from exactly_once import Outcome
 from exactly_once import Retry as Policy
-from tests.integration.failures.test_ends_badly import by_itself, each_way, ground, thrice
+from tests.integration.grounds import ground
 from tests.integration.shop import Shop, order, put
-from tests.integration.ways import ALONE, Way
+from tests.integration.ways import ALONE, Way, by_itself, each_way, thrice
 
 __all__ = ["ground"]
 

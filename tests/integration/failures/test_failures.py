@@ -1,8 +1,7 @@
 """The failure store: who tries again, who waits for whom, and what closes a row; through workers, on each database."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import count
@@ -17,39 +16,24 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 from zstandard import ZstdCompressor
 
-from exactly_once import ExactlyOnce, Lock, Message, Outcome, Reject, Retry, keys
+from exactly_once import Lock, Message, Outcome, Reject, Retry, keys
 from exactly_once.errors import BadBody
-from exactly_once.executor.fanout import combine
 from exactly_once.failures.due import DueFailures
 from exactly_once.failures.store import FailureStore
 from exactly_once.failures.triage import Chosen, discard
 from exactly_once.outcome import Ack, Redeliver, Result
 from exactly_once.transports import packed_messages
 from exactly_once.transports.contract import Delivery, Features
+from tests.integration.failing import BROKER, UNSAFE, deliver, own_engines, states
 from tests.integration.shop import EFFECT, GROUP, ONLY, Do, Shop, order, put
 from tests.integration.threads import Turn, in_thread
 from tests.integration.ways import ALONE, requeued
 
 pytestmark = pytest.mark.nightly(meet=2)
 
-BROKER = Features(redelivers=True, counts_attempts=True, max_attempts=5, ordered=True)
-UNSAFE = Features(redelivers=False, counts_attempts=False)
 SOON = Retry(immediate=0, delays=[0])
 LATER = Retry(immediate=0, delays=[3600])
 _names = count()
-
-
-def deliver(shop: Shop, message: Message, features: Features) -> Result:
-    """Tell the handlers of a delivery from a broker with these features, as the worker does."""
-    found = shop.eo._router.matching(message)
-
-    def run() -> Result:
-        return combine([each.run(message, features) for each in found])
-
-    if shop.is_async:
-        told: Result = shop.await_(greenlet_spawn(run))
-        return told
-    return run()
 
 
 class Flaky:
@@ -77,16 +61,6 @@ class Flaky:
         shop.eo.handler("orders", **options)(awaited if shop.is_async else plain)
 
 
-@contextmanager
-def own_engines(shop: Shop) -> Iterator[ExactlyOnce]:
-    """Let the shop's application make its engines: a worker's loop is not the one the shop's async engine belongs to."""
-    shop.eo = ExactlyOnce(shop.url, group=GROUP)
-    try:
-        yield shop.eo
-    finally:
-        shop.eo._store_binding.close()
-
-
 def work(shop: Shop, *messages: Message, url: str | None = None) -> None:
     """Send these, and let a worker of the shop's handlers run until nothing is left to do."""
     url = url or f"memory://failures-{next(_names)}"
@@ -95,10 +69,6 @@ def work(shop: Shop, *messages: Message, url: str | None = None) -> None:
             producer.send(message)
     with shop.eo.worker(url, concurrency=4) as worker:
         worker.drain(timedelta(seconds=60))
-
-
-def states(shop: Shop) -> list[str]:
-    return [row.state for row in shop.failures()]
 
 
 # -- who brings it again -----------------------------------------------------------------------------------------------

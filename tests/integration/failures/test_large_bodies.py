@@ -9,7 +9,7 @@ from sqlalchemy import event
 from sqlalchemy.orm import Session
 
 from exactly_once import Message, Outcome, Retry
-from tests.integration.connections.test_connection_settings import column, run
+from tests.integration.outside import column, run
 from tests.integration.shop import COLOURS, Shop, order, put, shops
 from tests.integration.ways import ALONE, IN_A_BATCH, UNDER_A_LEASE, Way
 from tests.waiting import until

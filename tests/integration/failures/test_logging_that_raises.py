@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from exactly_once import Lease, Outcome
-from tests.integration.failures.test_ends_badly import THREE
+from tests.integration.failing import THREE
 from tests.integration.outages.test_unreached import TokenServiceAway, guarded
 from tests.integration.shop import COLOURS, DIALECTS, ONE_TRY, Shop, order, put, shops
 from tests.integration.threads import Turn, in_thread

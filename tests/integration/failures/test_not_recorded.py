@@ -16,7 +16,7 @@ from exactly_once import ExactlyOnce, Outcome, Retry
 from exactly_once.outcome import Redeliver, WaitForKey
 from exactly_once.processing import recording
 from exactly_once.transports.contract import Features
-from tests.integration.failures.test_failures import deliver
+from tests.integration.failing import deliver
 from tests.integration.shop import COLOURS, GROUP, ONE_TRY, STOCK, Shop, order, put, shops
 from tests.services.proxy import Proxy
 from tests.waiting import until

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Message, Outcome
-from tests.integration.failures.test_ends_badly import Panic
+from tests.integration.failing import Panic
 from tests.integration.shop import GROUP, ONE_TRY, Shop, on, order, put
 from tests.waiting import until
 

@@ -18,10 +18,9 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from exactly_once import ExactlyOnce, Misuse
 from exactly_once.testing.databases import DatabaseServer
 from exactly_once.testing.postgres import EmbeddedPostgres
-from tests.integration.guards.test_claim_door import in_session
 from tests.integration.shop import EFFECT, GROUP, ONLY, STOCK, Shop, on, put
 from tests.integration.threads import Turn, in_thread
-from tests.integration.ways import mariadb_procedures
+from tests.integration.ways import in_session, mariadb_procedures
 from tests.waiting import until
 
 pytestmark = pytest.mark.nightly(meet=2)

@@ -19,7 +19,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from exactly_once import Message, Outcome
 from exactly_once.guards import transaction
-from tests.integration.executor.test_batches import run_together
+from tests.integration.batches import run_together
 from tests.integration.shop import DIALECTS, Shop, order, put, shops
 from tests.integration.ways import ALONE, IN_A_BATCH, IN_A_LIST, IN_A_STEP, UNDER_A_LEASE, Way
 

@@ -1,6 +1,5 @@
 """`eo.claim` in a transaction that is the caller's: its refusals leave the caller's earlier work alone."""
 
-from collections.abc import Callable
 from datetime import timedelta
 from time import monotonic
 from types import SimpleNamespace
@@ -14,22 +13,9 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from exactly_once import ConfigurationError, ExactlyOnce, InProgress, Outcome, PayloadConflict
 from exactly_once.errors import BadKey, Misuse
 from tests.integration.shop import COLOURS, GROUP, STOCK, Shop, on, order, put, shops
-from tests.integration.ways import ALONE
+from tests.integration.ways import ALONE, in_session
 
 QUICK = timedelta(milliseconds=200)
-
-
-def in_session(shop: Shop, do: Callable[[Session], object]) -> Any:
-    """Do this in a session of the shop's colour, and commit; what it raises leaves the session rolled back."""
-
-    async def awaited() -> Any:
-        async with AsyncSession(shop.async_engine) as session, session.begin():
-            return await session.run_sync(do)
-
-    if shop.is_async:
-        return shop.await_(awaited())
-    with Session(shop.engine) as session, session.begin():
-        return do(session)
 
 
 @pytest.fixture

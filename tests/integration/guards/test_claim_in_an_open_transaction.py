@@ -17,9 +17,9 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from exactly_once import ConfigurationError, ExactlyOnce, InProgress, Lease, Message, Outcome
-from tests.integration.guards.test_claim_door import in_session
 from tests.integration.shop import EFFECT, GROUP, STOCK, Shop, on, order, put
 from tests.integration.threads import Turn, in_thread
+from tests.integration.ways import in_session
 
 SECOND = timedelta(seconds=1)
 

@@ -14,10 +14,9 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from exactly_once import ExactlyOnce, Outcome, Retry
-from tests.integration.connections.test_connection_settings import run
-from tests.integration.failures.test_ends_badly import each_way
+from tests.integration.outside import run
 from tests.integration.shop import COLOURS, DIALECTS, GROUP, Shop, order, put, shops
-from tests.integration.ways import ALONE, IN_A_BATCH, UNDER_A_LEASE, Way
+from tests.integration.ways import ALONE, IN_A_BATCH, UNDER_A_LEASE, Way, each_way
 from tests.waiting import until
 
 pytestmark = pytest.mark.nightly(meet=2)

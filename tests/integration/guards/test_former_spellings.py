@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from exactly_once import Lease, Message, Outcome, keys
 from exactly_once.doctor.looking import Mark, examine
-from tests.integration.executor.test_batches import told as told_together
+from tests.integration.batches import told as told_together
 from tests.integration.shop import Shop, on, put
 
 pytestmark = pytest.mark.nightly(meet=2)

@@ -10,10 +10,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from exactly_once import Message, Outcome, Retry
-from tests.integration.connections.test_connection_settings import column, ground_on, one_by_one, run
-from tests.integration.failures.test_ends_badly import Panic
+from tests.integration.failing import Panic
+from tests.integration.grounds import ground_on
+from tests.integration.outside import column, run
 from tests.integration.shop import COLOURS, Shop, order, put
-from tests.integration.ways import ALONE, IN_A_BATCH, IN_A_LIST, Way
+from tests.integration.ways import ALONE, IN_A_BATCH, IN_A_LIST, Way, one_by_one
 
 pytestmark = pytest.mark.nightly(meet=2)
 

@@ -5,7 +5,7 @@ from sqlalchemy import text
 
 from exactly_once import Message, Outcome
 from exactly_once.alembic import check
-from tests.integration.executor.test_batches import effect, handles, orders, outcomes
+from tests.integration.batches import effect, handles, orders, outcomes
 from tests.integration.shop import Shop, order, shops
 
 PARTITIONS = 8

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
 from exactly_once import ExactlyOnce, InProgress, Outcome
-from tests.integration.executor.test_batches import run_together
+from tests.integration.batches import run_together
 from tests.integration.shop import GROUP, ONE_TRY, STOCK, Shop, on, order, put
 from tests.integration.threads import Turn, in_thread
 from tests.integration.ways import IN_A_BATCH, IN_A_LIST, WAYS, Way

@@ -21,9 +21,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from exactly_once import ExactlyOnce, Message, Outcome, Retry
-from tests.integration.failures.test_ends_badly import each_way, thrice
 from tests.integration.shop import COLOURS, GROUP, Shop, on, order, put, shops
-from tests.integration.ways import ALONE, IN_A_STEP, UNDER_A_LEASE, Way, driver_of
+from tests.integration.ways import ALONE, IN_A_STEP, UNDER_A_LEASE, Way, driver_of, each_way, thrice
 from tests.waiting import until
 
 pytestmark = pytest.mark.nightly(meet=2)

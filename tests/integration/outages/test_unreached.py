@@ -16,10 +16,9 @@ from sqlalchemy.orm import Session
 
 from exactly_once import Outcome, Retry
 from exactly_once.errors import StoreUnavailable
-from tests.integration.failures.test_ends_badly import each_way, thrice
 from tests.integration.outages.test_other_databases import asked
 from tests.integration.shop import COLOURS, Shop, order, put, shops
-from tests.integration.ways import ALONE, IN_A_STEP, UNDER_A_LEASE, WAYS, Way
+from tests.integration.ways import ALONE, IN_A_STEP, UNDER_A_LEASE, WAYS, Way, each_way, thrice
 from tests.waiting import until
 
 pytestmark = pytest.mark.nightly(meet=2)

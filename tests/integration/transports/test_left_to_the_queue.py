@@ -13,8 +13,7 @@ from exactly_once.outcome import Ack
 from exactly_once.transports.contract import Subscription
 from exactly_once.transports.sql.database import Database
 from exactly_once.transports.sql.transport import SqlTransport
-from tests.integration.connections.test_connection_settings import run
-from tests.integration.connections.test_left_in_the_pool import by_other_code
+from tests.integration.outside import by_other_code, run
 from tests.integration.shop import STOCK, Shop, order, shops
 from tests.integration.transports.test_sql_queue import SECOND
 from tests.waiting import until

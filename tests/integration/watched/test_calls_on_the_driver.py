@@ -14,18 +14,11 @@ from sqlalchemy.orm import Session
 
 from exactly_once import Outcome
 from tests.integration.shop import Shop, on, order, put
-from tests.integration.ways import WAYS, Way, driver_of
+from tests.integration.ways import WAYS, Way, driver_of, sends
 
 P, D = Outcome.PROCESSED, Outcome.DUPLICATE
 pytestmark = pytest.mark.nightly(meet=2)
 each_way = pytest.mark.parametrize("way", WAYS, ids=str)
-
-
-def sends(session: Session, statement: str) -> None:
-    """On the driver's own cursor, past SQLAlchemy."""
-    cursor = driver_of(session).cursor()
-    cursor.execute(statement)
-    cursor.close()
 
 
 def _rolls_back(session: Session) -> None:

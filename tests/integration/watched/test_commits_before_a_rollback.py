@@ -16,9 +16,8 @@ from exactly_once import Outcome
 from exactly_once.testing.databases import DatabaseServer
 from tests.conftest import require
 from tests.integration.shop import COLOURS, DIALECTS, ONLY, Shop, order, shops
-from tests.integration.watched.test_calls_on_the_driver import sends
 from tests.integration.watched.test_deadlocks_on_the_driver import told
-from tests.integration.ways import WAYS, Way, driver_of
+from tests.integration.ways import WAYS, Way, driver_of, sends
 from tests.services import mariadb as mariadb_service
 from tests.services.mariadb import MYSQLD, MariaDB
 

@@ -19,8 +19,8 @@ from exactly_once.alembic import ready
 from exactly_once.database.store import Store
 from exactly_once.testing.databases import DatabaseServer
 from tests.conftest import require
-from tests.integration.connections.test_connection_settings import ground_on
 from tests.integration.dialects.test_clock_of_a_session import in_the_driver
+from tests.integration.grounds import ground_on
 from tests.integration.shop import COLOURS, Shop, order, put, shops
 from tests.integration.ways import ALONE, LEASE, WAYS, Way, driver_of
 from tests.services import mariadb as mariadb_service

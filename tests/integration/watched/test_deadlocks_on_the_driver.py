@@ -19,8 +19,7 @@ from exactly_once.testing.databases import DatabaseServer
 from tests.conftest import require
 from tests.integration.shop import COLOURS, STOCK, Shop, order, put, shops
 from tests.integration.threads import Turn, in_thread
-from tests.integration.watched.test_calls_on_the_driver import sends
-from tests.integration.ways import IN_A_STEP, UNDER_A_LEASE, WAYS, Way, driver_of
+from tests.integration.ways import IN_A_STEP, UNDER_A_LEASE, WAYS, Way, driver_of, sends
 from tests.services import mariadb as mariadb_service
 from tests.services.mariadb import MYSQLD, MariaDB
 

@@ -14,9 +14,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from exactly_once import Misuse, Outcome, Retry
-from tests.integration.guards.test_claim_door import in_session
 from tests.integration.shop import COLOURS, Shop, on, order, put, shops
-from tests.integration.ways import WAYS, Way, accounted, driver_of, mariadb_procedures
+from tests.integration.ways import WAYS, Way, accounted, driver_of, in_session, mariadb_procedures
 from tests.waiting import until
 
 pytestmark = [

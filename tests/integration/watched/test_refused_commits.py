@@ -16,7 +16,8 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from exactly_once import Lease, Outcome, Retry
-from tests.integration.connections.test_connection_settings import ground_on, run
+from tests.integration.grounds import ground_on
+from tests.integration.outside import run
 from tests.integration.shop import COLOURS, Shop, order, put
 from tests.integration.ways import ALONE, IN_A_BATCH, IN_A_STEP, UNDER_A_LEASE, Way
 

@@ -16,7 +16,6 @@ from sqlalchemy import event, insert, text
 from sqlalchemy.orm import Session
 
 from exactly_once import Lease, Outcome, Retry
-from tests.integration.guards.test_claim_door import in_session
 from tests.integration.shop import COLOURS, STOCK, Shop, on, order, put, shops
 from tests.integration.threads import Turn, in_thread
 from tests.integration.ways import (
@@ -28,6 +27,7 @@ from tests.integration.ways import (
     WAYS,
     Way,
     driver_of,
+    in_session,
     mariadb_procedures,
 )
 

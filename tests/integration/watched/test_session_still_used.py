@@ -173,7 +173,7 @@ def _lease_is_refused(shop: Shop) -> None:
 @pytest.mark.parametrize("in_lists", [False, True], ids=["batch=", "batch handler"])
 @on(colour="async")  # a thread has no tasks
 def test_a_task_of_one_of_a_group_is_refused_and_the_others_are_processed(shop: Shop, in_lists: bool) -> None:
-    from tests.integration.executor.test_batches import outcomes
+    from tests.integration.batches import outcomes
 
     left = Left(shop, _writes_slowly)
     options: dict[str, Any] = {"name": "handler", "key": "no", "retry": ONE_TRY}
