@@ -19,10 +19,10 @@ from exactly_once.database.dialects.contract import ErrorKind
 from exactly_once.database.schema import Tables
 from exactly_once.database.store import Store
 from exactly_once.errors import ConfigurationError
-from exactly_once.failures import decisions, triage
-from exactly_once.failures.decisions import Database, Part
+from exactly_once.failures import decisions, in_parts
+from exactly_once.failures.decisions import Chosen
+from exactly_once.failures.in_parts import Database, Part
 from exactly_once.failures.states import OPEN
-from exactly_once.failures.triage import Chosen
 from exactly_once.wording.text import escaped, json_line
 
 __all__ = ["app"]
@@ -79,10 +79,10 @@ def list_(
     """List what is not settled, newest first."""
     with _on(app, group, database) as (connection, tables, name):
         chosen = _chosen(name, (), handler, error_class, key, overdue, state)
-        rows = triage.listed(connection, tables, chosen, limit=limit)
-        total = triage.count(connection, tables, chosen)
-        late = triage.count(connection, tables, replace(chosen, overdue=True))
-        others = () if total else triage.other_groups(connection, tables, name, most=_NAMED)
+        rows = decisions.listed(connection, tables, chosen, limit=limit)
+        total = decisions.count(connection, tables, chosen)
+        late = decisions.count(connection, tables, replace(chosen, overdue=True))
+        others = () if total else decisions.other_groups(connection, tables, name, most=_NAMED)
     if as_json:
         for row in rows:
             typer.echo(json_line({name: _plain(value) for name, value in row._asdict().items()}))
@@ -146,7 +146,7 @@ def show(
     again = repeated(app, group, database)
     (number,) = _numbers([id_], "list", again)
     with _on(app, group, database) as (connection, tables, name):
-        row = triage.shown(connection, tables, name, number)
+        row = decisions.shown(connection, tables, name, number)
     if row is None:
         typer.echo(f"Group {name} has no failure {number}. Type: exactly-once failures list{again}", err=True)
         raise SystemExit(1)
@@ -200,7 +200,7 @@ def requeue(
     _named(ids, handler, error_class, key, overdue, state, every)
     store, name = _store(app, group, database)
     chosen = _chosen(name, numbers, handler, error_class, key, overdue, state)
-    decide = partial(decisions.requeue, by=_who(), why=reason, per_second=rate)
+    decide = partial(in_parts.requeue, by=_who(), why=reason, per_second=rate)
     done = _carried_out(store, chosen, decide, "requeued")
     if done.left_out:
         typer.echo(
@@ -237,7 +237,7 @@ def discard(
     _named(ids, handler, error_class, key, overdue, state, every)
     store, name = _store(app, group, database)
     chosen = _chosen(name, numbers, handler, error_class, key, overdue, state)
-    done = _carried_out(store, chosen, partial(decisions.discard, by=_who(), why=reason), "discarded")
+    done = _carried_out(store, chosen, partial(in_parts.discard, by=_who(), why=reason), "discarded")
     _said(done, "discarded", "; their keys count as consumed", again)
 
 
@@ -274,10 +274,10 @@ def _carried_out(
         store.engine.begin, store.tables, lambda error: store.dialect.error_kind(error) is ErrorKind.TRANSIENT
     )
     with store.engine.begin() as connection:
-        ids = triage.ids(connection, store.tables, chosen)
+        ids = decisions.ids(connection, store.tables, chosen)
         for number in sorted(set(chosen.ids).difference(ids))[:_NAMED]:
             typer.echo(
-                _left(number, triage.shown(connection, store.tables, chosen.group, number), chosen.group), err=True
+                _left(number, decisions.shown(connection, store.tables, chosen.group, number), chosen.group), err=True
             )
     done, seen = Part(), 0
     try:

@@ -1,7 +1,7 @@
 """Writes, finishes and takes back claims outside of an attempt, as statements in the caller's transaction.
 
 Three cases: an operator discards a message; a broken message is recorded; a lease that is stored elsewhere leaves its mark in the
-handler's own transaction. Called by `failures.store`, `failures.triage` and `guards.lease.sql`.
+handler's own transaction. Called by `failures.store`, `failures.decisions` and `guards.lease.sql`.
 """
 
 from collections.abc import Callable, Mapping

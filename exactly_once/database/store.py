@@ -16,8 +16,8 @@ from exactly_once.claim import ClaimRow
 from exactly_once.database.connections import forked_engines, loops
 from exactly_once.database.connections.had_before import watch_pool
 from exactly_once.database.connections.replaced_file import watch_file
+from exactly_once.database.dialects.claim_refusal import tried
 from exactly_once.database.dialects.contract import Dialect, ErrorKind
-from exactly_once.database.dialects.refusing import tried
 from exactly_once.database.dialects.registry import dialect_for
 from exactly_once.database.dialects.schema_lookup import schema_in
 from exactly_once.database.engines import async_engine, engine_of, sides, sync_engine, url_of

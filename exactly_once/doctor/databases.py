@@ -23,7 +23,7 @@ from exactly_once.doctor.spellings import former_spellings
 from exactly_once.doctor.standbys import findings_for_standbys
 from exactly_once.errors import ExactlyOnceError
 from exactly_once.exceptions.words import words_of
-from exactly_once.failures import triage
+from exactly_once.failures import decisions
 from exactly_once.handlers.plan import Lease, Plan
 from exactly_once.wording.redaction import redacted
 from exactly_once.wording.text import escaped, probably, stopped
@@ -236,7 +236,7 @@ def _unknown_handlers(connection: Any, store: Store, group: str, plans: tuple[Pl
 
 
 def _overdue(where: str, store: Store, connection: Any, group: str) -> Iterator[Finding]:
-    late = triage.count(connection, store.tables, triage.Chosen(group=group, overdue=True))
+    late = decisions.count(connection, store.tables, decisions.Chosen(group=group, overdue=True))
     if late:
         yield Finding(
             Mark.WARN,

@@ -12,8 +12,8 @@ from sqlalchemy.util import greenlet_spawn
 
 from exactly_once.database.connections.one_writer import anyone_holds, refuse_inside
 from exactly_once.errors import ConfigurationError
-from exactly_once.executor.beside import Beside
 from exactly_once.executor.fanout import combine
+from exactly_once.executor.loop_threads import LoopThreads
 from exactly_once.message import Message
 from exactly_once.outcome import Outcome, Result
 from exactly_once.processing.processor import CALLERS_LOOP, Processor
@@ -21,7 +21,7 @@ from exactly_once.processing.processor import CALLERS_LOOP, Processor
 __all__ = ["CallersLoop"]
 
 # as many as asyncio's own at most: more would only wait for connections, and give up after `pool_timeout`
-_MOST_BESIDE: Final = 32
+_MOST_THREADS: Final = 32
 
 
 class CallersLoop:
@@ -33,7 +33,7 @@ class CallersLoop:
 
     def __init__(self, matching: Callable[[Message], Sequence[Processor]]) -> None:
         self._matching = matching
-        self._beside = Beside(_MOST_BESIDE)
+        self._loop_threads = LoopThreads(_MOST_THREADS)
 
     def run(self, message: Message) -> Outcome:
         """Run a message in this thread.
@@ -64,7 +64,9 @@ class CallersLoop:
         def run(each: Processor) -> Result:
             if each.plan.is_async:
                 return each.run(message, CALLERS_LOOP, callers_loop=True)
-            return self._beside.run(partial(each.run, message, CALLERS_LOOP, callers_loop=True, beside=True))
+            return self._loop_threads.run(
+                partial(each.run, message, CALLERS_LOOP, callers_loop=True, on_our_thread=True)
+            )
 
         return combine([run(each) for each in found])
 

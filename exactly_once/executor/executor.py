@@ -23,10 +23,10 @@ from exactly_once import fork
 from exactly_once.exceptions.words import trace_of
 from exactly_once.executor.background import Background, Job
 from exactly_once.executor.batching import Batching, Queued
-from exactly_once.executor.beside import Beside
 from exactly_once.executor.fanout import Parts, combine
 from exactly_once.executor.future import SmallFuture
 from exactly_once.executor.limit import Limit
+from exactly_once.executor.loop_threads import LoopThreads
 from exactly_once.handlers.plan import Plan
 from exactly_once.outcome import Result, RunFuture
 from exactly_once.processing.batch import BatchProcessor, stay
@@ -75,7 +75,7 @@ class Executor:
         self._batchings_lock = Lock()
         self._limits = {plan.name: Limit(plan.concurrency) for plan in plans if plan.concurrency is not None}
         # a delivery on the loop has one sync handler at a time
-        self._beside = Beside(threads)
+        self._loop_threads = LoopThreads(threads)
         self._stopping = False
         self._process = fork.here
         self._background = Background(())
@@ -145,7 +145,7 @@ class Executor:
         if self._loop is not None and self._loop_thread is not None and self._loop_thread.is_alive():
             self._loop.call_soon_threadsafe(self._end_loop)
             self._loop_thread.join(5)
-        self._beside.close()
+        self._loop_threads.close()
 
     def dead(self) -> Sequence[str]:
         """Return the names of threads that ended although nobody stopped them: work for them would wait for ever."""
@@ -185,12 +185,12 @@ class Executor:
         limit = self._limits.get(one.plan.name)
         if future is None and not one.plan.is_async:
             if limit is None:
-                return self._beside.run(run)
+                return self._loop_threads.run(run)
             # the thread gives the place back: cancelled, the task ends before its handler does
             if limit.acquire(on_loop=True) and self._stopping:
                 limit.release()
                 raise CancelledError
-            return self._beside.run(run, limit.release)
+            return self._loop_threads.run(run, limit.release)
         if limit is None:
             return run()
         with limit.place(on_loop=future is None) as waited:
@@ -232,7 +232,7 @@ class Executor:
                 await asyncio.sleep(min(pause, _LOOK_S))
             if not (batch := batching.take()):
                 return
-            async with self._places:
+            async with self._running_at_once:
                 await greenlet_spawn(self._run_batch, batching, batch)
 
     def _run_batch(self, batching: Batching, batch: Sequence[Queued]) -> None:
@@ -287,7 +287,7 @@ class Executor:
         import asyncio
 
         loop = self._loop = asyncio.new_event_loop()
-        self._places = asyncio.Semaphore(most)  # more messages are in hand than the pool has connections
+        self._running_at_once = asyncio.Semaphore(most)  # more messages are in hand than the pool has connections
         self._loop_thread = Thread(target=self._turn_loop, args=(loop,), name="handlers' loop", daemon=True)
         self._loop_thread.start()
 
@@ -344,7 +344,7 @@ class Executor:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     async def _arun(self, delivery: Delivery, features: Features, found: Sequence[Processor]) -> Result:
-        async with self._places:
+        async with self._running_at_once:
             try:
                 return await greenlet_spawn(self._run, delivery, features, found)
             finally:

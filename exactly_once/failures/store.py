@@ -2,7 +2,7 @@
 
 A row is written in a transaction of its own, after the handler's was rolled back. If that fails, nothing is acknowledged. The
 next try has one owner: `next_attempt_at` NULL means that the broker redelivers the message, a time means that the pump does.
-Called by `processing`. The pump takes due rows by `due`, and a person's decisions are in `triage`.
+Called by `processing`. The pump takes due rows by `due`, and a person's decisions are in `decisions`.
 
 States: retrying, waiting (not failed, only not run yet: not counted), requeued -> resolved; dead, broken -> requeued or discarded
 by a person.
@@ -59,7 +59,7 @@ from exactly_once.failures.states import CLOSED, OPEN, RESOLVABLE, blocking
 from exactly_once.handlers.fingerprint import TAG_BYTES
 from exactly_once.wording.text import storable
 
-__all__ = ["FailureStore", "Place"]
+__all__ = ["FailureStore", "OrderPosition"]
 
 _ASCII: Final = "ascii"
 _MOST_FORMER: Final = 100
@@ -67,7 +67,7 @@ _BROUGHT_AGAIN: Final = timedelta(seconds=60)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class OrderPosition:
     """The place of a message among the messages of its ordering key."""
 
     blocked: bool
@@ -240,7 +240,7 @@ class FailureStore:
             dialect: The dialect of its database.
             row: The claim of the processed message.
             message_id: The message id of this delivery.
-            former: For an ordered message: the rows that `place` found.
+            former: For an ordered message: the rows that `order_position` found.
         """
         connection = session.connection()
         characters = characters_of(connection)
@@ -294,9 +294,9 @@ class FailureStore:
             .values(state="resolved", next_attempt_at=None)
         )
 
-    def place(
+    def order_position(
         self, session: Session, failure: Failure, *, after_dead_wait: bool, is_its_own: Callable[[Row[Any]], bool]
-    ) -> Place:
+    ) -> OrderPosition:
         """Return the place of a message among the open rows of its ordering key, in the caller's transaction.
 
         Args:
@@ -319,10 +319,10 @@ class FailureStore:
         wanted: Select[Any] = select(open_.order_by(t.c.id).limit(1).scalar_subquery(), mine)
         first, own = session.execute(all_rows(wanted, session.connection().dialect.name)).one()
         if first is None:
-            return Place(False, own is not None)
+            return OrderPosition(False, own is not None)
         former = self._former(session, failure, and_(of_key, not_(known)), key, characters, is_its_own)
         since = min((id_ for id_ in (own, *former) if id_ is not None), default=None)
-        return Place(since is None or first < since, since is not None, former)
+        return OrderPosition(since is None or first < since, since is not None, former)
 
     def _former(
         self,

@@ -1,7 +1,7 @@
 """The entry point `eo.claim`: one claim in the caller's transaction. Begins a transaction only if there is none, and ends none.
 
 The claim is sent inside a savepoint, so that a refusal does not touch the caller's earlier work. What follows is the caller's
-affair; `behind` refuses a COMMIT that would not keep the claim. Called by the facade.
+affair; `callers_commit` refuses a COMMIT that would not keep the claim. Called by the facade.
 """
 
 from typing import Any, Final
@@ -15,8 +15,8 @@ from exactly_once.claim import ClaimRow
 from exactly_once.database.connections import forked_engines
 from exactly_once.database.connections.had_before import is_firsthand
 from exactly_once.database.connections.pooler import SAID
+from exactly_once.database.dialects.claim_refusal import raise_for_the_store
 from exactly_once.database.dialects.contract import ClaimBusy, Dialect, ErrorKind, State
-from exactly_once.database.dialects.refusing import raise_for_the_store
 from exactly_once.database.dialects.registry import dialect_for
 from exactly_once.database.dialects.schema_lookup import schema_in
 from exactly_once.database.owner import new_owner
@@ -25,7 +25,7 @@ from exactly_once.database.watched.session import WATCHED
 from exactly_once.database.watched.unread import read_out
 from exactly_once.database.watched.watch import Watch
 from exactly_once.errors import ConfigurationError, PayloadConflict
-from exactly_once.guards import behind
+from exactly_once.guards import callers_commit
 from exactly_once.guards.contract import Conflict, Consumed, Unfinished
 from exactly_once.guards.transaction import standing
 from exactly_once.handlers.body import parse_json
@@ -98,11 +98,11 @@ class Claimer:
             if watch.is_of(row):
                 return True  # the handler's own message, which this attempt has claimed already: do its work
         else:
-            behind.admit(connection)
+            callers_commit.admit(connection)
         if read_out(connection, dialect, dbapi):
             raise errors.Misuse(_IN_THE_MIDST)
         try:
-            if dialect.kept_as not in info or dialect.strange(dbapi, info):
+            if dialect.kept_as not in info or dialect.settings_changed(dbapi, info):
                 forked_engines.register_connection(engine, connection.connection)
                 if self._pooler:
                     info[SAID] = True
@@ -116,7 +116,7 @@ class Claimer:
                 hold(connection)
             if dialect.claim(dbapi, info, row, wait_ms=wait_ms, savepoint=True):
                 if watch is None:
-                    behind.claimed(connection, dialect, row)
+                    callers_commit.claimed(connection, dialect, row)
                 return True
             known = dialect.read_claim(dbapi, row, end=False)
         except ClaimBusy as busy:

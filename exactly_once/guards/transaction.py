@@ -15,6 +15,13 @@ from sqlalchemy.orm import Session
 
 from exactly_once.claim import ClaimRow, ExistingClaim
 from exactly_once.database.connections.had_before import moment
+from exactly_once.database.dialects.claim_refusal import (
+    is_refusal,
+    of_nobody,
+    raise_for_the_store,
+    raise_for_the_table,
+    tried,
+)
 from exactly_once.database.dialects.contract import (
     BatchClaims,
     ClaimBusy,
@@ -23,13 +30,6 @@ from exactly_once.database.dialects.contract import (
     TraceState,
 )
 from exactly_once.database.dialects.firsthand import ready
-from exactly_once.database.dialects.refusing import (
-    is_refusal,
-    of_nobody,
-    raise_for_the_store,
-    raise_for_the_table,
-    tried,
-)
 from exactly_once.database.dialects.registry import batch_claims_for
 from exactly_once.database.errors.interrupted import interrupted
 from exactly_once.database.errors.unreached import unreached

@@ -37,7 +37,7 @@ __all__ = ["UNFINISHED", "BatchAttemptResult", "attempt", "attempt_batch"]
 
 Translate = Callable[[BaseException], BaseException]
 """Return the exception to report in place of the one raised: for a `sys.exit` of the handler, or of a session's hook."""
-WriteMore = Callable[[Session, int], object]
+CloseFailure = Callable[[Session, int], object]
 """Write more in the handler's transaction, after the handler. Called with the session and the number of the claim."""
 Others = Mapping[str, Consumed | Busy | Conflict | Unfinished]
 """The keys of a batch that this attempt did not win, each with what its claim found."""
@@ -53,7 +53,7 @@ def attempt(
     handle: Callable[[Any, Won], object],
     *,
     translate: Translate,
-    write_more: WriteMore | None = None,
+    close_failure: CloseFailure | None = None,
     failed_before: bool = False,
 ) -> AttemptResult:
     """Run one message once.
@@ -63,8 +63,8 @@ def attempt(
         row: Identity and fingerprint of the message. The owner is made here.
         handle: Calls the handler, with the session that the handler gets.
         translate: Returns the exception to report in place of the one raised.
-        write_more: Writes more in the same transaction.
-        failed_before: The message may have a failure row: `write_more` is called for a duplicate, too.
+        close_failure: Writes more in the same transaction.
+        failed_before: The message may have a failure row: `close_failure` is called for a duplicate, too.
 
     Returns:
         How the attempt ended. After cancellation, KeyboardInterrupt or SystemExit there is no result: the transaction is rolled
@@ -86,11 +86,11 @@ def attempt(
         session.rollback()
         return Won(deferred_watch=DeferredWatch(session, context.dialect, None)), ()
 
-    match _attempt(context, claim, lambda _, handed, won: handle(handed, won), translate, write_more):
+    match _attempt(context, claim, lambda _, handed, won: handle(handed, won), translate, close_failure):
         case AttemptResult() as ended:
             return ended if ended.how is not AttemptEnd.BROKEN or ended.owner else replace(ended, owner=row.owner)
         case Consumed(owner):
-            return _duplicate(context, write_more if failed_before else None, owner)
+            return _duplicate(context, close_failure if failed_before else None, owner)
         case Unfinished(owner):
             return AttemptResult(AttemptEnd.BROKEN, Misuse(UNFINISHED), owner=owner)
         case Busy(again, remaining):
@@ -168,7 +168,7 @@ def _attempt(
     claim: Callable[[Session], _Claimed | _Standing],
     handle: Callable[[Session, Any, Won], object],
     translate: Translate,
-    write_more: WriteMore | None,
+    close_failure: CloseFailure | None,
 ) -> AttemptResult | _Standing:
     """Claim and run. A claim that was not won is returned as it is."""
     process = fork.here
@@ -180,7 +180,7 @@ def _attempt(
         if not isinstance(claimed, tuple):
             return claimed
         won, rows = claimed
-        ended = _to_commit(context, session, rows, won, lambda: handle(session, handed, won), translate, write_more)
+        ended = _to_commit(context, session, rows, won, lambda: handle(session, handed, won), translate, close_failure)
         if not rows and ended.how is AttemptEnd.PROCESSED:
             ended = replace(ended, ran_anyway=True)
     finally:
@@ -238,7 +238,7 @@ def _to_commit(
     won: Won,
     handle: Callable[[], object],
     translate: Translate,
-    write_more: WriteMore | None,
+    close_failure: CloseFailure | None,
 ) -> AttemptResult:
     """Handle, complete, commit, consume."""
     guard, dialect = context.guard, context.dialect
@@ -253,10 +253,10 @@ def _to_commit(
             won.watch.returned(session)
         if won.deferred_watch is not None:
             won.deferred_watch.check()
-        if write_more is not None:
+        if close_failure is not None:
             if won.watch is not None:
                 won.watch.check(session)
-            write_more(session, 1 if won.held is None else won.held.attempt)
+            close_failure(session, 1 if won.held is None else won.held.attempt)
         flush(session)
         if (consumed := guard.complete(session, won)) is not None:
             return AttemptResult(AttemptEnd.DUPLICATE, owner=consumed.owner)
@@ -295,12 +295,12 @@ def _consumed(guard: Guard, won: Won, ended: AttemptResult) -> AttemptResult:
     return ended
 
 
-def _duplicate(context: AttemptContext, write_more: WriteMore | None, owner: str | None) -> AttemptResult:
+def _duplicate(context: AttemptContext, close_failure: CloseFailure | None, owner: str | None) -> AttemptResult:
     """Nothing ran. If the message may have a failure row, that row is closed."""
-    if write_more is not None:
+    if close_failure is not None:
 
         def close(ours: Session) -> None:
-            write_more(ours, 1)
+            close_failure(ours, 1)
             ours.commit()
 
         try:

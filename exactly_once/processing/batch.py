@@ -55,7 +55,7 @@ class _Run:
     leave: Callable[[BaseException], None]
     """Called with what a handler raised that is no `Exception`. Re-raises it if the loop ends."""
     meanwhile: Iterable[object]
-    held: Result | None = None
+    away: Result | None = None
     """Set when the store does not answer: the result of all messages that are left."""
     deadlocked: bool = False
     waited_s: float = 0.0
@@ -155,8 +155,8 @@ class BatchProcessor(Processor):
 
     def _alone(self, member: Member, run: _Run) -> None:
         """Run a single message, unless the store does not answer or the batch has waited for other runs too long."""
-        if run.held is not None:
-            member.result = run.held
+        if run.away is not None:
+            member.result = run.away
             return
         if self.recording.refused is not None:
             member.result = self.recording.refuse(callers_loop=False)
@@ -175,13 +175,13 @@ class BatchProcessor(Processor):
             return
         member.result = result
         if isinstance(result.verdict, WaitForStore):
-            run.held = result
+            run.away = result
         if result.outcome is Outcome.IN_PROGRESS and not result.in_handler:
             run.waited_s += monotonic() - began
 
     def _together(self, members: Sequence[Member], run: _Run) -> None:
         """Run these messages in one transaction, or in several smaller transactions."""
-        if len(members) < 2 or run.held is not None or self.recording.refused is not None:
+        if len(members) < 2 or run.away is not None or self.recording.refused is not None:
             for member in members:
                 self._alone(member, run)
             return
@@ -210,7 +210,7 @@ class BatchProcessor(Processor):
 
     def _away(self, members: Sequence[Member], ended: AttemptResult, run: _Run) -> None:
         """The store does not answer: hold these messages, and remember those whose claim may stand."""
-        run.held = self.recording.away(ended.error)
+        run.away = self.recording.away(ended.error)
         if ended.owner is not None:  # it is not known whether their claims stand
             for member in members:
                 assert member.work.row is not None
@@ -232,7 +232,7 @@ class BatchProcessor(Processor):
 
     def _if_free(self, member: Member, run: _Run) -> None:
         """Run a message of a batch in which other runs hold some keys. Unlike `_alone`, do not wait for its key."""
-        if run.held is not None:
+        if run.away is not None:
             self._alone(member, run)
             return
         tried = self._attempt([member], run)

@@ -35,7 +35,7 @@ from exactly_once.exceptions.words import trace_of, words_of
 from exactly_once.failures.due import message_of
 from exactly_once.failures.failure import MESSAGE_ID_BYTES
 from exactly_once.failures.policy import Park, counts_as, spent
-from exactly_once.failures.store import Place
+from exactly_once.failures.store import OrderPosition
 from exactly_once.guards.contract import Consumed, Guard, Unfinished, Won
 from exactly_once.guards.lease.ledger import StepLedger
 from exactly_once.guards.lease.stores import LeasePlacement, LeaseStores, sql_leases
@@ -135,7 +135,7 @@ class Processor:
         *,
         pumped: bool = False,
         callers_loop: bool = False,
-        beside: bool = False,
+        on_our_thread: bool = False,
     ) -> Work:
         """Read a message. If it cannot be read, the reason is in the reading's `error`; nothing is raised.
 
@@ -144,11 +144,11 @@ class Processor:
             features: What the source of the delivery can do.
             pumped: The message comes from the failure store.
             callers_loop: The caller is a consumer loop that is not ours; no retry is scheduled.
-            beside: The caller is in an event loop, and this thread is ours, not the caller's.
+            on_our_thread: The caller is in an event loop, and this thread is ours, not the caller's.
         """
         reading = self.plan.read(message)
         row = self._row(message, reading) if reading.key is not None and reading.error is None else None
-        return Work(message, reading, row, features, pumped, callers_loop, beside)
+        return Work(message, reading, row, features, pumped, callers_loop, on_our_thread)
 
     def run(
         self,
@@ -157,7 +157,7 @@ class Processor:
         *,
         pumped: bool = False,
         callers_loop: bool = False,
-        beside: bool = False,
+        on_our_thread: bool = False,
     ) -> Result:
         """Process one delivery. Blocks (in a greenlet: awaits) until there is a result.
 
@@ -166,7 +166,7 @@ class Processor:
             features: As of `read`.
             pumped: As of `read`.
             callers_loop: As of `read`.
-            beside: As of `read`.
+            on_our_thread: As of `read`.
 
         Returns:
             Outcome and verdict. A store that does not answer gives `WaitForStore`.
@@ -176,7 +176,9 @@ class Processor:
         """
         if self.recording.refused is not None:
             return self.recording.refuse(callers_loop=callers_loop)
-        return self.process(self.read(message, features, pumped=pumped, callers_loop=callers_loop, beside=beside))
+        return self.process(
+            self.read(message, features, pumped=pumped, callers_loop=callers_loop, on_our_thread=on_our_thread)
+        )
 
     def process(self, work: Work) -> Result:
         """Process a message that was read; as `run`."""
@@ -215,11 +217,11 @@ class Processor:
         before = work.pumped or self.recording.came_before(message, row.key)
         former: Sequence[int] = ()
         if self.plan.ordered and message.ordering_key is not None:
-            place = self._place(work)
-            if place.blocked:
+            position = self._order_position(work)
+            if position.blocked:
                 # a message that was processed before need not wait behind others
                 return self._done(work, row) or self.recording.wait(work, Outcome.WAITING)
-            before, former = before or place.known, place.former
+            before, former = before or position.known, position.former
         return self._try(work, row, before, former)
 
     def _row(self, message: Message, reading: Reading) -> ClaimRow:
@@ -244,7 +246,7 @@ class Processor:
 
         def translate(error: BaseException) -> BaseException:
             # in a loop of the caller's the thread is the caller's, and a signal may have asked the thread to end
-            return reported(error, exits=work.beside or not callers_loop)
+            return reported(error, exits=work.on_our_thread or not callers_loop)
 
         def handle(handed: Any, won: Won) -> None:
             nonlocal sent
@@ -271,7 +273,7 @@ class Processor:
                 ledger.end()
 
         # under a lease the claim's number shows earlier claims, too: one may have failed in another process
-        write_more = self._resolving(row, message, before, former) if before or self._placed is not None else None
+        close_failure = self._closing(row, message, before, former) if before or self._placed is not None else None
         transient = immediate = 0
         looked = False
         while True:
@@ -280,7 +282,7 @@ class Processor:
                     reading=self.plan.read(message)
                 )  # the handler may have changed the body, so it is read again
             ended = attempt(
-                self._context, row, handle, translate=translate, write_more=write_more, failed_before=before
+                self._context, row, handle, translate=translate, close_failure=close_failure, failed_before=before
             )
             if ended.how is AttemptEnd.FAILED and ended.error is not None and self.store.unreached(ended.error):
                 ended = replace(ended, how=AttemptEnd.TRANSIENT)  # the error alone does not show that the store is away
@@ -408,7 +410,7 @@ class Processor:
             pause=placed.pause,
         )
 
-    def _resolving(
+    def _closing(
         self, row: ClaimRow, message: Message, before: bool, former: Sequence[int]
     ) -> Callable[[Session, int], object]:
         failures, dialect = self.recording.failures, self.store.dialect
@@ -477,14 +479,14 @@ class Processor:
             raise
         return work._replace(message=before, reading=read, row=self._row(before, read)) if found else work
 
-    def _place(self, work: Work) -> Place:
+    def _order_position(self, work: Work) -> OrderPosition:
         failure = self.recording.failure(work, Reject(""))
-        waits, place = self.plan.after_dead == "wait", self.recording.failures.place
+        waits, position = self.plan.after_dead == "wait", self.recording.failures.order_position
         try:
             return in_our_session(
                 self._ours,
                 self.store.dialect,
-                lambda session: place(
+                lambda session: position(
                     session, failure, after_dead_wait=waits, is_its_own=lambda row: self._keeps(row, work.reading)
                 ),
             )

@@ -27,7 +27,7 @@ class Work(NamedTuple):
     """The message comes from the failure store."""
     callers_loop: bool = False
     """The caller is a consumer loop that is not ours; no retry is scheduled."""
-    beside: bool = False
+    on_our_thread: bool = False
     """The caller is in an event loop, and this thread is ours, not the caller's."""
 
 

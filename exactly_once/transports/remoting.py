@@ -156,7 +156,7 @@ class Admin:
             if not table or seen >= int(reply.fields.get("totalGroupNum", 0)):
                 return None
 
-    def place(self, group: str, queue: Queue) -> int | None:
+    def offset(self, group: str, queue: Queue) -> int | None:
         """Return a group's offset in a queue, or None if it never had one."""
         fields = {"consumerGroup": group, "topic": queue.topic, "queueId": str(queue.number)}
         try:
@@ -177,8 +177,8 @@ class Admin:
 
     def move(self, group: str, queue: Queue, offset: int) -> None:
         """Set a group's offset, unless it is farther already."""
-        place = self.place(group, queue)
-        if place is None or place < offset:
+        now = self.offset(group, queue)
+        if now is None or now < offset:
             self._put(group, queue, offset)
 
     def _put(self, group: str, queue: Queue, offset: int) -> None:

@@ -288,7 +288,7 @@ class Worker:
         try:
             future = self._run(delivery, lane.features)
         except BaseException as error:  # noqa: BLE001, RUF100
-            self._broke(lane, delivery, error)
+            self._raised(lane, delivery, error)
         else:
             lane.running[delivery] = future
             future.add_done_callback(partial(self._finish, lane, delivery, since))
@@ -301,7 +301,7 @@ class Worker:
             self._outcomes.add(RunEnded(delivery.message.topic, result))
             verdict = result.verdict
         except BaseException as error:  # noqa: BLE001, RUF100  (cancellation too: it is not acknowledged)
-            self._broke(lane, delivery, error)
+            self._raised(lane, delivery, error)
             return
         if type(verdict) is Ack or type(verdict) is Redeliver:
             lane.decide(delivery, verdict)
@@ -320,9 +320,9 @@ class Worker:
             elif not kept:
                 lane.decide(delivery, verdict.then)
         else:
-            self._broke(lane, delivery, TypeError(f"a run ended with {verdict!r}, which is not a verdict"))
+            self._raised(lane, delivery, TypeError(f"a run ended with {verdict!r}, which is not a verdict"))
 
-    def _broke(self, lane: Lane, delivery: Delivery, error: BaseException) -> None:
+    def _raised(self, lane: Lane, delivery: Delivery, error: BaseException) -> None:
         if isinstance(error, ConfigurationError) and error.store is not None:
             with self._changed:
                 held = not self._stopping

@@ -14,7 +14,7 @@ from sqlalchemy import Engine, text
 
 from exactly_once import Message, Outcome
 from exactly_once.database.schema import tables
-from exactly_once.failures.triage import Chosen, requeue
+from exactly_once.failures.decisions import Chosen, requeue
 from exactly_once.testing import bound
 from exactly_once.testing.databases import DatabaseServer
 from tests.acceptance import crash_shop

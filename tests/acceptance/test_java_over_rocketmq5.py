@@ -15,13 +15,13 @@ from sqlalchemy.orm import Session
 from exactly_once import ExactlyOnce, Retry
 from exactly_once.clients.packed import MOST_BYTES
 from exactly_once.database.server_clock import utcnow
-from exactly_once.failures import triage
+from exactly_once.failures import decisions
 from exactly_once.maintenance import sweeps
 from exactly_once.message import Message
 from exactly_once.outcome import Ack
 from exactly_once.transports.contract import Subscription
 from exactly_once.transports.rocketmq5 import wall
-from exactly_once.transports.rocketmq5.session import Grip
+from exactly_once.transports.rocketmq5.group_client import Grip
 from tests.acceptance.java_hears import check_what_java_hears
 from tests.acceptance.test_rocketmq5_walls import Broker, bare_receive, receive, until
 from tests.services import java_producer
@@ -123,8 +123,8 @@ def test_a_body_that_nothing_here_unpacks_is_a_dead_letter_whole_and_runs_once_i
     assert shop.handled == []
     nothing_unpacks.undo()
     with shop.eo.stores["default"].engine.begin() as connection:
-        chosen = triage.Chosen(group=shop.group)
-        triage.requeue(connection, shop.eo.stores["default"].tables, chosen, by="me", why=None, per_second=None)
+        chosen = decisions.Chosen(group=shop.group)
+        decisions.requeue(connection, shop.eo.stores["default"].tables, chosen, by="me", why=None, per_second=None)
     shop.work_until(lambda: shop.handled)
     assert shop.handled == [json.loads(body)]
     assert [row.state for row in shop.failures()] == ["resolved"]
@@ -148,8 +148,8 @@ def test_a_body_that_is_damaged_is_a_dead_letter_and_stays_one(broker: Broker, s
     bodies = sorted(row.body for row in shop.failures())
     assert bodies == sorted([LZ4 + b"and no frame", ZSTD, b"not packed at all"])
     with shop.eo.stores["default"].engine.begin() as connection:
-        chosen = triage.Chosen(group=shop.group)
-        triage.requeue(connection, shop.eo.stores["default"].tables, chosen, by="me", why=None, per_second=None)
+        chosen = decisions.Chosen(group=shop.group)
+        decisions.requeue(connection, shop.eo.stores["default"].tables, chosen, by="me", why=None, per_second=None)
     shop.work_until(lambda: [row.state for row in shop.failures()] == ["dead"] * 3)
     assert (shop.handled, sorted(row.body for row in shop.failures())) == ([], bodies)
 
@@ -196,7 +196,7 @@ A = b'{"no": "A"}'
 def overdue(shop: Shop) -> Sequence[Row[Any]]:
     store = shop.eo.stores["default"]
     with store.engine.connect() as connection:
-        return triage.listed(connection, store.tables, triage.Chosen(group=shop.group, overdue=True), limit=10)
+        return decisions.listed(connection, store.tables, decisions.Chosen(group=shop.group, overdue=True), limit=10)
 
 
 def test_what_java_took_after_our_failure_stays_and_is_overdue_after_thirteen_hours(broker: Broker, shop: Shop) -> None:

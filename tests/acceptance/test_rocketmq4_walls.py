@@ -456,7 +456,7 @@ def test_a_group_without_a_place_is_put_at_the_end_and_one_with_a_place_stays(ro
     admin.put_at_end(place.group, queue)
     place.send(b"4")
     fix_starting_points(admin, Names(), place.group, [Subscription(place.topic)])
-    assert admin.place(place.group, queue) == 3
+    assert admin.offset(place.group, queue) == 3
     consumers = place.transport().subscribe(place.group, [Subscription(place.topic)])
     assert [delivery.message.body for delivery in take(consumers[0], 1)] == [b"4"]
     leave(consumers)

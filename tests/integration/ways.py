@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from exactly_once import AsyncSteps, Lease, Message, Outcome, Steps
-from exactly_once.failures.triage import Chosen, requeue
+from exactly_once.failures.decisions import Chosen, requeue
 from tests.integration.batches import told
 from tests.integration.shop import GROUP, ONE_TRY, Shop, order
 

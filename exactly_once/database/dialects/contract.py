@@ -136,7 +136,7 @@ class Dialect(Protocol):
             varies: The application changes its connections' settings at each checkout: what is learnt now may not hold later.
         """
 
-    def strange(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
+    def settings_changed(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
         """Say whether a connection differs from what it was when prepared. Then it must be thrown away. Free, no round trip."""
 
     def claim(

@@ -36,7 +36,7 @@ def is_changed(dialect: Dialect, connection: Connection, since: int) -> bool:
     """Say whether a connection must be thrown away before use: it has changed, or we do not know what it was before."""
     info = connection.info
     if dialect.kept_as in info:
-        return dialect.strange(connection.connection.dbapi_connection, info)
+        return dialect.settings_changed(connection.connection.dbapi_connection, info)
     return dialect.learns and LEARNT not in info and not is_new(connection, since)
 
 
@@ -78,4 +78,4 @@ def ready(dialect: Dialect, connection: Connection, *, wait_ms: int, since: int)
         if dialect.error_kind(error) is ErrorKind.UNAVAILABLE or interrupted(error):
             raise
         return None
-    return None if dialect.strange(dbapi, info) else True
+    return None if dialect.settings_changed(dbapi, info) else True

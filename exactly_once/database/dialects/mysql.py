@@ -299,7 +299,7 @@ class MySQL(MySQLErrors):
             readers=(reader(grammar._replace(backslash=False)), reader(grammar._replace(backslash=True))),
         )
 
-    def strange(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
+    def settings_changed(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
         return False  # we send and read digits and bytes, which no character set or mode changes
 
     def claim(

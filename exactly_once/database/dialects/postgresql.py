@@ -218,7 +218,7 @@ class PostgreSQL(PostgreSQLErrors):
         if varies:
             seen.vary()
 
-    def strange(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
+    def settings_changed(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
         driver = driver_of(dbapi)
         return bool(driver.autocommit) or encoding_of(driver) != info[self.kept_as].encoding
 

@@ -114,7 +114,7 @@ class SQLite:
             driver._execute = _counting(driver, driver._execute)  # noqa: SLF001
         info[self.kept_as] = True
 
-    def strange(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
+    def settings_changed(self, dbapi: Any, info: MutableMapping[Any, Any]) -> bool:
         return False
 
     def claim(

@@ -11,9 +11,9 @@ from sqlalchemy.orm import Session
 
 from exactly_once.database.connections import forked_engines
 from exactly_once.database.connections.had_before import moment
+from exactly_once.database.dialects.claim_refusal import raise_for_the_store
 from exactly_once.database.dialects.contract import WAIT_MS, Dialect, ErrorKind, State, Trace
 from exactly_once.database.dialects.firsthand import ready, varies
-from exactly_once.database.dialects.refusing import raise_for_the_store
 from exactly_once.database.errors.interrupted import interrupted
 from exactly_once.database.errors.unreached import unreached
 from exactly_once.database.owner import new_owner

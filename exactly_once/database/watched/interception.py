@@ -5,7 +5,7 @@ rollback is only marked: a failed flush rolls back too, and an error raised ther
 
 There is one set of listeners for each engine, installed once. For connections without a watch they return at the first line. They
 are attached to the engine's dialect: one listener on the engine itself makes SQLAlchemy rebuild its dispatch for each connection
-that is checked out, which cost more than all of the watching. Called by `store` and `guards.behind`.
+that is checked out, which cost more than all of the watching. Called by `store` and `guards.callers_commit`.
 """
 
 import re

@@ -13,8 +13,8 @@ from sqlalchemy import Connection, Engine
 from exactly_once.database.connections.beginning import begin_ours
 from exactly_once.database.connections.had_before import is_firsthand, kept_firsthand, moment
 from exactly_once.database.connections.pooler import is_pooled
+from exactly_once.database.dialects.claim_refusal import raise_for_the_store
 from exactly_once.database.dialects.contract import Dialect, ErrorKind, State
-from exactly_once.database.dialects.refusing import raise_for_the_store
 from exactly_once.database.errors.drivers_own import is_taken
 from exactly_once.database.errors.interrupted import interrupted
 from exactly_once.database.mysql_committed import see_committed

@@ -33,6 +33,7 @@ from sqlalchemy import (
 from exactly_once.claim import ClaimRow, LeaseAnswer, StepRow
 from exactly_once.database import claim_rows
 from exactly_once.database.connections.had_before import moment
+from exactly_once.database.dialects.claim_refusal import is_refusal, of_nobody, raise_for_the_table, tried
 from exactly_once.database.dialects.contract import (
     WAIT_MS,
     ClaimBusy,
@@ -42,7 +43,6 @@ from exactly_once.database.dialects.contract import (
     TraceState,
 )
 from exactly_once.database.dialects.firsthand import ready
-from exactly_once.database.dialects.refusing import is_refusal, of_nobody, raise_for_the_table, tried
 from exactly_once.database.dialects.registry import lease_claims_for
 from exactly_once.database.errors.crowded import all_taken, is_news
 from exactly_once.database.errors.drivers_own import is_taken

@@ -96,7 +96,7 @@ def _look(
     reading: deque[tuple[Stretch, int, int]] = deque()
     for topic, tags in topics:
         for queue in admin.queues(topic):
-            place = admin.place(theirs, queue)
+            place = admin.offset(theirs, queue)
             if place is not None:
                 end = admin.end(queue)
                 stretch = Stretch(queue, place, " || ".join(sorted(tags)) or "*", partial(_has_tag, frozenset(tags)))

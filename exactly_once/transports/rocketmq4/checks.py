@@ -118,7 +118,7 @@ def fix_starting_points(admin: Admin, names: Names, group: str, subscriptions: S
     for subscription in subscriptions:
         try:
             for queue in admin.queues(names.outside(subscription.topic)):
-                if admin.place(names.outside(group), queue) is None:
+                if admin.offset(names.outside(group), queue) is None:
                     admin.put_at_end(names.outside(group), queue)
         except (OSError, TransportError) as error:
             _log.warning(

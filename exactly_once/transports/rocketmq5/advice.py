@@ -10,7 +10,7 @@ from rocketmq.grpc_protocol import Code
 
 from exactly_once.errors import TransportError
 from exactly_once.transports.rocketmq5.endpoints import Endpoints
-from exactly_once.transports.rocketmq5.session import describe
+from exactly_once.transports.rocketmq5.group_client import describe
 
 __all__ = ["about_group", "about_send", "about_topic"]
 

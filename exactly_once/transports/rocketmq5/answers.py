@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from rocketmq.grpc_protocol import Code
 
-from exactly_once.transports.rocketmq5.session import Grip, describe
+from exactly_once.transports.rocketmq5.group_client import Grip, describe
 from exactly_once.wording.steady_log import steady
 
 __all__ = ["FINE", "begun", "refused_acknowledgements", "refused_renewals", "tell"]

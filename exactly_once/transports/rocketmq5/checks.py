@@ -14,7 +14,7 @@ from exactly_once.errors import TransportError
 from exactly_once.transports.contract import Away, Subscription
 from exactly_once.transports.rocketmq5.advice import about_group, about_topic
 from exactly_once.transports.rocketmq5.endpoints import Endpoints, not_grpc, reachable
-from exactly_once.transports.rocketmq5.session import Session, describe
+from exactly_once.transports.rocketmq5.group_client import GroupClient, describe
 
 __all__ = ["problems"]
 
@@ -33,7 +33,7 @@ def problems(proxies: Endpoints, group: str, subscriptions: Sequence[Subscriptio
     reason = reachable(proxies)
     if reason is not None:
         return [Away(f"RocketMQ's proxy at {proxies} does not answer ({reason}). Start it, or correct the URL.")]
-    session = Session(proxies, group, subscriptions)
+    session = GroupClient(proxies, group, subscriptions)
     try:
         return _ask(session, proxies, group, subscriptions, max_attempts)
     finally:
@@ -41,7 +41,7 @@ def problems(proxies: Endpoints, group: str, subscriptions: Sequence[Subscriptio
 
 
 def _ask(
-    session: Session, proxies: Endpoints, group: str, subscriptions: Sequence[Subscription], max_attempts: int
+    session: GroupClient, proxies: Endpoints, group: str, subscriptions: Sequence[Subscription], max_attempts: int
 ) -> list[str]:
     try:
         session.start()
@@ -81,7 +81,7 @@ def _ask(
     return found
 
 
-def _topic_problem(session: Session, proxies: Endpoints, subscription: Subscription) -> str | None:
+def _topic_problem(session: GroupClient, proxies: Endpoints, subscription: Subscription) -> str | None:
     topic = subscription.topic
     kind = "FIFO" if subscription.ordered else "NORMAL"
     try:

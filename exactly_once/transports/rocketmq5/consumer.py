@@ -38,8 +38,8 @@ from exactly_once.transports.rocketmq5.answers import (
     tell,
 )
 from exactly_once.transports.rocketmq5.endpoints import Endpoints
+from exactly_once.transports.rocketmq5.group_client import MOST_PER_POLL, Grip, GroupClient, Poll, describe
 from exactly_once.transports.rocketmq5.membership import Membership
-from exactly_once.transports.rocketmq5.session import MOST_PER_POLL, Grip, Poll, Session, describe
 from exactly_once.wording.steady_log import steady
 
 __all__ = ["RocketMQ5Consumer"]
@@ -52,7 +52,7 @@ MOST_ENTRIES: Final = 128  # acknowledgements in one request
 LONGEST_HIDING_S: Final = 12 * 3600  # the proxy refuses more
 _WAKE: Final = Poll(0, None, None)
 
-Held = tuple[Any, Grip]
+Fetched = tuple[Any, Grip]
 """A received message in the protocol's form, and its grip."""
 
 
@@ -83,7 +83,7 @@ class RocketMQ5Consumer:
         self._member = Membership(proxies, group, tuple(subscriptions), mine.topic)
         self._lock = Lock()  # guards the next three, and is never held during a call
         self._polls: set[Poll] = set()
-        self._ready: deque[Held] = deque()  # received, not handed out
+        self._ready: deque[Fetched] = deque()  # received, not handed out
         self._stopped = False
         self._ended: SimpleQueue[Poll] = SimpleQueue()  # polls that have ended
 
@@ -165,7 +165,7 @@ class RocketMQ5Consumer:
         self.stop()
         self._member.close()
 
-    def _begin(self, session: Session, limit: int) -> None:
+    def _begin(self, session: GroupClient, limit: int) -> None:
         """Keep enough polls running for `limit` messages, and never more than that."""
         if self._member.resting:
             return
@@ -226,7 +226,7 @@ class RocketMQ5Consumer:
         else:
             self._lose(poll.owner, describe(poll.status))
 
-    def _lose(self, session: Session, reason: str) -> None:
+    def _lose(self, session: GroupClient, reason: str) -> None:
         if self._member.lose(session, reason):
             with self._lock:
                 polls, self._polls = self._polls, set()
@@ -267,10 +267,10 @@ class RocketMQ5Consumer:
             with self._lock:
                 self._ready = deque(one for one in self._ready if id(one) not in lost)
 
-    def _aged(self, one: Held) -> bool:
+    def _aged(self, one: Fetched) -> bool:
         return one[1].received_at + self._invisible.total_seconds() / 3 < monotonic()
 
-    def _still_ours(self, held: Sequence[Held]) -> list[Held]:
+    def _still_ours(self, held: Sequence[Fetched]) -> list[Fetched]:
         """Extend these. Drop those that cannot be extended: another consumer may already have them, or will get them."""
         self._hide([grip for _, grip in held], _whole_seconds(self._invisible), "kept invisible")
         return [one for one in held if not self._aged(one)]

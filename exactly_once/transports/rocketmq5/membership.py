@@ -15,7 +15,7 @@ from typing import Final
 from exactly_once import fork
 from exactly_once.transports.contract import Subscription
 from exactly_once.transports.rocketmq5.endpoints import Endpoints, reachable
-from exactly_once.transports.rocketmq5.session import Session, describe
+from exactly_once.transports.rocketmq5.group_client import GroupClient, describe
 from exactly_once.wording.steady_log import steady
 
 __all__ = ["Membership"]
@@ -39,7 +39,7 @@ class Membership:
     def __init__(self, proxies: Endpoints, group: str, subscriptions: Sequence[Subscription], topic: str) -> None:
         self._proxies, self._group, self._subscriptions, self._topic = proxies, group, subscriptions, topic
         self._lock = Lock()
-        self._session: Session | None = None
+        self._session: GroupClient | None = None
         self._stopping = Event()
         self._closed = False
         self._pause_s, self._not_before, self._complained = 0.0, 0.0, ""
@@ -53,7 +53,7 @@ class Membership:
         self._stopping.set()
 
     @property
-    def session(self) -> Session | None:
+    def session(self) -> GroupClient | None:
         """The session; None while the proxy is away."""
         return self._session
 
@@ -62,7 +62,7 @@ class Membership:
         """The proxy has just failed or refused: ask nothing for a moment."""
         return monotonic() < self._not_before
 
-    def rejoin(self, deadline: float) -> Session | None:
+    def rejoin(self, deadline: float) -> GroupClient | None:
         """Try to join until it works, the deadline passes or we are stopped."""
         while not self._stopping.is_set():
             now = monotonic()
@@ -76,7 +76,7 @@ class Membership:
                 return session
         return None
 
-    def lose(self, session: Session, reason: str) -> bool:
+    def lose(self, session: GroupClient, reason: str) -> bool:
         """Discard this session. False: it was already discarded, because another call failed at the same time."""
         with self._lock:
             if self._session is not session:
@@ -116,12 +116,12 @@ class Membership:
         if session is not None:
             session.close()
 
-    def _try(self) -> Session | None:
+    def _try(self) -> GroupClient | None:
         reason = reachable(self._proxies)
         if reason is not None:
             self.rest(reason)
             return None
-        session = Session(self._proxies, self._group, self._subscriptions)  # raises in a child that cannot have one
+        session = GroupClient(self._proxies, self._group, self._subscriptions)  # raises in a child that cannot have one
         try:
             session.open()
             session.queues(self._topic)

@@ -28,8 +28,8 @@ from exactly_once.message import Message
 from exactly_once.transports.contract import Features, Receipt
 from exactly_once.transports.rocketmq5.advice import about_send, about_topic
 from exactly_once.transports.rocketmq5.endpoints import Endpoints, not_grpc, reachable
+from exactly_once.transports.rocketmq5.group_client import REQUEST_TIMEOUT_S, configuration, describe
 from exactly_once.transports.rocketmq5.requests import Job, request_of, together
-from exactly_once.transports.rocketmq5.session import REQUEST_TIMEOUT_S, configuration, describe
 
 __all__ = ["RocketMQ5Producer"]
 

@@ -16,7 +16,7 @@ from exactly_once.errors import BadBody
 from exactly_once.message import Message, with_former
 from exactly_once.transports import packed_messages
 from exactly_once.transports.contract import Delivery
-from exactly_once.transports.rocketmq5.session import Grip, describe
+from exactly_once.transports.rocketmq5.group_client import Grip, describe
 
 __all__ = ["delivery"]
 

@@ -13,8 +13,8 @@ from sqlalchemy.orm import Session
 
 from exactly_once import ExactlyOnce, Message, Outcome, Reject, Retry
 from exactly_once.database.schema import tables
+from exactly_once.failures.decisions import Chosen, requeue
 from exactly_once.failures.due import DueFailures
-from exactly_once.failures.triage import Chosen, requeue
 from exactly_once.testing.databases import DatabaseServer
 from exactly_once.transports.memory import forget
 from tests.integration.shop import ONE_TRY

@@ -9,8 +9,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from exactly_once import ConfigurationError, ExactlyOnce, Message, Outcome, Reject, Retry
 from exactly_once.database.schema import tables
-from exactly_once.failures import triage
-from exactly_once.failures.triage import Chosen
+from exactly_once.failures import decisions
+from exactly_once.failures.decisions import Chosen
 from exactly_once.operations.rename import rename_rows
 
 GROUP = "deciding"
@@ -68,15 +68,15 @@ class World:
         with self.engine.connect() as connection:
             return {row.business_key: row.owner for row in connection.execute(select(t))}
 
-    def requeue(self, *ids: int, rate: float | None = None, **narrow: Any) -> triage.Requeued:
+    def requeue(self, *ids: int, rate: float | None = None, **narrow: Any) -> decisions.Requeued:
         with self.engine.begin() as connection:
             chosen = Chosen(group=GROUP, ids=ids, **narrow)
-            return triage.requeue(connection, tables(), chosen, by="anna", why="mended", per_second=rate)
+            return decisions.requeue(connection, tables(), chosen, by="anna", why="mended", per_second=rate)
 
     def discard(self, *ids: int, **narrow: Any) -> int:
         with self.engine.begin() as connection:
             chosen = Chosen(group=GROUP, ids=ids, **narrow)
-            return triage.discard(connection, tables(), chosen, by="anna", why="paid by hand")
+            return decisions.discard(connection, tables(), chosen, by="anna", why="paid by hand")
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_choosing_narrows_by_id_handler_error_key_and_state(world: World) -> Non
 
     def found(**narrow: Any) -> int:
         with world.engine.connect() as connection:
-            return triage.count(connection, tables(), Chosen(group=GROUP, **narrow))
+            return decisions.count(connection, tables(), Chosen(group=GROUP, **narrow))
 
     assert found() == 3
     assert found(ids=[first]) == 1

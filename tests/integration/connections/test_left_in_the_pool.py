@@ -23,7 +23,7 @@ from sqlalchemy.pool import StaticPool
 from exactly_once import AsyncSteps, ExactlyOnce, Lease, Outcome, Retry, Steps
 from exactly_once.database.schema import tables
 from exactly_once.database.server_clock import utcnow
-from exactly_once.failures.triage import Chosen, requeue
+from exactly_once.failures.decisions import Chosen, requeue
 from exactly_once.testing.databases import DatabaseServer
 from tests.integration.grounds import ground_on
 from tests.integration.outside import by_other_code, run, set_autocommit

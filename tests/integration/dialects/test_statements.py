@@ -203,11 +203,13 @@ def failure_statements(shop: Shop) -> dict[str, list[str]]:
         "record the last": in_session(lambda s: store.record(s, failure, lambda n: Park("dead", "no"))),
         "resolve": in_session(lambda s: store.resolve(s, opened.dialect, done, "id-A-1")),
         "resolve, ordered": in_session(lambda s: store.resolve(s, opened.dialect, done, "id-A-1", (7,))),
-        "blocked": in_session(lambda s: store.place(s, failure, after_dead_wait=True, is_its_own=bool)),
+        "blocked": in_session(lambda s: store.order_position(s, failure, after_dead_wait=True, is_its_own=bool)),
         "blocked, going on behind dead ones": in_session(
-            lambda s: store.place(s, failure, after_dead_wait=False, is_its_own=bool)
+            lambda s: store.order_position(s, failure, after_dead_wait=False, is_its_own=bool)
         ),
-        "blocked behind another": in_session(lambda s: store.place(s, behind, after_dead_wait=True, is_its_own=bool)),
+        "blocked behind another": in_session(
+            lambda s: store.order_position(s, behind, after_dead_wait=True, is_its_own=bool)
+        ),
         "make one due": in_session(lambda s: store.record(s, _due(), lambda n: ByPump(timedelta(0)))),
         "take": in_connection(take),
         "sweep": lambda: pumped.sweep(engine.begin, GROUP),

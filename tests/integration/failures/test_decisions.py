@@ -15,10 +15,10 @@ from exactly_once import ExactlyOnce, Lease, Message, Outcome, Reject, Retry
 from exactly_once.cli.failures import app as command
 from exactly_once.database.schema import tables
 from exactly_once.database.server_clock import utcnow
-from exactly_once.failures import decisions, triage
-from exactly_once.failures.decisions import Database, Part
+from exactly_once.failures import decisions, in_parts
+from exactly_once.failures.decisions import Chosen
+from exactly_once.failures.in_parts import Database, Part
 from exactly_once.failures.store import FailureStore
-from exactly_once.failures.triage import Chosen
 from exactly_once.outcome import Ack
 from exactly_once.processing.processor import Processor, Result
 from exactly_once.transports.contract import Features
@@ -86,11 +86,11 @@ class World:
 
     def begun(self, decide: Callable[..., Iterator[Part]], chosen: Chosen = EVERY, **more: Any) -> Iterator[Part]:
         with self.engine.begin() as connection:
-            ids = triage.ids(connection, tables(), chosen)
+            ids = decisions.ids(connection, tables(), chosen)
         return decide(self.database, chosen, ids, by="anna", why="why not", **more)
 
     def discard(self) -> Part:
-        return sum(self.begun(decisions.discard), Part())
+        return sum(self.begun(in_parts.discard), Part())
 
     def rows(self) -> Sequence[Any]:
         with self.engine.connect() as connection:
@@ -256,7 +256,7 @@ def test_many_are_decided_in_parts_each_of_which_is_committed(world: World, deci
 
 def test_what_was_decided_before_the_command_was_cut_off_stays(world: World) -> None:
     world.stuff(MANY)
-    next(world.begun(decisions.discard))
+    next(world.begun(in_parts.discard))
     assert sum(row.state == "discarded" for row in world.rows()) == 200
     assert world.discard().count == MANY - 200
     assert len(world.claims()) == MANY
@@ -264,7 +264,7 @@ def test_what_was_decided_before_the_command_was_cut_off_stays(world: World) -> 
 
 def test_a_rate_goes_on_from_part_to_part(world: World) -> None:
     world.stuff(MANY)
-    list(world.begun(decisions.requeue, per_second=10))
+    list(world.begun(in_parts.requeue, per_second=10))
     due = [row.next_attempt_at for row in world.rows()]
     assert [(later - due[0]).total_seconds() for later in due] == pytest.approx(
         [number / 10 for number in range(MANY)], abs=2
@@ -284,7 +284,7 @@ def test_one_that_another_person_requeued_first_gets_no_claim(locking: World) ->
                 other.execute(text(f"UPDATE message_failure SET state = 'requeued' WHERE id = {first}"))
 
     event.listen(world.engine, "before_cursor_execute", requeue)
-    parts = world.begun(decisions.discard, Chosen(group=GROUP, states=("dead",)))
+    parts = world.begun(in_parts.discard, Chosen(group=GROUP, states=("dead",)))
     assert sum(parts, Part()) == Part(count=2, settled=1)
     assert sorted(world.claims()) == ["K00001", "K00002"]
 

@@ -18,9 +18,9 @@ from zstandard import ZstdCompressor
 
 from exactly_once import Lock, Message, Outcome, Reject, Retry, keys
 from exactly_once.errors import BadBody
+from exactly_once.failures.decisions import Chosen, discard
 from exactly_once.failures.due import DueFailures
 from exactly_once.failures.store import FailureStore
-from exactly_once.failures.triage import Chosen, discard
 from exactly_once.outcome import Ack, Redeliver, Result
 from exactly_once.transports import packed_messages
 from exactly_once.transports.contract import Delivery, Features

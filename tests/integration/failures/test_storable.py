@@ -303,17 +303,17 @@ def test_the_start_warns_of_a_database_that_lacks_characters(
 def test_what_a_person_decides_is_written_down_in_the_characters_of_the_database(
     encoded: Callable[[str], str],
 ) -> None:
-    from exactly_once.failures import triage
+    from exactly_once.failures import decisions
 
     url = encoded("LATIN1")
     with Shop("postgres", "sync", url, options={"connect_args": {"client_encoding": "utf8"}}) as shop:
         shop.handles(lambda session: None, retry=ONE)
         shop.process(strange(XIN))
         with shop.engine.begin() as connection:
-            chosen = triage.Chosen(group="shop", key=XIN)
-            assert triage.count(connection, shop.tables, chosen) == 1
-            triage.requeue(connection, shop.tables, chosen, by=f"{XIN}\ud800", why=f"{EMOJI}\0é", per_second=None)
-            assert triage.discard(connection, shop.tables, chosen, by="x" * 999, why=EMOJI) == 1
+            chosen = decisions.Chosen(group="shop", key=XIN)
+            assert decisions.count(connection, shop.tables, chosen) == 1
+            decisions.requeue(connection, shop.tables, chosen, by=f"{XIN}\ud800", why=f"{EMOJI}\0é", per_second=None)
+            assert decisions.discard(connection, shop.tables, chosen, by="x" * 999, why=EMOJI) == 1
         row = shop.failure()
         assert (row.state, row.decided_by, row.decided_why) == ("discarded", "x" * 255, "\\U0001f986")
         assert shop.process(strange(XIN)) is Outcome.DEAD

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy.orm import Session
 
 from exactly_once import Message, Outcome, Retry, RetryLater
-from exactly_once.failures.triage import Chosen, requeue
+from exactly_once.failures.decisions import Chosen, requeue
 from exactly_once.outcome import Redeliver
 from tests.integration.failing import BROKER, UNSAFE, deliver, own_engines, states
 from tests.integration.shop import GROUP, Shop, order, put

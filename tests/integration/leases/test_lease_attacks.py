@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from exactly_once import AsyncSteps, ExactlyOnce, Lease, Message, Outcome, Steps, Transaction
 from exactly_once.claim import ClaimRow
 from exactly_once.database.server_clock import utcnow
-from exactly_once.failures import triage
+from exactly_once.failures import decisions
 from exactly_once.guards.lease.renewal import Renewal
 from tests.integration.shop import GROUP, ONE_TRY, STOCK, Shop, order, put, shops
 from tests.services.proxy import Proxy
@@ -434,8 +434,8 @@ def test_a_requeued_broken_message_repeats_no_finished_step_and_counts_on(
         failure = shop.failure()
         assert failure.state == "broken"
         with shop.outside.begin() as connection:
-            chosen = triage.Chosen(group=GROUP, ids=[failure.id])
-            triage.requeue(connection, shop.tables, chosen, by="me", why=None, per_second=None)
+            chosen = decisions.Chosen(group=GROUP, ids=[failure.id])
+            decisions.requeue(connection, shop.tables, chosen, by="me", why=None, per_second=None)
         assert shop.process(order(attempt=2)) is Outcome.PROCESSED
         assert attempts == [1, 2]
         assert len(calls) == 1

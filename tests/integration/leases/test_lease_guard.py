@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
 from exactly_once import AsyncSteps, ExactlyOnce, Lease, LeaseLost, Message, Outcome, Reject, Retry, Steps
 from exactly_once.database.server_clock import utcnow
-from exactly_once.failures.triage import Chosen, requeue
+from exactly_once.failures.decisions import Chosen, requeue
 from exactly_once.guards.lease import contract as leases
 from exactly_once.guards.lease.ledger import RESULT_BYTES
 from exactly_once.testing import bound

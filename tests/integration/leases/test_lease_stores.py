@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from exactly_once import Alert, AsyncSteps, ConfigurationError, ExactlyOnce, Lease, Lock, Outcome, Steps
 from exactly_once.database.server_clock import utcnow
-from exactly_once.failures.triage import Chosen, discard
+from exactly_once.failures.decisions import Chosen, discard
 from exactly_once.guards.lease.redis import key_of
 from exactly_once.redis.connection import RedisConnection
 from exactly_once.testing.conformance.leases import message as claim_row

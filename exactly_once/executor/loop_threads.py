@@ -14,12 +14,12 @@ from sqlalchemy.util import await_only
 
 from exactly_once import fork
 
-__all__ = ["Beside"]
+__all__ = ["LoopThreads"]
 
 T = TypeVar("T")
 
 
-class Beside:
+class LoopThreads:
     """Threads, made when they are needed.
 
     Args:

@@ -34,7 +34,7 @@ from exactly_once.transports.contract import Subscription
 from exactly_once.transports.rocketmq5 import wall
 from exactly_once.transports.rocketmq5.endpoints import Endpoints
 
-__all__ = ["Grip", "Poll", "Session", "configuration", "describe"]
+__all__ = ["Grip", "GroupClient", "Poll", "configuration", "describe"]
 
 REQUEST_TIMEOUT_S: Final = 5  # a broker that has just started takes seconds for its first answers
 # Short, because the broker can miss a message that arrives while a poll begins (1 in 400 on an idle topic). It
@@ -75,7 +75,7 @@ class Poll:
     """One running receive: what has come so far, and how it ended."""
 
     asked: int
-    owner: Any  # its Session
+    owner: Any  # its GroupClient
     endpoints: Any
     messages: list[Any] = field(default_factory=list)
     status: Any = None
@@ -99,7 +99,7 @@ class _Client(SimpleConsumer):  # type: ignore[misc]  # the client carries no ty
             self.settled.set()
 
 
-class Session:
+class GroupClient:
     """A client that has joined the group. It lives as long as its proxy.
 
     When the proxy restarts, a SimpleConsumer never recovers: its telemetry stream, by which the proxy knows the group,
