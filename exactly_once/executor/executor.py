@@ -175,7 +175,7 @@ class Executor:
     def _run(
         self, delivery: Delivery, features: Features, found: Sequence[Processor], future: SmallFuture | None = None
     ) -> Result:
-        """Run a delivery for each of its handlers, one after the other; without a future, in a greenlet of the loop."""
+        """Run a delivery for each of its handlers, one after the other. No `future` is given in a greenlet of the loop."""
         if len(found) == 1 and not self._limits:  # what nearly every message is
             return found[0].run(delivery.message, features, pumped=delivery.handler is not None)
         return combine([self._run_one(delivery, features, each, future) for each in found])

@@ -23,8 +23,8 @@ class LoopThreads:
     """Threads, made when they are needed.
 
     Args:
-        most: How many there are at most. One that waits for another of them would wait for ever, so it is no fewer than what
-            runs at once.
+        most: How many there are at most: as many as messages run at once. With fewer, a handler that waits for another one's row
+            could hold the last thread, and the other one would never run.
     """
 
     def __init__(self, most: int) -> None:

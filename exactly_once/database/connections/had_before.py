@@ -2,9 +2,11 @@
 
 An earlier user, a handler or other code on the same engine, may have left a role, a mode, a time limit or a
 character set in it. We would take that for the server's own setting, and blame messages for it. Two events of the
-pool tell, at no round trip. While we look for another connection, we trust one that was made after the look began, whoever used
-it meanwhile: a hook of the application that uses a session of its own whenever ours is rolled back uses each connection before
-us, and the look would not end. Called by `dialects.firsthand`, by the guards, by `own_transaction` and by `transports.sql`.
+pool tell, at no round trip.
+
+A look for another connection must end. So a connection that was made after the look began is trusted, whoever has used it since.
+Without that, a hook of the application could use each new connection before us: one that opens a session whenever ours is rolled
+back does. Called by `dialects.firsthand`, by the guards, by `own_transaction` and by `transports.sql`.
 """
 
 from itertools import count

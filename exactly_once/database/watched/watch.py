@@ -99,7 +99,7 @@ class Watch:
         self.left = TransactionEnd.NOT
         self.error: Misuse | None = None
         self.stopped = False
-        """`error` is about a try to leave, the first that was noticed. Later errors are consequences of it."""
+        """`error` says that the handler tried to leave, and what is raised later is a consequence of that."""
         self.lost: BaseException | None = None
         """The error with which the server rolled the transaction back."""
         self.position: Any = None
