@@ -6,48 +6,68 @@ then raise `deque mutated during iteration`, and the pool would lose that connec
 """
 
 from collections.abc import Callable, Iterable
-from threading import Lock
-from typing import Any
+from threading import RLock
+from typing import Any, Final
 
 from sqlalchemy import Engine, event
 from sqlalchemy.event.registry import _EventKey
 
+from exactly_once import fork
+
 __all__ = ["listen"]
 
-_lock = Lock()
+
+class _Turns:
+    """One thread at a time changes listeners."""
+
+    def __init__(self) -> None:
+        self.forked()
+        fork.tell(self)
+
+    def forked(self) -> None:
+        """In a forked child: a thread of the parent's may have held the lock."""
+        self.lock = RLock()
+
+
+_turns: Final = _Turns()
 
 
 class _Kept(tuple[Any, ...]):
     """The methods of a deque that SQLAlchemy uses. A change puts another tuple in its place.
 
-    A tuple, so that Python iterates over it without a call of ours: SQLAlchemy does so for each statement.
+    A tuple, so that Python iterates over it without a call of ours: SQLAlchemy does so for each statement. SQLAlchemy reads the
+    tuple some lines before it changes it, and another thread may have put a newer one there. So a change begins with the newest.
     """
 
     owner: Any
     """SQLAlchemy's collection, which has the tuple as its `listeners`."""
 
     def append(self, listener: Any) -> None:
-        _keep(self.owner, (*self, listener))
+        _change(self.owner, lambda now: (*now, listener))
 
     def appendleft(self, listener: Any) -> None:
-        _keep(self.owner, (listener, *self))
+        _change(self.owner, lambda now: (listener, *now))
 
     def extend(self, listeners: Iterable[Any]) -> None:
-        _keep(self.owner, (*self, *listeners))
+        _change(self.owner, lambda now: (*now, *listeners))
 
     def remove(self, listener: Any) -> None:
-        left = list(self)
-        left.remove(listener)
-        _keep(self.owner, left)
+        def without(now: Iterable[Any]) -> Iterable[Any]:
+            left = list(now)
+            left.remove(listener)
+            return left
+
+        _change(self.owner, without)
 
     def clear(self) -> None:
-        _keep(self.owner, ())
+        _change(self.owner, lambda now: ())
 
 
-def _keep(owner: Any, listeners: Iterable[Any]) -> None:
-    kept = _Kept(listeners)
-    kept.owner = owner
-    owner.listeners = kept
+def _change(owner: Any, to: Callable[[Iterable[Any]], Iterable[Any]]) -> None:
+    with _turns.lock:
+        kept = _Kept(to(owner.listeners))
+        kept.owner = owner
+        owner.listeners = kept
 
 
 def listen(engine: Engine, name: str, do: Callable[..., Any], *, insert: bool = False) -> None:
@@ -63,8 +83,8 @@ def listen(engine: Engine, name: str, do: Callable[..., Any], *, insert: bool = 
 
     key: _EventKey[Any] = _event_key(engine, name, do)
     dispatch: Any = key.dispatch_target.dispatch
-    with _lock:
+    with _turns.lock:
         listeners = getattr(dispatch, name).for_modify(dispatch)
         if not isinstance(listeners.listeners, _Kept):
-            _keep(listeners, listeners.listeners)
+            _change(listeners, tuple)
         event.listen(engine, name, do, insert=insert)

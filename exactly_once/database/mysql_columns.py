@@ -3,7 +3,7 @@
 An earlier user of the connection may have left another character set in it (`SET NAMES gbk`), or a mode in which a backslash
 escapes nothing. The driver knows of neither. In gbk the second byte of a character may be a backslash. Then the driver's escape
 character becomes the end of a character: the server stores another key, or reads the rest of a value as SQL.
-Digits mean the same in every character set and every mode, and the server translates no bytes. `schema` uses these types.
+Digits mean the same in every character set and every mode, and the server translates no bytes. `column_types` uses these types.
 """
 
 from collections.abc import Callable

@@ -23,8 +23,8 @@ class LoopThreads:
     """Threads, made when they are needed.
 
     Args:
-        most: How many there are at most: as many as messages run at once. With fewer, a handler that waits for another one's row
-            could hold the last thread, and the other one would never run.
+        most: How many there are at most. With fewer than messages that run at once, handlers that wait for the row
+            of another one could hold all threads, and that one would never run.
     """
 
     def __init__(self, most: int) -> None:

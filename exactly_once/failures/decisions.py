@@ -1,12 +1,12 @@
 """A person's commands for failed messages: list, show, requeue, discard.
 
-Each is a part of the caller's transaction; `decisions` divides many rows into several. `requeue` only sets a due time: then the
+Each is a part of the caller's transaction; `in_parts` divides many rows into several. `requeue` only sets a due time: then the
 pump of a running worker runs the message, under its claim like any other. `discard` also writes the claim row, or the broker's
 next copy would run a message that a person settled. Neither reads a body.
 
 The claim of a *broken* message was committed together with half of its effects. A requeued message would be taken for a duplicate
 and closed without a run, so `requeue` removes that claim. Therefore it takes broken messages only if a person names them. Called
-by `decisions` and the command line.
+by `in_parts`, the command line and `doctor`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -92,7 +92,7 @@ class DueFailures:
                     blocking(older, after_dead_wait=False),
                     and_(blocking(older, after_dead_wait=True), _among(t.c.handler, waits)),
                 ),
-                # but not a row of the same message, from before the handler's key= was changed; `place` checks this exactly
+                # but not a row of the same message, from before the handler's key= changed; `order_position` checks exactly
                 or_(
                     older.c.message_id.is_(None),
                     t.c.message_id.is_(None),

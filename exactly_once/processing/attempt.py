@@ -38,7 +38,7 @@ __all__ = ["UNFINISHED", "BatchAttemptResult", "attempt", "attempt_batch"]
 Translate = Callable[[BaseException], BaseException]
 """Return the exception to report in place of the one raised: for a `sys.exit` of the handler, or of a session's hook."""
 CloseFailure = Callable[[Session, int], object]
-"""Write more in the handler's transaction, after the handler. Called with the session and the number of the claim."""
+"""Close the message's failure row, in the handler's transaction. Called with the session and the number of the claim."""
 Others = Mapping[str, Consumed | Busy | Conflict | Unfinished]
 """The keys of a batch that this attempt did not win, each with what its claim found."""
 
@@ -63,7 +63,7 @@ def attempt(
         row: Identity and fingerprint of the message. The owner is made here.
         handle: Calls the handler, with the session that the handler gets.
         translate: Returns the exception to report in place of the one raised.
-        close_failure: Writes more in the same transaction.
+        close_failure: Closes the message's failure row, in the same transaction.
         failed_before: The message may have a failure row: `close_failure` is called for a duplicate, too.
 
     Returns:

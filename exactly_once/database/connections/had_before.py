@@ -6,7 +6,7 @@ pool tell, at no round trip.
 
 A look for another connection must end. So a connection that was made after the look began is trusted, whoever has used it since.
 Without that, a hook of the application could use each new connection before us: one that opens a session whenever ours is rolled
-back does. Called by `dialects.firsthand`, by the guards, by `own_transaction` and by `transports.sql`.
+back does. Called by `dialects.firsthand`, by the guards, `store`, `own_transaction`, `alembic.ready` and `transports.sql`.
 """
 
 from itertools import count

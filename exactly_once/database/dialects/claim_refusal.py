@@ -4,7 +4,7 @@ To tell the last two apart, a test claim is tried, and rolled back. A revoked ri
 a trigger that raises: each refuses every claim. Then no handler ever runs. If we counted that, each message would become a dead
 letter. The server's error is the same for one bad value of a message, and such a message must be counted. So the same claim is
 tried with a random key and no value of the message.
-Called after a refusal only, on a trusted connection, by the guards, by `guards.lease.sql` and by `store`.
+That is done after a refusal only, on a trusted connection. Called by the guards, by the deferred watch and by `store`.
 """
 
 from collections.abc import Callable, MutableMapping

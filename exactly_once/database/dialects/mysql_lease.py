@@ -105,7 +105,7 @@ class Claims:
                 taken = (digits(row.message_id), fingerprint, row.owner, token, microseconds)
                 cursor.execute(bounded + self._take, (*taken, *named, fingerprint, also.hex()))
                 dbapi.commit()
-                # A crash before the trace_state is looked at: the lease runs out, and the next claim looks at it.
+                # A crash before the trace is looked at: the lease runs out, and the next claim looks at it.
                 found = self._looked(cursor, named)
             recorded = self._recorded(cursor, named) if steps else ()
             dbapi.rollback()

@@ -2,8 +2,8 @@
 
 The statements are SQLAlchemy's, and the same on each server; only the claim is the dialect's. `own_connection` sends a statement
 alone, as a transaction of its own. Methods ending in `_in` run in the handler's transaction, and what they write stands or falls
-with it. Every change names the fencing token, so a run that was taken over
-changes nothing. Called by `guards.lease`, `guards.transaction` and the command line.
+with it. Every change names the fencing token, so a run that was taken over changes nothing. Called by `guards.lease`,
+`guards.transaction` and the command line.
 """
 
 from collections.abc import Callable, Sequence

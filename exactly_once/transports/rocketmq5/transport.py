@@ -7,8 +7,8 @@
 |---|---|
 | `wall` | importing the client without what its import does to a program |
 | `endpoints` | the addresses of the proxies, and whether one answers |
-| `session` | one client in one group, and the few calls we make through it |
-| `membership` | the present session, and a new one after its proxy restarted |
+| `group_client` | one client in one group, and the few calls we make through it |
+| `membership` | the present client, and a new one after its proxy restarted |
 | `consumer`, `answers` | receiving, settling, order, outages |
 | `reading` | a received message as ours; or as bytes that cannot be read |
 | `producer`, `requests` | sending once, many at a time |

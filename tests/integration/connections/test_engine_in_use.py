@@ -4,8 +4,9 @@ The kind: SQLAlchemy walks its listeners without a lock, and a listener that is 
 the thread that connects, or that gives a connection back, which the pool then has lost.
 """
 
+import sys
 from collections.abc import Callable
-from threading import Event, Thread
+from threading import Barrier, Event, Thread
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.orm import Session
 
 from exactly_once import Outcome
+from exactly_once.database.listeners import listen
 from tests.integration.shop import DIALECTS, Shop, order, put, shops
 from tests.integration.threads import PATIENCE_S
 
@@ -87,3 +89,34 @@ def test_a_thread_in_the_midst_of_its_listeners_goes_on(
         for connection in taken:
             connection.close()
         engine.dispose()
+
+
+def test_no_listener_is_lost_that_the_program_adds_at_the_same_moment() -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(40):
+            engine = create_engine("sqlite://")
+            listen(engine, "connect", lambda *_: None)
+            before = len(tuple(engine.pool.dispatch.connect))
+            ours, theirs = _adding(engine, listen), _adding(engine, event.listen)
+            threads = [Thread(target=each, args=(together,)) for together in [Barrier(2)] for each in (ours, theirs)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(PATIENCE_S)
+            assert len(tuple(engine.pool.dispatch.connect)) == before + 2 * ADDED
+    finally:
+        sys.setswitchinterval(interval)
+
+
+ADDED = 30
+
+
+def _adding(engine: Engine, add: Callable[..., Any]) -> Callable[[Barrier], None]:
+    def adding(together: Barrier) -> None:
+        together.wait(PATIENCE_S)
+        for _ in range(ADDED):
+            add(engine, "connect", lambda *_: None)
+
+    return adding

@@ -154,7 +154,7 @@ def test_a_discard_leaves_the_one_whose_run_goes_on_and_names_it(
     locking: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = locking
-    monkeypatch.setattr(decisions, "_WAIT_S", 1)
+    monkeypatch.setattr(in_parts, "_WAIT_S", 1)
     assert world.feed("A") is Outcome.DEAD
     world.stuff(5)
     world.rejects = False
@@ -248,7 +248,7 @@ def test_many_are_decided_in_parts_each_of_which_is_committed(world: World, deci
     commits: list[Connection] = []
     event.listen(world.engine, "commit", commits.append)
     more = {"per_second": None} if decide == "requeue" else {}
-    parts = list(world.begun(getattr(decisions, decide), **more))
+    parts = list(world.begun(getattr(in_parts, decide), **more))
     assert [part.count for part in parts] == [200, 200, 50]
     assert len(commits) == 1 + len(parts)
     assert {row.state for row in world.rows()} == {{"requeue": "requeued", "discard": "discarded"}[decide]}
@@ -292,7 +292,7 @@ def test_one_that_another_person_requeued_first_gets_no_claim(locking: World) ->
 def test_the_command_says_what_it_left(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = create_engine(postgres_url)
     world = World(engine)
-    monkeypatch.setattr(decisions, "_WAIT_S", 1)
+    monkeypatch.setattr(in_parts, "_WAIT_S", 1)
     monkeypatch.setenv("EXACTLY_ONCE_DATABASE", postgres_url)
     world.feed("A")
     world.stuff(2)

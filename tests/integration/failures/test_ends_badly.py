@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session
 from exactly_once import ExactlyOnce, Lease, Message, Misuse, Outcome, Retry
 from exactly_once.database.server_clock import utcnow
 from tests.integration.failing import THREE, Panic
+from tests.integration.grounds import ground
 from tests.integration.outside import column
 from tests.integration.shop import COLOURS, GROUP, Shop, on, order, put, shops
 from tests.integration.ways import (
@@ -43,6 +44,8 @@ from tests.integration.ways import (
 from tests.services.proxy import Proxy
 from tests.services.redis import Redis
 from tests.waiting import until
+
+__all__ = ["ground"]
 
 pytestmark = pytest.mark.nightly(meet=2)
 

@@ -12,9 +12,10 @@ from threading import Event, Thread
 from typing import Any
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import StaticPool, create_engine, select, text
 from sqlalchemy.orm import Session
 
+import exactly_once.alembic
 from exactly_once import ExactlyOnce, Lease, Lock, Message, Outcome, SendFailed, Steps
 from exactly_once.transports.memory import forget
 from tests import length
@@ -491,3 +492,23 @@ def test_loops_in_several_threads_do_not_hand_each_other_connections(shop: Shop)
         thread.join(60)
     assert told == [Outcome.PROCESSED] * 24
     assert shop.failures() == []
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite:///file:{name}?mode=memory&cache=shared&uri=true", "sqlite:///file::memory:?uri=true"]
+)
+def test_a_database_in_memory_is_the_parents_after_a_fork_too(url: str) -> None:
+    """Its last connection is the database: closed before the fork, as of a file, the parent's tables would be gone."""
+    engine = create_engine(url.format(name=f"shop_{os.urandom(4).hex()}"), poolclass=StaticPool)
+    exactly_once.alembic.upgrade(engine)
+    eo = ExactlyOnce(engine, group=GROUP)
+
+    @eo.handler("orders", name="handler", key="no")
+    def handler(session: Session, body: dict[str, Any]) -> None:
+        session.execute(text("SELECT 1"))
+
+    assert eo.process(order(1)) is Outcome.PROCESSED
+    child = Forked(lambda: eo.process(order(2)).value)
+    assert child.result() == "processed"
+    assert eo.process(order(1)) is Outcome.DUPLICATE
+    assert eo.process(order(3)) is Outcome.PROCESSED
