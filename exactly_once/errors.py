@@ -60,6 +60,8 @@ class ConfigurationError(ExactlyOnceError):
 
     store: str | None = None
     """The database's name, if a claim found the error: the messages of that database are held until it is repaired."""
+    of_the_server = False
+    """Found as the transaction of a handler or a step was to begin: no message is to blame."""
 
 
 class SchemaError(ConfigurationError):

@@ -20,7 +20,7 @@ from exactly_once.database.dialects.contract import Dialect, ErrorKind
 from exactly_once.database.watched.misuse_texts import DOUBTFUL
 from exactly_once.database.watched.transaction_end import BrokenTransaction, LostTransaction, TransactionEnd
 from exactly_once.database.watched.watch import Watch
-from exactly_once.errors import InProgress, LeaseLost, Misuse, RefusedResult, StoreUnavailable
+from exactly_once.errors import ConfigurationError, InProgress, LeaseLost, Misuse, RefusedResult, StoreUnavailable
 from exactly_once.exceptions.leaves import leaves
 from exactly_once.exceptions.stops import stops
 from exactly_once.exceptions.words import words_of
@@ -122,6 +122,9 @@ def result_of(
     """
     watch = won.watch
     if watch is None:
+        began = won.deferred_watch
+        if began is not None and isinstance(began.failed, ConfigurationError) and not stops(error):
+            return AttemptResult(AttemptEnd.STOPPED, began.failed)  # whatever the handler made of it
         return _raised(context, won, error)
     if watch.committed and watch.left is not TransactionEnd.BROKEN:
         # a hook of the user's raised after the server confirmed COMMIT: the message is processed
@@ -191,6 +194,8 @@ def _raised_alone(context: AttemptContext, won: Won, error: BaseException) -> At
         return AttemptResult(AttemptEnd.FAILED if context.dialect.gave_up(lost) else AttemptEnd.TRANSIENT, lost)
     if isinstance(error, RefusedResult):
         return AttemptResult(AttemptEnd.REFUSED, error)
+    if isinstance(error, ConfigurationError) and error.of_the_server:
+        return AttemptResult(AttemptEnd.STOPPED, error)  # raised on, as the claim raises it: a failure would count
     if isinstance(error, LeaseLost):
         return AttemptResult(AttemptEnd.LOST, error)
     if won.deferred_watch is not None and isinstance(error, StoreUnavailable) and not error.asked_by_handler:

@@ -20,7 +20,7 @@ from exactly_once.database.owner import new_owner
 from exactly_once.database.watched.session import WATCHED, elsewhere, let_go, over
 from exactly_once.database.watched.transaction_end import Shut, UnderLease
 from exactly_once.database.watched.watch import Watch, attach
-from exactly_once.errors import Misuse
+from exactly_once.errors import ConfigurationError, Misuse
 
 __all__ = ["DeferredWatch"]
 
@@ -129,6 +129,8 @@ class DeferredWatch:
                 return False
         except Exception as error:
             self.failed = error
+            if isinstance(error, ConfigurationError):
+                error.of_the_server = True
             if dialect.error_kind(error) is ErrorKind.UNAVAILABLE:
                 connection.invalidate(error)
             raise_for_the_store(dialect, error, connection.engine)

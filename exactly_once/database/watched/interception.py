@@ -26,7 +26,7 @@ from exactly_once.database.watched.deferred_watch import DeferredWatch
 from exactly_once.database.watched.misuse_texts import LEFT
 from exactly_once.database.watched.session import WATCHED
 from exactly_once.database.watched.transaction_end import TransactionEnd
-from exactly_once.database.watched.watch import Watch
+from exactly_once.database.watched.watch import Watch, thrown_away
 from exactly_once.exceptions.words import place_here
 
 __all__ = ["install", "install_session", "seeing"]
@@ -152,6 +152,8 @@ def seeing(
 
     def seen(error: Any, connection: Any, cursor: Any) -> bool:
         if isinstance(connection, PoolProxiedConnection):  # a ping has the driver's own connection
+            if connection in thrown_away:
+                return False  # we throw it away, and nobody else
             met(connection, error)
         return is_disconnect(error, connection, cursor)
 

@@ -19,6 +19,7 @@ from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.session import SessionTransactionState
+from sqlalchemy.pool import PoolProxiedConnection
 
 from exactly_once.claim import ClaimRow
 from exactly_once.database.dialects.contract import Dialect, Gone, State, Trace
@@ -46,8 +47,14 @@ from exactly_once.exceptions.drivers import is_drivers
 from exactly_once.exceptions.leaves import leaves
 from exactly_once.wording.text import escaped
 
-__all__ = ["Watch", "attach", "flush"]
+__all__ = ["Watch", "attach", "flush", "thrown_away"]
 
+thrown_away: Final["WeakSet[PoolProxiedConnection]"] = WeakSet()
+"""Connections that are cut while a task or a thread still waits for an answer on them, and that we throw away.
+
+Whoever waits meets an error there, and SQLAlchemy would throw the connection away for that, too. The pool does not expect two at
+once: the second could close the connection that the same place in the pool has by then, which is another message's.
+"""
 _LAST: Final = " The last statement through SQLAlchemy: "
 _SHOWN: Final = 120  # characters of a statement in an error
 
@@ -548,6 +555,7 @@ class Watch:
                 self.left in (TransactionEnd.GONE, TransactionEnd.BROKEN) or self.changed is not None or self.locked
             )
             if self.busy or self.dialect.state(self.dbapi) is State.BUSY:
+                thrown_away.add(self.pooled)
                 self.dialect.cut(self.dbapi)
                 if not in_memory(connection.engine):
                     connection.invalidate()

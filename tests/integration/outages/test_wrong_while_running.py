@@ -4,14 +4,16 @@ An operator sets the server's sql_mode, and each new connection of the pool has 
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from sqlalchemy import event
+from sqlalchemy.orm import Session
 
-from exactly_once import ExactlyOnce
+from exactly_once import ConfigurationError, ExactlyOnce, Outcome
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
-from tests.integration.ways import ALONE, IN_A_BATCH, UNDER_A_LEASE, Way
+from tests.integration.ways import ALONE, IN_A_BATCH, IN_A_STEP, UNDER_A_LEASE, Way
 from tests.waiting import until
 
 
@@ -46,3 +48,54 @@ def test_messages_are_held_until_the_server_is_right_again(shop: Shop, way: Way)
         assert worker.counts.redelivered == 0
     assert shop.failures() == []
     assert sorted(shop.effects()) == ["1", "2", "3", "4"]
+
+
+def lets_it_out(session: Session, no: Any) -> None:
+    put(session, f"{no}")
+
+
+def wraps_it(session: Session, no: Any) -> None:
+    try:
+        put(session, f"{no}")
+    except Exception as error:
+        raise ValueError("the order could not be written") from error
+
+
+def swallows_it(session: Session, no: Any) -> None:
+    with suppress(Exception):
+        put(session, f"{no}")
+
+
+@pytest.mark.parametrize(
+    ("way", "do"),
+    [(UNDER_A_LEASE, lets_it_out), (UNDER_A_LEASE, wraps_it), (UNDER_A_LEASE, swallows_it), (IN_A_STEP, lets_it_out)],
+    ids=lambda each: getattr(each, "__name__", str(each)),
+)
+def test_what_is_wrong_after_the_claim_counts_for_no_message(shop: Shop, way: Way, do: Any) -> None:
+    """The claim of a lease was made while the server was right; the handler's own connection is made when it is not."""
+    mode, runs = ["STRICT_TRANS_TABLES"], list[Any]()
+    engine = shop.async_engine.sync_engine if shop.is_async else shop.engine
+
+    @event.listens_for(engine, "connect")
+    def as_the_server_says(dbapi: Any, _: Any) -> None:
+        cursor = dbapi.cursor()
+        cursor.execute(f"SET sql_mode = '{mode[0]}'")
+        cursor.close()
+
+    shop.eo = ExactlyOnce(shop.async_engine if shop.is_async else shop.engine, group=GROUP)
+
+    def handler(session: Session, no: Any) -> None:
+        runs.append(no)
+        if len(runs) == 1:
+            mode[0] = ""
+            engine.pool.dispose()
+        do(session, no)
+
+    way.handles(shop, handler)
+    with pytest.raises(ConfigurationError, match="STRICT_TRANS_TABLES"):
+        shop.process(order(1))
+    mode[0] = "STRICT_TRANS_TABLES"
+    engine.pool.dispose()
+    assert shop.failures() == []
+    assert shop.process(order(1)) is Outcome.PROCESSED
+    assert shop.effects() == ["1"]

@@ -8,6 +8,7 @@ nobody can say what will be in it.
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -452,3 +453,35 @@ def test_a_stream_that_was_given_up_half_read_is_whole_or_refused(shop: Shop) ->
         return
     assert outcome is Outcome.PROCESSED
     shop.assert_kept("handler", claims=["A-1"])
+
+
+@on(colour="sync")  # an async session cannot be used by a thread
+def test_a_cut_connection_is_thrown_away_by_nobody_but_us(shop: Shop) -> None:
+    """The thread meets the cut, and takes its time over it; the pool's place has another message's connection by then."""
+    threads: list[threading.Thread] = []
+    theirs: list[object] = []
+
+    @event.listens_for(shop.engine, "invalidate")
+    def invalidated(*_: object) -> None:
+        if threading.current_thread() in threads:
+            theirs.append(_)
+            threading.Event().wait(UNDER_WAY_S)
+
+    def slowly(session: Session) -> None:
+        with suppress(Exception):
+            session.execute(text(SLOW[shop.dialect]))
+
+    @shop.eo.handler("orders", name="handler", key="no", retry=ONE_TRY)
+    def handler(session: Session) -> None:
+        put(session, "handler")
+        threads.append(threading.Thread(target=slowly, args=(session,)))
+        threads[0].start()
+        threading.Event().wait(UNDER_WAY_S)
+
+    try:
+        assert shop.process(order()) is Outcome.FAILED
+    finally:
+        threads[0].join(20)
+    assert theirs == []
+    is_refused(shop)
+    shop.borrow()
