@@ -122,9 +122,9 @@ def result_of(
     """
     watch = won.watch
     if watch is None:
-        began = won.deferred_watch
-        if began is not None and isinstance(began.failed, ConfigurationError) and not stops(error):
-            return AttemptResult(AttemptEnd.STOPPED, began.failed)  # whatever the handler made of it
+        failed = None if won.deferred_watch is None else won.deferred_watch.failed
+        if failed is not None and _is_of_the_server(failed) and not stops(error):
+            error = failed  # whatever the handler made of it
         return _raised(context, won, error)
     if watch.committed and watch.left is not TransactionEnd.BROKEN:
         # a hook of the user's raised after the server confirmed COMMIT: the message is processed
@@ -194,7 +194,7 @@ def _raised_alone(context: AttemptContext, won: Won, error: BaseException) -> At
         return AttemptResult(AttemptEnd.FAILED if context.dialect.gave_up(lost) else AttemptEnd.TRANSIENT, lost)
     if isinstance(error, RefusedResult):
         return AttemptResult(AttemptEnd.REFUSED, error)
-    if isinstance(error, ConfigurationError) and error.of_the_server:
+    if _is_of_the_server(error):
         return AttemptResult(AttemptEnd.STOPPED, error)  # raised on, as the claim raises it: a failure would count
     if isinstance(error, LeaseLost):
         return AttemptResult(AttemptEnd.LOST, error)
@@ -212,6 +212,10 @@ def _raised_alone(context: AttemptContext, won: Won, error: BaseException) -> At
             return AttemptResult(AttemptEnd.TRANSIENT, error)
         case _:
             return AttemptResult(AttemptEnd.FAILED, error)
+
+
+def _is_of_the_server(error: BaseException) -> bool:
+    return isinstance(error, ConfigurationError) and error.of_the_server
 
 
 def _broken(

@@ -129,8 +129,8 @@ class DeferredWatch:
                 return False
         except Exception as error:
             self.failed = error
-            if isinstance(error, ConfigurationError):
-                error.of_the_server = True
+            if isinstance(error, ConfigurationError) and "isolation_level" not in connection.get_execution_options():
+                error.of_the_server = True  # else of the handler, which has asked for AUTOCOMMIT
             if dialect.error_kind(error) is ErrorKind.UNAVAILABLE:
                 connection.invalidate(error)
             raise_for_the_store(dialect, error, connection.engine)
