@@ -91,7 +91,10 @@ class DeferredWatch:
         try:
             while not self._begun_on(connection, owner, trace, exchange=exchange, since=since):
                 pass
-        except Exception:
+        except Exception as error:
+            # also where our tables are missing; not where the handler has asked for AUTOCOMMIT
+            if isinstance(error, ConfigurationError) and "isolation_level" not in connection.get_execution_options():
+                error.of_the_server, self.failed = True, error
             # SQLAlchemy already has the connection in the session's transaction, and calls no hook again: a handler that goes on
             # would use it.
             over(session, _NOT_BEGUN)
@@ -129,8 +132,6 @@ class DeferredWatch:
                 return False
         except Exception as error:
             self.failed = error
-            if isinstance(error, ConfigurationError) and "isolation_level" not in connection.get_execution_options():
-                error.of_the_server = True  # else of the handler, which has asked for AUTOCOMMIT
             if dialect.error_kind(error) is ErrorKind.UNAVAILABLE:
                 connection.invalidate(error)
             raise_for_the_store(dialect, error, connection.engine)

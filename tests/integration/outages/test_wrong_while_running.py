@@ -8,10 +8,12 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import Engine, event
 from sqlalchemy.orm import Session
 
 from exactly_once import ConfigurationError, ExactlyOnce, Outcome
+from exactly_once.errors import SchemaError
+from tests.integration.outside import run
 from tests.integration.shop import COLOURS, GROUP, Shop, order, put, shops
 from tests.integration.ways import ALONE, IN_A_BATCH, IN_A_STEP, UNDER_A_LEASE, Way
 from tests.waiting import until
@@ -22,17 +24,22 @@ def shop(request: pytest.FixtureRequest) -> Iterator[Shop]:
     yield from shops(request, "mariadb", request.param, pool_size=3)
 
 
+def each_connection_has(mode: list[str], engine: Engine) -> None:
+    """As the server's own setting: each new connection has the mode of that moment."""
+
+    @event.listens_for(engine, "connect")
+    def set_it(dbapi: Any, _: Any) -> None:
+        cursor = dbapi.cursor()
+        cursor.execute(f"SET sql_mode = '{mode[0]}'")
+        cursor.close()
+
+
 @pytest.mark.parametrize("way", [ALONE, IN_A_BATCH, UNDER_A_LEASE], ids=str)
 def test_messages_are_held_until_the_server_is_right_again(shop: Shop, way: Way) -> None:
     mode = ["STRICT_TRANS_TABLES"]
     engine = shop.async_engine.sync_engine if shop.is_async else shop.engine
 
-    @event.listens_for(engine, "connect")
-    def as_the_server_says(dbapi: Any, _: Any) -> None:
-        cursor = dbapi.cursor()
-        cursor.execute(f"SET sql_mode = '{mode[0]}'")
-        cursor.close()
-
+    each_connection_has(mode, engine)
     shop.eo = ExactlyOnce(shop.async_engine if shop.is_async else shop.engine, group=GROUP)
     way.handles(shop, lambda session, no: put(session, f"{no}"))
     with shop.eo.worker("sql://?max_attempts=3", concurrency=2) as worker, shop.eo.producer("sql://") as producer:
@@ -76,12 +83,7 @@ def test_what_is_wrong_after_the_claim_counts_for_no_message(shop: Shop, way: Wa
     mode, runs = ["STRICT_TRANS_TABLES"], list[Any]()
     engine = shop.async_engine.sync_engine if shop.is_async else shop.engine
 
-    @event.listens_for(engine, "connect")
-    def as_the_server_says(dbapi: Any, _: Any) -> None:
-        cursor = dbapi.cursor()
-        cursor.execute(f"SET sql_mode = '{mode[0]}'")
-        cursor.close()
-
+    each_connection_has(mode, engine)
     shop.eo = ExactlyOnce(shop.async_engine if shop.is_async else shop.engine, group=GROUP)
 
     def handler(session: Session, no: Any) -> None:
@@ -96,6 +98,20 @@ def test_what_is_wrong_after_the_claim_counts_for_no_message(shop: Shop, way: Wa
         shop.process(order(1))
     mode[0] = "STRICT_TRANS_TABLES"
     engine.pool.dispose()
+    assert shop.failures() == []
+    assert shop.process(order(1)) is Outcome.PROCESSED
+    assert shop.effects() == ["1"]
+
+
+def test_a_table_of_ours_that_is_missing_behind_the_claim_counts_for_no_message(shop: Shop) -> None:
+    """The lease is claimed in one table, and the handler's transaction leaves its trace in another."""
+    UNDER_A_LEASE.handles(shop, lambda session, no: put(session, f"{no}"))
+    run(shop, "RENAME TABLE message_step TO message_step_aside")
+    try:
+        with pytest.raises(SchemaError, match="table"):
+            shop.process(order(1))
+    finally:
+        run(shop, "RENAME TABLE message_step_aside TO message_step")
     assert shop.failures() == []
     assert shop.process(order(1)) is Outcome.PROCESSED
     assert shop.effects() == ["1"]
