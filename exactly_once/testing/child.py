@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -211,21 +211,47 @@ def wait_until(condition: Callable[[], bool], *, what: str, patience_s: float, p
 def free_ports(count: int = 1, *, around: Sequence[int] = (0,)) -> list[int]:
     """Return `count` free ports; for each, the neighbours at the offsets `around` are free, too.
 
-    They are below the kernel's range for outgoing connections: else a client's socket could take the port of
-    a server that restarts.
+    No port is given twice, by this process or by another one that runs: a server binds its port seconds after it was
+    found free, and two servers that start together would be given the same one.
+
+    Raises:
+        ServerFailed: Every port has been given, or somebody listens on it.
     """
     found: list[int] = []
-    taken: set[int] = set()
-    for _ in range(10_000):
-        if len(found) == count:
-            return found
-        port = random.randrange(20_000, 32_000)  # noqa: S311  (no secret)
-        wanted = {port + offset for offset in around}
-        if wanted & taken or not all(_is_free(p) for p in wanted):
+    with _giving:
+        for block in _our_blocks():
+            for port in block:
+                wanted = {port + offset for offset in around}
+                if len(found) < count and all(p in block and p not in _given and _is_free(p) for p in wanted):
+                    _given.update(wanted)
+                    found.append(port)
+            if len(found) == count:
+                return found
+    raise ServerFailed(f"No free port is left between {_PORTS.start} and {_PORTS.stop}.")
+
+
+# Below the kernel's range for outgoing connections: else a client's socket could take the port of a server that
+# restarts. They are shared out in blocks. A process that gives ports of a block holds, as long as it lives, the UDP
+# port of the block's first number.
+_PORTS = range(20_000, 32_000)
+_BLOCK = 100
+_held: dict[range, socket.socket] = {}
+_given: set[int] = set()
+_giving = threading.Lock()
+
+
+def _our_blocks() -> Iterator[range]:
+    yield from tuple(_held)
+    for first in random.sample(_PORTS[::_BLOCK], len(_PORTS) // _BLOCK):
+        mark = socket.socket(type=socket.SOCK_DGRAM)
+        try:
+            mark.bind(("127.0.0.1", first))
+        except OSError:
+            mark.close()
             continue
-        found.append(port)
-        taken |= wanted
-    raise ServerFailed("No free port was found between 20000 and 32000.")
+        block = range(first, first + _BLOCK)
+        _held[block] = mark
+        yield block
 
 
 def _is_free(port: int) -> bool:
