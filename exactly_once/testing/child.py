@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
+from exactly_once import fork
 from exactly_once.errors import ExactlyOnceError
 
 __all__ = ["Account", "Child", "ServerFailed", "free_ports", "wait_until"]
@@ -217,41 +219,61 @@ def free_ports(count: int = 1, *, around: Sequence[int] = (0,)) -> list[int]:
     Raises:
         ServerFailed: Every port has been given, or somebody listens on it.
     """
-    found: list[int] = []
-    with _giving:
-        for block in _our_blocks():
-            for port in block:
-                wanted = {port + offset for offset in around}
-                if len(found) < count and all(p in block and p not in _given and _is_free(p) for p in wanted):
-                    _given.update(wanted)
-                    found.append(port)
-            if len(found) == count:
-                return found
-    raise ServerFailed(f"No free port is left between {_PORTS.start} and {_PORTS.stop}.")
+    return _PORTS.given(count, around)
 
 
-# Below the kernel's range for outgoing connections: else a client's socket could take the port of a server that
-# restarts. They are shared out in blocks. A process that gives ports of a block holds, as long as it lives, the UDP
-# port of the block's first number.
-_PORTS = range(20_000, 32_000)
-_BLOCK = 100
-_held: dict[range, socket.socket] = {}
-_given: set[int] = set()
-_giving = threading.Lock()
+class _Ports:
+    """The ports that this process gives.
 
+    They are below the kernel's range for outgoing connections: else a client's socket could take the port of a server that
+    restarts. They are shared out in blocks. A process that gives ports of a block holds, as long as it lives, the UDP port of
+    the block's first number.
+    """
 
-def _our_blocks() -> Iterator[range]:
-    yield from tuple(_held)
-    for first in random.sample(_PORTS[::_BLOCK], len(_PORTS) // _BLOCK):
-        mark = socket.socket(type=socket.SOCK_DGRAM)
-        try:
-            mark.bind(("127.0.0.1", first))
-        except OSError:
+    every: Final = range(20_000, 32_000)
+    block: Final = 100
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[range, socket.socket] = {}
+        self._given: set[int] = set()
+        fork.tell(self)
+
+    def forked(self) -> None:
+        """Runs in a forked child: the blocks are the parent's, which gives the rest of their ports."""
+        for mark in self._held.values():
             mark.close()
-            continue
-        block = range(first, first + _BLOCK)
-        _held[block] = mark
-        yield block
+        self._lock, self._held, self._given = threading.Lock(), {}, set()
+
+    def given(self, count: int, around: Sequence[int]) -> list[int]:
+        """See `free_ports`."""
+        found: list[int] = []
+        with self._lock:
+            for block in self._blocks():
+                for port in block:
+                    wanted = {port + offset for offset in around}
+                    if len(found) < count and all(p in block and p not in self._given and _is_free(p) for p in wanted):
+                        self._given.update(wanted)
+                        found.append(port)
+                if len(found) == count:
+                    return found
+        raise ServerFailed(f"No free port is left between {self.every.start} and {self.every.stop}.")
+
+    def _blocks(self) -> Iterator[range]:
+        yield from tuple(self._held)
+        for first in random.sample(self.every[:: self.block], len(self.every) // self.block):
+            mark = socket.socket(type=socket.SOCK_DGRAM)
+            try:
+                mark.bind(("127.0.0.1", first))
+            except OSError:
+                mark.close()
+                continue
+            block = range(first, first + self.block)
+            self._held[block] = mark
+            yield block
+
+
+_PORTS: Final = _Ports()
 
 
 def _is_free(port: int) -> bool:

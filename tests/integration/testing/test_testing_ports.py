@@ -32,3 +32,22 @@ def test_neighbours_belong_to_the_port_they_were_asked_for() -> None:
     others = set(free_ports(100))
     assert len(others) == 100
     assert not others & {broker - 2, broker, broker + 1}
+
+
+FORKS = """
+import os
+from exactly_once.testing.child import free_ports
+mine = set(free_ports(5))
+out, into = os.pipe()
+if os.fork() == 0:
+    os.write(into, " ".join(map(str, free_ports(20))).encode())
+    os._exit(0)
+os.wait()
+theirs = set(map(int, os.read(out, 1000).split()))
+print(len(theirs), len(theirs & (mine | set(free_ports(20)))))
+"""
+
+
+def test_a_forked_process_gives_ports_of_its_own() -> None:
+    told = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, check=True).stdout
+    assert told.split() == ["20", "0"]
